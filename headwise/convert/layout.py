@@ -1,0 +1,145 @@
+"""What an attention layer is, and its weights in the one form that all the mathematics reads.
+
+A layer leaves the checkpoint's naming, fusing and interleaving behind in `architecture.py`; from there on it
+is a `LayerWeights` (or, after a low-rank conversion, a `LatentWeights`) and an `AttentionLayout`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionLayout:
+    """The shape of one attention layer, and what it must keep per token.
+
+    A key has `head_dim` numbers, of which the first `rotary_dim` turn with the position (0: the layer has no
+    RoPE). A layer with `kv_lora_rank` is MLA: it caches one latent of that rank and one rotary key of
+    `qk_rope_head_dim` numbers, shared by all heads.
+    """
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    v_head_dim: int
+    rotary_dim: int
+    sliding_window: int | None = None
+    kv_lora_rank: int | None = None
+    qk_rope_head_dim: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """ "mha", "gqa", "mqa" or "mla"."""
+        if self.kv_lora_rank is not None:
+            return "mla"
+        if self.num_key_value_heads == self.num_attention_heads:
+            return "mha"
+        return "mqa" if self.num_key_value_heads == 1 else "gqa"
+
+    @property
+    def queries_per_group(self) -> int:
+        """Query heads that read one key-value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def cache_numbers(self) -> int:
+        """Numbers the cache keeps per token for this layer."""
+        if self.kv_lora_rank is not None:
+            return self.kv_lora_rank + (self.qk_rope_head_dim or 0)
+        return self.num_key_value_heads * (self.head_dim + self.v_head_dim)
+
+    def with_groups(self, num_key_value_heads: int) -> AttentionLayout:
+        """The same layer with another number of key-value heads."""
+        return replace(self, num_key_value_heads=num_key_value_heads)
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Queries, keys, values and output of one layer, one matrix per head.
+
+    Shapes, with H query heads, G key-value heads, width D and `inputs` = D, or D + 1 in a layer with biases:
+
+    - `q` (H, head_dim, inputs), `k` (G, head_dim, inputs), `v` (G, v_head_dim, inputs)
+    - `o` (H, D, v_head_dim): head h adds `o[h] @ value` to the residual stream
+    - `q_norm` (H, head_dim), `k_norm` (G, head_dim): the multiplier an RMSNorm on queries and keys applies
+      after normalising (offsets such as Gemma's 1 + w already added), or None
+
+    Query head h reads key-value head `h // (H // G)`. A bias is the last column, reading a constant 1, so that
+    no formula needs to know of it. Rotary rows come first and in the half-split order of Hugging Face: rows f
+    and f + rotary_dim/2 are the real and imaginary part of plane f. The output bias belongs to no head and
+    stays in the checkpoint untouched.
+    """
+
+    layout: AttentionLayout
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    # "head": the norm sees one head at a time (Qwen3, Gemma 3); "all": all heads at once (OLMo 2).
+    norm_scope: str | None = None
+
+    @property
+    def hidden_size(self) -> int:
+        return self.o.shape[1]
+
+    @property
+    def has_bias(self) -> bool:
+        return self.q.shape[2] == self.hidden_size + 1
+
+    def to(self, dtype: torch.dtype) -> LayerWeights:
+        """The same layer in another precision."""
+        norms = {n: t.to(dtype) for n in ("q_norm", "k_norm") if (t := getattr(self, n)) is not None}
+        return replace(
+            self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype), o=self.o.to(dtype), **norms
+        )
+
+
+@dataclass(frozen=True)
+class LatentWeights:
+    """One MLA layer in natural coordinates: no latent norm, scores scaled by `scale`.
+
+    Shapes, with rank R, rotary width P, position-free width N and value width V:
+
+    - `q_nope` (H, N, inputs), `q_rope` (H, P, inputs)
+    - `kv_down` (R, inputs): the latent `c = kv_down @ x`; `k_rope` (P, inputs): the rotary key all heads share
+    - `k_up` (H, N, R), `v_up` (H, V, R), `o` (H, D, V)
+
+    The score of a query on a key is `scale * (q_nope . k_up c + rope(q_rope) . rope(k_rope))`. Rotary rows are
+    half-split, as in `LayerWeights`, and plane i turns with `frequencies[i]` (radians per token, P/2 of them).
+    A bias is the last input column.
+    """
+
+    layout: AttentionLayout
+    q_nope: Tensor
+    q_rope: Tensor
+    kv_down: Tensor
+    k_rope: Tensor
+    k_up: Tensor
+    v_up: Tensor
+    o: Tensor
+    frequencies: Tensor
+    scale: float
+
+
+def planes(rows: Tensor, rotary_dim: int) -> Tensor:
+    """Half-split rotary rows as complex planes.
+
+    Args:
+        rows: (..., at least rotary_dim, inputs), real.
+        rotary_dim: how many of the first rows turn.
+
+    Returns:
+        (..., rotary_dim / 2, inputs), complex: `rows[f] + i rows[f + rotary_dim / 2]` (mathematics, section 0).
+    """
+    half = rotary_dim // 2
+    return torch.complex(rows[..., :half, :].contiguous(), rows[..., half:rotary_dim, :].contiguous())
+
+
+def rows(planes: Tensor) -> Tensor:
+    """The inverse of `planes`: (..., planes, inputs) complex -> (..., 2 planes, inputs) real, half-split."""
+    return torch.cat([planes.real, planes.imag], dim=-2)
