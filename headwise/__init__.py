@@ -18,7 +18,7 @@ _HOME = {
     "HeadwiseError": "headwise.errors",
 }
 
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
