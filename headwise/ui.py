@@ -1,0 +1,273 @@
+"""The one output sink. Results go to stdout; everything else (progress, notes, errors) goes to stderr.
+
+Text from a checkpoint may hold terminal control sequences, so every string passes through `clean` on its way
+out, and no string is ever read as rich markup.
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+import math
+import os
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TextIO
+
+from headwise.progress import Progress
+
+if TYPE_CHECKING:  # rich takes longer to import than `headwise --help` may
+    from rich.console import Console
+
+LINE_EVERY = 10.0  # seconds between two progress lines where there is no terminal
+
+
+@dataclass
+class _Sink:
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    stdout: TextIO = field(default_factory=lambda: sys.stdout)
+    stderr: TextIO = field(default_factory=lambda: sys.stderr)
+
+    @cached_property
+    def out(self) -> Console:
+        return _console(self.stdout)
+
+    @cached_property
+    def err(self) -> Console:
+        return _console(self.stderr)
+
+
+def _console(stream: TextIO) -> Console:
+    from rich.console import Console
+
+    colour = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return Console(
+        file=stream,
+        markup=False,
+        highlight=False,
+        emoji=False,
+        color_system="auto" if colour else None,
+        width=None if stream.isatty() else 160,
+    )
+
+
+_sink = _Sink()
+
+
+def configure(*, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+    """Choose what is shown, on the streams of this moment.
+
+    Args:
+        json: stdout carries the one object given to `result` and nothing else.
+        quiet: no progress and no notes; results, warnings and errors remain.
+        verbose: notes of detail are shown too.
+    """
+    global _sink
+    _sink = _Sink(json, quiet, verbose)
+    for stream in (_sink.stdout, _sink.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character must not end the job
+            stream.reconfigure(errors="backslashreplace")
+
+
+def clean(text: object) -> str:
+    """`text` with everything that a terminal would obey or hide written as an escape."""
+    return "".join(
+        c if unicodedata.category(c) not in _UNSAFE else c.encode("unicode_escape").decode() for c in str(text)
+    )
+
+
+_UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (direction overrides), surrogates, separators
+
+
+def say(text: object = "", style: str = "") -> None:
+    """A line of the result for a reader (stdout; nothing under --json)."""
+    if not _sink.json:
+        _sink.out.print(clean(text), style=style, soft_wrap=True)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> None:
+    """A table of the result for a reader (stdout; nothing under --json).
+
+    Args:
+        columns: headings; one that starts with ">" is a column of numbers, aligned to the right.
+        rows: as many cells each as there are columns.
+        title: a line above.
+    """
+    if _sink.json:
+        return
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for name in columns:
+        drawn.add_column(
+            clean(name.lstrip(">")), justify="right" if name.startswith(">") else "left", overflow="fold"
+        )
+    for row in rows:
+        drawn.add_row(*(Text(clean(cell)) for cell in row))
+    if title:
+        say(title, style="bold")
+    _sink.out.print(drawn)
+
+
+def result(value: Any) -> None:
+    """The object of --json (stdout; nothing without the flag). `value` is plain data or has `to_dict()`."""
+    if _sink.json:
+        _sink.stdout.write(jsonlib.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
+        _sink.stdout.flush()
+
+
+def _plain(value: Any) -> Any:
+    """Strict JSON: a number that is not finite becomes null, an object its own dictionary or its name."""
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | None) else str(value)
+
+
+def note(text: object) -> None:
+    """A line about the work (stderr; hushed by --quiet)."""
+    if not _sink.quiet:
+        _sink.err.print(clean(text), soft_wrap=True)
+
+
+def detail(text: object) -> None:
+    """A line that only --verbose shows (stderr)."""
+    if _sink.verbose:
+        note(text)
+
+
+def warn(text: object) -> None:
+    """A line that must not be missed (stderr)."""
+    _sink.err.print(f"Warning: {clean(text)}", style="yellow", soft_wrap=True)
+
+
+def error(message: str, hint: str | None = None) -> None:
+    """Why the command ends, and what to type instead (stderr)."""
+    _sink.err.print(f"Error: {clean(message)}", style="bold red", soft_wrap=True)
+    if hint:
+        _sink.err.print(clean(hint), soft_wrap=True)
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """Something that a long job can report to: bars on a terminal, plain lines elsewhere, silence if quiet."""
+    if _sink.quiet:
+        yield Progress()
+    elif _sink.err.is_terminal and not _sink.err.is_dumb_terminal:
+        listener = _Bars()
+        with listener.bars:
+            yield listener
+            listener.finish()
+    else:
+        lines = _Lines()
+        yield lines
+        lines.finish()
+
+
+class _Lines(Progress):
+    """A line when a stage takes long and one when it ends."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.name = ""
+
+    def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
+        self.finish()
+        self.name, self.total, self.unit, self.done = name, total, unit, 0
+        self.start = self.spoke = self.clock()
+
+    def advance(self, amount: int = 1, **fields: object) -> None:
+        self.done += amount
+        now = self.clock()
+        if now - self.spoke < LINE_EVERY:
+            return
+        self.spoke = now
+        parts = [amount_done(self.done, self.total, self.unit), *_figures(fields)]
+        if self.total and self.done:
+            parts.append(f"{duration((now - self.start) * (self.total / self.done - 1))} left")
+        note(f"{self.name}: {', '.join(parts)}")
+
+    def finish(self) -> None:
+        if self.name:
+            took = duration(self.clock() - self.start)
+            note(f"{self.name}: {amount_done(self.done, None, self.unit)} in {took}")
+        self.name = ""
+
+    note = staticmethod(note)
+    warn = staticmethod(warn)
+
+
+class _Bars(Progress):
+    """One bar per stage; finished ones stay above as the record of the job."""
+
+    def __init__(self) -> None:
+        from rich import progress as bars
+
+        self.bars = bars.Progress(
+            bars.TextColumn("{task.description}", markup=False),
+            bars.BarColumn(bar_width=24),
+            bars.TextColumn("{task.fields[amount]}", markup=False),
+            bars.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            bars.TextColumn("{task.fields[figures]}", markup=False),
+            console=_sink.err,
+        )
+        self.task: Any = None
+
+    def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
+        self.finish()
+        self.total, self.unit, self.done = total, unit, 0
+        self.task = self.bars.add_task(clean(name), total=total, amount=amount_done(0, total, unit), figures="")
+
+    def advance(self, amount: int = 1, **fields: object) -> None:
+        self.done += amount
+        shown = amount_done(self.done, self.total, self.unit)
+        self.bars.update(self.task, advance=amount, amount=shown, figures=", ".join(_figures(fields)))
+
+    def finish(self) -> None:
+        if self.task is not None and self.total is None:
+            self.bars.update(self.task, total=self.done, completed=self.done)
+        self.task = None
+
+    note = staticmethod(note)
+    warn = staticmethod(warn)
+
+
+def amount_done(done: int, total: int | None, unit: str) -> str:
+    """ "3/12 layers", "1.2/13.5 GB", or "12 layers" when the total is unknown."""
+    if unit == "bytes":
+        return size(done) if total is None else f"{size(done)} of {size(total)}"
+    return f"{done:,}{'' if total is None else f'/{total:,}'} {unit}".rstrip()
+
+
+def _figures(fields: Mapping[str, object]) -> list[str]:
+    return [f"{clean(k)} {v:.4g}" if isinstance(v, float) else clean(f"{k} {v}") for k, v in fields.items()]
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in decimal units: 13500000000 -> "13.5 GB"."""
+    power = min(4, int(math.log10(max(num_bytes, 1)) / 3))
+    value = num_bytes / 1000**power
+    digits = f"{value:.0f}" if power == 0 or value >= 99.95 else f"{value:.3g}"
+    return f"{digits} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def duration(seconds: float) -> str:
+    """12.3 -> "12 s", 75 -> "1:15", 3700 -> "1:01:40"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
