@@ -1,0 +1,83 @@
+"""A tiny random model of every row of architectures.yaml, made from the stock config class in milliseconds.
+
+The shapes are odd on purpose (9, 14, 28 heads; head_dim unlike hidden_size / heads where the class permits), so
+that a transposition or a wrong head order cannot hide behind equal sizes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig
+
+from headwise.convert import architecture
+
+VOCABULARY = 61
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 36,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+
+
+def _heads(num_attention_heads: int, num_key_value_heads: int, head_dim: int | None = None) -> dict[str, Any]:
+    heads = {"num_attention_heads": num_attention_heads, "num_key_value_heads": num_key_value_heads}
+    return heads | ({"head_dim": head_dim} if head_dim else {})
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": _heads(9, 3, 8) | {"attention_bias": True},
+    "mistral": _heads(14, 7, 6) | {"sliding_window": 5},
+    "qwen2": _heads(14, 2) | {"hidden_size": 56},
+    "phi3": _heads(9, 3)
+    | {"hidden_size": 72, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+    "gpt_neox": {"num_attention_heads": 9, "hidden_size": 72, "rope_parameters": {"partial_rotary_factor": 0.25}},
+}
+
+
+def build(model_type: str, **overrides: Any) -> tuple[transformers.PreTrainedModel, dict[str, Any]]:
+    """A random float32 model in eval mode, and its config as config.json would hold it.
+
+    Every parameter is random, biases and norms too: a zero bias would hide that it was lost.
+    """
+    config = AutoConfig.for_model(model_type, **(_COMMON | CONFIGS[model_type] | overrides))
+    auto_class = getattr(transformers, architecture.find({"model_type": model_type, **config.to_dict()}).auto_class)
+    model = auto_class.from_config(config, attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(17)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.5 + 0.3 * noise if "norm" in name and "weight" in name else 0.3 * noise)
+    return model, json.loads(config.to_json_string(use_diff=False))
+
+
+def save(model_type: str, folder: Path, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
+    """Write such a model with `save_pretrained`."""
+    model, _ = build(model_type, **overrides)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def tokens(count: int = 12) -> torch.Tensor:
+    """(2, count) token ids."""
+    return torch.randint(3, VOCABULARY, (2, count), generator=torch.Generator().manual_seed(5))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def checkpoint(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors `save_pretrained` would write, by their checkpoint names and in the model's dtype."""
+    return dict(model.state_dict())
