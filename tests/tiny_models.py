@@ -7,8 +7,11 @@ that a transposition or a wrong head order cannot hide behind equal sizes.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -36,13 +39,70 @@ def _heads(num_attention_heads: int, num_key_value_heads: int, head_dim: int | N
     return heads | ({"head_dim": head_dim} if head_dim else {})
 
 
+_MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+_ROUTED = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+}
+_SLIDING = {
+    "sliding_window": 5,
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+_PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _heads(9, 3, 8) | {"attention_bias": True},
     "mistral": _heads(14, 7, 6) | {"sliding_window": 5},
-    "qwen2": _heads(14, 2) | {"hidden_size": 56},
-    "phi3": _heads(9, 3)
-    | {"hidden_size": 72, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+    "mixtral": _heads(14, 7, 6) | _MOE,
+    "ministral": _heads(14, 7, 6) | _SLIDING,
+    "qwen2": _heads(14, 2)
+    | {"hidden_size": 56, "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 5},
+    "qwen2_moe": _heads(14, 2)
+    | {"hidden_size": 56, "qkv_bias": True, "shared_expert_intermediate_size": 12}
+    | _MOE,
+    "qwen3": _heads(14, 2, 8),
+    "qwen3_moe": _heads(28, 4, 4) | _MOE,
+    "gemma": _heads(9, 1, 8),
+    "gemma2": _heads(9, 3, 8) | _SLIDING | {"query_pre_attn_scalar": 7},
+    "gemma3_text": _heads(6, 3, 8) | _SLIDING | {"query_pre_attn_scalar": 7},
+    "phi": _heads(9, 3) | {"hidden_size": 72} | _PARTIAL,
+    "phi3": _heads(9, 3) | {"hidden_size": 72} | _PARTIAL,
     "gpt_neox": {"num_attention_heads": 9, "hidden_size": 72, "rope_parameters": {"partial_rotary_factor": 0.25}},
+    "falcon": {
+        "num_attention_heads": 9,
+        "num_kv_heads": 3,
+        "hidden_size": 72,
+        "new_decoder_architecture": True,
+        "bias": True,
+    },
+    "olmo": _heads(9, 3) | {"hidden_size": 72},
+    "olmo2": _heads(9, 3) | {"hidden_size": 72},
+    "olmo3": _heads(9, 3) | {"hidden_size": 72} | _SLIDING,
+    "olmoe": _heads(9, 3) | {"hidden_size": 72} | _MOE,
+    "granite": _heads(9, 3) | {"hidden_size": 72, "attention_multiplier": 0.3, "residual_multiplier": 0.4},
+    "granitemoe": _heads(9, 3) | {"hidden_size": 72, "attention_multiplier": 0.3} | _MOE,
+    "stablelm": _heads(9, 3) | {"hidden_size": 72, "use_qkv_bias": True} | _PARTIAL,
+    "starcoder2": _heads(9, 3) | {"hidden_size": 72, "sliding_window": 5},
+    "smollm3": _heads(14, 2) | {"hidden_size": 56, "num_hidden_layers": 4, "no_rope_layer_interval": 2},
+    "cohere": _heads(9, 3) | {"hidden_size": 72},
+    "cohere2": _heads(9, 3) | {"hidden_size": 72} | _SLIDING,
+    "glm": _heads(9, 3, 8) | {"attention_bias": True} | _PARTIAL,
+    "glm4": _heads(9, 3, 8) | {"attention_bias": True} | _PARTIAL,
+    "glm4_moe": _heads(9, 3, 8) | {"attention_bias": True, "use_qk_norm": True} | _ROUTED | _PARTIAL,
+    "ernie4_5": _heads(9, 3, 8) | {"use_bias": True},
+    "helium": _heads(9, 3, 8) | {"hidden_size": 72},
+    "exaone4": _heads(9, 3, 8) | _SLIDING,
+    "apertus": _heads(9, 3, 8),
+    "dots1": _heads(9, 3, 8) | _ROUTED,
+    "arcee": _heads(9, 3, 8),
+    "seed_oss": _heads(9, 3, 8),
+    "phimoe": _heads(9, 3, 8) | _MOE | {"attention_bias": True},
+    "nemotron": _heads(9, 3, 8) | {"attention_bias": True} | _PARTIAL,
 }
 
 
@@ -53,7 +113,7 @@ def build(model_type: str, **overrides: Any) -> tuple[transformers.PreTrainedMod
     """
     config = AutoConfig.for_model(model_type, **(_COMMON | CONFIGS[model_type] | overrides))
     auto_class = getattr(transformers, architecture.find({"model_type": model_type, **config.to_dict()}).auto_class)
-    model = auto_class.from_config(config, attn_implementation="eager").eval()
+    model = auto_class.from_config(config, attn_implementation="eager", experts_implementation="eager").eval()
     generator = torch.Generator().manual_seed(17)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -67,6 +127,13 @@ def save(model_type: str, folder: Path, dtype: torch.dtype = torch.float32, **ov
     model, _ = build(model_type, **overrides)
     model.to(dtype).save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def float64_throughout() -> Iterator[None]:
+    """Some stock classes rotate queries and keys in float32 whatever the model's dtype; in here they do not."""
+    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+        yield
 
 
 def tokens(count: int = 12) -> torch.Tensor:

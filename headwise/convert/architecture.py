@@ -30,12 +30,21 @@ QUANTIZATION_KEYS = ("quantization_config", "quantization", "compression_config"
 
 @dataclass(frozen=True)
 class QkNorm:
-    """The RMSNorms on queries and keys: module names, "head" or "all" (heads at once), 1.0 where Gemma adds 1."""
+    """The RMSNorms on queries and keys.
+
+    Attributes:
+        q: module name of the queries' norm.
+        k: module name of the keys' norm.
+        scope: "head": one head at a time, one weight for all; "all": all heads at once.
+        offset: added to the weight before it multiplies (Gemma: 1).
+        when: the config key that switches the norms on, None where they are always there.
+    """
 
     q: str
     k: str
     scope: str
-    offset: float = 0.0
+    offset: float
+    when: str | None
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,9 @@ class Architecture:
 
     def has_bias(self, config: dict[str, Any]) -> bool:
         """Whether queries, keys and values have biases."""
-        return bool(_fact(_stock(self.model_type, _key(self.text_config(config))), self.qkv_bias))
+        if isinstance(self.qkv_bias, str):
+            return bool(getattr(self._stock(config), self.qkv_bias))
+        return self.qkv_bias
 
     def tensor_shapes(self, config: dict[str, Any], layer: int) -> dict[str, tuple[int, ...]]:
         """Name and shape of every checkpoint tensor that holds this layer's attention.
@@ -114,7 +125,8 @@ class Architecture:
         The output bias is not among them: no conversion touches it.
         """
         layout = self.layouts(config)[layer]
-        width = _stock(self.model_type, _key(self.text_config(config))).hidden_size
+        norms = self._norms(config)
+        width = self._stock(config).hidden_size
         heads, groups = layout.num_attention_heads, layout.num_key_value_heads
         sizes = {"q": heads * layout.head_dim, "k": groups * layout.head_dim, "v": groups * layout.v_head_dim}
         sizes["qkv"] = sum(sizes.values())
@@ -125,9 +137,9 @@ class Architecture:
             shapes[self._name(layer, name, "weight")] = (sizes[part], width)
             if self.has_bias(config):
                 shapes[self._name(layer, name, "bias")] = (sizes[part],)
-        if self.norms:
-            for part, name in (("q", self.norms.q), ("k", self.norms.k)):
-                size = sizes[part] if self.norms.scope == "all" else layout.head_dim
+        if norms:
+            for part, name in (("q", norms.q), ("k", norms.k)):
+                size = sizes[part] if norms.scope == "all" else layout.head_dim
                 shapes[self._name(layer, name, "weight")] = (size,)
         shapes[self._name(layer, self.projections["o"], "weight")] = (width, heads * layout.v_head_dim)
         return shapes
@@ -174,13 +186,19 @@ class Architecture:
             v=v,
             o=o.unflatten(1, (layout.num_attention_heads, layout.v_head_dim)).transpose(0, 1).contiguous(),
         )
-        if not self.norms:
+        norms = self._norms(config)
+        if not norms:
             return weights
+
+        def multiplier(name: str, heads: int) -> Tensor:
+            weight = tensors[self._name(layer, name, "weight")].to(torch.float64) + norms.offset
+            return weight.expand(heads, -1) if norms.scope == "head" else weight.unflatten(0, (heads, -1))
+
         return replace(
             weights,
-            q_norm=self._read_norm(layer, self.norms.q, tensors, layout.num_attention_heads)[:, order],
-            k_norm=self._read_norm(layer, self.norms.k, tensors, layout.num_key_value_heads)[:, order],
-            norm_scope=self.norms.scope,
+            q_norm=multiplier(norms.q, layout.num_attention_heads)[:, order],
+            k_norm=multiplier(norms.k, layout.num_key_value_heads)[:, order],
+            norm_scope=norms.scope,
         )
 
     def write_layer(
@@ -211,11 +229,15 @@ class Architecture:
             out[self._name(layer, name, "weight")] = matrix[:, : weights.hidden_size]
             if biased:
                 out[self._name(layer, name, "bias")] = matrix[:, -1]
-        if self.norms:
-            for name, norm in ((self.norms.q, weights.q_norm), (self.norms.k, weights.k_norm)):
+        norms = self._norms(config)
+        if norms:
+            for name, norm in ((norms.q, weights.q_norm), (norms.k, weights.k_norm)):
                 if norm is None:
                     raise ValueError(f"layer {layer} has norms on queries and keys, and the weights have none")
-                out[self._name(layer, name, "weight")] = self._fold_norm(layer, norm[:, order])
+                if norms.scope == "head" and not torch.equal(norm, norm[:1].expand_as(norm)):
+                    raise ValueError(f"layer {layer}: heads share the weight of {name}, and these differ")
+                shared = norm[:1] if norms.scope == "head" else norm
+                out[self._name(layer, name, "weight")] = (shared[:, order] - norms.offset).flatten()
         out[self._name(layer, self.projections["o"], "weight")] = weights.o.transpose(0, 1).flatten(1)
         return {name: tensor.to(dtype).contiguous() for name, tensor in out.items()}
 
@@ -236,7 +258,7 @@ class Architecture:
             )
         new = copy.deepcopy(config)
         text = self.text_config(new)
-        stock = _stock(self.model_type, _key(self.text_config(config)))
+        stock = self._stock(config)
         if self.num_key_value_heads:
             text["num_attention_heads"] = stock.num_attention_heads
             text[self.num_key_value_heads] = num_key_value_heads
@@ -265,25 +287,12 @@ class Architecture:
         bias = tensors[self._name(layer, name, "bias")].to(torch.float64)
         return torch.cat([weight, bias[:, None]], dim=1)
 
-    def _read_norm(self, layer: int, name: str, tensors: dict[str, Tensor], heads: int) -> Tensor:
-        """(heads, head_dim), the multiplier that takes effect."""
-        assert self.norms
-        weight = tensors[self._name(layer, name, "weight")].to(torch.float64)
-        if self.norms.offset:
-            weight = weight + self.norms.offset
-        if self.norms.scope == "all":
-            return weight.unflatten(0, (heads, -1))
-        return weight.expand(heads, -1)
+    def _stock(self, config: dict[str, Any]) -> Any:
+        return _stock(self.model_type, _key(self.text_config(config)))
 
-    def _fold_norm(self, layer: int, norm: Tensor) -> Tensor:
-        assert self.norms
-        if self.norms.offset:
-            norm = norm - self.norms.offset
-        if self.norms.scope == "all":
-            return norm.flatten()
-        if not torch.equal(norm, norm[:1].expand_as(norm)):
-            raise ValueError(f"layer {layer}: heads share one norm weight, and these differ between heads")
-        return norm[0]
+    def _norms(self, config: dict[str, Any]) -> QkNorm | None:
+        norms = self.norms
+        return norms if norms and (norms.when is None or getattr(self._stock(config), norms.when)) else None
 
 
 def find(config: dict[str, Any], names: Iterable[str] = ()) -> Architecture:
@@ -495,11 +504,6 @@ def _stock(model_type: str, text: str) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise HeadwiseError(f"the stock {model_type} class refuses config.json: {reason}.") from error
-
-
-def _fact(stock: Any, value: bool | str) -> Any:
-    """A fact of a row: itself, or where it is a name, the config field of that name."""
-    return getattr(stock, value) if isinstance(value, str) else value
 
 
 @lru_cache(maxsize=64)

@@ -48,7 +48,7 @@ def random_gauge(weights: LayerWeights, seed: int) -> LayerWeights:
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
+    with torch.no_grad(), tiny_models.float64_throughout():
         return model(input_ids=tiny_models.tokens()).logits
 
 
