@@ -1,4 +1,4 @@
-"""How positions rotate: the rescaling rules, and the bound that says how far a base reaches.
+"""How positions rotate, and the rules that rescale it.
 
 A set of layers turns by `rope_parameters`, a plain dictionary in the spelling of transformers 5 (`rope_type`,
 `rope_theta`, `factor`, ...). Everything here maps such a dictionary to another one or to numbers. Mistakes
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -93,7 +92,11 @@ def rope_type(parameters: Parameters) -> str:
 
 
 def ntk_base(rope_theta: float, factor: float, rotary_dim: int) -> float:
-    """The base whose slowest plane turns `factor` times slower (mathematics, section 5: b s^{d/(d-2)})."""
+    """The base whose slowest plane turns `factor` times slower (mathematics, section 5: b s^{d/(d-2)}).
+
+    Raises:
+        ValueError: there is one plane, and no base slows it.
+    """
     if rotary_dim <= 2:
         raise ValueError("a single rotary plane turns by 1 whatever the base is")
     return rope_theta * factor ** (rotary_dim / (rotary_dim - 2))
@@ -139,6 +142,8 @@ def rescale(
                 f"a longer context wants a base above the present {parameters['rope_theta']:g}, not {rope_theta}"
             )
         return _kept(parameters) | {"rope_theta": float(rope_theta)}
+    if rule == "dynamic":
+        ntk_base(parameters["rope_theta"], factor, rotary_dim)
     if rule == "ntk":
         return _kept(parameters) | {"rope_theta": ntk_base(parameters["rope_theta"], factor, rotary_dim)}
     if source == rule and source != "dynamic":
@@ -225,118 +230,3 @@ def _yarn_attention(parameters: Parameters, factor: float) -> float:
     if (mscale := parameters.get("mscale")) and (all_dim := parameters.get("mscale_all_dim")):
         return sharpening(mscale) / sharpening(all_dim)
     return sharpening(1.0)
-
-
-def similarity(frequencies: Tensor, length: int, start: int = 0) -> Tensor:
-    """`B(m) = sum_f cos(m w_f)`, how much more a query favours a similar key than a random one m tokens away.
-
-    With m = a + j, a cosine of a sum is a product, so the whole curve is one matrix product of two tables of
-    about sqrt(length) rows.
-
-    Args:
-        frequencies: (planes,) radians per token.
-        length: the last distance.
-        start: the first one.
-
-    Returns:
-        (length - start + 1,) float64 (Men et al. 2024, arXiv 2405.14591).
-    """
-    count = length - start + 1
-    step = math.isqrt(count) + 1
-    steps = torch.arange(start, length + 1, step, dtype=torch.float64)
-    coarse = torch.outer(steps, frequencies.double())
-    fine = torch.outer(torch.arange(step, dtype=torch.float64), frequencies.double())
-    left = torch.cat([coarse.cos(), -coarse.sin()], dim=1)
-    return (left @ torch.cat([fine.cos(), fine.sin()], dim=1).T).flatten()[:count]
-
-
-def first_failure(frequencies: Tensor, length: int) -> int | None:
-    """The first distance up to `length` with `B(m) < 0`, or None: the frequencies reach that far."""
-    start, block = 0, 4096
-    while start <= length:
-        end = min(start + block - 1, length)
-        negative = (similarity(frequencies, end, start) < 0).nonzero()
-        if len(negative):
-            return start + int(negative[0])
-        start, block = end + 1, min(2 * block, 1 << 20)
-    return None
-
-
-@dataclass(frozen=True)
-class SmallestBase:
-    """`smallest`: the least base on the grid that holds; `always`: from here on every one up to `searched` does.
-
-    Between the two some bases hold and some fail: validity is not monotone in the base.
-    """
-
-    smallest: float
-    always: float
-    searched: float
-    resolution: float
-
-
-def smallest_base(rotary_dim: int, length: int, resolution: float = 0.02, beyond: float = 30) -> SmallestBase:
-    """Search a geometric grid of bases, from 10 upwards, for those that reach `length`.
-
-    Args:
-        rotary_dim: numbers of a head that turn, at least 4.
-        length: the context wanted.
-        resolution: the grid's relative step. What holds only between two grid points is not seen.
-        beyond: the search ends this many times above the last base that fails.
-    """
-    if rotary_dim < 4:
-        raise ValueError("a single rotary plane turns by 1 whatever the base is")
-    exponent = math.ceil(math.log(10) / math.log1p(resolution))
-    smallest = always = None
-    while True:
-        base = (1 + resolution) ** exponent
-        if first_failure(base_frequencies(base, rotary_dim), length) is not None:
-            always = None
-        else:
-            smallest, always = smallest or base, always or base
-            if base > beyond * always:
-                return SmallestBase(smallest, always, base, resolution)
-        exponent += 1
-
-
-def never_turned(frequencies: Tensor, trained: int) -> float:
-    """Share of planes that did not complete one turn in `trained` tokens: they meet new angles beyond."""
-    return float((frequencies * trained < 2 * math.pi).double().mean())
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """A rule, its base where the rule is `base`, and why."""
-
-    rule: str
-    rope_theta: float | None
-    reason: str
-
-
-def recommend(
-    parameters: Parameters, *, rotary_dim: int, trained: int, context: int, uptraining: bool
-) -> Recommendation:
-    """The rule for a model's rotary width, trained length and target, with or without uptraining after it."""
-    source = rope_type(parameters)
-    if source in ("yarn", "llama3", "longrope"):
-        return Recommendation(source, None, f"the source already scales by {source}: only it composes exactly")
-    if source == "linear":
-        return Recommendation("ntk", None, "on a linearly scaled source a larger base composes exactly")
-    if not uptraining:
-        turned = 1 - never_turned(base_frequencies(parameters["rope_theta"], rotary_dim), trained)
-        return Recommendation(
-            "yarn",
-            None,
-            f"without training no plane may meet an angle it never saw: yarn leaves the fast planes of the "
-            f"{turned:.0%} that completed a turn in {trained} tokens and slows the others",
-        )
-    ntk = ntk_base(parameters["rope_theta"], context / trained, rotary_dim)
-    failure = first_failure(base_frequencies(ntk, rotary_dim), context)
-    if failure is None:
-        return Recommendation("ntk", None, f"its base {ntk:.6g} holds to {context} tokens; training does the rest")
-    needed = max(ntk, smallest_base(rotary_dim, context).always)
-    return Recommendation(
-        "base",
-        needed,
-        f"ntk's base {ntk:.6g} fails from distance {failure}; from {needed:.6g} on every base holds to {context}",
-    )
