@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from traceback import format_exception
 from typing import TYPE_CHECKING, Any, TextIO
 
 from headwise.progress import Progress
@@ -91,11 +92,17 @@ def say(text: object = "", style: str = "") -> None:
         _sink.out.print(clean(text), style=style, soft_wrap=True)
 
 
+def say_block(text: str) -> None:
+    """Lines of the result for a reader, as they stand (stdout; nothing under --json)."""
+    for line in text.splitlines():
+        say(line)
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> None:
     """A table of the result for a reader (stdout; nothing under --json).
 
     Args:
-        columns: headings; one that starts with ">" is a column of numbers, aligned to the right.
+        columns: headings, or none; one that starts with ">" is a column of numbers, aligned to the right.
         rows: as many cells each as there are columns.
         title: a line above.
     """
@@ -105,7 +112,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: st
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    drawn = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_header=bool(columns), header_style="bold"
+    )
     for name in columns:
         drawn.add_column(
             clean(name.lstrip(">")), justify="right" if name.startswith(">") else "left", overflow="fold"
@@ -159,6 +168,12 @@ def error(message: str, hint: str | None = None) -> None:
     _sink.err.print(f"Error: {clean(message)}", style="bold red", soft_wrap=True)
     if hint:
         _sink.err.print(clean(hint), soft_wrap=True)
+
+
+def traceback(problem: BaseException) -> None:
+    """The traceback of `problem` (stderr)."""
+    for line in "".join(format_exception(problem)).splitlines():
+        _sink.err.print(clean(line), soft_wrap=True)
 
 
 @contextmanager
