@@ -1,0 +1,68 @@
+"""What the operating system refuses, said in one sentence; and what must reach the disk before a rename."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from headwise.errors import HeadwiseError
+
+REASONS = {
+    errno.ENOSPC: ("no space is left on the disk", "Free some space, then pass --resume."),
+    errno.EDQUOT: ("the disk quota is used up", "Free some space, then pass --resume."),
+    errno.EACCES: ("permission is denied", "Choose a folder that you may use."),
+    errno.EPERM: ("permission is denied", "Choose a folder that you may use."),
+    errno.EROFS: ("the file system is read-only", "Choose a folder that you may use."),
+    errno.EIO: ("the disk reports an error", "Check the disk, then pass --resume."),
+    errno.ENOTDIR: ("a file is where a folder should be", "Name another folder."),
+}
+# Tokenizer, journal and card beside the weights.
+SPARE = 32_000_000
+
+
+class DiskError(HeadwiseError):
+    """A file could not be read or written. The input is not at fault, so the work done is worth keeping."""
+
+
+@contextmanager
+def plain_errors(path: Path, verb: str = "written") -> Iterator[None]:
+    """Turn an OSError into a sentence that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason, hint = REASONS.get(error.errno or 0, (error.strerror or str(error), None))
+        raise DiskError(f"{path} cannot be {verb}: {reason}.", hint) from error
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or a folder's entries, survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network file systems cannot sync folders; their renames are as durable as they get.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(handle)
+
+
+def check_space(folder: Path, nbytes: int) -> None:
+    """Raise HeadwiseError unless `nbytes` fit on the disk that `folder` is or will be on."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if nbytes + SPARE > free:
+        raise HeadwiseError(
+            f"The output needs {nbytes / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free.",
+            "Free some space or choose another disk.",
+        )
+
+
+def space_taken(folder: Path) -> int:
+    """Bytes that a folder's files occupy; a file with holes takes less than its length."""
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())

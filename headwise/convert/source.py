@@ -1,0 +1,242 @@
+"""Find a checkpoint: a local folder, or a Hub repository brought into the Hub's own cache.
+
+Only configuration, weights, tokenizer and licence files are looked at or downloaded; never code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from headwise.errors import HeadwiseError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE_SINGLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+# What travels with the weights unchanged.
+SIDECARS = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "*.bpe",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "COPYING*",
+    "USE_POLICY*",
+    "additional_chat_templates/*.jinja",
+)
+# What a conversion writes itself, or what describes weights that are not the output's.
+NOT_SIDECARS = ("config.json", "headwise.json", "params.json", "*.index.json", "*.py", "adapter_*")
+MAX_JSON = 50_000_000
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint's files in a local folder.
+
+    `weights` are the weight files in the order to read them, `weight_map` what the index says (empty without
+    an index), `sidecars` the files to copy, `left_out` the names of files that are not copied.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None
+    config: dict[str, Any]
+    weights: list[str]
+    weight_map: dict[str, str]
+    sidecars: list[Path]
+    left_out: list[str]
+
+
+def locate(
+    model: str | Path, *, revision: str | None = None, token: str | None = None, allow_pickle: bool = False
+) -> Source:
+    """Find the files of a local folder or of `org/name[@revision]`, which is downloaded.
+
+    Raises:
+        HeadwiseError: there is no such model, it has no weights that may be read, or its index is unsound.
+    """
+    folder, commit = find_folder(model, revision=revision, token=token)
+    name = str(model) if commit is None else split_revision(str(model))[0]
+    config = read_config(folder)
+    if commit is not None:
+        download_weights(name, commit, folder, token, allow_pickle)
+    weights, weight_map = find_weights(folder, allow_pickle)
+    sidecars, left_out = find_sidecars(folder, weights)
+    return Source(name, folder, commit, config, weights, weight_map, sidecars, left_out)
+
+
+def find_folder(
+    model: str | Path, *, revision: str | None = None, token: str | None = None
+) -> tuple[Path, str | None]:
+    """The local folder of a model, and the commit if it is a Hub repository (without its weights yet)."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if revision:
+            raise HeadwiseError(f"--revision {revision} is for Hub repositories, and {path} is a folder.")
+        return path, None
+    if path.exists():
+        raise HeadwiseError(f"{path} is a file.", "Name the folder that holds config.json and the weights.")
+    repo, at = split_revision(str(model))
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repo):
+        raise HeadwiseError(f"There is no folder {model}.", "Name a folder, or a Hub repository as org/name.")
+    if at and revision and at != revision:
+        raise HeadwiseError(f"{model} and --revision {revision} name two revisions.")
+    folder = _download(repo, at or revision, token, [*SIDECARS, "README.md"])
+    return folder, folder.name
+
+
+def split_revision(model: str) -> tuple[str, str | None]:
+    """`org/name@revision` -> (`org/name`, `revision`)."""
+    repo, _, revision = model.partition("@")
+    return repo, revision or None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The model's config.json, refused unless it is an object."""
+    if not (folder / "config.json").exists():
+        if any(folder.glob("*.gguf")):
+            raise HeadwiseError(
+                f"{folder} holds GGUF files, which are not converted.",
+                "Use the model's safetensors checkpoint.",
+            )
+        raise HeadwiseError(f"{folder} has no config.json.", "Name the folder that save_pretrained wrote.")
+    return read_json(folder, "config.json")
+
+
+def find_weights(folder: Path, allow_pickle: bool = False) -> tuple[list[str], dict[str, str]]:
+    """The weight files, and the index's `weight_map` where there is one; as transformers chooses them."""
+    for single, index in ((SINGLE, INDEX), (PICKLE_SINGLE, PICKLE_INDEX)):
+        sharded = not (folder / single).is_file()
+        if sharded and not (folder / index).is_file():
+            continue
+        if single == PICKLE_SINGLE and not allow_pickle:
+            raise HeadwiseError(
+                f"{folder} holds its weights as pickle (.bin), which can carry code.",
+                "Convert it to safetensors, or pass --allow-pickle to read its tensors and nothing else.",
+            )
+        if not sharded:
+            return [single], {}
+        weight_map = read_weight_map(folder, index)
+        shards = sorted(set(weight_map.values()))
+        for shard in shards:
+            if not inside(folder, shard).is_file():
+                raise HeadwiseError(
+                    f"{index} names {shard}, which is not in {folder}.", "Download the checkpoint again."
+                )
+        return shards, weight_map
+    if any(folder.glob("*.gguf")):
+        raise HeadwiseError(
+            f"{folder} holds only GGUF weights, which are not converted.", "Use its safetensors weights."
+        )
+    raise HeadwiseError(f"{folder} has no weights.", f"A checkpoint has {SINGLE} or {INDEX}.")
+
+
+def read_weight_map(folder: Path, index: str) -> dict[str, str]:
+    """The `weight_map` of an index; every shard a plain file name of the right kind."""
+    weight_map = read_json(folder, index).get("weight_map")
+    suffix = ".bin" if index == PICKLE_INDEX else ".safetensors"
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise HeadwiseError(f"{folder / index} has no weight_map.", "Download the checkpoint again.")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(suffix):
+            raise HeadwiseError(
+                f"{folder / index} places tensor {name!r} in {shard!r}, which is not a file of its folder.",
+                "Do not use a checkpoint that points outside itself.",
+            )
+    return weight_map
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file in a folder, refused if a link leads out of it.
+
+    In the Hub's cache the files of a snapshot are links into the repository's `blobs`.
+    """
+    path, home = folder / name, folder.resolve()
+    real = path.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
+        raise HeadwiseError(
+            f"{path} is a link that leaves its folder, to {real}.", "Put the file itself in its place."
+        )
+    return path
+
+
+def find_sidecars(folder: Path, weights: list[str]) -> tuple[list[Path], list[str]]:
+    """The files to copy byte for byte, and the names of those left out."""
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+        if path.is_file() and not path.name.startswith(".")
+    )
+    copied = [name for name in names if _is_sidecar(name) and name not in weights]
+    written = {"config.json", "README.md", "headwise.json", INDEX, PICKLE_INDEX, *weights}
+    left_out = [name for name in names if name not in written and name not in copied]
+    return [inside(folder, name) for name in copied], left_out
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object from a file of the folder; HeadwiseError if it is anything else."""
+    path = inside(folder, name)
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise HeadwiseError(f"{path} is larger than {MAX_JSON} bytes.")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HeadwiseError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise HeadwiseError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise HeadwiseError(f"{path} holds a {type(content).__name__} where an object is expected.")
+    return content
+
+
+def download_weights(repo: str, commit: str, folder: Path, token: str | None, allow_pickle: bool) -> None:
+    """Bring the weight files of a repository beside its configuration; its index says which they are."""
+    kinds = [(SINGLE, INDEX)] + ([(PICKLE_SINGLE, PICKLE_INDEX)] if allow_pickle else [])
+    for single, index in kinds:
+        sharded = (folder / index).exists()
+        _download(
+            repo, commit, token, sorted(set(read_weight_map(folder, index).values())) if sharded else [single]
+        )
+        if sharded or (folder / single).exists():
+            return
+
+
+def _is_sidecar(name: str) -> bool:
+    depth = name.count("/")
+    return any(fnmatch(name, p) and p.count("/") == depth for p in SIDECARS) and not any(
+        fnmatch(name, p) for p in NOT_SIDECARS
+    )
+
+
+def _download(repo: str, revision: str | None, token: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+
+    # A pattern's star matches a slash too; folders hold other formats (onnx, original) that nobody asked for.
+    nested = [f"*/{pattern}" for pattern in patterns if "/" not in pattern and pattern != "*.jinja"]
+    try:
+        return Path(
+            snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=nested)
+        )
+    except hub.GatedRepoError:
+        reason, hint = "asks its users to accept its terms first", f"Accept them at https://huggingface.co/{repo}."
+    except hub.RepositoryNotFoundError:
+        reason, hint = "does not exist or is private", "Check its name, or log in with `hf auth login`."
+    except hub.RevisionNotFoundError:
+        reason, hint = f"has no revision {revision}", "Leave the revision out to take the main branch."
+    except hub.LocalEntryNotFoundError:
+        reason, hint = "is not in the cache and the Hub cannot be reached", "Check HF_HUB_OFFLINE and the network."
+    except hub.HFValidationError as error:
+        reason, hint = f"is not a repository name: {error}", "Write it as org/name."
+    except Exception as error:
+        # The client lets through whatever its transport raises; which library that is depends on its version.
+        reason, hint = f"cannot be downloaded: {str(error).splitlines()[0]}", "Try again."
+    raise HeadwiseError(f"The Hub repository {repo} {reason}.", hint)
