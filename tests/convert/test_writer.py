@@ -118,7 +118,7 @@ def test_hashes_are_those_of_the_bytes(model, tmp_path):
 def test_shards_are_planned_as_the_hub_library_plans_them():
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    tensors = {f"t{n}": torch.empty(size) for n, size in enumerate([10, 200, 50, 50, 1, 300, 2, 2])}
+    tensors = {f"t{n}": torch.empty(size) for n, size in enumerate([10, 200, 50, 50, 1, 100, 2, 2])}
     planned = plan_shards([OutputTensor(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()], 800)
     theirs = split_torch_state_dict_into_shards(tensors, max_shard_size=800)
     assert {s.file: [t.name for t in s.tensors] for s in planned} == theirs.filename_to_tensors
@@ -213,7 +213,7 @@ def test_resume_repeats_a_tensor_whose_bytes_were_lost(model, tmp_path):
 def test_resume_repeats_a_shard_that_is_gone_and_ignores_half_a_journal_line(model, tmp_path):
     whole = contents(convert(model, tmp_path / "whole"))
     interrupt(model, tmp_path / "out")
-    (work_of(tmp_path / "out") / "output" / "model-00001-of-00003.safetensors").unlink()
+    min((work_of(tmp_path / "out") / "output").glob("model-00001-*")).unlink()
     with open(work_of(tmp_path / "out") / "journal.jsonl", "a") as journal:
         journal.write('{"tensor": "model.norm')
     interrupt(model, tmp_path / "out", 8, resume=True)
@@ -242,8 +242,8 @@ def test_a_second_writer_is_refused_and_the_first_goes_on(model, tmp_path):
             error = refused("is being written by process", model, tmp_path / "out", resume=True)
             assert str(os.getpid()) in str(error)
 
-    convert(model, tmp_path / "out", stop=second)
-    assert load_file(tmp_path / "out" / "model-00001-of-00003.safetensors")
+    out = convert(model, tmp_path / "out", stop=second)
+    assert open_checkpoint(out).tensors.keys() == tensors_for().keys()
 
 
 def test_a_lock_of_another_host_is_believed(model, tmp_path):
