@@ -268,7 +268,7 @@ def _assemble(
 
     q_norm = None if weights.q_norm is None else weights.q_norm[queries]
     k_norm = None if weights.k_norm is None else weights.k_norm[: len(groups)]
-    if k_norm is not None and weights.norm_scope == "all":
+    if weights.k_norm is not None and weights.norm_scope == "all":
         # The members' weights were folded into the rows. Their root-mean-square comes out again, so that the norm
         # sees rows as it did before, and makes up for what the mean lost in size.
         size = len(groups[0])

@@ -1,0 +1,272 @@
+"""A stock model of which one decoder layer at a time is real.
+
+The model is built from its stock class without weights. One run over a single sequence, with every decoder layer
+replaced by a stub that notes what it is given, yields the embedding's output and the arguments (masks, rotary
+tables) of each layer exactly as the model's own forward makes them. From then on only one layer's weights are in
+memory: they are loaded by transformers' own loader, the layer is run over all sequences, its attention's inputs
+and outputs are noted, and the weights are let go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from headwise.convert.architecture import Architecture
+from headwise.convert.checkpoint import Checkpoint
+
+# Tokens run through a layer at once: bounds the memory of the widest intermediate, not the result.
+TOKENS_AT_ONCE = 4096
+# Sequences whose attention weights are looked at; each costs heads x length^2 numbers.
+SEQUENCES_FOR_DISTANCES = 4
+
+
+@dataclass
+class LayerRecord:
+    """What one layer's attention saw and did, over all calibration tokens.
+
+    Attributes:
+        index: of the decoder layer.
+        moment: E[x x^T] of the attention input with a constant 1 appended, (D + 1, D + 1), float64.
+        distances: attention weight by distance per head, (heads, length), each row summing to one; None unless
+            asked for.
+        inputs, outputs: (sequences, length, D) float32 on the CPU; None unless asked for.
+        arguments: what else the attention module is called with, for a batch of any size.
+        tokens: how many were seen.
+    """
+
+    index: int
+    moment: Tensor
+    distances: Tensor | None = None
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+
+
+def stock_config(config: dict[str, Any]) -> Any:
+    """The stock configuration object of a config.json; never remote code."""
+    import transformers
+
+    plain = {k: v for k, v in config.items() if k != "auto_map"}
+    return transformers.CONFIG_MAPPING[config["model_type"]].from_dict(plain)
+
+
+def empty_model(config: dict[str, Any], auto_class: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The stock model of a config.json with buffers but no weights (parameters on the meta device)."""
+    import transformers
+
+    stock = stock_config(config)
+    # Only the eager form knows soft-capped scores.
+    capped = getattr(stock.get_text_config(), "attn_logit_softcapping", None)
+    with init_empty_weights(include_buffers=False):
+        model = getattr(transformers, auto_class).from_config(
+            stock, dtype=dtype, attn_implementation="eager" if capped else "sdpa"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def load_into(model: Any, tensors: dict[str, Tensor], device: torch.device | str = "cpu") -> set[str]:
+    """Give checkpoint tensors to an empty stock model, through transformers' own renaming and fusing.
+
+    Returns:
+        The names the model has no place for.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        info, _ = convert_and_load_state_dict_in_model(
+            model,
+            dict(tensors),
+            LoadStateDictConfig(
+                device_map={"": torch.device(device)},
+                dtype=next(model.parameters()).dtype,
+                weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
+            ),
+        )
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    return set(info.unexpected_keys)
+
+
+class LayerStream:
+    """Runs token sequences through a checkpoint, layer by layer.
+
+    Args:
+        checkpoint: the source.
+        architecture: its row.
+        tokens: (sequences, length), integers below the vocabulary size.
+        device: where a layer is computed.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, architecture: Architecture, tokens: Tensor, device: torch.device | str = "cpu"
+    ) -> None:
+        self._checkpoint, self._architecture = checkpoint, architecture
+        self._device = torch.device(device)
+        self._model = empty_model(checkpoint.config, architecture.auto_class)
+        self._layers: nn.ModuleList = self._model.get_submodule(architecture.module.rpartition(".")[0])
+        self._names: list[list[str]] = [[] for _ in self._layers]
+        self._other: list[str] = []
+        prefixes = {architecture.layers[0].format(layer=i) + ".": i for i in range(len(self._layers))}
+        depth = architecture.layers[0].count(".") + 1
+        for name in checkpoint.tensors:
+            head = ".".join(name.split(".")[:depth]) + "."
+            (self._names[prefixes[head]] if head in prefixes else self._other).append(name)
+        self._hidden, self._arguments = self._embed(tokens)
+
+    def __iter__(self) -> Iterator[LayerRecord]:
+        return self.records()
+
+    def records(self, *, keep: bool = False, distances: bool = False) -> Iterator[LayerRecord]:
+        """One record per layer, in order; the next layer's inputs are this layer's outputs.
+
+        Args:
+            keep: also keep the attention's inputs and outputs of the layer.
+            distances: also measure how far its attention looks.
+        """
+        for index in range(len(self._layers)):
+            with self._real_layer(index) as layer:
+                yield self._run(index, layer, keep, distances)
+
+    @torch.no_grad()
+    def _run(self, index: int, layer: nn.Module, keep: bool, distances: bool) -> LayerRecord:
+        attention = layer.get_submodule(self._architecture.attention)
+        args, kwargs = self._arguments[index]
+        sequences, length, width = self._hidden.shape
+        moment = torch.zeros(width + 1, width + 1, dtype=torch.float64, device=self._device)
+        record = LayerRecord(index, moment, tokens=sequences * length)
+        if keep:
+            record.inputs, record.outputs = torch.empty_like(self._hidden), torch.empty_like(self._hidden)
+        seen: dict[str, Any] = {}
+
+        def note(module: nn.Module, call_args: tuple, call_kwargs: dict, output: Any) -> None:
+            seen["x"] = call_kwargs.get("hidden_states", call_args[0] if call_args else None)
+            seen["y"] = output[0] if isinstance(output, tuple) else output
+            seen["kwargs"] = {k: v for k, v in call_kwargs.items() if k != "hidden_states"}
+
+        handle = attention.register_forward_hook(note, with_kwargs=True)
+        step = max(1, TOKENS_AT_ONCE // length)
+        for start in range(0, sequences, step):
+            part = slice(start, start + step)
+            out = layer(self._hidden[part].to(self._device), *args, **kwargs)
+            x = seen["x"]
+            flat = torch.cat([x, torch.ones_like(x[..., :1])], -1).flatten(0, 1)
+            moment += (flat.mT @ flat).double()
+            if record.inputs is not None and record.outputs is not None:
+                record.inputs[part], record.outputs[part] = x.cpu(), seen["y"].cpu()
+            if distances and start < SEQUENCES_FOR_DISTANCES:
+                found = attention_distances(attention, x[: SEQUENCES_FOR_DISTANCES - start], seen["kwargs"])
+                record.distances = found if record.distances is None else record.distances + found
+            self._hidden[part] = (out[0] if isinstance(out, tuple) else out).cpu()
+        handle.remove()
+        moment /= record.tokens
+        if record.distances is not None:
+            record.distances /= record.distances.sum(-1, keepdim=True)
+        record.arguments = seen["kwargs"]
+        return record
+
+    @contextmanager
+    def _real_layer(self, index: int) -> Iterator[nn.Module]:
+        layer = self._layers[index]
+        load_into(self._model, {n: self._checkpoint.read(n) for n in self._names[index]}, self._device)
+        try:
+            yield layer.to(self._device)  # buffers follow the weights
+        finally:
+            layer.to("meta")
+
+    @torch.no_grad()
+    def _embed(self, tokens: Tensor) -> tuple[Tensor, list[tuple[tuple, dict[str, Any]]]]:
+        """Hidden states before the first layer, and what each layer is called with besides them."""
+        output_weights = self._model.get_output_embeddings()
+        skipped = {id(p) for p in output_weights.parameters()} if output_weights is not None else set()
+        inputs = self._model.get_input_embeddings()
+        skipped -= {id(p) for p in inputs.parameters()}
+        names = {n for n, p in self._model.named_parameters() if id(p) in skipped}
+        load_into(self._model, {n: self._checkpoint.read(n) for n in self._other if n not in names}, self._device)
+        real = list(self._layers)
+        stubs = [_Stub(layer, last=layer is real[-1]) for layer in real]
+        for i, stub in enumerate(stubs):
+            self._layers[i] = stub
+        base = self._model.base_model
+        for module in base.modules():  # rotary tables are buffers, made where the model was
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self._device))
+        hidden = []
+        for row in tokens.split(1):
+            try:
+                base(input_ids=row.to(self._device), use_cache=False)
+            except _Stop:
+                hidden.append(stubs[0].hidden.cpu())
+        for i, layer in enumerate(real):
+            self._layers[i] = layer
+        for name, parameter in self._model.named_parameters():
+            if parameter.device.type != "meta":
+                owner, _, leaf = name.rpartition(".")
+                setattr(self._model.get_submodule(owner), leaf, nn.Parameter(parameter.to("meta"), False))
+        return torch.cat(hidden), [(stub.args, stub.kwargs) for stub in stubs]
+
+
+def attention_distances(attention: nn.Module, inputs: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Attention weight by distance, (heads, length), summed over all queries of (sequences, length, D) inputs."""
+    length = inputs.shape[1]
+    config: Any = attention.config
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
+    total: Tensor | None = None
+    if kwargs.get("attention_mask") is None:
+        mask = torch.full((length, length), torch.finfo(inputs.dtype).min, device=inputs.device).triu(1)
+        kwargs = {**kwargs, "attention_mask": mask[None, None]}
+    elif kwargs["attention_mask"].dtype == torch.bool:
+        mask = torch.zeros_like(kwargs["attention_mask"], dtype=inputs.dtype)
+        mask.masked_fill_(~kwargs["attention_mask"], torch.finfo(inputs.dtype).min)
+        kwargs = {**kwargs, "attention_mask": mask}
+    index = torch.arange(length, device=inputs.device)
+    distance = (index[:, None] - index[None]).clamp_min(0).flatten()
+    try:
+        for row in inputs.split(1):
+            weights = attention(hidden_states=row, **kwargs)[1][0]  # (heads, length, length)
+            found = weights.new_zeros(weights.shape[0], length, dtype=torch.float64)
+            found.index_add_(1, distance, weights.tril().flatten(1).double())
+            total = found if total is None else total + found
+    finally:
+        config._attn_implementation = before
+    assert total is not None
+    return total.cpu()
+
+
+class _Stop(Exception):
+    """Ends the recording run before the model needs weights that come after its layers."""
+
+
+class _Stub(nn.Module):
+    """Stands for a decoder layer, and notes what it is called with."""
+
+    def __init__(self, layer: nn.Module, last: bool) -> None:
+        super().__init__()
+        self._layer, self._last = (layer,), last  # in a tuple: not a submodule
+
+    def __getattr__(self, name: str) -> Any:
+        """Models ask their layers for facts, such as which kind of attention they have."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._layer[0], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.hidden, self.args, self.kwargs = hidden_states, args, kwargs
+        if self._last:
+            raise _Stop
+        return hidden_states
