@@ -120,7 +120,8 @@ def explain(problem: BaseException) -> int:
             ui.error(problem.message, problem.hint)
             return problem.exit_code
         case click.exceptions.NoArgsIsHelpError():
-            click.echo(problem.format_message(), err=True)
+            for line in problem.format_message().splitlines():
+                ui.note(line)
         case click.UsageError():
             verb = problem.ctx.command_path if problem.ctx else "headwise"
             ui.error(problem.format_message(), f"`{verb} --help` lists what it takes.")
