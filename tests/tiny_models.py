@@ -6,7 +6,9 @@ that a transposition or a wrong head order cannot hide behind equal sizes.
 
 from __future__ import annotations
 
+import copy
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ from unittest import mock
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from headwise.convert import architecture
@@ -106,12 +109,70 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+_CLIP = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+    "projection_dim": 8,
+}
+_QWEN_VISION = {
+    "depth": 1,
+    "num_heads": 2,
+    "in_channels": 3,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+}
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+
+CONFIGS |= {
+    "llava": {
+        "text_config": _COMMON | CONFIGS["llama"] | {"model_type": "llama"},
+        "vision_config": _CLIP,
+        "image_token_index": 60,
+    },
+    "mistral3": {
+        "text_config": _COMMON | CONFIGS["mistral"] | {"model_type": "mistral"},
+        "vision_config": _CLIP | {"model_type": "pixtral"},
+        "image_token_index": 60,
+    },
+    "gemma3": {
+        "text_config": _COMMON | CONFIGS["gemma3_text"] | {"model_type": "gemma3_text"},
+        "vision_config": _CLIP | {"model_type": "siglip_vision_model"},
+        "mm_tokens_per_image": 4,
+    },
+    "qwen2_vl": {
+        "text_config": _COMMON | _heads(14, 2) | {"hidden_size": 112} | _MROPE,
+        "vision_config": _QWEN_VISION | {"embed_dim": 8, "hidden_size": 112},
+    },
+    "qwen2_5_vl": {
+        "text_config": _COMMON | _heads(14, 2) | {"hidden_size": 112} | _MROPE,
+        "vision_config": _QWEN_VISION | {"out_hidden_size": 112},
+    },
+    "qwen3_vl": {
+        "text_config": _COMMON | _heads(14, 2, 8) | {"hidden_size": 112} | _MROPE,
+        "vision_config": _QWEN_VISION | {"out_hidden_size": 112, "deepstack_visual_indexes": [0]},
+    },
+}
+
+
 def build(model_type: str, **overrides: Any) -> tuple[transformers.PreTrainedModel, dict[str, Any]]:
     """A random float32 model in eval mode, and its config as config.json would hold it.
 
     Every parameter is random, biases and norms too: a zero bias would hide that it was lost.
     """
-    config = AutoConfig.for_model(model_type, **(_COMMON | CONFIGS[model_type] | overrides))
+    fields = copy.deepcopy(CONFIGS[model_type])
+    if "text_config" in fields:
+        fields["text_config"] |= overrides
+    else:
+        fields = _COMMON | fields | overrides
+    config = AutoConfig.for_model(model_type, **fields)
     auto_class = getattr(transformers, architecture.find({"model_type": model_type, **config.to_dict()}).auto_class)
     model = auto_class.from_config(config, attn_implementation="eager", experts_implementation="eager").eval()
     generator = torch.Generator().manual_seed(17)
@@ -146,5 +207,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def checkpoint(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The tensors `save_pretrained` would write, by their checkpoint names and in the model's dtype."""
-    return dict(model.state_dict())
+    """The tensors `save_pretrained` writes, by their checkpoint names and in the model's dtype."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_file(Path(folder) / "model.safetensors")
