@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -63,19 +64,33 @@ def locate(
         HeadwiseError: there is no such model, it has no weights that may be read, or its index is unsound.
     """
     folder, commit = find_folder(model, revision=revision, token=token)
-    name = str(model) if commit is None else split_revision(str(model))[0]
+    if commit is None:
+        return files_of(str(model), folder, allow_pickle=allow_pickle)
+    repo = split_revision(str(model))[0]
+    read_config(folder)
+    download_weights(repo, commit, folder, token, allow_pickle)
+    return files_of(repo, folder, commit, allow_pickle=allow_pickle)
+
+
+def files_of(name: str, folder: Path, revision: str | None = None, *, allow_pickle: bool = False) -> Source:
+    """The `Source` in a folder where everything is in place."""
     config = read_config(folder)
-    if commit is not None:
-        download_weights(name, commit, folder, token, allow_pickle)
     weights, weight_map = find_weights(folder, allow_pickle)
     sidecars, left_out = find_sidecars(folder, weights)
-    return Source(name, folder, commit, config, weights, weight_map, sidecars, left_out)
+    return Source(name, folder, revision, config, weights, weight_map, sidecars, left_out)
 
 
 def find_folder(
-    model: str | Path, *, revision: str | None = None, token: str | None = None
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    patterns: Sequence[str] = (*SIDECARS, "README.md"),
 ) -> tuple[Path, str | None]:
-    """The local folder of a model, and the commit if it is a Hub repository (without its weights yet)."""
+    """The local folder of a model, and the commit if it is a Hub repository.
+
+    Of a repository the files that match `patterns` are downloaded, without its weights.
+    """
     path = Path(model).expanduser()
     if path.is_dir():
         if revision:
@@ -88,7 +103,7 @@ def find_folder(
         raise HeadwiseError(f"There is no folder {model}.", "Name a folder, or a Hub repository as org/name.")
     if at and revision and at != revision:
         raise HeadwiseError(f"{model} and --revision {revision} name two revisions.")
-    folder = _download(repo, at or revision, token, [*SIDECARS, "README.md"])
+    folder = _download(repo, at or revision, token, patterns)
     return folder, folder.name
 
 
@@ -209,6 +224,23 @@ def download_weights(repo: str, commit: str, folder: Path, token: str | None, al
             return
 
 
+def hub_parameters(repo: str, commit: str, token: str | None) -> int | None:
+    """Parameters of a repository, counted in its files' headers; None if they cannot be had.
+
+    A cached model is inspected offline too, then without this count.
+    """
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.utils import SafetensorsParsingError
+
+    try:
+        counts = get_safetensors_metadata(repo, revision=commit, token=token).parameter_count
+    except SafetensorsParsingError as error:
+        raise HeadwiseError(f"The Hub repository {repo} has unsound weights: {_first_line(error)}") from None
+    except Exception:
+        return None
+    return sum(counts.values())
+
+
 def _is_sidecar(name: str) -> bool:
     depth = name.count("/")
     return any(fnmatch(name, p) and p.count("/") == depth for p in SIDECARS) and not any(
@@ -216,7 +248,7 @@ def _is_sidecar(name: str) -> bool:
     )
 
 
-def _download(repo: str, revision: str | None, token: str | None, patterns: list[str]) -> Path:
+def _download(repo: str, revision: str | None, token: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
@@ -224,7 +256,9 @@ def _download(repo: str, revision: str | None, token: str | None, patterns: list
     nested = [f"*/{pattern}" for pattern in patterns if "/" not in pattern and pattern != "*.jinja"]
     try:
         return Path(
-            snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=nested)
+            snapshot_download(
+                repo, revision=revision, token=token, allow_patterns=list(patterns), ignore_patterns=nested
+            )
         )
     except hub.GatedRepoError:
         reason, hint = "asks its users to accept its terms first", f"Accept them at https://huggingface.co/{repo}."
@@ -238,5 +272,9 @@ def _download(repo: str, revision: str | None, token: str | None, patterns: list
         reason, hint = f"is not a repository name: {error}", "Write it as org/name."
     except Exception as error:
         # The client lets through whatever its transport raises; which library that is depends on its version.
-        reason, hint = f"cannot be downloaded: {str(error).splitlines()[0]}", "Try again."
+        reason, hint = f"cannot be downloaded: {_first_line(error)}", "Try again."
     raise HeadwiseError(f"The Hub repository {repo} {reason}.", hint)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

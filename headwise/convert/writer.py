@@ -32,11 +32,12 @@ UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor that the output will hold."""
+    """A tensor that the output will hold; `source` is the tensor it is a copy of, None if it is computed."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    source: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -175,13 +176,13 @@ class Writer:
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, planned was {planned}")
         self._stream(name, as_bytes(tensor).split(CHUNK))
 
-    def copy(self, name: str, checkpoint: Checkpoint, source_name: str | None = None) -> None:
-        """Copy one tensor from a checkpoint, byte for byte."""
-        source_name = source_name or name
-        entry, (planned, _) = checkpoint.tensors[source_name], self._tensors[name]
+    def copy(self, name: str, checkpoint: Checkpoint) -> None:
+        """Copy one tensor from its source in a checkpoint, byte for byte."""
+        planned, _ = self._tensors[name]
+        entry = checkpoint.tensors[planned.source or name]
         if (entry.dtype, entry.shape) != (planned.dtype, planned.shape):
-            raise ValueError(f"{source_name} is {entry}, planned was {planned}")
-        self._stream(name, checkpoint.chunks(source_name))
+            raise ValueError(f"{entry} cannot be copied, planned was {planned}")
+        self._stream(name, checkpoint.chunks(entry.name))
 
     def note(self, key: str, value: Any) -> None:
         """Keep a JSON value in the journal, so that a resumed run finds it in `notes`."""
