@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ def rotations(config: dict[str, Any], architecture: Architecture) -> list[Rotati
     Raises:
         HeadwiseError: no layer has RoPE.
     """
-    stock = stock_config(config, architecture)
+    stock = architecture.stock_config(config)
     layouts = architecture.layouts(config)
     if not any(layout.rotary_dim for layout in layouts):
         raise HeadwiseError(
@@ -100,7 +99,7 @@ def extend(
             "Give both: --rope base --rope-theta 1000000.",
         )
     sets = rotations(config, architecture)
-    trained = stock_config(config, architecture).max_position_embeddings
+    trained = architecture.stock_config(config).max_position_embeddings
     if context <= trained:
         raise HeadwiseError(
             f"--context {context} is not larger than the present max_position_embeddings: {trained}.",
@@ -126,8 +125,15 @@ def extend(
             raise HeadwiseError(f"--rope {chosen} cannot extend this model: {error}.") from error
         changed[rotation.layer_type] = new_rope
         notes += _notes(rotation, new_rope, trained, context)
-    new = _write(config, architecture, changed, trained, context)
-    verify_frequencies(new, architecture, context)
+    try:
+        new = _write(config, architecture, changed, trained, context)
+        verify_frequencies(new, architecture, context)
+    except HeadwiseError as error:
+        kinds = " and ".join(sorted({rope.rope_type(own) for own in changed.values()}))
+        raise HeadwiseError(
+            f"{architecture.model_type} cannot express {kinds} scaling: {error.message}",
+            error.hint or "Choose another --rope; ntk needs nothing but rope_theta.",
+        ) from error
     return new, notes
 
 
@@ -159,7 +165,7 @@ def _write(
     trained: int,
     context: int,
 ) -> dict[str, Any]:
-    stock = stock_config(config, architecture)
+    stock = architecture.stock_config(config)
     new = copy.deepcopy(config)
     text = architecture.text_config(new)
     parameters = copy.deepcopy(stock.rope_parameters)
@@ -189,8 +195,7 @@ def _strict(parameters: dict[str, Any], architecture: Architecture) -> dict[str,
     derived = {"factor", "attention_factor"} if kind == "longrope" else set()
     if lost := set(parameters) - room - derived:
         raise HeadwiseError(
-            f"the stock {architecture.model_type} class cannot express {kind} scaling: its rope_scaling has no "
-            f"room for {', '.join(sorted(lost))}.",
+            f"its rope_scaling has no room for {', '.join(sorted(lost))}.",
             "Choose ntk, base or longrope.",
         )
     return {key: value for key, value in parameters.items() if key in room} if kind != "default" else parameters
@@ -218,7 +223,7 @@ def verify_frequencies(
         config_read = copy.deepcopy(config)
         architecture.text_config(config_read).pop(spelling, None)
         for rotation in rotations(config, architecture):
-            longest = stock_config(config, architecture).max_position_embeddings
+            longest = architecture.stock_config(config).max_position_embeddings
             for length in (longest, context):
                 expected, scale = rope.frequencies(rotation.parameters, rotation.rotary_dim, longest, length)
                 found, found_scale = stock_frequencies(config_read, architecture, rotation.layer_type, length)
@@ -233,9 +238,7 @@ def verify_frequencies(
 
 def _disagree(architecture: Architecture, rotation: Rotation, what: str) -> HeadwiseError:
     return HeadwiseError(
-        f"the stock {architecture.model_type} class cannot express {rope.rope_type(rotation.parameters)} scaling: "
-        f"it reads the config as {what}.",
-        "Choose another --rope; ntk needs nothing but rope_theta.",
+        f"for {rope.rope_type(rotation.parameters)} the stock {architecture.model_type} class has {what}."
     )
 
 
@@ -247,38 +250,23 @@ def stock_frequencies(
     Returns:
         (planes,) float64 and the factor on cosines and sines.
     """
-    stock = stock_config(config, architecture)
-    rotary = _rotary_class(architecture.model_type)(stock)
+    stock = copy.deepcopy(architecture.stock_config(config))
+    rotary = _rotary_class(stock)(stock)
     rotary(torch.zeros(1), torch.tensor([[length - 1]]), **({"layer_type": layer_type} if layer_type else {}))
     prefix = f"{layer_type}_" if layer_type else ""
     return getattr(rotary, f"{prefix}inv_freq").double(), float(getattr(rotary, f"{prefix}attention_scaling"))
 
 
-@lru_cache
-def _rotary_class(model_type: str) -> type[torch.nn.Module]:
+def _rotary_class(stock: Any) -> type[torch.nn.Module]:
     """The stock module that turns positions into angles."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
+    small = copy.deepcopy(stock)
+    small.num_hidden_layers = 1
     with torch.device("meta"):
-        model = AutoModel.from_config(AutoConfig.for_model(model_type, num_hidden_layers=1))
+        model = AutoModel.from_config(small)
     return next(
         type(module)
         for module in model.modules()
         if any("inv_freq" in name for name, _ in module.named_buffers(recurse=False))
     )
-
-
-def stock_config(config: dict[str, Any], architecture: Architecture) -> Any:
-    """The stock config object of the language model.
-
-    Raises:
-        HeadwiseError: the stock class refuses the config.
-    """
-    from transformers import AutoConfig
-
-    text = {k: v for k, v in architecture.text_config(config).items() if k != "model_type"}
-    try:
-        return AutoConfig.for_model(architecture.model_type, **copy.deepcopy(text))
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise HeadwiseError(f"the stock {architecture.model_type} class refuses the config: {reason}.") from error

@@ -133,13 +133,15 @@ def rescale(
         raise ValueError(f"the source's own factor {present:g} is below 1")
     if rule not in COMPOSES[source]:
         raise ValueError(
-            f"the source already scales by {source}, a config holds one rope_type, and {rule} on top of "
-            f"{source} is neither; {' or '.join(COMPOSES[source])} composes exactly"
+            f"the source already scales by {source}, a config holds one rope_type, and of the rules only "
+            f"{' or '.join(COMPOSES[source])} composes with it"
         )
     if rule == "base":
-        if rope_theta is None or rope_theta <= parameters["rope_theta"]:
+        if rope_theta is None:
+            raise ValueError("it needs the new base")
+        if rope_theta <= parameters["rope_theta"]:
             raise ValueError(
-                f"a longer context wants a base above the present {parameters['rope_theta']:g}, not {rope_theta}"
+                f"a longer context wants a base above the present {parameters['rope_theta']:g}, not {rope_theta:g}"
             )
         return _kept(parameters) | {"rope_theta": float(rope_theta)}
     if rule == "dynamic":

@@ -12,7 +12,6 @@ from typing import Any
 
 from headwise.convert import architecture as architectures
 from headwise.convert.architecture import Architecture, both_rope_spellings
-from headwise.convert.context import stock_config
 from headwise.convert.layout import AttentionLayout
 from headwise.errors import HeadwiseError
 
@@ -62,7 +61,7 @@ def with_window(
         HeadwiseError: the window is no window, or no stock class holds this choice.
     """
     layouts = architecture.layouts(config)
-    stock = stock_config(config, architecture)
+    stock = architecture.stock_config(config)
     wanted = [] if window is None else parse_layers(layers, len(layouts))
     if window is None and not any(layout.sliding_window for layout in layouts):
         raise HeadwiseError("--sliding-window none: no layer of this model has a window.")
@@ -76,7 +75,7 @@ def with_window(
     text = architecture.text_config(new)
     if not hasattr(stock, "sliding_window"):
         _stand_in(new, architecture, stock, "all" if len(wanted) == len(layouts) else "some")
-        stock = stock_config(new, architectures.find(new))
+        stock = architectures.find(new).stock_config(new)
     if hasattr(stock, "layer_types"):
         _refuse_moved_positions(architecture, stock, layouts, wanted)
         text["layer_types"] = [
