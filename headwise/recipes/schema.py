@@ -1,0 +1,227 @@
+"""Recipes: what a training run does, as data. YAML in, checked dataclasses out.
+
+The checks are read off the dataclasses' own type hints, so a field is declared once. A wrong key is answered
+with the nearest right one, a wrong value with the path of its key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from headwise.errors import HeadwiseError
+
+LIBRARY = Path(__file__).parent / "library"
+
+
+@dataclass(frozen=True)
+class Init:
+    """A model that starts from nothing: a byte-level BPE and a random stock model."""
+
+    vocab_size: int
+    config: dict[str, Any]
+    """`model_type` and the fields of its stock configuration class, without the vocabulary."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the text comes from and how it is cut."""
+
+    text: dict[str, int]
+    """Source (builtin, packages, a .txt or .jsonl file, hf:DATASET) to the times it occurs in one pass."""
+    length: int = 1024
+    """Tokens in a block."""
+    heldout_blocks: int | None = 64
+    """Blocks of the held-out standard-library modules that measure progress (null: all of them)."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run of AdamW. Budgets are tokens, not steps."""
+
+    tokens: int
+    seconds: float | None = None
+    """Wall clock that the run may take: the number of tokens is lowered early in the run so that it fits."""
+    batch_tokens: int = 131072
+    """Tokens in one optimizer step, all processes together."""
+    micro_batch_tokens: int | None = None
+    """Tokens one process puts through the model at once (null: its whole share of the batch)."""
+    learning_rate: float = 3e-4
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """`cosine`: warm up, then a half cosine. `wsd`: warm up, stay, then linear over the last fifth."""
+    warmup: float = 0.02
+    """Share of the run in which the learning rate rises."""
+    final_learning_rate: float = 0.0
+    """Where the schedule ends, as a share of the peak."""
+    weight_decay: float = 0.1
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    max_grad_norm: float = 1.0
+    precision: Literal["bf16", "float32"] = "bf16"
+    """`bf16`: master weights in float32, matrix products in bfloat16."""
+    compile: bool = False
+    log_every: int = 20
+    evaluate_every: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. Without `init` it trains the model it is given."""
+
+    about: str
+    data: Data
+    train: Training
+    init: Init | None = None
+
+
+T = TypeVar("T")
+
+
+def load(recipe: str | Path, settings: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and lay `a.b=c` settings over it.
+
+    Args:
+        recipe: the name of one in the library, or a YAML file.
+        settings: dotted keys with YAML values, later ones win.
+
+    Raises:
+        HeadwiseError: no such recipe, not YAML, unknown key, value of the wrong type.
+    """
+    path = find(recipe)
+    try:
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise HeadwiseError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(mapping, dict):
+        raise HeadwiseError(f"{path} holds no recipe: its top level must be a mapping.")
+    for setting in settings:
+        _lay_over(mapping, setting)
+    checked = build(Recipe, mapping, str(path))
+    if checked.data.length < 2:
+        raise HeadwiseError(f"{path}: data.length must be at least 2, got {checked.data.length}.")
+    return checked
+
+
+def find(recipe: str | Path) -> Path:
+    """The file of a recipe given by name or path."""
+    for path in (Path(recipe), LIBRARY / f"{recipe}.yaml"):
+        if path.is_file():
+            return path
+    names = sorted(path.stem for path in LIBRARY.glob("*.yaml"))
+    raise HeadwiseError(
+        f"There is no recipe {str(recipe)!r}.", f"{_guess(str(recipe), names)}The library has: {', '.join(names)}."
+    )
+
+
+def build(kind: type[T], mapping: dict[str, Any], where: str, prefix: str = "") -> T:
+    """A dataclass from a mapping, each value checked against its field's type.
+
+    Raises:
+        HeadwiseError: naming `where` and the dotted path of the key.
+    """
+    assert dataclasses.is_dataclass(kind)
+    fields = {item.name: item for item in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    for key in mapping:
+        if key not in fields:
+            raise HeadwiseError(
+                f"{where}: unknown key {prefix}{key}.",
+                f"{_guess(str(key), fields, prefix)}Known here: {', '.join(fields)}.",
+            )
+    for name, item in fields.items():
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and name not in mapping:
+            raise HeadwiseError(f"{where}: {prefix}{name} is missing.")
+    values = {key: _check(hints[key], value, where, f"{prefix}{key}") for key, value in mapping.items()}
+    return typing.cast(T, kind(**values))
+
+
+def _check(hint: Any, value: Any, where: str, path: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _check(next(kind for kind in arguments if kind is not type(None)), value, where, path)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise _wrong(where, path, f"one of {', '.join(map(str, arguments))}", value)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise _wrong(where, path, "a mapping", value)
+        return build(typing.cast(type, hint), value, where, f"{path}.")
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _wrong(where, path, "a mapping", value)
+        return {str(key): _check(arguments[1], item, where, f"{path}.{key}") for key, item in value.items()}
+    if origin is list:
+        if not isinstance(value, list):
+            raise _wrong(where, path, "a list", value)
+        return [_check(arguments[0], item, where, f"{path}.{index}") for index, item in enumerate(value)]
+    return _scalar(hint, value, where, path)
+
+
+def _scalar(hint: Any, value: Any, where: str, path: str) -> Any:
+    number = _number(value)
+    if hint is int and number is not None and number == int(number):
+        return int(number)
+    if hint is float and number is not None:
+        return float(number)
+    if hint in (bool, str) and isinstance(value, hint):
+        return value
+    wanted = {
+        int: "a whole number (21000000 or 21M)",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+    }[hint]
+    raise _wrong(where, path, wanted, value)
+
+
+def _number(value: Any) -> float | None:
+    """YAML reads 3e-4 as text and knows no 21M; people write both."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int | float):
+        return value
+    match = re.fullmatch(r"([+-]?[\d.]+(?:e[+-]?\d+)?)([kMB]?)", value) if isinstance(value, str) else None
+    try:
+        return float(match[1]) * {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}[match[2]] if match else None
+    except ValueError:
+        return None
+
+
+def _lay_over(mapping: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    if not equals or not key:
+        raise HeadwiseError(f"--set {setting} is not of the form a.b=c.", "For example: --set train.tokens=21M")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise HeadwiseError(f"--set {setting}: {text!r} is not a YAML value.") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        mapping = mapping.setdefault(parent, {})
+        if not isinstance(mapping, dict):
+            raise HeadwiseError(f"--set {setting}: {parent} has no keys of its own.")
+    mapping[last] = value
+
+
+def _wrong(where: str, path: str, wanted: str, value: Any) -> HeadwiseError:
+    return HeadwiseError(f"{where}: {path} must be {wanted}, got {value!r}.")
+
+
+def _guess(key: str, known: Any, prefix: str = "") -> str:
+    near = difflib.get_close_matches(key, list(known), n=1)
+    return f"Did you mean {prefix}{near[0]}? " if near else ""
