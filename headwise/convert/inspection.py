@@ -127,7 +127,8 @@ def inspect(
 
 def dtype_of(config: dict[str, Any]) -> torch.dtype:
     """The dtype that a config names, in the words of transformers 4 or 5; float32 where it names none."""
-    for part in (config, config.get("text_config") or {}):
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
         name = part.get("dtype") or part.get("torch_dtype")
         dtype = getattr(torch, str(name).removeprefix("torch."), None)
         if isinstance(dtype, torch.dtype):

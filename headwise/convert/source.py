@@ -132,10 +132,7 @@ def find_weights(folder: Path, allow_pickle: bool = False) -> tuple[list[str], d
         if sharded and not (folder / index).is_file():
             continue
         if single == PICKLE_SINGLE and not allow_pickle:
-            raise HeadwiseError(
-                f"{folder} holds its weights as pickle (.bin), which can carry code.",
-                "Convert it to safetensors, or pass --allow-pickle to read its tensors and nothing else.",
-            )
+            raise _pickled(folder)
         if not sharded:
             return [single], {}
         weight_map = read_weight_map(folder, index)
@@ -222,6 +219,10 @@ def download_weights(repo: str, commit: str, folder: Path, token: str | None, al
         )
         if sharded or (folder / single).exists():
             return
+    from huggingface_hub import file_exists
+
+    if not allow_pickle and file_exists(repo, PICKLE_SINGLE, revision=commit, token=token):
+        raise _pickled(repo)
 
 
 def hub_parameters(repo: str, commit: str, token: str | None) -> int | None:
@@ -239,6 +240,13 @@ def hub_parameters(repo: str, commit: str, token: str | None) -> int | None:
     except Exception:
         return None
     return sum(counts.values())
+
+
+def _pickled(model: str | Path) -> HeadwiseError:
+    return HeadwiseError(
+        f"{model} holds its weights as pickle (.bin), which can carry code.",
+        "Convert it to safetensors, or pass --allow-pickle to read its tensors and nothing else.",
+    )
 
 
 def _is_sidecar(name: str) -> bool:

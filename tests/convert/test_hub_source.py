@@ -1,0 +1,144 @@
+"""Models that are named on the Hub, fetched by the real client from a server of the tests' own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import disable_progress_bars
+
+from headwise.convert.checkpoint import open_checkpoint
+from headwise.convert.plan import inspect
+from headwise.errors import HeadwiseError
+from tests.convert.small import make_checkpoint, tensors_for
+from tests.hub_server import TOKEN, Repository, point_client_to, serve
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 32,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    disable_progress_bars()
+    main = make_checkpoint(tmp_path / "main", tensors_for(), shards=2)
+    old = make_checkpoint(tmp_path / "old", tensors_for(seed=5))
+    for model in (main, old):
+        (model / "config.json").write_text(json.dumps(LLAMA))
+        (model / "tokenizer.json").write_text('{"version": "1.0"}')
+        (model / "modeling_evil.py").write_text("raise SystemExit")
+        (model / "model.gguf").write_text("x")
+        (model / "README.md").write_text("---\nlicense: mit\n---\n")
+        for folder, name in (("original", "params.json"), ("additional_chat_templates", "rag.jinja")):
+            (model / folder).mkdir()
+            (model / folder / name).write_text("{}")
+    (main / "pytorch_model.bin").write_text("never asked for")
+    pickled = make_checkpoint(tmp_path / "pickled", tensors_for())
+    (pickled / "model.safetensors").unlink()
+    torch.save(tensors_for(), pickled / "pytorch_model.bin")
+    repositories = {
+        "org/name": Repository({"main": main, "v0": old}),
+        "org/secret": Repository({"main": old}, private=True),
+        "org/gated": Repository({"main": old}, gated=True),
+        "org/pickled": Repository({"main": pickled}),
+    }
+    with serve(repositories) as running:
+        point_client_to(monkeypatch, running, tmp_path / "cache")
+        yield running
+
+
+def same(checkpoint, tensors) -> bool:
+    return checkpoint.tensors.keys() == tensors.keys() and all(
+        torch.equal(checkpoint.read(name), tensor) for name, tensor in tensors.items()
+    )
+
+
+def test_a_repository_is_read_like_a_folder(hub):
+    checkpoint = open_checkpoint("org/name")
+    assert same(checkpoint, tensors_for())
+    assert (checkpoint.source, checkpoint.revision) == (
+        "org/name",
+        hub.repositories["org/name"].commit("main"),
+    )
+    sidecars = {path.relative_to(checkpoint.folder).as_posix() for path in checkpoint.sidecars}
+    assert sidecars == {"tokenizer.json", "additional_chat_templates/rag.jinja"}
+    assert (checkpoint.folder / "README.md").exists()
+
+
+def test_only_what_is_needed_is_downloaded(hub):
+    open_checkpoint("org/name")
+    assert hub.downloaded() == {
+        "config.json",
+        "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "tokenizer.json",
+        "README.md",
+        "rag.jinja",
+    }
+
+
+def test_a_revision_is_named_in_two_ways(hub):
+    old = tensors_for(seed=5)
+    assert same(open_checkpoint("org/name@v0"), old)
+    assert same(open_checkpoint("org/name", revision="v0"), old)
+    commit = open_checkpoint("org/name@v0").revision
+    assert same(open_checkpoint(f"org/name@{commit}"), old)
+    with pytest.raises(HeadwiseError, match="two revisions"):
+        open_checkpoint("org/name@v0", revision="main")
+
+
+def test_a_private_repository_wants_the_token(hub):
+    with pytest.raises(HeadwiseError, match=r"org/secret does not exist or is private.*hf auth login"):
+        open_checkpoint("org/secret")
+    assert same(open_checkpoint("org/secret", token=TOKEN), tensors_for(seed=5))
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("org/nothing", "does not exist or is private"),
+        ("org/name@v9", "has no revision v9"),
+        ("org/gated", "asks its users to accept its terms"),
+        ("org/na--me", "is not a repository name"),
+        ("org/pickled", "pickle.*--allow-pickle"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence(hub, model, words):
+    with pytest.raises(HeadwiseError, match=words) as caught:
+        open_checkpoint(model)
+    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_a_pickled_repository_when_asked(hub):
+    assert same(open_checkpoint("org/pickled", allow_pickle=True), tensors_for())
+
+
+def test_the_cache_serves_offline(hub, monkeypatch):
+    open_checkpoint("org/name")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    before = len(hub.requests)
+    assert same(open_checkpoint("org/name"), tensors_for())
+    assert inspect("org/name").parameters is None
+    with pytest.raises(HeadwiseError, match="not in the cache and the Hub cannot be reached"):
+        open_checkpoint("org/secret")
+    assert len(hub.requests) == before
+
+
+def test_inspect_downloads_no_weights(hub):
+    found = inspect("org/name@v0")
+    assert found.parameters == sum(tensor.numel() for tensor in tensors_for().values())
+    assert (found.parameters_from, found.revision) == ("headers", hub.repositories["org/name"].commit("v0"))
+    whole = [path for method, path in hub.requests if method == "GET" and path.endswith("safetensors")]
+    assert hub.downloaded() == {"config.json", "model.safetensors"} and len(whole) == 1
+    cached = {path.name for path in Path(constants.HF_HUB_CACHE).rglob("snapshots/*/*")}
+    assert cached == {"config.json"}
