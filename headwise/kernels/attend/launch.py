@@ -1,0 +1,196 @@
+"""Choosing tiles and splits, and launching: plain numbers in, plain numbers out, so that all of it tests on CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from headwise.kernels.attend import portable
+
+try:
+    from headwise.kernels.attend import hopper
+except ImportError:  # Gluon's interface moves between Triton releases; the portable kernel serves everything.
+    hopper = None  # type: ignore[assignment]
+
+NO_WINDOW = 2**30
+# Work of a split that does not grow with its keys (start-up, first copies, epilogue), in key tiles.
+SPLIT_OVERHEAD = 2
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the choice of tiles needs to know of a device."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to run the kernel. `resident` is how many programs share a multiprocessor."""
+
+    hopper: bool
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    resident: int
+
+
+@cache
+def card_of(index: int | None) -> Card:
+    """The card behind a CUDA device index; a small imaginary one on CPU (None), for the interpreter."""
+    if index is None:
+        return Card((8, 0), 4, 166912)
+    properties = torch.cuda.get_device_properties(index)
+    return Card(
+        (properties.major, properties.minor),
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+    )
+
+
+def chunks(width: int) -> tuple[tuple[int, int], ...]:
+    """(start, power of two) pieces that cover a width exactly: 448 -> (0, 256), (256, 128), (384, 64)."""
+    pieces: list[tuple[int, int]] = []
+    start = 0
+    while start < width:
+        piece = 1 << ((width - start).bit_length() - 1)
+        pieces.append((start, piece))
+        start += piece
+    return tuple(pieces)
+
+
+@cache
+def choose(card: Card, rows: int, head: int, rope: int, value: int, value_is_key: bool) -> Config:
+    """Tiles for `rows` query rows that read one group of keys.
+
+    Args:
+        rows: query tokens times heads per group.
+        head, rope, value: numbers per key in the key, the rotary key (0: none) and the value.
+        value_is_key: the value is the key itself (MLA), so it is copied once.
+    """
+    row_bytes = 2 * (head + rope + (0 if value_is_key else value))
+    query_bytes = 2 * (head + rope)
+    if card.capability[0] == 9 and hopper is not None and value % 64 == 0:
+        tile = min(64, max(8, 1 << (rows - 1).bit_length()))
+        warps = 8 if tile * value > 32 * 256 else 4
+        keys = 64
+        fixed = tile * (query_bytes + 2 * keys) + 2048
+        for resident, stages in ((3, 3), (2, 4), (2, 3), (2, 2), (1, 3), (1, 2)):
+            registers = resident * 32 * warps * (tile * value // (32 * warps) + 96)
+            if resident * (fixed + stages * keys * row_bytes) <= card.shared_memory and registers <= 65536:
+                return Config(True, tile, keys, warps, stages, resident)
+    tile = min(32 if value > 256 else 64, max(16, 1 << (rows - 1).bit_length()))
+    keys = 64 if row_bytes <= 512 else 32
+    while keys > 16 and 2 * keys * row_bytes + tile * query_bytes > card.shared_memory:
+        keys //= 2
+    return Config(False, tile, keys, 8 if tile * value >= 32 * 256 else 4, 2, 1)
+
+
+def choose_splits(programs: int, keys: int, config: Config, multiprocessors: int) -> int:
+    """Splits of the keys that finish first: whole waves of programs, each wave as long as its tiles.
+
+    Args:
+        programs: programs that one split launches (batch times groups times row tiles).
+        keys: the longest sequence.
+    """
+    tiles = max(1, -(-keys // config.keys))
+    slots = multiprocessors * config.resident
+
+    def cost(splits: int) -> float:
+        waves = -(-programs * splits // slots)
+        return waves * (-(-tiles // splits) + SPLIT_OVERHEAD) + (1 if splits > 1 else 0)
+
+    return min(range(1, min(tiles, max(1, 32 * slots // programs), 256) + 1), key=cost)
+
+
+def supports(q: Tensor, head: int, rope: int, value: int) -> bool:
+    """Whether the Triton kernels serve these tensors."""
+    if importlib.util.find_spec("triton") is None or any(n % 16 for n in (head, rope, value)):
+        return False
+    if q.dtype not in (torch.float16, torch.bfloat16) or not q.is_cuda:
+        return False
+    return card_of(q.device.index).capability >= (8, 0)
+
+
+def attend(
+    q: Tensor,
+    q_rope: Tensor | None,
+    k: Tensor,
+    k_rope: Tensor | None,
+    v: Tensor | None,
+    scale: float,
+    lengths: Tensor | None,
+    starts: Tensor | None,
+    block_table: Tensor | None,
+    window: int | None,
+    config: Config | None = None,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel.
+
+    Args:
+        q, q_rope: (batch, queries, heads, head or rope numbers).
+        k, v: (batch, capacity, groups, numbers), or (pages, page size, groups, numbers) with a block table;
+            `v` None: the value is `k`.
+        k_rope: as `k`, one group.
+        config, splits: override the choice (benchmarks, tests).
+
+    Returns:
+        (batch, queries, heads, value numbers) in the type of `q`, and float32 log-sum-exp (batch, queries, heads).
+    """
+    batch, queries, heads, head = q.shape
+    groups = k.shape[2]
+    value = head if v is None else v.shape[3]
+    rope = 0 if k_rope is None else k_rope.shape[3]
+    per_group = heads // groups
+    page = 0 if block_table is None else k.shape[1]
+    capacity = k.shape[1] if block_table is None else block_table.shape[1] * page
+    card = card_of(q.device.index if q.is_cuda else None)
+    if config is None:
+        config = choose(card, queries * per_group, head, rope, value, v is None)
+    row_tiles = -(-queries * per_group // config.rows)
+    if splits is None:
+        longest = min(capacity, (window or capacity) + queries - 1)
+        splits = choose_splits(batch * groups * row_tiles, longest, config, card.multiprocessors)
+
+    rows = batch * queries * heads
+    out = torch.empty(batch, queries, heads, value, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q.device)
+    parts, part_lse = out, lse
+    if splits > 1:
+        parts = torch.empty(splits, rows, value, dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(splits, rows, dtype=torch.float32, device=q.device)
+    v = k if v is None else v
+    strides = (
+        *q.stride()[:3],
+        *(q_rope.stride()[:3] if q_rope is not None else (0, 0, 0)),
+        *k.stride()[:3],
+        *(k_rope.stride()[:2] if k_rope is not None else (0, 0)),
+        *v.stride()[:3],
+        block_table.stride(0) if block_table is not None else 0,
+        *(rows * value, queries * heads * value, heads * value, value),
+        *(rows, queries * heads, heads),
+    )
+    kernel = hopper.attend if config.hopper else portable.attend
+    kernel[(splits, groups * row_tiles, batch)](
+        q, q_rope, k, k_rope, v, lengths, starts, block_table, parts, part_lse,
+        scale * math.log2(math.e), *strides, queries, per_group, capacity, window or NO_WINDOW,
+        HEAD=chunks(head), ROPE=chunks(rope), VALUE=chunks(value), VALUE_IS_KEY=v is k,
+        ROWS=config.rows, KEYS=config.keys, PAGE=page, STAGES=config.stages, num_warps=config.warps,
+    )  # fmt: skip
+    if splits > 1:
+        # Few rows: spread each over several programs, so that a batch of one still fills the card.
+        width = 128 if rows * -(-value // 512) < 2 * card.multiprocessors else 1 << (value - 1).bit_length()
+        portable.merge[(rows, -(-value // width))](
+            parts, part_lse, out, lse, splits, rows, value,
+            SPLITS=min(16, 1 << (splits - 1).bit_length()), WIDTH=width,
+        )  # fmt: skip
+    return out, lse

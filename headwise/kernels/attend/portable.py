@@ -1,0 +1,171 @@
+"""The decode kernel for every card that Triton serves, and the merge of its splits.
+
+Both products are taken transposed (keys or value columns along M, query rows along N): a few query heads then
+fill the narrow side of the tensor-core tile exactly, where the usual orientation pads them to 64.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _columns(rows, START: tl.constexpr, WIDTH: tl.constexpr, live):
+    column = START + tl.arange(0, WIDTH)
+    return tl.load(rows[:, None] + column[None, :], mask=live[:, None], other=0.0)
+
+
+@triton.jit
+def _columns_across(rows, CHUNKS: tl.constexpr, live):
+    """The chunks of each row as columns: tiles (width, rows)."""
+    tiles = ()
+    for i in tl.static_range(len(CHUNKS)):
+        column = CHUNKS[i][0] + tl.arange(0, CHUNKS[i][1])
+        tiles = tiles + (tl.load(rows[None, :] + column[:, None], mask=live[None, :], other=0.0),)
+    return tiles
+
+
+@triton.jit
+def _store_across(rows, tiles, factor, CHUNKS: tl.constexpr, live):
+    for i in tl.static_range(len(CHUNKS)):
+        column = CHUNKS[i][0] + tl.arange(0, CHUNKS[i][1])
+        tile = (tiles[i] * factor[None, :]).to(rows.dtype.element_ty)
+        tl.store(rows[None, :] + column[:, None], tile, mask=live[None, :])
+
+
+@triton.jit(do_not_specialize=["queries", "heads_per_group", "capacity", "window", "lse_split", "lse_batch"])
+def attend(
+    Q, QRope, K, KRope, V, Lengths, Starts, Table, Out, Lse, scale,
+    q_batch, q_token, q_head, qr_batch, qr_token, qr_head,
+    k_batch, k_token, k_group, kr_batch, kr_token, v_batch, v_token, v_group, table_batch,
+    out_split, out_batch, out_token, out_head, lse_split, lse_batch, lse_token,
+    queries, heads_per_group, capacity, window,
+    HEAD: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, VALUE_IS_KEY: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One split of the keys for one tile of query rows: its normalised output and log-sum-exp.
+
+    Grid (splits, groups x row tiles, batch). A row is one (query token, head) pair that reads this group. Chunks
+    are tuples of (start, power-of-two width); `scale` already holds log2(e).
+    """
+    split = tl.program_id(0)
+    row_tiles = tl.cdiv(queries * heads_per_group, ROWS)
+    group = tl.program_id(1) // row_tiles
+    row = tl.program_id(1) % row_tiles * ROWS + tl.arange(0, ROWS)
+    row_live = row < queries * heads_per_group
+    token = row // heads_per_group
+    head = group * heads_per_group + row % heads_per_group
+    batch = tl.program_id(2).to(tl.int64)
+
+    length = capacity if Lengths is None else tl.load(Lengths + batch)
+    first = 0 if Starts is None else tl.load(Starts + batch)
+    low = tl.maximum(first, length - queries - window + 1)
+    span = tl.cdiv(tl.cdiv(tl.maximum(length - low, 0), tl.num_programs(0)), KEYS) * KEYS
+    low += split * span
+    high = tl.minimum(low + span, length)
+    last = length - queries + token
+    earliest = tl.maximum(first, last - window + 1)
+
+    q = _columns_across(Q + batch * q_batch + token * q_token + head * q_head, HEAD, row_live)
+    if len(ROPE) > 0:
+        q_rope = _columns_across(QRope + batch * qr_batch + token * qr_token + head * qr_head, ROPE, row_live)
+    K += group * k_group
+    V += group * v_group
+    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    # Summed over keys once, after the loop: a sum across warps in every step would cost a barrier.
+    weights = tl.zeros([KEYS, ROWS], tl.float32)
+    out = ()
+    for i in tl.static_range(len(VALUE)):
+        out = out + (tl.zeros((tl.constexpr(VALUE[i][1]), ROWS), tl.float32),)
+
+    for start in tl.range(low, high, KEYS, num_stages=STAGES):
+        key = start + tl.arange(0, KEYS)
+        live = key < high
+        if PAGE == 0:
+            block = batch
+            slot = key
+        else:
+            block = tl.load(Table + batch * table_batch + key // PAGE, mask=live, other=0).to(tl.int64)
+            slot = key % PAGE
+        k_rows = K + block * k_batch + slot * k_token
+        score = tl.zeros([KEYS, ROWS], tl.float32)
+        if len(ROPE) > 0:
+            rope_rows = KRope + block * kr_batch + slot * kr_token
+            for i in tl.static_range(len(ROPE)):
+                tile = _columns(rope_rows, tl.constexpr(ROPE[i][0]), tl.constexpr(ROPE[i][1]), live)
+                score = tl.dot(tile, q_rope[i], score, input_precision="ieee")
+        values = ()
+        for i in tl.static_range(len(HEAD)):
+            part = _columns(k_rows, tl.constexpr(HEAD[i][0]), tl.constexpr(HEAD[i][1]), live)
+            score = tl.dot(part, q[i], score, input_precision="ieee")
+            if VALUE_IS_KEY:
+                values = values + (part,)
+        if not VALUE_IS_KEY:
+            v_rows = V + block * v_batch + slot * v_token
+            for i in tl.static_range(len(VALUE)):
+                values = values + (_columns(v_rows, tl.constexpr(VALUE[i][0]), tl.constexpr(VALUE[i][1]), live),)
+
+        seen = (key[:, None] <= last[None, :]) & (key[:, None] >= earliest[None, :]) & live[:, None]
+        score = tl.where(seen, score * scale, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(score, 0))
+        # A row that has seen no key yet keeps -inf as its maximum; -inf - -inf would be NaN.
+        finite = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        shrink = tl.exp2(maximum - finite)
+        weight = tl.exp2(score - finite[None, :])
+        weights = weights * shrink[None, :] + weight
+        maximum = new_maximum
+        probability = weight.to(V.dtype.element_ty)
+        grown = ()
+        for i in tl.static_range(len(VALUE)):
+            grown = grown + (
+                tl.dot(tl.trans(values[i]), probability, out[i] * shrink[None, :], input_precision="ieee"),
+            )
+        out = grown
+
+    total = tl.sum(weights, 0)
+    inverse = 1.0 / tl.where(total > 0, total, 1.0)
+    out_rows = Out + split.to(tl.int64) * out_split + batch * out_batch + token * out_token + head * out_head
+    _store_across(out_rows, out, inverse, VALUE, row_live)
+    lse_rows = Lse + split.to(tl.int64) * lse_split + batch * lse_batch + token * lse_token + head
+    # log2 of zero keys is -inf, which is what the merge expects; ln 2 turns base 2 into base e.
+    tl.store(lse_rows, (maximum + tl.log2(total)) * 0.6931471805599453, mask=row_live)
+
+
+@triton.jit
+def merge(
+    Parts, PartLse, Out, Lse, splits, rows, width,
+    SPLITS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Joins the splits of one row: Parts (splits, rows, width) float32, PartLse (splits, rows) -> Out, Lse.
+
+    Grid (rows, ceil(width / WIDTH)).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    fits = column < width
+    highest = tl.full([SPLITS], float("-inf"), tl.float32)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        highest = tl.maximum(
+            highest, tl.load(PartLse + split * rows + row, mask=split < splits, other=float("-inf"))
+        )
+    top = tl.max(highest, 0)
+    finite = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.zeros([SPLITS], tl.float32)
+    joined = tl.zeros([WIDTH], tl.float32)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        live = split < splits
+        weight = tl.exp(tl.load(PartLse + split * rows + row, mask=live, other=float("-inf")) - finite)
+        parts = tl.load(
+            Parts + (split[:, None] * rows + row) * width + column[None, :],
+            mask=live[:, None] & fits[None, :],
+            other=0.0,
+        )
+        joined += tl.sum(parts * weight[:, None], 0)
+        total += weight
+    denominator = tl.sum(total, 0)
+    joined = joined / tl.where(denominator > 0, denominator, 1.0)
+    tl.store(Out + row * width + column, joined.to(Out.dtype.element_ty), mask=fits)
+    tl.store(Lse + row, top + tl.log(denominator), mask=tl.program_id(1) == 0)

@@ -1,0 +1,23 @@
+"""Grouped-query decode on the shared kernel."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from headwise.kernels.attend.launch import attend
+
+
+def gqa_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    starts: Tensor | None = None,
+    block_table: Tensor | None = None,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.gqa_decode`; head dims that are multiples of 16."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return attend(q, None, k, None, v, scale, lengths, starts, block_table, window)

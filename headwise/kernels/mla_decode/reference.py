@@ -1,0 +1,47 @@
+"""Absorbed MLA decode in plain torch: the specification of the kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headwise.kernels.gqa_decode import reference
+
+
+def mla_decode(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    *,
+    scale: float,
+    lengths: Tensor | None = None,
+    starts: Tensor | None = None,
+    block_table: Tensor | None = None,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Decode on the latent cache itself (DeepSeek-V2, section 2.1.2: `k_up` absorbed in the query, `v_up` in `o`).
+
+    One group of keys [latent ; k_rope] that all heads read, whose value is the latent; masks, lengths and pages
+    as in `gqa_decode`.
+
+    Args:
+        q_latent: (batch, S, heads, kv_lora_rank), the position-free query times `k_up`.
+        q_rope: (batch, S, heads, qk_rope_head_dim), rotated.
+        latent: (batch, capacity, kv_lora_rank), after the latent norm; with a block table (pages, page_size, ...).
+        k_rope: as `latent`, (..., qk_rope_head_dim), rotated. Both may be views of one buffer.
+        scale: of the scores; the head dim it comes from is not visible here.
+
+    Returns:
+        The weighted latents (batch, S, heads, kv_lora_rank), to be multiplied by `v_up`, and the log-sum-exp.
+    """
+    return reference.gqa_decode(
+        torch.cat([q_latent, q_rope], -1),
+        torch.cat([latent, k_rope], -1)[..., None, :],
+        latent[..., None, :],
+        scale=scale,
+        lengths=lengths,
+        starts=starts,
+        block_table=block_table,
+        window=window,
+    )
