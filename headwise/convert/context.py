@@ -219,14 +219,16 @@ def verify_frequencies(
         HeadwiseError: the stock class refuses the config or turns by other frequencies.
     """
     worst = 0.0
+    rotary = rotary_class(architecture.stock_config(config))
+    longest = architecture.stock_config(config).max_position_embeddings
     for spelling in ("rope_parameters", "rope_scaling"):
-        config_read = copy.deepcopy(config)
-        architecture.text_config(config_read).pop(spelling, None)
+        read = copy.deepcopy(config)
+        architecture.text_config(read).pop(spelling, None)
+        stock = architecture.stock_config(read)
         for rotation in rotations(config, architecture):
-            longest = architecture.stock_config(config).max_position_embeddings
             for length in (longest, context):
                 expected, scale = rope.frequencies(rotation.parameters, rotation.rotary_dim, longest, length)
-                found, found_scale = stock_frequencies(config_read, architecture, rotation.layer_type, length)
+                found, found_scale = stock_frequencies(rotary, stock, rotation.layer_type, length)
                 if found.shape != expected.shape:
                     raise _disagree(architecture, rotation, f"{len(found)} planes instead of {len(expected)}")
                 error = float(((found - expected) / expected).abs().max())
@@ -243,21 +245,20 @@ def _disagree(architecture: Architecture, rotation: Rotation, what: str) -> Head
 
 
 def stock_frequencies(
-    config: dict[str, Any], architecture: Architecture, layer_type: str | None, length: int
+    rotary: type[torch.nn.Module], stock: Any, layer_type: str | None, length: int
 ) -> tuple[torch.Tensor, float]:
     """What the stock class turns by when it reads an input of `length` tokens.
 
     Returns:
         (planes,) float64 and the factor on cosines and sines.
     """
-    stock = copy.deepcopy(architecture.stock_config(config))
-    rotary = _rotary_class(stock)(stock)
-    rotary(torch.zeros(1), torch.tensor([[length - 1]]), **({"layer_type": layer_type} if layer_type else {}))
+    module = rotary(copy.deepcopy(stock))
+    module(torch.zeros(1), torch.tensor([[length - 1]]), **({"layer_type": layer_type} if layer_type else {}))
     prefix = f"{layer_type}_" if layer_type else ""
-    return getattr(rotary, f"{prefix}inv_freq").double(), float(getattr(rotary, f"{prefix}attention_scaling"))
+    return getattr(module, f"{prefix}inv_freq").double(), float(getattr(module, f"{prefix}attention_scaling"))
 
 
-def _rotary_class(stock: Any) -> type[torch.nn.Module]:
+def rotary_class(stock: Any) -> type[torch.nn.Module]:
     """The stock module that turns positions into angles."""
     from transformers import AutoModel
 

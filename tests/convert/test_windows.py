@@ -1,0 +1,127 @@
+"""Windows as the stock classes really apply them: attention weights, not config fields."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from headwise.convert import architecture, windows
+from headwise.errors import HeadwiseError
+from tests import tiny_models
+
+WINDOW = 4
+BARE = {"llama": {"attention_bias": False}}
+
+
+def windowed(model_type: str, window: int | None, layers: str = "all") -> tuple[Any, Any, dict[str, Any]]:
+    """The source model, the same weights under the new config, and that config."""
+    model, config = tiny_models.build(model_type, **BARE.get(model_type, {}))
+    new = windows.with_window(config, architecture.find(config), window, layers)
+    arch = architecture.find(new)
+    stock = transformers.AutoConfig.for_model(**new)
+    other = getattr(transformers, arch.auto_class).from_config(stock, attn_implementation="eager").eval()
+    other.load_state_dict(model.state_dict())
+    return model, other, new
+
+
+def reach_of_layers(model: Any) -> list[int]:
+    """How many tokens the last position attends to, layer by layer."""
+    with torch.no_grad():
+        attentions = model(tiny_models.tokens(12), output_attentions=True).attentions
+    return [int((weights[0, 0, -1] > 0).sum()) for weights in attentions]
+
+
+def expressible(layers: str) -> list[str]:
+    found = []
+    for model_type in sorted(tiny_models.CONFIGS):
+        config = tiny_models.build(model_type, **BARE.get(model_type, {}))[1]
+        try:
+            windows.with_window(config, architecture.find(config), WINDOW, layers)
+        except HeadwiseError:
+            continue
+        found.append(model_type)
+    return found
+
+
+@pytest.mark.parametrize("model_type", expressible("all"))
+def test_all_layers(model_type: str) -> None:
+    _, other, new = windowed(model_type, WINDOW)
+    assert set(reach_of_layers(other)) == {WINDOW}
+    layouts = architecture.find(new).layouts(new)
+    assert windows.cache_numbers(layouts, 100) == sum(a.cache_numbers for a in layouts) * WINDOW
+    assert windows.cache_numbers(layouts, 2) == sum(a.cache_numbers for a in layouts) * 2
+
+
+@pytest.mark.parametrize("model_type", expressible("alternate"))
+def test_alternate_layers(model_type: str) -> None:
+    _, other, _ = windowed(model_type, WINDOW, "alternate")
+    reach = reach_of_layers(other)
+    assert reach == [WINDOW if layer % 2 == 0 else 12 for layer in range(len(reach))]
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "ministral", "qwen2", "gemma2", "starcoder2"])
+def test_the_inverse(model_type: str) -> None:
+    config = tiny_models.build(model_type)[1]
+    arch = architecture.find(config)
+    if not any(layout.sliding_window for layout in arch.layouts(config)):
+        config = windows.with_window(config, arch, WINDOW)
+    new = windows.with_window(config, arch, None)
+    stock = transformers.AutoConfig.for_model(**new)
+    model = transformers.AutoModelForCausalLM.from_config(stock, attn_implementation="eager").eval()
+    assert set(reach_of_layers(model)) == {12}
+
+
+def test_llama_as_mistral_computes_llama_with_a_mask() -> None:
+    model, other, new = windowed("llama", WINDOW)
+    assert new["model_type"] == "mistral" and new["architectures"] == ["MistralForCausalLM"]
+    tokens = tiny_models.tokens(12)
+    distance = torch.arange(12)[:, None] - torch.arange(12)
+    allowed = (distance >= 0) & (distance < WINDOW)
+    mask = torch.zeros(12, 12).masked_fill(~allowed, torch.finfo(torch.float32).min).expand(2, 1, 12, 12)
+    with torch.no_grad():
+        expected = model(tokens, attention_mask=mask).logits
+        torch.testing.assert_close(other(tokens).logits, expected, rtol=0, atol=1e-5)
+        assert (model(tokens).logits - expected).abs().max() > 1e-2
+
+
+def test_the_source_config_is_not_touched() -> None:
+    config = tiny_models.build("qwen2")[1]
+    before = copy.deepcopy(config)
+    windows.with_window(config, architecture.find(config), WINDOW, "1")
+    assert config == before
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [("all", [0, 1, 2, 3]), ("alternate", [0, 2]), ("3", [3]), ("0,2-3", [0, 2, 3]), (" 1 , 1 ", [1])],
+)
+def test_layer_lists(text: str, layers: list[int]) -> None:
+    assert windows.parse_layers(text, 4) == layers
+
+
+@pytest.mark.parametrize("text", ["", "some", "1,,2", "-1", "3-1", "4", "0-4", "1.5"])
+def test_bad_layer_lists(text: str) -> None:
+    with pytest.raises(HeadwiseError, match="--window-layers"):
+        windows.parse_layers(text, 4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "window", "layers", "message"),
+    [
+        ("llama", WINDOW, "all", "attention_bias: true"),
+        ("gpt_neox", WINDOW, "all", "the stock gpt_neox class has no sliding window"),
+        ("mistral", WINDOW, "alternate", "one window for all layers"),
+        ("gemma3_text", WINDOW, "all", "decides how its positions rotate"),
+        ("qwen2", 0, "all", "is not between 1 and"),
+        ("qwen2", 128, "all", "is not between 1 and"),
+        ("qwen3", None, "all", "no layer of this model has a window"),
+    ],
+)
+def test_refusals(model_type: str, window: int | None, layers: str, message: str) -> None:
+    config = tiny_models.build(model_type)[1]
+    with pytest.raises(HeadwiseError, match=message):
+        windows.with_window(config, architecture.find(config), window, layers)
