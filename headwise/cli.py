@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from headwise import __version__, ui
+from headwise import __version__, show, ui
 from headwise.command import Option, Verbs, choice, flag, number, parsed, section
 from headwise.errors import GateFailed
 
@@ -133,7 +133,7 @@ def inspect(**options: Any) -> None:
     from headwise.convert.plan import inspect
 
     found = inspect(**options)
-    ui.show_inspection(found)
+    show.inspection(found)
     ui.result(found)
 
 
@@ -151,7 +151,7 @@ def convert(**options: Any) -> None:
 
     with ui.progress() as progress:
         outcome = convert(**options, progress=progress)
-    (ui.show_plan if "dry_run" in options else ui.show_outcome)(outcome)
+    (show.plan if "dry_run" in options else show.outcome)(outcome)
     ui.result(outcome)
 
 
@@ -162,7 +162,7 @@ def verify(**options: Any) -> None:
 
     with ui.progress() as progress:
         verification = verify(**options, progress=progress)
-    ui.show_verification(verification)
+    show.verification(verification)
     ui.result(verification)
     if not verification.passed:
         raise GateFailed(f"{options['out']} failed its checks.")
@@ -182,7 +182,7 @@ def demo(**options: Any) -> None:
 
     with ui.progress() as progress:
         outcome = demo(**options, progress=progress)
-    ui.show_demo(outcome)
+    show.demo(outcome)
     ui.result(outcome)
 
 

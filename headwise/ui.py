@@ -279,6 +279,11 @@ def size(num_bytes: float) -> str:
     return f"{digits} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
+def dtype(value: object) -> str:
+    """ "bfloat16" for torch.bfloat16."""
+    return str(value).removeprefix("torch.")
+
+
 def duration(seconds: float) -> str:
     """12.3 -> "12 s", 75 -> "1:15", 3700 -> "1:01:40"."""
     if seconds < 60:

@@ -1,0 +1,174 @@
+"""The demo: take key-value heads away from a real language model, by several methods, and measure the damage."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headwise.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MODEL = Path(__file__).parent / "model"
+# Blocks of held-out text that every model is measured on: enough for 0.01 nats, at most seconds for each.
+BLOCKS, QUICK_BLOCKS = 32, 8
+BLOCK_LENGTH = 512
+QUICK_REFIT_STEPS = 40
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One conversion of the demo: what to make, how, and the arguments of `convert` that say so."""
+
+    target: str
+    method: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A model's cache, in bytes per token, and its loss on held-out text, in nats per token."""
+
+    target: str
+    method: str
+    cache_bytes: int
+    nats: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What `demo` measured, and the picture of it. `tokens` held-out tokens were predicted."""
+
+    model: str
+    tokens: int
+    parent: Measurement
+    measured: tuple[Measurement, ...]
+    picture: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"picture": str(self.picture)}
+
+
+def demo(
+    out: str | Path = "headwise-demo",
+    *,
+    quick: bool = False,
+    model: str | Path = MODEL,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Demo:
+    """Convert a model to fewer and fewer KV heads, method by method, and measure each on held-out text.
+
+    Args:
+        out: folder for the converted models, `demo.png` and `demo.json`; earlier results in it are replaced.
+        quick: fewer targets, less text, a shorter refit.
+        model: the model to take apart; the embedded one unless said otherwise.
+        seed: of the calibration and the choice of text.
+        progress: hears of every model.
+    """
+    from transformers import AutoTokenizer
+
+    from headwise.convert.pipeline import convert
+    from headwise.convert.plan import inspect
+    from headwise.demo.plot import draw
+    from headwise.recipes.data import blocks_from
+
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    inspection = inspect(model)
+    first = inspection.layouts[0]
+    legal = {option.num_key_value_heads for option in inspection.options}
+    planned = [t for t in trials(first.num_key_value_heads, quick) if t.arguments["groups"] in legal]
+
+    progress.stage("Demo", total=len(planned) + 1, unit="models")
+    progress.advance(0, now="the parent")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    count = QUICK_BLOCKS if quick else BLOCKS
+    blocks = blocks_from("builtin", tokenizer, split="heldout", length=BLOCK_LENGTH, count=count, seed=seed)
+
+    def measured(folder: str | Path, target: str, method: str, start: float) -> Measurement:
+        cache, nats = inspect(folder).cache.bytes_per_token, loss(folder, blocks)
+        result = Measurement(target, method, cache, nats, time.monotonic() - start)
+        above = f" (+{nats - parent.nats:.3f})" if target != parent_name else ""
+        progress.note(f"{target:>6}  {method:16} {nats:.3f} nats per token{above}")
+        progress.advance()
+        return result
+
+    parent_name = name(first.num_key_value_heads, first.num_attention_heads)
+    parent = measured(model, parent_name, "", time.monotonic())
+    results = []
+    for trial in planned:
+        start = time.monotonic()
+        folder = out / f"{trial.target}-{trial.method}".lower().replace(" + ", "-")
+        now = _Within(progress, f"{trial.target} {trial.method}")
+        convert(model, folder, **trial.arguments, seed=seed, force=True, verify=False, progress=now)
+        results.append(measured(folder, trial.target, trial.method, start))
+
+    done = Demo(str(model), blocks[:, 1:].numel(), parent, tuple(results), out / "demo.png")
+    draw(
+        parent,
+        results,
+        done.picture,
+        title="What a smaller KV cache costs, without any training",
+        ylabel="nats per token on held-out Python source",
+    )
+    (out / "demo.json").write_text(json.dumps(done.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return done
+
+
+def trials(num_key_value_heads: int, quick: bool = False) -> Iterator[Trial]:
+    """Half the KV heads, a quarter, and one; each by the mean, by the optimal merge, and refitted after it."""
+    methods: dict[str, dict[str, Any]] = {
+        "mean": {"method": "mean", "calibrate": "none", "refit": "off"},
+        "optimal": {"refit": "off"},
+        "optimal + refit": {"refit": QUICK_REFIT_STEPS if quick else "auto"},
+    }
+    counts = dict.fromkeys(
+        [num_key_value_heads // 2, 1] if quick else [num_key_value_heads // 2, num_key_value_heads // 4, 1]
+    )
+    for groups in filter(None, counts):
+        for method, arguments in methods.items():
+            yield Trial(name(groups), method, {"to": "gqa", "groups": groups, **arguments})
+
+
+def name(num_key_value_heads: int, num_attention_heads: int = 0) -> str:
+    """ "MHA", "GQA-4" or "MQA"."""
+    if num_key_value_heads == num_attention_heads:
+        return "MHA"
+    return "MQA" if num_key_value_heads == 1 else f"GQA-{num_key_value_heads}"
+
+
+def loss(folder: str | Path, blocks: Tensor) -> float:
+    """Nats per token of a saved model on blocks of tokens, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from headwise.eval.perplexity import nats_per_token
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return nats_per_token(model, blocks).nats
+
+
+class _Within(Progress):
+    """A conversion's progress as a remark beside the demo's own."""
+
+    def __init__(self, outer: Progress, label: str) -> None:
+        self.outer, self.label = outer, label
+
+    def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
+        self.name, self.total, self.done = name, total, 0
+        self.advance(0)
+
+    def advance(self, amount: int = 1, **fields: object) -> None:
+        self.done += amount
+        share = f" {self.done / self.total:.0%}" if self.total else ""
+        self.outer.advance(0, now=f"{self.label}: {self.name}{share}")
+
+    def warn(self, text: str) -> None:
+        self.outer.warn(text)

@@ -1,0 +1,200 @@
+"""What the results of the verbs look like to a reader. Each function prints one kind of result through `ui`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from headwise import ui
+from headwise.ui import size
+
+if TYPE_CHECKING:
+    from headwise.convert.inspection import Cache, Inspection
+    from headwise.convert.layout import AttentionLayout
+    from headwise.convert.plan import Plan
+    from headwise.convert.verify import Verification
+    from headwise.demo import Demo, Measurement
+
+
+def inspection(found: Inspection) -> None:
+    """A model's attention, its cache, and what it can become."""
+    about = [found.model_type, ui.dtype(found.dtype)]
+    if found.parameters:
+        about.append(f"{_count(found.parameters)} parameters")
+    ui.say(f"{found.model}: {', '.join(about)}", style="bold")
+    ui.say()
+    kinds: dict[AttentionLayout, list[int]] = {}
+    for layer, layout in enumerate(found.layouts):
+        kinds.setdefault(layout, []).append(layer)
+    ui.table(
+        ("layers", "attention", ">heads", ">KV heads", ">head dim", "RoPE", "window"),
+        [
+            (
+                ranges(layers),
+                layout.kind.upper(),
+                layout.num_attention_heads,
+                layout.num_key_value_heads,
+                layout.head_dim,
+                rope(layout),
+                f"{layout.sliding_window:,}" if layout.sliding_window else "",
+            )
+            for layout, layers in kinds.items()
+        ],
+    )
+    ui.say()
+    contexts = list(found.cache.at)
+    ui.table(
+        ("can become", ">cache per token", *(f">at {c // 1024}K" for c in contexts), ">saved"),
+        [
+            ("as it is", *cache(found.cache), ""),
+            *((option_name(o), *cache(o.cache), saving(o.saved)) for o in found.options),
+        ],
+    )
+    if found.mla:
+        ui.say()
+        ui.say(f"Not MLA: {found.mla}")
+    for reach in found.reach:
+        ui.say()
+        for line in reach.lines():
+            ui.say(line)
+
+
+def plan(planned: Plan) -> None:
+    """What a conversion will do; nothing has been written."""
+    copied, rewritten, dropped = (
+        sum(fate.fate == kind for fate in planned.fates) for kind in ("copy", "rewrite", "drop")
+    )
+    ui.say(f"Plan for {planned.model}", style="bold")
+    ui.say()
+    ui.table(
+        ("", ">before", ">after"),
+        [
+            ("attention", kinds(planned.layouts_before), kinds(planned.layouts_after)),
+            *_cache_rows(planned.cache_before, planned.cache_after),
+            ("parameters", f"{planned.parameters_before:,}", f"{planned.parameters_after:,}"),
+            ("weights", size(planned.bytes_before), size(planned.bytes_after)),
+        ],
+    )
+    ui.say()
+    tensors: dict[tuple[Any, ...], list[str]] = {}
+    for fate in planned.fates:
+        pattern = re.sub(r"\.\d+(?=\.)", ".*", fate.name)
+        tensors.setdefault((pattern, fate.fate, _tensor(fate.before), _tensor(fate.after)), []).append(fate.name)
+    ui.table(
+        (">tensors", "name", "fate", "before", "after"),
+        [(len(names), *key) for key, names in tensors.items()],
+    )
+    ui.say()
+    ui.table(
+        (),
+        [
+            ("tensors", f"{copied} copied, {rewritten} rewritten, {dropped} dropped"),
+            ("files", f"{len(planned.shards)} of weights, {len(planned.sidecars)} copied beside them"),
+            ("disk", size(planned.disk)),
+            ("peak memory", size(planned.peak_memory)),
+            *(("loads in", engine) for engine in planned.engines),
+            *(("left out", name) for name in planned.left_out),
+            *(("note", note) for note in planned.notes),
+        ],
+    )
+    for warning in planned.warnings:
+        ui.warn(warning)
+
+
+def verification(checked: Verification) -> None:
+    """Every check with its outcome."""
+    ui.table(
+        ("check", "", "detail"),
+        [(name, "passed" if passed else "FAILED", detail) for name, passed, detail in checked.checks],
+    )
+
+
+def demo(measured: Demo) -> None:
+    """Every model of the demo against the parent."""
+    parent = measured.parent
+    ui.table(
+        ("attention", "method", ">cache per token", ">saved", ">nats per token", ">damage", ">seconds"),
+        [_measurement(point, parent) for point in (parent, *measured.measured)],
+    )
+    ui.say()
+    ui.say(f"Measured on {measured.tokens:,} tokens of modules that the model never saw.")
+    ui.say(f"Picture: {measured.picture}")
+
+
+def _measurement(point: Measurement, parent: Measurement) -> tuple[object, ...]:
+    own = point is parent
+    return (
+        point.target,
+        "parent" if own else point.method,
+        f"{point.cache_bytes:,} B",
+        "" if own else f"{1 - point.cache_bytes / parent.cache_bytes:.1%}",
+        f"{point.nats:.3f}",
+        "" if own else f"{point.nats - parent.nats:+.3f}",
+        f"{point.seconds:.0f}",
+    )
+
+
+def cache(held: Cache) -> list[str]:
+    """Bytes per token and at each context."""
+    return [size(held.bytes_per_token), *(size(total) for total in held.at.values())]
+
+
+def _cache_rows(before: Cache, after: Cache) -> Iterable[tuple[str, str, str]]:
+    yield "cache per token", size(before.bytes_per_token), size(after.bytes_per_token)
+    for context, total in before.at.items():
+        saved = f" ({1 - after.at[context] / total:.1%} saved)" if after.at[context] < total else ""
+        yield f"cache at {context // 1024}K", size(total), size(after.at[context]) + saved
+
+
+def kinds(layouts: Sequence[AttentionLayout]) -> str:
+    """The layouts of a model in a few words: "GQA, 8 of 32 KV heads"."""
+    words = []
+    for layout in dict.fromkeys(layouts):
+        if layout.kv_lora_rank is not None:
+            words.append(f"MLA {layout.kv_lora_rank}+{layout.qk_rope_head_dim}")
+        else:
+            words.append(f"{layout.kind.upper()}, {layout.num_key_value_heads} KV heads")
+    return "; ".join(dict.fromkeys(words))
+
+
+def saving(saved: float) -> str:
+    """0.75 -> "75.0%"; a cache that grows, -1.0 -> "2x"."""
+    return f"{saved:.1%}" if saved > 0 else f"{1 - saved:.3g}x"
+
+
+def option_name(option: Any) -> str:
+    """ "GQA-8", "MQA", or "MLA 512+64"."""
+    if option.kv_lora_rank is not None:
+        return f"MLA {option.kv_lora_rank}+{option.qk_rope_head_dim}"
+    return f"GQA-{option.num_key_value_heads}" if option.to == "gqa" else option.to.upper()
+
+
+def rope(layout: AttentionLayout) -> str:
+    """How much of a head turns."""
+    if layout.rotary_dim == 0:
+        return "none"
+    return "all" if layout.rotary_dim == layout.head_dim else f"{layout.rotary_dim} of {layout.head_dim}"
+
+
+def ranges(layers: Sequence[int], longest: int = 36) -> str:
+    """Layer numbers as ranges: [0, 1, 2, 5] -> "0-2, 5"; shortened to how many where that gets long."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return text if len(text) <= longest else f"{len(layers)} layers: {text[: longest - 12].rsplit(',', 1)[0]}, ..."
+
+
+def _count(number: int) -> str:
+    for scale, unit in ((1e9, "billion"), (1e6, "million")):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number:,}"
+
+
+def _tensor(kind: Any) -> str:
+    return f"{ui.dtype(kind[0])} {'x'.join(map(str, kind[1]))}" if kind else ""
