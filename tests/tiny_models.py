@@ -165,22 +165,33 @@ CONFIGS |= {
 def build(model_type: str, **overrides: Any) -> tuple[transformers.PreTrainedModel, dict[str, Any]]:
     """A random float32 model in eval mode, and its config as config.json would hold it.
 
-    Every parameter is random, biases and norms too: a zero bias would hide that it was lost.
+    Every parameter is random, biases and norms too: a zero bias would hide that it was lost. `overrides` go to
+    the language model's config.
     """
     fields = copy.deepcopy(CONFIGS[model_type])
     if "text_config" in fields:
         fields["text_config"] |= overrides
     else:
         fields = _COMMON | fields | overrides
-    config = AutoConfig.for_model(model_type, **fields)
-    auto_class = getattr(transformers, architecture.find({"model_type": model_type, **config.to_dict()}).auto_class)
-    model = auto_class.from_config(config, attn_implementation="eager", experts_implementation="eager").eval()
+    config = json.loads(AutoConfig.for_model(model_type, **fields).to_json_string(use_diff=False))
+    model = from_config(config)
     generator = torch.Generator().manual_seed(17)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(0.5 + 0.3 * noise if "norm" in name and "weight" in name else 0.3 * noise)
-    return model, json.loads(config.to_json_string(use_diff=False))
+    return model, config
+
+
+def from_config(config: dict[str, Any]) -> transformers.PreTrainedModel:
+    """The stock model that a config.json describes, its weights as they come."""
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    auto_class = getattr(transformers, architecture.find(config).auto_class)
+    return auto_class.from_config(
+        AutoConfig.for_model(config["model_type"], **fields),
+        attn_implementation="eager",
+        experts_implementation="eager",
+    ).eval()
 
 
 def save(model_type: str, folder: Path, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
@@ -192,8 +203,12 @@ def save(model_type: str, folder: Path, dtype: torch.dtype = torch.float32, **ov
 
 @contextmanager
 def float64_throughout() -> Iterator[None]:
-    """Some stock classes rotate queries and keys in float32 whatever the model's dtype; in here they do not."""
-    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+    """The stock classes round norms, softmax and rotations to float32 whatever the model's dtype; not in here."""
+    with (
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+        mock.patch.object(torch, "float32", torch.float64),
+        mock.patch.object(torch, "float", torch.float64),
+    ):
         yield
 
 

@@ -60,10 +60,6 @@ class Architecture(Row):
         layer_types = getattr(stock, "layer_types", None) or [None] * stock.num_hidden_layers
         has_rope = getattr(stock, self.rope_flags) if self.rope_flags else [True] * stock.num_hidden_layers
         window = getattr(stock, "sliding_window", None) or None
-        if min(len(layer_types), len(has_rope)) < stock.num_hidden_layers:
-            raise HeadwiseError(
-                f"config.json has num_hidden_layers: {stock.num_hidden_layers} and a shorter list of layer types."
-            )
         if self.rope_layer_types and window:
             has_rope = [layer_type in self.rope_layer_types for layer_type in layer_types]
         return [
@@ -80,10 +76,10 @@ class Architecture(Row):
 
     def legal_groups(self, config: dict[str, Any]) -> list[int]:
         """Numbers of key-value heads the stock class can hold, ascending."""
-        layout = self.layouts(config)[0]
+        heads = self.layouts(config)[0].num_attention_heads
         if self.num_key_value_heads is None:
-            return [layout.num_key_value_heads]
-        return [g for g in range(1, layout.num_attention_heads + 1) if layout.num_attention_heads % g == 0]
+            return [heads]
+        return [groups for groups in range(1, heads + 1) if heads % groups == 0]
 
     def has_bias(self, config: dict[str, Any]) -> bool:
         """Whether queries, keys and values have biases."""
@@ -234,7 +230,7 @@ class Architecture(Row):
         if self.num_key_value_heads:
             text["num_attention_heads"] = stock.num_attention_heads
             text[self.num_key_value_heads] = num_key_value_heads
-        if isinstance(getattr(stock, "head_dim", None), int):
+        if stock.to_dict().get("head_dim"):
             text["head_dim"] = stock.head_dim
         text["rope_parameters"] = copy.deepcopy(stock.rope_parameters)
         text.update(both_spellings(text, self.model_type, self.old_rope_names, self.old_rope_scaling))

@@ -19,6 +19,7 @@ SIZES = (
     "hidden_size",
     "head_dim",
 )
+PER_LAYER = ("layer_types", "no_rope_layers")
 QUANTIZATION_KEYS = ("quantization_config", "quantization", "compression_config")
 
 
@@ -54,6 +55,17 @@ def stock_config(model_type: str, text_config: dict[str, Any]) -> Any:
             f"config.json has num_hidden_layers: {text_config['num_hidden_layers']}, more than the {MAX_LAYERS} "
             "that any model has."
         )
+    for name in PER_LAYER:
+        value = text_config.get(name)
+        if isinstance(value, list) and len(value) < (text_config.get("num_hidden_layers") or 0):
+            raise HeadwiseError(
+                f"config.json has {len(value)} {name}, and num_hidden_layers: {text_config['num_hidden_layers']}."
+            )
+    if text_config.get("per_layer_config"):
+        raise HeadwiseError(
+            "config.json has per_layer_config: its layers differ in shape, and no stock class that headwise knows "
+            "can hold that."
+        )
     return _stock_config(model_type, json.dumps(text_config, sort_keys=True))
 
 
@@ -66,7 +78,7 @@ def _stock_config(model_type: str, text_config: str) -> Any:
         return CONFIG_MAPPING[model_type](**fields)
     # The classes raise whatever their arithmetic on a bad value happens to raise.
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).rstrip(".")
         raise HeadwiseError(f"the stock {model_type} class refuses config.json: {reason}.") from error
 
 

@@ -1,4 +1,4 @@
-"""Every row of architectures.yaml against the stock class: round trip, gauge law, exact lifts, configs."""
+"""Every row of architectures.yaml against the stock class: round trip, gauge law, exact lift, windows, shapes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ import torch
 from safetensors.torch import load_file
 
 from headwise.convert import architecture
+from headwise.convert.architecture import Architecture
 from headwise.convert.layout import LayerWeights, planes, rows
+from headwise.errors import HeadwiseError
 from tests import tiny_models
 
 ROWS = sorted(tiny_models.CONFIGS)
+Tensors = dict[str, torch.Tensor]
 
 
 def random_gauge(weights: LayerWeights, seed: int) -> LayerWeights:
     """The layer in other coordinates that compute the same (mathematics, section 1).
 
-    Values get any invertible matrix per key-value head, position-free keys too; each plane of rotary keys gets
-    a complex scalar. Under norms on queries and keys only the signs of planes are free in general.
+    Values get any invertible matrix per key-value head. Keys get a complex scalar per plane, and position-free
+    keys any invertible matrix; under norms with equal weights only the rotations among them; under other norms
+    only signs.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -27,20 +31,23 @@ def random_gauge(weights: LayerWeights, seed: int) -> LayerWeights:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     layout = weights.layout
-    heads, groups, turning = layout.num_attention_heads, layout.num_key_value_heads, layout.rotary_dim
-    group = torch.arange(heads) // layout.queries_per_group
+    groups, turning = layout.num_key_value_heads, layout.rotary_dim
     still = layout.head_dim - turning
+    group = torch.arange(layout.num_attention_heads) // layout.queries_per_group
 
     mix = noise(groups, layout.v_head_dim, layout.v_head_dim) + 2 * torch.eye(layout.v_head_dim)
-    v = mix @ weights.v
-    o = weights.o @ torch.linalg.inv(mix)[group]
-    if weights.q_norm is not None:
-        half = torch.randint(0, 2, (groups, turning // 2), generator=generator).double() * 2 - 1
-        rest = torch.randint(0, 2, (groups, still), generator=generator).double() * 2 - 1
-        signs = torch.cat([half, half, rest], dim=1)[..., None]
-        return replace(weights, q=weights.q * signs[group], k=weights.k * signs, v=v, o=o)
-    scalar = torch.polar(0.5 + noise(groups, turning // 2).abs(), noise(groups, turning // 2))[..., None]
+    v, o = mix @ weights.v, weights.o @ torch.linalg.inv(mix)[group]
+
     free = noise(groups, still, still) + 2 * torch.eye(still)
+    angles, sizes = noise(groups, turning // 2), 0.5 + noise(groups, turning // 2).abs()
+    norms = [n for n in (weights.q_norm, weights.k_norm) if n is not None]
+    if norms:
+        sizes = torch.ones_like(sizes)
+        free = torch.linalg.qr(free).Q
+    if any(n.unique().numel() > 1 for n in norms):
+        angles = torch.pi * (angles > 0).double()
+        free = torch.diag_embed(noise(groups, still).sign())
+    scalar = torch.polar(sizes, angles)[..., None]
     k = torch.cat([rows(scalar * planes(weights.k, turning)), free @ weights.k[:, turning:]], dim=1)
     q_turning = rows(planes(weights.q, turning) / scalar.conj()[group])
     q_still = torch.linalg.inv(free).mT[group] @ weights.q[:, turning:]
@@ -52,14 +59,42 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(input_ids=tiny_models.tokens()).logits
 
 
-def load_layers(model: torch.nn.Module, arch, tensors: dict[str, torch.Tensor]) -> None:
-    """Put checkpoint tensors into the stock modules they belong to."""
-    state = model.state_dict()
-    named = {
-        name.replace(arch.layers[0].split("{")[0], arch.module.split("{")[0]): t for name, t in tensors.items()
-    }
-    assert set(named) <= set(state)
-    model.load_state_dict(named, strict=False)
+def distance(after: torch.Tensor, before: torch.Tensor) -> float:
+    return float((after - before).abs().max() / before.abs().max())
+
+
+def module_names(arch: Architecture, tensors: Tensors) -> Tensors:
+    """Checkpoint tensors under the names of the stock modules."""
+    checkpoint, module = (path.split("{")[0] for path in (arch.layers[0], arch.module))
+    return {module + name.removeprefix(checkpoint): tensor for name, tensor in tensors.items()}
+
+
+def double_model(model_type: str, flat_norms: bool = False):
+    """A float64 model, its config, row and checkpoint tensors."""
+    model, config = tiny_models.build(model_type)
+    arch = architecture.find(config)
+    if flat_norms:
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in (f".{arch.norms.q}.", f".{arch.norms.k}.")):
+                torch.nn.init.constant_(parameter, 0.75)
+    model.double()
+    return model, config, arch, tiny_models.checkpoint(model)
+
+
+def rewrite(model, config, arch: Architecture, tensors: Tensors, change) -> None:
+    """Change every layer and put it back into the stock model."""
+    for layer in range(len(arch.layouts(config))):
+        weights = change(layer, arch.read_layer(config, layer, tensors))
+        written = module_names(arch, arch.write_layer(config, layer, weights, torch.float64))
+        assert not model.load_state_dict(written, strict=False).unexpected_keys
+
+
+def test_every_row_has_a_tiny_model_and_every_tiny_model_a_row():
+    proven = set()
+    for model_type in ROWS:
+        arch = architecture.find({"model_type": model_type, **tiny_models.build(model_type)[1]})
+        proven |= {arch.model_type, arch.wrapper} - {None}
+    assert proven == set(architecture.supported())
 
 
 @pytest.mark.parametrize("model_type", ROWS)
@@ -79,15 +114,101 @@ def test_reading_and_writing_a_layer_changes_no_bit(model_type, dtype, tmp_path)
 
 @pytest.mark.parametrize("model_type", ROWS)
 def test_a_random_gauge_moves_no_logit(model_type):
-    model, config = tiny_models.build(model_type)
-    model.double()
+    model, config, arch, tensors = double_model(model_type)
     before = logits(model)
-    arch = architecture.find(config)
-    tensors = tiny_models.checkpoint(model)
+    rewrite(model, config, arch, tensors, lambda layer, weights: random_gauge(weights, seed=layer))
+    assert 0 < distance(logits(model), before) <= 1e-10
+
+
+@pytest.mark.parametrize("model_type", [m for m in ROWS if architecture.find(tiny_models.build(m)[1]).norms])
+def test_norms_with_equal_weights_leave_rotations_free(model_type):
+    model, config, arch, tensors = double_model(model_type, flat_norms=True)
+    before = logits(model)
+    rewrite(model, config, arch, tensors, lambda layer, weights: random_gauge(weights, seed=layer))
+    assert 0 < distance(logits(model), before) <= 1e-10
+
+
+@pytest.mark.parametrize("model_type", ROWS)
+def test_rotary_dimensions_are_no_freer_than_the_row_says(model_type):
+    """Mixing a layer's planes as if it had no RoPE moves the logits, in every layer that is said to have it."""
+    has_norms = bool(architecture.find(tiny_models.build(model_type)[1]).norms)
+    model, config, arch, tensors = double_model(model_type, flat_norms=has_norms)
+    before = logits(model)
+    turning = [layer for layer, layout in enumerate(arch.layouts(config)) if layout.rotary_dim]
+    assert turning
+    for only in turning:
+
+        def free(layer: int, weights: LayerWeights, only: int = only) -> LayerWeights:
+            if layer != only:
+                return weights
+            freed = replace(weights, layout=replace(weights.layout, rotary_dim=0))
+            return replace(random_gauge(freed, seed=layer), layout=weights.layout)
+
+        rewrite(model, config, arch, tensors, free)
+        assert distance(logits(model), before) > 1e-7
+
+
+@pytest.mark.parametrize("model_type", [m for m in ROWS if "num_attention_heads" in str(tiny_models.CONFIGS[m])])
+def test_repeating_key_value_heads_keeps_the_logits(model_type):
+    model, config, arch, tensors = double_model(model_type)
+    heads = arch.layouts(config)[0].num_attention_heads
+    assert heads in arch.legal_groups(config)
+    new_config = arch.with_groups(config, heads)
+    lifted = tiny_models.from_config(new_config).double()
+    state = dict(model.state_dict())
     for layer in range(len(arch.layouts(config))):
         weights = arch.read_layer(config, layer, tensors)
-        turned = random_gauge(weights, seed=layer)
-        assert not torch.allclose(turned.k, weights.k)
-        load_layers(model, arch, arch.write_layer(config, layer, turned, torch.float64))
-    after = logits(model)
-    assert (after - before).abs().max() <= 1e-10 * before.abs().max()
+        repeats = weights.layout.queries_per_group
+        many = replace(
+            weights,
+            layout=weights.layout.with_groups(heads),
+            k=weights.k.repeat_interleave(repeats, 0),
+            v=weights.v.repeat_interleave(repeats, 0),
+            k_norm=None if weights.k_norm is None else weights.k_norm.repeat_interleave(repeats, 0),
+        )
+        written = arch.write_layer(config, layer, many, torch.float64)
+        assert {n: tuple(t.shape) for n, t in written.items()} == arch.tensor_shapes(new_config, layer)
+        state |= module_names(arch, written)
+    lifted.load_state_dict(state)
+    assert distance(logits(lifted), logits(model)) <= 1e-10
+
+
+@pytest.mark.parametrize("model_type", ROWS)
+def test_the_stock_class_builds_every_legal_group_count_with_our_shapes(model_type):
+    _, config = tiny_models.build(model_type)
+    arch = architecture.find(config)
+    heads = arch.layouts(config)[0].num_attention_heads
+    for groups in arch.legal_groups(config):
+        new_config = arch.with_groups(config, groups)
+        with torch.device("meta"):
+            state = tiny_models.from_config(new_config).state_dict()
+        for layer, layout in enumerate(arch.layouts(new_config)):
+            assert layout == arch.layouts(config)[layer].with_groups(groups)
+            shapes = arch.tensor_shapes(new_config, layer)
+            empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+            for name, tensor in module_names(arch, empty).items():
+                assert state[name].shape == tensor.shape, name
+    with pytest.raises(HeadwiseError, match=f"cannot have {heads + 1} key-value heads.*Legal: "):
+        arch.with_groups(config, heads + 1)
+
+
+@pytest.mark.parametrize("model_type", ROWS)
+def test_the_mask_of_each_layer_is_the_window_of_its_layout(model_type):
+    model, config = tiny_models.build(model_type)
+    arch = architecture.find(config)
+    seen = {}
+
+    def look(layer):
+        def hook(module, args, kwargs):
+            # A position that the mask forbids holds a huge negative number, one that it allows a zero.
+            seen[layer] = int((kwargs["attention_mask"][0, 0, -1] == 0).sum())
+
+        return hook
+
+    layouts = arch.layouts(config)
+    for layer in range(len(layouts)):
+        attention = model.get_submodule(f"{arch.module.format(layer=layer)}.{arch.attention}")
+        attention.register_forward_pre_hook(look(layer), with_kwargs=True)
+    logits(model)
+    length = tiny_models.tokens().shape[1]
+    assert seen == {layer: min(layout.sliding_window or length, length) for layer, layout in enumerate(layouts)}
