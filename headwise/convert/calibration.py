@@ -23,8 +23,10 @@ from headwise.convert.checkpoint import Checkpoint
 
 # Tokens run through a layer at once: bounds the memory of the widest intermediate, not the result.
 TOKENS_AT_ONCE = 4096
-# Sequences whose attention weights are looked at; each costs heads x length^2 numbers.
-SEQUENCES_FOR_DISTANCES = 4
+# Sequences whose attention weights are looked at (each costs heads x length^2 numbers), and of how many queries,
+# evenly spread, the averaged input is worked out.
+SEQUENCES_LOOKED_AT = 16
+QUERIES_LOOKED_AT = 64
 
 
 @dataclass
@@ -34,6 +36,8 @@ class LayerRecord:
     Attributes:
         index: of the decoder layer.
         moment: E[x x^T] of the attention input with a constant 1 appended, (D + 1, D + 1), float64.
+        value_moment: E[y y^T] of y = [sum_n p_n x_n; 1], the inputs averaged by the attention weights p of a head,
+            over queries and heads, (D + 1, D + 1), float64: what values are read through. None unless asked for.
         distances: attention weight by distance per head, (heads, length), each row summing to one; None unless
             asked for.
         inputs, outputs: (sequences, length, D) float32 on the CPU; None unless asked for.
@@ -43,6 +47,7 @@ class LayerRecord:
 
     index: int
     moment: Tensor
+    value_moment: Tensor | None = None
     distances: Tensor | None = None
     inputs: Tensor | None = None
     outputs: Tensor | None = None
@@ -130,19 +135,19 @@ class LayerStream:
     def __iter__(self) -> Iterator[LayerRecord]:
         return self.records()
 
-    def records(self, *, keep: bool = False, distances: bool = False) -> Iterator[LayerRecord]:
+    def records(self, *, keep: bool = False, look: bool = True) -> Iterator[LayerRecord]:
         """One record per layer, in order; the next layer's inputs are this layer's outputs.
 
         Args:
             keep: also keep the attention's inputs and outputs of the layer.
-            distances: also measure how far its attention looks.
+            look: also take `value_moment` and `distances` from the attention weights of some sequences.
         """
         for index in range(len(self._layers)):
             with self._real_layer(index) as layer:
-                yield self._run(index, layer, keep, distances)
+                yield self._run(index, layer, keep, look)
 
     @torch.no_grad()
-    def _run(self, index: int, layer: nn.Module, keep: bool, distances: bool) -> LayerRecord:
+    def _run(self, index: int, layer: nn.Module, keep: bool, look: bool) -> LayerRecord:
         attention = layer.get_submodule(self._architecture.attention)
         args, kwargs = self._arguments[index]
         sequences, length, width = self._hidden.shape
@@ -151,6 +156,7 @@ class LayerStream:
         if keep:
             record.inputs, record.outputs = torch.empty_like(self._hidden), torch.empty_like(self._hidden)
         seen: dict[str, Any] = {}
+        view = _View()
 
         def note(module: nn.Module, call_args: tuple, call_kwargs: dict, output: Any) -> None:
             seen["x"] = call_kwargs.get("hidden_states", call_args[0] if call_args else None)
@@ -167,14 +173,13 @@ class LayerStream:
             moment += (flat.mT @ flat).double()
             if record.inputs is not None and record.outputs is not None:
                 record.inputs[part], record.outputs[part] = x.cpu(), seen["y"].cpu()
-            if distances and start < SEQUENCES_FOR_DISTANCES:
-                found = attention_distances(attention, x[: SEQUENCES_FOR_DISTANCES - start], seen["kwargs"])
-                record.distances = found if record.distances is None else record.distances + found
+            if look and start < SEQUENCES_LOOKED_AT:
+                view.add(attention, x[: SEQUENCES_LOOKED_AT - start], seen["kwargs"])
             self._hidden[part] = (out[0] if isinstance(out, tuple) else out).cpu()
         handle.remove()
         moment /= record.tokens
-        if record.distances is not None:
-            record.distances /= record.distances.sum(-1, keepdim=True)
+        if look:
+            record.value_moment, record.distances = view.result()
         record.arguments = seen["kwargs"]
         return record
 
@@ -219,32 +224,51 @@ class LayerStream:
         return torch.cat(hidden), [(stub.args, stub.kwargs) for stub in stubs]
 
 
-def attention_distances(attention: nn.Module, inputs: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """Attention weight by distance, (heads, length), summed over all queries of (sequences, length, D) inputs."""
-    length = inputs.shape[1]
-    config: Any = attention.config
-    before = config._attn_implementation
-    config._attn_implementation = "eager"
-    total: Tensor | None = None
-    if kwargs.get("attention_mask") is None:
-        mask = torch.full((length, length), torch.finfo(inputs.dtype).min, device=inputs.device).triu(1)
-        kwargs = {**kwargs, "attention_mask": mask[None, None]}
-    elif kwargs["attention_mask"].dtype == torch.bool:
-        mask = torch.zeros_like(kwargs["attention_mask"], dtype=inputs.dtype)
-        mask.masked_fill_(~kwargs["attention_mask"], torch.finfo(inputs.dtype).min)
-        kwargs = {**kwargs, "attention_mask": mask}
-    index = torch.arange(length, device=inputs.device)
-    distance = (index[:, None] - index[None]).clamp_min(0).flatten()
-    try:
-        for row in inputs.split(1):
-            weights = attention(hidden_states=row, **kwargs)[1][0]  # (heads, length, length)
-            found = weights.new_zeros(weights.shape[0], length, dtype=torch.float64)
-            found.index_add_(1, distance, weights.tril().flatten(1).double())
-            total = found if total is None else total + found
-    finally:
-        config._attn_implementation = before
-    assert total is not None
-    return total.cpu()
+class _View:
+    """Attention weights, summed up: over distances, and over the inputs they average."""
+
+    def __init__(self) -> None:
+        self._moment: Tensor | None = None
+        self._distances: Tensor | None = None
+        self._count = 0
+
+    def add(self, attention: Any, inputs: Tensor, arguments: dict[str, Any]) -> None:
+        """Look at (sequences, length, D) inputs through the module's own eager attention."""
+        length = inputs.shape[1]
+        index = torch.arange(length, device=inputs.device)
+        distance = (index[:, None] - index[None]).clamp_min(0).flatten()
+        queries = index[:: max(1, length // QUERIES_LOOKED_AT)]
+        arguments = {**arguments, "attention_mask": _additive_mask(arguments.get("attention_mask"), inputs)}
+        before = attention.config._attn_implementation
+        attention.config._attn_implementation = "eager"
+        try:
+            for row in inputs.split(1):
+                weights = attention(hidden_states=row, **arguments)[1][0]  # (heads, length, length)
+                found = weights.new_zeros(weights.shape[0], length, dtype=torch.float64)
+                found.index_add_(1, distance, weights.tril().flatten(1).double())
+                averaged = (weights[:, queries] @ row[0]).flatten(0, 1)
+                averaged = torch.cat([averaged, torch.ones_like(averaged[:, :1])], 1)
+                moment = (averaged.mT @ averaged).double()
+                self._moment = moment if self._moment is None else self._moment + moment
+                self._distances = found if self._distances is None else self._distances + found
+                self._count += len(averaged)
+        finally:
+            attention.config._attn_implementation = before
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        assert self._moment is not None and self._distances is not None
+        return self._moment / self._count, (self._distances / self._distances.sum(-1, keepdim=True)).cpu()
+
+
+def _additive_mask(mask: Tensor | None, inputs: Tensor) -> Tensor:
+    """The mask eager attention adds to the scores, from whichever form the model made for its own attention."""
+    least = torch.finfo(inputs.dtype).min
+    if mask is None:
+        length = inputs.shape[1]
+        return torch.full((1, 1, length, length), least, device=inputs.device).triu(1)
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=inputs.dtype).masked_fill(~mask, least)
+    return mask
 
 
 class _Stop(Exception):

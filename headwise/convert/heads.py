@@ -44,6 +44,7 @@ def merge(
     method: str = "optimal",
     grouping: str = "optimal",
     moment: Tensor | None = None,
+    value_moment: Tensor | None = None,
     seed: int = 0,
 ) -> tuple[LayerWeights, MergeReport]:
     """The layer with another number of key-value heads.
@@ -57,6 +58,8 @@ def merge(
         grouping: "optimal" chooses which heads share by least residual energy, "contiguous" takes neighbours.
         moment: E[x x^T] of the attention input, (inputs, inputs), with the constant 1 appended where the layer
             has biases; None stands for the identity.
+        value_moment: the same of inputs averaged by the layer's attention, which is what values are read
+            through; None stands for `moment`.
         seed: for the method "random".
 
     Raises:
@@ -75,9 +78,12 @@ def merge(
         raise ValueError(f"{source} key-value heads cannot be merged into {num_key_value_heads}")
 
     size = source // num_key_value_heads
-    spaces = [*key_spaces(weights, moment), value_space(weights)]
+    spaces = [
+        *key_spaces(weights, moment),
+        value_space(weights, moment if value_moment is None else value_moment),
+    ]
     if grouping == "optimal" and num_key_value_heads > 1:
-        groups = choose_groups([space.energy(moment) for space in spaces], size)
+        groups = choose_groups([space.energy() for space in spaces], size)
     else:
         groups = [list(range(j, j + size)) for j in range(0, source, size)]
 
@@ -85,7 +91,7 @@ def merge(
         generator = torch.Generator().manual_seed(seed)
         picks = torch.randint(size, (len(groups),), generator=generator).tolist()
         groups = [[g[pick], *g[:pick], *g[pick + 1 :]] for g, pick in zip(groups, picks, strict=True)]
-    blended = [_blend(space, groups, method, moment) for space in spaces]
+    blended = [_blend(space, groups, method) for space in spaces]
     merged = _assemble(weights, spaces, blended, groups, moment)
     key_blends = [b for s, b in zip(spaces, blended, strict=True) if s.kind != "value"]
     value_blends = [b for s, b in zip(spaces, blended, strict=True) if s.kind == "value"]
@@ -112,22 +118,35 @@ class Space:
     """Rows of all key-value heads that may be mixed with each other, and what an error in them costs.
 
     `rows` (batch, G, n, inputs): batch entries never mix (one per rotary plane). `costs` (batch, G, n, n):
-    an error e in head j is expected to cost `e^H costs_j e`. `fixed` marks batch entries under a
-    query-key norm, where only a sign (a phase, if `free`) may be given to a head.
+    an error e in head j is expected to cost `e^H costs_j e`. `moment` is that of the inputs. `fixed` marks
+    batch entries under a query-key norm, where only a sign (a phase, if `free`) may be given to a head.
     """
 
     kind: str
     rows: Tensor
     costs: Tensor
+    moment: Tensor | None
     fixed: bool = False
     free: Tensor | None = None
 
-    def energy(self, moment: Tensor | None) -> Tensor:
-        """E[(R_i row_i)(R_j row_j)^H] over all heads, (batch, G, n, G, n), with R^H R the costs."""
-        weight, _ = root(self.costs)
+    @property
+    def balanced(self) -> Tensor:
+        """The costs with every head counted by the root of its energy instead of its energy.
+
+        What a layer's scores and outputs are worth to the model does not grow with their square: by energy alone
+        a loud head takes the shared rows for itself. Halving the exponent lowered the damage on every real model
+        tried (docs/results/heads.md).
+        """
+        energy = (self.costs * second_moment(self.rows, self.rows, self.moment).mT).sum((-2, -1)).real
+        silent = energy <= 0
+        return self.costs / energy.masked_fill(silent, 1).sqrt()[..., None, None]
+
+    def energy(self) -> Tensor:
+        """E[(R_i row_i)(R_j row_j)^H] over all heads, (batch, G, n, G, n), with R^H R the balanced costs."""
+        weight, _ = root(self.balanced)
         batch, heads, n, inputs = self.rows.shape
         stack = (weight @ self.rows).reshape(batch, heads * n, inputs)
-        gram = second_moment(stack, stack, moment)
+        gram = second_moment(stack, stack, self.moment)
         if self.fixed and self.free is not None:
             gram = torch.where(self.free[:, None, None], gram, gram.real.to(gram.dtype))
         return gram.reshape(batch, heads, n, heads, n)
@@ -163,6 +182,7 @@ def key_spaces(weights: LayerWeights, moment: Tensor | None) -> list[Space]:
                 "rotary",
                 planes(k, r).transpose(0, 1).unsqueeze(2),
                 energy.sum(1).transpose(0, 1),
+                moment,
                 fixed=normed,
                 free=free,
             )
@@ -170,23 +190,24 @@ def key_spaces(weights: LayerWeights, moment: Tensor | None) -> list[Space]:
     if r < layout.head_dim:
         rest_q = q[:, r:].unflatten(0, (groups, reads))
         cost = second_moment(rest_q, rest_q, moment).sum(1)[None]
-        rest = Space("position-free", k[None, :, r:], cost)
+        rest = Space("position-free", k[None, :, r:], cost, moment)
         if normed:  # a norm's weight forbids mixing rows: each row is a space of its own, up to a sign
             rest = Space(
                 "position-free",
                 rest.rows[0].transpose(0, 1).unsqueeze(2),
                 torch.diagonal(cost[0], dim1=-2, dim2=-1).T[:, :, None, None],
+                moment,
                 fixed=True,
             )
         found.append(rest)
     return found
 
 
-def value_space(weights: LayerWeights) -> Space:
+def value_space(weights: LayerWeights, moment: Tensor | None) -> Space:
     """Values, whose errors cost what the output matrices make of them: `sum_h W_o[h]^T W_o[h]`."""
     layout = weights.layout
     o = weights.o.unflatten(0, (layout.num_key_value_heads, layout.queries_per_group))
-    return Space("value", weights.v[None], (o.mT @ o).sum(1)[None])
+    return Space("value", weights.v[None], (o.mT @ o).sum(1)[None], moment)
 
 
 def root_mean_square(rows: Tensor, moment: Tensor | None, scope: str | None) -> Tensor:
@@ -217,22 +238,18 @@ class _Blend:
     total: float
 
 
-def _blend(
-    space: Space,
-    groups: Sequence[Sequence[int]],
-    method: str,
-    moment: Tensor | None,
-) -> _Blend:
+def _blend(space: Space, groups: Sequence[Sequence[int]], method: str) -> _Blend:
     shared, maps, lost, total = [], [], 0.0, 0.0
+    balanced = space.balanced
     for group in groups:
-        member, cost = space.rows[:, group], space.costs[:, group]
+        members, cost = space.rows[:, group], space.costs[:, group]
         if space.fixed and method in ("optimal", "aligned"):
-            found = phased(member, cost if method == "optimal" else torch.ones_like(cost), moment, space.free)
+            weight = balanced[:, group] if method == "optimal" else torch.ones_like(cost)
+            found = phased(members, weight, space.moment, space.free)
         else:
-            found = METHODS[method](member, cost, moment)
-        error = member - found[1] @ found[0].unsqueeze(-3)
-        lost += _cost(error, cost, moment)
-        total += _cost(member, cost, moment)
+            found = METHODS[method](members, balanced[:, group], space.moment)
+        lost += _cost(members - found[1] @ found[0].unsqueeze(-3), cost, space.moment)
+        total += _cost(members, cost, space.moment)
         shared.append(found[0])
         maps.append(found[1])
     return _Blend(torch.stack(shared, 1), torch.cat(maps, 1), lost, total)
