@@ -15,13 +15,20 @@ from headwise import __version__, show, ui
 from headwise.command import Option, Verbs, choice, flag, number, parsed, section
 from headwise.errors import GateFailed
 
+LAYOUTS = ("gqa", "mqa", "mha", "mla")
 FEWER, LATENT, LOSSY = ("gqa", "mqa"), ("mla",), ("gqa", "mqa", "mla")
 MERGES = ("optimal", "aligned", "mean", "first", "random")
 METHODS = {"gqa": MERGES, "mqa": MERGES, "mla": ("optimal", "transmla", "partial-rope")}
 ROPE_RULES = ("auto", "base", "ntk", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 CHANGES = ("to", "context", "sliding_window", "dtype")
-NEEDS = {"rope": "context", "rope_theta": "rope", "window_layers": "sliding_window"}
+NEEDS = {
+    "rank": "rope_dim",
+    "rope_dim": "rank",
+    "rope": "context",
+    "rope_theta": "rope",
+    "window_layers": "sliding_window",
+}
 CLASHES = {
     "cache": ("rank", "rope_dim"),
     "exact": ("cache", "rank", "rope_dim", "method", "calibrate", "calibration_tokens", "moments", "refit"),
@@ -58,7 +65,7 @@ SEED = number("--seed", "Of everything random [0].", minimum=0)
 CONVERT = [
     *section(
         "Attention",
-        choice("--to", ("gqa", "mqa", "mha", "mla"), "What to convert to."),
+        choice("--to", LAYOUTS, "What to convert to.", to=LAYOUTS),
         number("--groups", "KV heads afterwards (GQA-8 has 8).", to=("gqa",)),
         choice(
             "--method",
@@ -243,7 +250,7 @@ def refuse_ignored(options: dict[str, Any]) -> None:
             raise click.UsageError(f"{option.opts[0]} acts only with {acts}.")
     if to == "gqa" and "groups" not in options:
         raise click.UsageError("--to gqa needs --groups N; `headwise inspect MODEL` lists the counts it can have.")
-    if to == "mla" and not options.keys() & {"exact", "cache", "rank"}:
+    if to == "mla" and not options.keys() & {"exact", "cache", "rank", "rope_dim"}:
         raise click.UsageError("--to mla needs --cache SHARE, or --rank N and --rope-dim N, or --exact.")
     if to in METHODS and options.get("method", "optimal") not in METHODS[to]:
         raise click.UsageError(f"--to {to} has no method {options['method']!r}, but {', '.join(METHODS[to])}.")
@@ -253,6 +260,8 @@ def refuse_ignored(options: dict[str, Any]) -> None:
     for name, other in NEEDS.items():
         if name in options and other not in options:
             raise click.UsageError(f"{_typed(name)} needs {_typed(other)}.")
+    if options.get("calibrate") == "none" and options.keys() & {"calibration_tokens", "save_moments"}:
+        raise click.UsageError("--calibrate none reads no text and measures nothing: leave it or the other out.")
     if ("rope_theta" in options) != (options.get("rope") == "base"):
         raise click.UsageError("--rope base and --rope-theta THETA belong together.")
 

@@ -101,9 +101,10 @@ class Verbs(click.Group):
         run: Any = super().main
         if not standalone_mode:
             return run(*args, standalone_mode=False, **more)
+        ui.configure()
         try:
             code = run(*args, standalone_mode=False, **more) or 0
-        except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        except (BrokenPipeError, SystemExit):  # the reader, such as `head`, has seen enough; rich and click exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             code = 0
         except BaseException as problem:

@@ -180,7 +180,7 @@ def traceback(problem: BaseException) -> None:
 def progress() -> Iterator[Progress]:
     """Something that a long job can report to: bars on a terminal, plain lines elsewhere, silence if quiet."""
     if _sink.quiet:
-        yield Progress()
+        yield _OnlyWarnings()
     elif _sink.err.is_terminal and not _sink.err.is_dumb_terminal:
         listener = _Bars()
         with listener.bars:
@@ -190,6 +190,12 @@ def progress() -> Iterator[Progress]:
         lines = _Lines()
         yield lines
         lines.finish()
+
+
+class _OnlyWarnings(Progress):
+    """What --quiet leaves."""
+
+    warn = staticmethod(warn)
 
 
 class _Lines(Progress):
