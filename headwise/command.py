@@ -114,6 +114,8 @@ class Verbs(click.Group):
 
 def explain(problem: BaseException) -> int:
     """Say what went wrong in a sentence, and return the exit code."""
+    if isinstance(problem, click.Abort) and problem.__cause__:
+        problem = problem.__cause__  # an interrupted conversion says how to go on
     if os.environ.get("HEADWISE_DEBUG"):
         ui.traceback(problem)
     match problem:

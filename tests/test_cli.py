@@ -155,6 +155,17 @@ def test_an_exception_becomes_a_sentence_and_a_code(
     assert "Traceback" in run(*CONVERT, "--to", "mqa", HEADWISE_DEBUG="1").stderr
 
 
+def test_an_interrupted_conversion_says_how_to_go_on(library: SimpleNamespace) -> None:
+    from headwise.convert.workfolder import Interrupted
+
+    def stop(**_: Any) -> None:
+        raise Interrupted("Interrupted; the work is kept.", "Go on with --resume.")
+
+    library.does = stop
+    done = run(*CONVERT, "--to", "mqa")
+    assert done.exit_code == 130 and "Go on with --resume." in done.stderr
+
+
 def test_a_failed_gate_exits_1_and_still_gives_its_object(library: SimpleNamespace) -> None:
     library.does = lambda **_: SimpleNamespace(passed=False, to_dict=lambda: {"passed": False})
     done = run("verify", "out", "--json")
