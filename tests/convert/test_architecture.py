@@ -120,7 +120,25 @@ def test_a_random_gauge_moves_no_logit(model_type):
     assert 0 < distance(logits(model), before) <= 1e-10
 
 
-@pytest.mark.parametrize("model_type", [m for m in ROWS if architecture.find(tiny_models.build(m)[1]).norms])
+NORMED = [m for m in ROWS if architecture.find(tiny_models.build(m)[1]).norms]
+
+
+@pytest.mark.parametrize("model_type", NORMED)
+def test_a_norm_multiplies_by_what_was_read(model_type):
+    model, config, arch, tensors = double_model(model_type)
+    weights = arch.read_layer(config, 0, tensors)
+    attention = model.get_submodule(f"{arch.module.format(layer=0)}.{arch.attention}")
+    for name, multiplier in ((arch.norms.q, weights.q_norm), (arch.norms.k, weights.k_norm)):
+        # Large, so that the norm's epsilon is nothing beside it.
+        rows_in = 1e6 * torch.randn(multiplier.shape, dtype=torch.float64)
+        seen = rows_in if weights.norm_scope == "head" else rows_in.flatten()
+        with torch.no_grad(), tiny_models.float64_throughout():
+            out = attention.get_submodule(name)(seen).view_as(rows_in)
+        size = seen.pow(2).mean(-1, keepdim=True).sqrt()
+        torch.testing.assert_close(out, rows_in / size * multiplier, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("model_type", NORMED)
 def test_norms_with_equal_weights_leave_rotations_free(model_type):
     model, config, arch, tensors = double_model(model_type, flat_norms=True)
     before = logits(model)

@@ -152,6 +152,11 @@ def test_defaults_that_a_config_leaves_out_are_the_stock_class_s():
     assert (text["num_attention_heads"], text["num_key_value_heads"], text["head_dim"]) == (8, 2, 256)
 
 
+def test_a_refused_type_has_no_row():
+    data = table.load_table()
+    assert not set(data.refused) & (set(data.rows) | set(data.wrappers))
+
+
 WRAPPERS = table.load_table().wrappers
 
 
