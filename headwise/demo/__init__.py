@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headwise.errors import HeadwiseError
 from headwise.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ def demo(
     first = inspection.layouts[0]
     legal = {option.num_key_value_heads for option in inspection.options}
     planned = [t for t in trials(first.num_key_value_heads, quick) if t.arguments["groups"] in legal]
+    if not planned:
+        raise HeadwiseError(f"{model} has {first.num_key_value_heads} KV head: there is nothing to take away.")
 
     progress.stage("Demo", total=len(planned) + 1, unit="models")
     progress.advance(0, now="the parent")
@@ -129,10 +132,8 @@ def trials(num_key_value_heads: int, quick: bool = False) -> Iterator[Trial]:
         "optimal": {"refit": "off"},
         "optimal + refit": {"refit": QUICK_REFIT_STEPS if quick else "auto"},
     }
-    counts = dict.fromkeys(
-        [num_key_value_heads // 2, 1] if quick else [num_key_value_heads // 2, num_key_value_heads // 4, 1]
-    )
-    for groups in filter(None, counts):
+    counts = (num_key_value_heads // 2, 1) if quick else (num_key_value_heads // 2, num_key_value_heads // 4, 1)
+    for groups in dict.fromkeys(count for count in counts if 0 < count < num_key_value_heads):
         for method, arguments in methods.items():
             yield Trial(name(groups), method, {"to": "gqa", "groups": groups, **arguments})
 
