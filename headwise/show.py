@@ -126,7 +126,7 @@ def _measurement(point: Measurement, parent: Measurement) -> tuple[object, ...]:
     own = point is parent
     return (
         point.target,
-        "parent" if own else point.method,
+        point.method,
         f"{point.cache_bytes:,} B",
         "" if own else f"{1 - point.cache_bytes / parent.cache_bytes:.1%}",
         f"{point.nats:.3f}",

@@ -95,23 +95,21 @@ def demo(
     count = QUICK_BLOCKS if quick else BLOCKS
     blocks = blocks_from("builtin", tokenizer, split="heldout", length=BLOCK_LENGTH, count=count, seed=seed)
 
-    def measured(folder: str | Path, target: str, method: str, start: float) -> Measurement:
+    def measure(folder: str | Path, target: str, method: str, start: float) -> Measurement:
         cache, nats = inspect(folder).cache.bytes_per_token, loss(folder, blocks)
-        result = Measurement(target, method, cache, nats, time.monotonic() - start)
-        above = f" (+{nats - parent.nats:.3f})" if target != parent_name else ""
-        progress.note(f"{target:>6}  {method:16} {nats:.3f} nats per token{above}")
+        progress.note(f"{target:>6}  {method:16} {nats:.3f} nats per token")
         progress.advance()
-        return result
+        return Measurement(target, method, cache, nats, time.monotonic() - start)
 
     parent_name = name(first.num_key_value_heads, first.num_attention_heads)
-    parent = measured(model, parent_name, "", time.monotonic())
+    parent = measure(model, parent_name, "parent", time.monotonic())
     results = []
     for trial in planned:
         start = time.monotonic()
         folder = out / f"{trial.target}-{trial.method}".lower().replace(" + ", "-")
         now = _Within(progress, f"{trial.target} {trial.method}")
         convert(model, folder, **trial.arguments, seed=seed, force=True, verify=False, progress=now)
-        results.append(measured(folder, trial.target, trial.method, start))
+        results.append(measure(folder, trial.target, trial.method, start))
 
     done = Demo(str(model), blocks[:, 1:].numel(), parent, tuple(results), out / "demo.png")
     draw(
