@@ -159,7 +159,9 @@ class Architecture(Row):
             return weights
 
         def multiplier(name: str, heads: int) -> Tensor:
-            weight = tensors[self._name(layer, name, "weight")].to(torch.float64) + norms.offset
+            weight = tensors[self._name(layer, name, "weight")].to(torch.float64)
+            if norms.offset:
+                weight = weight + norms.offset
             return weight.expand(heads, -1) if norms.scope == "head" else weight.unflatten(0, (heads, -1))
 
         return replace(
@@ -202,7 +204,7 @@ class Architecture(Row):
             for name, norm in ((norms.q, weights.q_norm), (norms.k, weights.k_norm)):
                 if norm is None:
                     raise ValueError(f"layer {layer} has norms on queries and keys, and the weights have none")
-                if norms.scope == "head" and not torch.equal(norm, norm[:1].expand_as(norm)):
+                if norms.scope == "head" and (norm != norm[:1]).logical_and(~norm.isnan()).any():
                     raise ValueError(f"layer {layer}: heads share the weight of {name}, and these differ")
                 shared = norm[:1] if norms.scope == "head" else norm
                 out[self._name(layer, name, "weight")] = (shared[:, order] - norms.offset).flatten()
