@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -23,7 +23,8 @@ from headwise.convert.headers import DTYPE_NAMES, MAX_HEADER, TensorEntry, broke
 from headwise.convert.source import Source, inside, locate
 from headwise.errors import HeadwiseError
 
-CHUNK = 4 << 20
+CHUNK = 1 << 20
+PIECE = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,19 @@ class Checkpoint:
             self._fill(flat, file, entry)
         return flat.view(entry.dtype).view(entry.shape)
 
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        """The bytes of one tensor as flat uint8, a few megabytes at a time (whole elements in each)."""
+    def chunks(self, name: str, buffers: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The bytes of one tensor as flat uint8, a few megabytes at a time (whole elements in each).
+
+        Args:
+            buffers: `make_buffers`, filled in turn: a chunk lasts until `len(buffers)` chunks later.
+        """
         entry = self.tensors[name]
         if entry.file in self._pickled:
             yield from as_bytes(self._pickled[entry.file][name]).split(CHUNK)
             return
         with self._open(entry) as file:
-            for start in range(0, entry.nbytes, CHUNK):
-                chunk = torch.empty(min(CHUNK, entry.nbytes - start), dtype=torch.uint8)
+            for number, start in enumerate(range(0, entry.nbytes, CHUNK)):
+                chunk = buffers[number % len(buffers)][: entry.nbytes - start]
                 self._fill(chunk, file, entry)
                 yield chunk
 
@@ -180,17 +185,23 @@ def read_headers(source: Source) -> Checkpoint:
     )
 
 
+def make_buffers(count: int) -> list[Tensor]:
+    """Memory for `Checkpoint.chunks`; fresh memory for each chunk would cost more than the copy."""
+    return [torch.empty(CHUNK, dtype=torch.uint8) for _ in range(count)]
+
+
 def has_nonfinite(values: Tensor) -> bool:
     """Whether a tensor holds a NaN or an infinity: its largest exponent is all ones.
 
-    Compares bit patterns as integers, several times faster than `isfinite` on bfloat16.
+    Compares bit patterns as integers, in pieces that stay in the cache: an order of magnitude faster than
+    `isfinite` on bfloat16.
     """
     if not values.dtype.is_floating_point or values.numel() == 0:
         return False
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize]
     infinity = torch.tensor(float("inf"), dtype=values.dtype).view(integer).item()
     magnitude = torch.iinfo(integer).max
-    return any(int((piece & magnitude).max()) >= infinity for piece in values.view(integer).split(CHUNK))
+    return any(int((piece & magnitude).max()) >= infinity for piece in values.view(integer).split(PIECE))
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

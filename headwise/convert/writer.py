@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.convert.checkpoint import CHUNK, Checkpoint, as_bytes, has_nonfinite
+from headwise.convert.checkpoint import CHUNK, Checkpoint, as_bytes, has_nonfinite, make_buffers
 from headwise.convert.disk import plain_errors, sync
 from headwise.convert.headers import make_header
 from headwise.convert.workfolder import WorkFolder
@@ -146,6 +146,7 @@ class Writer:
         self.work = WorkFolder(out, source=source, resume=resume, force=force)
         self.work.start({**identity, "tensors": digest}, sum(shard.nbytes for shard in self.shards))
         # One thread hashes while this one reads and writes: SHA-256 alone would halve the speed of a copy.
+        self._buffers = make_buffers(3)
         self._hasher = ThreadPoolExecutor(1, "sha256")
         self._syncer = ThreadPoolExecutor(1, "fsync")
         try:
@@ -182,7 +183,7 @@ class Writer:
         entry = checkpoint.tensors[planned.source or name]
         if (entry.dtype, entry.shape) != (planned.dtype, planned.shape):
             raise ValueError(f"{entry} cannot be copied, planned was {planned}")
-        self._stream(name, checkpoint.chunks(entry.name))
+        self._stream(name, checkpoint.chunks(entry.name, self._buffers))
 
     def note(self, key: str, value: Any) -> None:
         """Keep a JSON value in the journal, so that a resumed run finds it in `notes`."""
@@ -270,7 +271,8 @@ class Writer:
                         )
                     _write_all(handle, content, at)
                     at += len(content)
-                    if len(pending) > 2:
+                    if len(pending) == len(self._buffers):
+                        # The next chunk overwrites the oldest.
                         pending.pop(0).result()
             finally:
                 os.close(handle)

@@ -1,0 +1,63 @@
+"""Make a checkpoint with Llama-2-7B's shapes and random weights: 13.5 GB in bfloat16, in three-gigabyte shards.
+
+    python benchmarks/make_checkpoint.py OUT [--layers 32]
+
+One tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import headwise
+from headwise.convert.writer import OutputTensor, Writer
+
+TOKENIZER = Path(headwise.__file__).parent / "demo" / "model"
+
+
+def llama_2_7b(layers: int = 32) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        vocab_size=32000,
+        architectures=["LlamaForCausalLM"],
+        dtype=torch.bfloat16,
+    )
+
+
+def make(out: Path, layers: int = 32, seed: int = 0) -> Path:
+    """Write the checkpoint; weights are normal with the deviation that Llama starts from, norms are ones."""
+    config = llama_2_7b(layers)
+    with torch.device("meta"):
+        shapes = LlamaForCausalLM(config).state_dict()
+    outputs = [OutputTensor(name, torch.bfloat16, tuple(tensor.shape)) for name, tensor in shapes.items()]
+    random = torch.Generator().manual_seed(seed)
+    with Writer(out, outputs, identity={"layers": layers, "seed": seed}, max_shard_size="3GB") as writer:
+        for output in outputs:
+            tensor = torch.ones(output.shape)
+            if len(output.shape) > 1:
+                tensor.normal_(0, config.initializer_range, generator=random)
+            writer.write(output.name, tensor.to(output.dtype))
+        writer.add_text("config.json", json.dumps(config.to_dict(), indent=2))
+        for path in sorted(TOKENIZER.glob("tokenizer*")):
+            # Any tokenizer whose ids are below 32000 will do for calibrating on random weights.
+            writer.add_file(path)
+        return writer.publish()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--layers", type=int, default=32)
+    arguments = parser.parse_args()
+    print(make(arguments.out, arguments.layers))
