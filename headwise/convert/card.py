@@ -1,0 +1,184 @@
+"""What a converted folder says about itself: headwise.json for programs, README.md (the model card) for people.
+
+Nothing here depends on the time or the machine, so that a repeated conversion repeats the folder's bytes.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from headwise import __version__
+from headwise.convert.checkpoint import Checkpoint
+from headwise.convert.inspection import CONTEXTS, Cache
+from headwise.convert.layout import AttentionLayout
+from headwise.convert.plan import Plan
+from headwise.ui import size
+
+PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy")
+# What a card may take over from the source's: facts about the model that a conversion does not touch.
+INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+
+
+def make_record(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    *,
+    command: str,
+    hashes: Mapping[str, str],
+    layers: Sequence[Mapping[str, Any]] = (),
+    seed: int | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    verification: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of headwise.json.
+
+    Args:
+        command: exactly what was typed.
+        hashes: SHA-256 of every output tensor's bytes.
+        layers: one row of numbers per layer, its expected errors among them.
+        calibration: what was read, how many tokens, and the hash of them; None without calibration.
+        verification: the outcome of the checks; None if they were turned off.
+    """
+    return {
+        "headwise": __version__,
+        "command": command,
+        "arguments": plan.arguments,
+        "source": {
+            "model": source_name(plan),
+            "revision": plan.revision,
+            "files": {
+                name: {"bytes": state.size, "header_sha256": state.header}
+                for name, state in checkpoint.files.items()
+            },
+        },
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "seed": seed,
+        "calibration": calibration,
+        "cache": {"before": _cache(plan.cache_before), "after": _cache(plan.cache_after)},
+        "parameters": {"before": plan.parameters_before, "after": plan.parameters_after},
+        "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},
+        "layers": [dict(row) for row in layers],
+        "verification": verification,
+        "sha256": dict(sorted(hashes.items())),
+    }
+
+
+def make_card(plan: Plan, record: Mapping[str, Any], source_card: Path | None = None) -> str:
+    """The model card, as text.
+
+    Args:
+        record: the content of headwise.json.
+        source_card: the source's README.md, whose licence and language are taken over.
+    """
+    after = plan.layouts_after[0]
+    data = ModelCardData(
+        base_model=plan.model if plan.revision else None,
+        # Of the relations the Hub knows (adapter, merge, quantized, finetune), the one for changed weights.
+        base_model_relation="finetune" if plan.revision else None,
+        library_name="transformers",
+        tags=["headwise", "attention-conversion", after.kind],
+        **inherited(source_card),
+    )
+    title = f"{source_name(plan)} with {_describe(plan.layouts_after)}"
+    origin = f"`{source_name(plan)}`" + (f" at commit `{plan.revision}`" if plan.revision else "")
+    lines = [
+        f"# {title}",
+        "",
+        f"Converted from {origin} by headwise {record['headwise']}. Stock transformers loads it; there is no",
+        "custom code. `headwise.json` holds the record of the conversion.",
+        "",
+        *_before_and_after(plan),
+        "",
+        "## Errors",
+        "",
+        *_errors(record["layers"]),
+        "",
+        "## Checks",
+        "",
+        *_checks(record["verification"]),
+        "",
+        "## Command",
+        "",
+        "```",
+        record["command"],
+        "```",
+    ]
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"))
+
+
+def inherited(source_card: Path | None) -> dict[str, Any]:
+    """What the source's card says about licence and language; nothing if it has none or it cannot be read."""
+    if source_card is None or not source_card.is_file():
+        return {}
+    try:
+        data = ModelCard.load(source_card, ignore_metadata_errors=True).data.to_dict()
+    except Exception:
+        # Front matter is a stranger's YAML; a conversion does not fail over it.
+        return {}
+    return {key: data[key] for key in INHERITED if data.get(key)}
+
+
+def source_name(plan: Plan) -> str:
+    """The repository, or the last part of a local path: the rest of it is nobody's business."""
+    return plan.model if plan.revision else Path(plan.model).resolve().name
+
+
+def _describe(layouts: Sequence[AttentionLayout]) -> str:
+    """ "MHA (32 KV heads)", "GQA (8 KV heads)", "MLA (512 + 64)"; the most frequent where layers differ."""
+    layout, count = Counter(layouts).most_common(1)[0]
+    if layout.kind == "mla":
+        inside = f"{layout.kv_lora_rank} + {layout.qk_rope_head_dim}"
+    else:
+        heads = layout.num_key_value_heads
+        inside = f"{heads} KV head{'s' if heads > 1 else ''}"
+    rest = "" if len({x.cache_numbers for x in layouts}) == 1 else f" in {count} of {len(layouts)} layers"
+    return f"{layout.kind.upper()} ({inside}){rest}"
+
+
+def _before_and_after(plan: Plan) -> Iterator[str]:
+    before, after = plan.cache_before, plan.cache_after
+    yield "| | before | after |"
+    yield "|---|---|---|"
+    yield f"| attention | {_describe(plan.layouts_before)} | {_describe(plan.layouts_after)} |"
+    yield f"| KV cache per token | {before.bytes_per_token:,} bytes | {after.bytes_per_token:,} bytes |"
+    for tokens in CONTEXTS:
+        yield f"| KV cache at {tokens:,} tokens | {size(before.at[tokens])} | {size(after.at[tokens])} |"
+    yield f"| parameters | {plan.parameters_before:,} | {plan.parameters_after:,} |"
+    yield f"| weights | {size(plan.bytes_before)} | {size(plan.bytes_after)} |"
+
+
+def _errors(layers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    names = dict.fromkeys(k for row in layers for k, v in row.items() if isinstance(v, float))
+    if not names:
+        yield "No layer was approximated."
+        return
+    yield "Of each layer, relative to what it replaces (0 is exact); nothing has been trained since."
+    yield ""
+    yield "| error | median layer | worst layer |"
+    yield "|---|---|---|"
+    for name in names:
+        values = {index: row[name] for index, row in enumerate(layers) if isinstance(row.get(name), float)}
+        worst = max(values, key=lambda index: values[index])
+        yield f"| {name.replace('_', ' ')} | {median(values.values()):.4f} | {values[worst]:.4f} (layer {worst}) |"
+
+
+def _checks(verification: Mapping[str, Any] | None) -> Iterator[str]:
+    if verification is None:
+        yield "Not checked: the conversion ran with `--no-verify`."
+        return
+    yield "The folder was loaded with the stock classes before it was published."
+    yield ""
+    for name, outcome in verification.items():
+        yield f"- {str(name).replace('_', ' ')}: {outcome}"
+
+
+def _cache(cache: Cache) -> dict[str, Any]:
+    return {"bytes_per_token": cache.bytes_per_token, "at": {str(n): count for n, count in cache.at.items()}}
