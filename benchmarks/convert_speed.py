@@ -45,7 +45,7 @@ def compare(model: Path, scratch: Path, groups: int, rounds: int) -> bool:
     commands = {"cp -r": ["cp", "-r", str(model), str(out)]}
     for method in METHODS:
         options = f"--to gqa --groups {groups} --method {method} --calibrate none --refit off --no-verify -q"
-        convert = [sys.executable, "-m", "headwise.cli", "convert", str(model), str(out)]
+        convert = [str(Path(sys.executable).with_name("headwise")), "convert", str(model), str(out)]
         commands[method] = convert + options.split()
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for _ in range(rounds):

@@ -25,6 +25,7 @@ from headwise.ui import size
 PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy")
 # What a card may take over from the source's: facts about the model that a conversion does not touch.
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+MAX_CARD = 1_000_000
 
 
 def make_record(
@@ -116,14 +117,18 @@ def make_card(plan: Plan, record: Mapping[str, Any], source_card: Path | None = 
 
 def inherited(source_card: Path | None) -> dict[str, Any]:
     """What the source's card says about licence and language; nothing if it has none or it cannot be read."""
-    if source_card is None or not source_card.is_file():
+    if source_card is None or not source_card.is_file() or source_card.stat().st_size > MAX_CARD:
         return {}
     try:
         data = ModelCard.load(source_card, ignore_metadata_errors=True).data.to_dict()
     except Exception:
         # Front matter is a stranger's YAML; a conversion does not fail over it.
         return {}
-    return {key: data[key] for key in INHERITED if data.get(key)}
+    return {key: data[key] for key in INHERITED if data.get(key) and _is_words(data[key])}
+
+
+def _is_words(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(word, str) for word in value))
 
 
 def source_name(plan: Plan) -> str:

@@ -65,9 +65,17 @@ def test_licence_comes_from_the_source(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "front", ["---\nlicense: [\n---\n", "---\n- a\n---\n", "no front matter", "---\n!!python/x y\n---\n"]
+    "front",
+    [
+        "---\nlicense: [\n---\n",
+        "---\n- a\n---\n",
+        "no front matter",
+        "---\n!!python/x y\n---\n",
+        "---\nlicense: {a: b}\nlanguage: [1, [2]]\n---\n",
+        "---\nlicense: mit\n---\n" + "x" * 2_000_000,
+    ],
 )
-def test_a_card_that_cannot_be_read_is_ignored(tmp_path, front):
+def test_a_card_that_cannot_be_used_is_ignored(tmp_path, front):
     card = tmp_path / "README.md"
     card.write_text(front)
     assert inherited(card) == {} and inherited(tmp_path / "none") == {} and inherited(None) == {}
