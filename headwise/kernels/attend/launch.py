@@ -6,6 +6,7 @@ import importlib.util
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,14 +34,20 @@ class Card:
 
 @dataclass(frozen=True)
 class Config:
-    """One way to run the kernel. `resident` is how many programs share a multiprocessor."""
+    """One way to run the kernel.
+
+    `rows` query rows and `keys` keys make one tile; `consumers` groups of warps take `rows` each (Hopper);
+    `resident` programs share a multiprocessor, for which `registers` caps each thread's.
+    """
 
     hopper: bool
     rows: int
     keys: int
     warps: int
     stages: int
-    resident: int
+    consumers: int = 1
+    resident: int = 1
+    registers: int | None = None
 
 
 @cache
@@ -78,20 +85,24 @@ def choose(card: Card, rows: int, head: int, rope: int, value: int, value_is_key
     """
     row_bytes = 2 * (head + rope + (0 if value_is_key else value))
     query_bytes = 2 * (head + rope)
+    power = 1 << (rows - 1).bit_length()
     if card.capability[0] == 9 and hopper is not None and value % 64 == 0:
-        tile = min(64, max(8, 1 << (rows - 1).bit_length()))
-        warps = 8 if tile * value > 32 * 256 else 4
-        keys = 64
-        fixed = tile * (query_bytes + 2 * keys) + 2048
-        for resident, stages in ((3, 3), (2, 4), (2, 3), (2, 2), (1, 3), (1, 2)):
-            registers = resident * 32 * warps * (tile * value // (32 * warps) + 96)
-            if resident * (fixed + stages * keys * row_bytes) <= card.shared_memory and registers <= 65536:
-                return Config(True, tile, keys, warps, stages, resident)
-    tile = min(32 if value > 256 else 64, max(16, 1 << (rows - 1).bit_length()))
+        tile = min(32, max(8, power))
+        while tile * value > 32 * 512:
+            tile //= 2
+        # Measured order of preference: more rows to a tile of keys, then longer tiles, then a third stage.
+        for consumers in (2, 1) if rows > tile else (1,):
+            for keys in (128, 64) if tile >= 16 else (64,):
+                stages = 3 if keys * row_bytes <= 49152 else 2
+                shared = stages * keys * row_bytes + consumers * tile * (query_bytes + 2 * keys) + 2048
+                if shared <= card.shared_memory:
+                    two = tile == 8 and 2 * shared <= card.shared_memory
+                    return Config(True, tile, keys, 4, stages, consumers, 2 if two else 1, 128 if two else None)
+    tile = min(32 if value > 256 else 64, max(16, power))
     keys = 64 if row_bytes <= 512 else 32
     while keys > 16 and 2 * keys * row_bytes + tile * query_bytes > card.shared_memory:
         keys //= 2
-    return Config(False, tile, keys, 8 if tile * value >= 32 * 256 else 4, 2, 1)
+    return Config(False, tile, keys, 8 if tile * value >= 32 * 256 else 4, 2)
 
 
 def choose_splits(programs: int, keys: int, config: Config, multiprocessors: int) -> int:
@@ -156,7 +167,7 @@ def attend(
     card = card_of(q.device.index if q.is_cuda else None)
     if config is None:
         config = choose(card, queries * per_group, head, rope, value, v is None)
-    row_tiles = -(-queries * per_group // config.rows)
+    row_tiles = -(-queries * per_group // (config.rows * config.consumers))
     if splits is None:
         longest = min(capacity, (window or capacity) + queries - 1)
         splits = choose_splits(batch * groups * row_tiles, longest, config, card.multiprocessors)
@@ -179,18 +190,25 @@ def attend(
         *(rows * value, queries * heads * value, heads * value, value),
         *(rows, queries * heads, heads),
     )
-    kernel = hopper.attend if config.hopper else portable.attend
-    kernel[(splits, groups * row_tiles, batch)](
+    arguments = (
         q, q_rope, k, k_rope, v, lengths, starts, block_table, parts, part_lse,
         scale * math.log2(math.e), *strides, queries, per_group, capacity, window or NO_WINDOW,
+    )  # fmt: skip
+    options: dict[str, Any] = dict(
         HEAD=chunks(head), ROPE=chunks(rope), VALUE=chunks(value), VALUE_IS_KEY=v is k,
         ROWS=config.rows, KEYS=config.keys, PAGE=page, STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
+    grid = (splits, groups * row_tiles, batch)
+    if config.hopper:
+        hopper.attend[grid](*arguments, **options, CONSUMERS=config.consumers, maxnreg=config.registers)
+    else:
+        portable.attend[grid](*arguments, **options)
     if splits > 1:
         # Few rows: spread each over several programs, so that a batch of one still fills the card.
         width = 128 if rows * -(-value // 512) < 2 * card.multiprocessors else 1 << (value - 1).bit_length()
+        early = {"launch_pdl": True} if config.hopper else {}
         portable.merge[(rows, -(-value // width))](
             parts, part_lse, out, lse, splits, rows, value,
-            SPLITS=min(16, 1 << (splits - 1).bit_length()), WIDTH=width,
+            SPLITS=min(16, 1 << (splits - 1).bit_length()), WIDTH=width, EARLY=config.hopper, **early,
         )  # fmt: skip
     return out, lse

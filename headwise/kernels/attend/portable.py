@@ -4,10 +4,14 @@ Both products are taken transposed (keys or value columns along M, query rows al
 fill the narrow side of the tensor-core tile exactly, where the usual orientation pads them to 64.
 """
 
+# Kernels are written in the part of Python that Triton compiles: no starred tuples, no ternaries on None.
+# ruff: noqa: RUF005
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 
 @triton.jit
@@ -135,12 +139,14 @@ def attend(
 @triton.jit
 def merge(
     Parts, PartLse, Out, Lse, splits, rows, width,
-    SPLITS: tl.constexpr, WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Joins the splits of one row: Parts (splits, rows, width) float32, PartLse (splits, rows) -> Out, Lse.
 
-    Grid (rows, ceil(width / WIDTH)).
+    Grid (rows, ceil(width / WIDTH)). EARLY: launched before the kernel that writes Parts is done (Hopper).
     """
+    if EARLY:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     fits = column < width

@@ -1,0 +1,143 @@
+"""A stock model with the kernels in it answers as it did without them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    LlamaConfig,
+    MistralConfig,
+    StaticCache,
+)
+
+from headwise.errors import HeadwiseError
+from headwise.kernels import disable, enable
+
+COMMON = dict(
+    vocab_size=128, hidden_size=96, intermediate_size=96, num_hidden_layers=2, num_attention_heads=6,
+    max_position_embeddings=256, pad_token_id=0,
+)  # fmt: skip
+LATENT = dict(
+    num_key_value_heads=6, kv_lora_rank=48, qk_rope_head_dim=16, qk_nope_head_dim=24, v_head_dim=20,
+    q_lora_rank=None, first_k_dense_replace=2,
+)  # fmt: skip
+CONFIGS = {
+    "deepseek_v3": DeepseekV3Config(**COMMON, **LATENT),
+    "deepseek_v3 half-split": DeepseekV3Config(**COMMON, **LATENT, rope_interleave=False),
+    "deepseek_v2": DeepseekV2Config(**COMMON, **LATENT),
+    "llama": LlamaConfig(**COMMON, num_key_value_heads=2),
+    "mistral with a window": MistralConfig(**COMMON, num_key_value_heads=1, sliding_window=12),
+}
+
+
+def model_of(name: str):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).eval()
+
+
+def prompts() -> dict[str, torch.Tensor]:
+    """Two prompts of unequal length, padded on the left."""
+    ids = torch.randint(1, 128, (2, 20), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[0, :7] = 0
+    mask[0, :7] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def decoded(model, **options):
+    return model.generate(
+        **prompts(), max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True, **options
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_gives_the_same_logits(name: str, cache: str) -> None:
+    model = model_of(name)
+    options = {} if cache == "dynamic" else {"cache_implementation": "static", "disable_compile": True}
+    before = decoded(model, **options)
+    during = decoded(enable(model), **options)
+    after = decoded(disable(model), **options)
+    for old, new, restored in zip(before.logits, during.logits, after.logits, strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(restored, old, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "llama", "mistral with a window"])
+def test_several_new_tokens_at_once(name: str) -> None:
+    """Speculative verification: the logits of five tokens equal those of one long forward pass."""
+    model = enable(model_of(name))
+    ids = prompts()["input_ids"][1:]
+    with torch.no_grad():
+        whole = disable(model)(ids).logits
+        enable(model)
+        cache = model(ids[:, :15]).past_key_values
+        step = model(ids[:, 15:], past_key_values=cache).logits
+    torch.testing.assert_close(step, whole[:, 15:], rtol=1e-4, atol=1e-5)
+
+
+def test_the_cache_is_never_expanded_in_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = enable(model_of("deepseek_v3"))
+    kind = type(model.model.layers[0].self_attn)
+    ids = prompts()["input_ids"][1:]
+    with torch.no_grad():
+        cache = model(ids[:, :19]).past_key_values
+        monkeypatch.setattr(kind, "expand_kv", lambda *_: pytest.fail("the latent cache was expanded"))
+        model(ids[:, 19:], past_key_values=cache)
+
+
+def test_gradients_flow_through_short_continuations() -> None:
+    model = enable(model_of("deepseek_v3"))
+    ids = prompts()["input_ids"][1:]
+    with torch.no_grad():
+        cache = model(ids[:, :15]).past_key_values
+    model(ids[:, 15:], past_key_values=cache).logits.sum().backward()
+    assert model.model.layers[0].self_attn.kv_b_proj.weight.grad.abs().sum() > 0
+
+
+def test_static_cache_and_torch_compile() -> None:
+    model = model_of("deepseek_v3")
+    ids = prompts()["input_ids"][1:]
+
+    def last_logits(step) -> torch.Tensor:
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        with torch.no_grad():
+            model(ids[:, :18], past_key_values=cache)
+            step(ids[:, 18:19], past_key_values=cache)
+            return step(ids[:, 19:], past_key_values=cache).logits
+
+    expected = last_logits(model)
+    enable(model)
+    torch.testing.assert_close(last_logits(torch.compile(model, backend="eager")), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_on_the_right_is_refused() -> None:
+    model = enable(model_of("llama"))
+    inputs = {key: value.flip(-1) for key, value in prompts().items()}
+    with pytest.raises(HeadwiseError, match="left"):
+        model.generate(**inputs, max_new_tokens=2)
+
+
+def test_an_adapter_in_the_way_is_refused() -> None:
+    model = model_of("deepseek_v3")
+    attention = model.model.layers[1].self_attn
+    attention.kv_b_proj = torch.nn.Sequential(attention.kv_b_proj)
+    with pytest.raises(HeadwiseError, match=r"layers.1.self_attn.kv_b_proj"):
+        enable(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_enable_and_disable_leave_no_trace() -> None:
+    model = model_of("deepseek_v3")
+    before = set(vars(model)), set(vars(model.model.layers[0].self_attn)), model.config._attn_implementation
+    disable(enable(enable(model)))
+    assert before == (
+        set(vars(model)),
+        set(vars(model.model.layers[0].self_attn)),
+        model.config._attn_implementation,
+    )
