@@ -5,13 +5,15 @@ Nothing here depends on the time or the machine, so that a repeated conversion r
 
 from __future__ import annotations
 
+import json
 import platform
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -20,7 +22,11 @@ from headwise.convert.checkpoint import Checkpoint
 from headwise.convert.inspection import CONTEXTS, Cache
 from headwise.convert.layout import AttentionLayout
 from headwise.convert.plan import Plan
+from headwise.convert.writer import Writer
 from headwise.ui import size
+
+if TYPE_CHECKING:
+    from headwise.convert.verify import Verification
 
 PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy")
 # What a card may take over from the source's: facts about the model that a conversion does not touch.
@@ -28,29 +34,49 @@ INHERITED = ("license", "license_name", "license_link", "language", "pipeline_ta
 MAX_CARD = 1_000_000
 
 
+def describe(
+    writer: Writer,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    layers: Mapping[int, Mapping[str, Any]],
+    verification: Verification | None,
+) -> None:
+    """Put headwise.json and README.md into the unpublished folder.
+
+    Args:
+        layers: per converted layer, its report.
+        verification: None if it was turned off.
+    """
+    record = make_record(
+        plan,
+        checkpoint,
+        out=writer.work.out.name,
+        hashes=writer.hashes,
+        layers=layers,
+        verification=verification.to_dict() if verification else None,
+    )
+    writer.add_text("headwise.json", json.dumps(record, indent=2) + "\n")
+    writer.add_text("README.md", make_card(plan, record, checkpoint.folder / "README.md"))
+
+
 def make_record(
     plan: Plan,
     checkpoint: Checkpoint,
     *,
-    command: str,
+    out: str,
     hashes: Mapping[str, str],
-    layers: Sequence[Mapping[str, Any]] = (),
-    seed: int | None = None,
-    calibration: Mapping[str, Any] | None = None,
+    layers: Mapping[int, Mapping[str, Any]],
     verification: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of headwise.json.
 
     Args:
-        command: exactly what was typed.
+        out: the name of the output folder, for the command.
         hashes: SHA-256 of every output tensor's bytes.
-        layers: one row of numbers per layer, its expected errors among them.
-        calibration: what was read, how many tokens, and the hash of them; None without calibration.
-        verification: the outcome of the checks; None if they were turned off.
     """
     return {
         "headwise": __version__,
-        "command": command,
+        "command": command_of(plan, out, verified=verification is not None),
         "arguments": plan.arguments,
         "source": {
             "model": source_name(plan),
@@ -61,15 +87,31 @@ def make_record(
             },
         },
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "seed": seed,
-        "calibration": calibration,
         "cache": {"before": _cache(plan.cache_before), "after": _cache(plan.cache_after)},
         "parameters": {"before": plan.parameters_before, "after": plan.parameters_after},
         "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},
-        "layers": [dict(row) for row in layers],
+        "layers": {str(layer): dict(report) for layer, report in layers.items()},
         "verification": verification,
         "sha256": dict(sorted(hashes.items())),
     }
+
+
+def command_of(plan: Plan, out: str, *, verified: bool = True) -> str:
+    """The command that makes the folder again, with what was decided by default spelled out."""
+    model = f"{plan.model}@{plan.revision}" if plan.revision else source_name(plan)
+    words = ["headwise", "convert", model, out]
+    options = {key: value for key, value in plan.arguments.items() if key != "calibration"}
+    measured = plan.arguments.get("calibration")
+    if measured:
+        options["calibrate"] = measured["text"]
+        options["calibration_tokens"] = measured["sequences"] * measured["length"]
+        options["refit"] = measured["steps"] or "off"
+    elif options.get("to") in ("gqa", "mqa", "mla") and not options.get("exact"):
+        options["calibrate"] = "none"
+    for key, value in options.items():
+        flag = "--" + key.replace("_", "-")
+        words += [flag] if value is True else [flag, str(value)]
+    return shlex.join(words if verified else [*words, "--no-verify"])
 
 
 def make_card(plan: Plan, record: Mapping[str, Any], source_card: Path | None = None) -> str:
@@ -160,29 +202,40 @@ def _before_and_after(plan: Plan) -> Iterator[str]:
     yield f"| weights | {size(plan.bytes_before)} | {size(plan.bytes_after)} |"
 
 
-def _errors(layers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    names = dict.fromkeys(k for row in layers for k, v in row.items() if isinstance(v, float))
-    if not names:
+def _errors(layers: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    found: dict[str, dict[str, float]] = {}
+    for layer, report in layers.items():
+        for name, value in _numbers(report):
+            found.setdefault(name, {})[layer] = value
+    if not found:
         yield "No layer was approximated."
         return
-    yield "Of each layer, relative to what it replaces (0 is exact); nothing has been trained since."
+    yield "Of each layer, relative to what it replaces (0 is exact)."
     yield ""
     yield "| error | median layer | worst layer |"
     yield "|---|---|---|"
-    for name in names:
-        values = {index: row[name] for index, row in enumerate(layers) if isinstance(row.get(name), float)}
-        worst = max(values, key=lambda index: values[index])
-        yield f"| {name.replace('_', ' ')} | {median(values.values()):.4f} | {values[worst]:.4f} (layer {worst}) |"
+    for name, values in found.items():
+        worst = max(values, key=lambda layer: values[layer])
+        yield f"| {name} | {median(values.values()):.4f} | {values[worst]:.4f} (layer {worst}) |"
+
+
+def _numbers(report: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in report.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, float):
+            yield name, value
+        elif isinstance(value, Mapping):
+            yield from _numbers(value, f"{name} ")
 
 
 def _checks(verification: Mapping[str, Any] | None) -> Iterator[str]:
     if verification is None:
         yield "Not checked: the conversion ran with `--no-verify`."
         return
-    yield "The folder was loaded with the stock classes before it was published."
+    yield "Made with the stock classes before the folder was published."
     yield ""
-    for name, outcome in verification.items():
-        yield f"- {str(name).replace('_', ' ')}: {outcome}"
+    for check in verification["checks"]:
+        yield f"- {check['name']}: {'passed' if check['passed'] else 'FAILED'}. {check['detail']}".rstrip(". ")
 
 
 def _cache(cache: Cache) -> dict[str, Any]:

@@ -193,15 +193,15 @@ def make_buffers(count: int) -> list[Tensor]:
 def has_nonfinite(values: Tensor) -> bool:
     """Whether a tensor holds a NaN or an infinity: its largest exponent is all ones.
 
-    Compares bit patterns as integers, in pieces that stay in the cache: an order of magnitude faster than
-    `isfinite` on bfloat16.
+    Compares bit patterns as integers, many times faster than `isfinite` on bfloat16.
     """
     if not values.dtype.is_floating_point or values.numel() == 0:
         return False
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize]
     infinity = torch.tensor(float("inf"), dtype=values.dtype).view(integer).item()
     magnitude = torch.iinfo(integer).max
-    return any(int((piece & magnitude).max()) >= infinity for piece in values.view(integer).split(PIECE))
+    pieces = values.contiguous().view(integer).flatten().split(PIECE)
+    return any(int((piece & magnitude).max()) >= infinity for piece in pieces)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

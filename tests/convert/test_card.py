@@ -3,56 +3,87 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
 
-from headwise.convert.card import inherited, make_card, make_record
+from headwise.convert.card import command_of, describe, inherited, make_card, make_record
 from headwise.convert.checkpoint import open_checkpoint
+from headwise.convert.writer import Writer
 from tests.convert.test_plan import model, plan_for
 
 __all__ = ["model"]
 
-LAYERS = [{"key_error": 0.1, "value_error": 0.5}, {"key_error": 0.4, "value_error": 0.2, "groups": [[0, 1]]}]
-COMMAND = "headwise convert parent out --to gqa --groups 4"
+LAYERS = {
+    0: {"key_error": 0.1, "value_error": 0.5, "refit": {"before": 0.5, "after": 0.1, "steps": 30}},
+    1: {"key_error": 0.4, "value_error": 0.2, "groups": [[0, 1]]},
+}
+PASSED = {"passed": True, "checks": [{"name": "logits", "passed": True, "detail": "equal to 1e-7"}]}
 
 
-def record_of(model, **options):
+def record_of(model, layers=LAYERS, **options):
     hashes = {"b": "22", "a": "11"}
-    return make_record(plan_for(model, 4), open_checkpoint(model), command=COMMAND, hashes=hashes, **options)
+    return make_record(
+        plan_for(model, 4), open_checkpoint(model), out="out", hashes=hashes, layers=layers, **options
+    )
 
 
 def test_record_holds_what_is_needed_to_repeat_the_conversion(model):
-    record = record_of(model, layers=LAYERS, seed=3, verification={"reloaded": True})
+    record = record_of(model, verification=PASSED)
     assert json.loads(json.dumps(record)) == record
-    assert list(record["sha256"]) == ["a", "b"] and record["seed"] == 3
+    assert list(record["sha256"]) == ["a", "b"] and record["layers"]["1"]["groups"] == [[0, 1]]
     assert record["source"]["files"].keys() == {path.name for path in model.glob("*.safetensors")}
     assert record["cache"]["before"]["bytes_per_token"] == 2 * record["cache"]["after"]["bytes_per_token"]
     assert str(model.parent) not in json.dumps(record), "where a user keeps files is not published"
 
 
+def test_the_command_repeats_every_decision(model):
+    plan = replace(plan_for(model, 4), model="org/name", revision="c0ffee")
+    assert (
+        command_of(plan, "a folder")
+        == "headwise convert org/name@c0ffee 'a folder' --to gqa --groups 4 --calibrate none"
+    )
+    measured = {"text": "builtin", "sequences": 8, "length": 512, "steps": 0, "seed": 3, "keep": None}
+    arguments = {"to": "mla", "rank": 16, "exact": True, "calibration": measured, "seed": 3}
+    assert command_of(replace(plan, arguments=arguments), "out", verified=False) == (
+        "headwise convert org/name@c0ffee out --to mla --rank 16 --exact --seed 3 "
+        "--calibrate builtin --calibration-tokens 4096 --refit off --no-verify"
+    )
+
+
 def test_card_shows_the_change_and_repeats_itself(model):
-    plan, record = plan_for(model, 4), record_of(model, layers=LAYERS, verification={"reloaded": "passed"})
+    plan, record = plan_for(model, 4), record_of(model, verification=PASSED)
     text = make_card(plan, record)
     assert text == make_card(plan, record)
     assert "| attention | MHA (8 KV heads) | GQA (4 KV heads) |" in text
     assert "| key error | 0.2500 | 0.4000 (layer 1) |" in text
-    assert "reloaded: passed" in text and COMMAND in text
+    assert "| refit after | 0.1000 | 0.1000 (layer 0) |" in text
+    assert "- logits: passed. equal to 1e-7" in text and record["command"] in text
     data = ModelCard(text).data.to_dict()
     assert data["library_name"] == "transformers" and "gqa" in data["tags"]
     assert "base_model" not in data, "a local folder is no repository"
 
 
-def test_card_names_the_repository_it_came_from(model):
-    from dataclasses import replace
+def test_both_are_written_before_the_folder_is_published(model, tmp_path):
+    checkpoint, plan = open_checkpoint(model), plan_for(model, 8, computed=())
+    with Writer(tmp_path / "out", plan.outputs, identity={}) as writer:
+        for tensor in plan.outputs:
+            writer.copy(tensor.name, checkpoint)
+        writer.publish(lambda folder: describe(writer, checkpoint, plan, {}, None))
+    record = json.loads((tmp_path / "out" / "headwise.json").read_text())
+    assert record["sha256"].keys() == checkpoint.tensors.keys()
+    assert "No layer was approximated" in (tmp_path / "out" / "README.md").read_text()
 
+
+def test_card_names_the_repository_it_came_from(model):
     plan = replace(plan_for(model, 4), model="org/name", revision="c0ffee")
     data = ModelCard(make_card(plan, record_of(model))).data.to_dict()
     assert (data["base_model"], data["base_model_relation"]) == ("org/name", "finetune")
 
 
 def test_card_says_when_nothing_was_checked_or_approximated(model):
-    text = make_card(plan_for(model, 8), record_of(model))
+    text = make_card(plan_for(model, 8), record_of(model, layers={}))
     assert "--no-verify" in text and "No layer was approximated" in text
 
 

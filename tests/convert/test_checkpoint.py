@@ -289,7 +289,8 @@ def test_finds_what_is_not_finite(dtype, value):
     assert not has_nonfinite(tensor.flatten())
     tensor[6, 4] = value
     assert has_nonfinite(tensor.flatten())
-    assert not has_nonfinite(torch.ones(3, dtype=torch.int64))
+    assert has_nonfinite(tensor) and has_nonfinite(tensor[6, 4]) and has_nonfinite(tensor.T)
+    assert not has_nonfinite(torch.ones(3, dtype=torch.int64)) and not has_nonfinite(torch.empty(0, 2))
 
 
 def test_messages_end_with_what_to_do(tmp_path):
