@@ -10,6 +10,8 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+
 from headwise.errors import HeadwiseError
 
 BEGIN = "There is a pass key hidden inside a lot of irrelevant text. Find it and memorize it.\n\n"
@@ -93,6 +95,19 @@ def dataset(
             )
         tokenizer = AutoTokenizer.from_pretrained(name)
     return {"test": Dataset.from_list(documents(tokenizer, lengths, depths, samples, seed))}
+
+
+@torch.inference_mode()
+def solve(model: Any, tokenizer: Any, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What lm-eval logs for these documents, `{"doc", "acc"}` each, where lm-eval is not installed."""
+    device = next(model.parameters()).device
+    samples = []
+    for doc in found:
+        given = len(tokenizer(doc["prompt"])["input_ids"])
+        tokens = torch.tensor(tokenizer(f"{doc['prompt']} {doc['key']}")["input_ids"], device=device)
+        logits = model(input_ids=tokens[None, :-1], use_cache=False).logits[0]
+        samples.append({"doc": doc, "acc": float(torch.equal(logits[given - 1 :].argmax(-1), tokens[given:]))})
+    return samples
 
 
 def grid(samples: Iterable[dict[str, Any]]) -> dict[tuple[int, float], float]:
