@@ -90,8 +90,8 @@ CONVERT = [
         "Calibration",
         Option("--calibrate", "builtin, none, a text or JSONL FILE, or hf:DATASET [builtin].", metavar="TEXT"),
         number("--calibration-tokens", "How much of it to read."),
-        Option("--save-moments", "Keep what was measured.", type=Path, metavar="FILE"),
-        Option("--moments", "Use what was measured before.", type=Path, metavar="FILE"),
+        Option("--save-moments", "Keep what was measured in a folder.", type=Path, metavar="DIR"),
+        Option("--moments", "Use what was measured before.", type=Path, metavar="DIR"),
         parsed(
             "--refit", refit, "auto, off or a number of steps", "Regress each layer on its parent [auto].", "STEPS"
         ),
@@ -162,9 +162,11 @@ def convert(**options: Any) -> None:
     ui.result(outcome)
 
 
-@cli.command(params=[OUT, Option("--against", "The parent, to compare with.", metavar="MODEL"), DEVICE, *SOURCE])
+@cli.command(params=[OUT, Option("--against", "The parent, to compare with.", metavar="MODEL"), *SOURCE])
 def verify(**options: Any) -> None:
     """Reload OUT with the stock classes and check its promises."""
+    if "against" not in options and options.keys() & {"revision", "token"}:
+        raise click.UsageError("--revision and --token are the parent's: they need --against MODEL.")
     from headwise.convert.verify import verify
 
     with ui.progress() as progress:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from headwise import ui
@@ -12,6 +12,7 @@ from headwise.ui import size
 if TYPE_CHECKING:
     from headwise.convert.inspection import Cache, Inspection
     from headwise.convert.layout import AttentionLayout
+    from headwise.convert.pipeline import ConvertResult
     from headwise.convert.plan import Plan
     from headwise.convert.verify import Verification
     from headwise.demo import Demo, Measurement
@@ -102,6 +103,24 @@ def plan(planned: Plan) -> None:
         ui.warn(warning)
 
 
+def outcome(done: ConvertResult) -> None:
+    """A finished conversion, in a few lines for whoever watched; --verbose adds the layers."""
+    planned = done.plan
+    before, after = planned.cache_before.bytes_per_token, planned.cache_after.bytes_per_token
+    for layer, report in done.layers.items():
+        ui.detail(f"layer {layer}: {', '.join(f'{name} {value}' for name, value in _flat(report))}")
+    for warning in planned.warnings:
+        ui.warn(warning)
+    ui.note(f"{kinds(planned.layouts_before)} -> {kinds(planned.layouts_after)}")
+    if after < before:
+        ui.note(f"Cache per token: {size(before)} -> {size(after)}, {saving(1 - after / before)} saved")
+    if done.verification:
+        ui.note(f"Verified: {len(done.verification.checks)} checks passed.")
+    else:
+        ui.warn("Not verified.")
+    ui.note(f"Wrote {done.out} ({size(planned.disk)}).")
+
+
 def verification(checked: Verification) -> None:
     """Every check with its outcome."""
     ui.table(
@@ -187,6 +206,16 @@ def ranges(layers: Sequence[int], longest: int = 36) -> str:
             runs.append([layer])
     text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
     return text if len(text) <= longest else f"{len(layers)} layers: {text[: longest - 12].rsplit(',', 1)[0]}, ..."
+
+
+def _flat(report: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in report.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name} ")
+        elif isinstance(value, float):
+            yield f"{prefix}{name}", f"{value:.4g}"
+        elif not isinstance(value, list | tuple):
+            yield f"{prefix}{name}", str(value)
 
 
 def _count(number: int) -> str:

@@ -97,6 +97,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         ([*CONVERT, "--context", "99", "--rope", "base"], "belong together"),
         ([*CONVERT, "--context", "99", "--rope", "ntk", "--rope-theta", "1e6"], "belong together"),
         ([*CONVERT, "--to", "mqa", "--window-layers", "all"], "--window-layers needs --sliding-window"),
+        (["verify", "out", "--revision", "main"], "need --against"),
         (["recipes", "show", "no-such-recipe"], "no recipe"),
         (["inspect", "no/such/folder"], "no/such/folder"),
     ],
