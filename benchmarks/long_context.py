@@ -114,7 +114,7 @@ def main() -> None:
     plots.loss_curves(before, options.out / "before.png", trained)
 
     recipe = schema.load("long-context", [f"data.length={length}", *options.set])
-    blocks, text = data.training_blocks(recipe.data, tokenizer, recipe.train.seed)
+    blocks, text = data.training_blocks(recipe.data, tokenizer, recipe.train.tokens, recipe.train.seed)
     results["text"] = text
     say(f"{len(blocks)} training blocks of {length}")
     few = heldout[: recipe.data.heldout_blocks]
