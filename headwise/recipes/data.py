@@ -41,7 +41,16 @@ HELDOUT = (
 SPLITS = ("train", "calibration", "heldout", "prose")
 
 # Installed beside the library but not of it, tests, tables, and the prose that is read on its own.
-_NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "_bundled", "encodings", "pydoc_data"}
+_NOT_SOURCE = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "_bundled",
+    "encodings",
+    "pydoc_data",
+}
 
 
 def builtin_blocks(
@@ -83,13 +92,7 @@ def blocks_from(
         # One long file would fill many blocks: draw pieces instead, so that few blocks still see much variety.
         texts = [piece for text in texts for piece in _pieces(text, 16 * length)]
         random.Random(f"{split} {seed}").shuffle(texts)
-    encoded: list[np.ndarray] = []
-    have = 0
-    for tokens in encode(texts, tokenizer, batch=1024 if wanted is None else 16):
-        encoded.append(tokens)
-        have += len(tokens)
-        if wanted is not None and have >= wanted:
-            break
+    encoded = _until(encode(texts, tokenizer, batch=1024 if wanted is None else 16), wanted)
     blocks = pack(encoded, length, begin=_begin(tokenizer))[:count]
     if len(blocks) < (count or 1):
         raise HeadwiseError(
@@ -99,22 +102,26 @@ def blocks_from(
     return blocks.long()
 
 
-def training_blocks(data: Data, tokenizer: Any, seed: int = 0) -> tuple[Tensor, dict[str, dict[str, int]]]:
-    """One pass over a recipe's text, documents in random order: int32 (blocks, length), and what went in."""
-    order = random.Random(f"train {seed}")
-    stream: list[np.ndarray] = []
-    summary = {}
+def training_blocks(
+    data: Data, tokenizer: Any, tokens: int, seed: int = 0
+) -> tuple[Tensor, dict[str, dict[str, int]]]:
+    """Whole documents in random order, packed: one pass over a recipe's text, or as much as holds `tokens`.
+
+    Returns:
+        int32 (blocks, length), and for each source the documents and characters in it and its times per pass.
+    """
+    texts: list[str] = []
+    sources = {}
     for source, times in data.text.items():
-        encoded = list(encode(documents(source, "train"), tokenizer))
-        tokens = sum(map(len, encoded))
-        summary[source] = {"documents": len(encoded), "tokens": tokens, "times": times}
-        for _ in range(times):
-            stream += encoded
-    order.shuffle(stream)
-    blocks = pack(stream, data.length, begin=_begin(tokenizer))
+        found = documents(source, "train")
+        sources[source] = {"documents": len(found), "characters": sum(map(len, found)), "times": times}
+        texts += found * times
+    random.Random(f"train {seed}").shuffle(texts)
+    blocks = pack(_until(encode(texts, tokenizer), tokens), data.length, begin=_begin(tokenizer))
     if not len(blocks):
-        raise HeadwiseError(f"The recipe's text ({', '.join(data.text)}) does not fill one block of {data.length} tokens.")
-    return blocks, summary
+        named = ", ".join(data.text) or "none given"
+        raise HeadwiseError(f"The recipe's text ({named}) does not fill one block of {data.length} tokens.")
+    return blocks, sources
 
 
 def documents(source: str, split: str = "train", characters: int | None = None) -> list[str]:
@@ -136,7 +143,8 @@ def library_files() -> list[Path]:
     files = [path for path in root.rglob("*.py") if not _NOT_SOURCE & set(path.relative_to(root).parts)]
     if not files:
         raise HeadwiseError(
-            f"This Python keeps no readable standard library in {root}.", "Give text of your own instead of builtin."
+            f"This Python keeps no readable standard library in {root}.",
+            "Give text of your own instead of builtin.",
         )
     return sorted(files)
 
@@ -178,6 +186,18 @@ def encode(texts: Iterable[str], tokenizer: Any, batch: int = 1024) -> Iterator[
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         for tokens in tokenizer(chunk, **options)["input_ids"]:
             yield np.array([*tokens, end], dtype=np.int32)
+
+
+def _until(encoded: Iterator[np.ndarray], tokens: int | None) -> list[np.ndarray]:
+    """As many documents as hold that many tokens (None: all)."""
+    taken: list[np.ndarray] = []
+    for document in encoded:
+        taken.append(document)
+        if tokens is not None:
+            tokens -= len(document)
+            if tokens <= 0:
+                break
+    return taken
 
 
 def pack(encoded: Sequence[np.ndarray], length: int, begin: int | None = None) -> Tensor:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 # A package whose metadata names any licence beside these is left out: no judgement calls, no copyleft.
 _SPDX = re.compile(r"(MIT|MIT-0|Apache-2\.0|BSD-[234]-Clause|0BSD|PSF-2\.0|Python-2\.0|ISC)")
@@ -23,7 +24,7 @@ _SOMEONE_ELSES = {"_vendor", "vendor", "vendored", "_vendored", "third_party", "
 _MOST_BYTES = 400_000  # beyond it a file is a table or was generated
 
 
-def is_permissive(metadata: importlib.metadata.PackageMetadata) -> bool:
+def is_permissive(metadata: Any) -> bool:
     """Whether a distribution's metadata names only MIT, BSD, Apache, PSF or ISC licences.
 
     The SPDX expression decides, else the classifiers, else a short licence field.

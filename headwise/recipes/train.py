@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import platform
@@ -23,18 +22,27 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from torch import Tensor
-from transformers import TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
+from headwise import ui
 from headwise.errors import HeadwiseError
 from headwise.eval.perplexity import nats_per_token
+from headwise.progress import SILENT, Progress
 from headwise.recipes import data, packages, schema, scratch
+from headwise.recipes.callbacks import Curve, TimeBudget
 from headwise.recipes.schema import Recipe, Training
 
-_TIMED_STEPS = 50  # enough to see the pace once compilation is over
 
-
-def run(recipe: Recipe, out: Path, model: str | Path | None = None, command: str = "") -> dict[str, Any]:
+def run(
+    recipe: Recipe,
+    out: Path,
+    model: str | Path | None = None,
+    *,
+    command: str = "",
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
     """Train as the recipe says and write the model, its tokenizer, its curve and its provenance to `out`.
 
     Args:
@@ -42,71 +50,72 @@ def run(recipe: Recipe, out: Path, model: str | Path | None = None, command: str
         out: a folder that does not exist yet; it appears when the run is complete.
         model: the model to train; needed by recipes without `init`, refused by those with it.
         command: what the user typed, for the record.
+        progress: hears of tokens and losses.
 
     Returns:
-        The record that is also written to OUT/headwise.json.
+        The record that is also written to OUT/headwise.json (empty on all processes but the first).
 
     Raises:
         HeadwiseError: OUT exists, model and recipe do not fit, too little text.
     """
     if out.exists():
         raise HeadwiseError(f"{out} exists already.", "Name another folder, or remove it.")
-    if (model is None) == (recipe.init is None):
-        raise HeadwiseError(
-            "This recipe starts from nothing and takes no model." if model else "This recipe needs a model to train.",
-            "Leave --model away." if model else "Give --model FOLDER.",
-        )
-    work = out.parent / f".{out.name}.training"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-
-    started = time.time()
-    tokenizer, network = _start(recipe, model)
-    blocks, text = data.training_blocks(recipe.data, tokenizer, recipe.train.seed)
+    tokenizer, network = _start(recipe, model, progress)
+    progress.stage("reading text")
+    blocks, text = data.training_blocks(recipe.data, tokenizer, recipe.train.tokens, recipe.train.seed)
     heldout = data.builtin_blocks(tokenizer, "heldout", recipe.data.length, recipe.data.heldout_blocks)
-    _say(f"text: {json.dumps(text)}; {len(blocks)} blocks in one pass; {time.time() - started:.0f} s")
 
-    trainer = make_trainer(network, blocks, heldout, recipe, work)
-    _say(f"parameters: {sum(weight.numel() for weight in network.parameters()):,}; steps: {trainer.args.max_steps}")
-    started = time.time()
-    trainer.train()
-    seconds = time.time() - started
-    if not trainer.is_world_process_zero():
-        return {}
-
-    save(network, tokenizer, work)
-    record = {
-        "command": command,
-        "recipe": asdict(recipe),
-        "text": text,
-        "packages": list(packages.permissive_sources()) if "packages" in recipe.data.text else [],
-        "heldout_modules": list(data.HELDOUT),
-        "parameters": sum(weight.numel() for weight in network.parameters()),
-        "steps": trainer.state.global_step,
-        "tokens": trainer.state.global_step * recipe.train.batch_tokens,
-        "seconds": round(seconds, 1),
-        "hardware": hardware(),
-        "versions": versions(),
-        "heldout": measure(work, recipe),
-    }
-    (work / "headwise.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    work.rename(out)
+    work = out.parent / f".{out.name}.training"
+    processes = PartialState(cpu=_on_cpu())
+    if processes.is_main_process:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+    processes.wait_for_everyone()
+    try:
+        trainer = make_trainer(network, blocks, heldout, recipe, work, progress)
+        started = time.time()
+        trainer.train()
+        seconds = time.time() - started
+        if not processes.is_main_process:
+            return {}
+        save(network, tokenizer, work)
+        record = {
+            "command": command,
+            "recipe": asdict(recipe),
+            "text": text,
+            "packages": list(packages.permissive_sources()) if "packages" in text else [],
+            "heldout_modules": list(data.HELDOUT),
+            "parameters": network.num_parameters(),
+            "steps": trainer.state.global_step,
+            "tokens": trainer.state.global_step * recipe.train.batch_tokens,
+            "seconds": round(seconds, 1),
+            "hardware": hardware(),
+            "versions": versions(),
+            "heldout": measure(work, heldout),
+        }
+        (work / "headwise.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        work.rename(out)
+    except BaseException:
+        if processes.is_main_process:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    progress.finish()
     return record
 
 
 class Trainer(transformers.Trainer):
-    """Stock Trainer with blocks of tokens as data, our schedule, and the one evaluation path."""
+    """Stock Trainer with our schedule and the one evaluation path."""
 
-    def __init__(self, *arguments: Any, training: Training, heldout: Tensor, **options: Any) -> None:
+    def __init__(self, *arguments: Any, training: Training, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.training = training
-        self.heldout = heldout
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule reads `state.max_steps` anew at each step, so a budget may still shorten the run."""
         if self.lr_scheduler is None:
+            over: Any = optimizer or self.optimizer
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer,
+                over,
                 lambda step: learning_rate(step / max(self.state.max_steps, 1), self.training),
             )
             self._created_lr_scheduler = True
@@ -114,7 +123,8 @@ class Trainer(transformers.Trainer):
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """Nats per token on the held-out blocks, logged as eval_loss."""
-        metrics = {"eval_loss": nats_per_token(self.model, self.heldout, batch_size=16).nats}
+        blocks: Any = self.eval_dataset
+        metrics = {"eval_loss": nats_per_token(self.model, blocks).nats}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -132,31 +142,29 @@ def learning_rate(progress: float, training: Training) -> float:
     return training.final_learning_rate + (1 - training.final_learning_rate) * height
 
 
-def make_trainer(network: Any, blocks: Tensor, heldout: Tensor, recipe: Recipe, work: Path) -> Trainer:
+def make_trainer(
+    network: Any, blocks: Tensor, heldout: Tensor, recipe: Recipe, work: Path, progress: Progress = SILENT
+) -> Trainer:
     """A Trainer over `blocks` (blocks, length); its curve goes to work/curve.csv as it runs."""
-    training, length = recipe.train, blocks.shape[1]
-    arguments = _arguments(training, length, work)
-    callbacks: list[TrainerCallback] = [Curve(work / "curve.csv", training.batch_tokens)]
+    training = recipe.train
+    callbacks: list[Any] = [Curve(work / "curve.csv", training.batch_tokens, progress)]
     if training.seconds is not None:
-        callbacks.append(TimeBudget(training.seconds))
-    network.config.use_cache = False
+        callbacks.append(TimeBudget(training.seconds, progress))
     trainer = Trainer(
         model=network,
-        args=arguments,
+        args=_arguments(training, blocks.shape[1], work),
         train_dataset=blocks,
         eval_dataset=heldout,
         data_collator=_collate,
         callbacks=callbacks,
         training=training,
-        heldout=heldout,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
 
 def _arguments(training: Training, length: int, work: Path) -> TrainingArguments:
-    on_cpu = not torch.accelerator.is_available()
-    processes = TrainingArguments(output_dir=str(work), report_to=[], use_cpu=on_cpu).world_size
+    processes = PartialState(cpu=_on_cpu()).num_processes
     share = training.batch_tokens // (length * processes)
     micro = min(share, (training.micro_batch_tokens or training.batch_tokens) // length)
     if micro < 1 or share % micro or share * length * processes != training.batch_tokens:
@@ -168,8 +176,7 @@ def _arguments(training: Training, length: int, work: Path) -> TrainingArguments
     every = training.evaluate_every
     return TrainingArguments(
         output_dir=str(work),
-        use_cpu=on_cpu,
-        dataloader_pin_memory=not on_cpu,
+        use_cpu=_on_cpu(),
         max_steps=math.ceil(training.tokens / training.batch_tokens),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=share // micro,
@@ -182,11 +189,12 @@ def _arguments(training: Training, length: int, work: Path) -> TrainingArguments
         bf16=training.precision == "bf16",
         torch_compile=training.compile,
         logging_steps=training.log_every,
-        logging_nan_inf_filter=False,
+        logging_nan_inf_filter=False,  # it waits for the device at each step
         eval_strategy="steps" if every else "no",
         eval_steps=every,
         save_strategy="no",
         dataloader_drop_last=True,
+        dataloader_pin_memory=not _on_cpu(),
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=[],
@@ -199,86 +207,27 @@ def _collate(rows: list[Tensor]) -> dict[str, Tensor]:
     return {"input_ids": blocks, "labels": blocks}
 
 
-class Curve(TrainerCallback):
-    """The training curve, a line of CSV at each report."""
-
-    def __init__(self, path: Path, batch_tokens: int) -> None:
-        self.path, self.batch_tokens = path, batch_tokens
-        self.started = time.time()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.started = time.time()
-        if state.is_world_process_zero:
-            self._write(("step", "tokens", "seconds", "loss", "learning_rate", "heldout"), "w")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if not state.is_world_process_zero or not {"loss", "eval_loss"} & set(logs):
-            return
-        tokens, seconds = state.global_step * self.batch_tokens, time.time() - self.started
-        figures = [logs.get(key, "") for key in ("loss", "learning_rate", "eval_loss")]
-        self._write([state.global_step, tokens, f"{seconds:.1f}", *figures], "a")
-        shown = ", ".join(f"{key} {value:.4g}" for key, value in logs.items() if isinstance(value, float))
-        pace = f"{tokens / seconds / 1e6:.2f}M tokens/s"
-        _say(f"step {state.global_step}/{state.max_steps}, {tokens / 1e6:.1f}M tokens, {pace}: {shown}")
-
-    def _write(self, row: Any, mode: str) -> None:
-        with self.path.open(mode, newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerow(row)
-
-
-class TimeBudget(TrainerCallback):
-    """Shortens a run, once its pace is known, to what fits into the seconds given."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.started = self.warm = time.time()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.started = time.time()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step not in (_TIMED_STEPS // 2, _TIMED_STEPS):
-            return
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # steps are queued: without it the clock would run ahead of the work
-        now = time.time()
-        if state.global_step < _TIMED_STEPS:
-            self.warm = now
-            return
-        pace = (_TIMED_STEPS - _TIMED_STEPS // 2) / (now - self.warm)
-        steps = torch.tensor([_TIMED_STEPS + max(0.0, self.seconds - (now - self.started)) * pace])
-        if args.world_size > 1:
-            from accelerate.utils import broadcast
-
-            steps = broadcast(steps.to(args.device))
-        state.max_steps = max(state.global_step + 1, min(state.max_steps, int(steps.item())))
-        if state.is_world_process_zero:
-            _say(f"{pace:.2f} steps/s: {state.max_steps} steps fit into {self.seconds:.0f} s")
-
-
 def save(network: Any, tokenizer: Any, folder: Path) -> None:
     """The model in bfloat16 and its tokenizer, as stock transformers loads them."""
-    network.config.use_cache = True
+    network.config.use_cache = True  # the Trainer turned it off
     network.to(torch.bfloat16).save_pretrained(folder)
     scratch.save_tokenizer(tokenizer, folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)
 
 
-def measure(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """Nats per token of the model as it was saved, on all held-out modules and on the builtin prose."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    if torch.cuda.is_available():
-        network.to("cuda")
-    length, count = recipe.data.length, recipe.data.heldout_blocks
-    return asdict(nats_per_token(network, data.builtin_blocks(tokenizer, "heldout", length, count)))
+def measure(folder: Path, blocks: Tensor) -> dict[str, Any]:
+    """Nats per token of the model as it was saved."""
+    network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if _on_cpu() else "auto")
+    if not _on_cpu():
+        network.to(torch.accelerator.current_accelerator())
+    return asdict(nats_per_token(network, blocks))
 
 
 def hardware() -> str:
     """What the run ran on."""
     if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+        return f"{PartialState().num_processes} x {torch.cuda.get_device_name()}"
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 
@@ -288,25 +237,26 @@ def versions() -> dict[str, str]:
     for name in ("headwise", "torch", "transformers", "accelerate", "tokenizers"):
         try:
             found[name] = version(name)
-        except PackageNotFoundError:
+        except PackageNotFoundError:  # run from a source tree
             continue
     return found
 
 
-def _start(recipe: Recipe, model: str | Path | None) -> tuple[Any, Any]:
+def _start(recipe: Recipe, model: str | Path | None, progress: Progress) -> tuple[Any, Any]:
     if recipe.init is not None:
+        if model is not None:
+            raise HeadwiseError("This recipe starts from nothing and takes no model.", "Leave --model away.")
+        progress.stage("learning a tokenizer")
         tokenizer = scratch.new_tokenizer(recipe)
         return tokenizer, scratch.new_model(recipe, tokenizer)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    return (
-        AutoTokenizer.from_pretrained(model),
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-    )
+    if model is None:
+        raise HeadwiseError("This recipe needs a model to train.", "Give --model FOLDER.")
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return AutoTokenizer.from_pretrained(model), network
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def _on_cpu() -> bool:
+    return not torch.accelerator.is_available()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -316,15 +266,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--model", help="the model to train, where the recipe does not make one")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="settings")
-    options = parser.parse_args(arguments)
-    command = shlex.join(["python", "-m", "headwise.recipes.train", *(sys.argv[1:] if arguments is None else arguments)])
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(given)
+    ui.configure()
+    transformers.utils.logging.disable_progress_bar()
     try:
-        record = run(schema.load(options.recipe, options.settings), options.out, options.model, command)
+        recipe = schema.load(options.recipe, options.settings)
+        command = shlex.join(["python", "-m", "headwise.recipes.train", *given])
+        with ui.progress() as progress:
+            record = run(recipe, options.out, options.model, command=command, progress=progress)
     except HeadwiseError as error:
-        _say(f"error: {error}")
+        ui.error(error.message, error.hint)
         return error.exit_code
     if record:
-        print(json.dumps({key: record[key] for key in ("parameters", "tokens", "seconds", "hardware", "heldout")}))
+        nats = record["heldout"]["nats"]
+        ui.say(f"{options.out}: {record['tokens']:,} tokens, {nats:.4f} nats per token on the held-out modules")
     return 0
 
 
