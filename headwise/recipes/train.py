@@ -53,7 +53,7 @@ def run(
         progress: hears of tokens and losses.
 
     Returns:
-        The record that is also written to OUT/headwise.json (empty on all processes but the first).
+        The record that is also written to OUT/training.json (empty on all processes but the first).
 
     Raises:
         HeadwiseError: OUT exists, model and recipe do not fit, too little text.
@@ -93,7 +93,7 @@ def run(
             "versions": versions(),
             "heldout": measure(work, heldout),
         }
-        (work / "headwise.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (work / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         work.rename(out)
     except BaseException:
         if processes.is_main_process:

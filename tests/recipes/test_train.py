@@ -67,7 +67,7 @@ def test_twenty_steps_on_builtin_text_lower_the_loss(tmp_path: Path, parent: Pat
     assert heldout[-1] < 7.0  # log(2048) is 7.6
     assert record["heldout"]["nats"] == pytest.approx(heldout[-1], abs=0.02)  # bfloat16 is what was saved
     assert (record["steps"], record["tokens"], record["command"]) == (20, 20 * 512, "typed")
-    assert json.loads((tmp_path / "out" / "headwise.json").read_text()) == json.loads(json.dumps(record))
+    assert json.loads((tmp_path / "out" / "training.json").read_text()) == json.loads(json.dumps(record))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert model.dtype == torch.bfloat16 and model.config.use_cache
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("def")["input_ids"]
