@@ -1,4 +1,4 @@
-"""Four times the demo model's context: every rule without training, three of them after 2% of its training.
+"""Four times the demo model's context: every rule without training, four of them after 2% of its training.
 
     python benchmarks/long_context.py --out FOLDER
 
@@ -24,7 +24,7 @@ from headwise.convert import architecture, bound, context, rope
 from headwise.eval import passkey, plots, positions
 from headwise.recipes import data, schema, train
 
-UPTRAINED = ("plain", "ntk", "yarn")
+UPTRAINED = ("plain", "ntk", "yarn", "base")
 
 
 def extended(config: dict[str, Any], length: int) -> dict[str, tuple[dict[str, Any], list[str]]]:

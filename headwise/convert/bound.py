@@ -59,7 +59,7 @@ class SmallestBase:
     resolution: float
 
 
-def smallest_base(rotary_dim: int, length: int, resolution: float = 0.02, beyond: float = 30) -> SmallestBase:
+def smallest_base(rotary_dim: int, length: int, resolution: float = 0.03, beyond: float = 10) -> SmallestBase:
     """Search a geometric grid of bases, from 10 upwards, for those that reach `length`.
 
     Args:
