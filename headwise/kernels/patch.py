@@ -50,7 +50,7 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
             (quantised, or wrapped by an adapter).
     """
     dispatch.requested(None)
-    if hasattr(model, BEFORE):
+    if enabled(model):
         return model
     if not model._supports_sdpa:
         raise HeadwiseError(
@@ -76,12 +76,17 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
 
 def disable(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `enable`: the model is stock again."""
-    if hasattr(model, BEFORE):
+    if enabled(model):
         model.set_attn_implementation(getattr(model, BEFORE))
         delattr(model, BEFORE)
         for module in model.modules():
             module.__dict__.pop("expand_kv", None)
     return model
+
+
+def enabled(model: PreTrainedModel) -> bool:
+    """Whether `enable` is in force."""
+    return hasattr(model, BEFORE)
 
 
 def _keep_latent(latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:

@@ -141,3 +141,36 @@ def test_enable_and_disable_leave_no_trace() -> None:
         set(vars(model.model.layers[0].self_attn)),
         model.config._attn_implementation,
     )
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CARD = dict(COMMON, hidden_size=512, num_attention_heads=14, num_hidden_layers=4)
+ON_CARD = {
+    "latent": DeepseekV3Config(
+        **{**CARD, "hidden_size": 448},
+        **{**LATENT, "num_key_value_heads": 14, "kv_lora_rank": 256, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64,
+           "v_head_dim": 64, "first_k_dense_replace": 4},
+    ),
+    "grouped": LlamaConfig(**{**CARD, "hidden_size": 896}, num_key_value_heads=2),
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", ON_CARD)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_bfloat16_on_the_card(name: str, cache: str) -> None:
+    """With the kernels (and, on a static cache, transformers' own compilation) the error to float32 is no larger."""
+    torch.manual_seed(0)
+    exact = AutoModelForCausalLM.from_config(copy.deepcopy(ON_CARD[name])).eval().cuda()
+    model = copy.deepcopy(exact).bfloat16()
+    inputs = {key: value.cuda() for key, value in prompts().items()}
+    # The same tokens for everybody: what is compared is the logits, not the path.
+    options = dict(max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    options |= {} if cache == "dynamic" else {"cache_implementation": "static"}
+
+    def logits(model) -> torch.Tensor:
+        return torch.stack(model.generate(**inputs, **options).logits).float()[:2]
+
+    expected, stock, ours = logits(exact), logits(model), logits(enable(model))
+    assert (ours - expected).norm() < 1.3 * (stock - expected).norm() + 1e-3 * expected.norm()

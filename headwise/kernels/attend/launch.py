@@ -131,7 +131,30 @@ def supports(q: Tensor, head: int, rope: int, value: int) -> bool:
     return card_of(q.device.index).capability >= (8, 0)
 
 
+@torch.library.custom_op("headwise::attend", mutates_args=())
 def attend(
+    q: Tensor,
+    q_rope: Tensor | None,
+    k: Tensor,
+    k_rope: Tensor | None,
+    v: Tensor | None,
+    scale: float,
+    lengths: Tensor | None,
+    starts: Tensor | None,
+    block_table: Tensor | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """`run` with its own choice of tiles, as one operation that torch.compile leaves whole."""
+    return run(q, q_rope, k, k_rope, v, scale, lengths, starts, block_table, window)
+
+
+@attend.register_fake
+def _(q, q_rope, k, k_rope, v, *_masks):  # type: ignore[no-untyped-def]
+    value = k if v is None else v
+    return q.new_empty(*q.shape[:3], value.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def run(
     q: Tensor,
     q_rope: Tensor | None,
     k: Tensor,

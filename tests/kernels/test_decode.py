@@ -1,0 +1,168 @@
+"""The decode kernels against their float64 references: under the interpreter on CPU, compiled on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headwise.kernels.attend import launch
+from headwise.kernels.gqa_decode.reference import gqa_decode as reference
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's turn is without a GPU")
+SCALE = 0.1
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory is NaN, so that an element nobody wrote is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Problem:
+    """Random queries and a random cache; pages in random order when `page`; NaN wherever no query may look."""
+
+    def __init__(self, heads, groups, head, rope, value, lengths, *, queries=1, page=0, window=None, starts=None,
+                 dtype=torch.float32, device="cpu", seed=0):  # fmt: skip
+        generator = torch.Generator(device).manual_seed(seed)
+        batch = len(lengths)
+        capacity = -(-max(*lengths, 1) // max(page, 1)) * max(page, 1)
+
+        def noise(*shape):
+            return torch.randn(*shape, device=device, dtype=torch.float32, generator=generator).to(dtype)
+
+        self.q, self.cache = noise(batch, queries, heads, head + rope), noise(batch, capacity, groups, head + rope)
+        self.values = None if rope else noise(batch, capacity, groups, value)
+        self.head, self.rope, self.window = head, rope, window
+        self.lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
+        self.starts = None if starts is None else torch.tensor(starts, dtype=torch.int32, device=device)
+        self.table = None
+        for row, length in enumerate(lengths):
+            for cache in self.caches():
+                cache[row, length:] = torch.nan
+                if starts is not None:
+                    cache[row, : starts[row]] = torch.nan
+        if page:
+            order = torch.randperm(batch * capacity // page, device=device, generator=generator)
+            self.table = order.int().view(batch, -1)
+
+    def caches(self):
+        return [self.cache] if self.values is None else [self.cache, self.values]
+
+    def paged(self, cache: Tensor) -> Tensor:
+        """The contiguous cache as pages, in the order of the block table."""
+        if self.table is None:
+            return cache
+        pages = cache.unflatten(1, (self.table.shape[1], -1)).flatten(0, 1)
+        shuffled = torch.empty_like(pages)
+        shuffled[self.table.flatten().long()] = pages
+        return shuffled
+
+    def run(self, **options) -> tuple[Tensor, Tensor]:
+        cache = self.paged(self.cache)
+        v = None if self.values is None else self.paged(self.values)
+        q_rope = self.q[..., self.head :] if self.rope else None
+        k_rope = cache[..., self.head :] if self.rope else None
+        return launch.run(
+            self.q[..., : self.head], q_rope, cache[..., : self.head], k_rope, v, SCALE,
+            self.lengths, self.starts, self.table, self.window, **options,
+        )  # fmt: skip
+
+    def expected(self) -> tuple[Tensor, Tensor]:
+        k = self.cache.double()
+        v = k[..., : self.head] if self.values is None else self.values.double()
+        return reference(
+            self.q.double(), k, v, scale=SCALE, lengths=self.lengths, starts=self.starts, window=self.window
+        )
+
+    def check(self, tolerance: float, **options) -> None:
+        out, lse = self.run(**options)
+        expected, expected_lse = self.expected()
+        empty = expected_lse.isinf()
+        assert torch.equal(lse.isinf(), empty)
+        assert (out[empty] == 0).all()
+        error = (out.double() - expected).norm() / expected.norm().clamp(min=1e-9)
+        assert error < tolerance, f"output wrong by {error:.2e}"
+        torch.testing.assert_close(lse[~empty].double(), expected_lse[~empty], rtol=0, atol=2 * tolerance)
+
+
+@interpreted
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(
+    "heads, groups, head, rope, value",
+    [(9, 1, 48, 16, 48), (14, 1, 80, 32, 80), (6, 1, 64, 0, 64), (10, 2, 32, 0, 48)],
+    ids=["mla 48+16", "mla 80+32", "mqa", "gqa of five"],
+)
+def test_shapes(poisoned, heads, groups, head, rope, value, splits) -> None:
+    Problem(heads, groups, head, rope, value, [63, 100, 1, 0]).check(1e-5, splits=splits)
+
+
+@interpreted
+def test_half_precision_accumulates_in_single(poisoned) -> None:
+    Problem(9, 1, 48, 16, 48, [100, 33], dtype=torch.float16).check(2e-3)
+
+
+@interpreted
+@settings(max_examples=8, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=3),
+    queries=st.integers(1, 8),
+    page=st.sampled_from([0, 16, 32]),
+    window=st.sampled_from([None, 1, 20]),
+    padded=st.booleans(),
+    latent=st.booleans(),
+    splits=st.integers(1, 4),
+)
+def test_any_mask(lengths, queries, page, window, padded, latent, splits) -> None:
+    shape = (3, 1, 32, 16, 32) if latent else (6, 2, 16, 0, 32)
+    starts = [length // 3 for length in lengths] if padded else None
+    problem = Problem(*shape, lengths, queries=queries, page=page, window=window, starts=starts, seed=len(lengths))
+    problem.check(1e-5, splits=splits)
+
+
+GPU_SHAPES = [
+    (32, 1, 512, 64, 512), (9, 1, 192, 64, 192), (14, 1, 256, 16, 256), (28, 1, 448, 48, 448), (40, 1, 128, 64, 128),
+    (32, 1, 208, 64, 208), (9, 1, 48, 32, 48), (32, 1, 320, 128, 320), (128, 1, 512, 64, 512), (64, 1, 512, 128, 512),
+    (14, 2, 64, 0, 64), (32, 1, 128, 0, 128), (48, 1, 128, 0, 128), (32, 8, 128, 0, 128), (20, 4, 96, 0, 96),
+    (24, 4, 256, 0, 256), (9, 3, 64, 0, 64), (32, 32, 128, 0, 128), (12, 2, 192, 0, 128),
+]  # fmt: skip
+GPU_MASKS = {
+    "long": dict(lengths=[8191, 100, 63, 1, 0]),
+    "pages of 16": dict(lengths=[8191, 100, 63, 1, 0], page=16),
+    "three tokens, window, padded, pages of 64": dict(
+        lengths=[700, 100, 64, 5, 2], queries=3, page=64, window=100, starts=[0, 30, 0, 1, 0]
+    ),
+    "eight tokens, padded, pages of 256": dict(
+        lengths=[300, 100, 63, 8, 3], queries=8, page=256, starts=[0, 30, 0, 2, 0]
+    ),
+}
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("mask", GPU_MASKS)
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+def test_on_the_card(poisoned, shape, mask) -> None:
+    dtype = torch.float16 if "three" in mask else torch.bfloat16
+    problem = Problem(*shape, **GPU_MASKS[mask], dtype=dtype, device="cuda")
+    problem.check(8e-3)
+    problem.check(8e-3, splits=1)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("shape", GPU_SHAPES[::3], ids=str)
+def test_the_portable_kernel_on_the_card(poisoned, shape) -> None:
+    heads, groups, head, rope, value = shape
+    card = launch.Card((8, 0), 132, launch.card_of(0).shared_memory)
+    config = launch.choose(card, heads // groups, head, rope, value, bool(rope))
+    Problem(*shape, [3000, 63, 0], dtype=torch.bfloat16, device="cuda").check(8e-3, config=config)

@@ -1,0 +1,53 @@
+"""Choosing tiles and splits: rules that hold for every shape, checked without a card."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headwise.kernels.attend.launch import Card, choose, choose_splits, chunks
+
+HOPPER = Card((9, 0), 132, 232448)
+CARDS = [HOPPER, Card((8, 0), 108, 166912), Card((8, 9), 128, 101376), Card((12, 0), 170, 101376)]
+widths = st.integers(1, 36).map(lambda n: 16 * n)
+
+
+@given(widths)
+def test_chunks_cover_a_width_exactly(width: int) -> None:
+    pieces = chunks(width)
+    assert sum(piece for _, piece in pieces) == width
+    assert [start for start, _ in pieces] == [sum(p for _, p in pieces[:i]) for i in range(len(pieces))]
+    assert all(piece & (piece - 1) == 0 for _, piece in pieces)
+
+
+def test_448_has_no_padding() -> None:
+    assert chunks(448) == ((0, 256), (256, 128), (384, 64))
+
+
+@given(st.sampled_from(CARDS), st.integers(1, 256), widths, st.integers(0, 8).map(lambda n: 16 * n), st.booleans())
+def test_tiles_fit_the_card(card: Card, rows: int, width: int, rope: int, latent: bool) -> None:
+    config = choose(card, rows, width, rope, width, latent)
+    assert config.rows & (config.rows - 1) == 0
+    assert config.hopper == (card is HOPPER and width % 64 == 0)
+    if config.hopper:
+        row_bytes = 2 * (width + rope + (0 if latent else width))
+        queries = config.consumers * config.rows * 2 * (width + rope + config.keys)
+        assert config.resident * (config.stages * config.keys * row_bytes + queries) <= card.shared_memory
+        assert config.rows * width <= 32 * 512
+
+
+@given(st.integers(1, 5000), st.integers(1, 100_000))
+def test_splits_are_never_more_than_tiles(programs: int, keys: int) -> None:
+    config = choose(HOPPER, 32, 512, 64, 512, True)
+    assert 1 <= choose_splits(programs, keys, config, 132) <= max(1, -(-keys // config.keys))
+
+
+def test_splits_fill_the_card() -> None:
+    config = choose(HOPPER, 32, 512, 64, 512, True)
+    assert choose_splits(64, 8192, config, 132) == 2
+    assert choose_splits(1, 32768, config, 132) == 128
+    assert choose_splits(132, 8192, config, 132) == 1
