@@ -9,8 +9,9 @@ and outputs are noted, and the weights are let go.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,11 +78,11 @@ def empty_model(config: dict[str, Any], auto_class: str, dtype: torch.dtype = to
     return model.eval().requires_grad_(False)
 
 
-def load_into(model: Any, tensors: dict[str, Tensor], device: torch.device | str = "cpu") -> set[str]:
+def load_into(model: Any, tensors: dict[str, Tensor], device: torch.device | str = "cpu") -> Any:
     """Give checkpoint tensors to an empty stock model, through transformers' own renaming and fusing.
 
     Returns:
-        The names the model has no place for.
+        transformers' account of missing, unexpected and mismatched keys.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -103,7 +104,7 @@ def load_into(model: Any, tensors: dict[str, Tensor], device: torch.device | str
     finally:
         if bars:
             logging.enable_progress_bar()
-    return set(info.unexpected_keys)
+    return info
 
 
 class LayerStream:
@@ -135,16 +136,35 @@ class LayerStream:
     def __iter__(self) -> Iterator[LayerRecord]:
         return self.records()
 
-    def records(self, *, keep: bool = False, look: bool = True) -> Iterator[LayerRecord]:
+    def records(
+        self, *, keep: bool = False, look: bool = True, only: Collection[int] | None = None
+    ) -> Iterator[LayerRecord]:
         """One record per layer, in order; the next layer's inputs are this layer's outputs.
 
         Args:
             keep: also keep the attention's inputs and outputs of the layer.
             look: also take `value_moment` and `distances` from the attention weights of some sequences.
+            only: layers to record. Those before them are run and passed over, those after the last are not run.
         """
-        for index in range(len(self._layers)):
+        wanted = set(range(len(self._layers)) if only is None else only)
+        for index in range(max(wanted, default=-1) + 1):
             with self._real_layer(index) as layer:
-                yield self._run(index, layer, keep, look)
+                if index in wanted:
+                    yield self._run(index, layer, keep, look)
+                else:
+                    self._pass(index, layer)
+
+    @torch.no_grad()
+    def _pass(self, index: int, layer: nn.Module) -> None:
+        """Run a layer without looking at it."""
+        args, kwargs = self._arguments[index]
+        for part in self._parts():
+            self._hidden[part] = _first(layer(self._hidden[part].to(self._device), *args, **kwargs)).cpu()
+
+    def _parts(self) -> list[slice]:
+        sequences, length, _ = self._hidden.shape
+        step = max(1, TOKENS_AT_ONCE // length)
+        return [slice(start, start + step) for start in range(0, sequences, step)]
 
     @torch.no_grad()
     def _run(self, index: int, layer: nn.Module, keep: bool, look: bool) -> LayerRecord:
@@ -160,22 +180,20 @@ class LayerStream:
 
         def note(module: nn.Module, call_args: tuple, call_kwargs: dict, output: Any) -> None:
             seen["x"] = call_kwargs.get("hidden_states", call_args[0] if call_args else None)
-            seen["y"] = output[0] if isinstance(output, tuple) else output
+            seen["y"] = _first(output)
             seen["kwargs"] = {k: v for k, v in call_kwargs.items() if k != "hidden_states"}
 
         handle = attention.register_forward_hook(note, with_kwargs=True)
-        step = max(1, TOKENS_AT_ONCE // length)
-        for start in range(0, sequences, step):
-            part = slice(start, start + step)
+        for part in self._parts():
             out = layer(self._hidden[part].to(self._device), *args, **kwargs)
             x = seen["x"]
             flat = torch.cat([x, torch.ones_like(x[..., :1])], -1).flatten(0, 1)
             moment += (flat.mT @ flat).double()
             if record.inputs is not None and record.outputs is not None:
                 record.inputs[part], record.outputs[part] = x.cpu(), seen["y"].cpu()
-            if look and start < SEQUENCES_LOOKED_AT:
-                view.add(attention, x[: SEQUENCES_LOOKED_AT - start], seen["kwargs"])
-            self._hidden[part] = (out[0] if isinstance(out, tuple) else out).cpu()
+            if look and part.start < SEQUENCES_LOOKED_AT:
+                view.add(attention, x[: SEQUENCES_LOOKED_AT - part.start], seen["kwargs"])
+            self._hidden[part] = _first(out).cpu()
         handle.remove()
         moment /= record.tokens
         if look:
@@ -201,27 +219,60 @@ class LayerStream:
         skipped -= {id(p) for p in inputs.parameters()}
         names = {n for n, p in self._model.named_parameters() if id(p) in skipped}
         load_into(self._model, {n: self._checkpoint.read(n) for n in self._other if n not in names}, self._device)
-        real = list(self._layers)
-        stubs = [_Stub(layer, last=layer is real[-1]) for layer in real]
-        for i, stub in enumerate(stubs):
-            self._layers[i] = stub
         base = self._model.base_model
         for module in base.modules():  # rotary tables are buffers, made where the model was
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self._device))
         hidden = []
-        for row in tokens.split(1):
-            try:
-                base(input_ids=row.to(self._device), use_cache=False)
-            except _Stop:
+        with _recorded(self._layers) as stubs:
+            for row in tokens.split(1):
+                with suppress(_Stop):
+                    base(input_ids=row.to(self._device), use_cache=False)
                 hidden.append(stubs[0].hidden.cpu())
-        for i, layer in enumerate(real):
-            self._layers[i] = layer
         for name, parameter in self._model.named_parameters():
             if parameter.device.type != "meta":
                 owner, _, leaf = name.rpartition(".")
                 setattr(self._model.get_submodule(owner), leaf, nn.Parameter(parameter.to("meta"), False))
         return torch.cat(hidden), [(stub.args, stub.kwargs) for stub in stubs]
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def layer_arguments(
+    model: Any, architecture: Architecture, length: int, dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    """What each layer's attention is called with besides its input, for sequences of `length`.
+
+    `model` may be empty: no weight takes part.
+    """
+    path = architecture.module.rpartition(".")[0]
+    text, layers = model.get_submodule(path.rpartition(".")[0]), model.get_submodule(path)
+    with torch.no_grad(), _recorded(layers) as stubs, suppress(_Stop):
+        text(inputs_embeds=torch.zeros(1, length, text.config.hidden_size, dtype=dtype), use_cache=False)
+    return [_attention_arguments(stub) for stub in stubs]
+
+
+def _attention_arguments(stub: _Stub) -> dict[str, Any]:
+    """A decoder layer hands its keyword arguments on to its attention; positional ones are matched by name."""
+    names = list(inspect.signature(type(stub.layer).forward).parameters)[2:]
+    given = {**dict(zip(names, stub.args, strict=False)), **stub.kwargs}
+    return {name: value for name, value in given.items() if name not in ("use_cache", "past_key_values")}
+
+
+@contextmanager
+def _recorded(layers: nn.ModuleList) -> Iterator[list[_Stub]]:
+    """Stubs in the place of decoder layers, for the time of a run."""
+    real = list(layers)
+    stubs = [_Stub(layer, last=layer is real[-1]) for layer in real]
+    for i, stub in enumerate(stubs):
+        layers[i] = stub
+    try:
+        yield stubs
+    finally:
+        for i, layer in enumerate(real):
+            layers[i] = layer
 
 
 class _View:
@@ -281,6 +332,10 @@ class _Stub(nn.Module):
     def __init__(self, layer: nn.Module, last: bool) -> None:
         super().__init__()
         self._layer, self._last = (layer,), last  # in a tuple: not a submodule
+
+    @property
+    def layer(self) -> nn.Module:
+        return self._layer[0]
 
     def __getattr__(self, name: str) -> Any:
         """Models ask their layers for facts, such as which kind of attention they have."""

@@ -6,6 +6,7 @@ is a `LayerWeights` (or, after a low-rank conversion, a `LatentWeights`) and an 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -93,10 +94,15 @@ class LayerWeights:
 
     def to(self, dtype: torch.dtype) -> LayerWeights:
         """The same layer in another precision."""
-        norms = {n: t.to(dtype) for n in ("q_norm", "k_norm") if (t := getattr(self, n)) is not None}
-        return replace(
-            self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype), o=self.o.to(dtype), **norms
-        )
+        return self._each(lambda tensor: tensor.to(dtype))
+
+    def to_device(self, device: torch.device | str) -> LayerWeights:
+        """The same layer on another device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> LayerWeights:
+        tensors = {n: change(t) for n, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from headwise.convert.calibration import LayerRecord
 SEQUENCES_PER_STEP = 12
 HELD_BACK = 0.1
 # Peak learning rate as a share of each tensor's root-mean-square, so that one setting fits weights of any size.
-LEARNING_RATE = 0.03
+LEARNING_RATE = 0.1
 WARMUP = 0.05
-DEFAULT_STEPS = 300
+DEFAULT_STEPS = 400
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def refit(
 
     start = [p.detach().clone() for p in parameters]
     before = output_error(attention, record, judge, device)
-    groups = [{"params": [p], "lr": learning_rate * float(p.square().mean().sqrt())} for p in parameters]
+    groups = [{"params": [p], "lr": learning_rate * float(p.detach().square().mean().sqrt())} for p in parameters]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps))
     scale = float(record.outputs[train].square().mean())
@@ -115,8 +115,8 @@ def output_error(
     return lost / total if total else 0.0
 
 
-def forecast_flops(parameters: int, hidden_size: int, heads: int, head_dim: int, length: int, steps: int) -> float:
-    """Floating-point operations that refitting one layer takes: 6 per weight and token, 12 per score and dim."""
+def forecast_flops(parameters: int, heads: int, head_dim: int, length: int, steps: int) -> float:
+    """Floating-point operations of refitting one layer: 6 per weight and token, 6 per causal score and dim."""
     tokens = SEQUENCES_PER_STEP * length
     return steps * tokens * (6.0 * parameters + 6.0 * heads * head_dim * length)
 

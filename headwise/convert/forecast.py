@@ -1,0 +1,113 @@
+"""What a conversion will take, and the defaults that follow from it: from shapes alone, so that the same command
+on the same kind of machine decides the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from headwise.convert.architecture import Architecture
+from headwise.convert.calibration import QUERIES_LOOKED_AT, TOKENS_AT_ONCE
+from headwise.convert.checkpoint import Checkpoint
+from headwise.convert.refit import DEFAULT_STEPS, SEQUENCES_PER_STEP, forecast_flops
+
+# Longest calibration sequence. Attention costs its square, and heads that look farther are rare.
+CALIBRATION_LENGTH = 512
+# Tokens for the closed forms, and for a refit, which learns from every one of them.
+TOKENS, TOKENS_FOR_REFIT = 32_768, 196_608
+# Numbers of hidden states kept in memory for calibration at most: 512 MiB in float32.
+HIDDEN_NUMBERS = 1 << 27
+# Refit by itself only if this is not exceeded.
+REFIT_SECONDS = 600.0
+# Sustained float32 rates on small layers, on the low side of what was measured.
+CUDA_FLOPS = 5e12
+CPU_FLOPS_PER_THREAD = 2e10
+# An idle process that has imported torch and transformers.
+RESTING_BYTES = 600 << 20
+
+
+def trained_length(checkpoint: Checkpoint, arch: Architecture) -> int:
+    """Positions the model was made for; 2048 where its config does not say."""
+    length = arch.text_config(checkpoint.config).get("max_position_embeddings")
+    return length if isinstance(length, int) and length > 0 else 2048
+
+
+def calibration_tokens(checkpoint: Checkpoint, arch: Architecture, steps: int) -> int:
+    """How much text to read where the user did not say."""
+    width = arch.stock_config(checkpoint.config).hidden_size
+    return max(4 * CALIBRATION_LENGTH, min(TOKENS_FOR_REFIT if steps else TOKENS, HIDDEN_NUMBERS // width))
+
+
+def refit_steps(
+    checkpoint: Checkpoint, arch: Architecture, target: Any, asked: str | int, length: int, device: torch.device
+) -> int:
+    """Steps of refit per layer: what was asked for, or for "auto" the default if its forecast is short enough.
+
+    A baseline is compared for what it is, so "auto" refits only calibrated methods.
+    """
+    if isinstance(asked, int):
+        return asked
+    if asked == "off" or not target.calibrated:
+        return 0
+    return DEFAULT_STEPS if refit_seconds(checkpoint, arch, target, length, device) <= REFIT_SECONDS else 0
+
+
+def refit_seconds(
+    checkpoint: Checkpoint, arch: Architecture, target: Any, length: int, device: torch.device
+) -> float:
+    """Forecast for refitting every converted layer with the default steps."""
+    width = arch.stock_config(checkpoint.config).hidden_size
+    flops = 0.0
+    for i, layout in enumerate(target.layouts):
+        if target.computed(i):
+            flops += forecast_flops(
+                attention_parameters(layout, width),
+                layout.num_attention_heads,
+                layout.head_dim,
+                length,
+                DEFAULT_STEPS,
+            )
+    rate = CUDA_FLOPS if device.type == "cuda" else CPU_FLOPS_PER_THREAD * torch.get_num_threads()
+    return flops / rate
+
+
+def attention_parameters(layout: Any, hidden_size: int) -> int:
+    """Weights of queries, keys, values and output of a layer."""
+    heads = layout.num_attention_heads
+    outer = heads * (layout.head_dim + layout.v_head_dim) * hidden_size
+    return outer + layout.cache_numbers * hidden_size
+
+
+def peak_memory(checkpoint: Checkpoint, arch: Architecture, target: Any, calibration: Any) -> int:
+    """Bytes of resident memory at the peak, or of the process and its device together.
+
+    Converting holds one layer's attention in float64 a few times over. Calibration adds the parent's layer in
+    float32, the embedding table, the hidden states of all tokens (three times with a refit, which keeps the
+    attention's inputs and outputs), the moments, and the widest intermediate of one batch.
+    """
+    stock = arch.stock_config(checkpoint.config)
+    width = stock.hidden_size
+    before = arch.layouts(checkpoint.config)
+    computed = [i for i in range(len(target.layouts)) if target.computed(i)]
+    if not computed:
+        return RESTING_BYTES
+    attention = 8 * max(attention_parameters(before[i], width) for i in computed)
+    total = RESTING_BYTES + 4 * attention
+    if calibration is None or calibration.reuse is not None:
+        return total + (2 * 8 * width * width if calibration else 0)
+    depth = arch.layers[0].count(".") + 1
+    sizes: dict[str, int] = {}
+    for name, entry in checkpoint.tensors.items():
+        key = ".".join(name.split(".")[:depth])
+        sizes[key] = sizes.get(key, 0) + entry.nbytes
+    # A tensor outside the layers is a group of its own; the largest of either kind is in memory at once.
+    layer = 3 * max(sizes.values())
+    hidden = 4 * calibration.tokens * width * (3 if calibration.steps else 1)
+    moments = 6 * 8 * width * width
+    intermediate = 4 * 4 * TOKENS_AT_ONCE * getattr(stock, "intermediate_size", 4 * width)
+    heads = max(layout.num_attention_heads for layout in before)
+    looks = 4 * heads * (4 * calibration.length**2 + QUERIES_LOOKED_AT * width)
+    if calibration.steps:
+        looks += 16 * SEQUENCES_PER_STEP * calibration.length * width * 4
+    return total + layer + hidden + moments + max(intermediate, looks)

@@ -1,0 +1,435 @@
+"""The one file that wires a conversion: open, decide, plan, measure, convert, refit, copy, verify, publish."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headwise.convert import forecast
+from headwise.convert.architecture import Architecture, find
+from headwise.convert.calibration import LayerRecord, LayerStream
+from headwise.convert.card import make_card, make_record
+from headwise.convert.checkpoint import Checkpoint, open_checkpoint
+from headwise.convert.moments import Moments
+from headwise.convert.plan import Plan, make_plan
+from headwise.convert.refit import refit as refit_layer
+from headwise.convert.target import Target
+from headwise.convert.targets import choose_target
+from headwise.convert.verify import Verification, check_folder
+from headwise.convert.writer import Writer
+from headwise.errors import GateFailed, HeadwiseError
+from headwise.progress import SILENT, Progress
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is measured on the parent before its layers are converted, and with which text.
+
+    `steps` of refit follow for every layer; 0: none. `keep` is the folder moments are saved to, `reuse` the one
+    they are taken from instead of being measured.
+    """
+
+    text: str
+    sequences: int
+    length: int
+    steps: int
+    seed: int
+    keep: Path | None = None
+    reuse: Path | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """A finished conversion.
+
+    Attributes:
+        out: the folder.
+        plan: what was decided.
+        layers: per converted layer, its expected errors and its refit.
+        verification: None if it was not asked for.
+    """
+
+    out: Path
+    plan: Plan
+    layers: dict[int, dict[str, Any]] = field(default_factory=dict)
+    verification: Verification | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "plan": self.plan.to_dict(),
+            "layers": {str(i): report for i, report in self.layers.items()},
+            "verification": self.verification.to_dict() if self.verification else None,
+        }
+
+
+def convert(
+    model: str | Path,
+    out: str | Path,
+    *,
+    to: str | None = None,
+    groups: int | None = None,
+    method: str = "optimal",
+    grouping: str | None = None,
+    rank: int | None = None,
+    rope_dim: int | None = None,
+    cache: float | None = None,
+    exact: bool = False,
+    rope_frequencies: str = "default",
+    pad_values: bool = False,
+    context: int | None = None,
+    rope: str = "auto",
+    rope_theta: float | None = None,
+    sliding_window: int | None = None,
+    window_layers: str = "all",
+    calibrate: str = "builtin",
+    calibration_tokens: int | None = None,
+    moments: str | Path | None = None,
+    save_moments: str | Path | None = None,
+    refit: str | int = "auto",
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    dry_run: bool = False,
+    force: bool = False,
+    resume: bool = False,
+    verify: bool = True,
+    allow_nan: bool = False,
+    allow_pickle: bool = False,
+    seed: int = 0,
+    device: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    progress: Progress = SILENT,
+) -> ConvertResult | Plan:
+    """Convert a checkpoint into a folder that stock transformers loads.
+
+    Args:
+        model: a folder, or `org/name[@revision]` on the Hub.
+        out: the folder to make; it appears when it is complete and verified.
+        to: "gqa" (with `groups`), "mqa", "mha" or "mla"; None leaves the layout.
+        groups: key-value heads afterwards.
+        method: how heads are merged ("optimal", "aligned", "mean", "first", "random") or, for "mla", how the
+            latent is found ("optimal", "transmla", "partial-rope").
+        grouping: which heads share: "optimal" (by least residual energy) or "contiguous". None: optimal for the
+            method "optimal", contiguous for the published methods, which are defined on neighbours.
+        rank, rope_dim, cache, exact, rope_frequencies, pad_values: of an MLA target.
+        context, rope, rope_theta: rescale RoPE to this many tokens, by this rule.
+        sliding_window, window_layers: let layers look this many tokens back.
+        calibrate: text to measure the parent on: "builtin", "none", a file, or `hf:DATASET`.
+        calibration_tokens: how much of it; None: as the model's size allows.
+        moments, save_moments: a folder of measured moments to use, or to keep them in.
+        refit: "auto" (when the forecast is under ten minutes), "off", or a number of steps per layer.
+        dtype: of the output; None keeps each tensor's.
+        dry_run: return the `Plan` and write nothing.
+        force, resume: replace OUT; finish an interrupted run.
+        verify: check the result before it is published.
+        device: None: a GPU if there is one.
+
+    Raises:
+        HeadwiseError: the input, the options or the disk do not allow it.
+        GateFailed: the result failed its verification; nothing is published.
+    """
+    checkpoint = open_checkpoint(model, revision=revision, token=token, allow_pickle=allow_pickle)
+    arch = find(checkpoint.config, checkpoint.tensors)
+    place = _device(device)
+    target = choose_target(
+        checkpoint,
+        arch,
+        to=to,
+        groups=groups,
+        method=method,
+        grouping=grouping,
+        rank=rank,
+        rope_dim=rope_dim,
+        cache=cache,
+        exact=exact,
+        rope_frequencies=rope_frequencies,
+        pad_values=pad_values,
+        context=context,
+        rope=rope,
+        rope_theta=rope_theta,
+        sliding_window=sliding_window,
+        window_layers=window_layers,
+        dtype=dtype,
+        seed=seed,
+    )
+    calibration = _calibration(
+        checkpoint, arch, target, calibrate, calibration_tokens, moments, save_moments, refit, place, seed
+    )
+    arguments = {
+        "to": to,
+        "groups": groups,
+        "method": method,
+        "grouping": getattr(target, "grouping", None),
+        "rank": rank,
+        "rope_dim": rope_dim,
+        "cache": cache,
+        "exact": exact or None,
+        "rope_frequencies": rope_frequencies if to == "mla" else None,
+        "pad_values": pad_values or None,
+        "context": context,
+        "rope": rope if context else None,
+        "rope_theta": rope_theta,
+        "sliding_window": sliding_window,
+        "window_layers": window_layers if sliding_window else None,
+        "calibration": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(calibration).items()}
+        if calibration
+        else None,
+        "dtype": dtype,
+        "seed": seed,
+    }
+    plan = make_plan(
+        checkpoint,
+        arch,
+        target.outputs,
+        config=target.config,
+        layouts=target.layouts,
+        arguments={k: v for k, v in arguments.items() if v is not None},
+        peak_memory=forecast.peak_memory(checkpoint, arch, target, calibration),
+        max_shard_size=max_shard_size,
+        engines=target.engines,
+        warnings=target.warnings,
+        notes=[*target.notes, *_calibration_notes(target, calibration, refit)],
+    )
+    if dry_run:
+        return plan
+
+    identity = {
+        "source": checkpoint.fingerprint(),
+        "arguments": plan.arguments,
+        "device": place.type if calibration else None,
+        "torch": torch.__version__,
+    }
+    with Writer(
+        out,
+        target.outputs,
+        identity=identity,
+        source=checkpoint.folder if checkpoint.revision is None else None,
+        max_shard_size=max_shard_size,
+        resume=resume,
+        force=force,
+        allow_nan=allow_nan,
+    ) as writer:
+        layers = _convert_layers(checkpoint, arch, target, calibration, writer, place, progress)
+        _carry_rest(checkpoint, target, writer, progress)
+        checkpoint.check_unchanged()
+        verification: list[Verification] = []
+
+        def check(folder: Path) -> None:
+            if verify:
+                found = check_folder(
+                    open_checkpoint(folder), checkpoint, promised=target.layouts, progress=progress
+                )
+                verification.append(found)
+                if not found.passed:
+                    raise GateFailed(f"The result failed its verification: {found.failures}.")
+            record = make_record(
+                plan,
+                checkpoint,
+                out=Path(out).name,
+                hashes=writer.hashes,
+                layers=layers,
+                verification=verification[0].to_dict() if verification else None,
+            )
+            writer.add_text("headwise.json", json.dumps(record, indent=2) + "\n")
+            writer.add_text("README.md", make_card(plan, record, checkpoint.folder / "README.md"))
+
+        writer.add_text("config.json", json.dumps(target.config, indent=2) + "\n")
+        published = writer.publish(check)
+    progress.finish()
+    return ConvertResult(published, plan, layers, verification[0] if verification else None)
+
+
+def _convert_layers(
+    checkpoint: Checkpoint,
+    arch: Architecture,
+    target: Target,
+    calibration: Calibration | None,
+    writer: Writer,
+    device: torch.device,
+    progress: Progress,
+) -> dict[int, dict[str, Any]]:
+    """Write every converted layer; the reports, also of layers that an interrupted run had finished."""
+    todo = [i for i in range(len(target.layouts)) if target.computed(i)]
+    done = {i for i in todo if f"layer {i}" in writer.notes and set(target.computed(i)) <= writer.done}
+    reports = {i: writer.notes[f"layer {i}"] for i in done}
+    if len(done) == len(todo):
+        return reports
+    records = _records(checkpoint, arch, calibration, todo, done, device, progress)
+    progress.stage("Converting", total=len(todo), unit="layers")
+    progress.advance(len(done))
+    for record, layer in records:
+        names = arch.tensor_names(checkpoint.config, layer)
+        weights = arch.read_layer(checkpoint.config, layer, {name: checkpoint.read(name) for name in names})
+        steps = calibration.steps if calibration else 0
+        tensors, report = target.convert_layer(layer, weights, record, torch.float32 if steps else None)
+        if steps and record is not None:
+            found = target.module(layer, tensors, device)
+            outcome = refit_layer(
+                found.attention,
+                list(found.parameters.values()),
+                record,
+                steps=steps,
+                seed=calibration.seed if calibration else 0,
+                device=device,
+            )
+            tensors = {**tensors, **found.tensors()}
+            report["refit"] = asdict(outcome)
+        planned = {t.name: t.dtype for t in target.outputs}
+        for name, tensor in tensors.items():
+            if name not in writer.done:
+                writer.write(name, tensor.to(planned[name]))
+        writer.note(f"layer {layer}", report)
+        reports[layer] = report
+        progress.advance(1, layer=layer, **_figures(report))
+    return dict(sorted(reports.items()))
+
+
+def _records(
+    checkpoint: Checkpoint,
+    arch: Architecture,
+    calibration: Calibration | None,
+    todo: list[int],
+    done: set[int],
+    device: torch.device,
+    progress: Progress,
+) -> Iterator[tuple[LayerRecord | None, int]]:
+    """The layers left to convert, each with what was measured of it."""
+    left = [i for i in todo if i not in done]
+    if calibration is None:
+        yield from ((None, i) for i in left)
+        return
+    if calibration.reuse is not None:
+        saved = Moments.open(calibration.reuse, checkpoint)
+        yield from ((saved.read(i, device), i) for i in left)
+        return
+    progress.note(
+        f"Reading {calibration.tokens:,} tokens of {calibration.text} through the parent, layer by layer."
+    )
+    stream = LayerStream(checkpoint, arch, calibration_blocks(checkpoint, calibration), device)
+    keep = Moments.create(calibration.keep, checkpoint, calibration) if calibration.keep else None
+    for record in stream.records(keep=calibration.steps > 0, only=left):
+        if keep:
+            keep.write(record)
+        yield record, record.index
+
+
+def calibration_blocks(checkpoint: Checkpoint, calibration: Calibration) -> Tensor:
+    """The calibration text as tokens of the model, (sequences, length)."""
+    from transformers import AutoTokenizer
+
+    from headwise.recipes.data import blocks_from
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise HeadwiseError(
+            f"{checkpoint.source} has no tokenizer that transformers can load, and calibration reads text.",
+            "Add the tokenizer's files to the folder, or pass --calibrate none.",
+        ) from error
+    return blocks_from(
+        calibration.text,
+        tokenizer,
+        split="calibration",
+        length=calibration.length,
+        count=calibration.sequences,
+        seed=calibration.seed,
+    )
+
+
+def _carry_rest(checkpoint: Checkpoint, target: Target, writer: Writer, progress: Progress) -> None:
+    """Copy or adapt every tensor that no layer conversion gave, then the sidecar files."""
+    rest = [tensor for tensor in target.outputs if tensor.name not in writer.done]
+    progress.stage("Copying", total=sum(tensor.nbytes for tensor in rest), unit="bytes")
+    for tensor in rest:
+        if tensor.source is not None:
+            writer.copy(tensor.name, checkpoint)
+        else:
+            writer.write(tensor.name, target.carry(tensor.name, checkpoint))
+        progress.advance(tensor.nbytes)
+    for path in checkpoint.sidecars:
+        writer.add_file(path, path.relative_to(checkpoint.folder).as_posix())
+
+
+def _calibration(
+    checkpoint: Checkpoint,
+    arch: Architecture,
+    target: Target,
+    text: str,
+    tokens: int | None,
+    moments: str | Path | None,
+    save_moments: str | Path | None,
+    refit: str | int,
+    device: torch.device,
+    seed: int,
+) -> Calibration | None:
+    """Decide what is measured; None: nothing."""
+    if target.exact or not any(target.computed(i) for i in range(len(target.layouts))):
+        if isinstance(refit, int):
+            raise HeadwiseError("An exact conversion leaves nothing to refit.", "Leave out --refit.")
+        return None
+    if text == "none":
+        if isinstance(refit, int):
+            raise HeadwiseError("A refit learns from calibration text.", "Leave out --calibrate none or --refit.")
+        return None
+    if moments is not None:
+        if isinstance(refit, int):
+            raise HeadwiseError(
+                "A refit needs the text itself, not its moments.", "Leave out --moments or --refit."
+            )
+        saved = Moments.open(Path(moments), checkpoint)
+        return Calibration(saved.text, saved.sequences, saved.length, 0, saved.seed, reuse=Path(moments))
+    length = min(forecast.CALIBRATION_LENGTH, forecast.trained_length(checkpoint, arch))
+    steps = forecast.refit_steps(checkpoint, arch, target, refit, length, device)
+    if not steps and not target.calibrated and save_moments is None:
+        return None
+    count = tokens if tokens is not None else forecast.calibration_tokens(checkpoint, arch, steps)
+    if count < 2 * length:
+        raise HeadwiseError(
+            f"--calibration-tokens {count} is less than two sequences of {length} tokens.",
+            f"Ask for {2 * length} or more.",
+        )
+    return Calibration(
+        text, count // length, length, steps, seed, keep=Path(save_moments) if save_moments else None
+    )
+
+
+def _calibration_notes(target: Target, calibration: Calibration | None, refit: str | int) -> Iterator[str]:
+    if calibration is None:
+        if target.calibrated:
+            yield "Not calibrated: every direction of the attention input counts the same."
+        return
+    yield f"Calibration: {calibration.tokens:,} tokens of {calibration.text} in sequences of {calibration.length}."
+    if calibration.steps:
+        yield f"Refit: {calibration.steps} steps per layer."
+    elif refit == "auto":
+        yield "No refit: its forecast is over ten minutes on this device; --refit STEPS runs it all the same."
+
+
+def _figures(report: dict[str, Any]) -> dict[str, str]:
+    """What is worth showing of a layer's report."""
+    refit = report.get("refit")
+    if refit:
+        return {"error": f"{refit['before']:.4f} -> {refit['after']:.4f}"}
+    return {k: f"{v:.4f}" for k, v in report.items() if isinstance(v, float)}
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise HeadwiseError(f"--device {name} is not to be had here.", "Name cpu, cuda or cuda:N.") from error
+    return device

@@ -1,0 +1,269 @@
+"""Reload what was written with stock classes, and prove it.
+
+Whatever the size of the model, only a few layers are ever in memory: names, shapes and the cache are checked on
+stock models without weights, the function on single layers. A model that fits is also loaded whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headwise.convert.architecture import Architecture, find
+from headwise.convert.calibration import empty_model, layer_arguments, load_into
+from headwise.convert.checkpoint import Checkpoint, has_nonfinite, open_checkpoint
+from headwise.convert.heads import merge
+from headwise.convert.layout import AttentionLayout
+from headwise.convert.plan import LEFTOVERS
+from headwise.progress import SILENT, Progress
+
+# Weights up to this size are also loaded whole, with `from_pretrained`.
+WHOLE = 1 << 30
+TOKENS = 24
+# Float64 evaluations of the same weights differ by rounding alone; some stock classes round inside to float32.
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The checks made, each (name, passed, detail)."""
+
+    checks: tuple[tuple[str, bool, str], ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(passed for _, passed, _ in self.checks)
+
+    @property
+    def failures(self) -> str:
+        """The failed checks, in words."""
+        return "; ".join(f"{name}: {detail}" for name, passed, detail in self.checks if not passed)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "passed": self.passed,
+            "checks": [{"name": n, "passed": p, "detail": d} for n, p, d in self.checks],
+        }
+
+
+def verify(
+    out: str | Path,
+    against: str | Path | None = None,
+    *,
+    device: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    progress: Progress = SILENT,
+) -> Verification:
+    """Check a converted folder, and, with `against`, compare it with its parent.
+
+    Args:
+        out: the folder.
+        against: the model it was converted from; `revision` and `token` are for it.
+
+    Raises:
+        HeadwiseError: a checkpoint cannot be opened at all.
+    """
+    checkpoint = open_checkpoint(out)
+    parent = open_checkpoint(against, revision=revision, token=token) if against is not None else None
+    return check_folder(checkpoint, parent, finite=True, progress=progress)
+
+
+def check_folder(
+    checkpoint: Checkpoint,
+    parent: Checkpoint | None,
+    *,
+    promised: Sequence[AttentionLayout] | None = None,
+    finite: bool = False,
+    progress: Progress = SILENT,
+) -> Verification:
+    """Every check on an opened folder.
+
+    Args:
+        parent: the source, to compare functions with.
+        promised: the layouts the plan promised; None: those of the folder's own config.
+        finite: read every tensor and look for NaN and infinities (the writer has done so already).
+    """
+    arch = find(checkpoint.config, checkpoint.tensors)
+    checks: list[tuple[str, bool, str]] = []
+    progress.stage("Verifying", unit="checks")
+
+    def add(name: str, passed: bool, detail: str) -> None:
+        checks.append((name, passed, detail))
+        progress.advance(1)
+
+    layouts = list(promised) if promised is not None else arch.layouts(checkpoint.config)
+    add("tensors", *_tensors_fit(checkpoint, arch))
+    if not checks[-1][1]:
+        return Verification(tuple(checks))
+    add("cache", *_cache_is(checkpoint, arch, layouts))
+    if finite:
+        bad = [name for name in checkpoint.tensors if has_nonfinite(checkpoint.read(name))]
+        add("finite", not bad, f"NaN or infinity in {', '.join(bad[:3])}" if bad else "every weight is finite")
+    chosen = _few(len(layouts))
+    add("function", *_layers_compute_their_weights(checkpoint, arch, chosen))
+    if parent is not None:
+        add("parent", *_against_parent(checkpoint, parent, arch, chosen, compare=finite))
+    if checkpoint.nbytes <= WHOLE:
+        add("loading", *_loads_whole(checkpoint, arch, layouts))
+    return Verification(tuple(checks))
+
+
+def _tensors_fit(checkpoint: Checkpoint, arch: Architecture) -> tuple[bool, str]:
+    """The stock class has a place for every tensor, and a tensor for every place."""
+    model = empty_model(checkpoint.config, arch.auto_class)
+    shapes = {
+        name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+        for name, entry in checkpoint.tensors.items()
+        if not LEFTOVERS.search(name)
+    }
+    found = load_into(model, shapes, "meta")
+    tied = set(model.all_tied_weights_keys or {})
+    missing = sorted(found.missing_keys - tied)
+    wrong = [*missing, *sorted(found.unexpected_keys), *sorted(str(key) for key in found.mismatched_keys)]
+    if wrong:
+        return (
+            False,
+            f"{type(model).__name__} and the folder disagree on {', '.join(wrong[:3])} ({len(wrong)} in all)",
+        )
+    ties = f", {len(tied)} tied" if tied else ""
+    return True, f"{len(shapes)} tensors, each with its place in {type(model).__name__}{ties}"
+
+
+def _cache_is(checkpoint: Checkpoint, arch: Architecture, layouts: Sequence[AttentionLayout]) -> tuple[bool, str]:
+    """The stock model's own cache holds what the layouts promise; read off a run without weights."""
+    model = empty_model(checkpoint.config, arch.auto_class).to("meta")
+    with torch.no_grad():
+        text = model.get_submodule(arch.module.rpartition(".")[0].rpartition(".")[0])
+        width = text.config.hidden_size
+        cache = text(inputs_embeds=torch.empty(1, TOKENS, width, device="meta"), use_cache=True).past_key_values
+    found = [layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in cache.layers]
+    wanted = [layout.cache_numbers for layout in layouts]
+    if found != wanted:
+        return False, f"per token and layer the cache holds {found}, promised are {wanted}"
+    return True, f"{sum(found):,} numbers per token over {len(found)} layers"
+
+
+def _layers_compute_their_weights(
+    checkpoint: Checkpoint, arch: Architecture, chosen: Sequence[int]
+) -> tuple[bool, str]:
+    """The stock grouped attention gives what the same heads written out in full give, in float64."""
+    full = arch.legal_groups(checkpoint.config)[-1]
+    if full == arch.layouts(checkpoint.config)[0].num_key_value_heads:
+        return True, "every query head has its own keys and values"
+    lifted = arch.with_groups(checkpoint.config, full)
+    worst = 0.0
+    for layer in chosen:
+        tensors = _layer_tensors(checkpoint, arch, layer)
+        names = arch.tensor_names(checkpoint.config, layer)
+        weights, _ = merge(arch.read_layer(checkpoint.config, layer, {n: tensors[n] for n in names}), full)
+        wide = {**tensors, **arch.write_layer(lifted, layer, weights, torch.float64)}
+        worst = max(
+            worst, _difference(_attend(checkpoint.config, arch, layer, tensors), _attend(lifted, arch, layer, wide))
+        )
+    detail = (
+        f"attention of layers {', '.join(map(str, chosen))} within {worst:.1e} of its heads written out, in float64"
+    )
+    return worst < TOLERANCE, detail
+
+
+def _against_parent(
+    checkpoint: Checkpoint, parent: Checkpoint, arch: Architecture, chosen: Sequence[int], compare: bool
+) -> tuple[bool, str]:
+    """Nothing but the converted attention differs; and that neither, where the conversion is exact."""
+    old = find(parent.config, parent.tensors)
+    before, after = old.layouts(parent.config), arch.layouts(checkpoint.config)
+    if len(before) != len(after):
+        return False, f"the parent has {len(before)} layers, and the folder {len(after)}"
+    converted = {
+        name
+        for layer, (a, b) in enumerate(zip(before, after, strict=True))
+        if a.num_key_value_heads != b.num_key_value_heads
+        for name in arch.tensor_names(checkpoint.config, layer)
+    }
+    rest = [n for n in checkpoint.tensors if n not in converted]
+    lost = [n for n in rest if n not in parent.tensors]
+    changed = [
+        n
+        for n in rest
+        if compare and n in parent.tensors and not torch.equal(_read_as(parent, n, checkpoint), checkpoint.read(n))
+    ]
+    if lost or changed:
+        return False, f"outside the converted attention {', '.join([*lost, *changed][:3])} differ from the parent's"
+    if any(b.num_key_value_heads < a.num_key_value_heads for a, b in zip(before, after, strict=True)):
+        return True, f"{len(rest)} tensors outside the converted attention are the parent's"
+    worst = 0.0
+    for layer in chosen:
+        ours = _attend(checkpoint.config, arch, layer, _layer_tensors(checkpoint, arch, layer))
+        theirs = _attend(parent.config, old, layer, _layer_tensors(parent, old, layer))
+        worst = max(worst, _difference(ours, theirs))
+    return (
+        worst < TOLERANCE,
+        f"exact: attention of the chosen layers within {worst:.1e} of the parent's, in float64",
+    )
+
+
+def _loads_whole(
+    checkpoint: Checkpoint, arch: Architecture, layouts: Sequence[AttentionLayout]
+) -> tuple[bool, str]:
+    """`from_pretrained` takes the folder, the model speaks, and its cache has the promised shape."""
+    import transformers
+
+    model, info = getattr(transformers, arch.auto_class).from_pretrained(
+        checkpoint.folder, dtype=torch.float32, output_loading_info=True
+    )
+    wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
+    if wrong:
+        return False, f"from_pretrained reports {wrong}"
+    for name, target in (model.all_tied_weights_keys or {}).items():
+        if model.get_parameter(name).data_ptr() != model.get_parameter(target).data_ptr():
+            return False, f"{name} is not tied to {target}"
+    tokens = torch.arange(TOKENS)[None] % model.get_input_embeddings().num_embeddings
+    with torch.inference_mode():
+        said = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4, do_sample=False,
+            eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+    if not all(bool(step.isfinite().all()) for step in said.logits):
+        return False, "the logits are not finite"
+    numbers = [layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in said.past_key_values.layers]
+    if numbers != [layout.cache_numbers for layout in layouts]:
+        return False, f"after generate() the cache holds {numbers} numbers per token and layer"
+    return True, f"{type(model).__name__}.from_pretrained loads it whole and generates"
+
+
+def _attend(config: dict[str, Any], arch: Architecture, layer: int, tensors: dict[str, Tensor]) -> Tensor:
+    """What a layer's stock attention says to random inputs, in float64; (2, TOKENS, D)."""
+    model = empty_model(config, arch.auto_class, torch.float64)
+    load_into(model, tensors)
+    arguments = layer_arguments(model, arch, TOKENS, torch.float64)[layer]
+    attention = model.get_submodule(f"{arch.module.format(layer=layer)}.{arch.attention}")
+    generator = torch.Generator().manual_seed(layer)
+    x = torch.randn(2, TOKENS, arch.stock_config(config).hidden_size, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        output = attention(hidden_states=x, **arguments)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _layer_tensors(checkpoint: Checkpoint, arch: Architecture, layer: int) -> dict[str, Tensor]:
+    """Everything of a layer's attention, what a conversion does not touch included."""
+    prefix = f"{arch.layers[0].format(layer=layer)}.{arch.attention}."
+    return {name: checkpoint.read(name) for name in checkpoint.tensors if name.startswith(prefix)}
+
+
+def _read_as(parent: Checkpoint, name: str, like: Checkpoint) -> Tensor:
+    return parent.read(name).to(like.tensors[name].dtype)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp_min(1e-300))
+
+
+def _few(layers: int) -> list[int]:
+    """The first, the middle and the last."""
+    return sorted({0, layers // 2, layers - 1})
