@@ -15,6 +15,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from headwise.convert.source import Source, inside, locate
 from headwise.errors import HeadwiseError
 
 CHUNK = 1 << 20
-PIECE = 1 << 19
+INTEGERS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32), 8: (torch.int64, np.uint64)}
 
 
 @dataclass(frozen=True)
@@ -191,17 +192,19 @@ def make_buffers(count: int) -> list[Tensor]:
 
 
 def has_nonfinite(values: Tensor) -> bool:
-    """Whether a tensor holds a NaN or an infinity: its largest exponent is all ones.
+    """Whether a tensor holds a NaN or an infinity: an exponent of all ones.
 
-    Compares bit patterns as integers, many times faster than `isfinite` on bfloat16.
+    As integers, the bit patterns of positive floats are ordered as the floats are, with those two on top; as
+    unsigned integers, negative floats follow by magnitude. Two maxima find them without any memory, many times
+    faster than `isfinite` on bfloat16.
     """
     if not values.dtype.is_floating_point or values.numel() == 0:
         return False
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize]
-    infinity = torch.tensor(float("inf"), dtype=values.dtype).view(integer).item()
-    magnitude = torch.iinfo(integer).max
-    pieces = values.contiguous().view(integer).flatten().split(PIECE)
-    return any(int((piece & magnitude).max()) >= infinity for piece in pieces)
+    signed, unsigned = INTEGERS[values.dtype.itemsize]
+    infinities = torch.tensor([float("inf"), float("-inf")], dtype=values.dtype)
+    positive, negative = infinities.view(signed).numpy().view(unsigned)
+    bits = values.detach().cpu().contiguous().view(signed).numpy()
+    return bool(bits.max() >= positive or bits.view(unsigned).max() >= negative)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
