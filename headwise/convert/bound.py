@@ -59,15 +59,19 @@ class SmallestBase:
     resolution: float
 
 
-def smallest_base(rotary_dim: int, length: int, resolution: float = 0.03, beyond: float = 10) -> SmallestBase:
+def smallest_base(
+    rotary_dim: int, length: int, resolution: float | None = None, beyond: float = 10
+) -> SmallestBase:
     """Search a geometric grid of bases, from 10 upwards, for those that reach `length`.
 
     Args:
         rotary_dim: numbers of a head that turn. With 2 no base holds, and all bases found are infinite.
         length: the context wanted.
-        resolution: the grid's relative step. What holds only between two grid points is not seen.
+        resolution: the grid's relative step; None: 1%, or 3% where a context beyond 65,536 makes that slow. What
+            holds only between two grid points is not seen.
         beyond: the search ends this many times above the last base that fails.
     """
+    resolution = resolution or (0.01 if length <= 65_536 else 0.03)
     if rotary_dim < 4:
         return SmallestBase(math.inf, math.inf, math.inf, resolution)
     exponent = math.ceil(math.log(10) / math.log1p(resolution))
