@@ -5,7 +5,6 @@ Nothing here depends on the time or the machine, so that a repeated conversion r
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 from collections import Counter
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -22,41 +21,12 @@ from headwise.convert.checkpoint import Checkpoint
 from headwise.convert.inspection import CONTEXTS, Cache
 from headwise.convert.layout import AttentionLayout
 from headwise.convert.plan import Plan
-from headwise.convert.writer import Writer
 from headwise.ui import size
-
-if TYPE_CHECKING:
-    from headwise.convert.verify import Verification
 
 PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy")
 # What a card may take over from the source's: facts about the model that a conversion does not touch.
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 MAX_CARD = 1_000_000
-
-
-def describe(
-    writer: Writer,
-    checkpoint: Checkpoint,
-    plan: Plan,
-    layers: Mapping[int, Mapping[str, Any]],
-    verification: Verification | None,
-) -> None:
-    """Put headwise.json and README.md into the unpublished folder.
-
-    Args:
-        layers: per converted layer, its report.
-        verification: None if it was turned off.
-    """
-    record = make_record(
-        plan,
-        checkpoint,
-        out=writer.work.out.name,
-        hashes=writer.hashes,
-        layers=layers,
-        verification=verification.to_dict() if verification else None,
-    )
-    writer.add_text("headwise.json", json.dumps(record, indent=2) + "\n")
-    writer.add_text("README.md", make_card(plan, record, checkpoint.folder / "README.md"))
 
 
 def make_record(

@@ -8,9 +8,8 @@ from dataclasses import replace
 import pytest
 from huggingface_hub import ModelCard
 
-from headwise.convert.card import command_of, describe, inherited, make_card, make_record
+from headwise.convert.card import command_of, inherited, make_card, make_record
 from headwise.convert.checkpoint import open_checkpoint
-from headwise.convert.writer import Writer
 from tests.convert.test_plan import model, plan_for
 
 __all__ = ["model"]
@@ -63,17 +62,6 @@ def test_card_shows_the_change_and_repeats_itself(model):
     data = ModelCard(text).data.to_dict()
     assert data["library_name"] == "transformers" and "gqa" in data["tags"]
     assert "base_model" not in data, "a local folder is no repository"
-
-
-def test_both_are_written_before_the_folder_is_published(model, tmp_path):
-    checkpoint, plan = open_checkpoint(model), plan_for(model, 8, computed=())
-    with Writer(tmp_path / "out", plan.outputs, identity={}) as writer:
-        for tensor in plan.outputs:
-            writer.copy(tensor.name, checkpoint)
-        writer.publish(lambda folder: describe(writer, checkpoint, plan, {}, None))
-    record = json.loads((tmp_path / "out" / "headwise.json").read_text())
-    assert record["sha256"].keys() == checkpoint.tensors.keys()
-    assert "No layer was approximated" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_card_names_the_repository_it_came_from(model):
