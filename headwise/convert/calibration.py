@@ -9,25 +9,23 @@ and outputs are noted, and the weights are let go.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from headwise.convert.architecture import Architecture
+from headwise.convert.attention_view import AttentionView
 from headwise.convert.checkpoint import Checkpoint
+from headwise.convert.skeleton import Stop, empty_model, load_into, recorded
 
 # Tokens run through a layer at once: bounds the memory of the widest intermediate, not the result.
 TOKENS_AT_ONCE = 4096
-# Sequences whose attention weights are looked at (each costs heads x length^2 numbers), and of how many queries,
-# evenly spread, the averaged input is worked out.
-SEQUENCES_LOOKED_AT = 16
-QUERIES_LOOKED_AT = 64
+# Sequences whose attention weights are looked at; each costs heads x length^2 numbers.
+SEQUENCES_LOOKED_AT = 8
 
 
 @dataclass
@@ -54,57 +52,6 @@ class LayerRecord:
     outputs: Tensor | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     tokens: int = 0
-
-
-def stock_config(config: dict[str, Any]) -> Any:
-    """The stock configuration object of a config.json; never remote code."""
-    import transformers
-
-    plain = {k: v for k, v in config.items() if k != "auto_map"}
-    return transformers.CONFIG_MAPPING[config["model_type"]].from_dict(plain)
-
-
-def empty_model(config: dict[str, Any], auto_class: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The stock model of a config.json with buffers but no weights (parameters on the meta device)."""
-    import transformers
-
-    stock = stock_config(config)
-    # Only the eager form knows soft-capped scores.
-    capped = getattr(stock.get_text_config(), "attn_logit_softcapping", None)
-    with init_empty_weights(include_buffers=False):
-        model = getattr(transformers, auto_class).from_config(
-            stock, dtype=dtype, attn_implementation="eager" if capped else "sdpa"
-        )
-    return model.eval().requires_grad_(False)
-
-
-def load_into(model: Any, tensors: dict[str, Tensor], device: torch.device | str = "cpu") -> Any:
-    """Give checkpoint tensors to an empty stock model, through transformers' own renaming and fusing.
-
-    Returns:
-        transformers' account of missing, unexpected and mismatched keys.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        info, _ = convert_and_load_state_dict_in_model(
-            model,
-            dict(tensors),
-            LoadStateDictConfig(
-                device_map={"": torch.device(device)},
-                dtype=next(model.parameters()).dtype,
-                weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
-            ),
-        )
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    return info
 
 
 class LayerStream:
@@ -176,7 +123,7 @@ class LayerStream:
         if keep:
             record.inputs, record.outputs = torch.empty_like(self._hidden), torch.empty_like(self._hidden)
         seen: dict[str, Any] = {}
-        view = _View()
+        view = AttentionView()
 
         def note(module: nn.Module, call_args: tuple, call_kwargs: dict, output: Any) -> None:
             seen["x"] = call_kwargs.get("hidden_states", call_args[0] if call_args else None)
@@ -224,9 +171,9 @@ class LayerStream:
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self._device))
         hidden = []
-        with _recorded(self._layers) as stubs:
+        with recorded(self._layers) as stubs:
             for row in tokens.split(1):
-                with suppress(_Stop):
+                with suppress(Stop):
                     base(input_ids=row.to(self._device), use_cache=False)
                 hidden.append(stubs[0].hidden.cpu())
         for name, parameter in self._model.named_parameters():
@@ -238,114 +185,3 @@ class LayerStream:
 
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-def layer_arguments(
-    model: Any, architecture: Architecture, length: int, dtype: torch.dtype
-) -> list[dict[str, Any]]:
-    """What each layer's attention is called with besides its input, for sequences of `length`.
-
-    `model` may be empty: no weight takes part.
-    """
-    path = architecture.module.rpartition(".")[0]
-    text, layers = model.get_submodule(path.rpartition(".")[0]), model.get_submodule(path)
-    with torch.no_grad(), _recorded(layers) as stubs, suppress(_Stop):
-        text(inputs_embeds=torch.zeros(1, length, text.config.hidden_size, dtype=dtype), use_cache=False)
-    return [_attention_arguments(stub) for stub in stubs]
-
-
-def _attention_arguments(stub: _Stub) -> dict[str, Any]:
-    """A decoder layer hands its keyword arguments on to its attention; positional ones are matched by name."""
-    names = list(inspect.signature(type(stub.layer).forward).parameters)[2:]
-    given = {**dict(zip(names, stub.args, strict=False)), **stub.kwargs}
-    return {name: value for name, value in given.items() if name not in ("use_cache", "past_key_values")}
-
-
-@contextmanager
-def _recorded(layers: nn.ModuleList) -> Iterator[list[_Stub]]:
-    """Stubs in the place of decoder layers, for the time of a run."""
-    real = list(layers)
-    stubs = [_Stub(layer, last=layer is real[-1]) for layer in real]
-    for i, stub in enumerate(stubs):
-        layers[i] = stub
-    try:
-        yield stubs
-    finally:
-        for i, layer in enumerate(real):
-            layers[i] = layer
-
-
-class _View:
-    """Attention weights, summed up: over distances, and over the inputs they average."""
-
-    def __init__(self) -> None:
-        self._moment: Tensor | None = None
-        self._distances: Tensor | None = None
-        self._count = 0
-
-    def add(self, attention: Any, inputs: Tensor, arguments: dict[str, Any]) -> None:
-        """Look at (sequences, length, D) inputs through the module's own eager attention."""
-        length = inputs.shape[1]
-        index = torch.arange(length, device=inputs.device)
-        distance = (index[:, None] - index[None]).clamp_min(0).flatten()
-        queries = index[:: max(1, length // QUERIES_LOOKED_AT)]
-        arguments = {**arguments, "attention_mask": _additive_mask(arguments.get("attention_mask"), inputs)}
-        before = attention.config._attn_implementation
-        attention.config._attn_implementation = "eager"
-        try:
-            for row in inputs.split(1):
-                weights = attention(hidden_states=row, **arguments)[1][0]  # (heads, length, length)
-                found = weights.new_zeros(weights.shape[0], length, dtype=torch.float64)
-                found.index_add_(1, distance, weights.tril().flatten(1).double())
-                averaged = (weights[:, queries] @ row[0]).flatten(0, 1)
-                averaged = torch.cat([averaged, torch.ones_like(averaged[:, :1])], 1)
-                moment = (averaged.mT @ averaged).double()
-                self._moment = moment if self._moment is None else self._moment + moment
-                self._distances = found if self._distances is None else self._distances + found
-                self._count += len(averaged)
-        finally:
-            attention.config._attn_implementation = before
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        assert self._moment is not None and self._distances is not None
-        return self._moment / self._count, (self._distances / self._distances.sum(-1, keepdim=True)).cpu()
-
-
-def _additive_mask(mask: Tensor | None, inputs: Tensor) -> Tensor:
-    """The mask eager attention adds to the scores, from whichever form the model made for its own attention."""
-    least = torch.finfo(inputs.dtype).min
-    if mask is None:
-        length = inputs.shape[1]
-        return torch.full((1, 1, length, length), least, device=inputs.device).triu(1)
-    if mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=inputs.dtype).masked_fill(~mask, least)
-    return mask
-
-
-class _Stop(Exception):
-    """Ends the recording run before the model needs weights that come after its layers."""
-
-
-class _Stub(nn.Module):
-    """Stands for a decoder layer, and notes what it is called with."""
-
-    def __init__(self, layer: nn.Module, last: bool) -> None:
-        super().__init__()
-        self._layer, self._last = (layer,), last  # in a tuple: not a submodule
-
-    @property
-    def layer(self) -> nn.Module:
-        return self._layer[0]
-
-    def __getattr__(self, name: str) -> Any:
-        """Models ask their layers for facts, such as which kind of attention they have."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._layer[0], name)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.hidden, self.args, self.kwargs = hidden_states, args, kwargs
-        if self._last:
-            raise _Stop
-        return hidden_states

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from headwise.convert.architecture import Architecture
-from headwise.convert.calibration import QUERIES_LOOKED_AT, TOKENS_AT_ONCE
+from headwise.convert.attention_view import QUERIES_LOOKED_AT
+from headwise.convert.calibration import TOKENS_AT_ONCE
 from headwise.convert.checkpoint import Checkpoint
 from headwise.convert.refit import DEFAULT_STEPS, SEQUENCES_PER_STEP, forecast_flops
 

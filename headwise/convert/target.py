@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from headwise.convert.architecture import Architecture, find
-from headwise.convert.calibration import LayerRecord, empty_model, load_into
+from headwise.convert.calibration import LayerRecord
 from headwise.convert.checkpoint import Checkpoint
 from headwise.convert.heads import merge
 from headwise.convert.layout import AttentionLayout, LayerWeights
 from headwise.convert.plan import SAME_ARCHITECTURE, grouped_outputs
+from headwise.convert.skeleton import empty_model, load_into
 from headwise.convert.writer import OutputTensor
 from headwise.errors import HeadwiseError
 

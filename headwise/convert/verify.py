@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from headwise.convert.architecture import Architecture, find
-from headwise.convert.calibration import empty_model, layer_arguments, load_into
 from headwise.convert.checkpoint import Checkpoint, has_nonfinite, open_checkpoint
 from headwise.convert.heads import merge
 from headwise.convert.layout import AttentionLayout
 from headwise.convert.plan import LEFTOVERS
+from headwise.convert.skeleton import empty_model, layer_arguments, load_into
 from headwise.progress import SILENT, Progress
 
 # Weights up to this size are also loaded whole, with `from_pretrained`.

@@ -1,0 +1,133 @@
+"""Stock models without weights: built in no time from a config, filled tensor by tensor, asked what they would do.
+
+Everything that depends on a model's own code (masks, rotary tables, the order of its parts) is taken from the
+stock class itself, so that no model type has to be known here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from headwise.convert.architecture import Architecture
+
+
+def stock_config(config: dict[str, Any]) -> Any:
+    """The stock configuration object of a config.json; never remote code."""
+    import transformers
+
+    plain = {k: v for k, v in config.items() if k != "auto_map"}
+    return transformers.CONFIG_MAPPING[config["model_type"]].from_dict(plain)
+
+
+def empty_model(config: dict[str, Any], auto_class: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The stock model of a config.json with buffers but no weights (parameters on the meta device)."""
+    import transformers
+
+    stock = stock_config(config)
+    # Only the eager form knows soft-capped scores.
+    capped = getattr(stock.get_text_config(), "attn_logit_softcapping", None)
+    with init_empty_weights(include_buffers=False):
+        model = getattr(transformers, auto_class).from_config(
+            stock, dtype=dtype, attn_implementation="eager" if capped else "sdpa"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def load_into(model: Any, tensors: dict[str, Tensor], device: torch.device | str = "cpu") -> Any:
+    """Give checkpoint tensors to an empty stock model, through transformers' own renaming and fusing.
+
+    Returns:
+        transformers' account of missing, unexpected and mismatched keys.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        info, _ = convert_and_load_state_dict_in_model(
+            model,
+            dict(tensors),
+            LoadStateDictConfig(
+                device_map={"": torch.device(device)},
+                dtype=next(model.parameters()).dtype,
+                weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
+            ),
+        )
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    return info
+
+
+def layer_arguments(
+    model: Any, architecture: Architecture, length: int, dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    """What each layer's attention is called with besides its input, for sequences of `length`.
+
+    `model` may be empty: no weight takes part.
+    """
+    path = architecture.module.rpartition(".")[0]
+    text, layers = model.get_submodule(path.rpartition(".")[0]), model.get_submodule(path)
+    with torch.no_grad(), recorded(layers) as stubs, suppress(Stop):
+        text(inputs_embeds=torch.zeros(1, length, text.config.hidden_size, dtype=dtype), use_cache=False)
+    return [_attention_arguments(stub) for stub in stubs]
+
+
+def _attention_arguments(stub: Stub) -> dict[str, Any]:
+    """A decoder layer hands its keyword arguments on to its attention; positional ones are matched by name."""
+    names = list(inspect.signature(type(stub.layer).forward).parameters)[2:]
+    given = {**dict(zip(names, stub.args, strict=False)), **stub.kwargs}
+    return {name: value for name, value in given.items() if name not in ("use_cache", "past_key_values")}
+
+
+@contextmanager
+def recorded(layers: nn.ModuleList) -> Iterator[list[Stub]]:
+    """Stubs in the place of decoder layers, for the time of a run."""
+    real = list(layers)
+    stubs = [Stub(layer, last=layer is real[-1]) for layer in real]
+    for i, stub in enumerate(stubs):
+        layers[i] = stub
+    try:
+        yield stubs
+    finally:
+        for i, layer in enumerate(real):
+            layers[i] = layer
+
+
+class Stop(Exception):
+    """Ends the recording run before the model needs weights that come after its layers."""
+
+
+class Stub(nn.Module):
+    """Stands for a decoder layer, and notes what it is called with."""
+
+    def __init__(self, layer: nn.Module, last: bool) -> None:
+        super().__init__()
+        self._layer, self._last = (layer,), last  # in a tuple: not a submodule
+
+    @property
+    def layer(self) -> nn.Module:
+        return self._layer[0]
+
+    def __getattr__(self, name: str) -> Any:
+        """Models ask their layers for facts, such as which kind of attention they have."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._layer[0], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.hidden, self.args, self.kwargs = hidden_states, args, kwargs
+        if self._last:
+            raise Stop
+        return hidden_states
