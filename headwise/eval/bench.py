@@ -80,7 +80,8 @@ def bench(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     same, equal = [], []
     for source in (baseline, child):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model = model.to(device).eval()
         same.append(measure(model, str(source), context, batch, steps))
         if memory is not None:
             fitting = largest_batch(model, str(source), context, memory)
@@ -121,7 +122,7 @@ def measure(model: PreTrainedModel, name: str, context: int, batch: int, steps: 
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         cache = _cache(model, batch, context + steps + 4)
-        for layer in cache.layers:
+        for layer in _layers(cache):
             layer.keys.normal_()
             layer.values.normal_()
             layer.cumulative_length.fill_(context)
@@ -185,15 +186,19 @@ def _cache(model: PreTrainedModel, batch: int, capacity: int) -> StaticCache:
     shapes = StaticCache(config=model.config, max_cache_len=4)
     model(torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=shapes)
     cache = StaticCache(config=model.config, max_cache_len=capacity)
-    for layer, shaped in zip(cache.layers, shapes.layers, strict=True):
+    for layer, shaped in zip(_layers(cache), _layers(shapes), strict=True):
         keys, values = (t.new_empty(batch, t.shape[1], 1, t.shape[3]) for t in (shaped.keys, shaped.values))
         layer.lazy_initialization(keys, values)
     return cache
 
 
+def _layers(cache: StaticCache) -> list[Any]:
+    return cache.layers
+
+
 def _cache_bytes(cache: StaticCache) -> int:
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    return sum(t.nbytes for layer in _layers(cache) for t in (layer.keys, layer.values))
 
 
 def _weight_bytes(model: PreTrainedModel) -> int:
-    return sum(t.numel() * t.element_size() for t in {*model.parameters()})
+    return sum(parameter.nbytes for parameter in {*model.parameters()})

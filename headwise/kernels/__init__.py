@@ -5,18 +5,16 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOME = {
-    "mla_decode": "headwise.kernels.mla_decode",
-    "gqa_decode": "headwise.kernels.gqa_decode",
-    "rope_cache": "headwise.kernels.rope_cache",
-    "enable": "headwise.kernels.patch",
-    "disable": "headwise.kernels.patch",
-}
+# Not lazily: each function has the name of its folder and must take that name in this package from it.
+from headwise.kernels.gqa_decode import gqa_decode
+from headwise.kernels.mla_decode import mla_decode
+from headwise.kernels.rope_cache import rope_cache
 
-__all__ = list(_HOME)
+__all__ = ["disable", "enable", "gqa_decode", "mla_decode", "rope_cache"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    """`enable` and `disable`, which need transformers."""
+    if name not in ("enable", "disable"):
         raise AttributeError(f"module 'headwise.kernels' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(importlib.import_module("headwise.kernels.patch"), name)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import torch
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
 
+# Asked once, here: torch.compile cannot look for packages.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("auto", "triton", "sdpa", "reference")
 VARIABLE = "HEADWISE_KERNELS"
 
@@ -29,11 +32,21 @@ def triton_serves(q: Tensor, head: int, rope: int, value: int) -> bool:
         q: any of the query tensors (for its type and device).
         head, rope, value: numbers per key in the key, the rotary key (0: none) and the value.
     """
-    if importlib.util.find_spec("triton") is None:
+    if not (HAS_TRITON and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)):
         return False
+    return head % 16 == rope % 16 == value % 16 == 0 and _capability(q.device.index) >= (8, 0)
+
+
+def hopper_serves(q: Tensor, value: int) -> bool:
+    """Whether what the Triton kernels would run is the one written for Hopper."""
     from headwise.kernels.attend import launch
 
-    return launch.supports(q, head, rope, value)
+    return launch.hopper is not None and value % 64 == 0 and _capability(q.device.index)[0] == 9
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def refuse(operation: str, backend: str, why: str) -> HeadwiseError:

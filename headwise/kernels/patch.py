@@ -98,8 +98,8 @@ def visible_range(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int | Tensor = 0,
+    q_offset: Any = 0,
+    kv_offset: Any = 0,
     mask_function: Any = causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
@@ -119,7 +119,8 @@ def visible_range(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
             local_size=local_size, device=device, **options,
         )  # fmt: skip
-    bounds = torch.zeros(batch_size, 1, 1, 2, dtype=torch.int32, device=device)
+    # The two sides lie apart in memory, so that no layer has to copy them.
+    bounds = torch.zeros(2, batch_size, dtype=torch.int32, device=device).T[:, None, None]
     bounds[..., 1] = q_offset + q_length - kv_offset
     if attention_mask is not None:
         if not _recording():
@@ -143,12 +144,12 @@ def _check_left_padded(attention_mask: Tensor) -> None:
 
 
 def attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
+    scaling: float,
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
@@ -156,16 +157,16 @@ def attention(
     latent = module.__dict__.get("expand_kv") is _keep_latent
     decode = attention_mask is not None and attention_mask.dtype == torch.int32
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    if not decode or differentiable or options.get("softcap") is not None:
-        if decode:
+    if attention_mask is None or not decode or differentiable or options.get("softcap") is not None:
+        if attention_mask is not None and decode:
             attention_mask = _as_mask(attention_mask, query.shape[2], key.shape[2], sliding_window)
         if latent:
             key, value = type(module).expand_kv(module, key, value)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **options
         )
-    bounds = attention_mask[:, 0, 0].contiguous()
-    limits = dict(starts=bounds[:, 0].contiguous(), lengths=bounds[:, 1].contiguous(), window=sliding_window)
+    starts, lengths = (attention_mask[:, 0, 0, side].contiguous() for side in (0, 1))
+    limits: dict[str, Any] = dict(starts=starts, lengths=lengths, window=sliding_window)
     query = query.transpose(1, 2)
     if latent:
         return _absorbed(module, query, key[:, 0], value[:, 0], scaling, limits), None
@@ -174,7 +175,7 @@ def attention(
 
 
 def _absorbed(
-    module: nn.Module, query: Tensor, latent: Tensor, k_rope: Tensor, scaling: float, limits: dict[str, Any]
+    module: Any, query: Tensor, latent: Tensor, k_rope: Tensor, scaling: float, limits: dict[str, Any]
 ) -> Tensor:
     """(batch, S, heads, nope + rope) on the latent cache -> (batch, S, heads, v_head_dim)."""
     batch, tokens, heads, _ = query.shape

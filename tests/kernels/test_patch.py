@@ -160,7 +160,7 @@ ON_CARD = {
 @pytest.mark.parametrize("name", ON_CARD)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_bfloat16_on_the_card(name: str, cache: str) -> None:
-    """With the kernels (and, on a static cache, transformers' own compilation) the error to float32 is no larger."""
+    """With the kernels (compiled by transformers on a static cache) the error to float32 is no larger."""
     torch.manual_seed(0)
     exact = AutoModelForCausalLM.from_config(copy.deepcopy(ON_CARD[name])).eval().cuda()
     model = copy.deepcopy(exact).bfloat16()

@@ -1,13 +1,13 @@
 """The decode kernel for Hopper: the same function as `portable.attend`, with its warps in two trades.
 
 Four warps do nothing but copy keys into a ring of shared-memory tiles; one or two groups of four warps compute.
-Apart, because the fence that shows a tile of probabilities to the tensor cores waits for every copy its own
-warps have in flight: in one trade the pipeline would stall at every step (docs/decisions). Copies go by
-128-byte row segments, so that a thread keeps few addresses, and rows beyond the end arrive as zeros.
+In one trade the same arithmetic is 7 to 14% slower (docs/decisions/020-kernels-transposed-tiles.md). Copies go
+by 128-byte row segments, so that a thread keeps few addresses, and rows beyond the end arrive as zeros.
 """
 
 # Kernels are written in the part of Python that Triton compiles: no starred tuples, no ternaries on None.
 # ruff: noqa: B007, RUF005, SIM108
+# mypy: ignore-errors
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -55,7 +54,7 @@ def card_of(index: int | None) -> Card:
     """The card behind a CUDA device index; a small imaginary one on CPU (None), for the interpreter."""
     if index is None:
         return Card((8, 0), 4, 166912)
-    properties = torch.cuda.get_device_properties(index)
+    properties: Any = torch.cuda.get_device_properties(index)
     return Card(
         (properties.major, properties.minor),
         properties.multi_processor_count,
@@ -122,15 +121,6 @@ def choose_splits(programs: int, keys: int, config: Config, multiprocessors: int
     return min(range(1, min(tiles, max(1, 32 * slots // programs), 256) + 1), key=cost)
 
 
-def supports(q: Tensor, head: int, rope: int, value: int) -> bool:
-    """Whether the Triton kernels serve these tensors."""
-    if importlib.util.find_spec("triton") is None or any(n % 16 for n in (head, rope, value)):
-        return False
-    if q.dtype not in (torch.float16, torch.bfloat16) or not q.is_cuda:
-        return False
-    return card_of(q.device.index).capability >= (8, 0)
-
-
 @torch.library.custom_op("headwise::attend", mutates_args=())
 def attend(
     q: Tensor,
@@ -149,7 +139,7 @@ def attend(
 
 
 @attend.register_fake
-def _(q, q_rope, k, k_rope, v, *_masks):  # type: ignore[no-untyped-def]
+def _(q, q_rope, k, k_rope, v, *_masks):
     value = k if v is None else v
     return q.new_empty(*q.shape[:3], value.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 

@@ -6,6 +6,7 @@ fill the narrow side of the tensor-core tile exactly, where the usual orientatio
 
 # Kernels are written in the part of Python that Triton compiles: no starred tuples, no ternaries on None.
 # ruff: noqa: RUF005
+# mypy: ignore-errors
 
 from __future__ import annotations
 

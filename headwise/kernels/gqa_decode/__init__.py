@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from headwise.kernels.dispatch import refuse, requested, triton_serves
+from headwise.kernels.dispatch import hopper_serves, refuse, requested, triton_serves
 from headwise.kernels.gqa_decode import reference
-
-# Below these torch (cuDNN) has nothing to lose: at most this many heads a group, at least this many groups in all.
-TORCH_GROUP = 8
-TORCH_PROGRAMS = 64
 
 
 def gqa_decode(
@@ -38,20 +36,20 @@ def gqa_decode(
     name = requested(backend)
     served = triton_serves(q, q.shape[-1], 0, v.shape[-1])
     plain = q.shape[1] == 1 and lengths is None and starts is None and block_table is None and window is None
-    options = dict(scale=scale, lengths=lengths, starts=starts, block_table=block_table, window=window)
+    where: dict[str, Any] = dict(lengths=lengths, starts=starts, block_table=block_table, window=window)
     if name == "triton" and not served:
         raise refuse("gqa_decode", name, "it needs CUDA tensors of half precision and widths in multiples of 16")
     if name == "sdpa" and backend and (with_lse or not plain):
         raise refuse("gqa_decode", name, "it serves one query token on a full contiguous cache, without LSE")
-    groups_of = q.shape[2] // k.shape[2]
-    torch_wins = q.is_cuda and served and groups_of <= TORCH_GROUP and q.shape[0] * k.shape[2] >= TORCH_PROGRAMS
+    # Measured: on Hopper our kernel is never behind torch's, elsewhere torch's is ahead where it can serve at all.
+    torch_wins = served and not hopper_serves(q, v.shape[-1])
     if plain and not with_lse and (name == "sdpa" or (name == "auto" and torch_wins)):
         return _sdpa(q, k, v, scale), None
     if name != "reference" and served:
         from headwise.kernels.gqa_decode import triton
 
-        return triton.gqa_decode(q, k, v, **options)
-    return reference.gqa_decode(q, k, v, **options)
+        return triton.gqa_decode(q, k, v, scale=scale, **where)
+    return reference.gqa_decode(q, k, v, scale=scale, **where)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from headwise.kernels.dispatch import refuse, requested, triton_serves
@@ -31,7 +33,7 @@ def mla_decode(
     """
     name = requested(backend)
     served = triton_serves(q_latent, q_latent.shape[-1], q_rope.shape[-1], q_latent.shape[-1])
-    options = dict(scale=scale, lengths=lengths, starts=starts, block_table=block_table, window=window)
+    where: dict[str, Any] = dict(lengths=lengths, starts=starts, block_table=block_table, window=window)
     if name == "triton" and not served:
         raise refuse("mla_decode", name, "it needs CUDA tensors of half precision and widths in multiples of 16")
     if name == "sdpa" and backend:
@@ -39,5 +41,5 @@ def mla_decode(
     if name != "reference" and served:
         from headwise.kernels.mla_decode import triton
 
-        return triton.mla_decode(q_latent, q_rope, latent, k_rope, **options)
-    return reference.mla_decode(q_latent, q_rope, latent, k_rope, **options)
+        return triton.mla_decode(q_latent, q_rope, latent, k_rope, scale=scale, **where)
+    return reference.mla_decode(q_latent, q_rope, latent, k_rope, scale=scale, **where)

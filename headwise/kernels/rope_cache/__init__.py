@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 from torch import Tensor
 
-from headwise.kernels.dispatch import refuse, requested
+from headwise.kernels.dispatch import HAS_TRITON, refuse, requested
 from headwise.kernels.rope_cache import reference
 
 
@@ -21,7 +20,7 @@ def rope_cache(q_rope: Tensor, *arguments: Tensor, backend: str | None = None, *
         HeadwiseError: backend "triton" without Triton or with tensors on the CPU.
     """
     name = requested(backend)
-    served = q_rope.is_cuda and importlib.util.find_spec("triton") is not None
+    served = HAS_TRITON and q_rope.is_cuda
     if name == "triton" and not served:
         raise refuse("rope_cache", name, "it needs CUDA tensors and Triton")
     if name == "reference" or not served:

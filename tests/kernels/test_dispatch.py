@@ -1,0 +1,68 @@
+"""Who computes: the rules of the table in docs/kernels.md."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from headwise.errors import HeadwiseError
+from headwise.kernels import gqa_decode, mla_decode
+from headwise.kernels.dispatch import requested
+from headwise.kernels.gqa_decode import reference
+
+
+def grouped():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, n, h, 16, generator=generator) for n, h in ((1, 6), (30, 2), (30, 2))]
+
+
+def test_the_argument_goes_before_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert requested(None) == "auto"
+    monkeypatch.setenv("HEADWISE_KERNELS", "sdpa")
+    assert requested(None) == "sdpa"
+    assert requested("reference") == "reference"
+    monkeypatch.setenv("HEADWISE_KERNELS", "cuda")
+    with pytest.raises(HeadwiseError, match=r"HEADWISE_KERNELS is 'cuda'"):
+        requested(None)
+
+
+def test_the_cpu_is_served_by_the_reference() -> None:
+    q, k, v = grouped()
+    for got, expected in zip(gqa_decode(q, k, v), reference.gqa_decode(q, k, v), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_torch_serves_when_it_is_asked_and_can() -> None:
+    q, k, v = grouped()
+    out, lse = gqa_decode(q, k, v, with_lse=False, backend="sdpa")
+    assert lse is None
+    torch.testing.assert_close(out, reference.gqa_decode(q, k, v)[0])
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+def test_a_backend_that_cannot_serve_says_why(backend: str) -> None:
+    q, k, v = grouped()
+    lengths = torch.tensor([30, 4], dtype=torch.int32)
+    with pytest.raises(HeadwiseError, match=f"gqa_decode cannot run on backend '{backend}'"):
+        gqa_decode(q, k, v, lengths=lengths, backend=backend)
+    with pytest.raises(HeadwiseError, match=f"mla_decode cannot run on backend '{backend}'"):
+        mla_decode(q, q, k[:, :, 0], k[:, :, 1], scale=1.0, backend=backend)
+
+
+def test_latents_are_attended_as_expanded_heads_would_be() -> None:
+    """Absorption is exact: latent attention equals attention on the keys and values it stands for."""
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    heads, nope, rope, rank, width, tokens = 3, 8, 4, 6, 5, 20
+    q_nope, q_rope = noise(2, 1, heads, nope), noise(2, 1, heads, rope)
+    latent, k_rope = noise(2, tokens, rank), noise(2, tokens, rope)
+    k_up, v_up = noise(heads, nope, rank), noise(heads, width, rank)
+    mixed, lse = mla_decode(torch.einsum("bshn,hnr->bshr", q_nope, k_up), q_rope, latent, k_rope, scale=0.3)
+    k = torch.cat([torch.einsum("btr,hnr->bthn", latent, k_up), k_rope[:, :, None].expand(-1, -1, heads, -1)], -1)
+    v = torch.einsum("btr,hvr->bthv", latent, v_up)
+    expected, expected_lse = reference.gqa_decode(torch.cat([q_nope, q_rope], -1), k, v, scale=0.3)
+    torch.testing.assert_close(torch.einsum("bshr,hvr->bshv", mixed, v_up), expected)
+    torch.testing.assert_close(lse, expected_lse)
