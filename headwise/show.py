@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from headwise import ui
@@ -69,12 +69,12 @@ def plan(planned: Plan) -> None:
     ui.say(f"Plan for {planned.model}", style="bold")
     ui.say()
     ui.table(
-        ("", ">before", ">after"),
+        ("", ">before", ">after", ">saved"),
         [
-            ("attention", kinds(planned.layouts_before), kinds(planned.layouts_after)),
+            ("attention", kinds(planned.layouts_before), kinds(planned.layouts_after), ""),
             *_cache_rows(planned.cache_before, planned.cache_after),
-            ("parameters", f"{planned.parameters_before:,}", f"{planned.parameters_after:,}"),
-            ("weights", size(planned.bytes_before), size(planned.bytes_after)),
+            ("parameters", f"{planned.parameters_before:,}", f"{planned.parameters_after:,}", ""),
+            ("weights", size(planned.bytes_before), size(planned.bytes_after), ""),
         ],
     )
     ui.say()
@@ -159,11 +159,11 @@ def cache(held: Cache) -> list[str]:
     return [size(held.bytes_per_token), *(size(total) for total in held.at.values())]
 
 
-def _cache_rows(before: Cache, after: Cache) -> Iterable[tuple[str, str, str]]:
-    yield "cache per token", size(before.bytes_per_token), size(after.bytes_per_token)
-    for context, total in before.at.items():
-        saved = f" ({1 - after.at[context] / total:.1%} saved)" if after.at[context] < total else ""
-        yield f"cache at {context // 1024}K", size(total), size(after.at[context]) + saved
+def _cache_rows(before: Cache, after: Cache) -> Iterator[tuple[str, str, str, str]]:
+    rows = [("cache per token", before.bytes_per_token, after.bytes_per_token)]
+    rows += [(f"cache at {context // 1024}K", total, after.at[context]) for context, total in before.at.items()]
+    for name, old, new in rows:
+        yield name, size(old), size(new), "" if old == new else saving(1 - new / old)
 
 
 def kinds(layouts: Sequence[AttentionLayout]) -> str:
