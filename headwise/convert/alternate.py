@@ -1,0 +1,205 @@
+"""The best features and the best readings of them, in turn: the error that a latent attention layer is expected
+to make, and alternating least squares on it (mathematics, section 4).
+
+Pure. Every key row of the source is a complex number that turns with its frequency: a rotary plane z with w and
+its conjugate with -w, a position-free row with 0. A feature of the MLA layer is the same: a rotary key plane (and
+its conjugate) or a latent. With E over keys and attention distances D taken independently,
+
+    E[(a e^{-i w D}) conj(b e^{-i w' D})] = E[a conj(b)] m(w - w'),   m(w) = E[e^{-i w D}],
+
+so second moments and the characteristic function m of the distances give every expectation needed. In these the
+error is quadratic in the readings for given features, and quadratic in the features for given readings.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headwise.convert.layout import LayerWeights, planes
+
+# Added to the unit diagonal of every normal equation: features may be redundant.
+RIDGE = 1e-9
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration knows of a layer's attention inputs x, each with a constant 1 appended.
+
+    - `inputs` (n, n): E[x x^T] over tokens.
+    - `keys` (n, n): the same over keys, weighted by the attention they get (mean over heads).
+    - `values` (n, n): E[m m^T] over queries, m the attention-weighted mean of the inputs that a head reads.
+    - `distances` (H, length): attention weight by distance, rows summing to one.
+    """
+
+    inputs: Tensor
+    keys: Tensor
+    values: Tensor
+    distances: Tensor
+
+
+@dataclass(frozen=True)
+class Features:
+    """What is cached: `turning` (P / 2, n) complex rows with `frequencies` (P / 2,), `latent` (R, n) real rows."""
+
+    turning: Tensor
+    frequencies: Tensor
+    latent: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        return torch.cat([self.turning, self.turning.conj(), self.latent.to(torch.complex128)])
+
+    @property
+    def turns(self) -> Tensor:
+        return torch.cat([self.frequencies, -self.frequencies, self.latent.new_zeros(len(self.latent))])
+
+
+@dataclass(frozen=True)
+class Readings:
+    """How heads see the source's rows in the features, and what that is expected to cost.
+
+    `keys` (H, key rows, features) complex: head h takes its key rows to be `keys[h] @ features`.
+    `values` (G, v_head_dim, R). `errors`: expected squared error of the layer's output, by scores and by values.
+    """
+
+    keys: Tensor
+    values: Tensor
+    errors: tuple[float, float]
+
+
+class Layer:
+    """One source layer prepared for the iteration; weights have an input column for the constant."""
+
+    def __init__(self, weights: LayerWeights, frequencies: Tensor, statistics: Statistics, scale: float) -> None:
+        layout, half = weights.layout, weights.layout.rotary_dim // 2
+        self.queries_per_group = layout.queries_per_group
+        self.group_of = torch.arange(layout.num_attention_heads) // layout.queries_per_group
+        self.statistics, self.v = statistics, weights.v
+        self.k = conjugate_pairs(weights.k, layout.rotary_dim)
+        self.q = conjugate_pairs(weights.q, layout.rotary_dim)
+        free = torch.zeros(layout.head_dim - layout.rotary_dim, dtype=torch.float64)
+        self.turns = torch.cat([frequencies[:half], -frequencies[:half], free])
+        self.key_moment, self.mean_moment = (
+            statistics.keys.to(torch.complex128),
+            statistics.values.to(torch.complex128),
+        )
+        self.query_moment = self.q @ statistics.inputs.to(torch.complex128) @ self.q.mH
+        self.output = torch.einsum("hia,hib->hab", weights.o, weights.o)
+        # A score error moves the output by as much as the values under attention differ from their mean.
+        within = statistics.keys - statistics.values
+        spread = torch.einsum(
+            "hab,hbi,ij,haj->h", self.output, self.v[self.group_of], within, self.v[self.group_of]
+        )
+        # A score is half the sum over rows and their conjugates.
+        self.head_weights = spread.clamp_min(0) * scale**2 / 4
+        self.value_gram = self.v @ statistics.values @ self.v.mT
+        gram = (self.k @ self.key_moment @ self.k.mH)[self.group_of] * self.kernel(self.turns, self.turns)
+        self.key_gram = gram - self._means(self.turns, self.k, self.turns, self.k)
+
+    def kernel(self, a: Tensor, b: Tensor) -> Tensor:
+        """(H, a, b): m(a - b) of every head."""
+        (ua, ia), (ub, ib) = a.unique(return_inverse=True), b.unique(return_inverse=True)
+        distances = self.statistics.distances.to(torch.complex128)
+        turned = distances[:, None] * turn(ua, distances.shape[1])
+        return (turned @ turn(ub, distances.shape[1]).mH)[:, ia][:, :, ib]
+
+    def _means(self, a: Tensor, rows_a: Tensor, b: Tensor, rows_b: Tensor) -> Tensor:
+        """What one query's mean over its keys contributes: softmax does not see it."""
+        zero = a.new_zeros(1)
+        moment = rows_a @ self.mean_moment @ rows_b.mH
+        moment = moment[self.group_of] if moment.ndim == 3 else moment
+        return moment * (self.kernel(a, zero) @ self.kernel(b, zero).mH)
+
+    def _moments(self, features: Features) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the features and of source rows with features: keys (H, ...), then values."""
+        rows, turns = features.rows, features.turns
+        gram = (rows @ self.key_moment @ rows.mH) * self.kernel(turns, turns)
+        cross = (self.k @ self.key_moment @ rows.mH)[self.group_of] * self.kernel(self.turns, turns)
+        moment = self.statistics.values
+        return (
+            gram - self._means(turns, rows, turns, rows),
+            cross - self._means(self.turns, self.k, turns, rows),
+            features.latent @ moment @ features.latent.T,
+            self.v @ moment @ features.latent.T,
+        )
+
+    def read(self, features: Features) -> Readings:
+        """The best readings of the features."""
+        gram, cross, value_gram, value_cross = self._moments(features)
+        return self.judge(features, solve_right(gram, cross), solve_right(value_gram, value_cross))
+
+    def judge(self, features: Features, keys: Tensor, values: Tensor) -> Readings:
+        """Given readings of the features, with what they are expected to cost."""
+        gram, cross, value_gram, value_cross = self._moments(features)
+        left = self.key_gram - keys @ cross.mH - cross @ keys.mH + keys @ gram @ keys.mH
+        value_left = self.value_gram - values @ value_cross.mT - value_cross @ values.mT
+        value_left = value_left + values @ value_gram @ values.mT
+        return Readings(keys, values, (self._key_energy(left), self._value_energy(value_left)))
+
+    def _key_energy(self, gram: Tensor) -> float:
+        energy = torch.einsum("hab,hba->h", self.query_moment, gram).real
+        return float((self.head_weights * energy).sum())
+
+    def _value_energy(self, gram: Tensor) -> float:
+        return float(torch.einsum("hab,hba->", self.output, gram[self.group_of]))
+
+    @property
+    def energies(self) -> tuple[float, float]:
+        """What the errors of `read` would be with no features at all."""
+        return self._key_energy(self.key_gram), self._value_energy(self.value_gram)
+
+    def improve(self, features: Features, readings: Readings) -> Features:
+        """The best features for given readings: pointwise in x, so that no moment of x enters."""
+        turns, count = features.turns, len(features.frequencies)
+        asked = readings.keys.mH @ self.query_moment
+        weight = self.head_weights[:, None, None]
+        normal = (weight * (asked @ readings.keys) * self.kernel(turns, turns).conj()).sum(0)
+        wanted = weight * asked * self.kernel(self.turns, turns).mT
+        wanted = wanted.unflatten(0, (-1, self.queries_per_group)).sum(1)
+        target = torch.einsum("gnf,gfi->ni", wanted, self.k)
+        output = self.output.unflatten(0, (-1, self.queries_per_group)).sum(1)
+        normal[2 * count :, 2 * count :] += torch.einsum(
+            "gar,gab,gbs->rs", readings.values, output, readings.values
+        )
+        target[2 * count :] += torch.einsum("gar,gab,gbi->ri", readings.values, output, self.v)
+        rows = solve_right(normal, target.mH).mH
+        return Features(rows[:count], features.frequencies, rows[2 * count :].real)
+
+
+def alternate(layer: Layer, features: Features, iterations: int) -> tuple[Features, Readings, list[float]]:
+    """Alternating least squares from given features; also the relative error after each step."""
+    readings = layer.read(features)
+    total = sum(layer.energies) or 1.0
+    errors = [sum(readings.errors) / total]
+    for _ in range(iterations):
+        features = layer.improve(features, readings)
+        readings = layer.read(features)
+        errors.append(sum(readings.errors) / total)
+    return features, readings, errors
+
+
+def conjugate_pairs(rows: Tensor, rotary_dim: int) -> Tensor:
+    """Real rows (heads, head_dim, n) as rotary planes, their conjugates, and position-free rows.
+
+    Half the sum of products over these is the product of the real rows: hence the square root of 2.
+    """
+    turning = planes(rows, rotary_dim)
+    free = math.sqrt(2) * rows[:, rotary_dim:].to(torch.complex128)
+    return torch.cat([turning, turning.conj(), free], dim=1)
+
+
+def turn(frequencies: Tensor, length: int) -> Tensor:
+    """(frequencies, length): e^{-i w D} for every distance D."""
+    return torch.exp(-1j * frequencies[:, None] * torch.arange(length, dtype=torch.float64))
+
+
+def solve_right(gram: Tensor, cross: Tensor) -> Tensor:
+    """X with `X @ gram ~ cross`, gram Hermitian and positive semidefinite, perhaps singular."""
+    size = gram.diagonal(dim1=-2, dim2=-1).real.clamp_min(1e-200).sqrt()
+    scaled = gram / size[..., :, None] / size[..., None, :]
+    scaled = scaled + RIDGE * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(scaled, (cross / size[..., None, :]).mH).mH / size[..., None, :]
