@@ -17,6 +17,7 @@ class AttentionView:
 
     def __init__(self) -> None:
         self._moment: Tensor | None = None
+        self._keys: Tensor | None = None
         self._distances: Tensor | None = None
         self._count = 0
 
@@ -37,15 +38,20 @@ class AttentionView:
                 averaged = (weights[:, queries] @ row[0]).flatten(0, 1)
                 averaged = torch.cat([averaged, torch.ones_like(averaged[:, :1])], 1)
                 moment = (averaged.mT @ averaged).double()
+                whole = torch.cat([row[0], torch.ones_like(row[0, :, :1])], 1)
+                attended = (whole.mT * weights.sum((0, 1))) @ whole
                 self._moment = moment if self._moment is None else self._moment + moment
+                self._keys = attended.double() if self._keys is None else self._keys + attended.double()
                 self._distances = found if self._distances is None else self._distances + found
                 self._count += len(averaged)
         finally:
             attention.config._attn_implementation = before
 
-    def result(self) -> tuple[Tensor, Tensor]:
-        assert self._moment is not None and self._distances is not None
-        return self._moment / self._count, (self._distances / self._distances.sum(-1, keepdim=True)).cpu()
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`value_moment`, `key_moment` and `distances` of a `LayerRecord`."""
+        assert self._moment is not None and self._keys is not None and self._distances is not None
+        distances = self._distances / self._distances.sum(-1, keepdim=True)
+        return self._moment / self._count, self._keys / self._keys[-1, -1], distances.cpu()
 
 
 def _additive_mask(mask: Tensor | None, inputs: Tensor) -> Tensor:

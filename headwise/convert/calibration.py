@@ -37,6 +37,7 @@ class LayerRecord:
         moment: E[x x^T] of the attention input with a constant 1 appended, (D + 1, D + 1), float64.
         value_moment: E[y y^T] of y = [sum_n p_n x_n; 1], the inputs averaged by the attention weights p of a head,
             over queries and heads, (D + 1, D + 1), float64: what values are read through. None unless asked for.
+        key_moment: E[x x^T] over tokens that counts each by the attention it gets, like `moment`. None likewise.
         distances: attention weight by distance per head, (heads, length), each row summing to one; None unless
             asked for.
         inputs, outputs: (sequences, length, D) float32 on the CPU; None unless asked for.
@@ -47,11 +48,17 @@ class LayerRecord:
     index: int
     moment: Tensor
     value_moment: Tensor | None = None
+    key_moment: Tensor | None = None
     distances: Tensor | None = None
     inputs: Tensor | None = None
     outputs: Tensor | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     tokens: int = 0
+
+    def moments(self) -> dict[str, Tensor]:
+        """The second moments there are, by name."""
+        names = ("moment", "key_moment", "value_moment")
+        return {name: moment for name in names if (moment := getattr(self, name)) is not None}
 
 
 class LayerStream:
@@ -90,7 +97,7 @@ class LayerStream:
 
         Args:
             keep: also keep the attention's inputs and outputs of the layer.
-            look: also take `value_moment` and `distances` from the attention weights of some sequences.
+            look: also take `value_moment`, `key_moment` and `distances`, from some of the sequences.
             only: layers to record. Those before them are run and passed over, those after the last are not run.
         """
         wanted = set(range(len(self._layers)) if only is None else only)
@@ -144,7 +151,7 @@ class LayerStream:
         handle.remove()
         moment /= record.tokens
         if look:
-            record.value_moment, record.distances = view.result()
+            record.value_moment, record.key_moment, record.distances = view.result()
         record.arguments = seen["kwargs"]
         return record
 

@@ -44,6 +44,7 @@ def merge(
     method: str = "optimal",
     grouping: str = "optimal",
     moment: Tensor | None = None,
+    key_moment: Tensor | None = None,
     value_moment: Tensor | None = None,
     seed: int = 0,
 ) -> tuple[LayerWeights, MergeReport]:
@@ -58,8 +59,9 @@ def merge(
         grouping: "optimal" chooses which heads share by least residual energy, "contiguous" takes neighbours.
         moment: E[x x^T] of the attention input, (inputs, inputs), with the constant 1 appended where the layer
             has biases; None stands for the identity.
+        key_moment: the same with every token counted by the attention it gets, which is where keys matter.
         value_moment: the same of inputs averaged by the layer's attention, which is what values are read
-            through; None stands for `moment`.
+            through. None stands for `moment`, here and for keys.
         seed: for the method "random".
 
     Raises:
@@ -79,7 +81,7 @@ def merge(
 
     size = source // num_key_value_heads
     spaces = [
-        *key_spaces(weights, moment),
+        *key_spaces(weights, moment, key_moment),
         value_space(weights, moment if value_moment is None else value_moment),
     ]
     if grouping == "optimal" and num_key_value_heads > 1:
@@ -152,13 +154,14 @@ class Space:
         return gram.reshape(batch, heads, n, heads, n)
 
 
-def key_spaces(weights: LayerWeights, moment: Tensor | None) -> list[Space]:
+def key_spaces(weights: LayerWeights, moment: Tensor | None, key_moment: Tensor | None = None) -> list[Space]:
     """One space of complex planes for the rotary rows, one of real vectors for the position-free rows.
 
     The cost of a key error is the energy of the queries that read it: `e_h = E|q_{h,f}|^2`, summed over the
     query heads of the key-value head (mathematics, section 2). Under a query-key norm, rows are taken as the
     norm leaves them: divided by their expected root-mean-square.
     """
+    keys = moment if key_moment is None else key_moment
     layout, r = weights.layout, weights.layout.rotary_dim
     groups, reads = layout.num_key_value_heads, layout.queries_per_group
     q, k = weights.q, weights.k
@@ -182,7 +185,7 @@ def key_spaces(weights: LayerWeights, moment: Tensor | None) -> list[Space]:
                 "rotary",
                 planes(k, r).transpose(0, 1).unsqueeze(2),
                 energy.sum(1).transpose(0, 1),
-                moment,
+                keys,
                 fixed=normed,
                 free=free,
             )
@@ -190,13 +193,13 @@ def key_spaces(weights: LayerWeights, moment: Tensor | None) -> list[Space]:
     if r < layout.head_dim:
         rest_q = q[:, r:].unflatten(0, (groups, reads))
         cost = second_moment(rest_q, rest_q, moment).sum(1)[None]
-        rest = Space("position-free", k[None, :, r:], cost, moment)
+        rest = Space("position-free", k[None, :, r:], cost, keys)
         if normed:  # a norm's weight forbids mixing rows: each row is a space of its own, up to a sign
             rest = Space(
                 "position-free",
                 rest.rows[0].transpose(0, 1).unsqueeze(2),
                 torch.diagonal(cost[0], dim1=-2, dim2=-1).T[:, :, None, None],
-                moment,
+                keys,
                 fixed=True,
             )
         found.append(rest)

@@ -63,7 +63,7 @@ class Moments:
 
     def write(self, record: LayerRecord) -> None:
         """Keep one layer, in float32."""
-        tensors = {"moment": record.moment, "value_moment": record.value_moment, "distances": record.distances}
+        tensors = {**record.moments(), "distances": record.distances}
         kept = {n: t.to(torch.float32).cpu().contiguous() for n, t in tensors.items() if t is not None}
         save_file(kept, self._path(record.index))
 

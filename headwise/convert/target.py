@@ -122,20 +122,17 @@ class GroupedTarget:
     def convert_layer(
         self, layer: int, weights: LayerWeights, record: LayerRecord | None, dtype: torch.dtype | None
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        moment = value_moment = None
+        moments = {}
         if record is not None:
             inputs = weights.q.shape[2]
-            moment = record.moment[:inputs, :inputs]
-            if record.value_moment is not None:
-                value_moment = record.value_moment[:inputs, :inputs]
-            weights = weights.to_device(moment.device)
+            moments = {name: moment[:inputs, :inputs] for name, moment in record.moments().items()}
+            weights = weights.to_device(record.moment.device)
         merged, report = merge(
             weights,
             self.layouts[layer].num_key_value_heads,
             method=self.method,
             grouping=self.grouping,
-            moment=moment,
-            value_moment=value_moment,
+            **moments,
             seed=self.seed + layer,
         )
         tensors = self.arch.write_layer(self.config, layer, merged.to_device("cpu"), dtype or torch.float64)
