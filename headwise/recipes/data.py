@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import os
 import random
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
@@ -140,7 +141,11 @@ def documents(source: str, split: str = "train", characters: int | None = None) 
 def library_files() -> list[Path]:
     """The Python files of the running standard library, held-out modules included, sorted."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = [path for path in root.rglob("*.py") if not _NOT_SOURCE & set(path.relative_to(root).parts)]
+    files = []
+    for folder, inside, names in os.walk(root):
+        # Not even entered: an environment may have a hundred thousand files in site-packages.
+        inside[:] = [name for name in inside if name not in _NOT_SOURCE]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
     if not files:
         raise HeadwiseError(
             f"This Python keeps no readable standard library in {root}.",
