@@ -26,27 +26,23 @@ def requested(backend: str | None) -> str:
 
 
 def triton_serves(q: Tensor, head: int, rope: int, value: int) -> bool:
-    """Whether the Triton kernels can compute this: half precision, widths in multiples of 16, a card from sm_80.
+    """Whether the Triton kernels can compute this: half precision on CUDA, widths in multiples of 16.
+
+    That the card is new enough is checked when they run: here torch.compile looks on, and cannot ask.
 
     Args:
         q: any of the query tensors (for its type and device).
         head, rope, value: numbers per key in the key, the rotary key (0: none) and the value.
     """
-    if not (HAS_TRITON and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)):
-        return False
-    return head % 16 == rope % 16 == value % 16 == 0 and _capability(q.device.index) >= (8, 0)
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return HAS_TRITON and q.is_cuda and half and head % 16 == 0 and rope % 16 == 0 and value % 16 == 0
 
 
 def hopper_serves(q: Tensor, value: int) -> bool:
     """Whether what the Triton kernels would run is the one written for Hopper."""
     from headwise.kernels.attend import launch
 
-    return launch.hopper is not None and value % 64 == 0 and _capability(q.device.index)[0] == 9
-
-
-@torch.compiler.assume_constant_result
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+    return launch.hopper is not None and value % 64 == 0 and torch.cuda.get_device_capability(q.device)[0] == 9
 
 
 def refuse(operation: str, backend: str, why: str) -> HeadwiseError:

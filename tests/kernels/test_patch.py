@@ -113,7 +113,8 @@ def test_static_cache_and_torch_compile() -> None:
 
     expected = last_logits(model)
     enable(model)
-    torch.testing.assert_close(last_logits(torch.compile(model, backend="eager")), expected, rtol=1e-4, atol=1e-5)
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(last_logits(whole), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_on_the_right_is_refused() -> None:
@@ -174,3 +175,24 @@ def test_bfloat16_on_the_card(name: str, cache: str) -> None:
 
     expected, stock, ours = logits(exact), logits(model), logits(enable(model))
     assert (ours - expected).norm() < 1.3 * (stock - expected).norm() + 1e-3 * expected.norm()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", ON_CARD)
+def test_one_graph_on_the_card(name: str) -> None:
+    """A decode step compiles without a break and replays as a CUDA graph."""
+    torch.manual_seed(0)
+    model = enable(AutoModelForCausalLM.from_config(copy.deepcopy(ON_CARD[name])).eval().cuda().bfloat16())
+    ids = prompts()["input_ids"].cuda()
+    step = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+
+    def logits(step) -> torch.Tensor:
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        with torch.no_grad():
+            model(ids[:, :16], past_key_values=cache)
+            steps = [step(ids[:, t : t + 1], past_key_values=cache).logits.clone() for t in range(16, 20)]
+        return torch.cat(steps, 1)
+
+    expected = logits(model)
+    assert (logits(step) - expected).norm() < 2e-2 * expected.norm()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headwise.errors import HeadwiseError
 from headwise.kernels.attend import portable
 
 try:
@@ -134,7 +135,17 @@ def attend(
     block_table: Tensor | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """`run` with its own choice of tiles, as one operation that torch.compile leaves whole."""
+    """`run` with its own choice of tiles, as one operation that torch.compile leaves whole.
+
+    Raises:
+        HeadwiseError: a card before sm_80.
+    """
+    if q.is_cuda and card_of(q.device.index).capability < (8, 0):
+        name = torch.cuda.get_device_name(q.device)
+        raise HeadwiseError(
+            f"{name} is too old for the decode kernels, which need compute capability 8.0.",
+            "Set HEADWISE_KERNELS=reference.",
+        )
     return run(q, q_rope, k, k_rope, v, scale, lengths, starts, block_table, window)
 
 

@@ -42,9 +42,10 @@ def gqa_decode(
     if name == "sdpa" and backend and (with_lse or not plain):
         raise refuse("gqa_decode", name, "it serves one query token on a full contiguous cache, without LSE")
     # Measured: on Hopper our kernel is never behind torch's, elsewhere torch's is ahead where it can serve at all.
-    torch_wins = served and not hopper_serves(q, v.shape[-1])
-    if plain and not with_lse and (name == "sdpa" or (name == "auto" and torch_wins)):
-        return _sdpa(q, k, v, scale), None
+    if plain and not with_lse:
+        torch_wins = name == "auto" and served and not hopper_serves(q, v.shape[-1])
+        if name == "sdpa" or torch_wins:
+            return _sdpa(q, k, v, scale), None
     if name != "reference" and served:
         from headwise.kernels.gqa_decode import triton
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 # Per program; every warp computes the angles anew, so more warps are more instructions.
 WARPS = 1
+TILE = 32
 
 
 @triton.jit
@@ -101,7 +102,7 @@ def rope_cache(
     """As `reference.rope_cache`."""
     tokens, heads, width = q_rope.shape
     out = torch.empty(tokens, heads, width, dtype=q_rope.dtype, device=q_rope.device)
-    tile = min(32, 1 << (heads - 1).bit_length())
+    tile = min(TILE, 1 << (heads - 1).bit_length())
     _rope_cache[(tokens, -(-heads // tile))](
         q_rope, compressed, norm_weight, positions, frequencies, latent_cache, k_rope_cache, slots, out,
         *q_rope.stride()[:2], compressed.stride(0), *latent_cache.stride()[:2], *k_rope_cache.stride()[:2],
