@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headwise.convert.layout import LayerWeights, planes
+from headwise.convert.layout import LayerWeights, planes, rows
 
 # Added to the unit diagonal of every normal equation: features may be redundant.
 RIDGE = 1e-9
@@ -51,7 +51,13 @@ class Features:
 
     @property
     def rows(self) -> Tensor:
-        return torch.cat([self.turning, self.turning.conj(), self.latent.to(torch.complex128)])
+        """(P + R, n) real: real parts, imaginary parts, latents."""
+        return torch.cat([rows(self.turning), self.latent])
+
+    @property
+    def pairs(self) -> Tensor:
+        """(P + R, P + R) complex: what makes turning rows, their conjugates and latents of `rows`."""
+        return _pairs(2 * len(self.frequencies), len(self.latent), 1.0)
 
     @property
     def turns(self) -> Tensor:
@@ -72,33 +78,34 @@ class Readings:
 
 
 class Layer:
-    """One source layer prepared for the iteration; weights have an input column for the constant."""
+    """One source layer prepared for the iteration; weights have an input column for the constant.
+
+    Products with inputs are taken in real rows and turned into conjugate pairs afterwards: a quarter of the work.
+    """
 
     def __init__(self, weights: LayerWeights, frequencies: Tensor, statistics: Statistics, scale: float) -> None:
         layout, half = weights.layout, weights.layout.rotary_dim // 2
         self.queries_per_group = layout.queries_per_group
         self.group_of = torch.arange(layout.num_attention_heads) // layout.queries_per_group
-        self.statistics, self.v = statistics, weights.v
-        self.k = conjugate_pairs(weights.k, layout.rotary_dim)
-        self.q = conjugate_pairs(weights.q, layout.rotary_dim)
-        free = torch.zeros(layout.head_dim - layout.rotary_dim, dtype=torch.float64)
-        self.turns = torch.cat([frequencies[:half], -frequencies[:half], free])
-        self.key_moment, self.mean_moment = (
-            statistics.keys.to(torch.complex128),
-            statistics.values.to(torch.complex128),
-        )
-        self.query_moment = self.q @ statistics.inputs.to(torch.complex128) @ self.q.mH
+        self.statistics, self.k, self.v = statistics, weights.k, weights.v
+        free = layout.head_dim - layout.rotary_dim
+        self.turns = torch.cat([frequencies[:half], -frequencies[:half], torch.zeros(free, dtype=torch.float64)])
+        # Half the sum of products over pairs is the product of the real rows: hence the square root.
+        self.pairs = _pairs(layout.rotary_dim, free, math.sqrt(2))
+        self.query_moment = _paired(weights.q @ statistics.inputs @ weights.q.mT, self.pairs, self.pairs)
         self.output = torch.einsum("hia,hib->hab", weights.o, weights.o)
         # A score error moves the output by as much as the values under attention differ from their mean.
-        within = statistics.keys - statistics.values
-        spread = torch.einsum(
-            "hab,hbi,ij,haj->h", self.output, self.v[self.group_of], within, self.v[self.group_of]
-        )
+        within = self.v @ (statistics.keys - statistics.values) @ self.v.mT
+        spread = torch.einsum("hab,hba->h", self.output, within[self.group_of])
         # A score is half the sum over rows and their conjugates.
         self.head_weights = spread.clamp_min(0) * scale**2 / 4
         self.value_gram = self.v @ statistics.values @ self.v.mT
-        gram = (self.k @ self.key_moment @ self.k.mH)[self.group_of] * self.kernel(self.turns, self.turns)
-        self.key_gram = gram - self._means(self.turns, self.k, self.turns, self.k)
+        self.key_gram = self._seen(
+            self.k @ statistics.keys @ self.k.mT,
+            self.k @ statistics.values @ self.k.mT,
+            (self.pairs, self.turns),
+            (self.pairs, self.turns),
+        )
 
     def kernel(self, a: Tensor, b: Tensor) -> Tensor:
         """(H, a, b): m(a - b) of every head."""
@@ -107,37 +114,35 @@ class Layer:
         turned = distances[:, None] * turn(ua, distances.shape[1])
         return (turned @ turn(ub, distances.shape[1]).mH)[:, ia][:, :, ib]
 
-    def _means(self, a: Tensor, rows_a: Tensor, b: Tensor, rows_b: Tensor) -> Tensor:
-        """What one query's mean over its keys contributes: softmax does not see it."""
-        zero = a.new_zeros(1)
-        moment = rows_a @ self.mean_moment @ rows_b.mH
-        moment = moment[self.group_of] if moment.ndim == 3 else moment
-        return moment * (self.kernel(a, zero) @ self.kernel(b, zero).mH)
+    def _seen(self, moment: Tensor, mean: Tensor, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
+        """(H, a, b): moments of real rows (G or none, a, b) as softmax sees them.
 
-    def _moments(self, features: Features) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of the features and of source rows with features: keys (H, ...), then values."""
-        rows, turns = features.rows, features.turns
-        gram = (rows @ self.key_moment @ rows.mH) * self.kernel(turns, turns)
-        cross = (self.k @ self.key_moment @ rows.mH)[self.group_of] * self.kernel(self.turns, turns)
-        moment = self.statistics.values
-        return (
-            gram - self._means(turns, rows, turns, rows),
-            cross - self._means(self.turns, self.k, turns, rows),
-            features.latent @ moment @ features.latent.T,
-            self.v @ moment @ features.latent.T,
-        )
+        That is: under every head's distances, and without what a query's mean over its keys contributes, which
+        shifts all its scores alike. `a` and `b` hold the pairs and the turns of either side.
+        """
+        (pairs_a, turns_a), (pairs_b, turns_b) = a, b
+        seen, unseen = _paired(moment, pairs_a, pairs_b), _paired(mean, pairs_a, pairs_b)
+        if seen.ndim == 3:
+            seen, unseen = seen[self.group_of], unseen[self.group_of]
+        zero = turns_a.new_zeros(1)
+        means = self.kernel(turns_a, zero) @ self.kernel(turns_b, zero).mH
+        return seen * self.kernel(turns_a, turns_b) - unseen * means
 
-    def read(self, features: Features) -> Readings:
-        """The best readings of the features."""
-        gram, cross, value_gram, value_cross = self._moments(features)
-        return self.judge(features, solve_right(gram, cross), solve_right(value_gram, value_cross))
+    def read(self, features: Features, keys: Tensor | None = None, values: Tensor | None = None) -> Readings:
+        """Readings of the features (None: the best there are) with what they are expected to cost."""
+        count, real = 2 * len(features.frequencies), features.rows
+        ours, theirs = (self.pairs, self.turns), (features.pairs, features.turns)
+        by_key, by_mean = self.statistics.keys @ real.T, self.statistics.values @ real.T
+        gram = self._seen(real @ by_key, real @ by_mean, theirs, theirs)
+        cross = self._seen(self.k @ by_key, self.k @ by_mean, ours, theirs)
+        keys = solve_right(gram, cross) if keys is None else keys
+        shared = keys @ cross.mH
+        left = self.key_gram - shared - shared.mH + keys @ gram @ keys.mH
 
-    def judge(self, features: Features, keys: Tensor, values: Tensor) -> Readings:
-        """Given readings of the features, with what they are expected to cost."""
-        gram, cross, value_gram, value_cross = self._moments(features)
-        left = self.key_gram - keys @ cross.mH - cross @ keys.mH + keys @ gram @ keys.mH
-        value_left = self.value_gram - values @ value_cross.mT - value_cross @ values.mT
-        value_left = value_left + values @ value_gram @ values.mT
+        value_gram, value_cross = real[count:] @ by_mean[:, count:], self.v @ by_mean[:, count:]
+        values = solve_right(value_gram, value_cross) if values is None else values
+        shared = values @ value_cross.mT
+        value_left = self.value_gram - shared - shared.mT + values @ value_gram @ values.mT
         return Readings(keys, values, (self._key_energy(left), self._value_energy(value_left)))
 
     def _key_energy(self, gram: Tensor) -> float:
@@ -160,14 +165,15 @@ class Layer:
         normal = (weight * (asked @ readings.keys) * self.kernel(turns, turns).conj()).sum(0)
         wanted = weight * asked * self.kernel(self.turns, turns).mT
         wanted = wanted.unflatten(0, (-1, self.queries_per_group)).sum(1)
-        target = torch.einsum("gnf,gfi->ni", wanted, self.k)
+        wanted = wanted @ self.pairs
+        target = torch.complex(*(torch.einsum("gnf,gfi->ni", part, self.k) for part in (wanted.real, wanted.imag)))
         output = self.output.unflatten(0, (-1, self.queries_per_group)).sum(1)
         normal[2 * count :, 2 * count :] += torch.einsum(
             "gar,gab,gbs->rs", readings.values, output, readings.values
         )
         target[2 * count :] += torch.einsum("gar,gab,gbi->ri", readings.values, output, self.v)
-        rows = solve_right(normal, target.mH).mH
-        return Features(rows[:count], features.frequencies, rows[2 * count :].real)
+        best = solve_right(normal, target.mH).mH
+        return Features(best[:count], features.frequencies, best[2 * count :].real)
 
 
 def alternate(layer: Layer, features: Features, iterations: int) -> tuple[Features, Readings, list[float]]:
@@ -182,11 +188,19 @@ def alternate(layer: Layer, features: Features, iterations: int) -> tuple[Featur
     return features, readings, errors
 
 
-def conjugate_pairs(rows: Tensor, rotary_dim: int) -> Tensor:
-    """Real rows (heads, head_dim, n) as rotary planes, their conjugates, and position-free rows.
+def _pairs(rotary: int, free: int, free_scale: float) -> Tensor:
+    """Half-split real rows -> rotary planes, their conjugates, and `free_scale` times the position-free rows."""
+    eye = torch.eye(rotary // 2, dtype=torch.complex128)
+    turning = torch.cat([torch.cat([eye, 1j * eye], 1), torch.cat([eye, -1j * eye], 1)])
+    return torch.block_diag(turning, free_scale * torch.eye(free, dtype=torch.complex128))
 
-    Half the sum of products over these is the product of the real rows: hence the square root of 2.
-    """
+
+def _paired(moment: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return a @ moment.to(torch.complex128) @ b.mH
+
+
+def conjugate_pairs(rows: Tensor, rotary_dim: int) -> Tensor:
+    """Real rows (heads, head_dim, n) as rotary planes, their conjugates, and position-free rows times sqrt(2)."""
     turning = planes(rows, rotary_dim)
     free = math.sqrt(2) * rows[:, rotary_dim:].to(torch.complex128)
     return torch.cat([turning, turning.conj(), free], dim=1)

@@ -86,11 +86,11 @@ def convert(
         features, readings, errors = alternate(layer, features, iterations)
     elif method == "transmla":
         baselines = [(folding, *transmla(*source, folding)) for folding in tried]
-        scored = [(f, x, layer.judge(x, keys, values)) for f, x, keys, values in baselines]
+        scored = [(f, x, layer.read(x, keys, values)) for f, x, keys, values in baselines]
         folding, features, readings = min(scored, key=lambda entry: sum(entry[2].errors))
     else:
         features, keys, values = partial_rope(*source)
-        folding, readings = 1, layer.judge(features, keys, values)
+        folding, readings = 1, layer.read(features, keys, values)
 
     latent = _assemble(weights, features, readings.keys, readings.values, known, scale)
     key_error, value_error = (error / total for error in readings.errors)
