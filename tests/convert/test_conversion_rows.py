@@ -1,4 +1,4 @@
-"""Every row of the table, converted and loaded again: what the file computes, against the merged heads written out."""
+"""Every row of the table, converted and loaded again, against its merged heads written out in full."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_layers_passed_over_change_nothing(tmp_path):
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3", "smollm3"])
 def test_attention_is_looked_at_as_it_is(model_type, tmp_path):
-    """Distances from the weights themselves; the values' moment from what the output matrix is given.
+    """Distances and the keys' moment from the weights themselves; the values' from what the output matrix is given.
 
     With one key-value head, every head's values are `V y` with y the averaged input, so E[(V y)(V y)^T] must be
     `V value_moment V^T`.
@@ -207,6 +207,9 @@ def test_attention_is_looked_at_as_it_is(model_type, tmp_path):
     for record, here in zip(stream(source, tokens), whole, strict=True):
         weights: LayerWeights = arch.read_layer(config, record.index, tensors)
         assert record.value_moment is not None and record.distances is not None
+        x = torch.cat([here["x"], torch.ones(2, 15, 1)], -1).double()
+        attended = torch.einsum("bhqn,bni,bnj->ij", here["p"].double(), x, x) / here["p"].sum()
+        torch.testing.assert_close(record.key_moment, attended, rtol=1e-4, atol=1e-6)
         values = here["z"].double().unflatten(-1, (-1, weights.v.shape[1])).flatten(0, 2)
         v = weights.v[0]
         moment = record.value_moment[: v.shape[1], : v.shape[1]]
