@@ -1,0 +1,207 @@
+"""What verify proves of a sound folder, and that it sees each way in which one can be unsound."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from headwise.convert.pipeline import convert
+from headwise.convert.verify import Verification, verify
+from headwise.errors import HeadwiseError
+from tests import tiny_models
+from tests.convert.speaking import save_speaking
+
+Tensors = dict[str, Tensor]
+ATTENTION = "model.layers.1.self_attn."
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A parent, and its conversions: to two key-value heads, and to as many as query heads."""
+    home = tmp_path_factory.mktemp("verify")
+    parent = save_speaking(home / "parent", num_key_value_heads=4)
+    convert(parent, home / "gqa", to="gqa", groups=2, calibrate="none", verify=False)
+    convert(parent, home / "mha", to="mha", verify=False)
+    convert(parent, home / "long", context=64, rope="ntk", verify=False)
+    return home
+
+
+def failed(found: Verification) -> set[str]:
+    assert found.passed == (not found.failures)
+    return {name for name, passed, _ in found.checks if not passed}
+
+
+@pytest.mark.parametrize("kind", ["gqa", "mha", "long"])
+def test_a_sound_folder_passes_every_check(home: Path, kind: str) -> None:
+    found = verify(home / kind, home / "parent")
+    assert found.passed, found.failures
+    names = [name for name, _, _ in found.checks]
+    assert names == ["tensors", "cache", "finite", "record", "function", "parent", "loading"]
+    assert verify(home / kind).passed
+    assert json.loads(json.dumps(found.to_dict()))["passed"] is True
+
+
+def test_a_stock_model_passes_without_a_record(home: Path) -> None:
+    found = verify(home / "parent")
+    assert found.passed and "record" not in {name for name, _, _ in found.checks}
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "qwen2_vl", "olmo2", "phi3", "cohere2"])
+def test_nested_fused_and_normed_folders_pass(tmp_path: Path, model_type: str) -> None:
+    parent = tiny_models.save(model_type, tmp_path / "parent", torch.bfloat16)
+    convert(parent, tmp_path / "out", to="mqa", calibrate="none")
+    found = verify(tmp_path / "out", parent)
+    assert found.passed, found.failures
+
+
+def swap_query_heads(tensors: Tensors) -> None:
+    weight = tensors[ATTENTION + "q_proj.weight"].view(8, 8, -1)
+    weight[[0, 7]] = weight[[7, 0]]
+
+
+def drop(tensors: Tensors) -> None:
+    del tensors[ATTENTION + "v_proj.weight"]
+
+
+def add(tensors: Tensors) -> None:
+    tensors["model.layers.1.self_attn.x_proj.weight"] = torch.zeros(2)
+
+
+def untie(tensors: Tensors) -> None:
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+
+def spoil(tensors: Tensors) -> None:
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = float("nan")
+
+
+def narrow(tensors: Tensors) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:-1].clone()
+
+
+def nudge(name: str) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        tensors[name].view(-1)[0] += 0.01
+
+    change.__name__ = name
+    return change
+
+
+MLP, NORM = "model.layers.1.mlp.down_proj.weight", "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "checks"),
+    [
+        ("gqa", swap_query_heads, {"record"}),
+        ("mha", swap_query_heads, {"record", "parent"}),
+        ("long", swap_query_heads, {"record", "parent"}),
+        ("gqa", drop, {"tensors"}),
+        ("gqa", add, {"tensors"}),
+        ("gqa", narrow, {"tensors"}),
+        ("gqa", spoil, {"finite", "record", "parent", "loading"}),
+        ("gqa", untie, {"tensors"}),
+        ("gqa", nudge(MLP), {"record", "parent"}),
+        ("mha", nudge(NORM), {"record", "parent"}),
+    ],
+)
+def test_changed_weights_are_seen(
+    home: Path, tmp_path: Path, kind: str, change: Callable[[Tensors], None], checks: set[str]
+) -> None:
+    out = shutil.copytree(home / kind, tmp_path / "out")
+    tensors = load_file(out / "model.safetensors")
+    change(tensors)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    found = verify(out, home / "parent")
+    assert failed(found) >= checks
+    # Without a parent and without the record there is less to go by.
+    (out / "headwise.json").unlink()
+    assert failed(verify(out)) == failed(found) - {"record", "parent"}
+
+
+def set_field(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(config: dict[str, Any]) -> None:
+        config[name] = value
+
+    change.__name__ = name
+    return change
+
+
+def another_base(config: dict[str, Any]) -> None:
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 5e4
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "checks", "words"),
+    [
+        ("gqa", set_field("num_key_value_heads", 1), {"tensors"}, "k_proj"),
+        ("mha", set_field("num_key_value_heads", 4), {"tensors"}, "k_proj"),
+        ("gqa", set_field("tie_word_embeddings", False), {"tensors"}, "lm_head"),
+        ("gqa", set_field("num_hidden_layers", 1), {"tensors"}, "layers.1"),
+        ("gqa", another_base, {"parent"}, "rope_parameters"),
+        ("mha", another_base, {"parent"}, "rope_parameters"),
+        ("gqa", set_field("rms_norm_eps", 0.1), {"parent"}, "rms_norm_eps"),
+        ("gqa", set_field("hidden_act", "gelu"), {"parent"}, "hidden_act"),
+    ],
+)
+def test_a_changed_config_is_seen(
+    home: Path,
+    tmp_path: Path,
+    kind: str,
+    change: Callable[[dict[str, Any]], None],
+    checks: set[str],
+    words: str,
+) -> None:
+    out = shutil.copytree(home / kind, tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    change(config)
+    (out / "config.json").write_text(json.dumps(config))
+    found = verify(out, home / "parent")
+    assert failed(found) == checks and words in found.failures
+
+
+def test_another_model_is_not_the_parent(home: Path, tmp_path: Path) -> None:
+    deeper = save_speaking(tmp_path / "deeper", num_key_value_heads=4, num_hidden_layers=3)
+    assert failed(verify(home / "gqa", deeper)) == {"parent"}
+    other = shutil.copytree(home / "parent", tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    save_file({n: t + 0.01 for n, t in tensors.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    for kind in ("gqa", "mha", "long"):
+        assert failed(verify(home / kind, other)) == {"parent"}
+
+
+def test_layers_that_do_not_compute_their_weights_are_seen(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the stock class gave a query head another key-value head than headwise thinks."""
+    from transformers.models.llama import modeling_llama
+
+    from headwise.convert import verify as module
+
+    real, empty = modeling_llama.repeat_kv, module.empty_model
+
+    def eager(*arguments: Any) -> Any:
+        model = empty(*arguments)
+        model.config._attn_implementation = "eager"
+        return model
+
+    monkeypatch.setattr(module, "empty_model", eager)
+    assert verify(home / "gqa").passed
+    wrong = lambda states, times: real(states.flip(1) if times > 1 else states, times)  # noqa: E731
+    monkeypatch.setattr(modeling_llama, "repeat_kv", wrong)
+    assert failed(verify(home / "gqa")) == {"function"}
+
+
+@pytest.mark.parametrize("text", ["{}", '{"arguments": 3, "sha256": {}}', "[", "7"])
+def test_a_record_that_is_none_is_refused(home: Path, tmp_path: Path, text: str) -> None:
+    out = shutil.copytree(home / "gqa", tmp_path / "out")
+    (out / "headwise.json").write_text(text)
+    with pytest.raises(HeadwiseError, match=r"headwise\.json"):
+        verify(out)
