@@ -69,14 +69,21 @@ class LayerStream:
         architecture: its row.
         tokens: (sequences, length), integers below the vocabulary size.
         device: where a layer is computed.
+        config: in place of the checkpoint's own, one that gives the same weights other positions; `architecture`
+            is then the row of that config.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, architecture: Architecture, tokens: Tensor, device: torch.device | str = "cpu"
+        self,
+        checkpoint: Checkpoint,
+        architecture: Architecture,
+        tokens: Tensor,
+        device: torch.device | str = "cpu",
+        config: dict[str, Any] | None = None,
     ) -> None:
         self._checkpoint, self._architecture = checkpoint, architecture
         self._device = torch.device(device)
-        self._model = empty_model(checkpoint.config, architecture.auto_class)
+        self._model = empty_model(config or checkpoint.config, architecture.auto_class)
         self._layers: nn.ModuleList = self._model.get_submodule(architecture.module.rpartition(".")[0])
         self._names: list[list[str]] = [[] for _ in self._layers]
         self._other: list[str] = []

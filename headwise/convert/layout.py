@@ -131,6 +131,10 @@ class LatentWeights:
     frequencies: Tensor
     scale: float
 
+    @property
+    def hidden_size(self) -> int:
+        return self.o.shape[1]
+
 
 def planes(rows: Tensor, rotary_dim: int) -> Tensor:
     """Half-split rotary rows as complex planes.

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from headwise.convert import forecast
-from headwise.convert.architecture import Architecture
+from headwise.convert.architecture import Architecture, find
 from headwise.convert.calibration import LayerRecord, LayerStream
-from headwise.convert.checkpoint import Checkpoint
+from headwise.convert.checkpoint import Checkpoint, has_nonfinite
 from headwise.convert.moments import Moments
 from headwise.convert.target import Target
 from headwise.errors import HeadwiseError
@@ -38,6 +39,10 @@ class Calibration:
     @property
     def tokens(self) -> int:
         return self.sequences * self.length
+
+    def described(self) -> dict[str, Any]:
+        """All that the measurement depends on; not the folders, which are nobody's business."""
+        return {name: getattr(self, name) for name in ("text", "sequences", "length", "steps", "seed")}
 
 
 def decide(
@@ -97,7 +102,7 @@ def notes(target: Target, calibration: Calibration | None, refit: str | int) -> 
 
 def records(
     checkpoint: Checkpoint,
-    arch: Architecture,
+    target: Target,
     calibration: Calibration | None,
     layers: Sequence[int],
     device: torch.device,
@@ -114,12 +119,48 @@ def records(
     progress.note(
         f"Reading {calibration.tokens:,} tokens of {calibration.text} through the parent, layer by layer."
     )
-    stream = LayerStream(checkpoint, arch, calibration_blocks(checkpoint, calibration), device)
+    blocks = calibration_blocks(checkpoint, calibration)
+    arch = find(target.parent_config, checkpoint.tensors)
+    stream = LayerStream(checkpoint, arch, blocks, device, target.parent_config)
     keep = Moments.create(calibration.keep, checkpoint, calibration) if calibration.keep else None
     for record in stream.records(keep=calibration.steps > 0, only=layers):
         if keep:
             keep.write(record)
         yield record, record.index
+
+
+def check_finite(
+    checkpoint: Checkpoint,
+    target: Target,
+    layer: int,
+    tensors: Mapping[str, Tensor],
+    record: LayerRecord | None,
+    allow_nan: bool,
+) -> None:
+    """Refuse a layer that the mathematics would fail on, by the name of the tensor at fault.
+
+    Raises:
+        HeadwiseError: a weight is NaN or infinite and may not be, or what the layer reads is, or a decomposition
+            would have to be made of it.
+    """
+    bad = next((name for name, tensor in tensors.items() if has_nonfinite(tensor)), None)
+    moments = record.moments().values() if record else ()
+    unread = bad is None and not all(bool(moment.isfinite().all()) for moment in moments)
+    if unread and not allow_nan:
+        bad = next((name for name in checkpoint.tensors if has_nonfinite(checkpoint.read(name))), None)
+    if bad is not None and not allow_nan:
+        raise HeadwiseError(
+            f"Tensor {bad} holds NaN or infinite values.", "Pass --allow-nan to convert the model all the same."
+        )
+    if unread:
+        raise HeadwiseError(
+            f"The calibration text makes what layer {layer} reads NaN or infinite.", "Pass --calibrate none."
+        )
+    if bad is not None and target.calibrated:
+        raise HeadwiseError(
+            f"Tensor {bad} holds NaN or infinite values, which only the methods mean, first and random can merge.",
+            "Pass --method mean beside --allow-nan.",
+        )
 
 
 def calibration_blocks(checkpoint: Checkpoint, calibration: Calibration) -> Tensor:

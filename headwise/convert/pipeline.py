@@ -141,11 +141,13 @@ def convert(
     calibration = measure.decide(
         checkpoint, arch, target, calibrate, calibration_tokens, moments, save_moments, refit, place, seed
     )
+    # In the words of the command line, which refuses what would have no effect.
+    lossy = to in ("gqa", "mqa", "mla") and not exact
     arguments = {
         "to": to,
         "groups": groups,
-        "method": method,
-        "grouping": getattr(target, "grouping", None),
+        "method": method if lossy else None,
+        "grouping": getattr(target, "grouping", None) if lossy else None,
         "rank": rank,
         "rope_dim": rope_dim,
         "cache": cache,
@@ -153,14 +155,15 @@ def convert(
         "rope_frequencies": rope_frequencies if to == "mla" else None,
         "pad_values": pad_values or None,
         "context": context,
-        "rope": rope if context else None,
+        "rope": ("base" if rope_theta else rope) if context else None,
         "rope_theta": rope_theta,
         "sliding_window": sliding_window,
         "window_layers": window_layers if sliding_window else None,
-        "calibration": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(calibration).items()}
-        if calibration
-        else None,
+        "calibration": calibration.described() if calibration else None,
         "dtype": dtype,
+        "max_shard_size": max_shard_size if max_shard_size != "5GB" else None,
+        "allow_nan": allow_nan or None,
+        "allow_pickle": allow_pickle or None,
         "seed": seed,
     }
     plan = make_plan(
@@ -182,6 +185,7 @@ def convert(
     identity = {
         "source": checkpoint.fingerprint(),
         "arguments": plan.arguments,
+        "moments": str(calibration.reuse) if calibration and calibration.reuse else None,
         "device": place.type if calibration else None,
         "torch": torch.__version__,
     }
@@ -203,7 +207,11 @@ def convert(
         def check(folder: Path) -> None:
             if verify:
                 found = check_folder(
-                    open_checkpoint(folder), checkpoint, promised=target.layouts, progress=progress
+                    open_checkpoint(folder),
+                    checkpoint,
+                    promised=target.layouts,
+                    arguments=plan.arguments,
+                    progress=progress,
                 )
                 verification.append(found)
                 if not found.passed:
@@ -241,31 +249,35 @@ def _convert_layers(
     if len(done) == len(todo):
         return reports
     left = [i for i in todo if i not in done]
-    records = measure.records(checkpoint, arch, calibration, left, device, progress)
+    records = measure.records(checkpoint, target, calibration, left, device, progress)
     progress.stage("Converting", total=len(todo), unit="layers")
     progress.advance(len(done))
     for record, layer in records:
-        names = arch.tensor_names(checkpoint.config, layer)
-        weights = arch.read_layer(checkpoint.config, layer, {name: checkpoint.read(name) for name in names})
-        steps = calibration.steps if calibration else 0
-        tensors, report = target.convert_layer(layer, weights, record, torch.float32 if steps else None)
-        if steps and record is not None:
-            found = target.module(layer, tensors, device)
+        source = {name: checkpoint.read(name) for name in arch.tensor_names(checkpoint.config, layer)}
+        measure.check_finite(checkpoint, target, layer, source, record, writer.allow_nan)
+        weights = arch.read_layer(checkpoint.config, layer, source)
+        made, report = target.convert_layer(layer, weights, record)
+        if calibration and calibration.steps and record is not None and record.inputs is not None:
+            found = target.module(layer, made, device, record.inputs.shape[1])
+            if found.arguments is not None:
+                record.arguments = found.arguments
             outcome = refit_layer(
                 found.attention,
-                list(found.parameters.values()),
+                found.parameters,
                 record,
-                steps=steps,
-                seed=calibration.seed if calibration else 0,
+                steps=calibration.steps,
+                seed=calibration.seed,
                 device=device,
             )
-            tensors = {**tensors, **found.tensors()}
             report["refit"] = asdict(outcome)
-        planned = {t.name: t.dtype for t in target.outputs}
+            tensors = found.export(record) if outcome.kept else target.tensors(layer, made, record)
+        else:
+            tensors = target.tensors(layer, made, record)
+        # Before the tensors: what they were made with must not be lost if the run is cut off between them.
+        writer.note(f"layer {layer}", report)
         for name, tensor in tensors.items():
             if name not in writer.done:
-                writer.write(name, tensor.to(planned[name]))
-        writer.note(f"layer {layer}", report)
+                writer.write(name, tensor)
         reports[layer] = report
         progress.advance(1, layer=layer, **_figures(report))
     return dict(sorted(reports.items()))

@@ -15,8 +15,6 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from headwise.convert.architecture import Architecture
-
 
 def stock_config(config: dict[str, Any]) -> Any:
     """The stock configuration object of a config.json; never remote code."""
@@ -69,14 +67,14 @@ def load_into(model: Any, tensors: dict[str, Tensor], device: torch.device | str
     return info
 
 
-def layer_arguments(
-    model: Any, architecture: Architecture, length: int, dtype: torch.dtype
-) -> list[dict[str, Any]]:
+def layer_arguments(model: Any, layer_path: str, length: int, dtype: torch.dtype) -> list[dict[str, Any]]:
     """What each layer's attention is called with besides its input, for sequences of `length`.
 
-    `model` may be empty: no weight takes part.
+    Args:
+        model: may be empty; no weight takes part.
+        layer_path: of its decoder layers, "model.layers.{layer}".
     """
-    path = architecture.module.rpartition(".")[0]
+    path = layer_path.rpartition(".")[0]
     text, layers = model.get_submodule(path.rpartition(".")[0]), model.get_submodule(path)
     with torch.no_grad(), recorded(layers) as stubs, suppress(Stop):
         text(inputs_embeds=torch.zeros(1, length, text.config.hidden_size, dtype=dtype), use_cache=False)

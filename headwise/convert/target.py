@@ -6,7 +6,7 @@ layer by layer, copy the rest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ class Target(Protocol):
 
     Attributes:
         config, auto_class: the new config.json and the stock class that loads it.
+        parent_config: the source's config with the positions that `config` has, the function to come close to.
         layouts: of every layer, afterwards.
         outputs: every tensor of the output.
         exact: the output computes the parent's function.
@@ -37,6 +38,7 @@ class Target(Protocol):
     """
 
     config: dict[str, Any]
+    parent_config: dict[str, Any]
     auto_class: str
     layouts: list[AttentionLayout]
     outputs: list[OutputTensor]
@@ -50,16 +52,15 @@ class Target(Protocol):
         """Names of the output tensors that converting this layer gives; empty if it is only copied."""
 
     def convert_layer(
-        self, layer: int, weights: LayerWeights, record: LayerRecord | None, dtype: torch.dtype | None
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """One layer's output tensors and its report.
+        self, layer: int, weights: LayerWeights, record: LayerRecord | None
+    ) -> tuple[Any, dict[str, Any]]:
+        """One converted layer, in the target's own float64 form, and its report."""
 
-        Args:
-            dtype: of the tensors; None: each as `outputs` says.
-        """
+    def tensors(self, layer: int, made: Any, record: LayerRecord | None) -> dict[str, Tensor]:
+        """The output tensors of a converted layer, rounded once to what `outputs` says."""
 
-    def module(self, layer: int, tensors: dict[str, Tensor], device: torch.device) -> Refittable:
-        """The converted layer as a stock attention module in float32, to be refitted."""
+    def module(self, layer: int, made: Any, device: torch.device, length: int) -> Refittable:
+        """A converted layer as a float32 module for sequences of `length`, to be refitted."""
 
     def carry(self, name: str, checkpoint: Checkpoint) -> Tensor:
         """An output tensor outside the converted attention that is not a plain copy."""
@@ -67,14 +68,16 @@ class Target(Protocol):
 
 @dataclass(frozen=True)
 class Refittable:
-    """A stock attention module, the parameters a refit may change, and the way back to output tensors."""
+    """An attention module that can be trained, and the way back.
+
+    `export` gives the output tensors of what the module has become. `arguments` is what the module is called with
+    besides its input, where that differs from what the parent's is called with.
+    """
 
     attention: nn.Module
-    parameters: dict[str, nn.Parameter]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The parameters by the names of the output tensors they belong to."""
-        return {name: p.detach().cpu() for name, p in self.parameters.items()}
+    parameters: list[nn.Parameter]
+    export: Callable[[LayerRecord], dict[str, Tensor]]
+    arguments: dict[str, Any] | None = None
 
 
 class GroupedTarget:
@@ -85,6 +88,7 @@ class GroupedTarget:
         checkpoint: Checkpoint,
         arch: Architecture,
         config: dict[str, Any],
+        parent_config: dict[str, Any],
         *,
         groups: int | None,
         method: str = "optimal",
@@ -94,6 +98,7 @@ class GroupedTarget:
     ) -> None:
         # A window may have turned the model into another type of the same tensors.
         self.source, self.arch, self.config = checkpoint, find(config, checkpoint.tensors), config
+        self.parent_config = parent_config
         self.auto_class = self.arch.auto_class
         self.method, self.grouping, self.seed = method, grouping, seed
         self.layouts = self.arch.layouts(config)
@@ -120,8 +125,8 @@ class GroupedTarget:
         return self.arch.tensor_names(self.config, layer) if self._changed[layer] else ()
 
     def convert_layer(
-        self, layer: int, weights: LayerWeights, record: LayerRecord | None, dtype: torch.dtype | None
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        self, layer: int, weights: LayerWeights, record: LayerRecord | None
+    ) -> tuple[LayerWeights, dict[str, Any]]:
         moments = {}
         if record is not None:
             inputs = weights.q.shape[2]
@@ -135,22 +140,26 @@ class GroupedTarget:
             **moments,
             seed=self.seed + layer,
         )
-        tensors = self.arch.write_layer(self.config, layer, merged.to_device("cpu"), dtype or torch.float64)
-        if dtype is None:
-            tensors = {name: tensor.to(self._dtypes[name]) for name, tensor in tensors.items()}
-        return tensors, asdict(report)
+        return merged.to_device("cpu"), asdict(report)
 
-    def module(self, layer: int, tensors: dict[str, Tensor], device: torch.device) -> Refittable:
+    def tensors(self, layer: int, made: LayerWeights, record: LayerRecord | None) -> dict[str, Tensor]:
+        tensors = self.arch.write_layer(self.config, layer, made, torch.float64)
+        return {name: tensor.to(self._dtypes[name]) for name, tensor in tensors.items()}
+
+    def module(self, layer: int, made: LayerWeights, device: torch.device, length: int) -> Refittable:
         model = empty_model(self.config, self.auto_class)
-        load_into(model, {name: tensor.clone() for name, tensor in tensors.items()}, device)
-        path = f"{self.arch.module.format(layer=layer)}.{self.arch.attention}"
-        attention = model.get_submodule(path)
         prefix = f"{self.arch.layers[0].format(layer=layer)}.{self.arch.attention}."
-        other = {n: p for n, p in attention.named_parameters() if prefix + n not in tensors}
+        tensors = self.arch.write_layer(self.config, layer, made, torch.float32)
         # What no conversion touches, such as an output bias, is part of the function all the same.
-        load_into(model, {prefix + n: self.source.read(prefix + n) for n in other}, device)
-        parameters = {prefix + n: p for n, p in attention.named_parameters() if prefix + n in tensors}
-        return Refittable(attention.to(device), parameters)
+        other = [n for n in self.source.tensors if n.startswith(prefix) and n not in tensors]
+        load_into(model, {**{n: self.source.read(n) for n in other}, **tensors}, device)
+        attention = model.get_submodule(f"{self.arch.module.format(layer=layer)}.{self.arch.attention}").to(device)
+        free = {prefix + n: p for n, p in attention.named_parameters() if prefix + n in tensors}
+
+        def export(record: LayerRecord) -> dict[str, Tensor]:
+            return {name: p.detach().to("cpu", self._dtypes[name]) for name, p in free.items()}
+
+        return Refittable(attention, list(free.values()), export)
 
     def carry(self, name: str, checkpoint: Checkpoint) -> Tensor:
         return checkpoint.read(name).to(self._dtypes[name])

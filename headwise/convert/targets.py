@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from headwise.convert import context as longer
-from headwise.convert.architecture import Architecture
+from headwise.convert.architecture import Architecture, find
 from headwise.convert.checkpoint import Checkpoint
+from headwise.convert.latent_target import LatentTarget
 from headwise.convert.target import GroupedTarget, Target
 from headwise.convert.windows import with_window
 from headwise.errors import HeadwiseError
@@ -45,19 +46,28 @@ def choose_target(
         raise HeadwiseError("There is nothing to change.", "Give --to, --context, --sliding-window or --dtype.")
     config = checkpoint.config
     layout = arch.layouts(config)[0]
-    count = {"mqa": 1, "mha": layout.num_attention_heads, "gqa": groups}.get(to or "")
-    if to == "gqa" and groups is None:
-        raise HeadwiseError("--to gqa needs the number of KV heads.", "Add --groups N.")
     notes: list[str] = []
-    config = arch.with_groups(config, layout.num_key_value_heads if count is None else count)
+    config = arch.with_groups(config, layout.num_key_value_heads)
+    if dtype is not None:
+        for part in (config, arch.text_config(config)):
+            part["dtype"] = part["torch_dtype"] = dtype
     if context is not None:
-        config, said = longer.extend(config, arch, context=context, rule=rope, rope_theta=rope_theta)
-        notes += said
+        config, notes = longer.extend(config, arch, context=context, rule=rope, rope_theta=rope_theta)
     if sliding_window is not None:
         config = with_window(config, arch, sliding_window or None, window_layers)
-    target: Target = GroupedTarget(
+    parent = find(config, checkpoint.tensors)
+    target: Target
+    if to == "mla":
+        target = LatentTarget(checkpoint, parent, config, method=method, dtype=kept, **latent)
+        target.notes[:0] = notes
+        return target
+    if to == "gqa" and groups is None:
+        raise HeadwiseError("--to gqa needs the number of KV heads.", "Add --groups N.")
+    count = {"mqa": 1, "mha": layout.num_attention_heads, "gqa": groups}.get(to or "")
+    target = GroupedTarget(
         checkpoint,
         arch,
+        parent.with_groups(config, layout.num_key_value_heads if count is None else count),
         config,
         groups=count,
         method=method,

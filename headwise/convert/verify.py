@@ -6,7 +6,9 @@ stock models without weights, the function on single layers. A model that fits i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ import torch
 from torch import Tensor
 
 from headwise.convert.architecture import Architecture, find
-from headwise.convert.checkpoint import Checkpoint, has_nonfinite, open_checkpoint
+from headwise.convert.checkpoint import Checkpoint, as_bytes, has_nonfinite, open_checkpoint
 from headwise.convert.heads import merge
 from headwise.convert.layout import AttentionLayout
 from headwise.convert.plan import LEFTOVERS
 from headwise.convert.skeleton import empty_model, layer_arguments, load_into
+from headwise.convert.source import read_json
+from headwise.errors import HeadwiseError
 from headwise.progress import SILENT, Progress
 
 # Weights up to this size are also loaded whole, with `from_pretrained`.
@@ -71,7 +75,8 @@ def verify(
     """
     checkpoint = open_checkpoint(out)
     parent = open_checkpoint(against, revision=revision, token=token) if against is not None else None
-    return check_folder(checkpoint, parent, finite=True, progress=progress)
+    arguments, recorded = _record_of(checkpoint.folder)
+    return check_folder(checkpoint, parent, arguments=arguments, recorded=recorded, finite=True, progress=progress)
 
 
 def check_folder(
@@ -79,6 +84,8 @@ def check_folder(
     parent: Checkpoint | None,
     *,
     promised: Sequence[AttentionLayout] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    recorded: Mapping[str, str] | None = None,
     finite: bool = False,
     progress: Progress = SILENT,
 ) -> Verification:
@@ -87,8 +94,11 @@ def check_folder(
     Args:
         parent: the source, to compare functions with.
         promised: the layouts the plan promised; None: those of the folder's own config.
+        arguments: what the conversion was asked for, which says how the folder may differ from its parent.
+        recorded: SHA-256 of the tensors as headwise.json has them, compared if `finite`.
         finite: read every tensor and look for NaN and infinities (the writer has done so already).
     """
+    arguments = arguments or {}
     arch = find(checkpoint.config, checkpoint.tensors)
     checks: list[tuple[str, bool, str]] = []
     progress.stage("Verifying", unit="checks")
@@ -103,15 +113,42 @@ def check_folder(
         return Verification(tuple(checks))
     add("cache", *_cache_is(checkpoint, arch, layouts))
     if finite:
-        bad = [name for name in checkpoint.tensors if has_nonfinite(checkpoint.read(name))]
+        bad, changed = _read_through(checkpoint, recorded or {})
         add("finite", not bad, f"NaN or infinity in {', '.join(bad[:3])}" if bad else "every weight is finite")
+        if recorded:
+            detail = f"{', '.join(changed[:3])} not as written" if changed else "every tensor is as it was written"
+            add("record", not changed, detail)
     chosen = _few(len(layouts))
     add("function", *_layers_compute_their_weights(checkpoint, arch, chosen))
     if parent is not None:
-        add("parent", *_against_parent(checkpoint, parent, arch, chosen, compare=finite))
+        moved = bool(arguments.keys() & {"context", "sliding_window"})
+        add("parent", *_against_parent(checkpoint, parent, arch, chosen, compare=finite, moved=moved))
     if checkpoint.nbytes <= WHOLE:
-        add("loading", *_loads_whole(checkpoint, arch, layouts))
+        add("loading", *_loads_whole(checkpoint, arch, layouts, allow_nan="allow_nan" in arguments))
     return Verification(tuple(checks))
+
+
+def _record_of(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The arguments and the tensors' SHA-256 in headwise.json; nothing where there is no such file."""
+    if not (folder / "headwise.json").exists():
+        return {}, {}
+    record = read_json(folder, "headwise.json")
+    parts = [record.get(key) for key in ("arguments", "sha256")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise HeadwiseError(f"{folder / 'headwise.json'} has no arguments and sha256.", "Delete it to do without.")
+    return parts[0], parts[1]  # type: ignore[return-value]
+
+
+def _read_through(checkpoint: Checkpoint, recorded: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Names of the tensors that are not finite, and of those that are not the recorded ones."""
+    bad, changed = [], []
+    for name in checkpoint.tensors:
+        tensor = checkpoint.read(name)
+        if has_nonfinite(tensor):
+            bad.append(name)
+        if recorded and hashlib.sha256(as_bytes(tensor).numpy().data).hexdigest() != recorded.get(name):
+            changed.append(name)
+    return bad, changed
 
 
 def _tensors_fit(checkpoint: Checkpoint, arch: Architecture) -> tuple[bool, str]:
@@ -131,6 +168,10 @@ def _tensors_fit(checkpoint: Checkpoint, arch: Architecture) -> tuple[bool, str]
             False,
             f"{type(model).__name__} and the folder disagree on {', '.join(wrong[:3])} ({len(wrong)} in all)",
         )
+    for name, twin in (model.all_tied_weights_keys or {}).items():
+        both = {name, twin} <= checkpoint.tensors.keys()
+        if both and not torch.equal(checkpoint.read(name), checkpoint.read(twin)):
+            return False, f"{name} is not tied to {twin}: their values differ"
     ties = f", {len(tied)} tied" if tied else ""
     return True, f"{len(shapes)} tensors, each with its place in {type(model).__name__}{ties}"
 
@@ -173,13 +214,25 @@ def _layers_compute_their_weights(
 
 
 def _against_parent(
-    checkpoint: Checkpoint, parent: Checkpoint, arch: Architecture, chosen: Sequence[int], compare: bool
+    checkpoint: Checkpoint,
+    parent: Checkpoint,
+    arch: Architecture,
+    chosen: Sequence[int],
+    *,
+    compare: bool,
+    moved: bool,
 ) -> tuple[bool, str]:
-    """Nothing but the converted attention differs; and that neither, where the conversion is exact."""
+    """Nothing but the converted attention differs; and that neither, where the conversion is exact.
+
+    Where positions were `moved` (a longer context, a window), the parent is compared as it is with the same ones.
+    """
     old = find(parent.config, parent.tensors)
     before, after = old.layouts(parent.config), arch.layouts(checkpoint.config)
     if len(before) != len(after):
         return False, f"the parent has {len(before)} layers, and the folder {len(after)}"
+    fields = [] if moved else _changed_fields(old, parent.config, arch, checkpoint.config)
+    if fields:
+        return False, f"config.json differs from the parent's in {', '.join(fields)}"
     converted = {
         name
         for layer, (a, b) in enumerate(zip(before, after, strict=True))
@@ -200,7 +253,15 @@ def _against_parent(
     worst = 0.0
     for layer in chosen:
         ours = _attend(checkpoint.config, arch, layer, _layer_tensors(checkpoint, arch, layer))
-        theirs = _attend(parent.config, old, layer, _layer_tensors(parent, old, layer))
+        rounded = {
+            name: tensor.to(checkpoint.tensors[name].dtype)
+            for name, tensor in _layer_tensors(parent, old, layer).items()
+        }
+        if moved:
+            config = arch.with_groups(checkpoint.config, before[layer].num_key_value_heads)
+            theirs = _attend(config, arch, layer, rounded)
+        else:
+            theirs = _attend(parent.config, old, layer, rounded)
         worst = max(worst, _difference(ours, theirs))
     return (
         worst < TOLERANCE,
@@ -209,7 +270,7 @@ def _against_parent(
 
 
 def _loads_whole(
-    checkpoint: Checkpoint, arch: Architecture, layouts: Sequence[AttentionLayout]
+    checkpoint: Checkpoint, arch: Architecture, layouts: Sequence[AttentionLayout], *, allow_nan: bool
 ) -> tuple[bool, str]:
     """`from_pretrained` takes the folder, the model speaks, and its cache has the promised shape."""
     import transformers
@@ -220,7 +281,9 @@ def _loads_whole(
     wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
     if wrong:
         return False, f"from_pretrained reports {wrong}"
-    for name, target in (model.all_tied_weights_keys or {}).items():
+    # Asked of a model without weights: a loaded one forgets the ties that its weights broke.
+    ties = empty_model(checkpoint.config, arch.auto_class).all_tied_weights_keys or {}
+    for name, target in ties.items():
         if model.get_parameter(name).data_ptr() != model.get_parameter(target).data_ptr():
             return False, f"{name} is not tied to {target}"
     tokens = torch.arange(TOKENS)[None] % model.get_input_embeddings().num_embeddings
@@ -229,7 +292,7 @@ def _loads_whole(
             tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4, do_sample=False,
             eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
-    if not all(bool(step.isfinite().all()) for step in said.logits):
+    if not allow_nan and not all(bool(step.isfinite().all()) for step in said.logits):
         return False, "the logits are not finite"
     numbers = [layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in said.past_key_values.layers]
     if numbers != [layout.cache_numbers for layout in layouts]:
@@ -241,7 +304,7 @@ def _attend(config: dict[str, Any], arch: Architecture, layer: int, tensors: dic
     """What a layer's stock attention says to random inputs, in float64; (2, TOKENS, D)."""
     model = empty_model(config, arch.auto_class, torch.float64)
     load_into(model, tensors)
-    arguments = layer_arguments(model, arch, TOKENS, torch.float64)[layer]
+    arguments = layer_arguments(model, arch.module, TOKENS, torch.float64)[layer]
     attention = model.get_submodule(f"{arch.module.format(layer=layer)}.{arch.attention}")
     generator = torch.Generator().manual_seed(layer)
     x = torch.randn(2, TOKENS, arch.stock_config(config).hidden_size, generator=generator, dtype=torch.float64)
@@ -261,7 +324,20 @@ def _read_as(parent: Checkpoint, name: str, like: Checkpoint) -> Tensor:
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm().clamp_min(1e-300))
+    """Relative, and infinite where only one of them is NaN."""
+    same = a.isnan() & b.isnan()
+    a, b = a.masked_fill(same, 0), b.masked_fill(same, 0)
+    error = float((a - b).norm() / b.norm().clamp_min(1e-300))
+    return math.inf if math.isnan(error) else error
+
+
+def _changed_fields(
+    old: Architecture, before: dict[str, Any], arch: Architecture, after: dict[str, Any]
+) -> list[str]:
+    """Fields that both stock configs of the language model know and disagree on."""
+    a, b = old.stock_config(before).to_dict(), arch.stock_config(after).to_dict()
+    free = {arch.num_key_value_heads, "dtype", "torch_dtype", "transformers_version", "architectures"}
+    return sorted(name for name in a.keys() & b.keys() - free if a[name] != b[name])
 
 
 def _few(layers: int) -> list[int]:

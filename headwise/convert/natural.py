@@ -1,0 +1,88 @@
+"""An MLA layer as a module in natural coordinates: the stock DeepSeek attention class without its latent norm.
+
+The stock tensors hold weights near 1e-9 (mathematics, section 4a), which no optimizer survives. Here the norm is
+an identity and every weight has its natural size; `LatentWeights` goes in and comes out, and `deepseek.py` makes
+stock tensors of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headwise.convert.deepseek import half_split, interleave
+from headwise.convert.layout import LatentWeights
+from headwise.convert.skeleton import empty_model
+
+LAYERS, ATTENTION = "model.layers.{layer}", "self_attn"
+
+
+def natural_attention(
+    config: dict[str, Any], layer: int, latent: LatentWeights, o_bias: Tensor | None, device: torch.device
+) -> Any:
+    """The layer as a float32 module.
+
+    Args:
+        config: the MLA config.json; queries are one projection here, whatever it says of `q_lora_rank`.
+        o_bias: (D,) the output's, or None.
+    """
+    plain = {**copy.deepcopy(config), "q_lora_rank": None}
+    model = empty_model(plain, "AutoModelForCausalLM")
+    attention = model.get_submodule(f"{LAYERS.format(layer=layer)}.{ATTENTION}")
+    hidden = latent.hidden_size
+    queries = torch.cat([latent.q_nope, interleave(latent.q_rope)], 1).flatten(0, 1)
+    queries = queries * (latent.scale * math.sqrt(latent.layout.head_dim))
+    attention.q_proj = _linear(queries, hidden)
+    attention.kv_a_proj_with_mqa = _linear(torch.cat([latent.kv_down, interleave(latent.k_rope)]), hidden)
+    attention.kv_a_layernorm = nn.Identity()
+    attention.kv_b_proj = _linear(torch.cat([latent.k_up, latent.v_up], 1).flatten(0, 1))
+    o = latent.o.transpose(0, 1).flatten(1)
+    attention.o_proj = _linear(o if o_bias is None else torch.cat([o, o_bias[:, None].to(o)], 1), o.shape[1])
+    return attention.to(device)
+
+
+def from_natural(attention: Any, latent: LatentWeights) -> tuple[LatentWeights, Tensor | None]:
+    """What a module of `natural_attention` has become, in float64, and its output bias.
+
+    Args:
+        latent: what it was made of, for the shapes.
+    """
+    layout, heads = latent.layout, latent.q_nope.shape[0]
+    nope, rank = latent.q_nope.shape[1], latent.kv_down.shape[0]
+    queries = _matrix(attention.q_proj).unflatten(0, (heads, -1)) / (latent.scale * math.sqrt(layout.head_dim))
+    down = _matrix(attention.kv_a_proj_with_mqa)
+    up = _matrix(attention.kv_b_proj).unflatten(0, (heads, -1))
+    o = attention.o_proj.weight.detach().double().cpu()
+    bias = attention.o_proj.bias
+    learned = replace(
+        latent,
+        q_nope=queries[:, :nope],
+        q_rope=half_split(queries[:, nope:]),
+        kv_down=down[:rank],
+        k_rope=half_split(down[rank:]),
+        k_up=up[:, :nope],
+        v_up=up[:, nope:],
+        o=o.unflatten(1, (heads, -1)).transpose(0, 1),
+    )
+    return learned, None if bias is None else bias.detach().double().cpu()
+
+
+def _linear(matrix: Tensor, inputs: int | None = None) -> nn.Linear:
+    """A float32 projection; a column beyond `inputs` is its bias."""
+    inputs = inputs or matrix.shape[1]
+    made = nn.Linear(inputs, matrix.shape[0], bias=matrix.shape[1] > inputs)
+    with torch.no_grad():
+        made.weight.copy_(matrix[:, :inputs])
+        if made.bias is not None:
+            made.bias.copy_(matrix[:, inputs])
+    return made.requires_grad_(False)
+
+
+def _matrix(linear: nn.Linear) -> Tensor:
+    columns = [linear.weight.detach()] + ([linear.bias.detach()[:, None]] if linear.bias is not None else [])
+    return torch.cat(columns, 1).double().cpu()
