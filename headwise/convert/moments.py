@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,18 +32,24 @@ class Moments:
 
     @classmethod
     def create(cls, folder: Path, checkpoint: Checkpoint, calibration: Any) -> Moments:
-        """Begin a folder; `calibration` says text, sequences, length and seed.
+        """Begin a folder, or go on with one that an interrupted run began.
+
+        Args:
+            calibration: says text, sequences, length and seed.
 
         Raises:
-            HeadwiseError: the folder exists, or cannot be made.
+            HeadwiseError: the folder exists and holds anything else, or cannot be made.
         """
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise HeadwiseError(f"--save-moments {folder}: {error.strerror}.", "Name a new folder.") from error
         known = {name: getattr(calibration, name) for name in ("text", "sequences", "length", "seed")}
         made = cls(folder, checkpoint.fingerprint(), **known)
-        (folder / INDEX).write_text(json.dumps({"model": made.model, **known}, indent=2) + "\n")
+        with suppress(HeadwiseError):
+            if cls.open(folder, checkpoint) == made:
+                return made
+        try:
+            folder.mkdir(parents=True)
+            (folder / INDEX).write_text(json.dumps({"model": made.model, **known}, indent=2) + "\n")
+        except OSError as error:
+            raise HeadwiseError(f"--save-moments {folder}: {error.strerror}.", "Name a new folder.") from error
         return made
 
     @classmethod
