@@ -81,6 +81,26 @@ def layer_arguments(model: Any, layer_path: str, length: int, dtype: torch.dtype
     return [_attention_arguments(stub) for stub in stubs]
 
 
+def attend(
+    config: dict[str, Any], stock: Any, attention_path: str, layer: int, tensors: dict[str, Tensor], length: int
+) -> tuple[Tensor, Tensor]:
+    """Random inputs, and what a layer's stock attention says to them, in float64: (2, length, D) each.
+
+    Args:
+        stock: has the `auto_class` and the path `module` of the decoder layers.
+        tensors: the layer's attention, by the checkpoint's names.
+    """
+    model = empty_model(config, stock.auto_class, torch.float64)
+    load_into(model, tensors)
+    arguments = layer_arguments(model, stock.module, length, torch.float64)[layer]
+    generator = torch.Generator().manual_seed(layer)
+    width = model.config.get_text_config().hidden_size
+    x = torch.randn(2, length, width, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        output = model.get_submodule(attention_path)(hidden_states=x, **arguments)
+    return x, output[0] if isinstance(output, tuple) else output
+
+
 def _attention_arguments(stub: Stub) -> dict[str, Any]:
     """A decoder layer hands its keyword arguments on to its attention; positional ones are matched by name."""
     names = list(inspect.signature(type(stub.layer).forward).parameters)[2:]

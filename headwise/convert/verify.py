@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headwise.convert import verify_latent
 from headwise.convert.architecture import Architecture, find
 from headwise.convert.checkpoint import Checkpoint, as_bytes, has_nonfinite, open_checkpoint
+from headwise.convert.fit import fit
 from headwise.convert.heads import merge
 from headwise.convert.layout import AttentionLayout
-from headwise.convert.plan import LEFTOVERS
-from headwise.convert.skeleton import empty_model, layer_arguments, load_into
+from headwise.convert.skeleton import attend, empty_model
 from headwise.convert.source import read_json
+from headwise.convert.verify_latent import LatentModel
 from headwise.errors import HeadwiseError
 from headwise.progress import SILENT, Progress
 
@@ -31,6 +33,9 @@ WHOLE = 1 << 30
 TOKENS = 24
 # Float64 evaluations of the same weights differ by rounding alone; some stock classes round inside to float32.
 TOLERANCE = 1e-5
+
+
+Stock = Architecture | LatentModel
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,10 @@ def check_folder(
         finite: read every tensor and look for NaN and infinities (the writer has done so already).
     """
     arguments = arguments or {}
-    arch = find(checkpoint.config, checkpoint.tensors)
+    latent = LatentModel.of(checkpoint.config) if "kv_lora_rank" in checkpoint.config else None
+    arch = None if latent else find(checkpoint.config, checkpoint.tensors)
+    stock = latent or arch
+    assert stock is not None
     checks: list[tuple[str, bool, str]] = []
     progress.stage("Verifying", unit="checks")
 
@@ -107,11 +115,12 @@ def check_folder(
         checks.append((name, passed, detail))
         progress.advance(1)
 
-    layouts = list(promised) if promised is not None else arch.layouts(checkpoint.config)
-    add("tensors", *_tensors_fit(checkpoint, arch))
+    own = latent.layouts if latent else arch.layouts(checkpoint.config) if arch else []
+    layouts = list(promised) if promised is not None else own
+    add("tensors", *_tensors_fit(checkpoint, stock))
     if not checks[-1][1]:
         return Verification(tuple(checks))
-    add("cache", *_cache_is(checkpoint, arch, layouts))
+    add("cache", *_cache_is(checkpoint, stock, layouts))
     if finite:
         bad, changed = _read_through(checkpoint, recorded or {})
         add("finite", not bad, f"NaN or infinity in {', '.join(bad[:3])}" if bad else "every weight is finite")
@@ -119,12 +128,17 @@ def check_folder(
             detail = f"{', '.join(changed[:3])} not as written" if changed else "every tensor is as it was written"
             add("record", not changed, detail)
     chosen = _few(len(layouts))
-    add("function", *_layers_compute_their_weights(checkpoint, arch, chosen))
-    if parent is not None:
-        moved = bool(arguments.keys() & {"context", "sliding_window"})
-        add("parent", *_against_parent(checkpoint, parent, arch, chosen, compare=finite, moved=moved))
+    moved = bool(arguments.keys() & {"context", "sliding_window"})
+    if latent:
+        add("function", *verify_latent.layers_compute_their_factors(checkpoint, latent, chosen, TOKENS))
+        if parent is not None:
+            add("parent", *verify_latent.against_parent(checkpoint, parent, latent, chosen, TOKENS, moved))
+    elif arch:
+        add("function", *_layers_compute_their_weights(checkpoint, arch, chosen))
+        if parent is not None:
+            add("parent", *_against_parent(checkpoint, parent, arch, chosen, compare=finite, moved=moved))
     if checkpoint.nbytes <= WHOLE:
-        add("loading", *_loads_whole(checkpoint, arch, layouts, allow_nan="allow_nan" in arguments))
+        add("loading", *_loads_whole(checkpoint, stock, layouts, allow_nan="allow_nan" in arguments))
     return Verification(tuple(checks))
 
 
@@ -151,38 +165,29 @@ def _read_through(checkpoint: Checkpoint, recorded: Mapping[str, str]) -> tuple[
     return bad, changed
 
 
-def _tensors_fit(checkpoint: Checkpoint, arch: Architecture) -> tuple[bool, str]:
+def _tensors_fit(checkpoint: Checkpoint, stock: Stock) -> tuple[bool, str]:
     """The stock class has a place for every tensor, and a tensor for every place."""
-    model = empty_model(checkpoint.config, arch.auto_class)
-    shapes = {
-        name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-        for name, entry in checkpoint.tensors.items()
-        if not LEFTOVERS.search(name)
-    }
-    found = load_into(model, shapes, "meta")
-    tied = set(model.all_tied_weights_keys or {})
-    missing = sorted(found.missing_keys - tied)
-    wrong = [*missing, *sorted(found.unexpected_keys), *sorted(str(key) for key in found.mismatched_keys)]
+    found = fit(checkpoint, stock.auto_class)
+    stock_class, wrong = type(found.model).__name__, found.wrong
     if wrong:
-        return (
-            False,
-            f"{type(model).__name__} and the folder disagree on {', '.join(wrong[:3])} ({len(wrong)} in all)",
-        )
-    for name, twin in (model.all_tied_weights_keys or {}).items():
+        return False, f"{stock_class} and the folder disagree on {', '.join(wrong[:3])} ({len(wrong)} in all)"
+    for name, twin in found.tied.items():
         both = {name, twin} <= checkpoint.tensors.keys()
         if both and not torch.equal(checkpoint.read(name), checkpoint.read(twin)):
             return False, f"{name} is not tied to {twin}: their values differ"
-    ties = f", {len(tied)} tied" if tied else ""
-    return True, f"{len(shapes)} tensors, each with its place in {type(model).__name__}{ties}"
+    ties = f", {len(found.tied)} tied" if found.tied else ""
+    return True, f"{found.count} tensors, each with its place in {stock_class}{ties}"
 
 
-def _cache_is(checkpoint: Checkpoint, arch: Architecture, layouts: Sequence[AttentionLayout]) -> tuple[bool, str]:
+def _cache_is(checkpoint: Checkpoint, stock: Stock, layouts: Sequence[AttentionLayout]) -> tuple[bool, str]:
     """The stock model's own cache holds what the layouts promise; read off a run without weights."""
-    model = empty_model(checkpoint.config, arch.auto_class).to("meta")
+    # Without weights, the stock classes' grouped experts run in bfloat16 only.
+    model = empty_model(checkpoint.config, stock.auto_class, torch.bfloat16).to("meta")
     with torch.no_grad():
-        text = model.get_submodule(arch.module.rpartition(".")[0].rpartition(".")[0])
+        text = model.get_submodule(stock.module.rpartition(".")[0].rpartition(".")[0])
         width = text.config.hidden_size
-        cache = text(inputs_embeds=torch.empty(1, TOKENS, width, device="meta"), use_cache=True).past_key_values
+        x = torch.empty(1, TOKENS, width, device="meta", dtype=torch.bfloat16)
+        cache = text(inputs_embeds=x, use_cache=True).past_key_values
     found = [layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in cache.layers]
     wanted = [layout.cache_numbers for layout in layouts]
     if found != wanted:
@@ -270,19 +275,23 @@ def _against_parent(
 
 
 def _loads_whole(
-    checkpoint: Checkpoint, arch: Architecture, layouts: Sequence[AttentionLayout], *, allow_nan: bool
+    checkpoint: Checkpoint,
+    stock: Stock,
+    layouts: Sequence[AttentionLayout],
+    *,
+    allow_nan: bool,
 ) -> tuple[bool, str]:
     """`from_pretrained` takes the folder, the model speaks, and its cache has the promised shape."""
     import transformers
 
-    model, info = getattr(transformers, arch.auto_class).from_pretrained(
+    model, info = getattr(transformers, stock.auto_class).from_pretrained(
         checkpoint.folder, dtype=torch.float32, output_loading_info=True
     )
     wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
     if wrong:
         return False, f"from_pretrained reports {wrong}"
     # Asked of a model without weights: a loaded one forgets the ties that its weights broke.
-    ties = empty_model(checkpoint.config, arch.auto_class).all_tied_weights_keys or {}
+    ties = empty_model(checkpoint.config, stock.auto_class).all_tied_weights_keys or {}
     for name, target in ties.items():
         if model.get_parameter(name).data_ptr() != model.get_parameter(target).data_ptr():
             return False, f"{name} is not tied to {target}"
@@ -301,16 +310,8 @@ def _loads_whole(
 
 
 def _attend(config: dict[str, Any], arch: Architecture, layer: int, tensors: dict[str, Tensor]) -> Tensor:
-    """What a layer's stock attention says to random inputs, in float64; (2, TOKENS, D)."""
-    model = empty_model(config, arch.auto_class, torch.float64)
-    load_into(model, tensors)
-    arguments = layer_arguments(model, arch.module, TOKENS, torch.float64)[layer]
-    attention = model.get_submodule(f"{arch.module.format(layer=layer)}.{arch.attention}")
-    generator = torch.Generator().manual_seed(layer)
-    x = torch.randn(2, TOKENS, arch.stock_config(config).hidden_size, generator=generator, dtype=torch.float64)
-    with torch.no_grad():
-        output = attention(hidden_states=x, **arguments)
-    return output[0] if isinstance(output, tuple) else output
+    path = f"{arch.module.format(layer=layer)}.{arch.attention}"
+    return attend(config, arch, path, layer, tensors, TOKENS)[1]
 
 
 def _layer_tensors(checkpoint: Checkpoint, arch: Architecture, layer: int) -> dict[str, Tensor]:
