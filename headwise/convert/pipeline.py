@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from headwise.convert import forecast, measure
 from headwise.convert.architecture import Architecture, find
 from headwise.convert.card import make_card, make_record
 from headwise.convert.checkpoint import Checkpoint, open_checkpoint
+from headwise.convert.fit import check_complete
 from headwise.convert.plan import Plan, make_plan
 from headwise.convert.refit import refit as refit_layer
 from headwise.convert.target import Target
@@ -116,6 +118,7 @@ def convert(
     """
     checkpoint = open_checkpoint(model, revision=revision, token=token, allow_pickle=allow_pickle)
     arch = find(checkpoint.config, checkpoint.tensors)
+    check_complete(checkpoint, arch.auto_class)
     place = _device(device)
     target = choose_target(
         checkpoint,
@@ -274,6 +277,7 @@ def _convert_layers(
         else:
             tensors = target.tensors(layer, made, record)
         # Before the tensors: what they were made with must not be lost if the run is cut off between them.
+        report = _plain(report)
         writer.note(f"layer {layer}", report)
         for name, tensor in tensors.items():
             if name not in writer.done:
@@ -297,11 +301,21 @@ def _carry_rest(checkpoint: Checkpoint, target: Target, writer: Writer, progress
         writer.add_file(path, path.relative_to(checkpoint.folder).as_posix())
 
 
+def _plain(report: Any) -> Any:
+    """A report as JSON can hold it, which knows neither tuples nor NaN: a resumed run reads back the same."""
+    if isinstance(report, dict):
+        return {name: _plain(value) for name, value in report.items()}
+    if isinstance(report, (list, tuple)):
+        return [_plain(value) for value in report]
+    return None if isinstance(report, float) and not math.isfinite(report) else report
+
+
 def _figures(report: dict[str, Any]) -> dict[str, str]:
     """What is worth showing of a layer's report."""
     refit = report.get("refit")
     if refit:
-        return {"error": f"{refit['before']:.4f} -> {refit['after']:.4f}"}
+        before, after = ("NaN" if refit[k] is None else f"{refit[k]:.4f}" for k in ("before", "after"))
+        return {"error": f"{before} -> {after}"}
     return {k: f"{v:.4f}" for k, v in report.items() if isinstance(v, float)}
 
 
