@@ -217,8 +217,11 @@ class _Lines(Progress):
             return
         self.spoke = now
         parts = [amount_done(self.done, self.total, self.unit), *_figures(fields)]
+        took = now - self.start
         if self.total and self.done:
-            parts.append(f"{duration((now - self.start) * (self.total / self.done - 1))} left")
+            parts.append(f"{duration(took * (self.total / self.done - 1))} left")
+        else:
+            parts.append(f"{duration(took)} so far")
         note(f"{self.name}: {', '.join(parts)}")
 
     def finish(self) -> None:

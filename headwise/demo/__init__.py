@@ -36,11 +36,13 @@ FULL, QUICK = Effort(32, 65_536, 40), Effort(8, 16_384, 12)
 
 @dataclass(frozen=True)
 class Trial:
-    """One conversion of the demo: what to make, how, and the arguments of `convert` that say so."""
+    """One conversion of the demo: what to make, how, the arguments of `convert` that say so, and what it costs
+    in time, compared with the others."""
 
     target: str
     method: str
     arguments: dict[str, Any]
+    cost: int
 
 
 @dataclass(frozen=True)
@@ -101,16 +103,16 @@ def demo(
     if not planned:
         raise HeadwiseError(f"{model} has {first.num_key_value_heads} KV head: there is nothing to take away.")
 
-    progress.stage("Demo", total=len(planned) + 1, unit="models")
+    progress.stage("Demo", total=1 + sum(trial.cost for trial in planned), unit="steps")
     progress.advance(0, now="the parent")
     tokenizer = AutoTokenizer.from_pretrained(model)
     count = (QUICK if quick else FULL).blocks
     blocks = blocks_from("builtin", tokenizer, split="heldout", length=BLOCK_LENGTH, count=count, seed=seed)
 
-    def measure(folder: str | Path, target: str, method: str, start: float) -> Measurement:
+    def measure(folder: str | Path, target: str, method: str, start: float, cost: int = 1) -> Measurement:
         cache, nats = inspect(folder).cache.bytes_per_token, loss(folder, blocks)
         progress.note(f"{target:>6}  {method:16} {nats:.3f} nats per token")
-        progress.advance()
+        progress.advance(cost)
         return Measurement(target, method, cache, nats, time.monotonic() - start)
 
     parent_name = name(first.num_key_value_heads, first.num_attention_heads)
@@ -121,7 +123,7 @@ def demo(
         folder = out / f"{trial.target}-{trial.method}".lower().replace(" + ", "-")
         now = _Within(progress, f"{trial.target} {trial.method}")
         convert(model, folder, **trial.arguments, seed=seed, force=True, verify=False, progress=now)
-        results.append(measure(folder, trial.target, trial.method, start))
+        results.append(measure(folder, trial.target, trial.method, start, trial.cost))
 
     done = Demo(str(model), blocks[:, 1:].numel(), parent, tuple(results), out / "demo.png")
     draw(
@@ -138,6 +140,7 @@ def demo(
 def trials(num_key_value_heads: int, quick: bool = False) -> Iterator[Trial]:
     """Half the KV heads, a quarter, and one; each by the mean, by the optimal merge, and refitted after it."""
     effort = QUICK if quick else FULL
+    costs = {"mean": 1, "optimal": 3, "optimal + refit": 15}
     methods: dict[str, dict[str, Any]] = {
         "mean": {"method": "mean", "calibrate": "none", "refit": "off"},
         "optimal": {"refit": "off"},
@@ -146,7 +149,7 @@ def trials(num_key_value_heads: int, quick: bool = False) -> Iterator[Trial]:
     counts = (num_key_value_heads // 2, 1) if quick else (num_key_value_heads // 2, num_key_value_heads // 4, 1)
     for groups in dict.fromkeys(count for count in counts if 0 < count < num_key_value_heads):
         for method, arguments in methods.items():
-            yield Trial(name(groups), method, {"to": "gqa", "groups": groups, **arguments})
+            yield Trial(name(groups), method, {"to": "gqa", "groups": groups, **arguments}, costs[method])
 
 
 def name(num_key_value_heads: int, num_attention_heads: int = 0) -> str:
