@@ -12,9 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# A head takes part in the comparison through this many leading components at most (fewer in large groups), so
-# that a candidate group never costs more than an eigenvalue problem of this order.
-LARGEST_PROBLEM = 128
+# Order of the eigenvalue problem that tells what a candidate group costs, at most.
+LARGEST_PROBLEM = 64
+
+
+def components(size: int) -> int:
+    """How many leading principal components stand for a head when groups of `size` are compared."""
+    return max(8, LARGEST_PROBLEM // size)
 
 
 def choose_groups(energies: Sequence[Tensor], size: int) -> list[list[int]]:
@@ -23,15 +27,15 @@ def choose_groups(energies: Sequence[Tensor], size: int) -> list[list[int]]:
     Swaps of two heads lower the cost until none does, from two starts: neighbours, and greedy growth.
 
     Args:
-        energies: per space, E[(R_i row_i)(R_j row_j)^H] as (batch, G, n, G, n); each space counts by its share
-            of its own total energy.
+        energies: per space, E[(R_i row_i)(R_j row_j)^H] as (batch, G, n, G, n), of as many rows as `components`
+            says or of all; each space counts by its share of its own total energy.
         size: heads per group; divides G.
 
     Returns:
         Groups of ascending heads, ordered by their first head.
     """
     heads = energies[0].shape[1]
-    cost = GroupCost(energies, size)
+    cost = GroupCost(energies)
     neighbours = [tuple(range(j, j + size)) for j in range(0, heads, size)]
     found = [_descend(start, cost) for start in (neighbours, _grow(heads, size, cost))]
     best = min(found, key=lambda groups: (round(sum(cost(g) for g in groups), 12), groups))
@@ -41,9 +45,10 @@ def choose_groups(energies: Sequence[Tensor], size: int) -> list[list[int]]:
 class GroupCost:
     """Residual energy of a candidate group, summed over spaces, each relative to its total. Remembers."""
 
-    def __init__(self, energies: Sequence[Tensor], size: int) -> None:
-        self._spaces = [_compress(energy, max(8, LARGEST_PROBLEM // size)) for energy in energies]
-        self._totals = [float(_trace(energy).real.sum()) or 1.0 for energy in self._spaces]
+    def __init__(self, energies: Sequence[Tensor]) -> None:
+        # Ordered so that a candidate's block is gathered in one piece.
+        self._spaces = [energy.permute(1, 3, 0, 2, 4).contiguous() for energy in energies]
+        self._totals = [float(torch.einsum("bhnhn->", energy).real) or 1.0 for energy in energies]
         self._known: dict[tuple[int, ...], float] = {}
 
     def __call__(self, group: Sequence[int]) -> float:
@@ -60,28 +65,12 @@ class GroupCost:
         index = torch.tensor(new)
         total = torch.zeros(len(new), dtype=torch.float64)
         for energy, whole in zip(self._spaces, self._totals, strict=True):
-            n = energy.shape[2]
-            block = energy.permute(1, 3, 0, 2, 4)[
-                index[:, :, None], index[:, None, :]
-            ]  # (groups, g, g, batch, n, n)
+            n = energy.shape[-1]
+            block = energy[index[:, :, None], index[:, None, :]]  # (groups, g, g, batch, n, n)
             block = block.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # (groups, batch, g n, g n)
             values = torch.linalg.eigvalsh(block)
             total += values[..., :-n].sum((-1, -2)).to(torch.float64).cpu() / whole
         self._known.update(zip(new, total.tolist(), strict=True))
-
-
-def _compress(energy: Tensor, components: int) -> Tensor:
-    """Every head seen through its leading principal components; exact when it has no more than that."""
-    heads, n = energy.shape[1:3]
-    if n <= components:
-        return energy
-    own = torch.stack([energy[:, j, :, j] for j in range(heads)], 1)
-    basis = torch.linalg.eigh(own)[1][..., -components:]  # (batch, G, n, components)
-    return torch.einsum("bhnc,bhngm,bgmd->bhcgd", basis.conj(), energy, basis)
-
-
-def _trace(energy: Tensor) -> Tensor:
-    return torch.einsum("bhnhn->b", energy)
 
 
 def _grow(heads: int, size: int, cost: GroupCost) -> list[tuple[int, ...]]:

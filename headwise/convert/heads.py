@@ -1,7 +1,8 @@
 """Fewer (or more) key-value heads for one attention layer: mathematics, sections 1 to 3.
 
-A group of g key-value heads becomes one. Every method answers the same question in the same form: which rows
-should the group share, and by which map does each member's row come back from them,
+A group of g key-value heads becomes one. The published baselines pool: the group's key and value rows are
+averaged, or one member's are taken, and queries and outputs stay as they are. The other methods answer which rows
+the group should share, and by which map each member's row comes back from them,
 
     rows_j  ~  maps_j @ shared.
 
@@ -14,13 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from headwise.convert.grouping import choose_groups
+from headwise.convert.grouping import choose_groups, components
 from headwise.convert.layout import LayerWeights, planes, rows
-from headwise.convert.methods import METHODS, phased, root, second_moment
+from headwise.convert.methods import METHODS, lost, phased, root
+
+# Methods that pool the checkpoint's own rows.
+POOLS = ("mean", "first", "random")
+# The coarser dtype in which heads are compared with each other before they are merged.
+COARSE = {torch.float64: torch.float32, torch.complex128: torch.complex64}
 
 
 @dataclass(frozen=True)
@@ -28,13 +35,14 @@ class MergeReport:
     """What merging a layer is expected to cost.
 
     `key_error` is the expected squared error of the attention scores and `value_error` that of the layer's
-    output for given attention weights, each relative to the energy of what is approximated (0: exact).
-    `groups` lists the source key-value heads that each new head stands for.
+    output for given attention weights, each relative to the energy of what is approximated (0: exact; None: a
+    pooling without calibration, which measures nothing). `groups` lists the source key-value heads that each new
+    head stands for.
     """
 
     groups: tuple[tuple[int, ...], ...]
-    key_error: float
-    value_error: float
+    key_error: float | None
+    value_error: float | None
 
 
 def merge(
@@ -55,7 +63,7 @@ def merge(
     Args:
         weights: the source layer, float64.
         num_key_value_heads: a divisor of the layer's own number, or a multiple that divides its query heads.
-        method: one of `methods.METHODS`.
+        method: one of `methods.METHODS` or `POOLS`.
         grouping: "optimal" chooses which heads share by least residual energy, "contiguous" takes neighbours.
         moment: E[x x^T] of the attention input, (inputs, inputs), with the constant 1 appended where the layer
             has biases; None stands for the identity.
@@ -80,26 +88,50 @@ def merge(
         raise ValueError(f"{source} key-value heads cannot be merged into {num_key_value_heads}")
 
     size = source // num_key_value_heads
-    spaces = [
-        *key_spaces(weights, moment, key_moment),
-        value_space(weights, moment if value_moment is None else value_moment),
-    ]
-    if grouping == "optimal" and num_key_value_heads > 1:
-        groups = choose_groups([space.energy() for space in spaces], size)
-    else:
-        groups = [list(range(j, j + size)) for j in range(0, source, size)]
+    regroup = grouping == "optimal" and num_key_value_heads > 1
+    groups = neighbours(source, size)
+    spaces: list[Space] = []
+    if regroup or moment is not None or method not in POOLS:
+        spaces = all_spaces(weights, moment, key_moment, value_moment)
+    if regroup:
+        groups = choose_groups([space.energy(components(size)) for space in spaces], size)
+    named = tuple(map(tuple, groups))
+    if method not in POOLS:
+        merged, errors = _merge(weights, spaces, groups, method, moment)
+        return merged, MergeReport(named, *errors)
+    pooled = _pool_layer(weights, groups, method, seed)
+    if moment is None:
+        return pooled, MergeReport(named, None, None)
+    after = all_spaces(pooled, moment, key_moment, value_moment)
+    return pooled, MergeReport(named, *_pooling_errors(spaces, after, groups))
 
+
+def neighbours(heads: int, size: int) -> list[list[int]]:
+    """Groups of heads that follow one another."""
+    return [list(range(j, j + size)) for j in range(0, heads, size)]
+
+
+def pool(heads: Tensor, groups: Sequence[Sequence[int]], method: str, seed: int = 0) -> Tensor:
+    """One head for every group: the mean of its members (Ainslie et al. 2023, arXiv 2305.13245), the first or any.
+
+    Args:
+        heads: (G, ...), a layer's key rows, value rows, biases or norm weights, in any floating dtype.
+        method: one of `POOLS`.
+
+    Returns:
+        (groups, ...), float64.
+    """
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
-        picks = torch.randint(size, (len(groups),), generator=generator).tolist()
-        groups = [[g[pick], *g[:pick], *g[pick + 1 :]] for g, pick in zip(groups, picks, strict=True)]
-    blended = [_blend(space, groups, method) for space in spaces]
-    merged = _assemble(weights, spaces, blended, groups, moment)
-    key_blends = [b for s, b in zip(spaces, blended, strict=True) if s.kind != "value"]
-    value_blends = [b for s, b in zip(spaces, blended, strict=True) if s.kind == "value"]
-    return merged, MergeReport(
-        tuple(tuple(g) for g in groups), _relative_error(key_blends), _relative_error(value_blends)
-    )
+        picks = torch.randint(len(groups[0]), (len(groups),), generator=generator).tolist()
+        return heads[[group[pick] for group, pick in zip(groups, picks, strict=True)]].to(torch.float64)
+    if method == "first":
+        return heads[[group[0] for group in groups]].to(torch.float64)
+    found = torch.zeros(len(groups), *heads.shape[1:], dtype=torch.float64, device=heads.device)
+    for mean, group in zip(found, groups, strict=True):
+        for j in group:
+            mean += heads[j]
+    return found.div_(len(groups[0]))
 
 
 def replicate(weights: LayerWeights, times: int) -> LayerWeights:
@@ -119,19 +151,26 @@ def replicate(weights: LayerWeights, times: int) -> LayerWeights:
 class Space:
     """Rows of all key-value heads that may be mixed with each other, and what an error in them costs.
 
-    `rows` (batch, G, n, inputs): batch entries never mix (one per rotary plane). `costs` (batch, G, n, n):
-    an error e in head j is expected to cost `e^H costs_j e`. `moment` is that of the inputs. `fixed` marks
-    batch entries under a query-key norm, where only a sign (a phase, if `free`) may be given to a head.
+    `rows` (batch, G, n, inputs): batch entries never mix (one per rotary plane); `seen` is `rows @ moment` of the
+    inputs, so that `rows seen^H` are second moments. `costs` (batch, G, n, n): an error e in head j is expected
+    to cost `e^H costs_j e`. `fixed` marks batch entries under a query-key norm, where only a sign (a phase, if
+    `free`) may be given to a head.
     """
 
     kind: str
     rows: Tensor
+    seen: Tensor
     costs: Tensor
-    moment: Tensor | None
     fixed: bool = False
     free: Tensor | None = None
 
-    @property
+    @cached_property
+    def own(self) -> Tensor:
+        """E[row_j row_j^H] of every head, (batch, G, n, n)."""
+        heads = range(self.rows.shape[1])
+        return torch.stack([self.rows[:, j] @ self.seen[:, j].mH for j in heads], 1)
+
+    @cached_property
     def balanced(self) -> Tensor:
         """The costs with every head counted by the root of its energy instead of its energy.
 
@@ -139,19 +178,49 @@ class Space:
         a loud head takes the shared rows for itself. Halving the exponent lowered the damage on every real model
         tried (docs/results/heads.md).
         """
-        energy = (self.costs * second_moment(self.rows, self.rows, self.moment).mT).sum((-2, -1)).real
+        energy = (self.costs * self.own.mT).sum((-2, -1)).real
         silent = energy <= 0
         return self.costs / energy.masked_fill(silent, 1).sqrt()[..., None, None]
 
-    def energy(self) -> Tensor:
-        """E[(R_i row_i)(R_j row_j)^H] over all heads, (batch, G, n, G, n), with R^H R the balanced costs."""
+    def gram(self, group: Sequence[int]) -> Tensor:
+        """E[row_i row_j^H] over the members of a group, (batch, g, n, g, n)."""
+        members, seen = (self.rows[:, group].flatten(1, 2), self.seen[:, group].flatten(1, 2))
+        return self._real(members @ seen.mH).unflatten(2, (len(group), -1)).unflatten(1, (len(group), -1))
+
+    def energy(self, components: int | None = None) -> Tensor:
+        """E[(R_i row_i)(R_j row_j)^H] over all heads, (batch, G, n, G, n), with R^H R the balanced costs.
+
+        Of heads with more rows than `components`, that many leading principal components stand for all.
+        """
         weight, _ = root(self.balanced)
-        batch, heads, n, inputs = self.rows.shape
-        stack = (weight @ self.rows).reshape(batch, heads * n, inputs)
-        gram = second_moment(stack, stack, self.moment)
-        if self.fixed and self.free is not None:
-            gram = torch.where(self.free[:, None, None], gram, gram.real.to(gram.dtype))
-        return gram.reshape(batch, heads, n, heads, n)
+        if components is not None and components < weight.shape[-1]:
+            basis = torch.linalg.eigh(weight @ self.own @ weight.mH)[1][..., -components:]
+            weight = basis.mH @ weight
+        dtype = COARSE[self.rows.dtype]
+
+        def weighted(every: Tensor) -> Tensor:
+            parts = [(weight[:, j] @ every[:, j]).to(dtype) for j in range(every.shape[1])]
+            return torch.cat(parts, 1)
+
+        stack = weighted(self.rows)
+        gram = stack @ (stack if self.seen is self.rows else weighted(self.seen)).mH
+        heads = self.rows.shape[1]
+        return self._real(gram.to(self.rows.dtype)).unflatten(2, (heads, -1)).unflatten(1, (heads, -1))
+
+    def _real(self, gram: Tensor) -> Tensor:
+        """Without imaginary parts where only a sign may be given."""
+        if not (self.fixed and self.free is not None):
+            return gram
+        return torch.where(self.free[:, None, None], gram, gram.real.to(gram.dtype))
+
+
+def all_spaces(
+    weights: LayerWeights, moment: Tensor | None, key_moment: Tensor | None, value_moment: Tensor | None
+) -> list[Space]:
+    return [
+        *key_spaces(weights, moment, key_moment),
+        value_space(weights, moment if value_moment is None else value_moment),
+    ]
 
 
 def key_spaces(weights: LayerWeights, moment: Tensor | None, key_moment: Tensor | None = None) -> list[Space]:
@@ -161,64 +230,65 @@ def key_spaces(weights: LayerWeights, moment: Tensor | None, key_moment: Tensor 
     query heads of the key-value head (mathematics, section 2). Under a query-key norm, rows are taken as the
     norm leaves them: divided by their expected root-mean-square.
     """
-    keys = moment if key_moment is None else key_moment
     layout, r = weights.layout, weights.layout.rotary_dim
     groups, reads = layout.num_key_value_heads, layout.queries_per_group
     q, k = weights.q, weights.k
+    q_seen = _see(q, moment)
+    reading = _energies(q, q_seen)  # of every query row, (H, head_dim)
     normed = weights.k_norm is not None
     if weights.q_norm is not None:
-        q = weights.q_norm[:, :, None] * q / root_mean_square(q, moment, weights.norm_scope)
+        reading = reading * (weights.q_norm / root_mean_square(reading, weights.norm_scope)).square()
     if weights.k_norm is not None:
-        k = k / root_mean_square(k, moment, weights.norm_scope)
+        k = k / root_mean_square(_energies(k, _see(k, moment)), weights.norm_scope)[:, :, None]
         if weights.norm_scope == "all":
             k = weights.k_norm[:, :, None] * k
         else:
-            q = weights.k_norm.repeat_interleave(reads, 0)[:, :, None] * q
+            reading = weights.k_norm.repeat_interleave(reads, 0).square() * reading
+    reading = reading.unflatten(0, (groups, reads)).sum(1)
+    k_seen = _see(k, moment if key_moment is None else key_moment)
 
     found = []
     if r:
-        planes_q = planes(q, r).unflatten(0, (groups, reads))
-        energy = second_moment(planes_q.unsqueeze(-2), planes_q.unsqueeze(-2), moment)  # (G, reads, F, 1, 1)
+        in_planes = planes(k, r).transpose(0, 1).unsqueeze(2)
+        seen = in_planes if k_seen is k else planes(k_seen, r).transpose(0, 1).unsqueeze(2)
+        cost = reading[:, :r].unflatten(1, (2, -1)).sum(1).T[:, :, None, None].to(in_planes.dtype)
         free = _equal_on_planes(weights) if normed else None
-        found.append(
-            Space(
-                "rotary",
-                planes(k, r).transpose(0, 1).unsqueeze(2),
-                energy.sum(1).transpose(0, 1),
-                keys,
-                fixed=normed,
-                free=free,
-            )
-        )
-    if r < layout.head_dim:
-        rest_q = q[:, r:].unflatten(0, (groups, reads))
-        cost = second_moment(rest_q, rest_q, moment).sum(1)[None]
-        rest = Space("position-free", k[None, :, r:], cost, keys)
-        if normed:  # a norm's weight forbids mixing rows: each row is a space of its own, up to a sign
-            rest = Space(
-                "position-free",
-                rest.rows[0].transpose(0, 1).unsqueeze(2),
-                torch.diagonal(cost[0], dim1=-2, dim2=-1).T[:, :, None, None],
-                keys,
-                fixed=True,
-            )
-        found.append(rest)
+        found.append(Space("rotary", in_planes, seen, cost, fixed=normed, free=free))
+    if r < layout.head_dim and normed:
+        # The norm's weight forbids mixing rows: each row is a space of its own, up to a sign.
+        apart, seen = (rest[:, r:].transpose(0, 1).unsqueeze(2) for rest in (k, k_seen))
+        found.append(Space("position-free", apart, seen, reading[:, r:].T[:, :, None, None], fixed=True))
+    elif r < layout.head_dim:
+        cost = q[:, r:] @ q_seen[:, r:].mT
+        cost = cost.unflatten(0, (groups, reads)).sum(1)[None]
+        found.append(Space("position-free", k[None, :, r:], k_seen[None, :, r:], cost))
     return found
 
 
 def value_space(weights: LayerWeights, moment: Tensor | None) -> Space:
     """Values, whose errors cost what the output matrices make of them: `sum_h W_o[h]^T W_o[h]`."""
     layout = weights.layout
-    o = weights.o.unflatten(0, (layout.num_key_value_heads, layout.queries_per_group))
-    return Space("value", weights.v[None], (o.mT @ o).sum(1)[None], moment)
+    cost = (weights.o.mT @ weights.o).unflatten(0, (layout.num_key_value_heads, layout.queries_per_group)).sum(1)
+    v = weights.v[None]
+    return Space("value", v, v if moment is None else _see(weights.v, moment)[None], cost[None])
 
 
-def root_mean_square(rows: Tensor, moment: Tensor | None, scope: str | None) -> Tensor:
-    """Expected root-mean-square an RMSNorm divides by: (heads, 1, 1), or (1, 1, 1) for the scope "all"."""
-    weighted = rows if moment is None else rows @ moment.to(rows.dtype)
-    energy = (weighted * rows).sum(-1)
-    mean = energy.mean(-1, keepdim=True) if scope == "head" else energy.mean().reshape(1, 1)
-    return mean.clamp_min(torch.finfo(mean.dtype).tiny).sqrt()[:, :, None]
+def root_mean_square(energies: Tensor, scope: str | None) -> Tensor:
+    """Expected root-mean-square an RMSNorm divides by, from the energies of its rows (heads, rows).
+
+    (heads, 1), or (1, 1) for the scope "all".
+    """
+    mean = energies.mean(-1, keepdim=True) if scope == "head" else energies.mean().reshape(1, 1)
+    return mean.clamp_min(torch.finfo(mean.dtype).tiny).sqrt()
+
+
+def _see(rows: Tensor, moment: Tensor | None) -> Tensor:
+    return rows if moment is None else rows @ moment
+
+
+def _energies(rows: Tensor, seen: Tensor) -> Tensor:
+    """E|row x|^2 of every row, (heads, rows)."""
+    return torch.einsum("hri,hri->hr", rows, seen)
 
 
 def _equal_on_planes(weights: LayerWeights) -> Tensor:
@@ -231,79 +301,119 @@ def _equal_on_planes(weights: LayerWeights) -> Tensor:
     return equal
 
 
-@dataclass(frozen=True)
-class _Blend:
-    """All groups of one space: shared (batch, groups, n, inputs), maps (batch, G, n, n) in group order."""
-
-    shared: Tensor
-    maps: Tensor
-    lost: float
-    total: float
-
-
-def _blend(space: Space, groups: Sequence[Sequence[int]], method: str) -> _Blend:
-    shared, maps, lost, total = [], [], 0.0, 0.0
-    balanced = space.balanced
-    for group in groups:
-        members, cost = space.rows[:, group], space.costs[:, group]
-        if space.fixed and method in ("optimal", "aligned"):
-            weight = balanced[:, group] if method == "optimal" else torch.ones_like(cost)
-            found = phased(members, weight, space.moment, space.free)
-        else:
-            found = METHODS[method](members, balanced[:, group], space.moment)
-        lost += _cost(members - found[1] @ found[0].unsqueeze(-3), cost, space.moment)
-        total += _cost(members, cost, space.moment)
-        shared.append(found[0])
-        maps.append(found[1])
-    return _Blend(torch.stack(shared, 1), torch.cat(maps, 1), lost, total)
+def _pool_layer(weights: LayerWeights, groups: Sequence[Sequence[int]], method: str, seed: int) -> LayerWeights:
+    """The layer with pooled keys and values, and every query head beside the key-value head it reads."""
+    queries = _queries(groups, weights.layout.queries_per_group)
+    moved = queries != list(range(len(queries)))
+    k_norm = weights.k_norm
+    if k_norm is not None:
+        k_norm = pool(k_norm, groups, method, seed) if weights.norm_scope == "all" else k_norm[: len(groups)]
+    return replace(
+        weights,
+        layout=weights.layout.with_groups(len(groups)),
+        q=weights.q[queries] if moved else weights.q,
+        k=pool(weights.k, groups, method, seed),
+        v=pool(weights.v, groups, method, seed),
+        o=weights.o[queries] if moved else weights.o,
+        q_norm=weights.q_norm[queries] if moved and weights.q_norm is not None else weights.q_norm,
+        k_norm=k_norm,
+    )
 
 
-def _assemble(
+def _pooling_errors(
+    before: Sequence[Space], after: Sequence[Space], groups: Sequence[Sequence[int]]
+) -> tuple[float, float]:
+    """The relative errors of keys and values in which every head reads its group's rows as its own."""
+    order, size = [j for group in groups for j in group], len(groups[0])
+    errors = _Errors()
+    for old, new in zip(before, after, strict=True):
+        rows, seen = (
+            a[:, order] - b.repeat_interleave(size, 1) for a, b in ((old.rows, new.rows), (old.seen, new.seen))
+        )
+        apart = (old.costs[:, order] * (rows @ seen.mH).mT).sum().real
+        errors.add(old, float(apart))
+    return errors.relative
+
+
+class _Errors:
+    """Expected costs of errors in keys and in values, and of losing them altogether."""
+
+    def __init__(self) -> None:
+        self._lost, self._total = [0.0, 0.0], [0.0, 0.0]
+
+    def add(self, space: Space, lost: float) -> None:
+        side = int(space.kind == "value")
+        self._lost[side] += lost
+        self._total[side] += float((space.costs * space.own.mT).sum().real)
+
+    @property
+    def relative(self) -> tuple[float, float]:
+        keys, values = (a / b if b else 0.0 for a, b in zip(self._lost, self._total, strict=True))
+        return keys, values
+
+
+def _merge(
     weights: LayerWeights,
     spaces: Sequence[Space],
-    blended: Sequence[_Blend],
     groups: Sequence[Sequence[int]],
+    method: str,
     moment: Tensor | None,
-) -> LayerWeights:
-    """The grouped layer: shared rows as keys and values, maps absorbed by queries and outputs."""
+) -> tuple[LayerWeights, tuple[float, float]]:
+    """The grouped layer: shared rows as keys and values, maps absorbed by queries and outputs.
+
+    Group by group, so that what is in memory besides the layer and the result stays small.
+    """
     layout, r = weights.layout, weights.layout.rotary_dim
     reads = layout.queries_per_group
-    order = torch.tensor([j for group in groups for j in group])
-    queries = (order[:, None] * reads + torch.arange(reads)).flatten()
-    q, o = weights.q[queries].clone(), weights.o[queries]
-    k = torch.empty(len(groups), *weights.k.shape[1:], dtype=weights.k.dtype, device=weights.k.device)
-    v = weights.v
-    for space, blend in zip(spaces, blended, strict=True):
-        maps = blend.maps.repeat_interleave(reads, 1)
-        if space.kind == "rotary":
-            k[:, :r] = rows(blend.shared.squeeze(2).transpose(0, 1))
-            q[:, :r] = rows(maps[:, :, 0].conj().transpose(0, 1) * planes(q, r))
-        elif space.kind == "value":
-            v, o = blend.shared[0], o @ maps[0]
-        elif space.fixed:
-            k[:, r:] = blend.shared.squeeze(2).transpose(0, 1)
-            q[:, r:] = maps[:, :, 0].transpose(0, 1) * q[:, r:]
-        else:
-            k[:, r:], q[:, r:] = blend.shared[0], maps[0].mT @ q[:, r:]
+    q, o = torch.empty_like(weights.q), torch.empty_like(weights.o)
+    k = weights.k.new_empty(len(groups), *weights.k.shape[1:])
+    v = weights.v.new_empty(len(groups), *weights.v.shape[1:])
+    errors = _Errors()
+    for space in spaces:
+        forgone = 0.0
+        for new, group in enumerate(groups):
+            gram, costs = space.gram(group), space.costs[:, group]
+            mix, maps = _mix(space, group, gram, method)
+            forgone += float(lost(gram, costs, mix, maps))
+            shared = mix.flatten(-2, -1) @ space.rows[:, group].flatten(1, 2)
+            maps = maps.repeat_interleave(reads, 1)
+            old = _queries([group], reads)
+            at = slice(new * len(old), (new + 1) * len(old))
+            if space.kind == "rotary":
+                k[new, :r] = rows(shared[:, 0])
+                q[at, :r] = rows(maps[:, :, 0].conj().transpose(0, 1) * planes(weights.q[old], r))
+            elif space.kind == "value":
+                v[new] = shared[0]
+                torch.matmul(weights.o[old], maps[0], out=o[at])
+            elif space.fixed:
+                k[new, r:] = shared[:, 0]
+                q[at, r:] = maps[:, :, 0].transpose(0, 1) * weights.q[old][:, r:]
+            else:
+                k[new, r:], q[at, r:] = shared[0], maps[0].mT @ weights.q[old][:, r:]
+        errors.add(space, forgone)
 
+    queries = _queries(groups, reads)
     q_norm = None if weights.q_norm is None else weights.q_norm[queries]
     k_norm = None if weights.k_norm is None else weights.k_norm[: len(groups)]
     if weights.k_norm is not None and weights.norm_scope == "all":
         # The members' weights were folded into the rows. Their root-mean-square comes out again, so that the norm
         # sees rows as it did before, and makes up for what the mean lost in size.
-        size = len(groups[0])
-        k_norm = weights.k_norm[order].unflatten(0, (-1, size)).square().mean(1).sqrt()
+        k_norm = torch.stack([weights.k_norm[group].square().mean(0).sqrt() for group in groups])
         k = k / k_norm.clamp_min(torch.finfo(k.dtype).tiny)[:, :, None]
-        k_norm = k_norm * root_mean_square(k, moment, "all")[0]
-    return replace(
+        k_norm = k_norm * root_mean_square(_energies(k, _see(k, moment)), "all")
+    merged = replace(
         weights, layout=layout.with_groups(len(groups)), q=q, k=k, v=v, o=o, q_norm=q_norm, k_norm=k_norm
     )
+    return merged, errors.relative
 
 
-def _relative_error(blends: Sequence[_Blend]) -> float:
-    total = sum(b.total for b in blends)
-    return sum(b.lost for b in blends) / total if total else 0.0
+def _mix(space: Space, group: Sequence[int], gram: Tensor, method: str) -> tuple[Tensor, Tensor]:
+    weight = space.balanced[:, group]
+    if space.fixed:
+        return phased(gram, weight if method == "optimal" else torch.ones_like(weight))
+    return METHODS[method](gram, weight)
 
 
-def _cost(error: Tensor, costs: Tensor, moment: Tensor | None) -> float:
-    return float((costs * second_moment(error, error, moment).mT).sum().real)
+def _queries(groups: Sequence[Sequence[int]], reads: int) -> list[int]:
+    """The query heads that read the members of these groups, in their order."""
+    return [j * reads + i for group in groups for j in group for i in range(reads)]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from headwise.convert.grouping import GroupCost, choose_groups
-from headwise.convert.heads import key_spaces, merge, value_space
+from headwise.convert.heads import Space, key_spaces, merge, value_space
 from headwise.convert.layout import LayerWeights, planes, rows
-from headwise.convert.methods import METHODS
+from headwise.convert.methods import METHODS, lost
 from tests.reference import attend, frequencies, random_layer
 
 SHAPES = [  # heads, key-value heads, head_dim, rotary_dim, hidden size, bias
@@ -125,11 +125,21 @@ def test_normed_heads_that_differ_by_sign_and_scale_merge_exactly(scope):
     assert report.key_error < 1e-9
 
 
-def cost(members: torch.Tensor, costs: torch.Tensor, moment: torch.Tensor | None, found: tuple) -> torch.Tensor:
-    shared, maps = found
-    error = members - maps @ shared.unsqueeze(-3)
+def cost(space: Space, moment: torch.Tensor | None, found: tuple) -> torch.Tensor:
+    """The balanced cost of sharing `mix` of a space's rows, from the errors themselves."""
+    mix, maps = found
+    shared = torch.einsum("bagc,bgci->bai", mix, space.rows)
+    error = space.rows - maps @ shared.unsqueeze(-3)
     weighted = error if moment is None else error @ moment.to(error.dtype)
-    return (costs * (weighted @ error.mH).mT).sum().real
+    return (space.balanced * (weighted @ error.mH).mT).sum().real
+
+
+def pooling(space: Space, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A mean of the members with these shares, as a mix and maps."""
+    batch, heads, n = space.rows.shape[:3]
+    one = torch.eye(n, dtype=space.rows.dtype)
+    mix = shares.to(one.dtype)[None, None, :, None] * one[None, :, None, :]
+    return mix.expand(batch, n, heads, n), one.expand(batch, heads, n, n)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
@@ -139,8 +149,12 @@ def test_optimal_costs_the_least(shape, calibrated):
     layer = random_layer(heads, groups, d, hidden, rotary_dim=rotary, bias=bias)
     moment = moment_of(layer, inputs_like(layer, 400)) if calibrated else None
     for space in [*key_spaces(layer, moment), value_space(layer, moment)]:
-        found = {n: m(space.rows, space.balanced, moment) for n, m in METHODS.items()}
-        costs = {n: float(cost(space.rows, space.balanced, moment, f)) for n, f in found.items()}
+        gram = space.gram(range(groups))
+        found = {n: m(gram, space.balanced) for n, m in METHODS.items()}
+        found["mean"] = pooling(space, torch.full((groups,), 1 / groups))
+        found |= {f"head {j}": pooling(space, torch.eye(groups)[j]) for j in range(groups)}
+        costs = {n: float(cost(space, moment, f)) for n, f in found.items()}
+        assert costs["optimal"] == pytest.approx(float(lost(gram, space.balanced, *found["optimal"])), rel=1e-9)
         assert all(costs["optimal"] <= c * (1 + 1e-9) for c in costs.values()), costs
 
 
@@ -149,7 +163,7 @@ def test_chosen_groups_are_never_worse_than_neighbours(groups, target):
     layer = random_layer(groups, groups, 8, 40, seed=groups)
     energies = [s.energy() for s in [*key_spaces(layer, None), value_space(layer, None)]]
     size = groups // target
-    value = GroupCost(energies, size)
+    value = GroupCost(energies)
     chosen = choose_groups(energies, size)
     assert sorted(j for group in chosen for j in group) == list(range(groups))
     neighbours = [tuple(range(j, j + size)) for j in range(0, groups, size)]
@@ -178,10 +192,10 @@ def test_optimal_cannot_be_improved_by_small_steps():
     layer = random_layer(6, 6, 8, 24)
     moment = moment_of(layer, inputs_like(layer, 200))
     for space in [*key_spaces(layer, moment), value_space(layer, moment)]:
-        shared, maps = METHODS["optimal"](space.rows, space.balanced, moment)
-        shared, maps = shared.detach().requires_grad_(), maps.detach().requires_grad_()
-        total = cost(space.rows, space.balanced, moment, (shared, maps))
-        for gradient, value in zip(torch.autograd.grad(total, (shared, maps)), (shared, maps), strict=True):
+        mix, maps = METHODS["optimal"](space.gram(range(6)), space.balanced)
+        mix, maps = mix.detach().requires_grad_(), maps.detach().requires_grad_()
+        total = cost(space, moment, (mix, maps))
+        for gradient, value in zip(torch.autograd.grad(total, (mix, maps)), (mix, maps), strict=True):
             assert gradient.norm() * value.norm() < 1e-6 * total
 
 
