@@ -157,7 +157,7 @@ def convert(**options: Any) -> None:
     from headwise.convert.pipeline import convert
 
     with ui.progress() as progress:
-        outcome = convert(**options, progress=progress)
+        outcome: Any = convert(**options, progress=progress)
     (show.plan if "dry_run" in options else show.outcome)(outcome)
     ui.result(outcome)
 

@@ -31,7 +31,7 @@ class Effort:
     refit: int
 
 
-FULL, QUICK = Effort(32, 65_536, 40), Effort(8, 16_384, 12)
+FULL, QUICK = Effort(32, 65_536, 32), Effort(8, 16_384, 12)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def draw(parent: Measurement, measured: Sequence[Measurement], path: Path, *, ti
 
     axes.set_yscale("function", functions=(height, nats_at))
     axes.set_xscale("log", base=2)
-    axes.set_xlim(least * shrinkage**0.28, parent.cache_bytes * shrinkage**-0.02)
+    axes.set_xlim(least * shrinkage**0.36, parent.cache_bytes * shrinkage**-0.02)
     heights = [0.0, *(height(point.nats) for point in measured)]
     tall = max(heights) - min(heights) or 1.0
     top = max(heights) + 0.05 * tall
@@ -118,13 +118,13 @@ def _name_sizes(axes: Any, parent: Measurement, measured: Sequence[Measurement])
 
 
 def _round_numbers(height: Any, low: float, high: float, gap: float) -> list[float]:
-    """Numbers between `low` and `high` for the ticks, roundest first, whose heights are `gap` apart."""
-    kept: list[float] = []
+    """Numbers above `low` up to `high` for the ticks, roundest first, whose heights are `gap` apart."""
+    kept = [low]
     for step, end in ((1, high), (0.5, low + 5), (0.1, low + 1), (0.05, low + 0.5), (0.01, low + 0.1)):
         for number in np.arange(np.ceil(low / step) * step, min(high, end), step):
             if all(abs(height(number) - height(other)) >= gap for other in kept):
                 kept.append(round(float(number), 2))
-    return sorted(kept)
+    return sorted(kept[1:])
 
 
 def _apart(heights: Mapping[str, float], gap: float) -> dict[str, float]:
