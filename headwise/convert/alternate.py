@@ -69,11 +69,13 @@ class Readings:
     """How heads see the source's rows in the features, and what that is expected to cost.
 
     `keys` (H, key rows, features) complex: head h takes its key rows to be `keys[h] @ features`.
-    `values` (G, v_head_dim, R). `errors`: expected squared error of the layer's output, by scores and by values.
+    `values` (G, v_head_dim, R). `score_errors` (H,): expected squared error of a head's scores. `errors`: that
+    of the layer's output, by scores and by values.
     """
 
     keys: Tensor
     values: Tensor
+    score_errors: Tensor
     errors: tuple[float, float]
 
 
@@ -96,9 +98,9 @@ class Layer:
         self.output = torch.einsum("hia,hib->hab", weights.o, weights.o)
         # A score error moves the output by as much as the values under attention differ from their mean.
         within = self.v @ (statistics.keys - statistics.values) @ self.v.mT
-        spread = torch.einsum("hab,hba->h", self.output, within[self.group_of])
+        self.spread = torch.einsum("hab,hba->h", self.output, within[self.group_of]).clamp_min(0)
         # A score is half the sum over rows and their conjugates.
-        self.head_weights = spread.clamp_min(0) * scale**2 / 4
+        self.scale = scale / 2
         self.value_gram = self.v @ statistics.values @ self.v.mT
         self.key_gram = self._seen(
             self.k @ statistics.keys @ self.k.mT,
@@ -143,25 +145,34 @@ class Layer:
         values = solve_right(value_gram, value_cross) if values is None else values
         shared = values @ value_cross.mT
         value_left = self.value_gram - shared - shared.mT + values @ value_gram @ values.mT
-        return Readings(keys, values, (self._key_energy(left), self._value_energy(value_left)))
+        scores = self._score_energy(left)
+        return Readings(keys, values, scores, (self._key_error(scores), self._value_error(value_left)))
 
-    def _key_energy(self, gram: Tensor) -> float:
-        energy = torch.einsum("hab,hba->h", self.query_moment, gram).real
-        return float((self.head_weights * energy).sum())
+    def _score_energy(self, gram: Tensor) -> Tensor:
+        return self.scale**2 * torch.einsum("hab,hba->h", self.query_moment, gram).real.clamp_min(0)
 
-    def _value_energy(self, gram: Tensor) -> float:
-        return float(torch.einsum("hab,hba->", self.output, gram[self.group_of]))
+    def _key_error(self, scores: Tensor) -> float:
+        # Small errors of scores act in proportion to their square; large ones cannot do more than move
+        # attention elsewhere altogether.
+        return float((self.spread * scores.log1p()).sum())
+
+    def _value_error(self, gram: Tensor) -> float:
+        return float(torch.einsum("hab,hba->", self.output, gram[self.group_of]).clamp_min(0))
 
     @property
     def energies(self) -> tuple[float, float]:
         """What the errors of `read` would be with no features at all."""
-        return self._key_energy(self.key_gram), self._value_energy(self.value_gram)
+        return self._key_error(self._score_energy(self.key_gram)), self._value_error(self.value_gram)
 
     def improve(self, features: Features, readings: Readings) -> Features:
-        """The best features for given readings: pointwise in x, so that no moment of x enters."""
+        """Better features for given readings: pointwise in x, so that no moment of x enters.
+
+        The logarithm of `_key_error` is replaced by its tangent, which lies above it: what lowers the one lowers
+        the other.
+        """
         turns, count = features.turns, len(features.frequencies)
         asked = readings.keys.mH @ self.query_moment
-        weight = self.head_weights[:, None, None]
+        weight = (self.scale**2 * self.spread / (1 + readings.score_errors))[:, None, None]
         normal = (weight * (asked @ readings.keys) * self.kernel(turns, turns).conj()).sum(0)
         wanted = weight * asked * self.kernel(self.turns, turns).mT
         wanted = wanted.unflatten(0, (-1, self.queries_per_group)).sum(1)
