@@ -181,13 +181,13 @@ def _tensors_fit(checkpoint: Checkpoint, stock: Stock) -> tuple[bool, str]:
 
 def _cache_is(checkpoint: Checkpoint, stock: Stock, layouts: Sequence[AttentionLayout]) -> tuple[bool, str]:
     """The stock model's own cache holds what the layouts promise; read off a run without weights."""
-    # Without weights, the stock classes' grouped experts run in bfloat16 only.
-    model = empty_model(checkpoint.config, stock.auto_class, torch.bfloat16).to("meta")
+    model = empty_model(checkpoint.config, stock.auto_class).to("meta")
+    # The usual grouped experts want sizes that only real models have.
+    model.set_experts_implementation("batched_mm")
     with torch.no_grad():
         text = model.get_submodule(stock.module.rpartition(".")[0].rpartition(".")[0])
         width = text.config.hidden_size
-        x = torch.empty(1, TOKENS, width, device="meta", dtype=torch.bfloat16)
-        cache = text(inputs_embeds=x, use_cache=True).past_key_values
+        cache = text(inputs_embeds=torch.empty(1, TOKENS, width, device="meta"), use_cache=True).past_key_values
     found = [layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in cache.layers]
     wanted = [layout.cache_numbers for layout in layouts]
     if found != wanted:
