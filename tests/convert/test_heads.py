@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from headwise.convert.grouping import GroupCost, choose_groups
-from headwise.convert.heads import Space, key_spaces, merge, value_space
+from headwise.convert.heads import merge
 from headwise.convert.layout import LayerWeights, planes, rows
 from headwise.convert.methods import METHODS, lost
+from headwise.convert.spaces import Space, key_spaces, value_space
 from tests.reference import attend, frequencies, random_layer
 
 SHAPES = [  # heads, key-value heads, head_dim, rotary_dim, hidden size, bias
