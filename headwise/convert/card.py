@@ -112,7 +112,7 @@ def make_card(plan: Plan, record: Mapping[str, Any], source_card: Path | None = 
         "",
         "## Errors",
         "",
-        *_errors(record["layers"]),
+        *_errors(plan, record["layers"]),
         "",
         "## Checks",
         "",
@@ -172,13 +172,16 @@ def _before_and_after(plan: Plan) -> Iterator[str]:
     yield f"| weights | {size(plan.bytes_before)} | {size(plan.bytes_after)} |"
 
 
-def _errors(layers: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _errors(plan: Plan, layers: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     found: dict[str, dict[str, float]] = {}
     for layer, report in layers.items():
         for name, value in _numbers(report):
             found.setdefault(name, {})[layer] = value
     if not found:
-        yield "No layer was approximated."
+        smaller = any(
+            b.cache_numbers < a.cache_numbers for a, b in zip(plan.layouts_before, plan.layouts_after, strict=True)
+        )
+        yield "Not measured." if smaller else "No layer was approximated."
         return
     yield "Of each layer, relative to what it replaces (0 is exact)."
     yield ""

@@ -140,6 +140,7 @@ def convert(
         window_layers=window_layers,
         dtype=dtype,
         seed=seed,
+        measured=isinstance(refit, int) or moments is not None or save_moments is not None,
     )
     calibration = measure.decide(
         checkpoint, arch, target, calibrate, calibration_tokens, moments, save_moments, refit, place, seed

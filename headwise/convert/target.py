@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from headwise.convert.architecture import Architecture, find
 from headwise.convert.calibration import LayerRecord
 from headwise.convert.checkpoint import Checkpoint
-from headwise.convert.heads import merge
+from headwise.convert.heads import POOLS, merge, neighbours, pool
 from headwise.convert.layout import AttentionLayout, LayerWeights
 from headwise.convert.plan import SAME_ARCHITECTURE, grouped_outputs
+from headwise.convert.refit import LEARNING_RATE
 from headwise.convert.skeleton import empty_model, load_into
 from headwise.convert.writer import OutputTensor
 from headwise.errors import HeadwiseError
@@ -71,17 +72,23 @@ class Refittable:
     """An attention module that can be trained, and the way back.
 
     `export` gives the output tensors of what the module has become. `arguments` is what the module is called with
-    besides its input, where that differs from what the parent's is called with.
+    besides its input, where that differs from what the parent's is called with. `learning_rate` is the peak of the
+    refit, relative to each tensor's size.
     """
 
     attention: nn.Module
     parameters: list[nn.Parameter]
     export: Callable[[LayerRecord], dict[str, Tensor]]
     arguments: dict[str, Any] | None = None
+    learning_rate: float = LEARNING_RATE
 
 
 class GroupedTarget:
-    """The same architecture with another number of key-value heads (or none changed: `groups` is None)."""
+    """The same architecture with another number of key-value heads (or none changed: `groups` is None).
+
+    Repeating heads and pooling neighbours leave queries and outputs as they are. Unless something is `measured`
+    on the layers, such keys and values are carried, one tensor at a time, and everything else is copied.
+    """
 
     def __init__(
         self,
@@ -95,6 +102,7 @@ class GroupedTarget:
         grouping: str = "optimal",
         seed: int = 0,
         dtype: torch.dtype | None = None,
+        measured: bool = True,
     ) -> None:
         # A window may have turned the model into another type of the same tensors.
         self.source, self.arch, self.config = checkpoint, find(config, checkpoint.tensors), config
@@ -102,7 +110,7 @@ class GroupedTarget:
         self.auto_class = self.arch.auto_class
         self.method, self.grouping, self.seed = method, grouping, seed
         self.layouts = self.arch.layouts(config)
-        before = arch.layouts(checkpoint.config)
+        self._before = before = arch.layouts(checkpoint.config)
         self._changed = [
             groups is not None and old.num_key_value_heads != new.num_key_value_heads
             for old, new in zip(before, self.layouts, strict=True)
@@ -114,7 +122,17 @@ class GroupedTarget:
             for old, new in zip(before, self.layouts, strict=True)
         )
         self.calibrated = not self.exact and method in ("optimal", "aligned")
-        computed = [name for layer in range(len(before)) for name in self.computed(layer)]
+        pools = method in POOLS and grouping == "contiguous"
+        # Name of every key and value tensor that needs no other, and its layer.
+        self._apart: dict[str, int] = {}
+        if self.arch.fusion == "none" and not measured and (pools or self.exact):
+            self._apart = {
+                name: i
+                for i, new in enumerate(self._changed)
+                if new
+                for name in _keys_and_values(self.arch, config, i)
+            }
+        computed = self._apart.keys() or [name for layer in range(len(before)) for name in self.computed(layer)]
         self.outputs = grouped_outputs(checkpoint, self.arch, config, dtype=dtype, computed=computed)
         self._dtypes = {tensor.name: tensor.dtype for tensor in self.outputs}
         self.engines = [SAME_ARCHITECTURE]
@@ -122,7 +140,7 @@ class GroupedTarget:
         self.notes = list(self._notes(before)) if not self.exact else []
 
     def computed(self, layer: int) -> tuple[str, ...]:
-        return self.arch.tensor_names(self.config, layer) if self._changed[layer] else ()
+        return self.arch.tensor_names(self.config, layer) if self._changed[layer] and not self._apart else ()
 
     def convert_layer(
         self, layer: int, weights: LayerWeights, record: LayerRecord | None
@@ -162,7 +180,17 @@ class GroupedTarget:
         return Refittable(attention, list(free.values()), export)
 
     def carry(self, name: str, checkpoint: Checkpoint) -> Tensor:
-        return checkpoint.read(name).to(self._dtypes[name])
+        tensor = checkpoint.read(name)
+        if name in self._apart:
+            tensor = self._regroup(tensor, self._apart[name])
+        return tensor.to(self._dtypes[name])
+
+    def _regroup(self, tensor: Tensor, layer: int) -> Tensor:
+        old, new = (layouts[layer].num_key_value_heads for layouts in (self._before, self.layouts))
+        heads = tensor.unflatten(0, (old, -1))
+        if new > old:
+            return heads.repeat_interleave(new // old, 0).flatten(0, 1)
+        return pool(heads, neighbours(old, old // new), self.method, self.seed + layer).flatten(0, 1)
 
     def _notes(self, before: list[AttentionLayout]) -> Iterator[str]:
         if self.arch.norms is not None and self.method in ("optimal", "aligned"):
@@ -171,6 +199,15 @@ class GroupedTarget:
                 "a sign per plane (a rotation where the norm's weights are equal), and not rescaled. Values keep "
                 "their full freedom."
             )
+
+
+def _keys_and_values(arch: Architecture, config: dict[str, Any], layer: int) -> list[str]:
+    """The tensors of a layer with rows for each key-value head, in an architecture that does not fuse them."""
+    parts = [arch.projections["k"], arch.projections["v"]]
+    if arch.norms is not None and arch.norms.scope == "all":
+        parts.append(arch.norms.k)
+    prefix = f"{arch.layers[0].format(layer=layer)}.{arch.attention}."
+    return [name for name in arch.tensor_names(config, layer) if name.removeprefix(prefix).split(".")[0] in parts]
 
 
 def _check_reachable(old: AttentionLayout, new: AttentionLayout, layer: int) -> None:

@@ -32,9 +32,13 @@ def choose_target(
     rope_theta: float | None,
     sliding_window: int | None,
     window_layers: str,
+    measured: bool = True,
     **latent: Any,
 ) -> Target:
     """Decide the conversion.
+
+    Args:
+        measured: something besides what the method asks for is measured on the layers, such as for a refit.
 
     Raises:
         HeadwiseError: the request does not fit the model.
@@ -74,6 +78,7 @@ def choose_target(
         grouping=grouping or ("optimal" if method == "optimal" else "contiguous"),
         seed=seed,
         dtype=kept,
+        measured=measured,
     )
     target.notes[:0] = notes
     return target
