@@ -183,16 +183,16 @@ def test_layers_that_do_not_compute_their_weights_are_seen(home: Path, monkeypat
     """As if the stock class gave a query head another key-value head than headwise thinks."""
     from transformers.models.llama import modeling_llama
 
-    from headwise.convert import verify as module
+    from headwise.convert import skeleton
 
-    real, empty = modeling_llama.repeat_kv, module.empty_model
+    real, empty = modeling_llama.repeat_kv, skeleton.empty_model
 
     def eager(*arguments: Any) -> Any:
         model = empty(*arguments)
         model.config._attn_implementation = "eager"
         return model
 
-    monkeypatch.setattr(module, "empty_model", eager)
+    monkeypatch.setattr(skeleton, "empty_model", eager)
     assert verify(home / "gqa").passed
     wrong = lambda states, times: real(states.flip(1) if times > 1 else states, times)  # noqa: E731
     monkeypatch.setattr(modeling_llama, "repeat_kv", wrong)
