@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from headwise.convert.pipeline import ConvertResult
     from headwise.convert.plan import Plan
     from headwise.convert.verify import Verification
+    from headwise.eval.bench import Bench
     from headwise.demo import Demo, Measurement
 
 
@@ -129,6 +130,26 @@ def verification(checked: Verification) -> None:
     )
 
 
+def bench(measured: Bench) -> None:
+    """Parent and child side by side."""
+    rows = [
+        (
+            speed.model,
+            str(speed.batch),
+            f"{speed.context:,}",
+            f"{speed.decode_tokens_per_second:,.0f}",
+            f"{1e3 * speed.seconds_per_step:.2f} ms",
+            f"{1e3 * speed.prefill_seconds:.0f} ms",
+            size(speed.cache_bytes),
+            size(speed.peak_bytes) if speed.peak_bytes else "",
+        )
+        for speed in (*measured.same_batch, *measured.equal_memory)
+    ]
+    ui.table(("model", "batch", "context", "tokens/s", "a step", "prefill", "cache", "peak"), rows)
+    where = f"within {size(measured.memory_bytes)} each" if measured.equal_memory else "at the same batch"
+    ui.say(f"{measured.speedup:.2f} times the parent's tokens per second, {where}, on {measured.device}.")
+
+
 def demo(measured: Demo) -> None:
     """Every model of the demo against the parent."""
     parent = measured.parent
@@ -167,13 +188,14 @@ def _cache_rows(before: Cache, after: Cache) -> Iterator[tuple[str, str, str, st
 
 
 def kinds(layouts: Sequence[AttentionLayout]) -> str:
-    """The layouts of a model in a few words: "GQA, 8 of 32 KV heads"."""
+    """The layouts of a model in a few words: "GQA, 8 KV heads"."""
     words = []
     for layout in dict.fromkeys(layouts):
         if layout.kv_lora_rank is not None:
             words.append(f"MLA {layout.kv_lora_rank}+{layout.qk_rope_head_dim}")
         else:
-            words.append(f"{layout.kind.upper()}, {layout.num_key_value_heads} KV heads")
+            count = layout.num_key_value_heads
+            words.append("MQA" if layout.kind == "mqa" else f"{layout.kind.upper()}, {count} KV heads")
     return "; ".join(dict.fromkeys(words))
 
 

@@ -208,20 +208,21 @@ class _Lines(Progress):
     def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
         self.finish()
         self.name, self.total, self.unit, self.done = name, total, unit, 0
-        self.start = self.spoke = self.clock()
+        self.start = self.spoke = self.moved = self.clock()
 
     def advance(self, amount: int = 1, **fields: object) -> None:
         self.done += amount
         now = self.clock()
+        self.moved = now if amount else self.moved
         if now - self.spoke < LINE_EVERY:
             return
         self.spoke = now
         parts = [amount_done(self.done, self.total, self.unit), *_figures(fields)]
-        took = now - self.start
         if self.total and self.done:
-            parts.append(f"{duration(took * (self.total / self.done - 1))} left")
+            left = (self.moved - self.start) * (self.total / self.done - 1) - (now - self.moved)
+            parts.append(f"{duration(max(left, 0))} left")
         else:
-            parts.append(f"{duration(took)} so far")
+            parts.append(f"{duration(now - self.start)} so far")
         note(f"{self.name}: {', '.join(parts)}")
 
     def finish(self) -> None:
