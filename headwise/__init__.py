@@ -1,6 +1,6 @@
 """headwise: change how a trained language model attends, and prove what changed.
 
-The verbs of the command line are functions here: `inspect`, `convert`, `verify`. They are imported on first
+The verbs of the command line are functions here: `inspect`, `convert`, `verify`, `bench`. They are imported on first
 use, so that importing headwise (or asking the command for help) never waits for torch.
 """
 
@@ -15,6 +15,7 @@ _HOME = {
     "inspect": "headwise.convert.plan",
     "convert": "headwise.convert.pipeline",
     "verify": "headwise.convert.verify",
+    "bench": "headwise.eval.bench",
     "HeadwiseError": "headwise.errors",
 }
 

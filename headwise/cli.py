@@ -44,6 +44,15 @@ def share(value: str) -> float:
     return fraction
 
 
+def memory(value: str) -> int:
+    """ "24GiB" or "24GB" -> bytes."""
+    number_, unit = value[:-3], value[-3:]
+    scale = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}.get(unit)
+    if scale is None:
+        number_, scale = value[:-2], {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}[value[-2:].upper()]
+    return round(float(number_) * scale)
+
+
 def refit(value: str) -> str | int:
     """ "auto", "off", or a number of steps."""
     if value in ("auto", "off"):
@@ -175,6 +184,33 @@ def verify(**options: Any) -> None:
     ui.result(verification)
     if not verification.passed:
         raise GateFailed(f"{options['out']} failed its checks.")
+
+
+@cli.command(
+    params=[
+        OUT,
+        Option("--baseline", "The parent, measured in the same run.", metavar="MODEL"),
+        number("--context", "Tokens in the cache [1024]."),
+        number("--batch", "Sequences at once [1]."),
+        parsed("--memory", memory, "a size such as 24GiB", "Also compare at the largest batch that fits.", "SIZE"),
+        number("--steps", "Decode steps to time [16]."),
+        choice("--dtype", ("bfloat16", "float16", "float32"), "Precision to measure in [bfloat16]."),
+        DEVICE,
+    ]
+)
+def bench(**options: Any) -> None:
+    """Time decoding of OUT and of its parent, with the fused kernels where they serve."""
+    if "baseline" not in options:
+        raise click.UsageError("bench compares with a parent: give --baseline MODEL.")
+    import torch
+
+    from headwise.eval.bench import bench
+
+    if "dtype" in options:
+        options["dtype"] = getattr(torch, options["dtype"])
+    measured = bench(options.pop("out"), options.pop("baseline"), **options)
+    show.bench(measured)
+    ui.result(measured)
 
 
 @cli.command(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.convert import deepseek, latent, mla_source, rope
+from headwise.convert import deepseek, engines, latent, mla_source, rope
 from headwise.convert.architecture import Architecture
 from headwise.convert.calibration import LayerRecord
 from headwise.convert.checkpoint import Checkpoint
@@ -28,13 +28,12 @@ from headwise.errors import HeadwiseError
 
 # Padding for engines whose prefill wants values as wide as queries (engines.yaml).
 PADDED_VALUE = 128
+# Peak learning rate of the refit. Two factors in a row and one key for all heads bear smaller steps than a grouped
+# layer does.
+LEARNING_RATE = 0.02
 # Layers that stand for the rest when a shape is chosen, and the widest model for which splits are compared.
 SAMPLED = 3
 SEARCHED_WIDTH = 1024
-ROPE_DIMS = (8, 16, 24, 32, 48, 64, 96, 128)
-# Numbers per token and layer that serving engines have kernels for, and how far from the wish one may be.
-ENGINE_ROWS = (320, 512, 576)
-NEAR = 0.15
 
 
 class LatentTarget:
@@ -112,7 +111,7 @@ class LatentTarget:
         self._carried = {c.name: c for c in mla_source.plan_other(self.rule, checkpoint.tensors, attention)}
         self._shapes = self._attention_shapes(layout, biased or o_bias)
         self.outputs = self._all_outputs()
-        self.engines = ["transformers"]
+        self.engines = [_say(engine) for engine in engines.engines(self.config)]
 
     def computed(self, layer: int) -> tuple[str, ...]:
         prefix = f"{LAYERS.format(layer=layer)}.{ATTENTION}"
@@ -160,7 +159,7 @@ class LatentTarget:
         def export(record: LayerRecord) -> dict[str, Tensor]:
             return self._export(layer, *from_natural(attention, made), record)
 
-        return Refittable(attention, parameters, export, to_device(arguments, device))
+        return Refittable(attention, parameters, export, to_device(arguments, device), LEARNING_RATE)
 
     def carry(self, name: str, checkpoint: Checkpoint) -> Tensor:
         carried = self._carried[name]
@@ -213,16 +212,22 @@ class LatentTarget:
 
     def _choose_shape(self, share: float) -> tuple[int, int]:
         """The split of a share of the source's cache with the least expected error, in a shape engines accept."""
-        source = max(layout.cache_numbers for layout in self._before)
-        total = share * source
-        accepted = min(ENGINE_ROWS, key=lambda row: abs(row - total))
-        numbers = accepted if abs(accepted / total - 1) <= NEAR else int(total) // 2 * 2
-        if numbers != int(total) // 2 * 2:
-            self.notes.append(f"Cache rows of {numbers} numbers, which engines accept, in place of {total:.0f}.")
-        widest = min(2 * len(next(f for f in self._frequencies if len(f))) * source, numbers - 2)
-        splits = [p for p in ROPE_DIMS if p <= min(widest, numbers // 2)] or [2]
+        wanted = round(share * max(layout.cache_numbers for layout in self._before))
+        numbers = engines.nearest_cache(wanted)
+        if numbers not in (wanted, wanted - 1):
+            self.notes.append(
+                f"Cache rows of {numbers} numbers, which engines have kernels for, in place of {wanted}."
+            )
+        turning = next(layout for layout in self._before if layout.rotary_dim)
+        splits = [p for _, p in engines.splits(numbers, turning.rotary_dim, turning.num_key_value_heads)]
+        if not splits:
+            raise HeadwiseError(
+                f"--cache {share:.4g} leaves {wanted} numbers per token and layer, too few for a rotary key.",
+                "Ask for more.",
+            )
         if self._hidden > SEARCHED_WIDTH:
-            return numbers - min(splits, key=lambda p: abs(p - 64)), min(splits, key=lambda p: abs(p - 64))
+            rope_dim = min(splits, key=lambda p: abs(p - 64))
+            return numbers - rope_dim, rope_dim
         layers = [(i, self._read(i)) for i in self._sample()]
 
         def expected(rope_dim: int) -> float:
@@ -316,6 +321,12 @@ class LatentTarget:
     def _sample(self) -> list[int]:
         turning = [i for i, layout in enumerate(self._before) if layout.rotary_dim]
         return sorted({turning[k * (len(turning) - 1) // (SAMPLED - 1)] for k in range(SAMPLED)})
+
+
+def _say(engine: engines.Engine) -> str:
+    words = {"yes": "loads", "no": "does not load", "wrong": "loads, and computes another function"}
+    answer = words.get(engine.loads, "not known")
+    return f"{engine.name}: {answer}" + (f" ({engine.reason})" if engine.reason else "")
 
 
 def widest_shape(layout: AttentionLayout) -> tuple[int, int]:

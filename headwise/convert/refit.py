@@ -20,9 +20,11 @@ from headwise.convert.calibration import LayerRecord
 # Sequences per step, and the share of sequences that only judge the result.
 SEQUENCES_PER_STEP = 12
 HELD_BACK = 0.1
-# Peak learning rate as a share of each tensor's root-mean-square, so that one setting fits weights of any size.
+# Peak learning rate as a share of each tensor's root-mean-square: one setting fits weights of any size. A run
+# shorter than ANNEALED steps gets less: it has no time to settle from large steps.
 LEARNING_RATE = 0.1
-WARMUP = 0.05
+ANNEALED = 300
+WARMUP = 0.1
 DEFAULT_STEPS = 400
 
 
@@ -71,7 +73,8 @@ def refit(
 
     start = [p.detach().clone() for p in parameters]
     before = output_error(attention, record, judge, device)
-    groups = [{"params": [p], "lr": learning_rate * float(p.detach().square().mean().sqrt())} for p in parameters]
+    peak = learning_rate * min(1.0, math.sqrt(steps / ANNEALED))
+    groups = [{"params": [p], "lr": peak * float(p.detach().square().mean().sqrt())} for p in parameters]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps))
     scale = float(record.outputs[train].square().mean())
