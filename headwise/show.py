@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from headwise.convert.pipeline import ConvertResult
     from headwise.convert.plan import Plan
     from headwise.convert.verify import Verification
-    from headwise.eval.bench import Bench
     from headwise.demo import Demo, Measurement
+    from headwise.eval.bench import Bench
 
 
 def inspection(found: Inspection) -> None:
@@ -145,8 +145,8 @@ def bench(measured: Bench) -> None:
         )
         for speed in (*measured.same_batch, *measured.equal_memory)
     ]
-    ui.table(("model", "batch", "context", "tokens/s", "a step", "prefill", "cache", "peak"), rows)
-    where = f"within {size(measured.memory_bytes)} each" if measured.equal_memory else "at the same batch"
+    ui.table(("model", ">batch", ">context", ">tokens/s", ">a step", ">prefill", ">cache", ">peak"), rows)
+    where = f"within {size(measured.memory_bytes)} each" if measured.memory_bytes else "at the same batch"
     ui.say(f"{measured.speedup:.2f} times the parent's tokens per second, {where}, on {measured.device}.")
 
 
