@@ -146,7 +146,9 @@ def bench(measured: Bench) -> None:
         for speed in (*measured.same_batch, *measured.equal_memory)
     ]
     ui.table(("model", ">batch", ">context", ">tokens/s", ">a step", ">prefill", ">cache", ">peak"), rows)
-    where = f"within {size(measured.memory_bytes)} each" if measured.memory_bytes else "at the same batch"
+    where = "at the same batch"
+    if measured.equal_memory and measured.memory_bytes:
+        where = f"within {size(measured.memory_bytes)} each"
     ui.say(f"{measured.speedup:.2f} times the parent's tokens per second, {where}, on {measured.device}.")
 
 
