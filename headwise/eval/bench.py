@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
+from headwise.convert.source import find_folder
 from headwise.errors import HeadwiseError
 from headwise.kernels.patch import disable, enable, enabled
 
@@ -80,7 +81,8 @@ def bench(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     same, equal = [], []
     for source in (baseline, child):
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        folder, commit = find_folder(source)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder if commit is None else source, dtype=dtype)
         model = model.to(device).eval()
         same.append(measure(model, str(source), context, batch, steps))
         if memory is not None:
