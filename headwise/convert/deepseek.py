@@ -21,6 +21,7 @@ from headwise.convert.layout import AttentionLayout, LatentWeights
 NORM_EPS = 1e-6
 NORM_TOLERANCE = 1e-8
 
+ARCHITECTURES = ["DeepseekV3ForCausalLM"]
 CARRIED_KEYS = (
     "vocab_size",
     "hidden_size",
@@ -252,7 +253,7 @@ def config(
     rope = rope_parameters(theta, frequencies, source["max_position_embeddings"])
     position_free = layout.head_dim - layout.rotary_dim
     return {
-        "architectures": ["DeepseekV3ForCausalLM"],
+        "architectures": ARCHITECTURES,
         "model_type": "deepseek_v3",
         **{key: source[key] for key in CARRIED_KEYS if key in source},
         "dtype": dtype,

@@ -24,6 +24,7 @@ from headwise.convert.source import (
     read_json,
     split_revision,
 )
+from headwise.convert.verify_latent import LatentModel
 from headwise.errors import HeadwiseError
 
 CONTEXTS = (8_192, 32_768, 131_072)
@@ -104,9 +105,24 @@ def inspect(
     """
     folder, commit = find_folder(model, revision=revision, token=token, patterns=["config.json", INDEX])
     config = read_config(folder)
-    arch = architecture.find(config)
     dtype = dtype_of(config)
     parameters, origin = _count_parameters(str(model), folder, commit, token, dtype)
+    if LatentModel.wrote(config):
+        layouts = LatentModel(config).layouts
+        return Inspection(
+            model=str(model),
+            revision=commit,
+            model_type=config["model_type"],
+            dtype=dtype,
+            parameters=parameters,
+            parameters_from=origin,
+            layouts=tuple(layouts),
+            cache=Cache.of(layouts, dtype),
+            options=(),
+            mla="its attention is latent already",
+            reach=(),
+        )
+    arch = architecture.find(config)
     layouts = arch.layouts(config)
     cache = Cache.of(layouts, dtype)
     mla = _why_not_mla(arch.text_config(config), dtype)

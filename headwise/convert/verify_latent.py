@@ -34,15 +34,19 @@ class LatentModel:
     @classmethod
     def of(cls, config: dict[str, Any]) -> LatentModel:
         """Raises HeadwiseError for an MLA model that headwise did not write."""
-        if config.get("model_type") != "deepseek_v3" or config.get("first_k_dense_replace") != config.get(
-            "num_hidden_layers"
-        ):
+        if not cls.wrote(config):
             raise HeadwiseError(
                 f"The folder holds a {config.get('model_type')} model with experts or another latent attention, "
                 "which headwise does not write.",
                 "verify checks folders that headwise converted.",
             )
         return cls(config)
+
+    @staticmethod
+    def wrote(config: dict[str, Any]) -> bool:
+        """Whether this is the dense stock DeepSeek that headwise makes."""
+        dense = config.get("first_k_dense_replace") == config.get("num_hidden_layers")
+        return config.get("architectures") == deepseek.ARCHITECTURES and dense
 
     @property
     def layouts(self) -> list[AttentionLayout]:

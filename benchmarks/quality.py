@@ -1,0 +1,105 @@
+"""Damage of conversions, in nats per token over the parent on held-out text, method by method.
+
+    python benchmarks/quality.py --targets gqa:4 gqa:2 gqa:1 --methods mean aligned optimal
+    python benchmarks/quality.py --targets mla:128+32 mla:96+32 mla:48+16 --methods transmla optimal
+    python benchmarks/quality.py --targets gqa:2 mla:96+32 --methods optimal --refit 400
+
+Every conversion is the library's own `convert`, calibrated on the same text; closed forms share one measurement of
+the parent. Prints a Markdown table; --json keeps the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from headwise.convert.pipeline import convert
+from headwise.demo import MODEL
+from headwise.eval.perplexity import nats_per_token
+from headwise.recipes.data import blocks_from
+
+
+def target(text: str) -> dict[str, Any]:
+    """ "gqa:4" or "mla:96+32" -> arguments of `convert`."""
+    kind, _, shape = text.partition(":")
+    if kind == "mla":
+        rank, rope_dim = shape.split("+")
+        return {"to": "mla", "rank": int(rank), "rope_dim": int(rope_dim)}
+    return {"to": "gqa", "groups": int(shape)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(MODEL))
+    parser.add_argument("--targets", nargs="+", required=True, metavar="gqa:G|mla:RANK+ROPE")
+    parser.add_argument("--methods", nargs="+", default=["optimal"])
+    parser.add_argument("--grouping", choices=("optimal", "contiguous"), help="default: the method's own")
+    parser.add_argument("--rope-frequencies", default="default", choices=("default", "free"))
+    parser.add_argument("--refit", type=int, default=0, help="steps per layer")
+    parser.add_argument("--calibrate", default="builtin")
+    parser.add_argument("--calibration-tokens", type=int, default=32768)
+    parser.add_argument("--heldout", default="builtin", help="text to measure on: builtin or a file")
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--blocks", type=int, help="of held-out text (default: all)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    held = blocks_from(options.heldout, tokenizer, split="heldout", length=options.length, count=None)[
+        : options.blocks
+    ]
+
+    def loss(folder: str | Path) -> float:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(options.device)
+        return nats_per_token(model, held).nats
+
+    parent = loss(options.model)
+    print(f"{held[:, 1:].numel():,} held-out tokens; parent {parent:.4f} nats per token\n", flush=True)
+    print(
+        "| target | method | cache, bytes per token | damage, nats | seconds |\n|---|---|---|---|---|", flush=True
+    )
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        moments = Path(folder, "moments")
+        for text in options.targets:
+            for method in options.methods:
+                start = time.monotonic()
+                arguments: dict[str, Any] = {**target(text), "method": method, "device": options.device}
+                if arguments["to"] == "mla":
+                    arguments["rope_frequencies"] = options.rope_frequencies
+                elif options.grouping:
+                    arguments["grouping"] = options.grouping
+                if options.refit:
+                    arguments |= {"refit": options.refit, "calibrate": options.calibrate}
+                    arguments["calibration_tokens"] = options.calibration_tokens
+                elif moments.exists():
+                    arguments |= {"refit": "off", "moments": moments}
+                else:
+                    arguments |= {"refit": "off", "calibrate": options.calibrate, "save_moments": moments}
+                    arguments["calibration_tokens"] = options.calibration_tokens
+                out = Path(folder, "out")
+                done: Any = convert(options.model, out, **arguments, verify=False, force=True)
+                seconds = time.monotonic() - start
+                row = {
+                    "target": text,
+                    "method": method,
+                    "cache": done.plan.cache_after.bytes_per_token,
+                    "damage": loss(out) - parent,
+                    "seconds": seconds,
+                }
+                rows.append(row)
+                print(f"| {text} | {method} | {row['cache']:,} | {row['damage']:.4f} | {seconds:.0f} |", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps({"parent": parent, "options": vars(options), "rows": rows}, default=str))
+
+
+if __name__ == "__main__":
+    main()
