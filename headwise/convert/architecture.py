@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.convert.fusion import fit_bias, fuse, half_split_order, split
+from headwise.convert.fusion import fit_bias, fuse, half_split_order, reorder, split
 from headwise.convert.layout import AttentionLayout, LayerWeights
 from headwise.convert.stock import QUANTIZATION_KEYS, both_spellings, refuse_quantised, stock_config
 from headwise.convert.table import QkNorm, Row, find_row, load_table
@@ -75,10 +75,11 @@ class Architecture(Row):
         ]
 
     def legal_groups(self, config: dict[str, Any]) -> list[int]:
-        """Numbers of key-value heads the stock class can hold, ascending."""
-        heads = self.layouts(config)[0].num_attention_heads
-        if self.num_key_value_heads is None:
-            return [heads]
+        """Numbers of key-value heads the stock class can make use of, ascending."""
+        layout = self.layouts(config)[0]
+        heads = layout.num_attention_heads
+        if self.fixed_groups:
+            return [layout.num_key_value_heads]
         return [groups for groups in range(1, heads + 1) if heads % groups == 0]
 
     def has_bias(self, config: dict[str, Any]) -> bool:
@@ -146,13 +147,14 @@ class Architecture(Row):
         }
         q, k, v = split(self.fusion, parts, layout)
         order = half_split_order(layout, self.rotary_layout)
-        o = tensors[self._name(layer, self.projections["o"], "weight")].to(torch.float64)
+        o = tensors[self._name(layer, self.projections["o"], "weight")]
+        o = o.unflatten(1, (layout.num_attention_heads, layout.v_head_dim)).transpose(0, 1)
         weights = LayerWeights(
             layout=layout,
-            q=q[:, order],
-            k=k[:, order],
+            q=reorder(q, order),
+            k=reorder(k, order),
             v=v,
-            o=o.unflatten(1, (layout.num_attention_heads, layout.v_head_dim)).transpose(0, 1).contiguous(),
+            o=o.to(torch.float64, memory_format=torch.contiguous_format),
         )
         norms = self._norms(config)
         if not norms:
@@ -166,8 +168,8 @@ class Architecture(Row):
 
         return replace(
             weights,
-            q_norm=multiplier(norms.q, layout.num_attention_heads)[:, order],
-            k_norm=multiplier(norms.k, layout.num_key_value_heads)[:, order],
+            q_norm=reorder(multiplier(norms.q, layout.num_attention_heads), order),
+            k_norm=reorder(multiplier(norms.k, layout.num_key_value_heads), order),
             norm_scope=norms.scope,
         )
 
@@ -191,7 +193,11 @@ class Architecture(Row):
         biased = self.has_bias(config)
         rows = {
             part: fit_bias(tensor, weights.hidden_size, biased)
-            for part, tensor in (("q", weights.q[:, order]), ("k", weights.k[:, order]), ("v", weights.v))
+            for part, tensor in (
+                ("q", reorder(weights.q, order)),
+                ("k", reorder(weights.k, order)),
+                ("v", weights.v),
+            )
         }
         out: dict[str, Tensor] = {}
         for part, matrix in fuse(self.fusion, rows, layout).items():
@@ -208,7 +214,8 @@ class Architecture(Row):
                     raise ValueError(f"layer {layer}: heads share the weight of {name}, and these differ")
                 shared = norm[:1] if norms.scope == "head" else norm
                 out[self._name(layer, name, "weight")] = (shared[:, order] - norms.offset).flatten()
-        out[self._name(layer, self.projections["o"], "weight")] = weights.o.transpose(0, 1).flatten(1)
+        o = weights.o.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)
+        out[self._name(layer, self.projections["o"], "weight")] = o.flatten(1)
         return {name: tensor.to(dtype).contiguous() for name, tensor in out.items()}
 
     def with_groups(self, config: dict[str, Any], num_key_value_heads: int) -> dict[str, Any]:

@@ -17,6 +17,11 @@ def half_split_order(layout: AttentionLayout, rotary_layout: str) -> Tensor:
     return order
 
 
+def reorder(rows: Tensor, order: Tensor) -> Tensor:
+    """`rows[:, order]`, without a copy where nothing moves: layers are large and memory is slow."""
+    return rows if bool((order[1:] > order[:-1]).all()) else rows[:, order]
+
+
 def split(fusion: str, parts: dict[str, Tensor], layout: AttentionLayout) -> tuple[Tensor, Tensor, Tensor]:
     """Projection matrices (rows, inputs) -> q, k, v (heads, head_dim, inputs)."""
     heads, groups, dim = layout.num_attention_heads, layout.num_key_value_heads, layout.head_dim

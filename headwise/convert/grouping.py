@@ -12,19 +12,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Order of the eigenvalue problem that tells what a candidate group costs, at most.
-LARGEST_PROBLEM = 64
+# Order of the eigenvalue problem that tells what a candidate group costs, at most: with many heads there are
+# thousands of candidates.
+LARGEST_PROBLEM, WITH_MANY_HEADS = 128, 64
+MANY_HEADS = 16
 
 
-def components(size: int) -> int:
+def components(heads: int, size: int) -> int:
     """How many leading principal components stand for a head when groups of `size` are compared."""
-    return max(8, LARGEST_PROBLEM // size)
+    return max(8, (LARGEST_PROBLEM if heads <= MANY_HEADS else WITH_MANY_HEADS) // size)
 
 
 def choose_groups(energies: Sequence[Tensor], size: int) -> list[list[int]]:
     """Partition of the heads into groups of `size`.
 
-    Swaps of two heads lower the cost until none does, from two starts: neighbours, and greedy growth.
+    From the better of neighbours and greedy growth, swaps of two heads lower the cost until none does.
 
     Args:
         energies: per space, E[(R_i row_i)(R_j row_j)^H] as (batch, G, n, G, n), of as many rows as `components`
@@ -37,9 +39,8 @@ def choose_groups(energies: Sequence[Tensor], size: int) -> list[list[int]]:
     heads = energies[0].shape[1]
     cost = GroupCost(energies)
     neighbours = [tuple(range(j, j + size)) for j in range(0, heads, size)]
-    found = [_descend(start, cost) for start in (neighbours, _grow(heads, size, cost))]
-    best = min(found, key=lambda groups: (round(sum(cost(g) for g in groups), 12), groups))
-    return [list(group) for group in best]
+    start = min((_grow(heads, size, cost), neighbours), key=lambda groups: sum(cost(group) for group in groups))
+    return [list(group) for group in _descend(start, cost)]
 
 
 class GroupCost:

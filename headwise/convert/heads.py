@@ -91,7 +91,7 @@ def merge(
     if regroup or moment is not None or method not in POOLS:
         spaces = all_spaces(weights, moment, key_moment, value_moment)
     if regroup:
-        groups = choose_groups([space.energy(components(size)) for space in spaces], size)
+        groups = choose_groups([space.energy(components(source, size)) for space in spaces], size)
     named = tuple(map(tuple, groups))
     if method not in POOLS:
         merged, errors = _merge(weights, spaces, groups, method, moment)

@@ -57,8 +57,14 @@ class Space:
 
     def gram(self, group: Sequence[int]) -> Tensor:
         """E[row_i row_j^H] over the members of a group, (batch, g, n, g, n)."""
-        members, seen = (self.rows[:, group].flatten(1, 2), self.seen[:, group].flatten(1, 2))
-        return self._real(members @ seen.mH).unflatten(2, (len(group), -1)).unflatten(1, (len(group), -1))
+        batch, _, n, _ = self.rows.shape
+        found = self.own.new_empty(batch, len(group), n, len(group), n)
+        for i, a in enumerate(group):
+            found[:, i, :, i] = self.own[:, a]
+            for j, b in enumerate(group[:i]):
+                found[:, i, :, j] = self.rows[:, a] @ self.seen[:, b].mH
+                found[:, j, :, i] = found[:, i, :, j].mH
+        return self._real(found.flatten(3, 4).flatten(1, 2)).reshape(found.shape)
 
     def energy(self, components: int | None = None) -> Tensor:
         """E[(R_i row_i)(R_j row_j)^H] over all heads, (batch, G, n, G, n), with R^H R the balanced costs.
