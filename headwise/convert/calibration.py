@@ -25,7 +25,7 @@ from headwise.convert.skeleton import Stop, empty_model, load_into, recorded
 # Tokens run through a layer at once: bounds the memory of the widest intermediate, not the result.
 TOKENS_AT_ONCE = 4096
 # Sequences whose attention weights are looked at; each costs heads x length^2 numbers.
-SEQUENCES_LOOKED_AT = 8
+SEQUENCES_LOOKED_AT = 16
 
 
 @dataclass

@@ -13,8 +13,8 @@ from headwise.convert.calibration import TOKENS_AT_ONCE
 from headwise.convert.checkpoint import Checkpoint
 from headwise.convert.refit import DEFAULT_STEPS, SEQUENCES_PER_STEP, forecast_flops
 
-# Longest calibration sequence. Attention costs its square, and heads that look farther are rare.
-CALIBRATION_LENGTH = 512
+# Longest calibration sequence: how far attention looks is measured on it.
+CALIBRATION_LENGTH = 1024
 # Tokens for the closed forms, and for a refit, which learns from every one of them.
 TOKENS, TOKENS_FOR_REFIT = 32_768, 196_608
 # Numbers of hidden states kept in memory for calibration at most: 512 MiB in float32.
