@@ -99,7 +99,8 @@ def demo(
     inspection = inspect(model)
     first = inspection.layouts[0]
     legal = {option.num_key_value_heads for option in inspection.options}
-    planned = [t for t in trials(first.num_key_value_heads, quick) if t.arguments["groups"] in legal]
+    possible = {"gqa": lambda t: t.arguments["groups"] in legal, "mla": lambda t: inspection.mla is None}
+    planned = [t for t in trials(first.num_key_value_heads, quick) if possible[t.arguments["to"]](t)]
     if not planned:
         raise HeadwiseError(f"{model} has {first.num_key_value_heads} KV head: there is nothing to take away.")
 
@@ -140,7 +141,7 @@ def demo(
 def trials(num_key_value_heads: int, quick: bool = False) -> Iterator[Trial]:
     """Half the KV heads, a quarter, and one; each by the mean, by the optimal merge, and refitted after it."""
     effort = QUICK if quick else FULL
-    costs = {"mean": 1, "optimal": 3, "optimal + refit": 15}
+    costs = {"mean": 1, "optimal": 3, "optimal + refit": 15, "MLA": 5}
     methods: dict[str, dict[str, Any]] = {
         "mean": {"method": "mean", "calibrate": "none", "refit": "off"},
         "optimal": {"refit": "off"},
@@ -150,6 +151,10 @@ def trials(num_key_value_heads: int, quick: bool = False) -> Iterator[Trial]:
     for groups in dict.fromkeys(count for count in counts if 0 < count < num_key_value_heads):
         for method, arguments in methods.items():
             yield Trial(name(groups), method, {"to": "gqa", "groups": groups, **arguments}, costs[method])
+    for share in (0.25,) if quick else (0.3125, 0.25, 0.125):
+        yield Trial(
+            f"MLA -{100 * (1 - share):.3g}%", "MLA", {"to": "mla", "cache": share, "refit": "off"}, costs["MLA"]
+        )
 
 
 def name(num_key_value_heads: int, num_attention_heads: int = 0) -> str:
