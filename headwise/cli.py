@@ -18,7 +18,8 @@ from headwise.errors import GateFailed
 LAYOUTS = ("gqa", "mqa", "mha", "mla")
 FEWER, LATENT, LOSSY = ("gqa", "mqa"), ("mla",), ("gqa", "mqa", "mla")
 MERGES = ("optimal", "aligned", "mean", "first", "random")
-METHODS = {"gqa": MERGES, "mqa": MERGES, "mla": ("optimal", "transmla", "partial-rope")}
+LATENTS = ("optimal", "transmla", "partial-rope", "partial-rope-high", "partial-rope-low", "partial-rope-uniform")
+METHODS = {"gqa": MERGES, "mqa": MERGES, "mla": LATENTS}
 ROPE_RULES = ("auto", "base", "ntk", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 CHANGES = ("to", "context", "sliding_window", "dtype")
@@ -111,7 +112,7 @@ CONVERT = [
         number("--context", "Rescale RoPE to this many tokens."),
         choice("--rope", ROPE_RULES, f"The rule: {', '.join(ROPE_RULES)} [auto].", metavar="RULE"),
         Option("--rope-theta", "The base of --rope base.", type=float, metavar="THETA"),
-        number("--sliding-window", "Let layers see this many tokens back."),
+        number("--sliding-window", "Let layers see this many tokens back; 0: all of them.", minimum=0),
         Option("--window-layers", "all, alternate, or a list such as 0,2,4 [all].", metavar="LAYERS"),
     ),
     *section(
@@ -140,7 +141,14 @@ def cli() -> None:
     """
 
 
-@cli.command(params=[MODEL, number("--context", "Does the RoPE base hold at this length?"), *SOURCE])
+@cli.command(
+    params=[
+        MODEL,
+        number("--context", "Does the RoPE base hold at this length?"),
+        Option("--plot", "Draw the bound that --context computes.", type=Path, metavar="PNG"),
+        *SOURCE,
+    ]
+)
 def inspect(**options: Any) -> None:
     """Show how a model attends, what it caches, and what it can become.
 
@@ -148,8 +156,16 @@ def inspect(**options: Any) -> None:
     """
     from headwise.convert.plan import inspect
 
+    plot = options.pop("plot", None)
+    if plot and "context" not in options:
+        raise click.UsageError("--plot draws what --context N computes: give both.")
     found = inspect(**options)
     show.inspection(found)
+    if plot:
+        from headwise.eval.plots import draw_reach
+
+        draw_reach(options["model"], options["context"], plot)
+        ui.note(f"Drew {plot}.")
     ui.result(found)
 
 

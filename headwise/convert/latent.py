@@ -71,7 +71,7 @@ def convert(
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: {', '.join(METHODS)}")
     biased = weights.has_bias
-    weights = weights if biased else _with_constant(weights)
+    weights = weights if biased else with_constant(weights)
     known = statistics(weights, moment, key_moment, value_moment, distances)
     layer = Layer(weights, frequencies, known, scale)
     total = sum(layer.energies) or 1.0
@@ -118,7 +118,9 @@ def statistics(
     return Statistics(inputs, keys, values, distances.double())
 
 
-def _with_constant(weights: LayerWeights) -> LayerWeights:
+def with_constant(weights: LayerWeights) -> LayerWeights:
+    """A layer without biases as one whose biases are zero."""
+
     def pad(tensor: Tensor) -> Tensor:
         return torch.nn.functional.pad(tensor, (0, 1))
 

@@ -67,7 +67,12 @@ class LatentTarget:
         self.dtype = dtype or getattr(torch, str(text.get("dtype") or text.get("torch_dtype") or "bfloat16"))
         self.rule = mla_source.find(text, self.dtype)
         self.source, self.arch, self.parent_config = checkpoint, arch, config
-        self.method, self.exact = method, exact
+        self.method = method
+        # MHA2MLA's method by its choice of planes: partial-rope (by 2-norm), partial-rope-high, -low, -uniform.
+        self.partial = ""
+        if method.startswith("partial-rope"):
+            self.partial = method.removeprefix("partial-rope").lstrip("-") or "norm"
+        self.exact = exact
         self.auto_class = "AutoModelForCausalLM"
         stock = arch.stock_config(config)
         before = arch.layouts(config)
@@ -120,12 +125,11 @@ class LatentTarget:
     def convert_layer(
         self, layer: int, weights: LayerWeights, record: LayerRecord | None
     ) -> tuple[LatentWeights, dict[str, Any]]:
-        frequencies = self._frequencies[layer]
         if self.exact:
             layout = self.layouts[layer]
             made = latent.lift(
                 weights,
-                frequencies,
+                self._grid,
                 scale=self._scale,
                 rank=layout.kv_lora_rank,
                 rope_dim=layout.qk_rope_head_dim,
@@ -138,11 +142,11 @@ class LatentTarget:
                 measured["distances"] = record.distances
         made, report = latent.convert(
             weights,
-            frequencies,
+            self._frequencies[layer],
             rank=self.layouts[layer].kv_lora_rank or 0,
             rope_frequencies=self._grid,
             scale=self._scale,
-            method=self.method,
+            method="partial-rope" if self.partial else self.method,
             **measured,
         )
         return made, {k: v for k, v in asdict(report).items() if k != "errors"}
@@ -188,6 +192,12 @@ class LatentTarget:
         sets = rotations(config, self.arch)
         if len(sets) > 1:
             raise HeadwiseError("Layers with different rotary frequencies cannot become one MLA config.")
+        kind = rope.rope_type(sets[0].parameters)
+        if kind in rope.EXACT_WHEN_SHORT:
+            raise HeadwiseError(
+                f"{kind} frequencies change with the length of the input, and an MLA model is written for one set.",
+                "Name another rule with --rope, or convert to GQA: --to gqa --groups N.",
+            )
         trained = self.arch.stock_config(config).max_position_embeddings
         found, factor = rope.frequencies(sets[0].parameters, sets[0].rotary_dim, trained)
         none = found[:0]
@@ -197,16 +207,17 @@ class LatentTarget:
         own = next(found for found in self._frequencies if len(found))
         if self.exact:
             return own.repeat(-(-rope_dim // (2 * len(own))))[: rope_dim // 2]
-        if wanted == "default" and self.method != "partial-rope":
+        if wanted == "default" and not self.partial:
             return deepseek.default_grid(self._theta, rope_dim)
-        layers = [self._read(i) for i in self._sample()]
+        read = [self._read(i) for i in self._sample()]
+        layers = [weights if weights.has_bias else latent.with_constant(weights) for weights in read]
         known = [latent.statistics(weights) for weights in layers]
-        if self.method == "partial-rope":
+        if self.partial:
             norms = torch.stack([plane_norms(w, k) for w, k in zip(layers, known, strict=True)]).sum(0)
             try:
-                return partial_frequencies(own, self._before[0].num_key_value_heads, rope_dim, "norm", norms)
+                return partial_frequencies(own, self._before[0].num_key_value_heads, rope_dim, self.partial, norms)
             except ValueError as error:
-                raise HeadwiseError(f"--method partial-rope: {error}.") from error
+                raise HeadwiseError(f"--method {self.method}: {error}.") from error
         gains = torch.stack([rotary_gains(w, own, k) for w, k in zip(layers, known, strict=True)]).sum(0)
         return free_frequencies(own, gains, rope_dim)
 

@@ -11,10 +11,29 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from headwise.convert import bound
+from headwise.convert import bound, rope
+from headwise.convert.architecture import find
+from headwise.convert.context import rotations
+from headwise.convert.source import find_folder, read_config
 from headwise.eval.positions import PositionLoss
 
 POINTS = 2000
+
+
+def draw_reach(model: str | Path, context: int, path: Path) -> Path:
+    """`bound_curve` of a model's own frequencies, up to `context` tokens; only its config.json is read.
+
+    Raises:
+        HeadwiseError: there is no such model, or it has no RoPE.
+    """
+    config = read_config(find_folder(model)[0])
+    arch = find(config)
+    trained = arch.stock_config(config).max_position_embeddings
+    curves = {
+        rotation.where: rope.frequencies(rotation.parameters, rotation.rotary_dim, trained, context)[0]
+        for rotation in rotations(config, arch)
+    }
+    return bound_curve(curves, context, path, trained)
 
 
 def bound_curve(curves: Mapping[str, Tensor], length: int, path: Path, trained: int | None = None) -> Path:
