@@ -197,7 +197,7 @@ def test_expected_error_is_the_error_of_random_keys_at_random_distances():
     """The characteristic function against a Monte Carlo of what it stands for."""
     weights, _ = make(2, 1, 8, 12)
     distances = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64).expand(2, -1)
-    known = latent.statistics(latent._with_constant(weights), moment(12), distances=distances)
+    known = latent.statistics(latent.with_constant(weights), moment(12), distances=distances)
     frequency = torch.tensor([0.3, 1.7], dtype=torch.float64)
     m = components.mean_phase(distances[0], frequency)
     generator = torch.Generator().manual_seed(0)
