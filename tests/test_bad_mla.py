@@ -1,0 +1,74 @@
+"""What a request for MLA that cannot be met gets from the command: one sentence with the reason and a way out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests import tiny_models
+from tests.convert.speaking import save_speaking
+from tests.test_bad_input import refused
+
+MLA = ("--to", "mla", "--calibrate", "none")
+SHAPE = (*MLA, "--rank", "16", "--rope-dim", "4")
+
+
+def sentence(said: str) -> str:
+    return " ".join(said.split())
+
+
+@pytest.mark.parametrize(
+    ("rank", "rope_dim", "words"),
+    [
+        ("15", "8", "--rank 15 is not an even number from 2 to 128"),
+        ("130", "8", "--rank 130 is not an even number from 2 to 128"),
+        ("16", "7", "--rope-dim 7 is not an even number from 2 to 64"),
+        ("16", "66", "--rope-dim 66 is not an even number from 2 to 64"),
+    ],
+)
+def test_a_shape_the_model_does_not_have(tmp_path: Path, rank: str, rope_dim: str, words: str) -> None:
+    model = save_speaking(tmp_path / "model")
+    said = sentence(refused(model, "--r", *MLA, "--rank", rank, "--rope-dim", rope_dim))
+    assert words in said
+    # The shapes offered, each with the share of the 128 numbers it keeps.
+    offered = re.findall(r"(\d+) \+ (\d+) \((\d+)%\)", said)
+    assert offered and all(round((int(r) + int(p)) / 1.28) == int(share) for r, p, share in offered)
+
+
+@pytest.mark.parametrize("option", ["--rank", "--rope-dim"])
+def test_a_shape_of_nothing(tmp_path: Path, option: str) -> None:
+    model = save_speaking(tmp_path / "model")
+    sizes = {"--rank": "16", "--rope-dim": "4"} | {option: "0"}
+    said = sentence(refused(model, option, *MLA, *(word for pair in sizes.items() for word in pair)))
+    assert "0" in said
+
+
+def test_a_share_too_small_for_a_rotary_key(tmp_path: Path) -> None:
+    model = save_speaking(tmp_path / "model")
+    refused(model, "too few for a rotary key", *MLA, "--cache", "1%")
+
+
+@pytest.mark.parametrize("shape", [SHAPE, ("--to", "mla", "--exact")], ids=["lossy", "exact"])
+def test_float16_has_no_room_for_the_latent_norm(tmp_path: Path, shape: tuple[str, ...]) -> None:
+    model = save_speaking(tmp_path / "model")
+    assert "bfloat16 or float32" in sentence(refused(model, "float16", *shape, "--dtype", "float16"))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("qwen3", "normalises queries and keys per head"),
+        ("gemma2", "soft-capped scores"),
+        ("mixtral", "its router is a softmax over experts"),
+        ("starcoder2", "LayerNorm"),
+        ("gpt_neox", "LayerNorm"),
+        ("mistral", "sliding_window is 5: no stock MLA model has a sliding window"),
+        ("qwen2", "no stock MLA model has a sliding window"),
+    ],
+)
+def test_a_model_that_stock_deepseek_cannot_express(tmp_path: Path, model_type: str, reason: str) -> None:
+    model = tiny_models.save(model_type, tmp_path / "model")
+    said = sentence(refused(model, "", *SHAPE))
+    assert reason in said and "It can become GQA or MQA: --to gqa --groups N." in said
