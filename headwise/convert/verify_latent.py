@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from headwise.convert import deepseek, latent, mla_source, rope
-from headwise.convert.architecture import find
+from headwise.convert.architecture import Architecture, find
 from headwise.convert.checkpoint import Checkpoint
+from headwise.convert.context import rotations
 from headwise.convert.layout import AttentionLayout, LatentWeights, planes, rows
 from headwise.convert.natural import ATTENTION, LAYERS
 from headwise.convert.skeleton import attend
@@ -129,6 +130,9 @@ def against_parent(
     before = arch.layouts(parent.config)
     if len(before) != len(model.layouts):
         return False, f"the parent has {len(before)} layers, and the folder {len(model.layouts)}"
+    changed = [] if moved else _changed_fields(model.config, parent.config, arch)
+    if changed:
+        return False, f"config.json differs from the parent's in {', '.join(changed)}"
     dtype = next(iter(checkpoint.tensors.values())).dtype
     rule = mla_source.find(arch.text_config(parent.config), dtype)
     attention = [n for n in parent.tensors if f".{arch.attention}." in n]
@@ -152,6 +156,14 @@ def against_parent(
         worst = max(worst, _difference(ours, wanted))
     limit = EXACT_TOLERANCE.get(dtype, 3e-2)
     return worst < limit, f"exact: attention of the chosen layers within {worst:.1e} of the parent's"
+
+
+def _changed_fields(config: dict[str, Any], parent: dict[str, Any], arch: Architecture) -> list[str]:
+    """What is carried over from the parent's config and is not the same."""
+    text = arch.text_config(parent)
+    changed = [key for key in deepseek.CARRIED_KEYS if key in text and config.get(key) != text[key]]
+    theta = rotations(parent, arch)[0].parameters["rope_theta"]
+    return changed + ["rope_theta"] * (float(config["rope_parameters"]["rope_theta"]) != float(theta))
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
