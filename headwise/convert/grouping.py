@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from headwise.convert.methods import solve
+
 # Order of the eigenvalue problem that tells what a candidate group costs, at most: with many heads there are
 # thousands of candidates.
 LARGEST_PROBLEM, WITH_MANY_HEADS = 128, 64
@@ -69,7 +71,7 @@ class GroupCost:
             n = energy.shape[-1]
             block = energy[index[:, :, None], index[:, None, :]]  # (groups, g, g, batch, n, n)
             block = block.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # (groups, batch, g n, g n)
-            values = torch.linalg.eigvalsh(block)
+            values = solve(torch.linalg.eigvalsh, block)
             total += values[..., :-n].sum((-1, -2)).to(torch.float64).cpu() / whole
         self._known.update(zip(new, total.tolist(), strict=True))
 

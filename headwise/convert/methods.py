@@ -11,12 +11,16 @@ the cost of errors, `costs` (..., g, n, n): an error e in member j costs `e^H co
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # Directions whose energy is below this share of the largest are treated as absent (pseudo-inverse).
 TOLERANCE = 1e-12
+
+# Eigenvalue problems up to this order are solved by one thread.
+SMALL = 1024
 
 Method = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -29,7 +33,7 @@ def optimal(gram: Tensor, costs: Tensor) -> tuple[Tensor, Tensor]:
     """
     g, n = gram.shape[-2:]
     weight, inverse = root(costs)
-    values, vectors = torch.linalg.eigh(weigh(gram, weight).flatten(-2, -1).flatten(-3, -2))
+    values, vectors = solve(torch.linalg.eigh, weigh(gram, weight).flatten(-2, -1).flatten(-3, -2))
     u = _canonical(vectors[..., -n:].flip(-1)).unflatten(-2, (g, n))  # (..., g, n, n)
     mix, maps = u.mH @ weight, inverse @ u
     # The pair is free up to a scale: give the shared rows the members' mean size, which trains and rounds best.
@@ -66,7 +70,7 @@ def phased(gram: Tensor, costs: Tensor) -> tuple[Tensor, Tensor]:
     g = gram.shape[-2]
     cost = costs.real.clamp_min(0).flatten(-3)  # (..., g)
     weighted = cost.sqrt()[..., :, None] * gram.reshape(*cost.shape, g) * cost.sqrt()[..., None, :]
-    phase = torch.sgn(_canonical(torch.linalg.eigh(weighted)[1][..., -1:]))[..., 0]
+    phase = torch.sgn(_canonical(solve(torch.linalg.eigh, weighted)[1][..., -1:]))[..., 0]
     phase = torch.where(phase == 0, torch.ones_like(phase), phase)
     share = cost / cost.sum(-1, keepdim=True).clamp_min(1e-300)
     return (share * phase.conj())[..., None, :, None], phase[..., None, None]
@@ -90,12 +94,27 @@ def weigh(gram: Tensor, weight: Tensor) -> Tensor:
 
 def root(costs: Tensor) -> tuple[Tensor, Tensor]:
     """R with R^H R = costs, and its pseudo-inverse; (..., n, n) each."""
-    values, vectors = torch.linalg.eigh(costs)
+    values, vectors = solve(torch.linalg.eigh, costs)
     values = values.clamp_min(0)
     present = values > TOLERANCE * values.amax(-1, keepdim=True)
     scale = values.sqrt() * present
     inverse = torch.where(present, 1 / scale, 0.0)
     return scale[..., None] * vectors.mH, vectors * inverse[..., None, :]
+
+
+def solve(problem: Callable[[Tensor], Any], matrices: Tensor) -> Any:
+    """`torch.linalg.eigh` or `eigvalsh`, of small matrices by one thread.
+
+    LAPACK meets at a barrier thousands of times in one small problem, and its threads spin at each: beside other
+    work, a problem of order 512 took a hundred times as long on two threads as on one.
+    """
+    threads = torch.get_num_threads()
+    if matrices.shape[-1] <= SMALL:
+        torch.set_num_threads(1)
+    try:
+        return problem(matrices)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _energies(gram: Tensor) -> Tensor:

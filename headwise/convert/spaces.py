@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from headwise.convert.layout import LayerWeights, planes
-from headwise.convert.methods import root
+from headwise.convert.methods import root, solve
 
 # The coarser dtype in which heads are compared with each other before they are merged.
 COARSE = {torch.float64: torch.float32, torch.complex128: torch.complex64}
@@ -73,7 +73,7 @@ class Space:
         """
         weight, _ = root(self.balanced)
         if components is not None and components < weight.shape[-1]:
-            basis = torch.linalg.eigh(weight @ self.own @ weight.mH)[1][..., -components:]
+            basis = solve(torch.linalg.eigh, weight @ self.own @ weight.mH)[1][..., -components:]
             weight = basis.mH @ weight
         dtype = COARSE[self.rows.dtype]
 
