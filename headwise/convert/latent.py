@@ -75,7 +75,9 @@ def convert(
     known = statistics(weights, moment, key_moment, value_moment, distances)
     layer = Layer(weights, frequencies, known, scale)
     total = sum(layer.energies) or 1.0
-    source = (weights, frequencies, rope_frequencies, rank, known)
+    # More numbers than there are inputs would be linearly dependent, and reading them would amplify rounding.
+    own_rank = min(rank, weights.q.shape[2] if biased else weights.q.shape[2] - 1)
+    source = (weights, frequencies, rope_frequencies, own_rank, known)
     half = weights.layout.rotary_dim // 2
     tried = [f for f in foldings if f <= half] or [1]
 
@@ -92,7 +94,7 @@ def convert(
         features, keys, values = partial_rope(*source)
         folding, readings = 1, layer.read(features, keys, values)
 
-    latent = _assemble(weights, features, readings.keys, readings.values, known, scale)
+    latent = _widen(_assemble(weights, features, readings.keys, readings.values, known, scale), rank)
     key_error, value_error = (error / total for error in readings.errors)
     report = LatentReport(method, folding, key_error, value_error, tuple(errors))
     return (latent if biased else _without_constant(latent)), report
@@ -167,6 +169,19 @@ def _assemble(
         o=weights.o,
         frequencies=features.frequencies,
         scale=scale,
+    )
+
+
+def _widen(latent: LatentWeights, rank: int) -> LatentWeights:
+    """Fill the latent with zeros up to `rank`."""
+    missing = rank - latent.kv_down.shape[0]
+    pad = torch.nn.functional.pad
+    return replace(
+        latent,
+        layout=replace(latent.layout, kv_lora_rank=rank),
+        kv_down=pad(latent.kv_down, (0, 0, 0, missing)),
+        k_up=pad(latent.k_up, (0, missing)),
+        v_up=pad(latent.v_up, (0, missing)),
     )
 
 
