@@ -76,6 +76,12 @@ class LatentTarget:
         self.auto_class = "AutoModelForCausalLM"
         stock = arch.stock_config(config)
         before = arch.layouts(config)
+        still = next((i for i, layout in enumerate(before) if not layout.rotary_dim), None)
+        if method != "optimal" and still is not None and not exact:
+            raise HeadwiseError(
+                f"--method {method} is defined for layers that rotate their positions, and layer {still} does not.",
+                "Use --method optimal.",
+            )
         self._before, self._hidden = before, stock.hidden_size
         self._frequencies, factor = self._source_frequencies(config)
         scale = self.rule.attention_scale or before[0].head_dim ** -0.5
