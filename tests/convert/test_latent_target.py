@@ -1,0 +1,306 @@
+"""MLA folders from end to end: what an exact one computes, what a lossy one promises, and what verify sees."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
+
+from headwise.convert import deepseek, pipeline
+from headwise.convert.layout import AttentionLayout, LatentWeights
+from headwise.convert.natural import from_natural, natural_attention
+from headwise.convert.pipeline import ConvertResult, convert
+from headwise.convert.refit import refit
+from headwise.convert.verify import verify
+from headwise.convert.workfolder import Interrupted
+from headwise.errors import HeadwiseError
+from tests import tiny_models
+from tests.convert.speaking import TEXT, contents, save_speaking
+
+PLAIN = {"mistral": {"sliding_window": None}, "qwen2": {"use_sliding_window": False}}
+TYPES = ["llama", "mistral", "qwen2", "phi3", "granite", "smollm3"]
+
+
+def made(result: Any) -> Any:
+    """The result of a conversion whose own checks passed."""
+    assert isinstance(result, ConvertResult) and result.verification
+    assert result.verification.passed, result.verification.failures
+    return result
+
+
+def config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model, as a user loads it."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(tiny_models.tokens()).logits
+
+
+def cached(model: Any) -> list[int]:
+    """Numbers per token of every layer of the cache after generating."""
+    said = model.generate(
+        tiny_models.tokens()[:1], max_new_tokens=3, do_sample=False, eos_token_id=None, return_dict_in_generate=True
+    )
+    return [x.keys[0, :, 0].numel() + x.values[0, :, 0].numel() for x in said.past_key_values.layers]
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize("shared", ["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_an_exact_folder_computes_the_parents_logits(model_type: str, shared: str, tmp_path: Path) -> None:
+    heads = tiny_models.CONFIGS[model_type]["num_attention_heads"]
+    own = tiny_models.CONFIGS[model_type]["num_key_value_heads"]
+    groups = {"mha": heads, "gqa": own, "mqa": 1}[shared]
+    more = PLAIN.get(model_type, {}) | {"num_key_value_heads": groups}
+    parent = tiny_models.save(model_type, tmp_path / "parent", **more)
+    result = made(convert(parent, tmp_path / "out", to="mla", exact=True, dtype="float32"))
+    child, source = load(tmp_path / "out"), load(parent)
+    assert type(child) is DeepseekV3ForCausalLM
+    assert relative(logits(child), logits(source)) < 1e-5
+    assert "exact" in {name: detail for name, _, detail in result.verification.checks}["parent"]
+    assert cached(child) == [layout.cache_numbers for layout in result.plan.layouts_after]
+    # SmolLM3's layers without RoPE keep keys in the latent, and all layers share one shape.
+    if shared == "mqa" and model_type != "smollm3":
+        assert max(cached(child)) <= max(cached(source))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight key-value heads of 8 dims: 128 numbers a token and layer."""
+    return save_speaking(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture(scope="module")
+def home(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exact and a lossy conversion of it."""
+    home = tmp_path_factory.mktemp("mla")
+    convert(model, home / "exact", to="mla", exact=True, verify=False)
+    convert(model, home / "lossy", to="mla", rank=24, rope_dim=8, calibrate="none", verify=False)
+    return home
+
+
+@pytest.mark.parametrize("rope_frequencies", ["default", "free"])
+@pytest.mark.parametrize("method", ["optimal", "transmla"])
+@pytest.mark.parametrize("shape", [{"rank": 20, "rope_dim": 4}, {"cache": 0.25}], ids=["shape", "share"])
+def test_a_lossy_folder_caches_what_it_promised(
+    model: Path, tmp_path: Path, shape: dict[str, Any], method: str, rope_frequencies: str
+) -> None:
+    options = {"method": method, "rope_frequencies": rope_frequencies, "calibrate": "none"}
+    result = made(convert(model, tmp_path / "out", to="mla", **shape, **options))
+    wanted = 32 if "cache" in shape else 24
+    assert cached(load(tmp_path / "out")) == [wanted] * 2
+    assert [layout.cache_numbers for layout in result.plan.layouts_after] == [wanted] * 2
+    written = config(tmp_path / "out")
+    assert written["kv_lora_rank"] + written["qk_rope_head_dim"] == wanted
+    if rope_frequencies == "default":
+        assert written["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def test_partial_rope_keeps_whole_planes_of_every_head(model: Path, tmp_path: Path) -> None:
+    options = {"method": "partial-rope", "calibrate": "none"}
+    made(convert(model, tmp_path / "out", to="mla", rank=32, rope_dim=16, **options))
+    assert cached(load(tmp_path / "out")) == [48] * 2
+    with pytest.raises(HeadwiseError, match="8 KV heads needs a rope_dim that is a multiple of 16"):
+        convert(model, tmp_path / "no", to="mla", rank=32, rope_dim=8, **options)
+
+
+@pytest.mark.parametrize("method", ["transmla", "partial-rope"])
+def test_layers_without_rope_are_not_for_the_published_methods(tmp_path: Path, method: str) -> None:
+    parent = tiny_models.save("smollm3", tmp_path / "parent")
+    with pytest.raises(HeadwiseError, match="layer 1 does not"):
+        convert(parent, tmp_path / "no", to="mla", rank=12, rope_dim=4, method=method, calibrate="none")
+    made(convert(parent, tmp_path / "out", to="mla", rank=12, rope_dim=4, calibrate="none"))
+
+
+def test_a_larger_shape_comes_closer_and_the_full_one_reaches_the_parent(model: Path, tmp_path: Path) -> None:
+    wanted, errors = logits(load(model)), []
+    for rank, rope_dim in ((8, 4), (32, 16), (64, 64)):
+        out = tmp_path / str(rank)
+        options = {"rope_frequencies": "free", "calibrate": "none", "verify": False}
+        convert(model, out, to="mla", rank=rank, rope_dim=rope_dim, **options)
+        errors.append(float((logits(load(out)) - wanted).norm() / wanted.norm()))
+    assert errors[0] > 1.2 * errors[1] and errors[2] < 1e-4, errors
+
+
+def test_a_refit_lowers_the_error_on_text_it_did_not_learn_from(model: Path, tmp_path: Path) -> None:
+    options = {"to": "mla", "rank": 24, "rope_dim": 8, **TEXT, "calibration_tokens": 32 * 96, "refit": 40}
+    result = made(convert(model, tmp_path / "a" / "out", **options))
+    for layer in (0, 1):
+        found = result.layers[layer]["refit"]
+        assert found["kept"] and found["steps"] == 40 and found["after"] < 0.9 * found["before"]
+    convert(model, tmp_path / "b" / "out", **options)
+    assert contents(tmp_path / "a" / "out") == contents(tmp_path / "b" / "out")
+    convert(model, tmp_path / "c", **options, seed=1, verify=False)
+    name = "model.layers.0.self_attn.kv_b_proj.weight"
+    first, other = (load_file(f / "model.safetensors")[name] for f in (tmp_path / "a" / "out", tmp_path / "c"))
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_natural_coordinates_and_back_give_the_same_tensors(home: Path, biased: bool) -> None:
+    heads, rank, rope_dim, nope, value, hidden = 8, 24, 8, 8, 8, 48
+    generator = torch.Generator().manual_seed(2)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    inputs = hidden + biased
+    made_of = LatentWeights(
+        layout=AttentionLayout(heads, heads, nope + rope_dim, value, rope_dim, None, rank, rope_dim),
+        q_nope=random(heads, nope, inputs),
+        q_rope=random(heads, rope_dim, inputs),
+        kv_down=random(rank, inputs),
+        k_rope=random(rope_dim, inputs),
+        k_up=random(heads, nope, rank),
+        v_up=random(heads, value, rank),
+        o=random(heads, hidden, value),
+        frequencies=deepseek.default_grid(1e4, rope_dim),
+        scale=0.3,
+    )
+    o_bias = random(hidden) if biased else None
+    module = natural_attention(config(home / "lossy"), 0, made_of, o_bias, torch.device("cpu"))
+    again, bias_again = from_natural(module, made_of)
+    options = {"q_lora_rank": hidden + 1 if biased else None, "dtype": torch.float64}
+    direct = deepseek.attention_tensors(made_of, "a", o_bias=o_bias, **options)
+    through = deepseek.attention_tensors(again, "a", o_bias=bias_again, **options)
+    assert direct.keys() == through.keys()
+    if biased:  # two factors are only determined up to a sign: their product is
+        for tensors in (direct, through):
+            down = [tensors.pop(f"a.q_a_proj.{part}") for part in ("weight", "bias")]
+            tensors["product"] = tensors.pop("a.q_b_proj.weight") @ torch.cat([down[0], down[1][:, None]], 1)
+    for name, tensor in direct.items():
+        assert relative(through[name], tensor) < 1e-6, name
+
+
+def test_bfloat16_is_as_close_to_float64_as_the_parents_own(tmp_path: Path) -> None:
+    parent = tiny_models.save("phi3", tmp_path / "parent", torch.bfloat16)
+    made(convert(parent, tmp_path / "out", to="mla", exact=True))
+    with tiny_models.float64_throughout():
+        truth = logits(load(parent, torch.float64))
+
+    def error(folder: Path) -> float:
+        return float((logits(load(folder, torch.bfloat16)).double() - truth).square().mean().sqrt())
+
+    assert error(tmp_path / "out") < 1.5 * error(parent)
+
+
+@pytest.mark.parametrize("rule", ["ntk", "base", "linear", "yarn", "llama3"])
+def test_a_longer_context_turns_as_the_rule_says(model: Path, tmp_path: Path, rule: str) -> None:
+    positions = {"context": 128, "rope": rule} | ({"rope_theta": 5e4} if rule == "base" else {})
+    convert(model, tmp_path / "long", **positions, verify=False)
+    made(convert(model, tmp_path / "exact", to="mla", exact=True, **positions))
+    long = config(tmp_path / "long")
+    assert config(tmp_path / "exact")["max_position_embeddings"] == long["max_position_embeddings"] == 128
+    assert relative(logits(load(tmp_path / "exact")), logits(load(tmp_path / "long"))) < 1e-5
+    if rule in ("ntk", "base"):
+        convert(model, tmp_path / "lossy", to="mla", cache=0.25, calibrate="none", verify=False, **positions)
+        lossy = config(tmp_path / "lossy")
+        assert lossy["rope_parameters"] == {"rope_type": "default", "rope_theta": long["rope_theta"]}
+        assert lossy["rope_theta"] == long["rope_theta"] > 10000
+
+
+@pytest.mark.parametrize("rule", ["dynamic", "longrope"])
+def test_frequencies_that_change_with_the_length_are_refused(model: Path, tmp_path: Path, rule: str) -> None:
+    with pytest.raises(HeadwiseError, match=f"{rule} frequencies change with the length"):
+        convert(model, tmp_path / "out", to="mla", exact=True, context=128, rope=rule)
+    assert list(tmp_path.iterdir()) == []
+
+
+Tensors = dict[str, Tensor]
+UP = "model.layers.1.self_attn.kv_b_proj.weight"
+
+
+def change_up(tensors: Tensors) -> None:
+    tensors[UP] *= 1.01
+
+
+def drop_up(tensors: Tensors) -> None:
+    del tensors[UP]
+
+
+def break_norm(tensors: Tensors) -> None:
+    tensors["model.layers.1.self_attn.kv_a_proj_with_mqa.weight"] *= 1e6
+
+
+def change_mlp(tensors: Tensors) -> None:
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 1.01
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "checks"),
+    [
+        ("exact", change_up, {"record", "parent"}),
+        ("lossy", change_up, {"record"}),
+        ("lossy", break_norm, {"record", "function"}),
+        ("lossy", change_mlp, {"record", "parent"}),
+        ("lossy", drop_up, {"tensors"}),
+    ],
+)
+def test_verify_sees_changed_tensors(
+    model: Path, home: Path, tmp_path: Path, kind: str, change: Callable[[Tensors], None], checks: set[str]
+) -> None:
+    out = shutil.copytree(home / kind, tmp_path / "out")
+    assert verify(out, model).passed
+    tensors = load_file(out / "model.safetensors")
+    change(tensors)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    found = verify(out, model)
+    assert {name for name, passed, _ in found.checks if not passed} == checks, found.failures
+
+
+@pytest.mark.parametrize("kind", ["exact", "lossy"])
+def test_verify_sees_another_base(model: Path, home: Path, tmp_path: Path, kind: str) -> None:
+    out = shutil.copytree(home / kind, tmp_path / "out")
+    changed = config(out)
+    changed["rope_theta"] = changed["rope_parameters"]["rope_theta"] = 12000.0
+    (out / "config.json").write_text(json.dumps(changed))
+    found = verify(out, model)
+    assert "parent: config.json differs from the parent's in rope_theta" in found.failures
+
+
+def test_saved_moments_serve_instead_of_the_text(model: Path, tmp_path: Path) -> None:
+    options = {"to": "mla", "rank": 24, "rope_dim": 8, "refit": "off", "verify": False}
+    convert(model, tmp_path / "direct", save_moments=tmp_path / "moments", **TEXT, **options)
+    convert(model, tmp_path / "reused", moments=tmp_path / "moments", **options)
+    convert(model, tmp_path / "blind", calibrate="none", **options)
+    direct, reused, blind = (logits(load(tmp_path / name)) for name in ("direct", "reused", "blind"))
+    # Moments are kept in float32, and the alternation carries their rounding on.
+    assert relative(reused, direct) < 1e-3 < relative(blind, direct)
+
+
+def test_resuming_gives_the_same_bytes(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"to": "mla", "rank": 24, "rope_dim": 8, **TEXT, "refit": 2}
+    convert(model, tmp_path / "whole" / "out", **options)
+
+    def second(attention: Any, parameters: Any, record: Any, **more: Any) -> Any:
+        if record.index:
+            raise KeyboardInterrupt
+        return refit(attention, parameters, record, **more)
+
+    out = tmp_path / "cut" / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "refit_layer", second)
+        with pytest.raises(Interrupted, match="--resume"):
+            convert(model, out, **options)
+    assert not out.exists()
+    convert(model, out, **options, resume=True)
+    assert contents(out) == contents(tmp_path / "whole" / "out")
