@@ -3,7 +3,8 @@
     python benchmarks/convert_speed.py [MODEL] [--groups 8] [--rounds 3]
 
 Without MODEL it makes the 13.5 GB checkpoint of make_checkpoint.py first. Both are timed until their bytes are
-on the disk (`sync`), in turn, after one another's output is deleted. The figures are medians over the rounds.
+on the disk (`sync`), in turn, after one another's output is deleted. The figures are medians over the rounds, and
+the load average after each run tells how busy the machine was with other work.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ METHODS = {"mean": 1.5, "optimal": 6.0}
 MAX_MEMORY = 3e9
 
 
-def run(command: list[str], out: Path) -> tuple[float, float]:
-    """Seconds until the output is on the disk, and the child's peak resident memory in bytes."""
+def run(command: list[str], out: Path) -> tuple[float, float, float]:
+    """Seconds until the output is on the disk, those a processor worked on it, and peak memory in bytes."""
     os.sync()
     start = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -36,7 +37,7 @@ def run(command: list[str], out: Path) -> tuple[float, float]:
     if child.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {child.returncode}")
     shutil.rmtree(out)
-    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def compare(model: Path, scratch: Path, groups: int, rounds: int) -> bool:
@@ -47,18 +48,20 @@ def compare(model: Path, scratch: Path, groups: int, rounds: int) -> bool:
         options = f"--to gqa --groups {groups} --method {method} --calibrate none --refit off --no-verify -q"
         convert = [str(Path(sys.executable).with_name("headwise")), "convert", str(model), str(out)]
         commands[method] = convert + options.split()
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name, command in commands.items():
             results[name].append(run(command, out))
-    copy = median(seconds for seconds, _ in results["cp -r"])
+            print(f"{name}: {results[name][-1][0]:.1f} s, load average {os.getloadavg()[0]:.1f}", flush=True)
+    copy = median(seconds for seconds, _, _ in results["cp -r"])
     good = True
-    print(f"{'':10} {'seconds':>8} {'x cp -r':>8} {'bound':>6} {'peak memory':>12}")
+    print(f"{'':10} {'seconds':>8} {'x cp -r':>8} {'bound':>6} {'CPU s':>7} {'peak memory':>12}")
     for name, runs in results.items():
-        seconds, memory = median(s for s, _ in runs), max(m for _, m in runs)
+        seconds, work = median(s for s, _, _ in runs), median(w for _, w, _ in runs)
+        memory = max(m for _, _, m in runs)
         bound = METHODS.get(name)
         good = good and (bound is None or (seconds <= bound * copy and memory <= MAX_MEMORY))
-        print(f"{name:10} {seconds:8.1f} {seconds / copy:8.2f} {bound or '':>6} {memory / 1e9:9.2f} GB")
+        print(f"{name:10} {seconds:8.1f} {seconds / copy:8.2f} {bound or '':>6} {work:7.1f} {memory / 1e9:9.2f} GB")
     return good
 
 

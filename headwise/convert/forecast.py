@@ -25,7 +25,7 @@ REFIT_SECONDS = 600.0
 CUDA_FLOPS = 5e12
 CPU_FLOPS_PER_THREAD = 2e10
 # An idle process that has imported torch and transformers.
-RESTING_BYTES = 600 << 20
+RESTING_BYTES = 450 << 20
 
 
 def trained_length(checkpoint: Checkpoint, arch: Architecture) -> int:
@@ -83,7 +83,8 @@ def attention_parameters(layout: Any, hidden_size: int) -> int:
 def peak_memory(checkpoint: Checkpoint, arch: Architecture, target: Any, calibration: Any) -> int:
     """Bytes of resident memory at the peak, or of the process and its device together.
 
-    Converting holds one layer's attention in float64 a few times over. Calibration adds the parent's layer in
+    Converting holds one layer's attention in float64 a few times over, or one tensor where heads are pooled or
+    repeated tensor by tensor. Calibration adds the parent's layer in
     float32, the embedding table, the hidden states of all tokens (three times with a refit, which keeps the
     attention's inputs and outputs), the moments, and the widest intermediate of one batch.
     """
@@ -92,9 +93,10 @@ def peak_memory(checkpoint: Checkpoint, arch: Architecture, target: Any, calibra
     before = arch.layouts(checkpoint.config)
     computed = [i for i in range(len(target.layouts)) if target.computed(i)]
     if not computed:
-        return RESTING_BYTES
+        carried = (tensor.name for tensor in target.outputs if tensor.source is None)
+        return RESTING_BYTES + 3 * max((checkpoint.tensors[name].nbytes for name in carried), default=0)
     attention = 8 * max(attention_parameters(before[i], width) for i in computed)
-    total = RESTING_BYTES + 4 * attention
+    total = RESTING_BYTES + int(3.5 * attention)
     if calibration is None or calibration.reuse is not None:
         return total + (2 * 8 * width * width if calibration else 0)
     depth = arch.layers[0].count(".") + 1
