@@ -49,7 +49,6 @@ def merge(
     method: str = "optimal",
     grouping: str = "optimal",
     moment: Tensor | None = None,
-    key_moment: Tensor | None = None,
     value_moment: Tensor | None = None,
     seed: int = 0,
 ) -> tuple[LayerWeights, MergeReport]:
@@ -64,9 +63,8 @@ def merge(
         grouping: "optimal" chooses which heads share by least residual energy, "contiguous" takes neighbours.
         moment: E[x x^T] of the attention input, (inputs, inputs), with the constant 1 appended where the layer
             has biases; None stands for the identity.
-        key_moment: the same with every token counted by the attention it gets, which is where keys matter.
         value_moment: the same of inputs averaged by the layer's attention, which is what values are read
-            through. None stands for `moment`, here and for keys.
+            through. None stands for `moment`.
         seed: for the method "random".
 
     Raises:
@@ -89,7 +87,7 @@ def merge(
     groups = neighbours(source, size)
     spaces: list[Space] = []
     if regroup or moment is not None or method not in POOLS:
-        spaces = all_spaces(weights, moment, key_moment, value_moment)
+        spaces = all_spaces(weights, moment, value_moment)
     if regroup:
         groups = choose_groups([space.energy(components(source, size)) for space in spaces], size)
     named = tuple(map(tuple, groups))
@@ -99,7 +97,7 @@ def merge(
     pooled = _pool_layer(weights, groups, method, seed)
     if moment is None:
         return pooled, MergeReport(named, None, None)
-    after = all_spaces(pooled, moment, key_moment, value_moment)
+    after = all_spaces(pooled, moment, value_moment)
     return pooled, MergeReport(named, *_pooling_errors(spaces, after, groups))
 
 

@@ -93,16 +93,14 @@ class Space:
         return torch.where(self.free[:, None, None], gram, gram.real.to(gram.dtype))
 
 
-def all_spaces(
-    weights: LayerWeights, moment: Tensor | None, key_moment: Tensor | None, value_moment: Tensor | None
-) -> list[Space]:
+def all_spaces(weights: LayerWeights, moment: Tensor | None, value_moment: Tensor | None) -> list[Space]:
     return [
-        *key_spaces(weights, moment, key_moment),
+        *key_spaces(weights, moment),
         value_space(weights, moment if value_moment is None else value_moment),
     ]
 
 
-def key_spaces(weights: LayerWeights, moment: Tensor | None, key_moment: Tensor | None = None) -> list[Space]:
+def key_spaces(weights: LayerWeights, moment: Tensor | None) -> list[Space]:
     """One space of complex planes for the rotary rows, one of real vectors for the position-free rows.
 
     The cost of a key error is the energy of the queries that read it: `e_h = E|q_{h,f}|^2`, summed over the
@@ -124,7 +122,7 @@ def key_spaces(weights: LayerWeights, moment: Tensor | None, key_moment: Tensor 
         else:
             reading = weights.k_norm.repeat_interleave(reads, 0).square() * reading
     reading = reading.unflatten(0, (groups, reads)).sum(1)
-    k_seen = see(k, moment if key_moment is None else key_moment)
+    k_seen = see(k, moment)
 
     found = []
     if r:

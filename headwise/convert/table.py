@@ -53,8 +53,7 @@ class Row:
         rope_flags: config key of a list that is true where a layer has RoPE.
         rope_layer_types: the layer types that have RoPE, where only some do.
         num_key_value_heads: config key, None where the stock class has none.
-        fixed_groups: why the number of key-value heads cannot change, where it cannot: no room in the stock class, or
-            no saving.
+        fixed_groups: why the number of key-value heads cannot change, where it cannot (or saves nothing).
         requires: config key -> {value, reason}: variants of the type that cannot be converted.
         old_rope_names: rope parameter -> top-level config key of transformers 4.
         old_rope_scaling: the keys transformers 4 allows in `rope_scaling`, where it is strict.

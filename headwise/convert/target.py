@@ -148,7 +148,8 @@ class GroupedTarget:
         moments = {}
         if record is not None:
             inputs = weights.q.shape[2]
-            moments = {name: moment[:inputs, :inputs] for name, moment in record.moments().items()}
+            known = {"moment": record.moment, "value_moment": record.value_moment}
+            moments = {name: m[:inputs, :inputs] for name, m in known.items() if m is not None}
             weights = weights.to_device(record.moment.device)
         merged, report = merge(
             weights,
