@@ -1,14 +1,12 @@
-"""Without a GPU the kernels run under Triton's interpreter, which must be chosen before Triton is imported."""
+"""What Triton's interpreter (chosen in tests/conftest.py where there is no GPU) needs."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 
 import torch
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
     from triton.runtime import interpreter
 
     patch_tensor = interpreter._patch_lang_tensor
