@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from headwise.convert.layout import LayerWeights, planes, rows
+from headwise.convert.methods import solve
 
 # Added to the unit diagonal of every normal equation: features may be redundant.
 RIDGE = 1e-9
@@ -227,4 +228,5 @@ def solve_right(gram: Tensor, cross: Tensor) -> Tensor:
     size = gram.diagonal(dim1=-2, dim2=-1).real.clamp_min(1e-200).sqrt()
     scaled = gram / size[..., :, None] / size[..., None, :]
     scaled = scaled + RIDGE * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(scaled, (cross / size[..., None, :]).mH).mH / size[..., None, :]
+    right = (cross / size[..., None, :]).mH
+    return solve(lambda left: torch.linalg.solve(left, right), scaled).mH / size[..., None, :]

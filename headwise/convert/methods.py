@@ -103,7 +103,7 @@ def root(costs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def solve(problem: Callable[[Tensor], Any], matrices: Tensor) -> Any:
-    """`torch.linalg.eigh` or `eigvalsh`, of small matrices by one thread.
+    """A problem of `torch.linalg`, of small matrices by one thread.
 
     LAPACK meets at a barrier thousands of times in one small problem, and its threads spin at each: beside other
     work, a problem of order 512 took a hundred times as long on two threads as on one.
