@@ -273,7 +273,14 @@ def test_a_real_interrupt_of_the_real_command(model: Path, tmp_path: Path) -> No
     command = [sys.executable, "-c", "from headwise.cli import main; main()", "convert", str(model)]
     words = [*REFITTED, "--refit", "100000"]
     out = tmp_path / "out"
-    with subprocess.Popen([*command, str(out), *words], stderr=subprocess.PIPE, text=True) as process:
+
+    def hear_interrupts() -> None:
+        """Whoever started the tests in the background told every process below to ignore Ctrl-C."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        [*command, str(out), *words], stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+    ) as process:
         journal = tmp_path / ".out.headwise-work" / "journal.jsonl"
         deadline = time.monotonic() + 60
         while not journal.exists() and time.monotonic() < deadline:
