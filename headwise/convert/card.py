@@ -6,6 +6,7 @@ Nothing here depends on the time or the machine, so that a repeated conversion r
 from __future__ import annotations
 
 import platform
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -125,6 +126,38 @@ def make_card(plan: Plan, record: Mapping[str, Any], source_card: Path | None = 
         "```",
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"))
+
+
+def with_section(card: str, title: str, body: str, *, before: str = "") -> str:
+    """A card's text with the section `## title` holding `body`, in place of what stood there.
+
+    Args:
+        card: the whole README.md, front matter included.
+        body: Markdown without the heading; its own headings are deeper than `##`.
+        before: where a new section goes: above the one of this title, or last where there is none.
+    """
+    lines = card.rstrip("\n").split("\n")
+    headings = _headings(lines)
+    places = {name: place for place, name in reversed(headings)}
+    first = places.get(title, places.get(before, len(lines)))
+    after = next((place for place, _ in headings if place > first), len(lines)) if title in places else first
+    parts = ["\n".join(lines[:first]).rstrip("\n"), f"## {title}", body.strip("\n"), "\n".join(lines[after:])]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _headings(lines: Sequence[str]) -> list[tuple[int, str]]:
+    """Line and title of each `## ` heading; what a fence encloses is no heading."""
+    found, fence = [], ""
+    for place, line in enumerate(lines):
+        mark = re.match(r" {0,3}(`{3,}|~{3,})(.*)", line)
+        if fence:
+            closes = mark and mark[1].startswith(fence) and not mark[2].strip()
+            fence = "" if closes else fence
+        elif mark:
+            fence = mark[1]
+        elif line.startswith("## "):
+            found.append((place, line[3:].strip()))
+    return found
 
 
 def inherited(source_card: Path | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from huggingface_hub import ModelCard
 
-from headwise.convert.card import command_of, inherited, make_card, make_record
+from headwise.convert.card import command_of, inherited, make_card, make_record, with_section
 from headwise.convert.checkpoint import open_checkpoint
 from tests.convert.test_plan import model, plan_for
 
@@ -98,3 +98,44 @@ def test_a_card_that_cannot_be_used_is_ignored(tmp_path, front):
     card = tmp_path / "README.md"
     card.write_text(front)
     assert inherited(card) == {} and inherited(tmp_path / "none") == {} and inherited(None) == {}
+
+
+CARD = """---
+license: mit
+---
+
+# Title
+
+Words.
+
+## Errors
+
+None.
+
+## Command
+
+```
+## not a heading
+~~~
+## nor this
+```
+"""
+
+
+def test_a_section_is_added_once_and_then_replaced():
+    once = with_section(CARD, "Training", "1 token.\n\n### Data\n\nCode.")
+    assert once == CARD + "\n## Training\n\n1 token.\n\n### Data\n\nCode.\n"
+    assert with_section(once, "Training", "2 tokens.\n") == CARD + "\n## Training\n\n2 tokens.\n"
+    assert with_section(once, "Errors", "Some.") == once.replace("None.", "Some.")
+
+
+def test_a_new_section_can_go_before_another():
+    made = with_section(CARD, "Evaluation", "Better.", before="Errors")
+    assert made == CARD.replace("## Errors", "## Evaluation\n\nBetter.\n\n## Errors")
+    assert with_section(made, "Evaluation", "Worse.", before="Command") == made.replace("Better", "Worse")
+
+
+def test_a_fence_hides_headings():
+    assert with_section(CARD, "not a heading", "x") == CARD + "\n## not a heading\n\nx\n"
+    assert with_section(CARD, "Command", "x").endswith("None.\n\n## Command\n\nx\n")
+    assert with_section("", "A", "x") == "## A\n\nx\n"
