@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -40,15 +41,78 @@ class Data:
     """Source (builtin, packages, a .txt or .jsonl file, hf:DATASET) to the times it occurs in one pass."""
     length: int = 1024
     """Tokens in a block."""
+    separate_documents: bool = True
+    """Documents that share a block do not see each other, and each begins at position 0."""
+    heldout: str = "builtin"
+    """Text that measures progress and is never trained on; of `builtin`, its held-out modules."""
     heldout_blocks: int | None = 64
-    """Blocks of the held-out standard-library modules that measure progress (null: all of them)."""
+    """Blocks of it (null: all there are)."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What is minimised: a sum of terms with these weights. All but cross-entropy need a teacher.
+
+    `kl` is forward KL (teacher || student), over the whole vocabulary or, with `teacher.topk`, over the teacher's
+    most likely tokens and one bucket for the rest. `reverse_kl` is KL (student || teacher), `jsd` the
+    Jensen-Shannon divergence; `hidden_states` and `attention_outputs` are relative squared errors over all layers.
+    """
+
+    kl: float = 0.0
+    reverse_kl: float = 0.0
+    jsd: float = 0.0
+    hidden_states: float = 0.0
+    attention_outputs: float = 0.0
+    cross_entropy: float = 0.0
+    temperature: float = 1.0
+    """Of both distributions in the divergences, which are multiplied by its square."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any((self.kl, self.reverse_kl, self.jsd, self.hidden_states, self.attention_outputs))
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """How the teacher takes part."""
+
+    topk: int | None = None
+    """Null: it runs beside the student. A number: its most likely tokens at every position are written to disk
+    before the student is loaded, for a teacher that does not fit beside it."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (peft) on the attention projections, merged into the weights at the end."""
+
+    rank: int = 32
+    alpha: float = 64.0
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Layerwise:
+    """Stage 1: each attention layer alone learns its parent's answers, as `convert --refit` does it."""
+
+    tokens: int = 1_000_000
+    """Tokens of text read through the parent."""
+    steps: int = 800
+    """Optimizer steps per layer."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """One run of AdamW. Budgets are tokens, not steps."""
+    """One run of AdamW. Budgets are tokens, not steps: `tokens`, or else a `fraction` of `pretraining_tokens`."""
 
-    tokens: int
+    tokens: int | None = None
+    fraction: float | None = None
+    """Share of the pretraining, 0.05 or 5%."""
+    pretraining_tokens: int | None = None
+    """What the model was pretrained on (null: as its own training.json says)."""
+    parameters: Literal["all", "attention"] = "all"
+    """Which are trained."""
+    lora: Lora | None = None
+    gradient_checkpointing: bool = False
     seconds: float | None = None
     """Wall clock that the run may take: the number of tokens is lowered early in the run so that it fits."""
     batch_tokens: int = 131072
@@ -70,17 +134,54 @@ class Training:
     compile: bool = False
     log_every: int = 20
     evaluate_every: int | None = None
+    """Steps between two measurements on the held-out text (null: only before and after)."""
+    save_every: int | None = None
+    """Steps between two checkpoints (null: only when the run is stopped)."""
+    keep: int = 2
+    """Checkpoints kept."""
+    report_to: list[str] = field(default_factory=list)
+    """tensorboard, wandb: whatever transformers' Trainer knows and is installed."""
     seed: int = 0
+
+    def budget(self, pretrained: int | None = None) -> int:
+        """Tokens of the run.
+
+        Args:
+            pretrained: what the model says it was pretrained on, where the recipe does not.
+
+        Raises:
+            HeadwiseError: a fraction of nobody knows what.
+        """
+        if self.tokens is not None:
+            return self.tokens
+        whole = self.pretraining_tokens or pretrained
+        if whole is None:
+            raise HeadwiseError(
+                f"train.fraction is {self.fraction} of a pretraining whose size is not stated.",
+                "Add --set train.pretraining_tokens=15T (what the parent saw), or give --tokens 21M.",
+            )
+        return math.ceil((self.fraction or 0) * whole)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. Without `init` it trains the model it is given."""
+    """A whole run: `layerwise`, then `train`. Without `init` it trains the model it is given."""
 
     about: str
     data: Data
-    train: Training
+    train: Training | None = None
+    layerwise: Layerwise | None = None
+    loss: Loss = Loss(cross_entropy=1.0)
+    teacher: Teacher = Teacher()
     init: Init | None = None
+
+    @property
+    def seed(self) -> int:
+        return self.train.seed if self.train else 0
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.layerwise is not None or (self.train is not None and self.loss.needs_teacher)
 
 
 T = TypeVar("T")
@@ -106,9 +207,42 @@ def load(recipe: str | Path, settings: Sequence[str] = ()) -> Recipe:
     for setting in settings:
         _lay_over(mapping, setting)
     checked = build(Recipe, mapping, str(path))
-    if checked.data.length < 2:
-        raise HeadwiseError(f"{path}: data.length must be at least 2, got {checked.data.length}.")
+    for wrong, sentence in _contradictions(checked):
+        if wrong:
+            raise HeadwiseError(f"{path}: {sentence}")
     return checked
+
+
+def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
+    """What no single field can tell: (whether it is wrong, the sentence to say then)."""
+    train, loss = recipe.train, recipe.loss
+    yield recipe.data.length < 2, f"data.length must be at least 2, got {recipe.data.length}."
+    yield train is None and recipe.layerwise is None, "it trains nothing: give train, layerwise or both."
+    weights = {name: value for name, value in dataclasses.asdict(loss).items() if name != "temperature"}
+    negative = next((name for name, value in weights.items() if value < 0), None)
+    yield negative is not None, f"loss.{negative} must not be negative."
+    yield not any(weights.values()), f"loss gives no term a weight: {', '.join(weights)}."
+    yield loss.temperature <= 0, f"loss.temperature must be above 0, got {loss.temperature}."
+    yield recipe.init is not None and recipe.needs_teacher, "a model that starts from nothing has no teacher."
+    if train is None:
+        return
+    yield train.tokens is None and train.fraction is None, "train.tokens is missing (or train.fraction)."
+    yield (
+        train.lora is not None and train.parameters == "all",
+        "train.lora trains adapters on attention: set train.parameters to attention.",
+    )
+    topk = recipe.teacher.topk
+    yield topk is not None and topk < 1, f"teacher.topk must be at least 1, got {topk}."
+    inside = [name for name in ("hidden_states", "attention_outputs") if weights[name]]
+    yield (
+        topk is not None and bool(inside),
+        f"loss.{', '.join(inside)} needs the teacher beside the student: leave out teacher.topk.",
+    )
+    whole = [name for name in ("reverse_kl", "jsd") if weights[name]]
+    yield (
+        topk is not None and bool(whole),
+        f"loss.{', '.join(whole)} needs the teacher's whole distribution: leave out teacher.topk.",
+    )
 
 
 def find(recipe: str | Path) -> Path:
@@ -190,14 +324,15 @@ def _scalar(hint: Any, value: Any, where: str, path: str) -> Any:
 
 
 def _number(value: Any) -> float | None:
-    """YAML reads 3e-4 as text and knows no 21M; people write both."""
+    """YAML reads 3e-4 as text and knows no 21M and no 5%; people write all of them."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int | float):
         return value
-    match = re.fullmatch(r"([+-]?[\d.]+(?:e[+-]?\d+)?)([kMB]?)", value) if isinstance(value, str) else None
+    match = re.fullmatch(r"([+-]?[\d.]+(?:e[+-]?\d+)?)([kMBT%]?)", value) if isinstance(value, str) else None
+    scale = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "%": 0.01}
     try:
-        return float(match[1]) * {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}[match[2]] if match else None
+        return float(match[1]) * scale[match[2]] if match else None
     except ValueError:
         return None
 

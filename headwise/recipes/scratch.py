@@ -62,7 +62,7 @@ def new_tokenizer(recipe: Recipe) -> Any:
     assert recipe.init is not None
     texts = [text for source in recipe.data.text for text in data.documents(source, "train")]
     longest = recipe.init.config.get("max_position_embeddings", recipe.data.length)
-    return train_tokenizer(texts, recipe.init.vocab_size, recipe.train.seed, model_max_length=longest)
+    return train_tokenizer(texts, recipe.init.vocab_size, recipe.seed, model_max_length=longest)
 
 
 def new_model(recipe: Recipe, tokenizer: Any) -> Any:
@@ -79,5 +79,5 @@ def new_model(recipe: Recipe, tokenizer: Any) -> Any:
         )
     except ValueError as error:
         raise HeadwiseError(f"init.config does not make a model: {error}") from None
-    set_seed(recipe.train.seed)
+    set_seed(recipe.seed)
     return AutoModelForCausalLM.from_config(config)

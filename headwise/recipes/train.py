@@ -60,9 +60,12 @@ def run(
     """
     if out.exists():
         raise HeadwiseError(f"{out} exists already.", "Name another folder, or remove it.")
+    training = recipe.train
+    assert training is not None
+    tokens = training.budget()
     tokenizer, network = _start(recipe, model, progress)
     progress.stage("reading text")
-    blocks, text = data.training_blocks(recipe.data, tokenizer, recipe.train.tokens, recipe.train.seed)
+    blocks, text = data.training_blocks(recipe.data, tokenizer, tokens, training.seed)
     heldout = data.builtin_blocks(tokenizer, "heldout", recipe.data.length, recipe.data.heldout_blocks)
 
     work = out.parent / f".{out.name}.training"
@@ -87,7 +90,7 @@ def run(
             "heldout_modules": list(data.HELDOUT),
             "parameters": network.num_parameters(),
             "steps": trainer.state.global_step,
-            "tokens": trainer.state.global_step * recipe.train.batch_tokens,
+            "tokens": trainer.state.global_step * training.batch_tokens,
             "seconds": round(seconds, 1),
             "hardware": hardware(),
             "versions": versions(),
@@ -147,6 +150,7 @@ def make_trainer(
 ) -> Trainer:
     """A Trainer over `blocks` (blocks, length); its curve goes to work/curve.csv as it runs."""
     training = recipe.train
+    assert training is not None
     callbacks: list[Any] = [Curve(work / "curve.csv", training.batch_tokens, progress)]
     if training.seconds is not None:
         callbacks.append(TimeBudget(training.seconds, progress))
@@ -177,7 +181,7 @@ def _arguments(training: Training, length: int, work: Path) -> TrainingArguments
     return TrainingArguments(
         output_dir=str(work),
         use_cpu=_on_cpu(),
-        max_steps=math.ceil(training.tokens / training.batch_tokens),
+        max_steps=math.ceil(training.budget() / training.batch_tokens),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=share // micro,
         learning_rate=training.learning_rate,

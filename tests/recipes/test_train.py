@@ -78,7 +78,9 @@ def test_from_nothing_twice_is_the_same_model(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(400)))
     init = Init(vocab_size=260, config=TINY)
-    recipe = Recipe("a test", Data({str(text): 1}, 64, heldout_blocks=2), replace(TRAINING, tokens=3 * 512), init)
+    recipe = Recipe(
+        "a test", Data({str(text): 1}, 64, heldout_blocks=2), replace(TRAINING, tokens=3 * 512), init=init
+    )
     for name in ("one", "two"):
         train.run(recipe, tmp_path / name)
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
