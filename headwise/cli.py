@@ -164,7 +164,7 @@ def inspect(**options: Any) -> None:
     if plot:
         from headwise.eval.plots import draw_reach
 
-        draw_reach(options["model"], options["context"], plot)
+        draw_reach(**options, path=plot)
         ui.note(f"Drew {plot}.")
     ui.result(found)
 
@@ -212,6 +212,7 @@ def verify(**options: Any) -> None:
         number("--steps", "Decode steps to time [16]."),
         choice("--dtype", ("bfloat16", "float16", "float32"), "Precision to measure in [bfloat16]."),
         DEVICE,
+        *SOURCE,
     ]
 )
 def bench(**options: Any) -> None:
@@ -224,7 +225,8 @@ def bench(**options: Any) -> None:
 
     if "dtype" in options:
         options["dtype"] = getattr(torch, options["dtype"])
-    measured = bench(options.pop("out"), options.pop("baseline"), **options)
+    with ui.progress() as progress:
+        measured = bench(options.pop("out"), options.pop("baseline"), **options, progress=progress)
     show.bench(measured)
     ui.result(measured)
 

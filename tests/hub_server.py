@@ -71,6 +71,8 @@ class _Handler(BaseHTTPRequestHandler):
             path,
         )
         repository = self.hub.repositories.get(match["repo"]) if match else None
+        if self.headers.get("Authorization") and not self._has_token():
+            return self._fail(401, "", {"X-Error-Message": "Invalid credentials in Authorization header"})
         if match is None or repository is None or (repository.private and not self._has_token()):
             return self._fail(404, "RepoNotFound")
         commit = repository.commit(match["rev"])

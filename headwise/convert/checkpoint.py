@@ -23,6 +23,7 @@ from headwise.convert.disk import plain_errors
 from headwise.convert.headers import DTYPE_NAMES, MAX_HEADER, TensorEntry, broken, parse_header
 from headwise.convert.source import Source, inside, locate
 from headwise.errors import HeadwiseError
+from headwise.progress import SILENT, Progress
 
 CHUNK = 1 << 20
 INTEGERS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32), 8: (torch.int64, np.uint64)}
@@ -138,13 +139,15 @@ def open_checkpoint(
     revision: str | None = None,
     token: str | None = None,
     allow_pickle: bool = False,
+    progress: Progress = SILENT,
 ) -> Checkpoint:
     """Open a local folder or a Hub repository `org/name[@revision]`, and check every header.
 
     Raises:
         HeadwiseError: the source is missing, incomplete, inconsistent, quantised or pickled.
     """
-    return read_headers(locate(model, revision=revision, token=token, allow_pickle=allow_pickle))
+    source = locate(model, revision=revision, token=token, allow_pickle=allow_pickle, progress=progress)
+    return read_headers(source)
 
 
 def read_headers(source: Source) -> Checkpoint:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from headwise.convert import architecture, mla_source
+from headwise.convert import architecture, hub, mla_source
 from headwise.convert.checkpoint import read_headers
 from headwise.convert.layout import AttentionLayout
 from headwise.convert.reach import Reach, reach
@@ -19,10 +19,8 @@ from headwise.convert.source import (
     SINGLE,
     files_of,
     find_folder,
-    hub_parameters,
     read_config,
     read_json,
-    split_revision,
 )
 from headwise.convert.verify_latent import LatentModel
 from headwise.errors import HeadwiseError
@@ -189,7 +187,7 @@ def _count_parameters(
     model: str, folder: Path, commit: str | None, token: str | None, dtype: torch.dtype
 ) -> tuple[int | None, str | None]:
     if commit is not None:
-        counted = hub_parameters(split_revision(model)[0], commit, token)
+        counted = hub.parameters(hub.split_revision(model)[0], commit, token)
         if counted is not None:
             return counted, "headers"
     elif (folder / SINGLE).is_file() or any(folder.glob("model-*.safetensors")):

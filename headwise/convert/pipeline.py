@@ -116,7 +116,9 @@ def convert(
         HeadwiseError: the input, the options or the disk do not allow it.
         GateFailed: the result failed its verification; nothing is published.
     """
-    checkpoint = open_checkpoint(model, revision=revision, token=token, allow_pickle=allow_pickle)
+    checkpoint = open_checkpoint(
+        model, revision=revision, token=token, allow_pickle=allow_pickle, progress=progress
+    )
     arch = find(checkpoint.config, checkpoint.tensors)
     check_complete(checkpoint, arch.auto_class)
     place = _device(device)

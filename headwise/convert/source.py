@@ -6,14 +6,15 @@ Only configuration, weights, tokenizer and licence files are looked at or downlo
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from headwise.convert import hub
 from headwise.errors import HeadwiseError
+from headwise.progress import SILENT, Progress
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_SINGLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -56,9 +57,16 @@ class Source:
 
 
 def locate(
-    model: str | Path, *, revision: str | None = None, token: str | None = None, allow_pickle: bool = False
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    allow_pickle: bool = False,
+    progress: Progress = SILENT,
 ) -> Source:
     """Find the files of a local folder or of `org/name[@revision]`, which is downloaded.
+
+    The one way from a MODEL to its files, for every verb. `folder` is what the stock classes load.
 
     Raises:
         HeadwiseError: there is no such model, it has no weights that may be read, or its index is unsound.
@@ -66,9 +74,9 @@ def locate(
     folder, commit = find_folder(model, revision=revision, token=token)
     if commit is None:
         return files_of(str(model), folder, allow_pickle=allow_pickle)
-    repo = split_revision(str(model))[0]
+    repo = hub.split_revision(str(model))[0]
     read_config(folder)
-    download_weights(repo, commit, folder, token, allow_pickle)
+    download_weights(repo, commit, folder, token, allow_pickle, progress)
     return files_of(repo, folder, commit, allow_pickle=allow_pickle)
 
 
@@ -98,19 +106,10 @@ def find_folder(
         return path, None
     if path.exists():
         raise HeadwiseError(f"{path} is a file.", "Name the folder that holds config.json and the weights.")
-    repo, at = split_revision(str(model))
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repo):
+    if not hub.NAME.fullmatch(hub.split_revision(str(model))[0]):
         raise HeadwiseError(f"There is no folder {model}.", "Name a folder, or a Hub repository as org/name.")
-    if at and revision and at != revision:
-        raise HeadwiseError(f"{model} and --revision {revision} name two revisions.")
-    folder = _download(repo, at or revision, token, patterns)
+    folder = hub.fetch(*hub.one_revision(str(model), revision), token, patterns)
     return folder, folder.name
-
-
-def split_revision(model: str) -> tuple[str, str | None]:
-    """`org/name@revision` -> (`org/name`, `revision`)."""
-    repo, _, revision = model.partition("@")
-    return repo, revision or None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -209,37 +208,19 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def download_weights(repo: str, commit: str, folder: Path, token: str | None, allow_pickle: bool) -> None:
+def download_weights(
+    repo: str, commit: str, folder: Path, token: str | None, allow_pickle: bool, progress: Progress = SILENT
+) -> None:
     """Bring the weight files of a repository beside its configuration; its index says which they are."""
     kinds = [(SINGLE, INDEX)] + ([(PICKLE_SINGLE, PICKLE_INDEX)] if allow_pickle else [])
     for single, index in kinds:
         sharded = (folder / index).exists()
-        _download(
-            repo, commit, token, sorted(set(read_weight_map(folder, index).values())) if sharded else [single]
-        )
+        files = sorted(set(read_weight_map(folder, index).values())) if sharded else [single]
+        hub.fetch(repo, commit, token, files, progress)
         if sharded or (folder / single).exists():
             return
-    from huggingface_hub import file_exists
-
-    if not allow_pickle and file_exists(repo, PICKLE_SINGLE, revision=commit, token=token):
+    if not allow_pickle and hub.has_file(repo, PICKLE_SINGLE, commit, token):
         raise _pickled(repo)
-
-
-def hub_parameters(repo: str, commit: str, token: str | None) -> int | None:
-    """Parameters of a repository, counted in its files' headers; None if they cannot be had.
-
-    A cached model is inspected offline too, then without this count.
-    """
-    from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.utils import SafetensorsParsingError
-
-    try:
-        counts = get_safetensors_metadata(repo, revision=commit, token=token).parameter_count
-    except SafetensorsParsingError as error:
-        raise HeadwiseError(f"The Hub repository {repo} has unsound weights: {_first_line(error)}") from None
-    except Exception:
-        return None
-    return sum(counts.values())
 
 
 def _pickled(model: str | Path) -> HeadwiseError:
@@ -254,35 +235,3 @@ def _is_sidecar(name: str) -> bool:
     return any(fnmatch(name, p) and p.count("/") == depth for p in SIDECARS) and not any(
         fnmatch(name, p) for p in NOT_SIDECARS
     )
-
-
-def _download(repo: str, revision: str | None, token: str | None, patterns: Sequence[str]) -> Path:
-    from huggingface_hub import errors as hub
-    from huggingface_hub import snapshot_download
-
-    # A pattern's star matches a slash too; folders hold other formats (onnx, original) that nobody asked for.
-    nested = [f"*/{pattern}" for pattern in patterns if "/" not in pattern and pattern != "*.jinja"]
-    try:
-        return Path(
-            snapshot_download(
-                repo, revision=revision, token=token, allow_patterns=list(patterns), ignore_patterns=nested
-            )
-        )
-    except hub.GatedRepoError:
-        reason, hint = "asks its users to accept its terms first", f"Accept them at https://huggingface.co/{repo}."
-    except hub.RepositoryNotFoundError:
-        reason, hint = "does not exist or is private", "Check its name, or log in with `hf auth login`."
-    except hub.RevisionNotFoundError:
-        reason, hint = f"has no revision {revision}", "Leave the revision out to take the main branch."
-    except hub.LocalEntryNotFoundError:
-        reason, hint = "is not in the cache and the Hub cannot be reached", "Check HF_HUB_OFFLINE and the network."
-    except hub.HFValidationError as error:
-        reason, hint = f"is not a repository name: {error}", "Write it as org/name."
-    except Exception as error:
-        # The client lets through whatever its transport raises; which library that is depends on its version.
-        reason, hint = f"cannot be downloaded: {_first_line(error)}", "Try again."
-    raise HeadwiseError(f"The Hub repository {repo} {reason}.", hint)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -78,8 +78,10 @@ def verify(
     Raises:
         HeadwiseError: a checkpoint cannot be opened at all.
     """
-    checkpoint = open_checkpoint(out)
-    parent = open_checkpoint(against, revision=revision, token=token) if against is not None else None
+    checkpoint = open_checkpoint(out, progress=progress)
+    parent = None
+    if against is not None:
+        parent = open_checkpoint(against, revision=revision, token=token, progress=progress)
     arguments, recorded = _record_of(checkpoint.folder)
     return check_folder(checkpoint, parent, arguments=arguments, recorded=recorded, finite=True, progress=progress)
 

@@ -92,6 +92,7 @@ def demo(
 
     from headwise.convert.pipeline import convert
     from headwise.convert.plan import inspect
+    from headwise.convert.source import locate
     from headwise.demo.plot import draw
     from headwise.recipes.data import blocks_from
 
@@ -105,9 +106,10 @@ def demo(
     if not planned:
         raise HeadwiseError(f"{model} has {first.num_key_value_heads} KV head: there is nothing to take away.")
 
+    source = locate(model, progress=progress).folder
     progress.stage("Demo", total=1 + sum(trial.cost for trial in planned), unit="steps")
     progress.advance(0, now="the parent")
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(source)
     count = (QUICK if quick else FULL).blocks
     blocks = blocks_from("builtin", tokenizer, split="heldout", length=BLOCK_LENGTH, count=count, seed=seed)
 
@@ -118,7 +120,7 @@ def demo(
         return Measurement(target, method, cache, nats, time.monotonic() - start)
 
     parent_name = name(first.num_key_value_heads, first.num_attention_heads)
-    parent = measure(model, parent_name, "parent", time.monotonic())
+    parent = measure(source, parent_name, "parent", time.monotonic())
     results = []
     moments = out / "moments"
     shutil.rmtree(moments, ignore_errors=True)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
-from headwise.convert.source import find_folder
+from headwise.convert.source import locate
 from headwise.errors import HeadwiseError
 from headwise.kernels.patch import disable, enable, enabled
+from headwise.progress import SILENT, Progress
 
 # Room for activations, logits and the allocator beside weights and cache, as a fraction of the memory allowed.
 RESERVE = 0.04
@@ -64,11 +65,14 @@ def bench(
     device: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     steps: int = 16,
+    revision: str | None = None,
+    token: str | None = None,
+    progress: Progress = SILENT,
 ) -> Bench:
     """Load parent and child one after the other and measure both with the decode kernels enabled.
 
     Args:
-        child, baseline: folders or names that transformers loads.
+        child, baseline: folders, or `org/name[@revision]`; `revision` is the baseline's.
         context: tokens in the cache while decoding.
         batch: sequences decoded together.
         memory: bytes of weights, cache and work that each model may use; None: no measurement at equal memory.
@@ -80,9 +84,9 @@ def bench(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     same, equal = [], []
-    for source in (baseline, child):
-        folder, commit = find_folder(source)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder if commit is None else source, dtype=dtype)
+    for source, at in ((baseline, revision), (child, None)):
+        folder = locate(source, revision=at, token=token, progress=progress).folder
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         model = model.to(device).eval()
         same.append(measure(model, str(source), context, batch, steps))
         if memory is not None:

@@ -65,6 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure one model and print one JSON object."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from headwise.convert.source import locate
     from headwise.recipes.data import SPLITS, blocks_from
 
     parser = argparse.ArgumentParser(description="Nats per token of a causal language model.")
@@ -78,10 +79,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
 
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    folder = locate(options.model).folder
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     # bfloat16 is several times slower than float32 on most CPUs, and no more exact.
     dtype: Any = torch.float32 if options.device == "cpu" else "auto"
-    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.to(options.device)
     blocks = blocks_from(
         options.text,

@@ -20,13 +20,15 @@ from headwise.eval.positions import PositionLoss
 POINTS = 2000
 
 
-def draw_reach(model: str | Path, context: int, path: Path) -> Path:
+def draw_reach(
+    model: str | Path, context: int, path: Path, *, revision: str | None = None, token: str | None = None
+) -> Path:
     """`bound_curve` of a model's own frequencies, up to `context` tokens; only its config.json is read.
 
     Raises:
         HeadwiseError: there is no such model, or it has no RoPE.
     """
-    config = read_config(find_folder(model)[0])
+    config = read_config(find_folder(model, revision=revision, token=token, patterns=["config.json"])[0])
     arch = find(config)
     trained = arch.stock_config(config).max_position_embeddings
     curves = {

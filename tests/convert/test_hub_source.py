@@ -13,6 +13,7 @@ from huggingface_hub.utils import disable_progress_bars
 from headwise.convert.checkpoint import open_checkpoint
 from headwise.convert.plan import inspect
 from headwise.errors import HeadwiseError
+from headwise.progress import Progress
 from tests.convert.small import make_checkpoint, tensors_for
 from tests.hub_server import TOKEN, Repository, point_client_to, serve
 
@@ -117,6 +118,33 @@ def test_what_the_hub_refuses_is_one_sentence(hub, model, words):
     with pytest.raises(HeadwiseError, match=words) as caught:
         open_checkpoint(model)
     assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+class Heard(Progress):
+    def __init__(self):
+        self.stages = []
+
+    def stage(self, name, total=None, unit=""):
+        self.stages.append([name, total, unit, 0])
+
+    def advance(self, amount=1, **_):
+        self.stages[-1][-1] += amount
+
+
+def test_a_download_shows_its_bytes_and_the_next_one_nothing(hub):
+    heard = Heard()
+    folder = open_checkpoint("org/name", progress=heard).folder
+    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert heard.stages == [["Downloading", total, "bytes", total]]
+    open_checkpoint("org/name", progress=heard)
+    assert len(heard.stages) == 1
+
+
+@pytest.mark.parametrize("token", ["hf_wrong", "hf_with a space", "hf_with\nline"])
+def test_a_wrong_token_is_refused_and_not_repeated(hub, token):
+    with pytest.raises(HeadwiseError, match=r"refuses the token|holds a character") as caught:
+        open_checkpoint("org/secret", token=token)
+    assert token not in str(caught.value)
 
 
 def test_a_pickled_repository_when_asked(hub):
