@@ -48,8 +48,7 @@ def linear_norm(
         rms: root-mean-square of `down @ x` over tokens, which the result brings to 1.
         tolerance: relative error of a token of that size. A token k times larger gets k^2 times the error.
     """
-    exponent = math.floor(math.log2(math.sqrt(2 * NORM_EPS * tolerance)))
-    weight = 2.0 ** (-exponent // 2)
+    exponent, weight = _norm_scales(tolerance)
     down = down * (2.0**exponent / rms)
     up = up * (rms * math.sqrt(NORM_EPS) / (2.0**exponent * weight))
     return down, down.new_full((down.shape[0],), weight), up
@@ -61,6 +60,18 @@ def natural_down(down: Tensor, norm_weight: Tensor) -> Tensor:
     Training has to happen in these coordinates: an optimizer's step would destroy weights of 1e-9.
     """
     return down * (norm_weight / math.sqrt(NORM_EPS))[:, None]
+
+
+def natural_rms(tolerance: float = NORM_TOLERANCE) -> float:
+    """Root-mean-square, behind `natural_down`, of a latent that `linear_norm` brought to 1 before its scaling."""
+    exponent, weight = _norm_scales(tolerance)
+    return 2.0**exponent * weight / math.sqrt(NORM_EPS)
+
+
+def _norm_scales(tolerance: float) -> tuple[int, float]:
+    """The power of two that shrinks the latent, and the norm's weight."""
+    exponent = math.floor(math.log2(math.sqrt(2 * NORM_EPS * tolerance)))
+    return exponent, 2.0 ** (-exponent // 2)
 
 
 def residual_scale(rms_norm_eps: float) -> float:
@@ -94,6 +105,7 @@ def attention_tensors(
     v_head_dim: int | None = None,
     q_lora_rank: int | None = None,
     moment: Tensor | None = None,
+    rms: float | None = None,
     tolerance: float = NORM_TOLERANCE,
     dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Tensor]:
@@ -108,6 +120,7 @@ def attention_tensors(
         q_lora_rank: write the queries in two factors of this rank. Needed where queries have a bias, since
             only `q_a_proj` can have one; `query_rank` gives the smallest rank that loses nothing.
         moment: (inputs, inputs) second moment of the inputs, for the size of the latent.
+        rms: that size itself, where it is known.
         tolerance: of the linear norm, see `linear_norm`.
     """
     layout, inputs = latent.layout, latent.q_nope.shape[2]
@@ -120,7 +133,8 @@ def attention_tensors(
     v_up = torch.nn.functional.pad(latent.v_up, value_pad)
     o = torch.nn.functional.pad(latent.o.transpose(1, 2), value_pad).flatten(0, 1).T * residual
     up = torch.cat([latent.k_up, v_up], dim=1).flatten(0, 1)
-    down, norm, up = linear_norm(latent.kv_down, up, rms=latent_rms(latent.kv_down, moment), tolerance=tolerance)
+    rms = rms or latent_rms(latent.kv_down, moment)
+    down, norm, up = linear_norm(latent.kv_down, up, rms=rms, tolerance=tolerance)
     kv_a = torch.cat([down, interleave(latent.k_rope)])
     queries = torch.cat([latent.q_nope, interleave(latent.q_rope)], dim=1).flatten(0, 1)
     queries = queries * (latent.scale * math.sqrt(layout.head_dim))

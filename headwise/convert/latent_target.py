@@ -167,7 +167,7 @@ class LatentTarget:
         parameters = [p for name, p in attention.named_parameters() if name != "o_proj.bias"]
 
         def export(record: LayerRecord) -> dict[str, Tensor]:
-            return self._export(layer, *from_natural(attention, made), record)
+            return self._export(layer, *from_natural(attention.state_dict(), made), record)
 
         return Refittable(attention, parameters, export, to_device(arguments, device), LEARNING_RATE)
 

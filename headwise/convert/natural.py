@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -34,31 +35,45 @@ def natural_attention(
     plain = {**copy.deepcopy(config), "q_lora_rank": None}
     model = empty_model(plain, "AutoModelForCausalLM")
     attention = model.get_submodule(f"{LAYERS.format(layer=layer)}.{ATTENTION}")
-    hidden = latent.hidden_size
+    make_natural(attention, latent, o_bias)
+    return attention.to(device)
+
+
+def make_natural(attention: Any, latent: LatentWeights, o_bias: Tensor | None) -> None:
+    """Turn a stock attention module into natural coordinates, in place: float32, queries in one projection."""
+    hidden, layout = latent.hidden_size, latent.layout
+    attention.q_lora_rank = attention.q_a_proj = attention.q_a_layernorm = attention.q_b_proj = None
     queries = torch.cat([latent.q_nope, interleave(latent.q_rope)], 1).flatten(0, 1)
-    queries = queries * (latent.scale * math.sqrt(latent.layout.head_dim))
+    queries = queries * (latent.scale * math.sqrt(layout.head_dim))
     attention.q_proj = _linear(queries, hidden)
     attention.kv_a_proj_with_mqa = _linear(torch.cat([latent.kv_down, interleave(latent.k_rope)]), hidden)
     attention.kv_a_layernorm = nn.Identity()
     attention.kv_b_proj = _linear(torch.cat([latent.k_up, latent.v_up], 1).flatten(0, 1))
     o = latent.o.transpose(0, 1).flatten(1)
     attention.o_proj = _linear(o if o_bias is None else torch.cat([o, o_bias[:, None].to(o)], 1), o.shape[1])
-    return attention.to(device)
 
 
-def from_natural(attention: Any, latent: LatentWeights) -> tuple[LatentWeights, Tensor | None]:
-    """What a module of `natural_attention` has become, in float64, and its output bias.
+def from_natural(
+    state: Mapping[str, Tensor], latent: LatentWeights, prefix: str = ""
+) -> tuple[LatentWeights, Tensor | None]:
+    """What a module in natural coordinates has become, in float64, and its output bias.
 
     Args:
-        latent: what it was made of, for the shapes.
+        state: its tensors, by the module's names behind `prefix`.
+        latent: what it was made of, for the shapes; on the meta device they are enough.
     """
+
+    def matrix(name: str) -> Tensor:
+        bias = state.get(f"{prefix}{name}.bias")
+        weight = state[f"{prefix}{name}.weight"]
+        return torch.cat([weight] if bias is None else [weight, bias[:, None]], 1).detach().double().cpu()
+
     layout, heads = latent.layout, latent.q_nope.shape[0]
     nope, rank = latent.q_nope.shape[1], latent.kv_down.shape[0]
-    queries = _matrix(attention.q_proj).unflatten(0, (heads, -1)) / (latent.scale * math.sqrt(layout.head_dim))
-    down = _matrix(attention.kv_a_proj_with_mqa)
-    up = _matrix(attention.kv_b_proj).unflatten(0, (heads, -1))
-    o = attention.o_proj.weight.detach().double().cpu()
-    bias = attention.o_proj.bias
+    queries = matrix("q_proj").unflatten(0, (heads, -1)) / (latent.scale * math.sqrt(layout.head_dim))
+    down = matrix("kv_a_proj_with_mqa")
+    up = matrix("kv_b_proj").unflatten(0, (heads, -1))
+    o, bias = state[f"{prefix}o_proj.weight"].detach().double().cpu(), state.get(f"{prefix}o_proj.bias")
     learned = replace(
         latent,
         q_nope=queries[:, :nope],
@@ -81,8 +96,3 @@ def _linear(matrix: Tensor, inputs: int | None = None) -> nn.Linear:
         if made.bias is not None:
             made.bias.copy_(matrix[:, inputs])
     return made.requires_grad_(False)
-
-
-def _matrix(linear: nn.Linear) -> Tensor:
-    columns = [linear.weight.detach()] + ([linear.bias.detach()[:, None]] if linear.bias is not None else [])
-    return torch.cat(columns, 1).double().cpu()

@@ -178,7 +178,7 @@ def test_natural_coordinates_and_back_give_the_same_tensors(home: Path, biased: 
     )
     o_bias = random(hidden) if biased else None
     module = natural_attention(config(home / "lossy"), 0, made_of, o_bias, torch.device("cpu"))
-    again, bias_again = from_natural(module, made_of)
+    again, bias_again = from_natural(module.state_dict(), made_of)
     options = {"q_lora_rank": hidden + 1 if biased else None, "dtype": torch.float64}
     direct = deepseek.attention_tensors(made_of, "a", o_bias=o_bias, **options)
     through = deepseek.attention_tensors(again, "a", o_bias=bias_again, **options)
