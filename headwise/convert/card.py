@@ -36,6 +36,7 @@ def make_record(
     *,
     out: str,
     hashes: Mapping[str, str],
+    files: Mapping[str, str],
     layers: Mapping[int, Mapping[str, Any]],
     verification: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def make_record(
     Args:
         out: the name of the output folder, for the command.
         hashes: SHA-256 of every output tensor's bytes.
+        files: SHA-256 of every other file but this record and the card.
     """
     return {
         "headwise": __version__,
@@ -64,6 +66,7 @@ def make_record(
         "layers": {str(layer): dict(report) for layer, report in layers.items()},
         "verification": verification,
         "sha256": dict(sorted(hashes.items())),
+        "files": dict(sorted(files.items())),
     }
 
 

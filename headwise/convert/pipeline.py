@@ -16,6 +16,7 @@ from headwise.convert.card import make_card, make_record
 from headwise.convert.checkpoint import Checkpoint, open_checkpoint
 from headwise.convert.fit import check_complete
 from headwise.convert.plan import Plan, make_plan
+from headwise.convert.record import hash_files
 from headwise.convert.refit import refit as refit_layer
 from headwise.convert.target import Target
 from headwise.convert.targets import choose_target
@@ -227,6 +228,7 @@ def convert(
                 checkpoint,
                 out=Path(out).name,
                 hashes=writer.hashes,
+                files=hash_files(folder),
                 layers=layers,
                 verification=verification[0].to_dict() if verification else None,
             )

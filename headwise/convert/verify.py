@@ -22,10 +22,9 @@ from headwise.convert.checkpoint import Checkpoint, as_bytes, has_nonfinite, ope
 from headwise.convert.fit import fit
 from headwise.convert.heads import merge
 from headwise.convert.layout import AttentionLayout
+from headwise.convert.record import changed_files, read_record
 from headwise.convert.skeleton import attend, empty_model
-from headwise.convert.source import read_json
 from headwise.convert.verify_latent import LatentModel
-from headwise.errors import HeadwiseError
 from headwise.progress import SILENT, Progress
 
 # Weights up to this size are also loaded whole, with `from_pretrained`.
@@ -82,8 +81,9 @@ def verify(
     parent = None
     if against is not None:
         parent = open_checkpoint(against, revision=revision, token=token, progress=progress)
-    arguments, recorded = _record_of(checkpoint.folder)
-    return check_folder(checkpoint, parent, arguments=arguments, recorded=recorded, finite=True, progress=progress)
+    record = read_record(checkpoint.folder)
+    arguments = record["arguments"] if record else None
+    return check_folder(checkpoint, parent, arguments=arguments, record=record, finite=True, progress=progress)
 
 
 def check_folder(
@@ -92,7 +92,7 @@ def check_folder(
     *,
     promised: Sequence[AttentionLayout] | None = None,
     arguments: Mapping[str, Any] | None = None,
-    recorded: Mapping[str, str] | None = None,
+    record: Mapping[str, Any] | None = None,
     finite: bool = False,
     progress: Progress = SILENT,
 ) -> Verification:
@@ -102,7 +102,7 @@ def check_folder(
         parent: the source, to compare functions with.
         promised: the layouts the plan promised; None: those of the folder's own config.
         arguments: what the conversion was asked for, which says how the folder may differ from its parent.
-        recorded: SHA-256 of the tensors as headwise.json has them, compared if `finite`.
+        record: headwise.json, whose hashes of tensors and files are compared if `finite`.
         finite: read every tensor and look for NaN and infinities (the writer has done so already).
     """
     arguments = arguments or {}
@@ -124,9 +124,10 @@ def check_folder(
         return Verification(tuple(checks))
     add("cache", *_cache_is(checkpoint, stock, layouts))
     if finite:
-        bad, changed = _read_through(checkpoint, recorded or {})
+        bad, changed = _read_through(checkpoint, record["sha256"] if record else {})
         add("finite", not bad, f"NaN or infinity in {', '.join(bad[:3])}" if bad else "every weight is finite")
-        if recorded:
+        if record:
+            changed += changed_files(checkpoint.folder, record)
             detail = f"{', '.join(changed[:3])} not as written" if changed else "every tensor is as it was written"
             add("record", not changed, detail)
     chosen = _few(len(layouts))
@@ -142,17 +143,6 @@ def check_folder(
     if checkpoint.nbytes <= WHOLE:
         add("loading", *_loads_whole(checkpoint, stock, layouts, allow_nan="allow_nan" in arguments))
     return Verification(tuple(checks))
-
-
-def _record_of(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The arguments and the tensors' SHA-256 in headwise.json; nothing where there is no such file."""
-    if not (folder / "headwise.json").exists():
-        return {}, {}
-    record = read_json(folder, "headwise.json")
-    parts = [record.get(key) for key in ("arguments", "sha256")]
-    if not all(isinstance(part, dict) for part in parts):
-        raise HeadwiseError(f"{folder / 'headwise.json'} has no arguments and sha256.", "Delete it to do without.")
-    return parts[0], parts[1]  # type: ignore[return-value]
 
 
 def _read_through(checkpoint: Checkpoint, recorded: Mapping[str, str]) -> tuple[list[str], list[str]]:
@@ -287,7 +277,7 @@ def _loads_whole(
     import transformers
 
     model, info = getattr(transformers, stock.auto_class).from_pretrained(
-        checkpoint.folder, dtype=torch.float32, output_loading_info=True
+        checkpoint.folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
     wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
     if wrong:

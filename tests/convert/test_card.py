@@ -24,7 +24,7 @@ PASSED = {"passed": True, "checks": [{"name": "logits", "passed": True, "detail"
 def record_of(model, layers=LAYERS, **options):
     hashes = {"b": "22", "a": "11"}
     return make_record(
-        plan_for(model, 4), open_checkpoint(model), out="out", hashes=hashes, layers=layers, **options
+        plan_for(model, 4), open_checkpoint(model), out="out", hashes=hashes, files={}, layers=layers, **options
     )
 
 

@@ -147,10 +147,10 @@ def another_base(config: dict[str, Any]) -> None:
         ("mha", set_field("num_key_value_heads", 4), {"tensors"}, "k_proj"),
         ("gqa", set_field("tie_word_embeddings", False), {"tensors"}, "lm_head"),
         ("gqa", set_field("num_hidden_layers", 1), {"tensors"}, "layers.1"),
-        ("gqa", another_base, {"parent"}, "rope_parameters"),
-        ("mha", another_base, {"parent"}, "rope_parameters"),
-        ("gqa", set_field("rms_norm_eps", 0.1), {"parent"}, "rms_norm_eps"),
-        ("gqa", set_field("hidden_act", "gelu"), {"parent"}, "hidden_act"),
+        ("gqa", another_base, {"parent", "record"}, "rope_parameters"),
+        ("mha", another_base, {"parent", "record"}, "rope_parameters"),
+        ("gqa", set_field("rms_norm_eps", 0.1), {"parent", "record"}, "rms_norm_eps"),
+        ("gqa", set_field("hidden_act", "gelu"), {"parent", "record"}, "hidden_act"),
     ],
 )
 def test_a_changed_config_is_seen(

@@ -1,0 +1,73 @@
+"""Read headwise.json, and tell whether a folder is still the one that it describes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from headwise.convert.checkpoint import Checkpoint, make_buffers
+from headwise.convert.source import inside, read_json
+from headwise.errors import HeadwiseError
+from headwise.progress import SILENT, Progress
+
+RECORD = "headwise.json"
+# The card is for people to edit; the weights are recorded tensor by tensor.
+NOT_HASHED = (RECORD, "README.md")
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The content of headwise.json; None where there is no such file.
+
+    Raises:
+        HeadwiseError: it does not hold `arguments` and `sha256`.
+    """
+    if not (folder / RECORD).exists():
+        return None
+    record = read_json(folder, RECORD)
+    if not all(isinstance(record.get(key), dict) for key in ("arguments", "sha256")):
+        raise HeadwiseError(f"{folder / RECORD} has no arguments and sha256.", "Delete it to do without.")
+    return record
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of the small files: configuration, tokenizer, index, licence."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        name: _hash(path)
+        for name, path in files.items()
+        if name not in NOT_HASHED and path.suffix != ".safetensors" and not name.startswith(".")
+    }
+
+
+def hash_tensors(checkpoint: Checkpoint, progress: Progress = SILENT) -> dict[str, str]:
+    """SHA-256 of every tensor's bytes."""
+    progress.stage("Hashing", total=checkpoint.nbytes, unit="bytes")
+    found = {}
+    buffers = make_buffers(1)
+    for name in checkpoint.tensors:
+        digest = hashlib.sha256()
+        for chunk in checkpoint.chunks(name, buffers):
+            content = chunk.numpy().data
+            digest.update(content)
+            progress.advance(len(content))
+        found[name] = digest.hexdigest()
+    return found
+
+
+def changed_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """Names of the small files that are not as recorded; those that the record does not know are no matter."""
+    recorded: Mapping[str, str] = record.get("files") or {}
+    paths = {name: inside(folder, name) for name in recorded}
+    return [n for n, path in paths.items() if not path.is_file() or _hash(path) != recorded[n]]
+
+
+def changed_tensors(checkpoint: Checkpoint, record: Mapping[str, Any], progress: Progress = SILENT) -> list[str]:
+    """Names of the tensors that are not as recorded, on either side."""
+    recorded, found = record["sha256"], hash_tensors(checkpoint, progress)
+    return sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
