@@ -71,7 +71,7 @@ def blocks_from(
 
 def training_blocks(
     data: Data, tokenizer: Any, tokens: int, seed: int = 0
-) -> tuple[Tensor | Stream, Mapping[str, Mapping[str, int]]]:
+) -> tuple[Any, Mapping[str, Mapping[str, int]]]:
     """Whole documents in random order, packed: one pass over a recipe's text, or as much as holds `tokens`.
 
     Returns:

@@ -9,13 +9,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from headwise.demo import MODEL
 from headwise.errors import HeadwiseError
-from headwise.recipes import data, packages
+from headwise.recipes import builtin, data, packages, sources
 from headwise.recipes.schema import Data
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
@@ -29,18 +28,20 @@ def tokenizer() -> Any:
 
 
 def heldout_sources() -> list[str]:
-    return [path.read_text(encoding="utf-8") for path in data.library_files() if data.is_heldout(path, LIBRARY)]
+    return [
+        path.read_text(encoding="utf-8") for path in builtin.library_files() if builtin.is_heldout(path, LIBRARY)
+    ]
 
 
 def test_every_heldout_module_is_measured() -> None:
-    held = {path.relative_to(LIBRARY).parts[0].removesuffix(".py") for path in data.library_files()}
+    held = {path.relative_to(LIBRARY).parts[0].removesuffix(".py") for path in builtin.library_files()}
     assert set(data.HELDOUT) <= held
-    assert sorted(data.documents("builtin", "heldout")) == sorted(heldout_sources())
+    assert sorted(sources.documents("builtin", "heldout")) == sorted(heldout_sources())
 
 
 @pytest.mark.parametrize("split", ["train", "calibration"])
 def test_no_heldout_module_is_trained_or_calibrated_on(split: str) -> None:
-    documents = set(data.documents("builtin", split))
+    documents = set(sources.documents("builtin", split))
     assert len(documents) > 100
     assert documents.isdisjoint(heldout_sources())
     joined = "\n".join(documents)
@@ -55,7 +56,7 @@ def test_no_heldout_module_is_trained_or_calibrated_on(split: str) -> None:
 
 
 def test_heldout_docstrings_are_no_prose() -> None:
-    prose = data.documents("builtin", "prose")
+    prose = sources.documents("builtin", "prose")
     assert sum(map(len, prose)) > 100_000
     assert not any("SequenceMatcher is a flexible class" in text for text in prose)
 
@@ -67,12 +68,12 @@ def test_a_copy_of_a_heldout_module_is_known_by_name_and_by_text(tmp_path: Path)
         "tests/test_difflib.py",
         "zipfile/_path.py",
     ):
-        assert data.is_heldout(tmp_path / name, tmp_path)
-    assert not data.is_heldout(tmp_path / "csvkit/reader.py", tmp_path)
+        assert builtin.is_heldout(tmp_path / name, tmp_path)
+    assert not builtin.is_heldout(tmp_path / "csvkit/reader.py", tmp_path)
     source = (LIBRARY / "textwrap.py").read_text(encoding="utf-8")
-    assert data.repeats_heldout("import os\n" + source)
-    assert data.repeats_heldout(source[: len(source) // 2])
-    assert not data.repeats_heldout((LIBRARY / "abc.py").read_text(encoding="utf-8"))
+    assert builtin.repeats_heldout("import os\n" + source)
+    assert builtin.repeats_heldout(source[: len(source) // 2])
+    assert not builtin.repeats_heldout((LIBRARY / "abc.py").read_text(encoding="utf-8"))
 
 
 def test_copies_in_packages_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +82,7 @@ def test_copies_in_packages_are_left_out(tmp_path: Path, monkeypatch: pytest.Mon
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.setattr(packages, "permissive_sources", lambda: {"a 1": [tmp_path / name for name in files]})
-    assert data.package_documents() == ["y = 2\n"]
+    assert builtin.package_documents() == ["y = 2\n"]
 
 
 def licensed(**fields: str | list[str]) -> Message:
@@ -139,35 +140,12 @@ def test_few_blocks_see_many_documents() -> None:
     assert len(seen) >= 5
 
 
-def test_packing_keeps_every_token_and_marks_every_end() -> None:
-    texts = ["def f():\n    return 1\n", "é ü 漢", "x = 2\n" * 30]
-    encoded = list(data.encode(texts, tokenizer()))
-    end = tokenizer().eos_token_id
-    assert [tokens[-1] for tokens in encoded] == [end] * 3
-    blocks = data.pack(encoded, 8)
-    stream = np.concatenate(encoded)
-    assert blocks.flatten().tolist() == stream[: blocks.numel()].tolist()
-    assert len(stream) - blocks.numel() < 8
-    whole = blocks.flatten().tolist() + stream[blocks.numel() :].tolist()
-    assert tokenizer().decode(whole) == "".join(
-        text + data_end for text, data_end in zip(texts, [tokenizer().eos_token] * 3, strict=True)
-    )
-
-
-def test_a_first_token_opens_every_block() -> None:
-    encoded = [np.arange(10, 30, dtype=np.int32)]
-    blocks = data.pack(encoded, 5, begin=1)
-    assert blocks.shape == (5, 5)
-    assert blocks[:, 0].tolist() == [1] * 5
-    assert blocks[:, 1:].flatten().tolist() == list(range(10, 30))
-
-
 def test_text_and_jsonl_files(tmp_path: Path) -> None:
     plain, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
     plain.write_text("hello world " * 50)
     lines.write_text("".join(json.dumps({"text": f"document {i}", "id": i}) + "\n" for i in range(40)) + "\n")
     assert data.blocks_from(str(plain), tokenizer(), length=16, count=4).shape == (4, 16)
-    assert data.documents(str(lines)) == [f"document {i}" for i in range(40)]
+    assert sources.documents(str(lines)) == [f"document {i}" for i in range(40)]
     assert len(data.blocks_from(str(lines), tokenizer(), length=16)) >= 5
 
 
@@ -192,10 +170,10 @@ def test_training_takes_each_source_as_often_as_asked_and_no_more_than_needed(tm
     (tmp_path / "once.txt").write_text("alpha " * 20)
     (tmp_path / "twice.txt").write_text("beta " * 20)
     recipe = Data({str(tmp_path / "once.txt"): 1, str(tmp_path / "twice.txt"): 2}, length=4)
-    blocks, sources = data.training_blocks(recipe, tokenizer(), tokens=10**6)
+    blocks, read = data.training_blocks(recipe, tokenizer(), tokens=10**6)
     text = tokenizer().decode(blocks.flatten().long())
     assert 17 <= text.count("alpha") <= 20 and 36 <= text.count("beta") <= 40
-    assert sources[str(tmp_path / "twice.txt")] == {"documents": 1, "characters": 100, "times": 2}
+    assert read[str(tmp_path / "twice.txt")] == {"documents": 1, "characters": 100, "times": 2}
     few, _ = data.training_blocks(recipe, tokenizer(), tokens=8)
     assert 8 <= few.numel() < blocks.numel()
     (tmp_path / "empty.txt").write_text("")

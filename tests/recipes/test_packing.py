@@ -1,0 +1,124 @@
+"""Rows hold every token, and a document in a row is what it would be alone."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
+
+from headwise.demo import MODEL
+from headwise.errors import HeadwiseError
+from headwise.recipes.packing import Collator, collator, encode, keeps_documents_apart, pack
+from tests import tiny_models
+
+END = 2
+DOCUMENTS = [[5, 9, 11, 7, 8, END], [20, 21, END], [30, 31, 32, 33, 34, 35, 36, 37, 38, END], [40, 41, END]]
+ROW = torch.tensor([token for document in DOCUMENTS for token in document])
+# Position ids of these classes do not reach the mask.
+LEAKING = {"falcon", "qwen2_vl", "qwen2_5_vl"}
+
+
+@cache
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+def network(model_type: str) -> Any:
+    if model_type != "deepseek_v3":
+        return tiny_models.build(model_type)[0]
+    config = DeepseekV3Config(
+        vocab_size=61,
+        hidden_size=36,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        first_k_dense_replace=2,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        kv_lora_rank=8,
+        q_lora_rank=None,
+        qk_nope_head_dim=6,
+        qk_rope_head_dim=4,
+        v_head_dim=5,
+    )
+    torch.manual_seed(0)
+    return DeepseekV3ForCausalLM(config).eval()
+
+
+def test_packing_keeps_every_token_and_marks_every_end() -> None:
+    texts = ["def f():\n    return 1\n", "é ü 漢", "x = 2\n" * 30]
+    encoded = list(encode(texts, tokenizer()))
+    end = tokenizer().eos_token_id
+    assert [tokens[-1] for tokens in encoded] == [end] * 3
+    rows = pack(encoded, 8)
+    stream = np.concatenate(encoded)
+    assert rows.flatten().tolist() == stream[: rows.numel()].tolist()
+    assert len(stream) - rows.numel() < 8
+    whole = rows.flatten().tolist() + stream[rows.numel() :].tolist()
+    assert tokenizer().decode(whole) == "".join(text + tokenizer().eos_token for text in texts)
+
+
+def test_a_first_token_opens_every_document_and_every_row() -> None:
+    document = np.arange(10, 30, dtype=np.int32)
+    rows = pack([document], 5, begin=1)
+    assert rows.shape == (5, 5)
+    assert rows[:, 0].tolist() == [1] * 5
+    assert rows[:, 1:].flatten().tolist() == list(range(10, 30))
+    # 1 10 11 | 1 10: a document that ends with a row is followed by one BOS, not two.
+    two = pack([document[:4], document[:4], document[:2]], 5, begin=1)
+    assert two.tolist() == [[1, 10, 11, 12, 13], [1, 10, 11, 12, 13]]
+    close = pack([document[:3], document[:7]], 5, begin=1)
+    assert close.tolist() == [[1, 10, 11, 12, 1], [1, 10, 11, 12, 13]]
+    assert pack([], 5, begin=1).shape == (0, 5)
+
+
+def test_every_token_predicts_the_next_of_its_document() -> None:
+    batch = Collator(END)([ROW, ROW.flip(0)])
+    assert batch["position_ids"][0].tolist() == [p for d in DOCUMENTS for p in range(len(d))]
+    assert batch["labels"][0].tolist() == [t for d in DOCUMENTS for t in [-100, *d[1:]]]
+    assert torch.equal(batch["input_ids"][1], ROW.flip(0))
+    whole = Collator(None)([ROW])
+    assert set(whole) == {"input_ids", "labels"} and int((whole["labels"] == -100).sum()) == 1
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("model_type", ["llama", "olmo3", "gpt_neox", "smollm3", "starcoder2", "deepseek_v3"])
+def test_a_packed_document_has_the_logits_it_has_alone(model_type: str, attention: str) -> None:
+    model = network(model_type)
+    model.set_attn_implementation(attention)
+    assert keeps_documents_apart(model)
+    batch = Collator(END)([ROW])
+    del batch["labels"]
+    with torch.no_grad():
+        packed = model(**batch, use_cache=False).logits[0]
+        alone = torch.cat([model(input_ids=torch.tensor([d]), use_cache=False).logits[0] for d in DOCUMENTS])
+        together = model(input_ids=batch["input_ids"], use_cache=False).logits[0]
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+    assert (packed - together).abs().max() > 1e-2  # without position ids the documents would see each other
+
+
+def test_flash_attention_is_told_where_documents_end() -> None:
+    reverse = torch.tensor([token for document in DOCUMENTS[::-1] for token in document])
+    batch = Collator(END, flat=True)([ROW, reverse])
+    assert batch["input_ids"].shape == batch["labels"].shape == (1, 2 * len(ROW))
+    (ends, _), (longest, _) = prepare_fa_kwargs_from_position_ids(batch["position_ids"])
+    assert ends.diff().tolist() == [6, 3, 10, 3, 3, 10, 3, 6]
+    assert int(longest) == 10
+
+
+def test_a_class_that_cannot_keep_documents_apart_is_refused() -> None:
+    model = network("falcon")
+    with pytest.raises(HeadwiseError, match=r"FalconForCausalLM lets documents .* see each other") as refused:
+        collator(model, tokenizer())
+    assert refused.value.hint is not None and "data.separate_documents=false" in refused.value.hint
+    assert collator(model, tokenizer(), separate_documents=False).end is None
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("model_type", sorted(tiny_models.CONFIGS))
+def test_which_classes_keep_documents_apart(model_type: str) -> None:
+    assert keeps_documents_apart(network(model_type)) == (model_type not in LEAKING)
