@@ -19,7 +19,7 @@ FILES = {
     ".".join(("headwise", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-PURE = [f"headwise.convert.{name}" for name in ("heads", "latent", "rope", "deepseek")]
+PURE = [f"headwise.convert.{name}" for name in ("heads", "latent", "rope", "deepseek")] + ["headwise.eval.compare"]
 # What a pure file may import from outside: mathematics, and the language's own types.
 MATHEMATICS = {"torch", "math"}
 TYPES = {"__future__", "collections", "dataclasses", "functools", "itertools", "typing"}

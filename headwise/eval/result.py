@@ -59,7 +59,7 @@ class Paired:
         low, high: the 95% interval of the difference: Student's t for means, studentised bootstrap over documents
             for perplexities.
         samples: pairs.
-        p_value: two-sided, of no difference: exact McNemar for figures of 0 and 1, else that of the interval's test.
+        p_value: two-sided, of no difference: exact McNemar for figures of 0 and 1, else as the interval.
         p_holm: the same after Holm's correction over the headline figures; None beside them.
         test: "mcnemar", "t" or "bootstrap".
         gained, lost: samples that only the child, only the parent gets right; None where there is no right.

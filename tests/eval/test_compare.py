@@ -1,0 +1,165 @@
+"""Paired statistics, against published values, closed forms and their own promises."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from headwise.eval import compare
+from headwise.eval.compare import flips, holm, mcnemar, paired_mean, paired_ratio, t_quantile, t_tail
+
+
+@pytest.mark.parametrize(
+    ("dof", "probability", "t"),  # Student's t, from printed tables
+    [(1, 0.975, 12.7062), (2, 0.95, 2.9200), (5, 0.975, 2.5706), (10, 0.95, 1.8125), (30, 0.975, 2.0423),
+     (120, 0.975, 1.9799), (100_000, 0.975, 1.9600)],
+)  # fmt: skip
+def test_student_t(dof: int, probability: float, t: float) -> None:
+    assert t_quantile(probability, dof) == pytest.approx(t, abs=6e-5)
+    assert t_quantile(1 - probability, dof) == pytest.approx(-t, abs=6e-5)
+    assert t_tail(t, dof) == pytest.approx(1 - probability, abs=2e-5)
+    assert t_tail(-t, dof) == pytest.approx(probability, abs=2e-5)
+
+
+def test_cauchy_is_t_with_one_degree() -> None:
+    assert t_tail(1.0, 1) == pytest.approx(0.25)
+    assert t_tail(0.0, 7) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "p"),
+    [(0, 0, 1), (3, 1, 0.625), (1, 3, 0.625), (10, 2, 158 / 4096), (0, 5, 2 / 32), (5, 5, 1), (0, 2000, 0)],
+)
+def test_mcnemar_is_the_binomial_test(gained: int, lost: int, p: float) -> None:
+    assert mcnemar(gained, lost) == pytest.approx(p, rel=1e-12, abs=1e-300)
+
+
+def test_flips_count_both_ways() -> None:
+    child, parent = torch.tensor([1.0, 0, 1, 0, 1]), torch.tensor([1.0, 1, 0, 0, 0])
+    assert flips(child, parent) == (2, 1)
+
+
+def test_holm_by_hand() -> None:
+    # Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1 is 0.02, 0.03, 0.06, 0.04; never below the one before.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == [] and holm([0.7, 0.8]) == [1.0, 1.0]
+
+
+def test_paired_mean_is_the_one_sample_t_test_on_differences() -> None:
+    found = paired_mean(torch.tensor([1.0, 0, 0, 1, 0, 0]), torch.tensor([1.0, 1, 1, 1, 0, 1]))
+    assert found.estimate == -0.5
+    assert found.standard_error == pytest.approx(math.sqrt(0.3 / 6))
+    low, high = found.interval()
+    assert (low, high) == pytest.approx((-0.5 - 2.5706 * 0.2236, -0.5 + 2.5706 * 0.2236), abs=1e-4)
+    assert found.p_value() == pytest.approx(2 * t_tail(0.5 / math.sqrt(0.05), 5))
+    assert (-found).above(0.2) == pytest.approx(t_tail(0.3 / math.sqrt(0.05), 5))
+
+
+def test_the_same_is_exactly_the_same() -> None:
+    nats, words = torch.rand(50, generator=torch.Generator().manual_seed(0)), torch.arange(1, 51)
+    for found in (paired_mean(nats, nats), paired_ratio(nats, nats, words)):
+        assert (found.estimate, found.standard_error, found.interval()) == (0, 0, (0, 0))
+        assert found.p_value() == 1 and found.above() == 1 and found.above(0.01) == 1
+
+
+def test_one_sample_proves_nothing() -> None:
+    for found in (
+        paired_mean(torch.ones(1), torch.zeros(1)),
+        paired_ratio(torch.ones(1), torch.zeros(1), torch.ones(1)),
+    ):
+        assert found.estimate == 1 and found.interval() == (-math.inf, math.inf) and found.above() > 0.05
+
+
+def test_where_all_pairs_differ_alike_their_number_counts() -> None:
+    assert (paired_mean(torch.ones(4), torch.zeros(4))).above() == 1 / 16
+    weights = torch.tensor([3.0, 5, 7])
+    assert paired_ratio(3 * weights, 2 * weights, weights).above() == 1 / 8
+
+
+def test_ratio_weighs_documents_by_their_length() -> None:
+    child, parent, words = torch.tensor([10.0, 40]), torch.tensor([8.0, 20]), torch.tensor([10, 10])
+    assert paired_ratio(child, parent, words).estimate == pytest.approx(22 / 20)
+
+
+def test_bootstrap_agrees_with_t_where_both_hold() -> None:
+    generator = torch.Generator().manual_seed(2)
+    child = torch.randn(200, generator=generator, dtype=torch.float64) + 0.1
+    parent = torch.zeros(200)
+    by_t = paired_mean(child, parent)
+    by_bootstrap = paired_ratio(child, parent, torch.ones(200))
+    assert by_bootstrap.estimate == pytest.approx(by_t.estimate)
+    assert by_bootstrap.standard_error == pytest.approx(by_t.standard_error)
+    assert by_bootstrap.interval() == pytest.approx(by_t.interval(), abs=0.15 * by_t.standard_error)
+    assert by_bootstrap.p_value() == pytest.approx(by_t.p_value(), abs=0.03)
+    assert (-by_bootstrap).interval() == pytest.approx(tuple(-x for x in reversed(by_bootstrap.interval())))
+
+
+def repeated(tasks: int, flip: float, samples: int, repetitions: int) -> float:
+    """How often a gate at 0% over `tasks` accuracies and a perplexity fires where nothing differs.
+
+    Each repetition draws samples from a pool of paired outcomes and deals every pair to parent and child by a
+    coin, so that the two are alike whatever the pool.
+    """
+    generator = torch.Generator().manual_seed(1)
+
+    def coin(shape: tuple[int, ...], chance: float) -> torch.Tensor:
+        return torch.rand(shape, generator=generator) < chance
+
+    right = coin((2000,), 0.6)
+    pool = torch.stack([right, right ^ coin((2000,), flip)]).double()
+    words = torch.randint(20, 300, (2000,), generator=generator)
+    nats = torch.stack([2.0 * words, 2.0 * words + torch.randn(2000, generator=generator) * words.sqrt()])
+    fired = 0
+    for _ in range(repetitions):
+        damages = []
+        for task in range(tasks + 1):
+            drawn = torch.randint(2000, (samples,), generator=generator)
+            swap = coin((samples,), 0.5)
+            one, other = (nats if task == tasks else pool)[:, drawn]
+            child, parent = torch.where(swap, one, other), torch.where(swap, other, one)
+            if task == tasks:
+                damages.append(paired_ratio(child, parent, words[drawn], resamples=500, seed=task))
+            else:
+                damages.append(-paired_mean(child, parent))
+        fired += min(holm([damage.above(0.0) for damage in damages])) < 0.05
+    return fired / repetitions
+
+
+NOTHING_DIFFERS = pytest.mark.parametrize(
+    ("tasks", "flip", "samples"), [(1, 0.1, 300), (3, 0.2, 200), (5, 0.05, 500)]
+)
+
+
+@NOTHING_DIFFERS
+def test_a_gate_at_five_percent_fires_in_five_percent_where_nothing_differs(
+    tasks: int, flip: float, samples: int
+) -> None:
+    assert 0.02 <= repeated(tasks, flip, samples, repetitions=200) <= 0.08
+
+
+@pytest.mark.full
+@NOTHING_DIFFERS
+def test_the_same_over_many_repetitions(tasks: int, flip: float, samples: int) -> None:
+    assert 0.04 <= repeated(tasks, flip, samples, repetitions=3000) <= 0.06
+
+
+def test_the_gate_sees_a_damage_that_is_there() -> None:
+    generator = torch.Generator().manual_seed(3)
+    parent = torch.rand(1000, generator=generator) < 0.7
+    child = parent & (torch.rand(1000, generator=generator) < 0.93)  # loses about 5 points
+    damage = -paired_mean(child.double(), parent.double())
+    assert damage.above(0.01) < 0.001 and damage.above(0.02) < 0.01
+    assert damage.above(0.08) > 0.5  # more than it lost: nothing to complain about
+
+
+def test_resampling_needs_little_memory_and_is_repeatable() -> None:
+    values = torch.rand(300, generator=torch.Generator().manual_seed(1))
+    once = paired_ratio(values, values.flip(0), torch.ones(300), resamples=100)
+    compare_at_once, compare._AT_ONCE = compare._AT_ONCE, 1000
+    try:
+        in_parts = paired_ratio(values, values.flip(0), torch.ones(300), resamples=100)
+    finally:
+        compare._AT_ONCE = compare_at_once
+    assert once.interval() == in_parts.interval()
