@@ -9,42 +9,105 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.integrations import get_available_reporting_integrations
 
+from headwise.errors import HeadwiseError
 from headwise.progress import Progress
 
 _TIMED_STEPS = 50  # the first half goes to compilation and warm caches, the second shows the pace
 
 
 class Curve(TrainerCallback):
-    """The training curve: a line of CSV, and of progress, at each report."""
+    """The training curve: a line of CSV, and of progress, at each report.
 
-    COLUMNS = ("step", "tokens", "seconds", "loss", "learning_rate", "heldout")
+    Args:
+        path: the CSV. A resumed run goes on in it after the step it resumes from.
+        batch_tokens: tokens of one step, all processes together.
+        parent: the parent's nats per token on the held-out text, if there is a parent.
+        before: the model's own before training; None: the first held-out loss that is heard.
+    """
 
-    def __init__(self, path: Path, batch_tokens: int, progress: Progress) -> None:
+    COLUMNS = ("step", "tokens", "seconds", "loss", "learning_rate", "heldout", "closed")
+
+    def __init__(
+        self,
+        path: Path,
+        batch_tokens: int,
+        progress: Progress,
+        parent: float | None = None,
+        before: float | None = None,
+    ) -> None:
         self.path, self.batch_tokens, self.progress = path, batch_tokens, progress
-        self.started, self.total, self.reported = time.time(), 0, 0
+        self.parent, self.before = parent, before
+        self.started, self.total, self.reported, self.resumed = time.time(), 0, 0, 0
+        self.closed: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.started = time.time()
+        kept = _rows_until(self.path, state.global_step) if state.global_step else []
+        self.resumed = self.reported = state.global_step * self.batch_tokens
+        self.started = time.time() - (float(kept[-1][2]) if kept else 0.0)
+        self._resumed_at = time.time()
         if state.is_world_process_zero:
-            self._write(self.COLUMNS, "w")
+            self._write([self.COLUMNS, *kept], "w")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not state.is_world_process_zero or not {"loss", "eval_loss"} & set(logs):
             return
-        tokens = state.global_step * self.batch_tokens
+        tokens, now = state.global_step * self.batch_tokens, time.time()
+        if "eval_loss" in logs:
+            self.before = logs["eval_loss"] if self.before is None else self.before
+            self.closed = gap_closed(logs["eval_loss"], self.parent, self.before)
+        closed = "" if self.closed is None or "eval_loss" not in logs else f"{self.closed:.4f}"
         figures = [logs.get(key, "") for key in ("loss", "learning_rate", "eval_loss")]
-        self._write([state.global_step, tokens, f"{time.time() - self.started:.1f}", *figures], "a")
+        self._write([[state.global_step, tokens, f"{now - self.started:.1f}", *figures, closed]], "a")
         if self.total != state.max_steps:  # the beginning, or a budget has shortened the run
             self.total = state.max_steps
             self.progress.stage("training", self.total * self.batch_tokens - self.reported, "tokens")
         shown = {name: logs[key] for key, name in (("loss", "loss"), ("eval_loss", "heldout")) if key in logs}
+        if self.closed is not None:
+            shown["gap closed"] = f"{self.closed:.1%}"
+        if tokens > self.resumed:
+            shown["tokens/s"] = f"{(tokens - self.resumed) / (now - self._resumed_at):,.0f}"
         self.progress.advance(tokens - self.reported, **shown)
         self.reported = tokens
 
-    def _write(self, row: Any, mode: str) -> None:
+    def _write(self, rows: Any, mode: str) -> None:
         with self.path.open(mode, newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerow(row)
+            csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def gap_closed(now: float, parent: float | None, before: float | None) -> float | None:
+    """The share of the distance to the parent that is gone: 1 at the parent, more below it.
+
+    None where there is no parent, or was no distance.
+    """
+    if parent is None or before is None or before <= parent:
+        return None
+    return (before - now) / (before - parent)
+
+
+def _rows_until(path: Path, step: int) -> list[list[str]]:
+    """What a curve holds up to a step; what was reported after it is done again."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row for row in list(csv.reader(file))[1:] if int(row[0]) <= step]
+
+
+def check_reporters(names: list[str]) -> list[str]:
+    """The names that Trainer's report_to gets.
+
+    Raises:
+        HeadwiseError: Trainer knows none of that name, or its package is not installed.
+    """
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name not in installed:
+            raise HeadwiseError(
+                f"Training cannot report to {name!r} here: it is not installed, or Trainer does not know it.",
+                f"Installed are: {', '.join(installed) or 'none'}. For example: pip install tensorboard",
+            )
+    return names
 
 
 class TimeBudget(TrainerCallback):

@@ -1,0 +1,101 @@
+"""The curve on disk and on the screen: what it holds, and that a resumed run goes on in it."""
+
+from __future__ import annotations
+
+import csv
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from matplotlib.image import imread
+
+from headwise.errors import HeadwiseError
+from headwise.progress import Progress
+from headwise.recipes.callbacks import Curve, check_reporters, gap_closed
+from headwise.recipes.plot import draw_curve
+
+
+class Heard(Progress):
+    def __init__(self) -> None:
+        self.stages: list[tuple[str, int | None]] = []
+        self.reports: list[tuple[int, dict[str, object]]] = []
+
+    def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
+        self.stages.append((name, total))
+
+    def advance(self, amount: int = 1, **fields: object) -> None:
+        self.reports.append((amount, fields))
+
+
+def state(step: int, steps: int = 40) -> Any:
+    return SimpleNamespace(global_step=step, max_steps=steps, is_world_process_zero=True)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def run(curve: Curve, begin: int, reports: dict[int, dict[str, float]]) -> None:
+    curve.on_train_begin(None, state(begin), None)
+    for step, logs in reports.items():
+        curve.on_log(None, state(step), None, logs=logs)
+
+
+def test_a_curve_says_how_much_of_the_gap_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 100.0, 100.0, 100.0, 110.0, 120.0])
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    heard = Heard()
+    curve = Curve(tmp_path / "curve.csv", 1000, heard, parent=2.0)
+    run(curve, 0, {0: {"eval_loss": 3.0}, 10: {"loss": 2.6, "learning_rate": 0.1}, 20: {"eval_loss": 2.25}})
+
+    read = rows(tmp_path / "curve.csv")
+    assert [row["tokens"] for row in read] == ["0", "10000", "20000"]
+    assert [row["closed"] for row in read] == ["0.0000", "", "0.7500"]
+    assert [row["heldout"] for row in read] == ["3.0", "", "2.25"]
+    assert heard.stages == [("training", 40_000)]
+    amounts, figures = zip(*heard.reports, strict=True)
+    assert amounts == (0, 10_000, 10_000)
+    assert figures[1] == {"loss": 2.6, "gap closed": "0.0%", "tokens/s": "1,000"}
+    assert figures[2] == {"heldout": 2.25, "gap closed": "75.0%", "tokens/s": "1,000"}
+
+
+def test_a_resumed_curve_goes_on_where_the_checkpoint_was(tmp_path: Path) -> None:
+    path, heard = tmp_path / "curve.csv", Heard()
+    run(Curve(path, 10, Heard()), 0, {step: {"loss": 4.0 - step / 10} for step in (5, 10, 15)})
+    run(Curve(path, 10, heard), 10, {step: {"loss": 40.0} for step in (15, 20)})
+    read = rows(path)
+    assert [row["step"] for row in read] == ["5", "10", "15", "20"]
+    assert [row["loss"] for row in read] == ["3.5", "3.0", "40.0", "40.0"]
+    assert heard.stages == [("training", 300)]  # 30 steps are left
+    assert [amount for amount, _ in heard.reports] == [50, 50]
+
+
+def test_the_gap() -> None:
+    assert gap_closed(2.5, parent=2.0, before=3.0) == pytest.approx(0.5)
+    assert gap_closed(1.9, parent=2.0, before=3.0) == pytest.approx(1.1)
+    assert gap_closed(3.5, parent=2.0, before=3.0) == pytest.approx(-0.5)
+    assert gap_closed(2.0, parent=2.0, before=2.0) is None
+    assert gap_closed(2.0, parent=None, before=3.0) is None
+
+
+def test_a_reporter_that_is_not_there_is_refused() -> None:
+    assert check_reporters([]) == []
+    with pytest.raises(HeadwiseError, match="cannot report to 'tensorbord' here"):
+        check_reporters(["tensorbord"])
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_the_picture_shows_the_parent(tmp_path: Path, measured: bool) -> None:
+    path = tmp_path / "curve.csv"
+    reports: dict[int, dict[str, float]] = {step: {"loss": 3 / (1 + step)} for step in range(1, 30)}
+    if measured:
+        reports |= {step: {"eval_loss": 2 + 1 / (1 + step)} for step in (0, 15, 30)}
+    run(Curve(path, 10**5, Progress(), parent=2.0), 0, dict(sorted(reports.items())))
+    draw_curve(path, tmp_path / "with.png", parent=2.0, title="A title")
+    draw_curve(path, tmp_path / "without.png", title="A title")
+    one, other = imread(tmp_path / "with.png"), imread(tmp_path / "without.png")
+    assert one.shape == other.shape and one.std() > 0.02
+    assert bool((one != other).any()) == measured
