@@ -42,7 +42,7 @@ def hopper_serves(q: Tensor, value: int) -> bool:
     """Whether what the Triton kernels would run is the one written for Hopper."""
     from headwise.kernels.attend import launch
 
-    return launch.hopper is not None and value % 64 == 0 and torch.cuda.get_device_capability(q.device)[0] == 9
+    return launch.hopper is not None and value % 64 == 0 and launch.card_of(q.device.index).capability[0] == 9
 
 
 def refuse(operation: str, backend: str, why: str) -> HeadwiseError:

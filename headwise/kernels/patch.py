@@ -2,8 +2,8 @@
 
 Three of transformers' own extension points are enough, and no model code is copied:
 
-- the attention interface: "headwise" is an attention function like "sdpa", and calls sdpa for everything that
-  is not decode;
+- the attention interface: "headwise" is an attention function like "sdpa", and calls the one that the model had
+  before (sdpa, FlexAttention) for everything that is not decode;
 - the mask interface: for decode it hands the attention function each sequence's visible range, four-dimensional
   so that it passes through `generate` untouched, in place of a (batch, 1, queries, capacity) mask;
 - `expand_kv`: stock DeepSeek attention keeps the latent cache compressed and expands all of it at every step
@@ -13,13 +13,15 @@ Three of transformers' own extension points are enough, and no model code is cop
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function
 
 from headwise.errors import HeadwiseError
 from headwise.kernels import dispatch
@@ -36,8 +38,9 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
     """Let a stock model decode through these kernels: latent attention absorbed, grouped attention as it is.
 
     Works with `generate`, dynamic and static caches, left-padded batches, torch.compile and CUDA graphs. Training
-    and prefill go through torch's attention as before. Which kernel serves is `HEADWISE_KERNELS`
-    (auto, triton, sdpa, reference); on CPU the reference does.
+    and prefill go through the attention that the model was loaded with: sdpa, FlexAttention, any that was
+    registered with transformers. For "eager" and for FlashAttention sdpa serves. Which kernel serves decode is
+    `HEADWISE_KERNELS` (auto, triton, sdpa, reference); on CPU the reference does.
 
     Args:
         model: any model that transformers runs with `attn_implementation="sdpa"`.
@@ -64,10 +67,8 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
                 f"{name}.kv_b_proj is a {type(module.kv_b_proj).__name__}, which cannot be absorbed.",
                 "Merge the adapter or load the model unquantised, then enable the kernels.",
             )
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, visible_range)
     before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(_registered(before))
     setattr(model, BEFORE, before)
     for _, module in latent:
         module.expand_kv = _keep_latent
@@ -84,6 +85,18 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _registered(before: str) -> str:
+    """The name under which transformers finds our decode, over the implementation of before for all else."""
+    functions, masks = AttentionInterface(), AttentionMaskInterface()
+    # Eager attention is no registered function, and FlashAttention's asks the model's config for its own name.
+    kept = before in functions and before in masks and "flash" not in before
+    ordinary = before if kept else "sdpa"
+    name = NAME if ordinary == "sdpa" else f"{NAME}_{ordinary}"
+    AttentionInterface.register(name, partial(attention, functions[ordinary]))
+    AttentionMaskInterface.register(name, partial(visible_range, masks[ordinary]))
+    return name
+
+
 def enabled(model: PreTrainedModel) -> bool:
     """Whether `enable` is in force."""
     return hasattr(model, BEFORE)
@@ -95,6 +108,7 @@ def _keep_latent(latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def visible_range(
+    ordinary: Callable[..., Any],
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -105,17 +119,17 @@ def visible_range(
     local_size: int | None = None,
     device: torch.device | str = "cpu",
     **options: Any,
-) -> Tensor | None:
-    """The mask of a step: for decode, (batch, 1, 1, 2) int32 [first visible key, keys]; else sdpa's mask.
+) -> Any:
+    """The mask of a step: for decode, (batch, 1, 1, 2) int32 [first visible key, keys]; else the ordinary one.
 
     Decode is up to 8 new tokens after older ones, under a causal or sliding-window mask.
 
     Raises:
         HeadwiseError: padding on the right or in the middle, which no range can express.
     """
-    ordinary = mask_function is causal_mask_function or local_size is not None
-    if q_length > MAX_QUERIES or kv_length <= q_length or not ordinary or options.get("use_vmap"):
-        return sdpa_mask(
+    plain = mask_function is causal_mask_function or local_size is not None
+    if q_length > MAX_QUERIES or kv_length <= q_length or not plain or options.get("use_vmap"):
+        return ordinary(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
             local_size=local_size, device=device, **options,
         )  # fmt: skip
@@ -144,25 +158,27 @@ def _check_left_padded(attention_mask: Tensor) -> None:
 
 
 def attention(
+    ordinary: Callable[..., Any],
     module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     scaling: float,
     sliding_window: int | None = None,
     **options: Any,
-) -> tuple[Tensor, None]:
-    """The attention function that transformers calls: the kernels for decode, sdpa for everything else."""
+) -> tuple[Tensor, Any]:
+    """The attention function that transformers calls: the kernels for decode, the ordinary one for all else."""
     latent = module.__dict__.get("expand_kv") is _keep_latent
-    decode = attention_mask is not None and attention_mask.dtype == torch.int32
+    decode = isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.int32
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    if attention_mask is None or not decode or differentiable or options.get("softcap") is not None:
-        if attention_mask is not None and decode:
+    if not decode or differentiable or options.get("softcap") is not None:
+        if decode:
             attention_mask = _as_mask(attention_mask, query.shape[2], key.shape[2], sliding_window)
+            ordinary = sdpa_attention_forward
         if latent:
             key, value = type(module).expand_kv(module, key, value)
-        return sdpa_attention_forward(
+        return ordinary(
             module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **options
         )
     starts, lengths = (attention_mask[:, 0, 0, side].contiguous() for side in (0, 1))

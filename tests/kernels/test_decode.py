@@ -18,12 +18,15 @@ gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's turn is without a GPU")
 SCALE = 0.1
+# Half precision rounds the probabilities and the output; the sums between them stay in float32.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module", autouse=True)
 def poisoned():
     """Fresh memory is NaN, so that an element nobody wrote is seen."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -102,13 +105,14 @@ class Problem:
     [(9, 1, 48, 16, 48), (14, 1, 80, 32, 80), (6, 1, 64, 0, 64), (10, 2, 32, 0, 48)],
     ids=["mla 48+16", "mla 80+32", "mqa", "gqa of five"],
 )
-def test_shapes(poisoned, heads, groups, head, rope, value, splits) -> None:
+def test_shapes(heads, groups, head, rope, value, splits) -> None:
     Problem(heads, groups, head, rope, value, [63, 100, 1, 0]).check(1e-5, splits=splits)
 
 
 @interpreted
-def test_half_precision_accumulates_in_single(poisoned) -> None:
-    Problem(9, 1, 48, 16, 48, [100, 33], dtype=torch.float16).check(2e-3)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_long_cache_beside_short_ones(dtype) -> None:
+    Problem(9, 1, 48, 16, 48, [8191, 33], dtype=dtype).check(TOLERANCE[dtype])
 
 
 @interpreted
@@ -121,12 +125,13 @@ def test_half_precision_accumulates_in_single(poisoned) -> None:
     padded=st.booleans(),
     latent=st.booleans(),
     splits=st.integers(1, 4),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
 )
-def test_any_mask(lengths, queries, page, window, padded, latent, splits) -> None:
+def test_any_mask(lengths, queries, page, window, padded, latent, splits, dtype) -> None:
     shape = (3, 1, 32, 16, 32) if latent else (6, 2, 16, 0, 32)
     starts = [length // 3 for length in lengths] if padded else None
-    problem = Problem(*shape, lengths, queries=queries, page=page, window=window, starts=starts, seed=len(lengths))
-    problem.check(1e-5, splits=splits)
+    where = dict(queries=queries, page=page, window=window, starts=starts)
+    Problem(*shape, lengths, **where, dtype=dtype, seed=len(lengths)).check(TOLERANCE[dtype], splits=splits)
 
 
 GPU_SHAPES = [
@@ -153,7 +158,7 @@ GPU_MASKS = {
 @needs_gpu
 @pytest.mark.parametrize("mask", GPU_MASKS)
 @pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
-def test_on_the_card(poisoned, shape, mask) -> None:
+def test_on_the_card(shape, mask) -> None:
     dtype = torch.float16 if "three" in mask else torch.bfloat16
     problem = Problem(*shape, **GPU_MASKS[mask], dtype=dtype, device="cuda")
     problem.check(8e-3)
@@ -163,7 +168,7 @@ def test_on_the_card(poisoned, shape, mask) -> None:
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("shape", GPU_SHAPES[::3], ids=str)
-def test_the_portable_kernel_on_the_card(poisoned, shape) -> None:
+def test_the_portable_kernel_on_the_card(shape) -> None:
     heads, groups, head, rope, value = shape
     card = launch.Card((8, 0), 132, launch.card_of(0).shared_memory)
     config = launch.choose(card, heads // groups, head, rope, value, bool(rope))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headwise.kernels.attend.launch import Card, choose, choose_splits, chunks
+from headwise.kernels.attend.launch import Card, card_of, choose, choose_splits, chunks
 
 HOPPER = Card((9, 0), 132, 232448)
 CARDS = [HOPPER, Card((8, 0), 108, 166912), Card((8, 9), 128, 101376), Card((12, 0), 170, 101376)]
@@ -22,6 +25,16 @@ def test_chunks_cover_a_width_exactly(width: int) -> None:
     assert sum(piece for _, piece in pieces) == width
     assert [start for start, _ in pieces] == [sum(p for _, p in pieces[:i]) for i in range(len(pieces))]
     assert all(piece & (piece - 1) == 0 for _, piece in pieces)
+
+
+def test_an_amd_card_is_no_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its generations are numbered anew: an MI300 says 9.4."""
+    card = SimpleNamespace(major=9, minor=4, multi_processor_count=304, shared_memory_per_block_optin=65536)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    found = card_of.__wrapped__(0)
+    assert (found.multiprocessors, found.shared_memory) == (304, 65536)
+    assert not choose(found, 32, 512, 64, 512, True).hopper
 
 
 def test_448_has_no_padding() -> None:

@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     DeepseekV2Config,
     DeepseekV3Config,
@@ -14,6 +16,8 @@ from transformers import (
     MistralConfig,
     StaticCache,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from headwise.errors import HeadwiseError
 from headwise.kernels import disable, enable
@@ -89,6 +93,37 @@ def test_the_cache_is_never_expanded_in_decode(monkeypatch: pytest.MonkeyPatch) 
         cache = model(ids[:, :19]).past_key_values
         monkeypatch.setattr(kind, "expand_kv", lambda *_: pytest.fail("the latent cache was expanded"))
         model(ids[:, 19:], past_key_values=cache)
+
+
+def test_prefill_goes_through_the_attention_that_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def theirs(module, query, *arguments, **options):
+        calls.append(query.shape[2])
+        return sdpa_attention_forward(module, query, *arguments, **options)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "theirs", theirs)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "theirs", sdpa_mask)
+    model = model_of("deepseek_v3")
+    ids = prompts()["input_ids"][1:]
+    with torch.no_grad():
+        expected = model(ids).logits[:, 19:]
+        model.set_attn_implementation("theirs")
+        cache = enable(model)(ids[:, :19]).past_key_values
+        assert calls == [19, 19]
+        step = model(ids[:, 19:], past_key_values=cache).logits
+        assert calls == [19, 19]
+    torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-5)
+    assert disable(model).config._attn_implementation == "theirs"
+
+
+@pytest.mark.parametrize("before", ["eager", "flash_attention_3"])
+def test_sdpa_serves_where_the_attention_before_cannot(before: str) -> None:
+    model = model_of("llama")
+    model.config._attn_implementation_internal = before
+    ids = prompts()["input_ids"][1:]
+    with torch.no_grad():
+        torch.testing.assert_close(enable(model)(ids).logits, model_of("llama")(ids).logits)
 
 
 def test_gradients_flow_through_short_continuations() -> None:

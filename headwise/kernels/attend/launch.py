@@ -56,8 +56,10 @@ def card_of(index: int | None) -> Card:
     if index is None:
         return Card((8, 0), 4, 166912)
     properties: Any = torch.cuda.get_device_properties(index)
+    # AMD numbers its cards anew: its 9.0 and 9.4 are no Hopper, and the portable kernel is theirs.
+    amd = torch.version.hip is not None
     return Card(
-        (properties.major, properties.minor),
+        (8, 0) if amd else (properties.major, properties.minor),
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
     )

@@ -1,0 +1,82 @@
+"""What `kernels.py` computes: decode steps, the least that each must move and multiply, and their random inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SCALE = 0.05
+
+
+@dataclass(frozen=True)
+class Case:
+    """One decode step. `rope` 0: grouped cache with keys and values of `width`; else MLA of rank `width`."""
+
+    name: str
+    heads: int
+    width: int
+    rope: int = 0
+    groups: int = 1
+    batch: int = 64
+    context: int = 8192
+    page: int = 0
+    queries: int = 1
+
+    @property
+    def numbers(self) -> int:
+        return self.width + self.rope if self.rope else 2 * self.groups * self.width
+
+    @property
+    def bytes(self) -> int:
+        return 2 * self.batch * self.context * self.numbers
+
+    @property
+    def operations(self) -> int:
+        return 2 * self.batch * self.context * self.heads * self.queries * (2 * self.width + self.rope)
+
+
+CASES = [
+    Case("MLA 32 heads 512+64", 32, 512, 64),
+    Case("MLA 28 heads 448+64", 28, 448, 64),
+    Case("MLA 32 heads 320+64", 32, 320, 64),
+    Case("MLA 14 heads 256+64", 14, 256, 64),
+    Case("MLA 32 heads 256+32", 32, 256, 32),
+    Case("MLA 9 heads 192+64", 9, 192, 64),
+    Case("MLA 32 heads 128+64", 32, 128, 64),
+    Case("MLA 32 heads 512+128", 32, 512, 128),
+    Case("MLA 128 heads 512+64", 128, 512, 64),
+    Case("MLA 32 heads 512+64, batch 1, 32,768", 32, 512, 64, batch=1, context=32768),
+    Case("MLA 32 heads 512+64, pages of 64", 32, 512, 64, page=64),
+    Case("MLA 32 heads 512+64, 2 queries", 32, 512, 64, queries=2),
+    Case("MQA 32/1 x128", 32, 128),
+    Case("GQA 14/2 x64", 14, 64, groups=2),
+    Case("GQA 32/8 x128", 32, 128, groups=8),
+    Case("GQA 28/4 x128", 28, 128, groups=4),
+    Case("MHA 32/32 x128, batch 16", 32, 128, groups=32, batch=16),
+    Case("GQA 32/8 x128, pages of 16", 32, 128, groups=8, page=16),
+    Case("GQA 28/4 x128, pages of 16", 28, 128, groups=4, page=16),
+]
+
+
+def inputs(case: Case, seed: int) -> dict[str, Tensor | None]:
+    """Random queries and a random cache; a paged one in random page order."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, generator=generator)
+
+    rows: tuple[int, int] = (case.batch, case.context)
+    table = None
+    if case.page:
+        pages = case.context // case.page
+        order = torch.randperm(case.batch * pages, device="cuda", generator=generator)
+        table = order.int().view(case.batch, pages)
+        rows = (case.batch * pages, case.page)
+    if case.rope:
+        q = noise(case.batch, case.queries, case.heads, case.width + case.rope)
+        return {"q": q, "cache": noise(*rows, case.width + case.rope), "table": table}
+    q = noise(case.batch, case.queries, case.heads, case.width)
+    k, v = (noise(*rows, case.groups, case.width) for _ in range(2))
+    return {"q": q, "k": k, "v": v, "table": table}
