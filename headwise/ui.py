@@ -24,6 +24,7 @@ from headwise.progress import Progress
 if TYPE_CHECKING:  # rich takes longer to import than `headwise --help` may
     from rich.console import Console
 
+LONGEST = 1500  # characters of a message
 LINE_EVERY = 10.0  # seconds between two progress lines where there is no terminal
 
 
@@ -165,9 +166,14 @@ def warn(text: object) -> None:
 
 def error(message: str, hint: str | None = None) -> None:
     """Why the command ends, and what to type instead (stderr)."""
-    _sink.err.print(f"Error: {clean(message)}", style="bold red", soft_wrap=True)
+    _sink.err.print(f"Error: {clean(_shortened(message))}", style="bold red", soft_wrap=True)
     if hint:
-        _sink.err.print(clean(hint), soft_wrap=True)
+        _sink.err.print(clean(_shortened(hint)), soft_wrap=True)
+
+
+def _shortened(text: str) -> str:
+    """A checkpoint decides how long the names in it are, and a sentence about them must stay one."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 200]} ... {text[-200:]}"
 
 
 def traceback(problem: BaseException) -> None:

@@ -18,9 +18,18 @@ from torch import Tensor
 
 from headwise.convert.fusion import fit_bias, fuse, half_split_order, reorder, split
 from headwise.convert.layout import AttentionLayout, LayerWeights
-from headwise.convert.stock import QUANTIZATION_KEYS, both_spellings, refuse_quantised, stock_config
+from headwise.convert.stock import (
+    QUANTIZATION_KEYS,
+    both_spellings,
+    check_rope,
+    refuse_quantised,
+    stock_config,
+)
 from headwise.convert.table import QkNorm, Row, find_row, load_table
 from headwise.errors import HeadwiseError
+
+# By these a config chooses code; what is converted runs with the stock class, however that likes to.
+CODE_KEYS = ("auto_map", *(f"{dash}{kind}_implementation" for dash in ("", "_") for kind in ("attn", "experts")))
 
 
 @dataclass(frozen=True)
@@ -56,10 +65,11 @@ class Architecture(Row):
                 f"config.json has hidden_size: {width}, which num_attention_heads: {heads} does not divide."
             )
         head_dim = own_head_dim or width // heads
+        check_rope(stock.rope_parameters)
         rotary_dim = _rotary_dim(stock.rope_parameters, head_dim)
         layer_types = getattr(stock, "layer_types", None) or [None] * stock.num_hidden_layers
         has_rope = getattr(stock, self.rope_flags) if self.rope_flags else [True] * stock.num_hidden_layers
-        window = getattr(stock, "sliding_window", None) or None
+        window = _size(stock, "sliding_window") if getattr(stock, "sliding_window", None) else None
         if self.rope_layer_types and window:
             has_rope = [layer_type in self.rope_layer_types for layer_type in layer_types]
         return [
@@ -247,7 +257,7 @@ class Architecture(Row):
             dtype = part.get("dtype", part.get("torch_dtype"))
             if dtype is not None:
                 part["dtype"] = part["torch_dtype"] = dtype
-            for key in ("auto_map", *QUANTIZATION_KEYS):
+            for key in (*CODE_KEYS, *QUANTIZATION_KEYS):
                 part.pop(key, None)
         return new
 
@@ -293,7 +303,8 @@ def find(config: dict[str, Any], names: Iterable[str] = ()) -> Architecture:
                 f"{arch.model_type}: {rule['reason']}."
             )
     arch.layouts(config)
-    head = str((config.get("architectures") or [""])[0])
+    heads = config.get("architectures")
+    head = str(heads[0]) if isinstance(heads, list) and heads else ""
     auto_class = next((auto for end, auto in table.auto_classes.items() if head.endswith(end)), arch.auto_class)
     present = set(names)
     candidates = [replace(arch, auto_class=auto_class, layers=(layers,)) for layers in arch.layers]

@@ -234,13 +234,28 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise HeadwiseError(f"{path} cannot be read as plain tensors: {reason}") from None
-    if not isinstance(state, dict) or not all(
-        isinstance(k, str) and isinstance(t, Tensor) and t.dtype in DTYPE_NAMES for k, t in state.items()
-    ):
+    if not isinstance(state, dict) or not all(_is_plain(name, tensor) for name, tensor in state.items()):
         raise HeadwiseError(f"{path} is not a table of bfloat16, float16 or float32 tensors.")
-    return state
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _is_plain(name: Any, tensor: Any) -> bool:
+    """Whether an entry of a pickle is a named tensor whose numbers all lie in the file.
+
+    A few bytes can also stand for a tensor of any size: repeated by a stride of zero, sparse, or without data.
+    """
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and name != ""
+        and isinstance(tensor, Tensor)
+        and tensor.dtype in DTYPE_NAMES
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    )
 
 
 def _opened(path: Path) -> FileIO:

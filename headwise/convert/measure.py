@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,18 +170,36 @@ def calibration_blocks(checkpoint: Checkpoint, calibration: Calibration) -> Tens
 
     from headwise.recipes.data import blocks_from
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    except (OSError, ValueError, KeyError) as error:
+    hint = "Add the tokenizer's files to the folder, or pass --calibrate none."
+    with _sound(f"{checkpoint.source} has no tokenizer that transformers can load", hint):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    with _sound(f"The tokenizer of {checkpoint.source} fails on the calibration text", hint):
+        blocks = blocks_from(
+            calibration.text,
+            tokenizer,
+            split="calibration",
+            length=calibration.length,
+            count=calibration.sequences,
+            seed=calibration.seed,
+        )
+    known = find(checkpoint.config).stock_config(checkpoint.config).vocab_size
+    if int(blocks.max()) >= known:
         raise HeadwiseError(
-            f"{checkpoint.source} has no tokenizer that transformers can load, and calibration reads text.",
-            "Add the tokenizer's files to the folder, or pass --calibrate none.",
-        ) from error
-    return blocks_from(
-        calibration.text,
-        tokenizer,
-        split="calibration",
-        length=calibration.length,
-        count=calibration.sequences,
-        seed=calibration.seed,
-    )
+            f"The tokenizer of {checkpoint.source} gives token {int(blocks.max())}, and the model knows {known}.",
+            "Its files belong to another model: replace them, or pass --calibrate none.",
+        )
+    return blocks
+
+
+@contextmanager
+def _sound(complaint: str, hint: str) -> Iterator[None]:
+    """Say in a sentence that a tokenizer is not sound. Its library raises anything then, panics included."""
+    try:
+        yield
+    except (HeadwiseError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        raise HeadwiseError(f"{complaint}: {reason}.", hint) from error

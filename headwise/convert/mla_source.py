@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -92,8 +93,8 @@ def find(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> MlaS
                 f"config.json: {refusal['key']} is {value!r}: {refusal['reason']}.",
                 "It can become GQA or MQA: --to gqa --groups N.",
             )
-    own = {name: float(config.get(key, 1.0)) for name, key in row.get("multipliers", {}).items()}
-    stream = residual_scale(config.get("rms_norm_eps", 1e-6))
+    own = {name: _positive(config, key, 1.0) for name, key in row.get("multipliers", {}).items()}
+    stream = residual_scale(_positive(config, "rms_norm_eps", 1e-6))
     scale = row.get("attention_scale")
     return MlaSource(
         tensors=table["tensors"][row["tensors"]],
@@ -102,8 +103,18 @@ def find(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> MlaS
             "residual": stream * own.get("residual", 1.0),
             "logits": 1.0 / own.get("logits", 1.0),
         },
-        attention_scale=float(config[scale]) if scale else None,
+        attention_scale=_positive(config, scale, 1.0) if scale else None,
     )
+
+
+def _positive(config: Mapping[str, Any], key: str, default: float) -> float:
+    """A factor of the config; `default` is the stock class's where the config leaves it out."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise HeadwiseError(f"config.json has {key}: {value!r}, and a number above zero is needed.")
+    return float(value)
 
 
 def plan_other(source: MlaSource, names: Iterable[str], attention: Iterable[str]) -> list[Carried]:

@@ -8,6 +8,7 @@ from typing import Any
 from headwise.convert import bound, rope
 from headwise.convert.architecture import Architecture
 from headwise.convert.context import Rotation, rotations
+from headwise.errors import HeadwiseError
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,11 @@ def reach(config: dict[str, Any], architecture: Architecture, context: int) -> l
 
 def _reach(rotation: Rotation, trained: int, context: int) -> Reach:
     distance = min(context, rotation.window or context)
-    turning, _ = rope.frequencies(rotation.parameters, rotation.rotary_dim, trained, context)
+    try:
+        turning, _ = rope.frequencies(rotation.parameters, rotation.rotary_dim, trained, context)
+    # Parameters may each be in order and still not belong together.
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        raise HeadwiseError(f"config.json has rope_parameters from which no frequencies follow: {error}.") from None
     found = bound.smallest_base(rotation.rotary_dim, distance)
     return Reach(
         rotation.layer_type,

@@ -57,6 +57,8 @@ def frequencies(
         ValueError: an unknown `rope_type`.
     """
     kind = rope_type(parameters)
+    if kind not in COMPOSES:
+        raise ValueError(f"rope_type {kind!r} is not one of {', '.join(COMPOSES)}")
     plain = base_frequencies(parameters["rope_theta"], rotary_dim)
     if kind == "default":
         return plain, 1.0
@@ -78,12 +80,10 @@ def frequencies(
         low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         return plain * (kept + (1 - kept) / factor), 1.0
-    if kind == "longrope":
-        factors = parameters["long_factor" if length and length > original else "short_factor"]
-        given = parameters.get("attention_factor")
-        default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        return plain / torch.tensor(factors, dtype=torch.float64), default if given is None else given
-    raise ValueError(f"rope_type {kind!r} is not one of default, {', '.join(RULES[2:])}")
+    factors = parameters["long_factor" if length and length > original else "short_factor"]
+    given = parameters.get("attention_factor")
+    default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return plain / torch.tensor(factors, dtype=torch.float64), default if given is None else given
 
 
 def rope_type(parameters: Parameters) -> str:

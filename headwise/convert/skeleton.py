@@ -7,13 +7,15 @@ stock class itself, so that no model type has to be known here.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+
+from headwise.errors import HeadwiseError
 
 
 def stock_config(config: dict[str, Any]) -> Any:
@@ -31,10 +33,18 @@ def empty_model(config: dict[str, Any], auto_class: str, dtype: torch.dtype = to
     stock = stock_config(config)
     # Only the eager form knows soft-capped scores.
     capped = getattr(stock.get_text_config(), "attn_logit_softcapping", None)
-    with init_empty_weights(include_buffers=False):
-        model = getattr(transformers, auto_class).from_config(
-            stock, dtype=dtype, attn_implementation="eager" if capped else "sdpa"
-        )
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = getattr(transformers, auto_class).from_config(
+                stock, dtype=dtype, attn_implementation="eager" if capped else "sdpa"
+            )
+    # The classes raise whatever their arithmetic on an odd value raises; sizes beyond any memory are among that.
+    except Exception as error:
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise HeadwiseError(
+            f"no stock {config['model_type']} model can be made from config.json: {reason}.",
+            "The checkpoint and its config.json do not belong together.",
+        ) from error
     return model.eval().requires_grad_(False)
 
 
@@ -120,6 +130,17 @@ def recorded(layers: nn.ModuleList) -> Iterator[list[Stub]]:
     finally:
         for i, layer in enumerate(real):
             layers[i] = layer
+
+
+def attempt(check: Callable[..., tuple[bool, str]], *given: Any, **more: Any) -> tuple[bool, str]:
+    """A check of a stock model, which a config that its class accepts may still make fail, with any error."""
+    try:
+        return check(*given, **more)
+    except (HeadwiseError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        return False, f"the stock class fails with {type(error).__name__}: {reason}"
 
 
 class Stop(Exception):

@@ -6,13 +6,16 @@ Only configuration, weights, tokenizer and licence files are looked at or downlo
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import stat
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from headwise.convert import hub
+from headwise.convert.disk import plain_errors
 from headwise.errors import HeadwiseError
 from headwise.progress import SILENT, Progress
 
@@ -35,7 +38,9 @@ SIDECARS = (
 )
 # What a conversion writes itself, or what describes weights that are not the output's.
 NOT_SIDECARS = ("config.json", "headwise.json", "params.json", "*.index.json", "*.py", "adapter_*")
-MAX_JSON = 50_000_000
+MAX_JSON, MAX_CONFIG = 50_000_000, 5_000_000
+# Keys of a config by which transformers chooses code.
+IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,22 @@ def read_config(folder: Path) -> dict[str, Any]:
                 "Use the model's safetensors checkpoint.",
             )
         raise HeadwiseError(f"{folder} has no config.json.", "Name the folder that save_pretrained wrote.")
-    return read_json(folder, "config.json")
+    config = read_json(folder, "config.json", MAX_CONFIG)
+    for key, value in _implementations(config):
+        raise HeadwiseError(
+            f"{folder / 'config.json'} has {key}: {value!r}, which names code on the Hub.",
+            "headwise runs no code that comes with a checkpoint: remove the field.",
+        )
+    return config
+
+
+def _implementations(value: Any) -> Iterator[tuple[str, str]]:
+    """Where a config asks for code of a repository: stock transformers would fetch it when it loads the model."""
+    for key, item in value.items() if isinstance(value, dict) else ():
+        if key.strip("_").removesuffix("_internal") in IMPLEMENTATIONS:
+            named = item.values() if isinstance(item, dict) else [item]
+            yield from ((key, name) for name in named if isinstance(name, str) and "/" in name)
+        yield from _implementations(item)
 
 
 def find_weights(folder: Path, allow_pickle: bool = False) -> tuple[list[str], dict[str, str]]:
@@ -156,12 +176,17 @@ def read_weight_map(folder: Path, index: str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise HeadwiseError(f"{folder / index} has no weight_map.", "Download the checkpoint again.")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(suffix):
+        if not (isinstance(shard, str) and _is_plain(shard) and shard.endswith(suffix)):
             raise HeadwiseError(
                 f"{folder / index} places tensor {name!r} in {shard!r}, which is not a file of its folder.",
                 "Do not use a checkpoint that points outside itself.",
             )
     return weight_map
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is that of a file in the same folder, and one that any system can hold."""
+    return Path(name).name == name and name.isprintable() and len(name) <= 200
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -170,7 +195,8 @@ def inside(folder: Path, name: str) -> Path:
     In the Hub's cache the files of a snapshot are links into the repository's `blobs`.
     """
     path, home = folder / name, folder.resolve()
-    real = path.resolve()
+    # Unlike Path.resolve, this gives a name also for a link that leads to itself.
+    real = Path(os.path.realpath(path))
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
         raise HeadwiseError(
@@ -192,15 +218,18 @@ def find_sidecars(folder: Path, weights: list[str]) -> tuple[list[Path], list[st
     return [inside(folder, name) for name in copied], left_out
 
 
-def read_json(folder: Path, name: str) -> dict[str, Any]:
+def read_json(folder: Path, name: str, limit: int = MAX_JSON) -> dict[str, Any]:
     """A JSON object from a file of the folder; HeadwiseError if it is anything else."""
     path = inside(folder, name)
+    with plain_errors(path, "read"):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise HeadwiseError(f"{path} is not a file.")
+        if status.st_size > limit:
+            raise HeadwiseError(f"{path} is larger than {limit:,} bytes.")
+        text = path.read_bytes()
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise HeadwiseError(f"{path} is larger than {MAX_JSON} bytes.")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise HeadwiseError(f"{path} cannot be read: {error.strerror}.") from None
+        content = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise HeadwiseError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(content, dict):

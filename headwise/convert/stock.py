@@ -18,7 +18,29 @@ SIZES = (
     "num_kv_heads",
     "hidden_size",
     "head_dim",
+    "vocab_size",
+    "intermediate_size",
+    "max_position_embeddings",
 )
+# What must be a number above zero in rope_parameters, and what each type cannot do without.
+ROPE_NUMBERS = (
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "low_freq_factor",
+    "high_freq_factor",
+)
+ROPE_LISTS = ("short_factor", "long_factor")
+ROPE_NEEDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("original_max_position_embeddings",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": (*ROPE_LISTS, "original_max_position_embeddings"),
+}
 PER_LAYER = ("layer_types", "no_rope_layers")
 QUANTIZATION_KEYS = ("quantization_config", "quantization", "compression_config")
 
@@ -80,6 +102,42 @@ def _stock_config(model_type: str, text_config: str) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise HeadwiseError(f"the stock {model_type} class refuses config.json: {reason}.") from error
+
+
+def check_rope(rope_parameters: Any) -> None:
+    """Refuse rotary parameters that no frequency can be computed from.
+
+    Args:
+        rope_parameters: of a stock config; one dictionary for all layers, or one for each type of layer.
+    """
+    if rope_parameters is None:
+        return
+    if not isinstance(rope_parameters, dict):
+        raise _bad_rope("", rope_parameters)
+    nested = {key: value for key, value in rope_parameters.items() if isinstance(value, dict)}
+    for own in nested.values() if nested else [rope_parameters]:
+        kind = own.get("rope_type") or own.get("type") or "default"
+        if not isinstance(kind, str):
+            raise _bad_rope("rope_type", kind)
+        for name in ("rope_theta", *ROPE_NEEDS.get(kind, ())):
+            if own.get(name) is None:
+                raise _bad_rope(name, None)
+        for name in ROPE_NUMBERS:
+            if own.get(name) is not None and not _is_scale(own[name]):
+                raise _bad_rope(name, own[name])
+        for name in ROPE_LISTS:
+            value = own.get(name)
+            if value is not None and not (isinstance(value, list) and value and all(map(_is_scale, value))):
+                raise _bad_rope(name, value)
+
+
+def _is_scale(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
+
+
+def _bad_rope(name: str, value: Any) -> HeadwiseError:
+    where = f"rope_parameters.{name}" if name else "rope_parameters"
+    return HeadwiseError(f"config.json has {where}: {value!r}, from which no frequencies can be computed.")
 
 
 def has_stock_class(model_type: str) -> bool:

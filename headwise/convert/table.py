@@ -152,7 +152,7 @@ def find_row(config: dict[str, Any], table: Table) -> Row:
             f"config.json has {text_key}: {json.dumps(config.get(text_key))}, and the config of the language "
             "model belongs there."
         )
-    if inner not in table.rows:
+    if not isinstance(inner, str) or inner not in table.rows:
         raise _unsupported(inner, table)
     return replace(
         table.rows[inner],

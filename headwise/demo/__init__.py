@@ -109,7 +109,7 @@ def demo(
     source = locate(model, progress=progress).folder
     progress.stage("Demo", total=1 + sum(trial.cost for trial in planned), unit="steps")
     progress.advance(0, now="the parent")
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     count = (QUICK if quick else FULL).blocks
     blocks = blocks_from("builtin", tokenizer, split="heldout", length=BLOCK_LENGTH, count=count, seed=seed)
 
@@ -181,7 +181,7 @@ def loss(folder: str | Path, blocks: Tensor) -> float:
 
     from headwise.eval.perplexity import nats_per_token
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     return nats_per_token(model, blocks).nats
 
 

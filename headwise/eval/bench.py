@@ -86,7 +86,7 @@ def bench(
     same, equal = [], []
     for source, at in ((baseline, revision), (child, None)):
         folder = locate(source, revision=at, token=token, progress=progress).folder
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         model = model.to(device).eval()
         same.append(measure(model, str(source), context, batch, steps))
         if memory is not None:

@@ -93,7 +93,7 @@ def dataset(
                 "The passkey task measures its prompts in tokens and was given no tokenizer.",
                 'Pass one: --metadata \'{"tokenizer": "FOLDER"}\'',
             )
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return {"test": Dataset.from_list(documents(tokenizer, lengths, depths, samples, seed))}
 
 

@@ -80,10 +80,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     folder = locate(options.model).folder
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # bfloat16 is several times slower than float32 on most CPUs, and no more exact.
     dtype: Any = torch.float32 if options.device == "cpu" else "auto"
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     model.to(options.device)
     blocks = blocks_from(
         options.text,

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ import yaml
 from headwise.errors import HeadwiseError
 
 LIBRARY = Path(__file__).parent / "library"
+MAX_RECIPE = 1_000_000
+HUGE = 1e300
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Lora:
     """Low-rank adapters (peft) on the attention projections, merged into the weights at the end."""
 
     rank: int = 32
-    alpha: float = 64.0
+    alpha: int = 64
     dropout: float = 0.0
 
 
@@ -198,12 +201,7 @@ def load(recipe: str | Path, settings: Sequence[str] = ()) -> Recipe:
         HeadwiseError: no such recipe, not YAML, unknown key, value of the wrong type.
     """
     path = find(recipe)
-    try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise HeadwiseError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(mapping, dict):
-        raise HeadwiseError(f"{path} holds no recipe: its top level must be a mapping.")
+    mapping = read(path)
     for setting in settings:
         _lay_over(mapping, setting)
     checked = build(Recipe, mapping, str(path))
@@ -211,6 +209,37 @@ def load(recipe: str | Path, settings: Sequence[str] = ()) -> Recipe:
         if wrong:
             raise HeadwiseError(f"{path}: {sentence}")
     return checked
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The mapping in a recipe's file; HeadwiseError where there is none."""
+    if path.stat().st_size > MAX_RECIPE:
+        raise HeadwiseError(f"{path} is larger than {MAX_RECIPE:,} bytes, so it is no recipe.")
+    try:
+        mapping = _parse(path.read_bytes().decode())
+    except ValueError as error:
+        raise HeadwiseError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(mapping, dict):
+        raise HeadwiseError(f"{path} holds no recipe: its top level must be a mapping.")
+    return mapping
+
+
+class _Plain(yaml.SafeLoader):
+    """Plain values, and no aliases: with them, ten lines stand for a billion values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not allowed")
+        return super().compose_node(parent, index)
+
+
+def _parse(text: str) -> Any:
+    """A YAML value; ValueError in one line where there is none."""
+    try:
+        return _Plain(text).get_single_data()
+    # Besides its own errors, the library lets through what its conversions of odd numbers, dates and tags raise.
+    except Exception as error:
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
 def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
@@ -231,6 +260,10 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         train.lora is not None and train.parameters == "all",
         "train.lora trains adapters on attention: set train.parameters to attention.",
     )
+    yield (
+        train.compile and bool(loss.attention_outputs),
+        "loss.attention_outputs listens to modules, which train.compile melts into one: set it to false.",
+    )
     topk = recipe.teacher.topk
     yield topk is not None and topk < 1, f"teacher.topk must be at least 1, got {topk}."
     inside = [name for name in ("hidden_states", "attention_outputs") if weights[name]]
@@ -245,12 +278,12 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     )
 
 
-def find(recipe: str | Path) -> Path:
+def find(recipe: str | Path, library: Path = LIBRARY) -> Path:
     """The file of a recipe given by name or path."""
-    for path in (Path(recipe), LIBRARY / f"{recipe}.yaml"):
+    for path in (Path(recipe), library / f"{recipe}.yaml"):
         if path.is_file():
             return path
-    names = sorted(path.stem for path in LIBRARY.glob("*.yaml"))
+    names = sorted(path.stem for path in library.glob("*.yaml"))
     raise HeadwiseError(
         f"There is no recipe {str(recipe)!r}.", f"{_guess(str(recipe), names)}The library has: {', '.join(names)}."
     )
@@ -328,11 +361,11 @@ def _number(value: Any) -> float | None:
     if isinstance(value, bool):
         return None
     if isinstance(value, int | float):
-        return value
+        return value if -HUGE < value < HUGE else None
     match = re.fullmatch(r"([+-]?[\d.]+(?:e[+-]?\d+)?)([kMBT%]?)", value) if isinstance(value, str) else None
     scale = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "%": 0.01}
     try:
-        return float(match[1]) * scale[match[2]] if match else None
+        return _number(float(match[1]) * scale[match[2]]) if match else None
     except ValueError:
         return None
 
@@ -342,8 +375,8 @@ def _lay_over(mapping: dict[str, Any], setting: str) -> None:
     if not equals or not key:
         raise HeadwiseError(f"--set {setting} is not of the form a.b=c.", "For example: --set train.tokens=21M")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = _parse(text)
+    except ValueError:
         raise HeadwiseError(f"--set {setting}: {text!r} is not a YAML value.") from None
     *parents, last = key.split(".")
     for parent in parents:
@@ -354,7 +387,7 @@ def _lay_over(mapping: dict[str, Any], setting: str) -> None:
 
 
 def _wrong(where: str, path: str, wanted: str, value: Any) -> HeadwiseError:
-    return HeadwiseError(f"{where}: {path} must be {wanted}, got {value!r}.")
+    return HeadwiseError(f"{where}: {path} must be {wanted}, got {reprlib.repr(value)}.")
 
 
 def _guess(key: str, known: Any, prefix: str = "") -> str:

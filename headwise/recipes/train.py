@@ -222,7 +222,9 @@ def save(network: Any, tokenizer: Any, folder: Path) -> None:
 
 def measure(folder: Path, blocks: Tensor) -> dict[str, Any]:
     """Nats per token of the model as it was saved."""
-    network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if _on_cpu() else "auto")
+    network: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32 if _on_cpu() else "auto", trust_remote_code=False
+    )
     if not _on_cpu():
         network.to(torch.accelerator.current_accelerator())
     return asdict(nats_per_token(network, blocks))
@@ -255,8 +257,8 @@ def _start(recipe: Recipe, model: str | Path | None, progress: Progress) -> tupl
         return tokenizer, scratch.new_model(recipe, tokenizer)
     if model is None:
         raise HeadwiseError("This recipe needs a model to train.", "Give --model FOLDER.")
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    return AutoTokenizer.from_pretrained(model), network
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(model, trust_remote_code=False), network
 
 
 def _on_cpu() -> bool:
