@@ -24,7 +24,7 @@ class Curve(TrainerCallback):
         path: the CSV. A resumed run goes on in it after the step it resumes from.
         batch_tokens: tokens of one step, all processes together.
         parent: the parent's nats per token on the held-out text, if there is a parent.
-        start: the model's own before training; None: the first held-out loss that is heard.
+        before: the model's own before training; None: the first held-out loss that is heard.
     """
 
     COLUMNS = ("step", "tokens", "seconds", "loss", "learning_rate", "heldout", "closed")
@@ -35,10 +35,10 @@ class Curve(TrainerCallback):
         batch_tokens: int,
         progress: Progress,
         parent: float | None = None,
-        start: float | None = None,
+        before: float | None = None,
     ) -> None:
         self.path, self.batch_tokens, self.progress = path, batch_tokens, progress
-        self.parent, self.start = parent, start
+        self.parent, self.before = parent, before
         self.started, self.total, self.reported, self.resumed = time.time(), 0, 0, 0
         self.closed: float | None = None
 
@@ -55,8 +55,8 @@ class Curve(TrainerCallback):
             return
         tokens, now = state.global_step * self.batch_tokens, time.time()
         if "eval_loss" in logs:
-            self.start = logs["eval_loss"] if self.start is None else self.start
-            self.closed = gap_closed(logs["eval_loss"], self.parent, self.start)
+            self.before = logs["eval_loss"] if self.before is None else self.before
+            self.closed = gap_closed(logs["eval_loss"], self.parent, self.before)
         closed = "" if self.closed is None or "eval_loss" not in logs else f"{self.closed:.4f}"
         figures = [logs.get(key, "") for key in ("loss", "learning_rate", "eval_loss")]
         self._write([[state.global_step, tokens, f"{now - self.started:.1f}", *figures, closed]], "a")
