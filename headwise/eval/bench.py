@@ -16,6 +16,7 @@ from headwise.convert.source import locate
 from headwise.errors import HeadwiseError
 from headwise.kernels.patch import disable, enable, enabled
 from headwise.progress import SILENT, Progress
+from headwise.ui import size
 
 # Room for activations, logits and the allocator beside weights and cache, as a fraction of the memory allowed.
 RESERVE = 0.04
@@ -104,10 +105,12 @@ def largest_batch(model: PreTrainedModel, name: str, context: int, memory: int) 
     """
     with torch.no_grad():
         sequence = _cache_bytes(_cache(model, 1, context))
-    batch = int((memory * (1 - RESERVE) - _weight_bytes(model)) // sequence)
+    weights = _weight_bytes(model)
+    batch = int((memory * (1 - RESERVE) - weights) // sequence)
     if batch < 1:
+        needed = (weights + sequence) / (1 - RESERVE)
         raise HeadwiseError(
-            f"{name} with one sequence of {context} tokens does not fit into {memory / 2**30:.1f} GiB.",
+            f"{name} with one sequence of {context} tokens needs {size(needed)}, more than {size(memory)}.",
             "Raise --memory or lower --context.",
         )
     return batch
