@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from headwise.convert.verify import Verification
     from headwise.demo import Demo, Measurement
     from headwise.eval.bench import Bench
+    from headwise.publish import Push
 
 
 def inspection(found: Inspection) -> None:
@@ -120,6 +121,25 @@ def outcome(done: ConvertResult) -> None:
     else:
         ui.warn("Not verified.")
     ui.note(f"Wrote {done.out} ({size(planned.disk)}).")
+    if done.pushed:
+        ui.note(f"Pushed it to {done.pushed.repo}: {done.pushed.url}")
+
+
+def push(pushed: Push) -> None:
+    """What went to the Hub, or would go."""
+    where = f"{pushed.repo}@{pushed.revision}" if pushed.revision else pushed.repo
+    state = "private" if pushed.private else "public"
+    amount = size(sum(pushed.files.values()))
+    sent = [(name, size(nbytes)) for name, nbytes in pushed.files.items()]
+    ui.table(("file", ">size"), sent + [(name, "removed") for name in pushed.deleted])
+    ui.say()
+    if pushed.commit is None:
+        new = "a new" if pushed.creates_repository else "the"
+        ui.say(f"{amount} would go to {new} {state} repository {where}. Nothing was sent.")
+    else:
+        ui.say(f"Pushed {amount} to {where} ({state}): {pushed.pull_request or pushed.url}")
+    if not pushed.verified:
+        ui.warn("The folder is not verified.")
 
 
 def verification(checked: Verification) -> None:

@@ -1,102 +1,258 @@
 """A small Hub on this machine, for the real `huggingface_hub` client to talk to over HTTP.
 
-It serves what the client asks for when it reads a model: the repository's commit, its file tree, and its files
-whole or in ranges. A repository is a folder per revision; private ones want the token, gated ones refuse.
+It serves what the client asks for when it reads a model (commits, file trees, files whole or in ranges) and when it
+writes one: repositories, branches, LFS uploads, commits, pull requests. A commit is a folder. Private repositories
+want the token, gated ones refuse, organisations other than `org` may not be written to. With `xet` it also takes
+uploads to Xet storage, whose contents it does not unpack: it keeps "xet SHA256" in place of such a file.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_the_right_token"
+READ_ONLY = "hf_the_read_token"
+XET = "a_token_for_storage"
 
 
-@dataclass
 class Repository:
-    """`revisions` maps a branch or tag to the folder with its files."""
+    """Its branches, tags and pull requests by name, each on a commit, and the folder of each commit."""
 
-    revisions: dict[str, Path]
-    private: bool = False
-    gated: bool = False
+    def __init__(self, revisions: dict[str, Path], private: bool = False, gated: bool = False) -> None:
+        self.private, self.gated = private, gated
+        self.heads: dict[str, str] = {}
+        self.folders: dict[str, Path] = {}
+        for name, folder in revisions.items():
+            self.move(name, folder, hashlib.sha1(name.encode()).hexdigest())
+
+    def move(self, name: str, folder: Path, commit: str) -> None:
+        """Let a branch point to a new commit."""
+        self.heads[name], self.folders[commit] = commit, folder
 
     def commit(self, revision: str) -> str | None:
         """The commit (forty hex digits) of a branch, a tag or a commit."""
-        commits = {name: hashlib.sha1(name.encode()).hexdigest() for name in self.revisions}
-        return commits.get(revision) or (revision if revision in commits.values() else None)
+        return self.heads.get(revision) or (revision if revision in self.folders else None)
 
-    def folder(self, commit: str) -> Path:
-        return next(path for name, path in self.revisions.items() if self.commit(name) == commit)
+    def folder(self, revision: str) -> Path:
+        """The files at a revision."""
+        return self.folders[self.commit(revision) or ""]
 
 
 @dataclass
 class Hub:
-    """A running server: its address, its repositories, and the (method, path) of every request it got."""
+    """A running server: its address, its repositories, and the (method, path) of every request it got.
+
+    `failures` maps a pattern of "METHOD path" to how many more such requests are answered with an error 500.
+    """
 
     endpoint: str
     repositories: dict[str, Repository]
+    storage: Path
     requests: list[tuple[str, str]] = field(default_factory=list)
+    failures: dict[str, int] = field(default_factory=dict)
+    xet: bool = False
+    descriptions: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def downloaded(self) -> set[str]:
         """Names of the files whose content was fetched."""
         return {path.rsplit("/", 1)[1] for method, path in self.requests if method == "GET" and "/resolve/" in path}
+
+    def count(self, pattern: str) -> int:
+        """How many requests, as "METHOD path", match."""
+        return sum(bool(re.search(pattern, f"{method} {path}")) for method, path in self.requests)
+
+    def fails(self, request: str) -> bool:
+        with self.lock:
+            for pattern, left in self.failures.items():
+                if left and re.search(pattern, request):
+                    self.failures[pattern] -= 1
+                    return True
+        return False
 
 
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
 
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_GET(self) -> None:
-        self._answer()
-
     def log_message(self, *args: object) -> None:
         pass
 
     def _answer(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.hub.requests.append((self.command, path))
-        match = re.fullmatch(
-            r"/(?P<api>api/models/)?(?P<repo>[^/]+/[^/]+)/(?P<verb>resolve|revision|tree)/(?P<rev>[^/]+)(/(?P<file>.+))?",
-            path,
-        )
-        repository = self.hub.repositories.get(match["repo"]) if match else None
-        if self.headers.get("Authorization") and not self._has_token():
+        url = urlsplit(self.path)
+        self.path_, self.query = unquote(url.path), parse_qs(url.query)
+        self.body = self._read()
+        self.hub.requests.append((self.command, self.path_))
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if self.hub.fails(f"{self.command} {self.path_}"):
+            return self._fail(500, "")
+        if token not in ("", TOKEN, READ_ONLY, XET):
             return self._fail(401, "", {"X-Error-Message": "Invalid credentials in Authorization header"})
-        if match is None or repository is None or (repository.private and not self._has_token()):
+        routes = (
+            (re.fullmatch(pattern, self.path_), *rest)
+            for method, pattern, *rest in ROUTES
+            if method == self.command
+        )
+        match, verb, reads = next((route for route in routes if route[0]), (None, "", True))
+        if match is None:
             return self._fail(404, "RepoNotFound")
-        commit = repository.commit(match["rev"])
-        if commit is None:
+        named = match.groupdict().get("repo")
+        self.name, self.repository = named or "", self.hub.repositories.get(named or "")
+        if named and (self.repository is None or (self.repository.private and not token)):
+            return self._fail(404, "RepoNotFound")
+        if not reads and not token:
+            return self._fail(401, "", {"X-Error-Message": "Invalid username or password."})
+        if not reads and (token == READ_ONLY or (named and not named.startswith("org/"))):
+            return self._fail(403, "", {"X-Error-Message": "You need write access"})
+        self.revision = match.groupdict().get("rev") or "main"
+        if self.repository and self.repository.commit(self.revision) is None:
             return self._fail(404, "RevisionNotFound")
-        files = repository.folder(commit)
-        if match["verb"] == "revision":
-            return self._send(json.dumps({"id": match["repo"], "sha": commit, "siblings": []}).encode())
-        if match["verb"] == "tree":
-            names = sorted(p.relative_to(files).as_posix() for p in files.rglob("*") if p.is_file())
-            return self._send(json.dumps([_row(files, name) for name in names]).encode())
-        if repository.gated:
-            return self._fail(403, "GatedRepo")
-        file = files / (match["file"] or "")
-        if not file.is_file():
-            return self._fail(404, "EntryNotFound", {"X-Repo-Commit": commit})
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{_row(files, match["file"])["oid"]}"'}
-        self._send(file.read_bytes(), headers)
+        getattr(self, verb)(match)
 
-    def _has_token(self) -> bool:
-        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+    do_HEAD = do_GET = do_POST = do_PUT = do_DELETE = _answer
+
+    # Reading
+
+    def info(self, _: re.Match[str]) -> None:
+        facts = {"id": self.name, "sha": self.repository.commit(self.revision), "private": self.repository.private}
+        self._json({**facts, "siblings": []})
+
+    def tree(self, _: re.Match[str]) -> None:
+        folder = self.repository.folder(self.revision)
+        self._json([_row(folder, name) for name in _names(folder)])
+
+    def resolve(self, match: re.Match[str]) -> None:
+        if self.repository.gated:
+            return self._fail(403, "GatedRepo")
+        commit = {"X-Repo-Commit": self.repository.commit(self.revision) or ""}
+        folder = self.repository.folder(self.revision)
+        if not (folder / match["file"]).is_file():
+            return self._fail(404, "EntryNotFound", commit)
+        self._send(
+            (folder / match["file"]).read_bytes(), commit | {"ETag": f'"{_row(folder, match["file"])["oid"]}"'}
+        )
+
+    # Writing
+
+    def create(self, _: re.Match[str]) -> None:
+        wanted = json.loads(self.body)
+        name = f"{wanted['organization']}/{wanted['name']}"
+        if wanted["organization"] != "org":
+            return self._fail(403, "", {"X-Error-Message": "You don't have the rights to create a model there"})
+        if name in self.hub.repositories:
+            return self._fail(409, "")
+        folder = self.hub.storage / "empty"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+        private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
+        self.hub.repositories[name] = Repository({"main": folder}, private=private)
+        self._json({"url": f"{self.hub.endpoint}/{name}", "name": name})
+
+    def validate(self, _: re.Match[str]) -> None:
+        self._json({"errors": [], "warnings": []})
+
+    def branch(self, match: re.Match[str]) -> None:
+        start = self.repository.heads["main"]
+        self.repository.move(match["branch"], self.repository.folders[start], start)
+        self._json({})
+
+    def preupload(self, _: re.Match[str]) -> None:
+        folder = self.repository.folder(self.revision)
+        files = []
+        for file in json.loads(self.body)["files"]:
+            mode = "lfs" if file["path"].endswith(".safetensors") else "regular"
+            oid = _oid(folder / file["path"], mode) if (folder / file["path"]).is_file() else None
+            files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        self._json({"files": files})
+
+    def batch(self, match: re.Match[str]) -> None:
+        objects = []
+        for asked in json.loads(self.body)["objects"]:
+            found = {"oid": asked["oid"], "size": asked["size"]}
+            if not self._object(asked["oid"]).exists():
+                href = f"{self.hub.endpoint}/lfs/{asked['oid']}"
+                found["actions"] = {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}
+            objects.append(found)
+        self._json({"transfer": "basic", "objects": objects})
+
+    def put(self, match: re.Match[str]) -> None:
+        if hashlib.sha256(self.body).hexdigest() != match["oid"]:
+            return self._fail(400, "")
+        self._object(match["oid"]).write_bytes(self.body)
+        self._json({})
+
+    def verify(self, match: re.Match[str]) -> None:
+        size = self._object(match["oid"]).stat().st_size
+        return self._json({}) if json.loads(self.body)["size"] == size else self._fail(422, "")
+
+    def commit(self, _: re.Match[str]) -> None:
+        lines = [json.loads(line) for line in self.body.splitlines()]
+        number = sum(self.command == method and "/commit/" in path for method, path in self.hub.requests)
+        folder = shutil.copytree(self.repository.folder(self.revision), self.hub.storage / f"commit-{number}")
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "header":
+                self.hub.descriptions.append(value["description"])
+                continue
+            path = folder / value["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if line["key"] == "file":
+                path.write_bytes(base64.b64decode(value["content"]))
+            elif line["key"] == "lfsFile" and self.hub.xet:
+                path.write_text(f"xet {value['oid']}")
+            elif line["key"] == "lfsFile":
+                shutil.copyfile(self._object(value["oid"]), path)
+            elif line["key"] == "deletedFile":
+                path.unlink()
+        commit = hashlib.sha1(f"{self.name} {number}".encode()).hexdigest()
+        answer = {"commitOid": commit, "commitUrl": f"{self.hub.endpoint}/{self.name}/commit/{commit}"}
+        if "create_pr" in self.query:
+            self.revision = "refs/pr/1"
+            answer["pullRequestUrl"] = f"{self.hub.endpoint}/{self.name}/discussions/1"
+        self.repository.move(self.revision, folder, commit)
+        self._json(answer)
+
+    def xet_token(self, _: re.Match[str]) -> None:
+        if not self.hub.xet:
+            return self._fail(404, "")
+        self._json({"casUrl": self.hub.endpoint, "exp": 4_000_000_000, "accessToken": XET})
+
+    def xet_store(self, match: re.Match[str]) -> None:
+        # A 404 to its other questions makes the client use the first version of the protocol.
+        known = {"xorbs": {"was_inserted": True}, "shards": {"result": 1}}
+        self._json(known[match["kind"]]) if match["kind"] in known else self._fail(404, "")
+
+    def _object(self, oid: str) -> Path:
+        (self.hub.storage / "objects").mkdir(parents=True, exist_ok=True)
+        return self.hub.storage / "objects" / oid
+
+    def _read(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
     def _fail(self, status: int, code: str, headers: dict[str, str] | None = None) -> None:
         self._send(b"", {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})}, status)
+
+    def _json(self, value: Any) -> None:
+        self._send(json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _send(self, body: bytes, headers: dict[str, str] | None = None, status: int = 200) -> None:
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
@@ -109,8 +265,34 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
+
+
+REPO, REV = r"(?P<repo>[^/]+/[^/]+)", r"(?P<rev>refs/pr/\d+|[^/]+)"
+API = f"/api/models/{REPO}"
+# Method, path, what answers, and whether that only reads.
+ROUTES = [
+    *((method, f"/{REPO}/resolve/{REV}/(?P<file>.+)", "resolve", True) for method in ("GET", "HEAD")),
+    ("GET", API, "info", True),
+    ("GET", f"{API}/revision/{REV}", "info", True),
+    ("GET", f"{API}/tree/{REV}(/.*)?", "tree", True),
+    ("POST", "/api/validate-yaml", "validate", True),
+    ("POST", "/api/repos/create", "create", False),
+    ("POST", f"{API}/branch/(?P<branch>.+)", "branch", False),
+    ("POST", f"{API}/preupload/{REV}", "preupload", False),
+    ("POST", f"{API}/commit/{REV}", "commit", False),
+    ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", "batch", False),
+    ("GET", f"{API}/xet-write-token/{REV}", "xet_token", False),
+    *((method, "/v1/(?P<kind>[^/]+)(/.*)?", "xet_store", True) for method in ("GET", "POST")),
+    # As at the Hub's own storage, the address of an upload is its permission.
+    ("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", "put", True),
+    ("POST", "/lfs/(?P<oid>[0-9a-f]{64})/verify", "verify", False),
+]
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def _row(folder: Path, name: str) -> dict[str, object]:
@@ -118,12 +300,19 @@ def _row(folder: Path, name: str) -> dict[str, object]:
     return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
 
+def _oid(path: Path, mode: str) -> str:
+    content = path.read_bytes()
+    if mode == "lfs":
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
 @contextmanager
-def serve(repositories: dict[str, Repository]) -> Iterator[Hub]:
-    """Run a Hub with these repositories until the block ends."""
+def serve(repositories: dict[str, Repository], storage: Path | None = None) -> Iterator[Hub]:
+    """Run a Hub with these repositories until the block ends; `storage` is an empty folder for what is written."""
     handler = type("Handler", (_Handler,), {})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    handler.hub = Hub(f"http://127.0.0.1:{server.server_port}", repositories)
+    handler.hub = Hub(f"http://127.0.0.1:{server.server_port}", repositories, storage or Path("/nonexistent"))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield handler.hub

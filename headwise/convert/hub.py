@@ -151,34 +151,45 @@ def parameters(repo: str, commit: str, token: str | None) -> int | None:
 @contextmanager
 def explained(repo: str, revision: str | None = None, token: str | None = None) -> Iterator[None]:
     """Whatever the client raises in the block becomes one sentence about the repository, without any token."""
-    from huggingface_hub import constants
-    from huggingface_hub import errors as hub
-
     if token is not None and not re.fullmatch(r"[!-~]+", token):
         raise HeadwiseError("The token holds a character that no token has, such as a space or a line break.")
     try:
         yield
-        return
     except HeadwiseError:
         raise
-    except hub.GatedRepoError:
-        reason, hint = "asks its users to accept its terms first", f"Accept them at {constants.ENDPOINT}/{repo}."
-    except hub.RepositoryNotFoundError:
-        reason, hint = "does not exist or is private", "Check its name, or log in with `hf auth login`."
-    except hub.RevisionNotFoundError:
-        reason, hint = f"has no revision {revision}", "Leave the revision out to take the main branch."
-    except hub.OfflineModeIsEnabled:
-        reason, hint = "cannot be reached: HF_HUB_OFFLINE is set", "Unset it and try again."
-    except hub.LocalEntryNotFoundError:
-        reason, hint = "is not in the cache and the Hub cannot be reached", "Check HF_HUB_OFFLINE and the network."
-    except hub.HFValidationError as error:
-        reason, hint = f"is not a repository name: {error}", "Write it as org/name."
-    except hub.HfHubHTTPError as error:
-        reason, hint = _refused(error, token)
     except Exception as error:
-        # The client lets through whatever its transport raises; which library that is depends on its version.
-        reason, hint = f"cannot be reached: {_first_line(error, token)}", "Try again."
-    raise HeadwiseError(f"The Hub repository {repo} {reason}.", hint)
+        reason, hint = _explain(error, repo, revision, token)
+        raise HeadwiseError(f"The Hub repository {repo} {reason}.", hint) from error
+
+
+def _explain(error: Exception, repo: str, revision: str | None, token: str | None) -> tuple[str, str]:
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    # The client wraps the Hub's answer in what it failed to do: the answer is the reason.
+    answer = error.__cause__ if isinstance(error.__cause__, hub.HfHubHTTPError) else error
+    match answer:
+        case hub.GatedRepoError():
+            return "asks its users to accept its terms first", f"Accept them at {constants.ENDPOINT}/{repo}."
+        case hub.RepositoryNotFoundError():
+            return "does not exist or is private", "Check its name, or log in with `hf auth login`."
+        case hub.RevisionNotFoundError():
+            return f"has no revision {revision}", "Leave the revision out to take the main branch."
+        case hub.HfHubHTTPError():
+            return _refused(answer, token)
+        case hub.OfflineModeIsEnabled():
+            return "cannot be reached: HF_HUB_OFFLINE is set", "Unset it and try again."
+        case hub.LocalEntryNotFoundError():
+            return (
+                "is not in the cache and the Hub cannot be reached",
+                "Check HF_HUB_OFFLINE and the network.",
+            )
+        case hub.HFValidationError():
+            return f"is not a repository name: {answer}", "Write it as org/name."
+    if "xet-write-token" in str(error):
+        return "has no Xet storage", "Set HF_HUB_DISABLE_XET=1 to upload without it."
+    # The client lets through whatever its transport raises; which library that is depends on its version.
+    return f"cannot be reached: {_first_line(error, token)}", "Try again."
 
 
 def _refused(error: Any, token: str | None) -> tuple[str, str]:

@@ -12,7 +12,7 @@ import torch
 
 from headwise.convert import forecast, measure
 from headwise.convert.architecture import Architecture, find
-from headwise.convert.card import make_card, make_record
+from headwise.convert.card import make_card, make_record, source_name
 from headwise.convert.checkpoint import Checkpoint, open_checkpoint
 from headwise.convert.fit import check_complete
 from headwise.convert.plan import Plan, make_plan
@@ -24,6 +24,7 @@ from headwise.convert.verify import Verification, check_folder
 from headwise.convert.writer import Writer
 from headwise.errors import GateFailed, HeadwiseError
 from headwise.progress import SILENT, Progress
+from headwise.publish import Push, find_target, push_finished
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,14 @@ class ConvertResult:
         plan: what was decided.
         layers: per converted layer, its expected errors and its refit.
         verification: None if it was not asked for.
+        pushed: None if it was not asked for.
     """
 
     out: Path
     plan: Plan
     layers: dict[int, dict[str, Any]] = field(default_factory=dict)
     verification: Verification | None = None
+    pushed: Push | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -48,6 +51,7 @@ class ConvertResult:
             "plan": self.plan.to_dict(),
             "layers": {str(i): report for i, report in self.layers.items()},
             "verification": self.verification.to_dict() if self.verification else None,
+            "pushed": self.pushed.to_dict() if self.pushed else None,
         }
 
 
@@ -87,6 +91,8 @@ def convert(
     device: str | None = None,
     revision: str | None = None,
     token: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
     progress: Progress = SILENT,
 ) -> ConvertResult | Plan:
     """Convert a checkpoint into a folder that stock transformers loads.
@@ -112,6 +118,7 @@ def convert(
         force, resume: replace OUT; finish an interrupted run.
         verify: check the result before it is published.
         device: None: a GPU if there is one.
+        push_to_hub, private: upload the result to this repository, as `push` does; `token` is for both ends.
 
     Raises:
         HeadwiseError: the input, the options or the disk do not allow it.
@@ -186,6 +193,8 @@ def convert(
         warnings=target.warnings,
         notes=[*target.notes, *measure.notes(target, calibration, refit)],
     )
+    if push_to_hub:  # what would stop the push at the end stops the conversion before it begins
+        find_target(push_to_hub, source_name(plan), private=private, token=token, need_token=not dry_run)
     if dry_run:
         return plan
 
@@ -237,8 +246,9 @@ def convert(
 
         writer.add_text("config.json", json.dumps(target.config, indent=2) + "\n")
         published = writer.publish(check)
+    pushed = push_finished(published, push_to_hub, private, token, progress) if push_to_hub else None
     progress.finish()
-    return ConvertResult(published, plan, layers, verification[0] if verification else None)
+    return ConvertResult(published, plan, layers, verification[0] if verification else None, pushed)
 
 
 def _convert_layers(

@@ -1,0 +1,306 @@
+"""Pushing a folder with the real client, over HTTP: what is refused, what arrives, what an interruption leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from huggingface_hub import constants
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+from headwise.cli import cli
+from headwise.convert.pipeline import ConvertResult, convert
+from headwise.convert.verify import verify
+from headwise.errors import HeadwiseError
+from headwise.publish import push
+from tests.convert.speaking import contents, save_speaking
+from tests.hub_server import READ_ONLY, TOKEN, Repository, point_client_to, serve
+
+QUICK: dict[str, Any] = {"to": "gqa", "groups": 2, "calibrate": "none", "max_shard_size": 60_000}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("made")
+    save_speaking(home / "model")
+    convert(home / "model", home / "out", **QUICK)
+    return home
+
+
+@pytest.fixture
+def out(made, tmp_path) -> Path:
+    return shutil.copytree(made / "out", tmp_path / "out")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    disable_progress_bars()
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    with serve({}, tmp_path / "hub") as running:
+        point_client_to(monkeypatch, running, tmp_path / "cache")
+        yield running
+    enable_progress_bars()
+
+
+def run(*words: Any, **environment: str):
+    return CliRunner(env={"HEADWISE_DEBUG": "", **environment}).invoke(cli, [str(word) for word in words])
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def shards(files) -> set[str]:
+    return {name for name in files if name.endswith(".safetensors")}
+
+
+def test_a_folder_arrives_whole_and_is_pulled_again(hub, out, tmp_path):
+    pushed = push(out, "org/new", token=TOKEN)
+    remote = hub.repositories["org/new"]
+    assert pushed.creates_repository and pushed.verified and not pushed.private and len(shards(pushed.files)) > 2
+    arrived = contents(remote.folder("main"))
+    assert arrived.pop(".gitattributes") and arrived == contents(out)
+    assert (pushed.commit, pushed.url) == (remote.commit("main"), f"{hub.endpoint}/org/new/commit/{pushed.commit}")
+    assert hub.count("POST .*/commit/main") == 1, "all files appear together"
+    # Everywhere a model is taken, with the commit on record.
+    again = convert("org/new@main", tmp_path / "again", to="mqa", calibrate="none")
+    assert isinstance(again, ConvertResult) and again.plan.revision == pushed.commit
+    record = json.loads((tmp_path / "again" / "headwise.json").read_text())
+    assert record["source"]["revision"] == pushed.commit
+    assert f"org/new@{pushed.commit}" in record["command"]
+    assert verify(tmp_path / "again", f"org/new@{pushed.commit}").passed
+
+
+def test_nothing_is_sent_twice(hub, out):
+    push(out, "org/new", token=TOKEN)
+    sent = hub.count("PUT")
+    second = push(out, "org/new", token=TOKEN)
+    assert hub.count("PUT") == sent == len(shards(second.files))
+    assert second.commit == hub.repositories["org/new"].commit("main") and not second.creates_repository
+
+
+@pytest.mark.parametrize("stage", ["upload", "commit"])
+def test_an_error_in_the_middle_is_said_and_the_next_run_goes_on(hub, out, stage):
+    files = sorted(shards(contents(out)))
+    # The client itself tries an upload six times; it is the second file that never succeeds.
+    broken = {"upload": f"PUT /lfs/{sha256(out / files[1])}", "commit": "POST .*/commit/"}[stage]
+    hub.failures[broken] = 6
+    with pytest.raises(HeadwiseError, match=r"answers 500.*Run the same command again"):
+        push(out, "org/new", token=TOKEN)
+    remote = hub.repositories["org/new"]
+    assert set(contents(remote.folder("main"))) == {".gitattributes"}, "half a model is never to be seen"
+    kept = len(list((hub.storage / "objects").iterdir()))
+    assert kept == {"upload": 1, "commit": len(files)}[stage]
+    before, hub.failures[broken] = hub.count("PUT"), 0
+    push(out, "org/new", token=TOKEN)
+    assert hub.count("PUT") - before == len(files) - kept
+    assert contents(out).items() <= contents(remote.folder("main")).items()
+
+
+def test_the_default_storage_of_the_real_hub(hub, out, monkeypatch):
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    with pytest.raises(HeadwiseError, match=r"has no Xet storage.*HF_HUB_DISABLE_XET=1"):
+        push(out, "org/new", token=TOKEN)
+    hub.xet = True
+    push(out, "org/new", token=TOKEN)
+    arrived = contents(hub.repositories["org/new"].folder("main"))
+    for name in shards(contents(out)):
+        assert arrived[name].decode() == f"xet {sha256(out / name)}"
+    assert hub.count("PUT") == 0
+
+
+def test_private_repositories(hub, out, tmp_path):
+    assert push(out, "org/secret", private=True, token=TOKEN).private
+    assert hub.repositories["org/secret"].private
+    assert push(out, "org/secret", token=TOKEN).private, "it stays what it is"
+    with pytest.raises(HeadwiseError, match="does not exist or is private"):
+        convert("org/secret", tmp_path / "x", to="mqa")
+    hub.repositories["org/open"] = Repository({"main": hub.storage / "empty"})
+    with pytest.raises(HeadwiseError, match="exists and is public"):
+        push(out, "org/open", private=True, token=TOKEN)
+
+
+def test_a_branch_is_made(hub, out):
+    push(out, "org/new", token=TOKEN)
+    first = hub.repositories["org/new"].commit("main")
+    (out / "README.md").write_text("changed")
+    pushed = push(out, "org/new", revision="v2", token=TOKEN)
+    remote = hub.repositories["org/new"]
+    assert (remote.commit("main"), remote.commit("v2")) == (first, pushed.commit)
+    assert push(out, "org/new@v2", token=TOKEN).revision == "v2"
+
+
+def test_a_pull_request_changes_no_branch(hub, out):
+    hub.repositories["org/other"] = Repository({"main": foreign(out.parent)})
+    pushed = push(out, "org/other", create_pr=True, token=TOKEN)
+    remote = hub.repositories["org/other"]
+    assert pushed.pull_request == f"{hub.endpoint}/org/other/discussions/1"
+    assert remote.folder("main") == out.parent / "foreign"
+    assert pushed.deleted == ("model.safetensors",)
+    assert "model.safetensors" not in contents(remote.folder("refs/pr/1"))
+
+
+def foreign(home: Path) -> Path:
+    """Another model in one file, which transformers would load in place of pushed shards."""
+    folder = home / "foreign"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"other")
+    (folder / "notes.md").write_text("kept")
+    return folder
+
+
+def test_another_model_is_replaced_only_by_force(hub, out):
+    hub.repositories["org/other"] = Repository({"main": foreign(out.parent)})
+    with pytest.raises(HeadwiseError, match=r"holds another model than one made from model.*--force"):
+        push(out, "org/other", token=TOKEN)
+    pushed = push(out, "org/other", force=True, token=TOKEN)
+    arrived = contents(hub.repositories["org/other"].folder("main"))
+    assert pushed.deleted == ("model.safetensors",) and "model.safetensors" not in arrived
+    assert arrived["notes.md"] == b"kept"
+
+
+def test_a_new_conversion_of_the_same_model_replaces_the_old(hub, out, made, tmp_path):
+    push(out, "org/new", token=TOKEN)
+    convert(made / "model", tmp_path / "mqa", to="mqa", calibrate="none")
+    pushed = push(tmp_path / "mqa", "org/new", token=TOKEN)
+    assert set(pushed.deleted) == shards(contents(out)) | {"model.safetensors.index.json"}
+    assert shards(contents(hub.repositories["org/new"].folder("main"))) == {"model.safetensors"}
+    record = tmp_path / "mqa" / "headwise.json"
+    record.write_text(record.read_text().replace('"model": "model"', '"model": "another"'))
+    with pytest.raises(HeadwiseError, match="holds another model than one made from another"):
+        push(tmp_path / "mqa", "org/new", token=TOKEN)
+
+
+def test_a_dry_run_changes_nothing(hub, out):
+    planned = push(out, "org/new", dry_run=True)
+    assert planned.commit is None and planned.creates_repository and planned.files.keys() == contents(out).keys()
+    assert not hub.repositories and {method for method, _ in hub.requests} == {"GET"}
+
+
+def test_hidden_files_stay_here(hub, out):
+    for name in (".git/config", ".cache/x", ".env", "logs/.hidden/x"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("secret")
+    (out / ".eval_results").mkdir()
+    (out / ".eval_results" / "headwise.yaml").write_text("[]")
+    files = push(out, "org/new", dry_run=True).files
+    assert not [name for name in files if name.startswith(".") and not name.startswith(".eval_results/")]
+    assert ".eval_results/headwise.yaml" in files and "logs/.hidden/x" not in files
+
+
+def unverified(out: Path) -> None:
+    record = json.loads((out / "headwise.json").read_text())
+    (out / "headwise.json").write_text(json.dumps(record | {"verification": None}))
+
+
+def failed(out: Path) -> None:
+    text = (out / "headwise.json").read_text()
+    (out / "headwise.json").write_text(text.replace('"passed": true', '"passed": false', 1))
+
+
+def other_weights(out: Path) -> None:
+    path = next(out.glob("*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def other_config(out: Path) -> None:
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (unverified, "was not verified"),
+        (failed, "failed its verification"),
+        (other_weights, r"has changed since it was verified \(.*weight\)"),
+        (other_config, r"has changed since it was verified \(config\.json\)"),
+    ],
+)
+def test_what_is_not_verified_is_not_pushed_unasked(hub, out, change, words):
+    change(out)
+    with pytest.raises(HeadwiseError, match=words + ".*--unverified"):
+        push(out, "org/new", token=TOKEN)
+    assert not hub.requests
+    assert not push(out, "org/new", unverified=True, token=TOKEN).verified
+    assert "unverified" in hub.descriptions[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "arguments"),
+    [
+        ("There is no folder", ["nowhere", "org/new"]),
+        ("headwise.json is missing", ["model", "org/new"]),
+        ("is not a repository name", ["out", "new"]),
+        ("is not a repository name", ["out", "../x/y"]),
+        ("is not a repository name", ["out", "org/ne--w", "--token", TOKEN]),
+        ("no Hub token", ["out", "org/new"]),
+        ("refuses the token", ["out", "org/new", "--token", "hf_wrong"]),
+        ("holds a character", ["out", "org/new", "--token", "hf_two\nlines"]),
+        ("does not let this token", ["out", "org/new", "--token", READ_ONLY]),
+        ("does not let this token", ["out", "stranger/new", "--token", TOKEN]),
+        ("not to v2", ["out", "org/new", "--create-pr", "--revision", "v2", "--token", TOKEN]),
+        ("two revisions", ["out", "org/new@a", "--revision", "b", "--token", TOKEN]),
+    ],
+)
+def test_bad_input_is_one_sentence(hub, made, monkeypatch, words, arguments):
+    monkeypatch.chdir(made)
+    done = run("push", *arguments)
+    said = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert done.exit_code == 2 and len(said) == 1 and words in said[0], done.stderr
+    assert "Traceback" not in done.stderr and "bug" not in done.stderr and done.stdout == ""
+    assert "hf_wrong" not in done.output and "hf_two" not in done.output
+
+
+def test_offline_is_said(hub, out, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HeadwiseError, match="HF_HUB_OFFLINE is set"):
+        push(out, "org/new", token=TOKEN)
+    assert not hub.requests
+
+
+def test_the_environment_has_the_token(hub, made, monkeypatch):
+    monkeypatch.delenv("HF_HUB_DISABLE_IMPLICIT_TOKEN")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    done = run("push", made / "out", "org/new", "--json", HF_TOKEN=TOKEN)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["commit"] == hub.repositories["org/new"].commit("main")
+
+
+def test_convert_pushes_at_the_end_and_looks_before_it_begins(hub, made, tmp_path):
+    options = ["--to", "mqa", "--calibrate", "none", "--push-to-hub", "org/new", "--token", TOKEN]
+    done = run("convert", made / "model", tmp_path / "a", *options, "--private", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["pushed"]["commit"] == hub.repositories["org/new"].commit("main")
+    assert hub.repositories["org/new"].private
+    early = run("convert", made / "model", tmp_path / "b", *options[:-1], "hf_wrong")
+    assert early.exit_code == 2 and "refuses the token" in early.stderr and not (tmp_path / "b").exists()
+    hub.failures["POST .*/commit/"] = 1
+    late = run("convert", made / "model", tmp_path / "c", *options)
+    assert late.exit_code == 2 and "is complete: `headwise push" in late.stderr and (tmp_path / "c").exists()
+    clash = run("convert", made / "model", tmp_path / "d", *options, "--no-verify")
+    assert clash.exit_code == 2 and "leave out --no-verify" in clash.stderr
+
+
+def test_the_token_is_nowhere(hub, made, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG)
+    options = ["--to", "mqa", "--calibrate", "none", "--push-to-hub", "org/new", "--token", TOKEN, "-v"]
+    hub.failures["PUT"] = 2
+    said = run("convert", made / "model", tmp_path / "out", *options).output
+    said += run("push", tmp_path / "out", "org/new", "--token", TOKEN, "--json", HEADWISE_DEBUG="1").output
+    hub.failures["POST"] = 20
+    said += run("push", tmp_path / "out", "org/new", "--token", TOKEN, HEADWISE_DEBUG="1").output
+    assert TOKEN not in said and TOKEN not in caplog.text and "answers 500" in said
+    # What the server stores is what a stranger downloads; the cache is what stays on this machine.
+    for folder in (tmp_path / "out", hub.storage, tmp_path / "cache"):
+        assert not [name for name, content in contents(folder).items() if TOKEN.encode() in content]
