@@ -22,6 +22,7 @@ from headwise.convert.source import (
     read_config,
     read_json,
 )
+from headwise.convert.stock import named_dtype
 from headwise.convert.verify_latent import LatentModel
 from headwise.errors import HeadwiseError
 
@@ -143,9 +144,8 @@ def dtype_of(config: dict[str, Any]) -> torch.dtype:
     """The dtype that a config names, in the words of transformers 4 or 5; float32 where it names none."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
-        name = part.get("dtype") or part.get("torch_dtype")
-        dtype = getattr(torch, str(name).removeprefix("torch."), None)
-        if isinstance(dtype, torch.dtype):
+        dtype = named_dtype(part.get("dtype") or part.get("torch_dtype"))
+        if dtype is not None:
             return dtype
     return torch.float32
 

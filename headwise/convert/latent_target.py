@@ -22,6 +22,7 @@ from headwise.convert.context import rotations
 from headwise.convert.layout import AttentionLayout, LatentWeights, LayerWeights
 from headwise.convert.natural import ATTENTION, LAYERS, from_natural, natural_attention
 from headwise.convert.skeleton import empty_model, layer_arguments
+from headwise.convert.stock import named_dtype
 from headwise.convert.target import Refittable
 from headwise.convert.writer import OutputTensor
 from headwise.errors import HeadwiseError
@@ -64,7 +65,7 @@ class LatentTarget:
         dtype: torch.dtype | None = None,
     ) -> None:
         text = arch.text_config(config)
-        self.dtype = dtype or getattr(torch, str(text.get("dtype") or text.get("torch_dtype") or "bfloat16"))
+        self.dtype = dtype or named_dtype(text.get("dtype") or text.get("torch_dtype")) or torch.bfloat16
         self.rule = mla_source.find(text, self.dtype)
         self.source, self.arch, self.parent_config = checkpoint, arch, config
         self.method = method

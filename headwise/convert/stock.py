@@ -7,10 +7,13 @@ import json
 from functools import lru_cache
 from typing import Any
 
+import torch
+
 from headwise.errors import HeadwiseError
 
 # A hostile layer count would make the stock config class build a list of that length.
 MAX_LAYERS = 10_000
+MAX_SIZE = 1_000_000
 SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
@@ -77,6 +80,10 @@ def stock_config(model_type: str, text_config: dict[str, Any]) -> Any:
             f"config.json has num_hidden_layers: {text_config['num_hidden_layers']}, more than the {MAX_LAYERS} "
             "that any model has."
         )
+    for name in ("dtype", "torch_dtype"):
+        value = text_config.get(name)
+        if value is not None and value != "auto" and named_dtype(value) is None:
+            raise HeadwiseError(f"config.json has {name}: {value!r}, which is not a dtype.")
     for name in PER_LAYER:
         value = text_config.get(name)
         if isinstance(value, list) and len(value) < (text_config.get("num_hidden_layers") or 0):
@@ -89,6 +96,12 @@ def stock_config(model_type: str, text_config: dict[str, Any]) -> Any:
             "can hold that."
         )
     return _stock_config(model_type, json.dumps(text_config, sort_keys=True))
+
+
+def named_dtype(name: Any) -> torch.dtype | None:
+    """The dtype that a config names, as "bfloat16" or as "torch.bfloat16"; None where it names none."""
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 @lru_cache(maxsize=64)
@@ -138,6 +151,14 @@ def _is_scale(value: Any) -> bool:
 def _bad_rope(name: str, value: Any) -> HeadwiseError:
     where = f"rope_parameters.{name}" if name else "rope_parameters"
     return HeadwiseError(f"config.json has {where}: {value!r}, from which no frequencies can be computed.")
+
+
+def checked_size(config: dict[str, Any], name: str) -> int:
+    """A field that is a count or a width, from a config that no stock class has looked at."""
+    value = config.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SIZE:
+        raise HeadwiseError(f"config.json has {name}: {value!r}, and a whole number is needed.")
+    return value
 
 
 def has_stock_class(model_type: str) -> bool:

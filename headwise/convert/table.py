@@ -166,7 +166,7 @@ def find_row(config: dict[str, Any], table: Table) -> Row:
 
 def _unsupported(model_type: Any, table: Table) -> HeadwiseError:
     known = sorted([*table.rows, *table.wrappers])
-    if model_type in table.refused:
+    if isinstance(model_type, str) and model_type in table.refused:
         return HeadwiseError(
             f"headwise cannot convert model type {model_type}: {table.refused[model_type].strip()}."
         )

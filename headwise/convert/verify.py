@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from headwise.convert.fit import fit
 from headwise.convert.heads import merge
 from headwise.convert.layout import AttentionLayout
 from headwise.convert.record import changed_files, read_record
-from headwise.convert.skeleton import attend, empty_model
+from headwise.convert.skeleton import attempt, attend, empty_model
 from headwise.convert.verify_latent import LatentModel
 from headwise.progress import SILENT, Progress
 
@@ -113,35 +113,38 @@ def check_folder(
     checks: list[tuple[str, bool, str]] = []
     progress.stage("Verifying", unit="checks")
 
-    def add(name: str, passed: bool, detail: str) -> None:
-        checks.append((name, passed, detail))
+    def add(name: str, check: Callable[..., tuple[bool, str]], *given: Any, **more: Any) -> None:
+        checks.append((name, *attempt(check, *given, **more)))
         progress.advance(1)
 
     own = latent.layouts if latent else arch.layouts(checkpoint.config) if arch else []
     layouts = list(promised) if promised is not None else own
-    add("tensors", *_tensors_fit(checkpoint, stock))
+    add("tensors", _tensors_fit, checkpoint, stock)
     if not checks[-1][1]:
         return Verification(tuple(checks))
-    add("cache", *_cache_is(checkpoint, stock, layouts))
+    add("cache", _cache_is, checkpoint, stock, layouts)
     if finite:
         bad, changed = _read_through(checkpoint, record["sha256"] if record else {})
-        add("finite", not bad, f"NaN or infinity in {', '.join(bad[:3])}" if bad else "every weight is finite")
+        said = f"NaN or infinity in {', '.join(bad[:3])}" if bad else "every weight is finite"
+        add("finite", lambda: (not bad, said))
         if record:
             changed += changed_files(checkpoint.folder, record)
             detail = f"{', '.join(changed[:3])} not as written" if changed else "every tensor is as it was written"
-            add("record", not changed, detail)
+            add("record", lambda: (not changed, detail))
     chosen = _few(len(layouts))
     moved = bool(arguments.keys() & {"context", "sliding_window"})
+    trained = bool(record and record.get("uptraining"))
     if latent:
-        add("function", *verify_latent.layers_compute_their_factors(checkpoint, latent, chosen, TOKENS))
+        add("function", verify_latent.layers_compute_their_factors, checkpoint, latent, chosen, TOKENS)
         if parent is not None:
-            add("parent", *verify_latent.against_parent(checkpoint, parent, latent, chosen, TOKENS, moved))
+            add("parent", verify_latent.against_parent, checkpoint, parent, latent, chosen, TOKENS, moved, trained)
     elif arch:
-        add("function", *_layers_compute_their_weights(checkpoint, arch, chosen))
+        add("function", _layers_compute_their_weights, checkpoint, arch, chosen)
         if parent is not None:
-            add("parent", *_against_parent(checkpoint, parent, arch, chosen, compare=finite, moved=moved))
+            how = {"compare": finite, "moved": moved, "trained": trained}
+            add("parent", _against_parent, checkpoint, parent, arch, chosen, **how)
     if checkpoint.nbytes <= WHOLE:
-        add("loading", *_loads_whole(checkpoint, stock, layouts, allow_nan="allow_nan" in arguments))
+        add("loading", _loads_whole, checkpoint, stock, layouts, allow_nan="allow_nan" in arguments)
     return Verification(tuple(checks))
 
 
@@ -218,10 +221,12 @@ def _against_parent(
     *,
     compare: bool,
     moved: bool,
+    trained: bool,
 ) -> tuple[bool, str]:
     """Nothing but the converted attention differs; and that neither, where the conversion is exact.
 
     Where positions were `moved` (a longer context, a window), the parent is compared as it is with the same ones.
+    What was `trained` since differs everywhere, and only its shape is compared.
     """
     old = find(parent.config, parent.tensors)
     before, after = old.layouts(parent.config), arch.layouts(checkpoint.config)
@@ -241,10 +246,15 @@ def _against_parent(
     changed = [
         n
         for n in rest
-        if compare and n in parent.tensors and not torch.equal(_read_as(parent, n, checkpoint), checkpoint.read(n))
+        if compare
+        and not trained
+        and n in parent.tensors
+        and not torch.equal(_read_as(parent, n, checkpoint), checkpoint.read(n))
     ]
     if lost or changed:
         return False, f"outside the converted attention {', '.join([*lost, *changed][:3])} differ from the parent's"
+    if trained:
+        return True, "the parent's names and configuration; its weights were trained since"
     if any(b.num_key_value_heads < a.num_key_value_heads for a, b in zip(before, after, strict=True)):
         return True, f"{len(rest)} tensors outside the converted attention are the parent's"
     worst = 0.0

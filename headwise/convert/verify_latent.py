@@ -17,11 +17,22 @@ from headwise.convert.context import rotations
 from headwise.convert.layout import AttentionLayout, LatentWeights, planes, rows
 from headwise.convert.natural import ATTENTION, LAYERS
 from headwise.convert.skeleton import attend
+from headwise.convert.stock import MAX_LAYERS, check_rope, checked_size
 from headwise.errors import HeadwiseError
 
 # The linear norm errs below 1e-8 for an ordinary token; an exact lift is rounded once to the folder's dtype.
 TOLERANCE = 1e-5
 EXACT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+LATENT_SIZES = [
+    "num_hidden_layers",
+    "num_attention_heads",
+    "kv_lora_rank",
+    "qk_rope_head_dim",
+    "qk_nope_head_dim",
+    "v_head_dim",
+]
 
 
 @dataclass(frozen=True)
@@ -51,19 +62,12 @@ class LatentModel:
 
     @property
     def layouts(self) -> list[AttentionLayout]:
-        c = self.config
-        heads, rope_dim = c["num_attention_heads"], c["qk_rope_head_dim"]
-        one = AttentionLayout(
-            heads,
-            heads,
-            c["qk_nope_head_dim"] + rope_dim,
-            c["v_head_dim"],
-            rope_dim,
-            None,
-            c["kv_lora_rank"],
-            rope_dim,
-        )
-        return [one] * c["num_hidden_layers"]
+        sizes = [checked_size(self.config, name) for name in LATENT_SIZES]
+        layers, heads, rank, rope_dim, nope_dim, v_dim = sizes
+        if not 0 < layers <= MAX_LAYERS:
+            raise HeadwiseError(f"config.json has num_hidden_layers: {layers}, and 1 to {MAX_LAYERS} are possible.")
+        check_rope(self.config.get("rope_parameters"))
+        return [AttentionLayout(heads, heads, nope_dim + rope_dim, v_dim, rope_dim, None, rank, rope_dim)] * layers
 
     def prefix(self, layer: int) -> str:
         return f"{LAYERS.format(layer=layer)}.{ATTENTION}"
@@ -123,9 +127,18 @@ def layers_compute_their_factors(
 
 
 def against_parent(
-    checkpoint: Checkpoint, parent: Checkpoint, model: LatentModel, chosen: Sequence[int], tokens: int, moved: bool
+    checkpoint: Checkpoint,
+    parent: Checkpoint,
+    model: LatentModel,
+    chosen: Sequence[int],
+    tokens: int,
+    moved: bool,
+    trained: bool,
 ) -> tuple[bool, str]:
-    """What is not attention is the parent's, scaled as the config needs; an exact lift computes the same."""
+    """What is not attention is the parent's, scaled as the config needs; an exact lift computes the same.
+
+    Of a model that was `trained` since, only the shape is the parent's.
+    """
     arch = find(parent.config, parent.tensors)
     before = arch.layouts(parent.config)
     if len(before) != len(model.layouts):
@@ -133,6 +146,8 @@ def against_parent(
     changed = [] if moved else _changed_fields(model.config, parent.config, arch)
     if changed:
         return False, f"config.json differs from the parent's in {', '.join(changed)}"
+    if trained:
+        return True, "the parent's shape and configuration; its weights were trained since"
     dtype = next(iter(checkpoint.tensors.values())).dtype
     rule = mla_source.find(arch.text_config(parent.config), dtype)
     attention = [n for n in parent.tensors if f".{arch.attention}." in n]

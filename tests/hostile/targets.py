@@ -262,7 +262,7 @@ def config(prey: Prey, random: Random) -> Outcome:
         whole = json.loads(text)
         whole["model_type"] = model_type
         text = dumps(whole)
-    context = random.choice([None, None, None, None, 4096])
+    context = 1024 if random.random() < 0.05 else None
 
     model = prey.lay("tokenizer_config.json", **{"config.json": text.encode(errors="surrogatepass")})
     return prey.judge(lambda: inspect(model, context=context), _inspected)
