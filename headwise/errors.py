@@ -12,6 +12,8 @@ class HeadwiseError(Exception):
     """
 
     exit_code = 2
+    # Whether the unfinished work of a long job stays, because what is wrong lies outside of it.
+    keeps_work = False
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)

@@ -27,6 +27,8 @@ SPARE = 32_000_000
 class DiskError(HeadwiseError):
     """A file could not be read or written. The input is not at fault, so the work done is worth keeping."""
 
+    keeps_work = True
+
 
 @contextmanager
 def plain_errors(path: Path, verb: str = "written") -> Iterator[None]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from headwise.convert.disk import DiskError, check_space, plain_errors, space_taken, sync
+from headwise.convert.disk import check_space, plain_errors, space_taken, sync
 from headwise.errors import HeadwiseError
 
 
@@ -219,7 +219,7 @@ def _exists(out: Path) -> HeadwiseError:
 
 
 def _is_final(error: BaseException) -> bool:
-    return isinstance(error, HeadwiseError) and not isinstance(error, DiskError)
+    return isinstance(error, HeadwiseError) and not error.keeps_work
 
 
 def _read(path: Path) -> str | None:

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from headwise.demo import MODEL
 from headwise.errors import HeadwiseError
-from headwise.recipes import train
+from headwise.recipes import pretrain, train
 from headwise.recipes.callbacks import TimeBudget
 from headwise.recipes.schema import Data, Init, Recipe, Training
+from headwise.recipes.trainer import learning_rate
 
 TINY = {
     "model_type": "llama",
@@ -31,13 +31,13 @@ TINY = {
     "tie_word_embeddings": True,
 }
 TRAINING = Training(
-    tokens=20 * 512,
+    tokens=10 * 512,
     batch_tokens=512,
     micro_batch_tokens=256,
     learning_rate=1e-2,
     precision="float32",
     log_every=5,
-    evaluate_every=10,
+    evaluate_every=5,
 )
 
 
@@ -46,84 +46,64 @@ def losses(folder: Path, column: str = "loss") -> list[float]:
         return [float(row[column]) for row in csv.DictReader(file) if row[column]]
 
 
-@pytest.fixture
-def parent(tmp_path: Path) -> Path:
-    folder = tmp_path / "parent"
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    torch.manual_seed(0)
-    fields = {key: value for key, value in TINY.items() if key != "model_type"}
-    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **fields)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def test_twenty_steps_on_builtin_text_lower_the_loss(tmp_path: Path, parent: Path) -> None:
-    recipe = Recipe("a test", Data({"builtin": 1}, length=64, heldout_blocks=8), TRAINING)
-    record = train.run(recipe, tmp_path / "out", parent, command="typed")
-
-    seen = losses(tmp_path / "out")
-    assert len(seen) == 4 and seen[-1] < seen[0] - 0.5
-    heldout = losses(tmp_path / "out", "heldout")
-    assert heldout[-1] < 7.0  # log(2048) is 7.6
-    assert record["heldout"]["nats"] == pytest.approx(heldout[-1], abs=0.02)  # bfloat16 is what was saved
-    assert (record["steps"], record["tokens"], record["command"]) == (20, 20 * 512, "typed")
-    assert json.loads((tmp_path / "out" / "training.json").read_text()) == json.loads(json.dumps(record))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
-    assert model.dtype == torch.bfloat16 and model.config.use_cache
-    assert AutoTokenizer.from_pretrained(tmp_path / "out")("def")["input_ids"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "parent"]
-
-
 def test_from_nothing_twice_is_the_same_model(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(400)))
     init = Init(vocab_size=260, config=TINY)
-    recipe = Recipe(
-        "a test", Data({str(text): 1}, 64, heldout_blocks=2), replace(TRAINING, tokens=3 * 512), init=init
-    )
+    recipe = Recipe("a test", Data({str(text): 1}, 64, heldout=str(text), heldout_blocks=2), TRAINING, init=init)
     for name in ("one", "two"):
-        train.run(recipe, tmp_path / name)
+        record = pretrain.pretrain(recipe, tmp_path / name, command="typed")
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
+
+    seen = losses(tmp_path / "one")
+    assert len(seen) == 2 and seen[-1] < seen[0] - 0.3
+    heldout = losses(tmp_path / "one", "heldout")
+    assert record["heldout"]["nats"] == pytest.approx(heldout[-1], abs=0.02)  # bfloat16 is what was saved
+    assert (record["steps"], record["tokens"], record["command"]) == (10, 10 * 512, "typed")
+    assert json.loads((tmp_path / "two" / "training.json").read_text()) == json.loads(json.dumps(record))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype="auto")
+    assert model.dtype == torch.bfloat16 and model.config.use_cache
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one")
     assert len(tokenizer) == 260
     assert tokenizer.decode(tokenizer("x = 120\n        é漢")["input_ids"]) == "x = 120\n        é漢"
     settings = json.loads((tmp_path / "one" / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "text.txt", "two"]
 
 
-def test_refusals_leave_nothing_behind(tmp_path: Path, parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "text.txt"
     text.write_text("words and more words " * 200)
-    recipe = Recipe("a test", Data({str(text): 1}, 64, heldout_blocks=2), TRAINING)
+    recipe = Recipe(
+        "a test", Data({str(text): 1}, 64, heldout=str(text), heldout_blocks=2), TRAINING, init=Init(260, TINY)
+    )
     with pytest.raises(HeadwiseError, match="exists already"):
-        train.run(recipe, parent, parent)
+        pretrain.pretrain(recipe, tmp_path)
     with pytest.raises(HeadwiseError, match="needs a model"):
-        train.run(recipe, tmp_path / "out")
-    with pytest.raises(HeadwiseError, match="takes no model"):
-        train.run(replace(recipe, init=Init(300, TINY)), tmp_path / "out", parent)
+        pretrain.pretrain(replace(recipe, init=None), tmp_path / "out")
     with pytest.raises(HeadwiseError, match=r"batch_tokens 500 .* multiple of 256"):
-        train.run(replace(recipe, train=replace(TRAINING, batch_tokens=500)), tmp_path / "out", parent)
+        pretrain.pretrain(replace(recipe, train=replace(TRAINING, batch_tokens=500)), tmp_path / "out")
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train, "save", full)
+    monkeypatch.setattr(pretrain, "save", full)
     with pytest.raises(OSError, match="No space"):
-        train.run(replace(recipe, train=replace(TRAINING, tokens=512)), tmp_path / "out", parent)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["parent", "text.txt"]
+        pretrain.pretrain(replace(recipe, train=replace(TRAINING, tokens=512)), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text.txt"]
 
 
 def test_schedules() -> None:
     cosine = replace(TRAINING, warmup=0.1, final_learning_rate=0.1)
-    assert train.learning_rate(0.05, cosine) == pytest.approx(0.5)
-    assert train.learning_rate(0.1, cosine) == pytest.approx(1.0)
-    assert train.learning_rate(0.55, cosine) == pytest.approx(0.55)
-    assert train.learning_rate(1.0, cosine) == train.learning_rate(1.5, cosine) == pytest.approx(0.1)
+    assert learning_rate(0.05, cosine) == pytest.approx(0.5)
+    assert learning_rate(0.1, cosine) == pytest.approx(1.0)
+    assert learning_rate(0.55, cosine) == pytest.approx(0.55)
+    assert learning_rate(1.0, cosine) == learning_rate(1.5, cosine) == pytest.approx(0.1)
     wsd = replace(TRAINING, warmup=0.1, schedule="wsd")
-    shares = [train.learning_rate(p, wsd) for p in (0.05, 0.1, 0.5, 0.8, 0.9, 1.0)]
+    shares = [learning_rate(p, wsd) for p in (0.05, 0.1, 0.5, 0.8, 0.9, 1.0)]
     assert shares == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.5, 0.0])
-    assert train.learning_rate(0.0, replace(TRAINING, warmup=0.0)) == 1.0
+    assert learning_rate(0.0, replace(TRAINING, warmup=0.0)) == 1.0
 
 
 def test_a_time_budget_shortens_the_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,3 +124,7 @@ def test_a_time_budget_shortens_the_run_once(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert train.main(["pretrain-demo", str(tmp_path / "out"), "--set", "train.tokns=1"]) == 2
     assert "Did you mean train.tokens?" in " ".join(capsys.readouterr().err.split())
+    assert train.main(["pretrain-demo", str(tmp_path / "out"), "--model", "m"]) == 2
+    assert "takes no model" in " ".join(capsys.readouterr().err.split())
+    assert train.main(["distill", str(tmp_path / "out")]) == 2
+    assert "needs a model" in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,89 @@
+"""Stage 1: every converted attention layer learns, alone, what its parent's answers are (mathematics, section 4c).
+
+`convert --refit` with another beginning: the layers come from a folder that is converted already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headwise.convert.architecture import Architecture
+from headwise.convert.calibration import LayerStream
+from headwise.convert.latent_target import LEARNING_RATE as LATENT_LEARNING_RATE
+from headwise.convert.latent_target import to_device
+from headwise.convert.refit import LEARNING_RATE, refit
+from headwise.convert.skeleton import empty_model, layer_arguments
+from headwise.errors import HeadwiseError
+from headwise.progress import SILENT, Progress
+from headwise.recipes.schema import Layerwise
+from headwise.recipes.student import ModelFolder, Student
+
+
+def check_layerwise(student: ModelFolder, teacher: ModelFolder, record: Mapping[str, Any] | None) -> None:
+    """Refuse two models whose layers do not answer each other.
+
+    Raises:
+        HeadwiseError: they differ in layers or width, or in their positions.
+    """
+    if not isinstance(teacher.stock, Architecture):
+        raise HeadwiseError("layerwise needs a teacher with MHA, GQA or MQA layers, and this one has MLA.")
+    moved = sorted({"context", "sliding_window"} & set((record or {}).get("arguments", {})))
+    if moved:
+        raise HeadwiseError(
+            f"layerwise would teach the layers to undo --{moved[0].replace('_', '-')}.", "Use the recipe distill."
+        )
+
+
+def train_layers(
+    student: Student,
+    teacher: ModelFolder,
+    layerwise: Layerwise,
+    blocks: Tensor,
+    device: torch.device,
+    *,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> dict[int, dict[str, Any]]:
+    """Refit every attention layer of `student` in place; the reports.
+
+    Args:
+        blocks: (sequences, length) of text.
+    """
+    assert isinstance(teacher.stock, Architecture)
+    latent = student.folder.latent
+    scale = student.scales(teacher)[1]
+    stream = LayerStream(teacher.checkpoint, teacher.stock, blocks.long(), device)
+    arguments = None
+    if latent is not None:
+        skeleton = empty_model(student.folder.checkpoint.config, latent.auto_class)
+        arguments = layer_arguments(skeleton, latent.module, blocks.shape[1], torch.float32)
+    progress.stage("Layer by layer", total=len(student.folder.attention), unit="layers")
+    reports = {}
+    for record in stream.records(keep=True, look=False):
+        attention = student.network.get_submodule(student.folder.attention[record.index]).to(device)
+        parameters = [p for name, p in attention.named_parameters() if name != "o_proj.bias"]
+        wanted = [p.requires_grad for p in parameters]
+        assert record.outputs is not None
+        record.outputs *= scale
+        if arguments is not None:
+            record.arguments = to_device(arguments[record.index], device)
+        report = refit(
+            attention,
+            parameters,
+            record,
+            steps=layerwise.steps,
+            learning_rate=LEARNING_RATE if latent is None else LATENT_LEARNING_RATE,
+            seed=seed,
+            device=device,
+        )
+        for parameter, trained in zip(parameters, wanted, strict=True):
+            parameter.requires_grad_(trained)
+        attention.to("cpu")
+        reports[record.index] = asdict(report)
+        progress.advance(1, layer=record.index, error=f"{report.before:.4f} -> {report.after:.4f}")
+    return reports
