@@ -1,6 +1,7 @@
 """headwise: change how a trained language model attends, and prove what changed.
 
-The verbs of the command line are functions here: `inspect`, `convert`, `verify`, `bench`, `push`. They are imported
+The verbs of the command line are functions here: `inspect`, `convert`, `verify`, `uptrain`, `bench`,
+`push`. They are imported
 on first use, so that importing headwise (or asking the command for help) never waits for torch.
 """
 
@@ -16,6 +17,7 @@ _HOME = {
     "convert": "headwise.convert.pipeline",
     "verify": "headwise.convert.verify",
     "bench": "headwise.eval.bench",
+    "uptrain": "headwise.recipes.uptrain",
     "push": "headwise.publish",
     "HeadwiseError": "headwise.errors",
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import click
 from headwise import __version__, show, ui
 from headwise.command import Option, Verbs, choice, flag, number, parsed
 from headwise.errors import GateFailed
-from headwise.options import CONVERT, DEVICE, MODEL, OUT, SEED, SOURCE, memory, refuse_ignored
+from headwise.options import CONVERT, DEVICE, MODEL, OUT, SEED, SOURCE, UPTRAIN, memory, refuse_ignored
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -81,6 +83,28 @@ def verify(**options: Any) -> None:
     ui.result(verification)
     if not verification.passed:
         raise GateFailed(f"{options['out']} failed its checks.")
+
+
+@cli.command(params=UPTRAIN)
+def uptrain(**options: Any) -> None:
+    """Heal a converted MODEL by training it; write the result to OUT [MODEL-uptrained].
+
+    \b
+    headwise uptrain MODEL OUT --teacher PARENT --tokens 21M
+    headwise uptrain MODEL OUT --recipe two-stage --set train.learning_rate=1e-4
+    headwise uptrain MODEL OUT --launch fsdp2 --processes 8
+    """
+    if "processes" in options and "launch" not in options:
+        raise click.UsageError("--processes needs --launch.")
+    if "tokens" in options and "fraction" in options:
+        raise click.UsageError("--tokens and --fraction contradict each other: give one of them.")
+    from headwise.recipes.uptrain import uptrain
+
+    with ui.progress() as progress:
+        healed = uptrain(**options, command=shlex.join(["headwise", *sys.argv[1:]]), progress=progress)
+    if healed is not None:
+        show.uptrained(healed)
+        ui.result(healed)
 
 
 @cli.command(

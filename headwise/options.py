@@ -44,6 +44,15 @@ def share(value: str) -> float:
     return fraction
 
 
+def count(value: str) -> int:
+    """ "21M" -> 21,000,000."""
+    scale = {"k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}.get(value[-1:], 1)
+    number_ = round(float(value if scale == 1 else value[:-1]) * scale)
+    if number_ < 1:
+        raise ValueError
+    return number_
+
+
 def memory(value: str) -> int:
     """ "24GiB" or "24GB" -> bytes."""
     number_, unit = value[:-3], value[-3:]
@@ -130,6 +139,27 @@ CONVERT = [
     SEED,
     DEVICE,
     *SOURCE,
+]
+
+UPTRAIN = [
+    click.Argument(["model"]),
+    click.Argument(["out"], type=Path, required=False),
+    *section(
+        "Training",
+        Option("--recipe", "A name of `headwise recipes list`, or a YAML file [distill].", metavar="RECIPE"),
+        Option("--teacher", "The parent [the source that MODEL records].", metavar="MODEL"),
+        parsed("--tokens", count, "a number of tokens such as 21M", "Budget in tokens [the recipe's].", "N"),
+        parsed("--fraction", share, "a share such as 5%", "Budget as a share of the pretraining.", "SHARE"),
+        Option("--set settings", "Change a field of the recipe; may be repeated.", multiple=True, metavar="a.b=c"),
+    ),
+    *section(
+        "Several processes",
+        choice("--launch", ("single", "ddp", "fsdp2"), "Start them through accelerate: single, ddp or fsdp2."),
+        number("--processes", "How many [one for each GPU]."),
+    ),
+    Option("--max-shard-size", "Largest weight file [5GB].", metavar="SIZE"),
+    flag("--force", "Replace OUT once the new folder is complete."),
+    flag("--resume", "Go on with an interrupted run."),
 ]
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from headwise.demo import Demo, Measurement
     from headwise.eval.bench import Bench
     from headwise.publish import Push
+    from headwise.recipes.run import Uptrained
 
 
 def inspection(found: Inspection) -> None:
@@ -170,6 +171,24 @@ def bench(measured: Bench) -> None:
     if measured.equal_memory and measured.memory_bytes:
         where = f"within {size(measured.memory_bytes)} each"
     ui.say(f"{measured.speedup:.2f} times the parent's tokens per second, {where}, on {measured.device}.")
+
+
+def uptrained(healed: Uptrained) -> None:
+    """What a training run did to the loss."""
+    rows = [("before", healed.before), ("after", healed.after), ("parent", healed.parent)]
+    ui.table(
+        ("", ">nats per token", ">above the parent"),
+        [
+            (name, f"{nats:.4f}", "" if healed.parent in (None, nats) else f"{nats - healed.parent:+.4f}")
+            for name, nats in rows
+            if nats is not None
+        ],
+    )
+    for layer, report in healed.layers.items():
+        ui.detail(f"layer {layer}: {', '.join(f'{name} {value}' for name, value in _flat(report))}")
+    if healed.tokens:
+        ui.note(f"{healed.tokens:,} tokens in {healed.seconds:,.0f} s.")
+    ui.note(f"Wrote {healed.out}.")
 
 
 def demo(measured: Demo) -> None:

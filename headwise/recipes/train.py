@@ -34,11 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="settings")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     parser.add_argument("--force", action="store_true", help="replace OUT")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file")
+    parser.add_argument("--command", help="what to record as the command, in place of this one")
     given = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(given)
     ui.configure()
     transformers.utils.logging.disable_progress_bar()
-    command = shlex.join(["python", "-m", "headwise.recipes.train", *given])
+    command = options.command or shlex.join(["python", "-m", "headwise.recipes.train", *given])
     try:
         recipe = schema.load(options.recipe, options.settings)
         if (recipe.init is None) == (options.model is None):
@@ -64,10 +66,12 @@ def _train(recipe: schema.Recipe, options: argparse.Namespace, command: str, pro
         done = uptrain(
             options.model,
             options.out,
-            recipe=recipe,
+            recipe=options.recipe,
+            settings=options.settings,
             teacher=options.teacher,
             resume=options.resume,
             force=options.force,
+            max_shard_size=options.max_shard_size,
             command=command,
             progress=progress,
         )
