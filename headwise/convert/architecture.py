@@ -19,17 +19,16 @@ from torch import Tensor
 from headwise.convert.fusion import fit_bias, fuse, half_split_order, reorder, split
 from headwise.convert.layout import AttentionLayout, LayerWeights
 from headwise.convert.stock import (
+    CODE_KEYS,
     QUANTIZATION_KEYS,
     both_spellings,
-    check_rope,
+    positive_size,
     refuse_quantised,
+    rotary_width,
     stock_config,
 )
 from headwise.convert.table import QkNorm, Row, find_row, load_table
 from headwise.errors import HeadwiseError
-
-# By these a config chooses code; what is converted runs with the stock class, however that likes to.
-CODE_KEYS = ("auto_map", *(f"{dash}{kind}_implementation" for dash in ("", "_") for kind in ("attn", "experts")))
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,9 @@ class Architecture(Row):
             HeadwiseError: a field of the config has the wrong type or an impossible value.
         """
         stock = self.stock_config(config)
-        heads = _size(stock, "num_attention_heads")
-        groups = _size(stock, self.num_key_value_heads) if self.num_key_value_heads else heads
-        width = _size(stock, "hidden_size")
+        heads = positive_size(stock, "num_attention_heads")
+        groups = positive_size(stock, self.num_key_value_heads) if self.num_key_value_heads else heads
+        width = positive_size(stock, "hidden_size")
         if heads % groups:
             raise HeadwiseError(
                 f"config.json has {self.num_key_value_heads}: {groups}, which does not divide "
@@ -65,11 +64,10 @@ class Architecture(Row):
                 f"config.json has hidden_size: {width}, which num_attention_heads: {heads} does not divide."
             )
         head_dim = own_head_dim or width // heads
-        check_rope(stock.rope_parameters)
-        rotary_dim = _rotary_dim(stock.rope_parameters, head_dim)
+        rotary_dim = rotary_width(stock.rope_parameters, head_dim)
         layer_types = getattr(stock, "layer_types", None) or [None] * stock.num_hidden_layers
         has_rope = getattr(stock, self.rope_flags) if self.rope_flags else [True] * stock.num_hidden_layers
-        window = _size(stock, "sliding_window") if getattr(stock, "sliding_window", None) else None
+        window = positive_size(stock, "sliding_window") if getattr(stock, "sliding_window", None) else None
         if self.rope_layer_types and window:
             has_rope = [layer_type in self.rope_layer_types for layer_type in layer_types]
         return [
@@ -336,21 +334,3 @@ def both_rope_spellings(text_config: dict[str, Any]) -> dict[str, Any]:
     model_type = table.wrappers.get(model_type, {}).get("text_model_type", model_type)
     row = table.rows.get(model_type, table.rows["llama"])
     return both_spellings(text_config, model_type, row.old_rope_names, row.old_rope_scaling)
-
-
-def _size(stock: Any, field: str) -> int:
-    value = getattr(stock, field, None)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise HeadwiseError(f"config.json has {field}: {value!r}, and a positive whole number is needed.")
-    return value
-
-
-def _rotary_dim(rope_parameters: dict[str, Any] | None, head_dim: int) -> int:
-    factor = (rope_parameters or {}).get("partial_rotary_factor", 1.0)
-    number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
-    if not number or not 0 < factor <= 1 or int(head_dim * factor) % 2:
-        raise HeadwiseError(
-            f"config.json has partial_rotary_factor: {factor!r} with head_dim: {head_dim}, and the rotary part "
-            "of a head must be an even number of dimensions."
-        )
-    return int(head_dim * factor)

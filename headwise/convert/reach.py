@@ -8,6 +8,7 @@ from typing import Any
 from headwise.convert import bound, rope
 from headwise.convert.architecture import Architecture
 from headwise.convert.context import Rotation, rotations
+from headwise.convert.stock import positive_size
 from headwise.errors import HeadwiseError
 
 
@@ -65,7 +66,7 @@ class Reach:
 
 def reach(config: dict[str, Any], architecture: Architecture, context: int) -> list[Reach]:
     """How far the model's own frequencies carry, for each set of layers (mathematics, section 5)."""
-    trained = architecture.stock_config(config).max_position_embeddings
+    trained = positive_size(architecture.stock_config(config), "max_position_embeddings")
     return [_reach(r, trained, context) for r in rotations(config, architecture)]
 
 

@@ -30,10 +30,10 @@ def empty_model(config: dict[str, Any], auto_class: str, dtype: torch.dtype = to
     """The stock model of a config.json with buffers but no weights (parameters on the meta device)."""
     import transformers
 
-    stock = stock_config(config)
-    # Only the eager form knows soft-capped scores.
-    capped = getattr(stock.get_text_config(), "attn_logit_softcapping", None)
     try:
+        stock = stock_config(config)
+        # Only the eager form knows soft-capped scores.
+        capped = getattr(stock.get_text_config(), "attn_logit_softcapping", None)
         with init_empty_weights(include_buffers=False):
             model = getattr(transformers, auto_class).from_config(
                 stock, dtype=dtype, attn_implementation="eager" if capped else "sdpa"

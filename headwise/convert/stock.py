@@ -12,8 +12,16 @@ import torch
 from headwise.errors import HeadwiseError
 
 # A hostile layer count would make the stock config class build a list of that length.
-MAX_LAYERS = 10_000
-MAX_SIZE = 1_000_000
+# The others bound the search for what a model can become, and the tables of its frequencies.
+MAX_LAYERS, MAX_SIZE, MAX_HEAD_DIM = 10_000, 1_000_000, 8192
+MOST = {
+    "num_hidden_layers": MAX_LAYERS,
+    "num_attention_heads": MAX_SIZE,
+    "num_key_value_heads": MAX_SIZE,
+    "hidden_size": MAX_SIZE,
+    "head_dim": MAX_HEAD_DIM,
+    "max_position_embeddings": 1 << 40,
+}
 SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
@@ -45,6 +53,8 @@ ROPE_NEEDS = {
     "longrope": (*ROPE_LISTS, "original_max_position_embeddings"),
 }
 PER_LAYER = ("layer_types", "no_rope_layers")
+# By these a config chooses code; what is converted runs with the stock class, however that likes to.
+CODE_KEYS = ("auto_map", *(f"{dash}{kind}_implementation" for dash in ("", "_") for kind in ("attn", "experts")))
 QUANTIZATION_KEYS = ("quantization_config", "quantization", "compression_config")
 
 
@@ -75,11 +85,8 @@ def stock_config(model_type: str, text_config: dict[str, Any]) -> Any:
             raise HeadwiseError(
                 f"config.json has {name}: {json.dumps(value)}, and a positive whole number is needed."
             )
-    if (text_config.get("num_hidden_layers") or 1) > MAX_LAYERS:
-        raise HeadwiseError(
-            f"config.json has num_hidden_layers: {text_config['num_hidden_layers']}, more than the {MAX_LAYERS} "
-            "that any model has."
-        )
+    for name in MOST:
+        _refuse_enormous(name, text_config.get(name) or 1)
     for name in ("dtype", "torch_dtype"):
         value = text_config.get(name)
         if value is not None and value != "auto" and named_dtype(value) is None:
@@ -110,7 +117,9 @@ def _stock_config(model_type: str, text_config: str) -> Any:
 
     fields = {name: value for name, value in json.loads(text_config).items() if name != "model_type"}
     try:
-        return CONFIG_MAPPING[model_type](**fields)
+        stock = CONFIG_MAPPING[model_type](**fields)
+        stock.to_dict()  # what the class took without a look may fail here
+        return stock
     # The classes raise whatever their arithmetic on a bad value happens to raise.
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".")
@@ -159,6 +168,33 @@ def checked_size(config: dict[str, Any], name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SIZE:
         raise HeadwiseError(f"config.json has {name}: {value!r}, and a whole number is needed.")
     return value
+
+
+def positive_size(stock: Any, field: str) -> int:
+    """A count or a width that the stock config object holds."""
+    value = getattr(stock, field, None)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise HeadwiseError(f"config.json has {field}: {value!r}, and a positive whole number is needed.")
+    _refuse_enormous(field, value)
+    return value
+
+
+def rotary_width(rope_parameters: dict[str, Any] | None, head_dim: int) -> int:
+    """How many numbers of a head turn."""
+    check_rope(rope_parameters)
+    _refuse_enormous("head_dim", head_dim)
+    factor = (rope_parameters or {}).get("partial_rotary_factor", 1.0)
+    if not _is_scale(factor) or factor > 1 or int(head_dim * factor) % 2:
+        raise HeadwiseError(
+            f"config.json has partial_rotary_factor: {factor!r} with head_dim: {head_dim}, and the rotary part "
+            "of a head must be an even number of dimensions."
+        )
+    return int(head_dim * factor)
+
+
+def _refuse_enormous(name: str, value: int) -> None:
+    if value > MOST.get(name, value):
+        raise HeadwiseError(f"config.json has {name}: {value}, more than the {MOST[name]:,} that any model has.")
 
 
 def has_stock_class(model_type: str) -> bool:

@@ -58,7 +58,8 @@ class LatentModel:
     def wrote(config: dict[str, Any]) -> bool:
         """Whether this is the dense stock DeepSeek that headwise makes."""
         dense = config.get("first_k_dense_replace") == config.get("num_hidden_layers")
-        return config.get("architectures") == deepseek.ARCHITECTURES and dense
+        named = isinstance(config.get("model_type"), str)
+        return config.get("architectures") == deepseek.ARCHITECTURES and dense and named
 
     @property
     def layouts(self) -> list[AttentionLayout]:
