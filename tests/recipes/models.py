@@ -1,0 +1,58 @@
+"""A tiny parent with the embedded model's tokenizer, and folders converted from it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from headwise.convert.pipeline import convert
+from headwise.demo import MODEL
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.2,
+}
+
+
+def parent(folder: Path, kind: str = "llama", **fields: Any) -> Path:
+    """A random stock model in float32, with a tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, vocab_size=len(tokenizer), **{**SHAPE, **fields})
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def converted(model: Path, out: Path, **arguments: Any) -> Path:
+    """What `convert` makes of it, without reading text."""
+    convert(model, out, **{"calibrate": "none", "refit": "off", "verify": False, **arguments})
+    return out
+
+
+def text(path: Path, lines: int = 600) -> Path:
+    """A file of short documents that a tiny model can learn something of."""
+    chosen = random.Random(0)
+    names = ["alpha", "beta", "gamma", "delta"]
+    path.write_text(
+        "".join(
+            f"def {chosen.choice(names)}_{i}(x):\n    return x + {chosen.randint(0, 9)}\n\n\n" for i in range(lines)
+        )
+    )
+    return path
