@@ -130,18 +130,18 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: st
 def result(value: Any) -> None:
     """The object of --json (stdout; nothing without the flag). `value` is plain data or has `to_dict()`."""
     if _sink.json:
-        _sink.stdout.write(jsonlib.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
+        _sink.stdout.write(jsonlib.dumps(plain(value), indent=2, allow_nan=False) + "\n")
         _sink.stdout.flush()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Strict JSON: a number that is not finite becomes null, an object its own dictionary or its name."""
     if hasattr(value, "to_dict"):
         value = value.to_dict()
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, str | int | None) else str(value)

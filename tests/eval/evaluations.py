@@ -1,0 +1,148 @@
+"""Evaluations made up for the tests of what is made of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from headwise.eval.result import (
+    Acceptance,
+    Cell,
+    Comparison,
+    Curve,
+    Diagnostics,
+    Entropy,
+    Evaluation,
+    Gate,
+    Generation,
+    Head,
+    Layer,
+    Paired,
+    Positions,
+    Sample,
+    Score,
+    Subject,
+    Writing,
+)
+
+CHILD = Subject("out/gqa-4", None, "llama", "GQA, 4 KV heads", 8_192, 4_540_000, "ab" * 32)
+PARENT = Subject("org/parent", "c0ffee" * 6 + "abcd", "llama", "MHA, 8 KV heads", 16_384, 4_900_000, "cd" * 32)
+
+
+def accuracy(task: str, parent: float, difference: float, error: float, p: float, **more) -> Comparison:
+    """A task of 1,000 questions."""
+    gained = 40
+    pair = Paired(
+        difference, error, difference - 1.96 * error, difference + 1.96 * error, 1000, p, "mcnemar",
+        more.pop("p_holm", p), gained, gained - round(1000 * difference),
+    )  # fmt: skip
+    fields = {"filter": None, "headline": True, "group": None, "num_fewshot": 0, "version": "1.0"} | more
+    return Comparison(
+        task=task, metric=more.get("metric", "acc_norm"), higher_is_better=True, samples=1000,
+        child=Score(parent + difference, 0.015), parent=Score(parent, 0.015), paired=pair, damage=-difference,
+        **{key: value for key, value in fields.items() if key != "metric"},
+    )  # fmt: skip
+
+
+def perplexity(nats: float, error: float, p: float = 0.0001) -> Comparison:
+    """Held-out text."""
+    pair = Paired(nats, error, nats - 2 * error, nats + 2 * error, 128, p, "bootstrap", p)
+    return Comparison(
+        task="heldout", metric="perplexity", filter=None, headline=True, group=None, higher_is_better=False,
+        num_fewshot=None, version=None, samples=128, child=Score(5.92 * math.exp(nats), 0.04),
+        parent=Score(5.92, 0.04), paired=pair, damage=math.expm1(nats),
+    )  # fmt: skip
+
+
+def entropy() -> Entropy:
+    parent = tuple(tuple(0.2 + 0.6 * ((3 * layer + head) % 8) / 8 for head in range(8)) for layer in range(6))
+    child = tuple(tuple(min(0.995, x + 0.1 * (head % 3)) for head, x in enumerate(row)) for row in parent)
+    heads = (Head(2, 5), Head(4, 1))
+    return Entropy(child, parent, (Head(1, 7),), heads, (), (Head(0, 0),), heads, 0.05, 0.95, 0.2)
+
+
+def full() -> Evaluation:
+    """Everything measured; a real loss."""
+    curve = [2.4 - 0.5 * math.log1p(step) / 3 for step in range(16)]
+    return Evaluation(
+        child=CHILD,
+        parent=PARENT,
+        recipe="standard",
+        command="headwise eval out/gqa-4 --baseline org/parent@c0ffee --recipe standard --seed 0",
+        settings={
+            "recipe": "standard",
+            "tasks": ["arc_easy", "mmlu"],
+            "limit": None,
+            "batch_size": 8,
+            "device": "cpu",
+        },
+        comparisons=(
+            perplexity(0.031, 0.002),
+            accuracy("arc_easy", 0.431, -0.029, 0.0056, 0.0004),
+            accuracy("hellaswag", 0.512, -0.004, 0.004, 0.31),
+            accuracy("a_task_with_a_remarkably_long_name", 0.30, 0.021, 0.006, 0.004),
+            accuracy("mmlu", 0.262, 0.001, 0.005, 0.8),
+            accuracy("mmlu_anatomy", 0.25, 0.01, 0.03, 0.7, headline=False, group="mmlu", p_holm=None),
+            accuracy("gsm8k", 0.05, 0.0, 0.002, 1.0, filter="strict-match", num_fewshot=5, metric="exact_match"),
+        ),
+        seconds={"parent: tasks": 61.2, "child: tasks": 58.0, "diagnostics": 9.5},
+        lm_eval_seconds=119.2,
+        versions={"headwise": "0.1.0", "lm_eval": "0.4.13", "torch": "2.13.0"},
+        positions=Positions(
+            Curve(tuple(x + 0.05 for x in curve), 64, 65_536), Curve(tuple(curve), 64, 65_536), 2048, 2048
+        ),
+        diagnostics=Diagnostics(
+            tokens=65_536,
+            kl=0.0412,
+            kl_standard_error=0.0008,
+            kl_p99=0.61,
+            top1=0.9123,
+            top5=0.9345,
+            layers=tuple(Layer(i, 0.02 + 0.01 * i, 0.08 - 0.005 * i) for i in range(6)),
+            entropy=entropy(),
+        ),
+        generation=Generation(
+            16,
+            64,
+            Writing(0.12, 0.02),
+            Writing(0.11, 0.01),
+            0.83,
+            32,
+            0.44,
+            (),
+            (
+                Sample("def main():\n    ", "return 0\n\n\ndef other():\n    pass", "return 1"),
+                Sample("The ", "cat", "dog"),
+            ),
+        ),
+        acceptance=Acceptance(16, 64, 5, 0.871, 4.61, 1.0),
+        passkey=tuple(
+            Cell(length, depth, 1.0 if length < 2048 else 0.4 + depth / 2, 1.0)
+            for length in (512, 1024, 2048)
+            for depth in (0.0, 0.5, 1.0)
+        ),
+        fail_above=None,
+        gates=(Gate("arc_easy", False, "0.029 lost, above 0.01 (p 0.001)."), Gate("heldout", True, "within 5%.")),
+    )
+
+
+def unharmed() -> Evaluation:
+    """No loss beyond noise."""
+    rows = (perplexity(0.001, 0.002, 0.6), accuracy("arc_easy", 0.431, -0.001, 0.003, 0.8))
+    return replace(full(), comparisons=rows, gates=())
+
+
+def identical() -> Evaluation:
+    """Parent and child are one model."""
+    return replace(
+        full(), comparisons=(perplexity(0.0, 0.0, 1.0), accuracy("arc_easy", 0.431, 0.0, 0.0, 1.0)), gates=()
+    )
+
+
+def alone() -> Evaluation:
+    """No parent, no diagnostics."""
+    row = replace(accuracy("arc_easy", 0.431, 0.0, 0.0, 1.0), parent=None, paired=None, damage=None)
+    return replace(
+        full(), parent=None, comparisons=(row,), positions=None, diagnostics=None, acceptance=None, passkey=(),
+        gates=(), generation=None,
+    )  # fmt: skip

@@ -1,0 +1,219 @@
+"""The report: what it says first, that nothing is lost in it, and what a browser makes of the page."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from headwise.errors import HeadwiseError
+from headwise.eval.report import markdown, page, read_report, write_report
+from headwise.eval.result import Sample
+from headwise.eval.verdict import Damage, judge
+from tests.browser import browse, find_browser
+from tests.eval import evaluations as made
+from tests.eval.evaluations import accuracy, full, perplexity
+
+
+def only(*rows):
+    return replace(full(), comparisons=rows, gates=())
+
+
+def broken():
+    generation = replace(full().generation, complaints=("It repeats itself: 61% of 4-grams, the parent 11%.",))
+    return replace(made.unharmed(), generation=generation)
+
+
+@pytest.mark.parametrize(
+    ("found", "tone", "words"),
+    [
+        (
+            full(),
+            "bad",
+            r"50% of the parent's KV cache: a real loss in 2 of 6 .* held-out perplexity is 3\.1% worse",
+        ),
+        (replace(full(), fail_above=0.01), "bad", r"fails the gate that was asked for\. 0\.029 lost"),
+        (broken(), "bad", r"not usable as it is.*It repeats itself"),
+        (made.unharmed(), "good", r"no loss beyond noise, and none above 0\.69 points in arc_easy"),
+        (made.identical(), "good", "exactly what its parent is"),
+        (made.alone(), "plain", "No parent was measured.*--baseline"),
+        (
+            only(accuracy("arc_easy", 0.4, -0.01, 0.02, 0.6)),
+            "open",
+            r"up to 4\.9 points in arc_easy is not ruled out",
+        ),
+        (
+            only(perplexity(0.004, 0.001)),
+            "open",
+            r"small loss that is no accident; held-out perplexity is 0\.4% worse",
+        ),
+        (only(), "plain", r"agrees with its parent on 91\.2% of the next tokens"),
+        (replace(only(perplexity(0.1, 0.01)), child=made.PARENT), "bad", "^A real loss;"),
+    ],
+)
+def test_the_verdict_comes_first(found, tone, words):
+    verdict = judge(found)
+    assert verdict.tone == tone and re.search(words, verdict.text), verdict
+    for text in (markdown(found), page(found)) if tone != "bad" else (markdown(found),):
+        said = re.sub(r"<[^>]+>|\*\*|&#39;", "", text.replace("`", "").replace("&#39;", "'"))
+        first = min(
+            (said.find(word) for word in ("What was lost", "KV cache per token") if word in said), default=1e9
+        )
+        assert -1 < said.find(re.sub("`", "", verdict.text)) < first
+
+
+def test_damage_is_turned_so_that_more_is_worse():
+    worse = Damage.of(accuracy("arc_easy", 0.4, -0.03, 0.01, 0.01))
+    assert (worse.value, worse.low, worse.high) == pytest.approx((0.03, 0.0104, 0.0496))
+    higher = Damage.of(perplexity(0.031, 0.002))
+    assert (higher.value, higher.low) == pytest.approx((math.expm1(0.031), math.expm1(0.027)))
+
+
+@pytest.mark.parametrize("name", ["full", "unharmed", "identical", "alone"])
+def test_a_report_is_read_back_and_refers_to_nothing_that_is_missing(tmp_path, name):
+    found = getattr(made, name)()
+    written = write_report(found, tmp_path / "report")
+    assert read_report(tmp_path / "report") == written
+    assert replace(written, figures={}) == found
+    data = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert data["summary"] == list(found.summary) and data["passed"] == found.passed
+    pictures = {path.name for path in (tmp_path / "report").glob("*.png")}
+    assert pictures == set(written.figures.values())
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert set(re.findall(r"\]\(([^)]+)\)", text)) == pictures
+    assert (
+        len({line.count("|") for line in text.splitlines() if line.startswith("| figure") or "samples |" in line})
+        < 2
+    )
+
+
+def test_a_table_says_what_was_found():
+    text = markdown(full())
+    row = next(line for line in text.splitlines() if line.startswith("| arc_easy | acc"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:] == [
+        "acc_norm, 1,000 samples",
+        "43.1%",
+        "40.2%",
+        "**−2.9**",
+        "−4.0 to −1.8",
+        "+40 −69",
+        "< 0.001",
+    ]
+    assert "| held-out perplexity | perplexity, 128 samples | 5.920 | 6.106 | **+3.1%** | +2.7 to +3.6 |" in text
+    assert "exact_match (strict-match), 5-shot" in text and "| same next token | 91.23% |" in text
+    assert full().command in text and "layer 1 head 7" in text
+
+
+class Tags(HTMLParser):
+    """Every tag of a page, and whether they are closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.found, self.ids = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+        self.ids += [value for name, value in attributes if name == "id"]
+        if tag not in ("meta", "br", "wbr", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+        self.ids += [value for name, value in attributes if name == "id"]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_asks_for_nothing():
+    found = Tags(page(full()))
+    assert not found.open and len(found.ids) == len(set(found.ids))
+    references = [
+        value
+        for tag, attributes in found.found
+        for name, value in attributes.items()
+        if name in ("src", "href", "xlink:href", "srcset", "action", "data")
+    ]
+    assert all(value.startswith(("#", "data:image/png;base64")) for value in references)
+    assert {tag for tag, _ in found.found} & {"script", "link", "iframe", "object", "form"} == set()
+    text = page(full())
+    assert "@import" not in text and "url(http" not in text
+    inside = {value[1:] for value in references if value.startswith("#")} | set(
+        re.findall(r"url\(#([^)]+)\)", text)
+    )
+    assert inside <= set(found.ids)
+
+
+def test_what_a_model_says_stays_text():
+    evil = "<script>alert(1)</script>\x1b[31m\u202e & `code` | cell"
+    base = full()
+    said = replace(base.generation, samples=(Sample(evil, evil, evil),), complaints=(evil,))
+    child = replace(base.child, model=evil, attention=evil)
+    found = replace(base, generation=said, child=child, command=evil, settings={evil: evil})
+    text = page(found)
+    assert "<script" not in text and "\x1b" not in text and "\x1b" not in markdown(found)
+    Tags(text)
+    setting = next(line for line in markdown(found).splitlines() if line.startswith("| <script"))
+    assert len(re.findall(r"(?<!\\)\|", setting)) == 3, "a bar in a cell would end it"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "There is no report"),
+        ("[", "is not a report"),
+        ("[]", "is not a report"),
+        ('{"child": 3}', "is not a"),
+    ],
+)
+def test_what_is_no_report_is_said(tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "report.json").write_text(content)
+    with pytest.raises(HeadwiseError, match=words):
+        read_report(tmp_path)
+
+
+def test_a_report_is_not_overwritten(tmp_path):
+    write_report(made.alone(), tmp_path)
+    before = (tmp_path / "report.json").read_bytes()
+    with pytest.raises(HeadwiseError, match="holds a report already"):
+        write_report(full(), tmp_path)
+    assert (tmp_path / "report.json").read_bytes() == before
+
+
+BROWSER = find_browser()
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here: install one, or name it in CHROMIUM")
+def test_the_page_in_a_browser(tmp_path):
+    write_report(full(), tmp_path / "report")
+    file = tmp_path / "report" / "report.html"
+    with browse(BROWSER, tmp_path / "profile") as shown:
+        pictures = {}
+        for name, width, dark in (("light", 1100, False), ("dark", 1100, True), ("phone", 360, False)):
+            shown.open(file, width=width, dark=dark)
+            assert shown.ask("document.documentElement.scrollWidth") <= width, f"{name}: wider than the screen"
+            cut = (
+                "[...document.querySelectorAll('td, dd, p')].filter(e => e.scrollWidth > e.clientWidth + 1).length"
+            )
+            assert shown.ask(cut) == 0, f"{name}: text runs out of its place"
+            small = (
+                "Math.min(...[...document.querySelectorAll('svg text')].map(e => e.getBoundingClientRect().height))"
+            )
+            assert shown.ask(small) >= 10, f"{name}: words of a figure are too small to read"
+            pictures[name] = Image.open(shown.picture(tmp_path / f"{name}.png")).convert("RGB")
+        assert not shown.complaints
+        assert all(address.startswith(("file:", "data:")) for address in shown.asked)
+    assert pictures["light"].getpixel((2, 2)) == (255, 255, 255)
+    assert max(pictures["dark"].getpixel((2, 2))) < 40
+    # Nothing is left in the colours of the other scheme: in the dark no large part of the page is white.
+    for name, brightest in (("dark", 0.1), ("light", 0.99)):
+        levels = pictures[name].convert("L").histogram()
+        assert sum(levels[250:]) / sum(levels) < brightest
