@@ -4,8 +4,8 @@
     python benchmarks/quality.py --targets mla:128+32 mla:96+32 mla:48+16 --methods transmla optimal
     python benchmarks/quality.py --targets gqa:2 mla:96+32 --methods optimal --refit 400
 
-Every conversion is the library's own `convert`, calibrated on the same text; closed forms share one measurement of
-the parent. Prints a Markdown table; --json keeps the figures.
+Every conversion is the library's own `convert`, calibrated on the same text; baselines share one measurement of the
+parent. Prints a Markdown table; --json keeps the figures.
 """
 
 from __future__ import annotations
@@ -77,14 +77,13 @@ def main() -> None:
                     arguments["rope_frequencies"] = options.rope_frequencies
                 elif options.grouping:
                     arguments["grouping"] = options.grouping
-                if options.refit:
-                    arguments |= {"refit": options.refit, "calibrate": options.calibrate}
+                arguments["refit"] = options.refit or "off"
+                if options.refit or method == "optimal" or not moments.exists():
+                    arguments["calibrate"] = options.calibrate
                     arguments["calibration_tokens"] = options.calibration_tokens
-                elif moments.exists():
-                    arguments |= {"refit": "off", "moments": moments}
+                    arguments["save_moments"] = None if moments.exists() else moments
                 else:
-                    arguments |= {"refit": "off", "calibrate": options.calibrate, "save_moments": moments}
-                    arguments["calibration_tokens"] = options.calibration_tokens
+                    arguments["moments"] = moments
                 out = Path(folder, "out")
                 done: Any = convert(options.model, out, **arguments, verify=False, force=True)
                 seconds = time.monotonic() - start

@@ -85,8 +85,8 @@ def peak_memory(checkpoint: Checkpoint, arch: Architecture, target: Any, calibra
 
     Converting holds one layer's attention in float64 a few times over, or one tensor where heads are pooled or
     repeated tensor by tensor. Calibration adds the parent's layer in
-    float32, the embedding table, the hidden states of all tokens (three times with a refit, which keeps the
-    attention's inputs and outputs), the moments, and the widest intermediate of one batch.
+    float32, the embedding table, the hidden states of all tokens (three times where the attention's inputs and
+    outputs are kept), the moments, and the widest intermediate of one batch.
     """
     stock = arch.stock_config(checkpoint.config)
     width = stock.hidden_size
@@ -106,7 +106,7 @@ def peak_memory(checkpoint: Checkpoint, arch: Architecture, target: Any, calibra
         sizes[key] = sizes.get(key, 0) + entry.nbytes
     # A tensor outside the layers is a group of its own; the largest of either kind is in memory at once.
     layer = 3 * max(sizes.values())
-    hidden = 4 * calibration.tokens * width * (3 if calibration.steps else 1)
+    hidden = 4 * calibration.tokens * width * (3 if calibration.keeps_text else 1)
     moments = 6 * 8 * width * width
     intermediate = 4 * 4 * TOKENS_AT_ONCE * getattr(stock, "intermediate_size", 4 * width)
     heads = max(layout.num_attention_heads for layout in before)

@@ -29,9 +29,8 @@ from headwise.errors import HeadwiseError
 
 # Padding for engines whose prefill wants values as wide as queries (engines.yaml).
 PADDED_VALUE = 128
-# Peak learning rate of the refit. Two factors in a row and one key for all heads bear smaller steps than a grouped
-# layer does.
-LEARNING_RATE = 0.02
+# Peak learning rate of the refit, relative to each weight's size.
+LEARNING_RATE = 0.1
 # Layers that stand for the rest when frequencies are chosen.
 SAMPLED = 3
 # Rotary key that every MLA kernel takes.
@@ -74,6 +73,7 @@ class LatentTarget:
         if method.startswith("partial-rope"):
             self.partial = method.removeprefix("partial-rope").lstrip("-") or "norm"
         self.exact = exact
+        self.fitted = method == "optimal" and not exact
         self.auto_class = "AutoModelForCausalLM"
         stock = arch.stock_config(config)
         before = arch.layouts(config)
@@ -146,7 +146,7 @@ class LatentTarget:
         if record is not None:
             measured = {n: m.cpu() for n, m in record.moments().items()}
             if record.distances is not None:
-                measured["distances"] = record.distances
+                measured["distances"] = record.distances.cpu()
         made, report = latent.convert(
             weights,
             self._frequencies[layer],
@@ -170,7 +170,9 @@ class LatentTarget:
         def export(record: LayerRecord) -> dict[str, Tensor]:
             return self._export(layer, *from_natural(attention.state_dict(), made), record)
 
-        return Refittable(attention, parameters, export, to_device(arguments, device), LEARNING_RATE)
+        return Refittable(
+            attention, attention.o_proj, parameters, export, to_device(arguments, device), LEARNING_RATE
+        )
 
     def carry(self, name: str, checkpoint: Checkpoint) -> Tensor:
         carried = self._carried[name]

@@ -25,8 +25,8 @@ from headwise.progress import Progress
 class Calibration:
     """What is measured on the parent before its layers are converted, and with which text.
 
-    `steps` of refit follow for every layer; 0: none. `keep` is the folder moments are saved to, `reuse` the one
-    they are taken from instead of being measured.
+    `steps` of refit follow for every layer; 0: none. `fitted`: output matrices are solved for. `keep` is the folder
+    moments are saved to, `reuse` the one they are taken from instead of being measured.
     """
 
     text: str
@@ -34,8 +34,14 @@ class Calibration:
     length: int
     steps: int
     seed: int
+    fitted: bool = False
     keep: Path | None = None
     reuse: Path | None = None
+
+    @property
+    def keeps_text(self) -> bool:
+        """Whether each layer's inputs and outputs are at hand when it is converted."""
+        return self.fitted or self.steps > 0
 
     @property
     def tokens(self) -> int:
@@ -85,7 +91,13 @@ def decide(
             f"Ask for {2 * length} or more.",
         )
     return Calibration(
-        text, count // length, length, steps, seed, keep=Path(save_moments) if save_moments else None
+        text,
+        count // length,
+        length,
+        steps,
+        seed,
+        fitted=target.fitted,
+        keep=Path(save_moments) if save_moments else None,
     )
 
 
@@ -95,6 +107,8 @@ def notes(target: Target, calibration: Calibration | None, refit: str | int) -> 
             yield "Not calibrated: every direction of the attention input counts the same."
         return
     yield f"Calibration: {calibration.tokens:,} tokens of {calibration.text} in sequences of {calibration.length}."
+    if target.fitted and not calibration.fitted:
+        yield "Output matrices are not solved for: that takes the text itself, not its moments."
     if calibration.steps:
         yield f"Refit: {calibration.steps} steps per layer."
     elif refit == "auto":
@@ -124,7 +138,7 @@ def records(
     arch = find(target.parent_config, checkpoint.tensors)
     stream = LayerStream(checkpoint, arch, blocks, device, target.parent_config)
     keep = Moments.create(calibration.keep, checkpoint, calibration) if calibration.keep else None
-    for record in stream.records(keep=calibration.steps > 0, only=layers):
+    for record in stream.records(keep=calibration.keeps_text, only=layers):
         if keep:
             keep.write(record)
         yield record, record.index

@@ -17,6 +17,7 @@ from headwise.convert.checkpoint import Checkpoint, open_checkpoint
 from headwise.convert.fit import check_complete
 from headwise.convert.plan import Plan, make_plan
 from headwise.convert.record import hash_files
+from headwise.convert.refit import fit_output
 from headwise.convert.refit import refit as refit_layer
 from headwise.convert.target import Target
 from headwise.convert.targets import choose_target
@@ -275,20 +276,26 @@ def _convert_layers(
         measure.check_finite(checkpoint, target, layer, source, record, writer.allow_nan)
         weights = arch.read_layer(checkpoint.config, layer, source)
         made, report = target.convert_layer(layer, weights, record)
-        if calibration and calibration.steps and record is not None and record.inputs is not None:
+        if calibration and record is not None and record.inputs is not None:
             found = target.module(layer, made, device, record.inputs.shape[1])
             if found.arguments is not None:
                 record.arguments = found.arguments
-            outcome = refit_layer(
-                found.attention,
-                found.parameters,
-                record,
-                steps=calibration.steps,
-                seed=calibration.seed,
-                device=device,
-            )
-            report["refit"] = asdict(outcome)
-            tensors = found.export(record) if outcome.kept else target.tensors(layer, made, record)
+            better = False
+            if calibration.fitted:
+                solved = fit_output(found.attention, found.projection, record, device=device)
+                report["output"], better = asdict(solved), solved.kept
+            if calibration.steps:
+                outcome = refit_layer(
+                    found.attention,
+                    found.parameters,
+                    record,
+                    steps=calibration.steps,
+                    learning_rate=found.learning_rate,
+                    seed=calibration.seed,
+                    device=device,
+                )
+                report["refit"], better = asdict(outcome), better or outcome.kept
+            tensors = found.export(record) if better else target.tensors(layer, made, record)
         else:
             tensors = target.tensors(layer, made, record)
         # Before the tensors: what they were made with must not be lost if the run is cut off between them.

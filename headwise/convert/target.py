@@ -35,6 +35,7 @@ class Target(Protocol):
         outputs: every tensor of the output.
         exact: the output computes the parent's function.
         calibrated: converting a layer makes use of measured moments.
+        fitted: the output matrices of a converted layer are solved for on the calibration text.
         notes, warnings, engines: for the plan.
     """
 
@@ -45,6 +46,7 @@ class Target(Protocol):
     outputs: list[OutputTensor]
     exact: bool
     calibrated: bool
+    fitted: bool
     notes: list[str]
     warnings: list[str]
     engines: list[str]
@@ -71,12 +73,13 @@ class Target(Protocol):
 class Refittable:
     """An attention module that can be trained, and the way back.
 
-    `export` gives the output tensors of what the module has become. `arguments` is what the module is called with
-    besides its input, where that differs from what the parent's is called with. `learning_rate` is the peak of the
-    refit, relative to each tensor's size.
+    `projection` is its last step, from heads to output. `export` gives the output tensors of what the module has
+    become. `arguments` is what the module is called with besides its input, where that differs from what the
+    parent's is called with. `learning_rate` is the peak of the refit, relative to each weight's size.
     """
 
     attention: nn.Module
+    projection: nn.Module
     parameters: list[nn.Parameter]
     export: Callable[[LayerRecord], dict[str, Tensor]]
     arguments: dict[str, Any] | None = None
@@ -122,6 +125,7 @@ class GroupedTarget:
             for old, new in zip(before, self.layouts, strict=True)
         )
         self.calibrated = not self.exact and method in ("optimal", "aligned")
+        self.fitted = not self.exact and method == "optimal"
         pools = method in POOLS and grouping == "contiguous"
         # Name of every key and value tensor that needs no other, and its layer.
         self._apart: dict[str, int] = {}
@@ -178,7 +182,8 @@ class GroupedTarget:
         def export(record: LayerRecord) -> dict[str, Tensor]:
             return {name: p.detach().to("cpu", self._dtypes[name]) for name, p in free.items()}
 
-        return Refittable(attention, list(free.values()), export)
+        projection = attention.get_submodule(self.arch.projections["o"])
+        return Refittable(attention, projection, list(free.values()), export)
 
     def carry(self, name: str, checkpoint: Checkpoint) -> Tensor:
         tensor = checkpoint.read(name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from headwise.convert.calibration import LayerRecord
 from headwise.convert.checkpoint import open_checkpoint
 from headwise.convert.pipeline import ConvertResult, convert
 from headwise.convert.plan import Plan
-from headwise.convert.refit import refit
+from headwise.convert.refit import fit_output, refit
 from headwise.convert.workfolder import Interrupted
 from headwise.errors import HeadwiseError
 from headwise.progress import Progress
@@ -168,7 +167,7 @@ def test_a_model_without_tokenizer_can_only_go_without_text(tmp_path: Path) -> N
 
 
 def test_saved_moments_serve_instead_of_the_text(model: Path, tmp_path: Path) -> None:
-    kept = {"refit": "off", "verify": False}
+    kept = {"refit": "off", "verify": False, "method": "aligned"}
     convert(model, tmp_path / "direct", to="gqa", groups=2, save_moments=tmp_path / "moments", **TEXT, **kept)
     convert(model, tmp_path / "reused", to="gqa", groups=2, moments=tmp_path / "moments", **kept)
     direct, reused = tensors(tmp_path / "direct"), tensors(tmp_path / "reused")
@@ -187,7 +186,7 @@ def test_a_refit_lowers_the_error_on_text_it_did_not_learn_from(model: Path, tmp
     assert isinstance(result, ConvertResult) and result.verification and result.verification.passed
     for layer in (0, 1):
         found = result.layers[layer]["refit"]
-        assert found["kept"] and found["steps"] == 40 and found["after"] < 0.8 * found["before"]
+        assert found["kept"] and found["steps"] == 40 and found["after"] < 0.9 * found["before"]
     convert(model, tmp_path / "b" / "out", **options)
     assert contents(tmp_path / "a" / "out") == contents(tmp_path / "b" / "out")
     convert(model, tmp_path / "c", **options, seed=1, verify=False)
@@ -198,11 +197,53 @@ def test_a_refit_that_does_not_help_keeps_the_closed_form(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(model, tmp_path / "closed", to="mqa", **TEXT, refit="off", verify=False)
-    monkeypatch.setattr(pipeline, "refit_layer", partial(refit, learning_rate=50.0))
+    monkeypatch.setattr(pipeline, "refit_layer", lambda *given, **how: refit(*given, **how | {"learning_rate": 50}))
     result = convert(model, tmp_path / "refitted", to="mqa", **TEXT, refit=3, verify=False)
     assert isinstance(result, ConvertResult)
     assert not any(report["refit"]["kept"] for report in result.layers.values())
     assert same(tensors(tmp_path / "closed"), tensors(tmp_path / "refitted"))
+
+
+def test_output_matrices_are_solved_for(model: Path, tmp_path: Path) -> None:
+    text = TEXT | {"calibration_tokens": 32 * 96, "refit": "off"}
+    result = convert(model, tmp_path / "out", to="gqa", groups=2, **text)
+    assert isinstance(result, ConvertResult)
+    for report in result.layers.values():
+        assert report["output"]["kept"] and report["output"]["after"] < 0.9 * report["output"]["before"]
+    convert(model, tmp_path / "again", to="gqa", groups=2, **text, verify=False)
+    assert same(tensors(tmp_path / "out"), tensors(tmp_path / "again"))
+    # Published methods are compared for what they are.
+    aligned = convert(model, tmp_path / "aligned", to="gqa", groups=2, method="aligned", **text, verify=False)
+    assert isinstance(aligned, ConvertResult) and not any("output" in r for r in aligned.layers.values())
+
+
+class Mixed(nn.Module):
+    """Heads that say something of the input, and a projection of them."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.heads, self.o_proj = nn.Tanh(), nn.Linear(4, 4)
+        with torch.no_grad():
+            self.o_proj.weight.copy_(weight)
+        self.requires_grad_(False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.o_proj(self.heads(hidden_states))
+
+
+def test_the_least_squares_output_is_found_and_left_alone_where_it_does_not_help() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight = torch.randn(20, 6, 4, generator=generator), torch.randn(4, 4, generator=generator)
+    parent = Mixed(weight)
+    record = LayerRecord(0, torch.eye(5), inputs=inputs, outputs=parent(inputs))
+    module = Mixed(torch.zeros(4, 4))
+    module.o_proj.bias.copy_(parent.o_proj.bias)
+    found = fit_output(module, module.o_proj, record)
+    assert found.kept and found.after < 1e-5 < found.before
+    torch.testing.assert_close(module.o_proj.weight, weight, rtol=1e-2, atol=1e-2)
+    # What was solved for on some sequences is worse on the others, which have the opposite sign.
+    record.outputs[:-2] *= -1
+    assert not fit_output(parent, parent.o_proj, record).kept and torch.equal(parent.o_proj.weight, weight)
 
 
 class Scale(nn.Module):
@@ -346,7 +387,7 @@ def test_the_folder_says_where_it_comes_from(model: Path, tmp_path: Path) -> Non
     assert record["source"]["model"] == "model" and record["source"]["files"].keys() == {"model.safetensors"}
     assert record["arguments"]["calibration"]["text"] == TEXT["calibrate"]
     assert record["verification"]["passed"] and record["layers"].keys() == {"0", "1"}
-    assert record["layers"]["0"].keys() == {"groups", "key_error", "value_error", "refit"}
+    assert record["layers"]["0"].keys() == {"groups", "key_error", "value_error", "output", "refit"}
     for name, tensor in tensors(tmp_path / "out").items():
         assert record["sha256"][name] == hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
     card = (tmp_path / "out" / "README.md").read_text()
