@@ -19,6 +19,7 @@ from headwise.errors import HeadwiseError
 CONFIGS = Path(__file__).parent / "accelerate"
 KINDS = tuple(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
 TRAIN = "headwise.recipes.train"
+INTERRUPTED = 130
 
 
 def launch(kind: str, processes: int | None, arguments: Sequence[str]) -> int:
@@ -30,12 +31,13 @@ def launch(kind: str, processes: int | None, arguments: Sequence[str]) -> int:
         arguments: what `python -m headwise.recipes.train` is to get.
 
     Returns:
-        The exit code of the process that failed first, or 0.
+        0, the exit code of the process that failed first, or 130 after SIGTERM or SIGINT.
 
     Raises:
         HeadwiseError: no such kind, or the machine does not have that many accelerators.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     options = launch_command_parser().parse_args(launch_arguments(kind, processes, arguments))
@@ -46,6 +48,8 @@ def launch(kind: str, processes: int | None, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode
+    except SignalException:  # passed on to the processes, which have written a checkpoint
+        return INTERRUPTED
     except subprocess.CalledProcessError as error:
         return error.returncode
     return 0

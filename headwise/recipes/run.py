@@ -33,6 +33,7 @@ from headwise.recipes.checkpoints import Checkpoints, keep, put
 from headwise.recipes.fit import check_fit, load_tokenizer
 from headwise.recipes.guard import Stopper
 from headwise.recipes.layerwise import train_layers
+from headwise.recipes.memory import check_memory
 from headwise.recipes.schema import Recipe
 from headwise.recipes.student import ModelFolder, Student
 from headwise.recipes.teacher import Teacher, answers
@@ -91,6 +92,7 @@ class Run:
         self.teacher = ModelFolder.of(open_checkpoint(parent, progress=progress)) if parent is not None else None
         self.tokenizer = load_tokenizer(folder.checkpoint)
         check_fit(recipe, folder, self.teacher, self.tokenizer, self.record)
+        check_memory(folder, self.teacher, recipe)
         self.home = WorkFolder(out).home / TRAINING
         self.before, self.parent = math.nan, None  # type: float, float | None
         self.heldout = torch.empty(0)
@@ -116,10 +118,7 @@ class Run:
                 outcome.begin(writer, self.home)
             self.processes.wait_for_everyone()
             self.progress.stage("reading text")
-            held, length = self.recipe.data, self.recipe.data.length
-            self.heldout = data.blocks_from(
-                held.heldout, self.tokenizer, split="heldout", length=length, count=held.heldout_blocks
-            )
+            self.heldout = self.heldout_blocks()
             self._measure_ends(writer)
             student = Student.load(self.folder)
             if self.recipe.layerwise is not None:
@@ -129,6 +128,17 @@ class Run:
             if writer is None:
                 return None
             return self._publish(writer, student, state)
+
+    def heldout_blocks(self) -> Tensor:
+        """The text that measures progress, int64 (blocks, length)."""
+        held = self.recipe.data
+        return data.blocks_from(
+            held.heldout, self.tokenizer, split="heldout", length=held.length, count=held.heldout_blocks
+        )
+
+    def training_blocks(self, tokens: int, seed: int) -> tuple[Any, Mapping[str, Any]]:
+        """The text that is trained on: see `data.training_blocks`."""
+        return data.training_blocks(self.recipe.data, self.tokenizer, tokens, seed)
 
     def _identity(self) -> dict[str, Any]:
         teacher = self.teacher.checkpoint.fingerprint() if self.teacher else None
@@ -159,7 +169,7 @@ class Run:
         done = self.home / "layers.safetensors"
         if self.main and writer is not None and not done.exists():
             wanted = self.recipe.layerwise.tokens
-            blocks, _ = data.training_blocks(self.recipe.data, self.tokenizer, wanted, self.recipe.seed + 1)
+            blocks, _ = self.training_blocks(wanted, self.recipe.seed + 1)
             if not isinstance(blocks, Tensor):
                 blocks = torch.stack(list(islice(blocks, wanted // self.recipe.data.length)))
             blocks = blocks[: max(2, wanted // self.recipe.data.length)]
@@ -185,7 +195,7 @@ class Run:
         assert training is not None
         tokens = training.budget(outcome.pretraining_tokens(self.teacher, self.folder))
         self.progress.stage("reading text")
-        blocks, self.text = data.training_blocks(recipe.data, self.tokenizer, tokens, training.seed)
+        blocks, self.text = self.training_blocks(tokens, training.seed)
         collate: Any = packing.collator(student.bare, self.tokenizer, recipe.data.separate_documents)
         beside = None
         if recipe.loss.needs_teacher and recipe.teacher.topk is not None:

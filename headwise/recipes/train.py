@@ -12,6 +12,7 @@ import argparse
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import transformers
@@ -22,6 +23,11 @@ from headwise.progress import SILENT, Progress
 from headwise.recipes import schema
 from headwise.recipes.pretrain import pretrain
 from headwise.recipes.uptrain import uptrain
+
+INTERRUPTED = 130
+# Seconds before a process other than the first says what is wrong. Mostly the first says the same, and the launcher
+# ends the others with it.
+OTHERS_WAIT = 5
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,8 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
             progress = shown if os.environ.get("RANK", "0") == "0" else SILENT
             said = _train(recipe, options, command, progress)
     except HeadwiseError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(OTHERS_WAIT)
         ui.error(error.message, error.hint)
         return error.exit_code
+    except KeyboardInterrupt:  # the first process says what is kept
+        return INTERRUPTED
     if said:
         ui.say(said)
     return 0

@@ -78,7 +78,8 @@ class Trainer(transformers.Trainer):
             attention = [network.get_submodule(path) for path in self.task.attention]
         theirs = teacher(inputs, **inside, attention_outputs=bool(attention)) if teacher else None
         # Not the Trainer's own bf16: it would bring all logits to float32 at once.
-        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._bf16):
+        # No cache: it would hold a bfloat16 copy of every weight, where activations are not kept.
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._bf16, cache_enabled=False):
             ours = ask(model, inputs, **inside, attention=attention)
         return total_loss(loss, ours, labels, theirs, answers, self.task.scales)
 

@@ -1,0 +1,149 @@
+"""What training will take, against what it took."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM
+
+from headwise.convert.checkpoint import open_checkpoint
+from headwise.demo import MODEL
+from headwise.errors import HeadwiseError
+from headwise.recipes import memory
+from headwise.recipes.forecast import Shape, forecast, refuse_unless_it_fits
+from headwise.recipes.schema import Data, Lora, Loss, Recipe, Training
+from headwise.recipes.student import ModelFolder
+
+LLAMA_7B = LlamaConfig(
+    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+)
+RECIPE = Recipe("a test", Data({"builtin": 1}), Training(tokens=10**6, batch_tokens=8192), loss=Loss(kl=1.0))
+
+# Two steps of distillation, and the growth of resident memory from before the models were made.
+RUN = """
+import json, resource, sys, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from headwise.recipes import losses
+torch.set_num_threads(1)
+peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+config, tokens, checkpointing = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
+before = peak()
+student, teacher = (LlamaForCausalLM(LlamaConfig(**config, use_cache=False)) for _ in range(2))
+teacher.requires_grad_(False)
+if checkpointing:
+    student.gradient_checkpointing_enable({"use_reentrant": False})
+student.train()
+optimizer = torch.optim.AdamW(student.parameters(), fused=True)
+ids = torch.randint(0, config["vocab_size"], (tokens // 256, 256))
+for _ in range(2):
+    with torch.no_grad():
+        theirs = teacher(input_ids=ids).logits.flatten(0, 1)
+    ours = student(input_ids=ids).logits.flatten(0, 1)
+    weights = torch.full((tokens,), 1 / tokens)
+    losses.over_tokens(losses.forward_kl, ours, theirs, weights=weights).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is counted in other units elsewhere")
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_the_forecast_is_what_a_run_takes(checkpointing: bool) -> None:
+    sizes = {"vocab_size": 4096, "hidden_size": 320, "intermediate_size": 896, "num_hidden_layers": 6}
+    config = LlamaConfig(**sizes, num_attention_heads=5)
+    arguments = [json.dumps({**sizes, "num_attention_heads": 5}), "1024", str(checkpointing)]
+    done = subprocess.run([sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, check=True)
+    with torch.device("meta"):
+        parameters = LlamaForCausalLM(config).num_parameters()
+    shape = Shape.of(config, parameters)
+    found = forecast(shape, trained=parameters, tokens=1024, teacher=shape, half=False, checkpointing=checkpointing)
+    assert int(done.stdout) == pytest.approx(found.total - found.rest, rel=0.25)
+
+
+@pytest.mark.parametrize("half", [2, 4])
+@pytest.mark.parametrize("latent", [False, True])
+def test_what_a_layer_keeps_is_counted(latent: bool, half: int) -> None:
+    fields = {"vocab_size": 64, "hidden_size": 96, "intermediate_size": 208, "num_attention_heads": 8}
+    if latent:
+        sizes = {"kv_lora_rank": 40, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12}
+        fields |= sizes | {"num_key_value_heads": 8, "q_lora_rank": None, "first_k_dense_replace": 9}
+    made = [(DeepseekV3Config if latent else LlamaConfig)(**fields, num_hidden_layers=n) for n in (1, 2)]
+    counted = [_kept(config, 61, half == 2) for config in made]
+    assert (counted[1] - counted[0]) / 61 == pytest.approx(Shape.of(made[0], 10**5).kept(half), rel=0.1)
+
+
+def _kept(config, tokens: int, amp: bool) -> int:
+    """Bytes of activations that autograd keeps, each once; weights and copies of weights have no axis of tokens."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    kept = {}
+
+    def pack(tensor):
+        if tokens in tensor.shape or tokens * config.num_attention_heads in tensor.shape:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", enabled=amp):
+        hidden = model.model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+    assert hidden
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_a_7b_student_beside_its_parent() -> None:
+    shape = Shape.of(LLAMA_7B, 6_738_415_616)
+    one = forecast(shape, trained=shape.parameters, tokens=4096, teacher=shape, checkpointing=True)
+    assert (one.parameters, one.gradients, one.optimizer) == tuple(n * shape.parameters for n in (4, 4, 8))
+    assert 125e9 < one.total < 141e9
+    two = forecast(shape, trained=shape.parameters, tokens=4096, teacher=shape, checkpointing=True, sharded=2)
+    assert 0.5 * one.total < two.total < 0.58 * one.total
+    # DDP keeps everything on each GPU, and the gradients twice.
+    ddp = forecast(shape, trained=shape.parameters, tokens=4096, teacher=shape, checkpointing=True, replicas=2)
+    assert ddp.total > one.total + 4 * shape.parameters
+
+
+def test_a_run_that_does_not_fit_is_refused_with_what_would() -> None:
+    shape = Shape.of(LLAMA_7B, 6_738_415_616)
+    much = forecast(shape, trained=shape.parameters, tokens=16384, teacher=shape)
+    less = forecast(shape, trained=shape.parameters, tokens=16384, teacher=shape, checkpointing=True, sharded=4)
+    refuse_unless_it_fits(much, much.total, "cuda:0", {})
+    with pytest.raises(
+        HeadwiseError, match=r"needs about \d+ GB of memory \(.*optimizer.*\), and cuda:0 has 80 GB"
+    ):
+        refuse_unless_it_fits(much, 80 * 10**9, "cuda:0", {})
+    with pytest.raises(HeadwiseError) as refused:
+        refuse_unless_it_fits(much, 80 * 10**9, "cuda:0", {"--launch fsdp2": less})
+    assert refused.value.hint is not None and refused.value.hint.startswith("With --launch fsdp2 it needs ")
+
+
+def test_a_run_is_forecast_from_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = ModelFolder.of(open_checkpoint(MODEL))
+    assert memory.shape(folder).parameters == 4_541_184
+    whole = memory.of_run(folder, folder, RECIPE)
+    assert RECIPE.train is not None
+    attention = replace(RECIPE, train=replace(RECIPE.train, parameters="attention"))
+    assert memory.trained_parameters(folder, attention) == 5 * 4 * 256 * 256
+    thin = replace(RECIPE, train=replace(RECIPE.train, parameters="attention", lora=Lora(rank=4)))
+    assert memory.trained_parameters(folder, thin) == 5 * 8 * 4 * 256
+    alone = memory.of_run(folder, None, RECIPE)
+    assert memory.of_run(folder, folder, thin).total < memory.of_run(folder, folder, attention).total < whole.total
+    assert alone.teacher == 0 and alone.total < whole.total
+    memory.check_memory(folder, folder, RECIPE)
+    monkeypatch.setattr(memory, "free_memory", lambda *_: 10**8)
+    with pytest.raises(HeadwiseError, match="this machine has 100 MB free"):
+        memory.check_memory(folder, folder, RECIPE)
+
+
+def test_free_memory_is_shared_by_the_processes_of_a_cpu() -> None:
+    whole = memory.free_memory(torch.device("cpu"))
+    if whole is None:
+        pytest.skip("this system does not tell")
+    share = memory.free_memory(torch.device("cpu"), 4)
+    assert share is not None and share == pytest.approx(whole / 4, rel=0.2)
