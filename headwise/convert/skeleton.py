@@ -29,15 +29,19 @@ def stock_config(config: dict[str, Any]) -> Any:
 def empty_model(config: dict[str, Any], auto_class: str, dtype: torch.dtype = torch.float32) -> Any:
     """The stock model of a config.json with buffers but no weights (parameters on the meta device)."""
     import transformers
+    from transformers.initialization import no_init_weights
 
     try:
         stock = stock_config(config)
         # Only the eager form knows soft-capped scores.
         capped = getattr(stock.get_text_config(), "attn_logit_softcapping", None)
-        with init_empty_weights(include_buffers=False):
+        # Drawing random numbers for weights that are not there would be most of the time that this takes.
+        with init_empty_weights(include_buffers=False), no_init_weights():
             model = getattr(transformers, auto_class).from_config(
                 stock, dtype=dtype, attn_implementation="eager" if capped else "sdpa"
             )
+    except MemoryError:
+        raise
     # The classes raise whatever their arithmetic on an odd value raises; sizes beyond any memory are among that.
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
