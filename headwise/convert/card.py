@@ -10,6 +10,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -28,6 +29,7 @@ PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy")
 # What a card may take over from the source's: facts about the model that a conversion does not touch.
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 MAX_CARD = 1_000_000
+EVALUATION = "Evaluation"  # the section that `headwise card` writes
 
 
 def make_record(
@@ -146,6 +148,20 @@ def with_section(card: str, title: str, body: str, *, before: str = "") -> str:
     after = next((place for place, _ in headings if place > first), len(lines)) if title in places else first
     parts = ["\n".join(lines[:first]).rstrip("\n"), f"## {title}", body.strip("\n"), "\n".join(lines[after:])]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def without_evaluation(card: str) -> str:
+    """A card's text without what was measured of earlier weights: the section and `model-index`."""
+    with suppress(Exception):  # front matter that cannot be read holds no figures that the Hub could show
+        made = ModelCard(card)
+        if made.data.get("eval_results"):
+            made.data["eval_results"] = made.data["model_name"] = None
+            card = str(made)
+    lines = card.split("\n")
+    headings = _headings(lines)
+    first = next((place for place, title in headings if title == EVALUATION), len(lines))
+    after = next((place for place, _ in headings if place > first), len(lines))
+    return "\n".join([*lines[:first], *lines[after:]]).rstrip("\n") + "\n"
 
 
 def _headings(lines: Sequence[str]) -> list[tuple[int, str]]:

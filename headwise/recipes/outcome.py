@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from headwise import __version__
-from headwise.convert.card import inherited, with_section
+from headwise.convert.card import inherited, with_section, without_evaluation
 from headwise.convert.checkpoint import Checkpoint, open_checkpoint
 from headwise.convert.record import RECORD, hash_files
 from headwise.convert.source import read_json
@@ -86,7 +86,7 @@ def describe(
     }
     writer.add_text(RECORD, json.dumps(record, indent=2) + "\n")
     card = checkpoint.folder / CARD
-    text = card.read_text(encoding="utf-8") if card.is_file() else _new_card(checkpoint)
+    text = without_evaluation(card.read_text(encoding="utf-8")) if card.is_file() else _new_card(checkpoint)
     writer.add_text(CARD, with_section(text, SECTION, "\n".join(_section(facts)), before="Checks"))
 
 
