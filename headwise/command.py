@@ -133,6 +133,10 @@ def explain(problem: BaseException) -> int:
         case click.Abort() | KeyboardInterrupt():
             ui.error("Interrupted.")
             return 130
+        case MemoryError():
+            ui.error("There is not enough memory.", OTHER_MEMORY)
+        case RuntimeError() if any(words in str(problem) for words in NO_MEMORY):
+            ui.error(f"There is not enough memory: {str(problem).strip().splitlines()[0]}", OTHER_MEMORY)
         case OSError(filename=str(name), strerror=str(reason)):
             ui.error(f"{name}: {reason}.")
         case _:
@@ -141,6 +145,11 @@ def explain(problem: BaseException) -> int:
                 "This is a bug: run it again with HEADWISE_DEBUG=1 and report the traceback.",
             )
     return 2
+
+
+# How torch says it, on the CPU and on a GPU.
+NO_MEMORY = ("can't allocate memory", "out of memory")
+OTHER_MEMORY = "`--dry-run` forecasts what a conversion needs; what was done before is kept for --resume."
 
 
 def _hush_libraries(verbose: bool) -> None:

@@ -216,14 +216,16 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def _read_header(file: FileIO, name: str) -> tuple[dict[str, TensorEntry], str]:
-    size = os.fstat(file.fileno()).st_size
-    file.seek(0)
-    length = int.from_bytes(file.read(8), "little")
+    with plain_errors(Path(file.name), "read"):
+        size = os.fstat(file.fileno()).st_size
+        file.seek(0)
+        length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
         raise broken(name, f"it is truncated: {size} bytes do not hold the header")
     if length > MAX_HEADER:
         raise broken(name, f"its header claims {length} bytes, more than the {MAX_HEADER} the format allows")
-    header = file.read(length)
+    with plain_errors(Path(file.name), "read"):
+        header = file.read(length)
     if len(header) != length:
         raise broken(name, "it became shorter while it was read")
     return parse_header(header, size - 8 - length, name), hashlib.sha256(header).hexdigest()

@@ -18,6 +18,9 @@ REASONS = {
     errno.EPERM: ("permission is denied", "Choose a folder that you may use."),
     errno.EROFS: ("the file system is read-only", "Choose a folder that you may use."),
     errno.EIO: ("the disk reports an error", "Check the disk, then pass --resume."),
+    errno.EXDEV: ("its file system cannot rename folders", "Choose a folder on another file system."),
+    errno.ESTALE: ("the network file system has lost it", "Mount it again, then pass --resume."),
+    errno.EMFILE: ("this process has too many files open", "Raise `ulimit -n`, then pass --resume."),
     errno.ENOTDIR: ("a file is where a folder should be", "Name another folder."),
 }
 # Tokenizer, journal and card beside the weights.
@@ -51,6 +54,14 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def write_all(handle: int, content: bytes | memoryview, at: int | None = None) -> None:
+    """Write everything: at an offset, or at the end of a file that was opened to be appended to."""
+    left = memoryview(content)
+    while left:
+        count = os.write(handle, left) if at is None else os.pwrite(handle, left, at)
+        left, at = left[count:], None if at is None else at + count
 
 
 def check_space(folder: Path, nbytes: int) -> None:

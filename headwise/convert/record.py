@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from headwise.convert.checkpoint import Checkpoint, make_buffers
+from headwise.convert.checkpoint import CHUNK, Checkpoint, make_buffers
+from headwise.convert.disk import plain_errors
 from headwise.convert.source import inside, read_json
 from headwise.errors import HeadwiseError
 from headwise.progress import SILENT, Progress
@@ -26,7 +27,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not (folder / RECORD).exists():
         return None
     record = read_json(folder, RECORD)
-    if not all(isinstance(record.get(key), dict) for key in ("arguments", "sha256")):
+    known = {"files": {}} | record
+    if not all(isinstance(known.get(key), dict) for key in ("arguments", "sha256", "files")):
         raise HeadwiseError(f"{folder / RECORD} has no arguments and sha256.", "Delete it to do without.")
     return record
 
@@ -70,4 +72,8 @@ def changed_tensors(checkpoint: Checkpoint, record: Mapping[str, Any], progress:
 
 
 def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with plain_errors(path, "read"), open(path, "rb", buffering=0) as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from headwise.convert.disk import check_space, plain_errors, space_taken, sync
+from headwise.convert.disk import check_space, plain_errors, space_taken, sync, write_all
 from headwise.errors import HeadwiseError
 
 
@@ -77,7 +78,8 @@ class WorkFolder:
                 else:
                     self._begin(identity, nbytes)
             except BaseException:
-                self._unlock(remove=fresh)
+                # A folder without output is what a run left that could not tidy up after itself.
+                self._unlock(remove=fresh or not (self.output.exists() or self.old.exists()))
                 raise
 
     def append(self, line: dict[str, Any]) -> None:
@@ -86,7 +88,7 @@ class WorkFolder:
         with plain_errors(self.out):
             handle = os.open(self.home / "journal.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             try:
-                os.write(handle, json.dumps(line).encode() + b"\n")
+                write_all(handle, json.dumps(line).encode() + b"\n")
             finally:
                 os.close(handle)
 
@@ -182,11 +184,20 @@ class WorkFolder:
         path = self.home / "journal.jsonl"
         if not (path.exists() and self.output.is_dir()):
             return []
-        content = path.read_bytes()
-        # A killed run may have left half a line at the end; the next line must not be glued to it.
-        whole = content[: content.rfind(b"\n") + 1]
-        os.truncate(path, len(whole))
-        return [json.loads(line) for line in whole.splitlines()]
+        # A killed run or a full disk may have left half a line: nothing after it is believed, nor glued to it.
+        lines: list[dict[str, Any]] = []
+        end = 0
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                entry = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                entry = None
+            if not isinstance(entry, dict) or (not lines and "identity" not in entry):
+                break
+            lines.append(entry)
+            end += len(line)
+        os.truncate(path, end)
+        return lines
 
     def _check_same(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         for key in sorted(before.keys() | now.keys()):
@@ -204,8 +215,32 @@ class WorkFolder:
         (self.home / "journal.jsonl").unlink(missing_ok=True)
         check_space(self.out, nbytes)
         self.journal = []
+        self._check_rename()
         self.output.mkdir()
         self.append({"identity": identity})
+
+    def _check_rename(self) -> None:
+        """Some network and layered file systems cannot rename a folder: better known before the work than after."""
+        before, after = self.home / "probe", self.home / "probed"
+        for path in (before, after):
+            shutil.rmtree(path, ignore_errors=True)
+        before.mkdir()
+        try:
+            os.rename(before, after)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.ENOTSUP, errno.EPERM, errno.EINVAL, errno.ENOSYS):
+                raise
+            raise HeadwiseError(
+                f"{self.out.parent} is on a file system that cannot rename folders ({error.strerror}), and a model "
+                "appears by one rename when it is complete.",
+                "Choose a folder on another file system.",
+            ) from error
+        if before.exists() or not after.is_dir():
+            raise HeadwiseError(
+                f"{self.out.parent} is on a file system whose renames are not atomic.",
+                "Choose a folder on another file system.",
+            )
+        after.rmdir()
 
 
 def _check_apart(out: Path, source: Path) -> None:

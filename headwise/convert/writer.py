@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from headwise.convert.checkpoint import CHUNK, Checkpoint, as_bytes, has_nonfinite, make_buffers
-from headwise.convert.disk import plain_errors, sync
+from headwise.convert.disk import plain_errors, sync, write_all
 from headwise.convert.headers import make_header
 from headwise.convert.workfolder import WorkFolder
 from headwise.errors import HeadwiseError
@@ -241,17 +241,26 @@ class Writer:
         for shard in self.shards:
             path = self.folder / shard.file
             if not path.exists() or path.stat().st_size != shard.nbytes:
-                with open(path, "wb", buffering=0) as file:
-                    os.truncate(file.fileno(), shard.nbytes)
-                    _write_all(file.fileno(), shard.header, 0)
+                self._lay_out(path, shard)
                 for tensor in shard.tensors:
                     self.hashes.pop(tensor.name, None)
             elif shard.file not in complete:
+                # The journal says nothing of the header, which may have been cut off.
+                self._lay_out(path, shard)
                 # A lost power supply may have lost bytes that the journal says were written.
                 for tensor in shard.tensors:
                     if tensor.name in self.hashes and self._hash_on_disk(tensor, shard) != self.hashes[tensor.name]:
                         del self.hashes[tensor.name]
             self._left[shard.file] = sum(tensor.name not in self.hashes for tensor in shard.tensors)
+
+    def _lay_out(self, path: Path, shard: Shard) -> None:
+        """Give a weight file its length and its header; what else is in it stays."""
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            os.truncate(handle, shard.nbytes)
+            write_all(handle, shard.header, 0)
+        finally:
+            os.close(handle)
 
     def _stream(self, name: str, chunks: Iterable[Tensor]) -> None:
         tensor, shard = self._tensors[name]
@@ -269,7 +278,7 @@ class Writer:
                             f"Tensor {name} holds NaN or infinite values.",
                             "Pass --allow-nan to convert the model all the same.",
                         )
-                    _write_all(handle, content, at)
+                    write_all(handle, content, at)
                     at += len(content)
                     if len(pending) == len(self._buffers):
                         # The next chunk overwrites the oldest.
@@ -307,10 +316,3 @@ def make_index(shards: Sequence[Shard]) -> str:
     }
     weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
     return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
-
-
-def _write_all(handle: int, content: bytes | memoryview, at: int) -> None:
-    left = memoryview(content)
-    while left:
-        count = os.pwrite(handle, left, at)
-        left, at = left[count:], at + count
