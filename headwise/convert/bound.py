@@ -94,37 +94,25 @@ def never_turned(frequencies: Tensor, trained: int) -> float:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A rule, its base where the rule is `base`, and why."""
+    """A rule, and why."""
 
     rule: str
-    rope_theta: float | None
     reason: str
 
 
-def recommend(
-    parameters: rope.Parameters, *, rotary_dim: int, trained: int, context: int, uptraining: bool
-) -> Recommendation:
-    """The rule for a model's rotary width, trained length and target, with or without uptraining after it."""
+def recommend(parameters: rope.Parameters, *, rotary_dim: int, trained: int) -> Recommendation:
+    """The rule for a model's rotary width and trained length, whether or not training follows.
+
+    YaRN came out best of all rules both without training and after it (docs/results/long-context.md).
+    """
     source = rope.rope_type(parameters)
     if source in ("yarn", "llama3", "longrope"):
-        return Recommendation(source, None, f"the source already scales by {source}: only it composes exactly")
+        return Recommendation(source, f"the source already scales by {source}: only it composes exactly")
     if source == "linear":
-        return Recommendation("ntk", None, "on a linearly scaled source a larger base composes exactly")
-    if not uptraining:
-        turned = 1 - never_turned(rope.base_frequencies(parameters["rope_theta"], rotary_dim), trained)
-        return Recommendation(
-            "yarn",
-            None,
-            f"without training no plane may meet an angle it never saw: yarn leaves the fast planes of the "
-            f"{turned:.0%} that completed a turn in {trained} tokens and slows the others",
-        )
-    ntk = rope.ntk_base(parameters["rope_theta"], context / trained, rotary_dim)
-    failure = first_failure(rope.base_frequencies(ntk, rotary_dim), context)
-    if failure is None:
-        return Recommendation("ntk", None, f"its base {ntk:.6g} holds to {context} tokens; training does the rest")
-    needed = max(ntk, smallest_base(rotary_dim, context).always)
+        return Recommendation("ntk", "on a linearly scaled source a larger base composes exactly")
+    turned = 1 - never_turned(rope.base_frequencies(parameters["rope_theta"], rotary_dim), trained)
     return Recommendation(
-        "base",
-        needed,
-        f"ntk's base {ntk:.6g} fails from distance {failure}; from {needed:.6g} on every base holds to {context}",
+        "yarn",
+        f"no plane should meet an angle it never saw: yarn leaves the fast planes of the {turned:.0%} that "
+        f"completed a turn in {trained} tokens and slows the others",
     )

@@ -68,7 +68,6 @@ def extend(
     context: int,
     rule: str = "auto",
     rope_theta: float | None = None,
-    uptraining: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """Rewrite how positions rotate.
 
@@ -81,7 +80,6 @@ def extend(
         context: tokens wanted.
         rule: one of `rope.RULES`, or "auto".
         rope_theta: the new base; makes the rule `base`.
-        uptraining: whether training will follow, which changes what `auto` recommends.
 
     Returns:
         A new config in both spellings, checked against the stock class, and what to tell the user.
@@ -113,14 +111,14 @@ def extend(
         f"{r.where} see at most {r.window:,} tokens: their frequencies stay" for r in sets if r not in stretched
     ]
     for rotation in stretched:
-        chosen, theta = rule, rope_theta
+        chosen = rule
         asked = {"rotary_dim": rotation.rotary_dim, "trained": trained, "context": context}
         try:
             if rule == "auto":
-                advice = bound.recommend(rotation.parameters, **asked, uptraining=uptraining)
-                chosen, theta = advice.rule, advice.rope_theta
+                advice = bound.recommend(rotation.parameters, rotary_dim=rotation.rotary_dim, trained=trained)
+                chosen = advice.rule
                 notes.append(f"auto chose {chosen} for {rotation.where}: {advice.reason}")
-            new_rope = rope.rescale(rotation.parameters, chosen, **asked, rope_theta=theta)
+            new_rope = rope.rescale(rotation.parameters, chosen, **asked, rope_theta=rope_theta)
         except ValueError as error:
             raise HeadwiseError(f"--rope {chosen} cannot extend this model: {error}.") from error
         changed[rotation.layer_type] = new_rope

@@ -102,6 +102,12 @@ class LatentTarget:
             )
         self._check_shape(rank, rope_dim)
         self._grid = self._choose_frequencies(rope_dim, rope_frequencies)
+        scaled = rope.rope_type(rotations(config, arch)[0].parameters)
+        if scaled != "default" and not (exact or self.partial) and rope_frequencies == "default":
+            self.warnings.append(
+                f"The source turns by {scaled} frequencies, and rotary keys on the default grid by those of its "
+                f"base {self._theta:,.0f}, which only come near. --rope-frequencies free keeps the source's own."
+            )
 
         biased = arch.has_bias(config)
         o_bias = self._o_bias_name(0) in checkpoint.tensors
@@ -245,6 +251,9 @@ class LatentTarget:
             )
         turning = next(layout for layout in self._before if layout.rotary_dim)
         splits = [p for _, p in engines.splits(numbers, turning.rotary_dim, turning.num_key_value_heads)]
+        if self.partial:  # as many planes of every head
+            step = 2 * turning.num_key_value_heads
+            splits = list(range(step, min(step * turning.rotary_dim // 2, numbers // 2) + 1, step))
         if not splits:
             raise HeadwiseError(
                 f"--cache {share:.4g} leaves {wanted} numbers per token and layer, too few for a rotary key.",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,17 @@ WHOLE = 1 << 30
 TOKENS = 24
 # Float64 evaluations of the same weights differ by rounding alone; some stock classes round inside to float32.
 TOLERANCE = 1e-5
+# Config fields that a conversion's arguments may change, by argument.
+MOVED = {
+    "context": (
+        "max_position_embeddings",
+        "original_max_position_embeddings",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+    ),
+    "sliding_window": ("layer_types", "max_window_layers", "model_type", "sliding_window", "use_sliding_window"),
+}
 
 
 Stock = Architecture | LatentModel
@@ -63,7 +74,6 @@ def verify(
     out: str | Path,
     against: str | Path | None = None,
     *,
-    device: str | None = None,
     revision: str | None = None,
     token: str | None = None,
     progress: Progress = SILENT,
@@ -132,7 +142,7 @@ def check_folder(
             detail = f"{', '.join(changed[:3])} not as written" if changed else "every tensor is as it was written"
             add("record", lambda: (not changed, detail))
     chosen = _few(len(layouts))
-    moved = bool(arguments.keys() & {"context", "sliding_window"})
+    moved = frozenset(field for what in arguments.keys() & MOVED.keys() for field in MOVED[what])
     trained = bool(record and record.get("uptraining"))
     if latent:
         add("function", verify_latent.layers_compute_their_factors, checkpoint, latent, chosen, TOKENS)
@@ -220,19 +230,20 @@ def _against_parent(
     chosen: Sequence[int],
     *,
     compare: bool,
-    moved: bool,
+    moved: Collection[str],
     trained: bool,
 ) -> tuple[bool, str]:
     """Nothing but the converted attention differs; and that neither, where the conversion is exact.
 
-    Where positions were `moved` (a longer context, a window), the parent is compared as it is with the same ones.
+    Where positions were moved (a longer context, a window), which may change the config fields `moved`, the parent
+    is compared as it is with the same ones.
     What was `trained` since differs everywhere, and only its shape is compared.
     """
     old = find(parent.config, parent.tensors)
     before, after = old.layouts(parent.config), arch.layouts(checkpoint.config)
     if len(before) != len(after):
         return False, f"the parent has {len(before)} layers, and the folder {len(after)}"
-    fields = [] if moved else _changed_fields(old, parent.config, arch, checkpoint.config)
+    fields = _changed_fields(old, parent.config, arch, checkpoint.config, moved)
     if fields:
         return False, f"config.json differs from the parent's in {', '.join(fields)}"
     converted = {
@@ -335,12 +346,12 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 
 def _changed_fields(
-    old: Architecture, before: dict[str, Any], arch: Architecture, after: dict[str, Any]
+    old: Architecture, before: dict[str, Any], arch: Architecture, after: dict[str, Any], moved: Collection[str]
 ) -> list[str]:
     """Fields that both stock configs of the language model know and disagree on."""
     a, b = old.stock_config(before).to_dict(), arch.stock_config(after).to_dict()
     free = {arch.num_key_value_heads, "dtype", "torch_dtype", "transformers_version", "architectures"}
-    return sorted(name for name in a.keys() & b.keys() - free if a[name] != b[name])
+    return sorted(name for name in a.keys() & b.keys() - free - {*moved} if a[name] != b[name])
 
 
 def _few(layers: int) -> list[int]:

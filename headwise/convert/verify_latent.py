@@ -3,7 +3,7 @@ the parent's attention where the conversion is exact."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,18 +133,19 @@ def against_parent(
     model: LatentModel,
     chosen: Sequence[int],
     tokens: int,
-    moved: bool,
+    moved: Collection[str],
     trained: bool,
 ) -> tuple[bool, str]:
     """What is not attention is the parent's, scaled as the config needs; an exact lift computes the same.
 
+    Fields of the config that are named in `moved` may differ, and with them what attention computes.
     Of a model that was `trained` since, only the shape is the parent's.
     """
     arch = find(parent.config, parent.tensors)
     before = arch.layouts(parent.config)
     if len(before) != len(model.layouts):
         return False, f"the parent has {len(before)} layers, and the folder {len(model.layouts)}"
-    changed = [] if moved else _changed_fields(model.config, parent.config, arch)
+    changed = _changed_fields(model.config, parent.config, arch, moved)
     if changed:
         return False, f"config.json differs from the parent's in {', '.join(changed)}"
     if trained:
@@ -174,12 +175,15 @@ def against_parent(
     return worst < limit, f"exact: attention of the chosen layers within {worst:.1e} of the parent's"
 
 
-def _changed_fields(config: dict[str, Any], parent: dict[str, Any], arch: Architecture) -> list[str]:
+def _changed_fields(
+    config: dict[str, Any], parent: dict[str, Any], arch: Architecture, moved: Collection[str]
+) -> list[str]:
     """What is carried over from the parent's config and is not the same."""
     text = arch.text_config(parent)
-    changed = [key for key in deepseek.CARRIED_KEYS if key in text and config.get(key) != text[key]]
-    theta = rotations(parent, arch)[0].parameters["rope_theta"]
-    return changed + ["rope_theta"] * (float(config["rope_parameters"]["rope_theta"]) != float(theta))
+    before = {key: text[key] for key in deepseek.CARRIED_KEYS if key in text}
+    before["rope_theta"] = float(rotations(parent, arch)[0].parameters["rope_theta"])
+    after = {**config, "rope_theta": float(config["rope_parameters"]["rope_theta"])}
+    return [key for key, value in before.items() if key not in moved and after.get(key) != value]
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

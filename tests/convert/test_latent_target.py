@@ -18,6 +18,7 @@ from headwise.convert import deepseek, pipeline
 from headwise.convert.layout import AttentionLayout, LatentWeights
 from headwise.convert.natural import from_natural, natural_attention
 from headwise.convert.pipeline import ConvertResult, convert
+from headwise.convert.plan import Plan
 from headwise.convert.refit import refit
 from headwise.convert.verify import verify
 from headwise.convert.workfolder import Interrupted
@@ -117,6 +118,8 @@ def test_a_lossy_folder_caches_what_it_promised(
 
 def test_partial_rope_keeps_whole_planes_of_every_head(model: Path, tmp_path: Path) -> None:
     options = {"method": "partial-rope", "calibrate": "none"}
+    plan = convert(model, tmp_path / "plan", to="mla", cache=0.5, dry_run=True, **options)
+    assert isinstance(plan, Plan) and plan.config["qk_rope_head_dim"] % 16 == 0
     made(convert(model, tmp_path / "out", to="mla", rank=32, rope_dim=16, **options))
     assert cached(load(tmp_path / "out")) == [48] * 2
     with pytest.raises(HeadwiseError, match="8 KV heads needs a rope_dim that is a multiple of 16"):
@@ -212,6 +215,10 @@ def test_a_longer_context_turns_as_the_rule_says(model: Path, tmp_path: Path, ru
     long = config(tmp_path / "long")
     assert config(tmp_path / "exact")["max_position_embeddings"] == long["max_position_embeddings"] == 128
     assert relative(logits(load(tmp_path / "exact")), logits(load(tmp_path / "long"))) < 1e-5
+    plan = convert(model, tmp_path / "plan", to="mla", cache=0.25, dry_run=True, **positions)
+    assert isinstance(plan, Plan) and any("default grid" in w for w in plan.warnings) == (
+        rule not in ("ntk", "base")
+    )
     if rule in ("ntk", "base"):
         convert(model, tmp_path / "lossy", to="mla", cache=0.25, calibrate="none", verify=False, **positions)
         lossy = config(tmp_path / "lossy")

@@ -140,12 +140,10 @@ def test_planes_that_never_turned() -> None:
     assert bound.never_turned(slow, 1000) == 0.5
 
 
-def test_auto_follows_source_and_training() -> None:
-    assert bound.recommend(PLAIN, **SIZES, uptraining=False).rule == "yarn"
-    trained = bound.recommend(PLAIN, **SIZES, uptraining=True)
-    assert trained.rule == "base" and trained.rope_theta is not None
-    assert bound.first_failure(rope.base_frequencies(trained.rope_theta, 64), 4096) is None
-    llama3 = rope.rescale(PLAIN, "llama3", **SIZES)
-    assert bound.recommend(llama3, **SIZES, uptraining=True).rule == "llama3"
-    roomy = {"rope_type": "default", "rope_theta": 5e6}
-    assert bound.recommend(roomy, rotary_dim=128, trained=4096, context=8192, uptraining=True).rule == "ntk"
+def test_auto_follows_the_source() -> None:
+    def chosen(parameters: rope.Parameters) -> str:
+        return bound.recommend(parameters, rotary_dim=SIZES["rotary_dim"], trained=SIZES["trained"]).rule
+
+    assert chosen(PLAIN) == "yarn"
+    assert chosen(rope.rescale(PLAIN, "llama3", **SIZES)) == "llama3"
+    assert chosen(rope.rescale(PLAIN, "linear", **SIZES)) == "ntk"

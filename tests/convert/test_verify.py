@@ -151,6 +151,7 @@ def another_base(config: dict[str, Any]) -> None:
         ("mha", another_base, {"parent", "record"}, "rope_parameters"),
         ("gqa", set_field("rms_norm_eps", 0.1), {"parent", "record"}, "rms_norm_eps"),
         ("gqa", set_field("hidden_act", "gelu"), {"parent", "record"}, "hidden_act"),
+        ("long", set_field("rms_norm_eps", 0.1), {"parent", "record"}, "rms_norm_eps"),
     ],
 )
 def test_a_changed_config_is_seen(
