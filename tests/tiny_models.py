@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -162,18 +164,22 @@ CONFIGS |= {
 }
 
 
-def build(model_type: str, **overrides: Any) -> tuple[transformers.PreTrainedModel, dict[str, Any]]:
-    """A random float32 model in eval mode, and its config as config.json would hold it.
-
-    Every parameter is random, biases and norms too: a zero bias would hide that it was lost. `overrides` go to
-    the language model's config.
-    """
+def config_of(model_type: str, **overrides: Any) -> dict[str, Any]:
+    """What config.json holds of such a model. `overrides` go to the language model's config."""
     fields = copy.deepcopy(CONFIGS[model_type])
     if "text_config" in fields:
         fields["text_config"] |= overrides
     else:
         fields = _COMMON | fields | overrides
-    config = json.loads(AutoConfig.for_model(model_type, **fields).to_json_string(use_diff=False))
+    return json.loads(AutoConfig.for_model(model_type, **fields).to_json_string(use_diff=False))
+
+
+def build(model_type: str, **overrides: Any) -> tuple[transformers.PreTrainedModel, dict[str, Any]]:
+    """A random float32 model in eval mode, and its config as config.json would hold it.
+
+    Every parameter is random, biases and norms too: a zero bias would hide that it was lost.
+    """
+    config = config_of(model_type, **overrides)
     model = from_config(config)
     generator = torch.Generator().manual_seed(17)
     with torch.no_grad():
@@ -195,9 +201,18 @@ def from_config(config: dict[str, Any]) -> transformers.PreTrainedModel:
 
 
 def save(model_type: str, folder: Path, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
-    """Write such a model with `save_pretrained`."""
-    model, _ = build(model_type, **overrides)
-    model.to(dtype).save_pretrained(folder)
+    """Write such a model with `save_pretrained`, once a session: every test gets a copy of its own."""
+    made = _saved(model_type, dtype, json.dumps(overrides, sort_keys=True))
+    shutil.copytree(made.name, folder, dirs_exist_ok=True)
+    return folder
+
+
+@cache
+def _saved(model_type: str, dtype: torch.dtype, overrides: str) -> tempfile.TemporaryDirectory[str]:
+    """The folder, which lasts as long as this object does."""
+    folder = tempfile.TemporaryDirectory()
+    model, _ = build(model_type, **json.loads(overrides))
+    model.to(dtype).save_pretrained(folder.name)
     return folder
 
 

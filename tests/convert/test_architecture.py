@@ -92,13 +92,13 @@ def rewrite(model, config, arch: Architecture, tensors: Tensors, change) -> None
 def test_every_row_has_a_tiny_model_and_every_tiny_model_a_row():
     proven = set()
     for model_type in ROWS:
-        arch = architecture.find({"model_type": model_type, **tiny_models.build(model_type)[1]})
+        arch = architecture.find({"model_type": model_type, **tiny_models.config_of(model_type)})
         proven |= {arch.model_type, arch.wrapper} - {None}
     assert proven == set(architecture.supported())
 
 
 def has_fixed_groups(model_type: str) -> bool:
-    return bool(architecture.find(tiny_models.build(model_type)[1]).fixed_groups)
+    return bool(architecture.find(tiny_models.config_of(model_type)).fixed_groups)
 
 
 @pytest.mark.parametrize("model_type", ROWS)
@@ -124,7 +124,7 @@ def test_a_random_gauge_moves_no_logit(model_type):
     assert 0 < distance(logits(model), before) <= 1e-10
 
 
-NORMED = [m for m in ROWS if architecture.find(tiny_models.build(m)[1]).norms]
+NORMED = [m for m in ROWS if architecture.find(tiny_models.config_of(m)).norms]
 
 
 @pytest.mark.parametrize("model_type", NORMED)
@@ -153,7 +153,7 @@ def test_norms_with_equal_weights_leave_rotations_free(model_type):
 @pytest.mark.parametrize("model_type", ROWS)
 def test_rotary_dimensions_are_no_freer_than_the_row_says(model_type):
     """Mixing a layer's planes as if it had no RoPE moves the logits, in every layer that is said to have it."""
-    has_norms = bool(architecture.find(tiny_models.build(model_type)[1]).norms)
+    has_norms = bool(architecture.find(tiny_models.config_of(model_type)).norms)
     model, config, arch, tensors = double_model(model_type, flat_norms=has_norms)
     before = logits(model)
     turning = [layer for layer, layout in enumerate(arch.layouts(config)) if layout.rotary_dim]
@@ -197,7 +197,7 @@ def test_repeating_key_value_heads_keeps_the_logits(model_type):
 
 @pytest.mark.parametrize("model_type", ROWS)
 def test_the_stock_class_builds_every_legal_group_count_with_our_shapes(model_type):
-    _, config = tiny_models.build(model_type)
+    config = tiny_models.config_of(model_type)
     arch = architecture.find(config)
     heads = arch.layouts(config)[0].num_attention_heads
     for groups in arch.legal_groups(config):

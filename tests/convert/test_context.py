@@ -19,7 +19,7 @@ LENGTH = 512
 
 
 def tiny(model_type: str, **overrides: Any) -> tuple[dict[str, Any], architecture.Architecture]:
-    _, config = tiny_models.build(model_type, **overrides)
+    config = tiny_models.config_of(model_type, **overrides)
     return config, architecture.find(config)
 
 

@@ -38,7 +38,7 @@ def reach_of_layers(model: Any) -> list[int]:
 def expressible(layers: str) -> list[str]:
     found = []
     for model_type in sorted(tiny_models.CONFIGS):
-        config = tiny_models.build(model_type, **BARE.get(model_type, {}))[1]
+        config = tiny_models.config_of(model_type, **BARE.get(model_type, {}))
         try:
             windows.with_window(config, architecture.find(config), WINDOW, layers)
         except HeadwiseError:
@@ -65,7 +65,7 @@ def test_alternate_layers(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", ["mistral", "ministral", "qwen2", "gemma2", "starcoder2"])
 def test_the_inverse(model_type: str) -> None:
-    config = tiny_models.build(model_type)[1]
+    config = tiny_models.config_of(model_type)
     arch = architecture.find(config)
     if not any(layout.sliding_window for layout in arch.layouts(config)):
         config = windows.with_window(config, arch, WINDOW)
@@ -89,7 +89,7 @@ def test_llama_as_mistral_computes_llama_with_a_mask() -> None:
 
 
 def test_the_source_config_is_not_touched() -> None:
-    config = tiny_models.build("qwen2")[1]
+    config = tiny_models.config_of("qwen2")
     before = copy.deepcopy(config)
     windows.with_window(config, architecture.find(config), WINDOW, "1")
     assert config == before
@@ -122,6 +122,6 @@ def test_bad_layer_lists(text: str) -> None:
     ],
 )
 def test_refusals(model_type: str, window: int | None, layers: str, message: str) -> None:
-    config = tiny_models.build(model_type)[1]
+    config = tiny_models.config_of(model_type)
     with pytest.raises(HeadwiseError, match=message):
         windows.with_window(config, architecture.find(config), window, layers)
