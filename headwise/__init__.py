@@ -16,6 +16,7 @@ _HOME = {
     "inspect": "headwise.convert.plan",
     "convert": "headwise.convert.pipeline",
     "verify": "headwise.convert.verify",
+    "evaluate": "headwise.eval.evaluate",
     "bench": "headwise.eval.bench",
     "uptrain": "headwise.recipes.uptrain",
     "push": "headwise.publish",

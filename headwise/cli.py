@@ -10,9 +10,21 @@ from typing import Any
 import click
 
 from headwise import __version__, show, ui
-from headwise.command import Option, Verbs, choice, flag, number, parsed
+from headwise.command import Option, Parsed, Verbs, choice, flag, number, parsed
 from headwise.errors import GateFailed
-from headwise.options import CONVERT, DEVICE, MODEL, OUT, SEED, SOURCE, UPTRAIN, memory, refuse_ignored
+from headwise.options import (
+    CONVERT,
+    DEVICE,
+    EVAL,
+    MODEL,
+    OUT,
+    SEED,
+    SOURCE,
+    UPTRAIN,
+    benchmark,
+    memory,
+    refuse_ignored,
+)
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -107,6 +119,29 @@ def uptrain(**options: Any) -> None:
         ui.result(healed)
 
 
+@cli.command("eval", params=[click.Argument(["out"]), *EVAL])
+def evaluate(**options: Any) -> None:
+    """Measure what OUT lost against its parent, and whether that is more than noise.
+
+    \b
+    headwise eval OUT --baseline MODEL
+    headwise eval OUT --baseline MODEL --tasks hellaswag,arc_easy --fail-above 1%
+    accelerate launch --num_processes 8 $(which headwise) eval OUT --baseline MODEL --recipe standard
+    """
+    if options.keys() & {"fail_above", "cache"} and "baseline" not in options:
+        raise click.UsageError("--fail-above and --no-cache are about the parent: give --baseline MODEL.")
+    from headwise.eval.evaluate import evaluate
+
+    with ui.progress() as progress:
+        found = evaluate(options.pop("out"), options.pop("baseline", None), **options, progress=progress)
+    if found is None:  # one of several processes, and not the one with the results
+        return
+    show.evaluation(found)
+    ui.result(found)
+    if "fail_above" in options and not found.passed:
+        raise GateFailed(" ".join(gate.detail for gate in found.gates if not gate.passed))
+
+
 @cli.command(
     params=[
         OUT,
@@ -134,6 +169,35 @@ def bench(**options: Any) -> None:
         measured = bench(options.pop("out"), options.pop("baseline"), **options, progress=progress)
     show.bench(measured)
     ui.result(measured)
+
+
+@cli.command(
+    params=[
+        OUT,
+        click.Argument(["report"], type=Path),
+        Option(
+            "--eval-result eval_results",
+            "Also tell a benchmark on the Hub; may be repeated.",
+            type=Parsed("RESULT", benchmark, "TASK=DATASET:TASK_ID"),
+            multiple=True,
+            metavar="TASK=DATASET:ID",
+        ),
+    ]
+)
+def card(**options: Any) -> None:
+    """Put the REPORT of an evaluation into OUT's model card.
+
+    \b
+    headwise card OUT OUT-eval
+    headwise card OUT OUT-eval --eval-result gpqa_diamond=Idavidrein/gpqa:gpqa_diamond
+    """
+    from headwise.eval.card import update_card
+
+    updated = update_card(options.pop("out"), options.pop("report"), **options)
+    ui.say(f"Wrote {updated.figures} figures into {updated.card}.")
+    for path in updated.eval_results:
+        ui.say(f"Wrote {path}.")
+    ui.result(updated)
 
 
 @cli.command(
@@ -192,38 +256,49 @@ def env() -> None:
 
 @cli.group()
 def recipes() -> None:
-    """The recipes for training: list, show, validate."""
+    """The recipes for training and for evaluation: list, show, validate."""
 
 
 @recipes.command("list")
 def list_recipes() -> None:
     """Name every recipe and what it is for."""
-    from headwise.recipes.schema import LIBRARY, load
+    from headwise.eval import recipe as evaluation
+    from headwise.recipes import schema as training
 
-    about = {path.stem: load(path).about.strip() for path in sorted(LIBRARY.glob("*.yaml"))}
-    ui.table(("recipe", "about"), about.items())
-    ui.result(about)
+    found = [
+        {"recipe": path.stem, "verb": verb, "about": kind.load(path).about.strip()}
+        for verb, kind in (("uptrain", training), ("eval", evaluation))
+        for path in sorted(kind.LIBRARY.glob("*.yaml"))
+    ]
+    ui.table(("recipe", "for", "about"), [tuple(one.values()) for one in found])
+    ui.result(found)
 
 
-RECIPE = click.Argument(["recipe"])
+RECIPE = [click.Argument(["recipe"]), flag("--eval evaluation", "Of two by this name, the one of `headwise eval`.")]
 
 
-@recipes.command("show", params=[RECIPE])
-def show_recipe(recipe: str) -> None:
+@recipes.command("show", params=RECIPE)
+def show_recipe(recipe: str, evaluation: bool = False) -> None:
     """Print a recipe as it stands in its file."""
-    from headwise.recipes.schema import find, load
+    path, loaded = _recipe(recipe, evaluation)
+    ui.say_block(path.read_text(encoding="utf-8"))
+    ui.result(loaded)
 
-    ui.say_block(find(recipe).read_text(encoding="utf-8"))
-    ui.result(load(recipe))
 
-
-@recipes.command("validate", params=[RECIPE])
-def validate_recipe(recipe: str) -> None:
+@recipes.command("validate", params=RECIPE)
+def validate_recipe(recipe: str, evaluation: bool = False) -> None:
     """Check a recipe: its keys, their types and values."""
-    from headwise.recipes.schema import load
-
-    ui.result(load(recipe))
+    ui.result(_recipe(recipe, evaluation)[1])
     ui.say(f"{recipe} is valid.")
+
+
+def _recipe(name: str, evaluation: bool) -> tuple[Path, Any]:
+    """A recipe of either kind: a name is looked up among the training recipes first, a file says what it is."""
+    from headwise.eval import recipe as measuring
+    from headwise.recipes import schema as training
+
+    kind: Any = measuring if evaluation or measuring.is_evaluation(name) else training
+    return kind.find(name), kind.load(name)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from headwise.convert.verify import Verification
     from headwise.demo import Demo, Measurement
     from headwise.eval.bench import Bench
+    from headwise.eval.result import Evaluation
     from headwise.publish import Push
     from headwise.recipes.run import Uptrained
 
@@ -171,6 +172,31 @@ def bench(measured: Bench) -> None:
     if measured.equal_memory and measured.memory_bytes:
         where = f"within {size(measured.memory_bytes)} each"
     ui.say(f"{measured.speedup:.2f} times the parent's tokens per second, {where}, on {measured.device}.")
+
+
+def evaluation(found: Evaluation) -> None:
+    """The verdict, the figures behind it, and where the report is."""
+    from headwise.eval import tables, verdict
+
+    ui.say(verdict.judge(found).text, style="bold")
+    ui.say()
+    rows = [row for row in tables.figures(found) if not row.part]
+    if rows:
+        ui.table(
+            ("figure", "of", ">parent", ">child", ">difference", ">95% interval", ">flips", ">p"),
+            [(r.figure, r.detail, r.parent, r.child, r.difference, r.interval, r.flips, r.p) for r in rows],
+        )
+    if agreed := list(tables.agreement(found)):
+        ui.say()
+        ui.table((), agreed)
+    for complaint in found.generation.complaints if found.generation else ():
+        ui.warn(complaint)
+    for label, heads in tables.flagged(found):
+        ui.say(f"{label}: {heads}.")
+    for gate in found.gates if found.fail_above is not None else ():
+        ui.say(f"Gate {gate.name}: {'passed' if gate.passed else 'FAILED'}, {gate.detail}")
+    for layer in found.diagnostics.layers if found.diagnostics else ():
+        ui.detail(f"layer {layer.layer}: hidden {layer.hidden:.4f}, attention {layer.attention:.4f}")
 
 
 def uptrained(healed: Uptrained) -> None:

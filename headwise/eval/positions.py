@@ -2,44 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from headwise.eval.curve import Curve as PositionLoss
 from headwise.eval.perplexity import token_nats
-
-
-@dataclass(frozen=True)
-class PositionLoss:
-    """Mean nats of the tokens in each stretch of `width` positions.
-
-    Attributes:
-        nats: one per stretch, the first starting at position 0.
-        width: positions in a stretch.
-        tokens: predicted tokens behind the whole curve.
-    """
-
-    nats: tuple[float, ...]
-    width: int
-    tokens: int
-
-    @property
-    def length(self) -> int:
-        return self.width * len(self.nats)
-
-    def before(self, position: int) -> float:
-        """Nats in the last whole stretch that ends at or before `position`."""
-        return self.nats[max(position // self.width - 1, 0)]
-
-    @property
-    def end(self) -> float:
-        """Nats at the far end."""
-        return self.nats[-1]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"nats": list(self.nats), "width": self.width, "tokens": self.tokens}
 
 
 def overlapping(blocks: Tensor, length: int, stride: int) -> Tensor:
@@ -73,7 +42,12 @@ def loss_by_position(model: Any, blocks: Tensor, *, width: int, batch_size: int 
     """
     if blocks.shape[1] % width:
         raise ValueError(f"blocks of {blocks.shape[1]} tokens have no whole number of stretches of {width}")
-    nats = token_nats(model, blocks, batch_size=batch_size).double()
+    return curve_of(token_nats(model, blocks, batch_size=batch_size), width)
+
+
+def curve_of(nats: Tensor, width: int) -> PositionLoss:
+    """The curve from `token_nats`, (blocks, length - 1), with length a multiple of `width`."""
+    nats = nats.double()
     # Position 0 is given, not predicted: the first stretch has one token less.
     by_position = torch.cat([nats[:, :1].mean(0), nats.mean(0)])
     curve = by_position.unflatten(0, (-1, width)).mean(1)

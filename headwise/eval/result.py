@@ -9,13 +9,11 @@ asked for or could not be measured is None (or empty), never a zero. `docs/evalu
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-SCHEMA_VERSION = 1
+from headwise.eval.curve import Curve
+from headwise.eval.plain import restore
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Subject:
         model_type: as in config.json.
         attention: in words: "GQA, 4 KV heads", "MLA 128+32"; None where headwise does not know the type.
         cache_bytes_per_token: of KV cache, in the dtype of config.json; None likewise.
-        parameters: their number.
+        parameters: their number; None where it is not known.
         sha256: of everything that decides what the model says (weights, config, tokenizer): 64 hex digits.
     """
 
@@ -37,7 +35,7 @@ class Subject:
     model_type: str
     attention: str | None
     cache_bytes_per_token: int | None
-    parameters: int
+    parameters: int | None
     sha256: str
 
 
@@ -111,15 +109,6 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Mean nats of the tokens in each stretch of `width` positions."""
-
-    nats: tuple[float, ...]
-    width: int
-    tokens: int
-
-
-@dataclass(frozen=True)
 class Positions:
     """Loss by position, on the same tokens. `trained` is max_position_embeddings: the child's, the parent's."""
 
@@ -131,7 +120,8 @@ class Positions:
 
 @dataclass(frozen=True)
 class Layer:
-    """How far the child's activations are from the parent's, ||child - parent|| / ||parent|| over all tokens.
+    """How far the child's activations are from the parent's: min over c of ||c child - parent|| / ||parent||, over
+    all tokens. A factor counts for nothing because norms take it out; MLA folders scale their residual stream.
 
     `hidden` is of the residual stream behind the layer, `attention` of what the layer's attention says; both on
     each model's own inputs, so that errors of earlier layers are in them.
@@ -252,7 +242,7 @@ class Acceptance:
         prompts, new_tokens: how many, and tokens asked for after each.
         draft_tokens: proposed at once.
         rate: accepted tokens / proposed tokens.
-        tokens_per_step: tokens written for each forward pass of the parent.
+        tokens_per_step: tokens for each forward pass of the parent.
         exact: share of outputs equal to the parent's own greedy output, token for token.
     """
 
@@ -292,7 +282,7 @@ class Evaluation:
         recipe: its name, or None where tasks were named instead.
         command: the command line that repeats this.
         settings: what was decided: tasks, num_fewshot, limit, batch_size, dtype, device, backend, seed, recipe.
-        comparisons: headline figures first, each group followed by its parts.
+        comparisons: in the order of the recipe; each task's headline figure first, a group's before its parts'.
         positions, diagnostics, generation, acceptance, passkey: None or empty where the recipe has none.
         fail_above: of the gate; None: no gate was asked for.
         gates: judged in any case; only with `fail_above` do they decide the exit code.
@@ -323,7 +313,7 @@ class Evaluation:
     gates: tuple[Gate, ...] = ()
     figures: dict[str, str] = field(default_factory=dict)
     logs: dict[str, str] = field(default_factory=dict)
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = 1
 
     @property
     def passed(self) -> bool:
@@ -353,30 +343,4 @@ class Evaluation:
         Raises:
             KeyError, TypeError: the data is no evaluation.
         """
-        return _restore(cls, data)
-
-
-T = TypeVar("T")
-
-
-def _restore(kind: type[T], data: dict[str, Any]) -> T:
-    hints = typing.get_type_hints(kind)
-    names = [item.name for item in dataclasses.fields(typing.cast(Any, kind))]
-    return kind(**{name: _value(hints[name], data[name]) for name in names if name in data})
-
-
-def _value(hint: Any, value: Any) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if value is None:
-        return None
-    if origin in (types.UnionType, typing.Union):
-        return _value(arguments[0], value)
-    if origin is tuple:
-        return tuple(_value(arguments[0], item) for item in value)
-    return _restore(hint, value) if dataclasses.is_dataclass(hint) else value
-
-
-def name_of(model: str) -> str:
-    """The repository, or the last part of a folder's path: how a reader knows the model."""
-    path = Path(model)
-    return path.resolve().name if path.is_dir() or path.is_absolute() or model.startswith(".") else model
+        return restore(cls, data)

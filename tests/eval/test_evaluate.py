@@ -1,0 +1,289 @@
+"""`headwise eval` from end to end, on tiny models and without a network; its laws on the embedded model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+import shutil
+import socket
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from transformers import AutoModelForCausalLM
+
+import headwise
+from headwise.cli import cli
+from headwise.errors import HeadwiseError
+from headwise.eval import evaluate as evaluation
+from headwise.eval import models, samples
+from headwise.eval.result import Evaluation
+from tests.convert.speaking import save_speaking
+
+pytest.importorskip("lm_eval")
+
+RECIPE = """
+about: A little of everything.
+tasks: [headwise_cloze_code]
+limit: 8
+perplexity: {length: 64, blocks: 8, stretches: 4}
+diagnostics: {blocks: 4, layer_blocks: 1}
+generation: {prompts: 6, prompt_tokens: 16, new_tokens: 12}
+acceptance: {prompts: 2, new_tokens: 8, draft_tokens: 3}
+"""
+OWN_TASK = """
+task: fruit
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_choice: ["apple", "pear"]
+doc_to_target: "{{answer}}"
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+"""
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No network, a cache of one's own, and none of what lm-eval looks up about the machine."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setenv("HEADWISE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
+    monkeypatch.setattr("lm_eval.evaluator.get_git_commit_hash", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A parent, the same again, and one that is worse everywhere."""
+    home = tmp_path_factory.mktemp("models")
+    parent = save_speaking(home / "parent", max_position_embeddings=128)
+    shutil.copytree(parent, home / "twin")
+    worse: Any = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
+    with torch.no_grad():
+        worse.model.layers[0].self_attn.v_proj.weight.mul_(20)
+        worse.model.norm.weight.mul_(3)
+    shutil.copytree(parent, home / "worse")
+    worse.save_pretrained(home / "worse")
+    (home / "recipe.yaml").write_text(RECIPE)
+    return {path.stem: path for path in home.iterdir()}
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, ["eval", *map(str, arguments)])
+
+
+def test_identical_models_differ_in_nothing(folders: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    done = run(
+        folders["twin"], "--baseline", folders["parent"], "--recipe", folders["recipe"], "--report", out,
+        "--fail-above", "0", "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    data = json.loads(done.stdout)
+    found = Evaluation.from_dict(data)
+    assert {one.task for one in found.headlines} == {"heldout", "headwise_cloze_code"}
+    for one in found.comparisons:
+        assert one.paired is not None and one.damage == 0
+        assert (one.paired.difference, one.paired.low, one.paired.high, one.paired.p_value) == (0, 0, 0, 1)
+        assert one.paired.gained in (None, 0) and one.paired.lost in (None, 0)
+    seen, wrote, drafts = found.diagnostics, found.generation, found.acceptance
+    assert seen and (seen.top1, seen.top5, seen.kl) == (1, 1, 0)
+    assert all((layer.hidden, layer.attention) == (0, 0) for layer in seen.layers) and len(seen.layers) == 2
+    assert seen.entropy and seen.entropy.child == seen.entropy.parent and not seen.entropy.changed
+    assert wrote and (wrote.agreement, wrote.identical, wrote.complaints) == (1, 1, ())
+    assert drafts and (drafts.rate, drafts.exact) == (1, 1)
+    assert found.positions and found.positions.child == found.positions.parent
+    assert found.passed and data["passed"] and all(gate.passed for gate in found.gates) and len(found.gates) == 3
+    assert found.child.sha256 == found.parent.sha256  # type: ignore[union-attr]
+    assert not found.reused and found.lm_eval_seconds > 0
+
+    # What was printed is what was written; lm-eval's own files are beside it, in its layout.
+    assert json.loads((out / "report.json").read_text()) == data
+    for role, name in (("child", "twin"), ("parent", "parent")):
+        logs = out / found.logs[role]
+        assert logs.name == name and len(list(logs.glob("results_*.json"))) == 1
+        (logged,) = logs.glob("samples_headwise_cloze_code_*.jsonl")
+        assert len(logged.read_text().splitlines()) == 8
+        assert ("headwise_cloze_code", "acc", None) in samples.read(logs).figures
+    assert {path.name for path in tmp_path.iterdir()} == {"report"}
+
+    # The folder is not written over, and the sentence says what to do.
+    again = run(folders["twin"], "--report", out)
+    assert again.exit_code == 2 and "exists" in again.stderr and "--force" in again.stderr
+
+
+def test_damage_is_found_and_fails_the_gate_and_the_parent_is_reused(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    arguments: dict[str, Any] = {"recipe": folders["recipe"], "report": tmp_path / "one"}
+    first = headwise.evaluate(folders["twin"], folders["parent"], **arguments)
+    assert first is not None and not first.reused
+    done = run(
+        folders["worse"], "--baseline", folders["parent"], "--recipe", folders["recipe"], "--report",
+        tmp_path / "two", "--fail-above", "1%",
+    )  # fmt: skip
+    assert done.exit_code == 1, done.stderr
+    assert "heldout perplexity" in done.stdout and "FAILED" in done.stdout
+    found = Evaluation.from_dict(json.loads((tmp_path / "two" / "report.json").read_text()))
+    assert found.reused and "parent: tasks" not in found.seconds and "child: tasks" in found.seconds
+    (text,) = [one for one in found.headlines if one.task == "heldout"]
+    assert text.paired and text.damage is not None and text.damage > 0.01 and text.paired.p_holm < 0.05  # type: ignore[operator]
+    assert text.paired.low > 0 and text.paired.test == "bootstrap"
+    before = next(one for one in first.headlines if one.task == "heldout")
+    assert text.parent == before.parent
+    assert (tmp_path / "two" / found.logs["parent"]).is_dir()
+
+
+def test_tasks_of_ones_own_are_compared_and_asked_anew_when_they_change(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    data = tmp_path / "fruit.jsonl"
+    rows = [{"question": f"What is {i}? ", "answer": i % 2} for i in range(6)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    (tasks / "fruit.yaml").write_text(OWN_TASK.replace("DATA", str(data)))
+    arguments: dict[str, Any] = {
+        "tasks": ["fruit"],
+        "include_path": [tasks],
+        "force": True,
+        "report": tmp_path / "out",
+    }
+    first = headwise.evaluate(folders["worse"], folders["parent"], **arguments)
+    assert first is not None and first.recipe is None and first.diagnostics is None and not first.reused
+    (one,) = first.headlines
+    assert one.task == "fruit" and one.samples == 6 and one.paired is not None
+    assert one.paired.difference == pytest.approx(one.child.value - one.parent.value)  # type: ignore[union-attr]
+    gained, lost = one.paired.gained, one.paired.lost
+    assert gained is not None and lost is not None and one.paired.difference == pytest.approx((gained - lost) / 6)
+    again = headwise.evaluate(folders["worse"], folders["parent"], **arguments)
+    assert again is not None and again.reused and again.headlines == first.headlines
+    data.write_text("\n".join(json.dumps(row | {"question": "Which? "}) for row in rows))
+    changed = headwise.evaluate(folders["worse"], folders["parent"], **arguments)
+    assert changed is not None and not changed.reused
+
+
+def test_without_a_baseline_the_model_stands_alone(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = save_speaking(tmp_path / "long", max_position_embeddings=768)
+    recipe = tmp_path / "passkey.yaml"
+    recipe.write_text(
+        "about: The long-context recipe in small.\ntasks: [headwise_passkey]\n"
+        "positions: {stretches: 4, windows: 3}\npasskey: {lengths: [0.5, 1.0], depths: [0.0, 1.0], samples: 1}\n"
+    )
+    found = headwise.evaluate(folder, recipe=recipe, report=tmp_path / "out")
+    assert found is not None and found.parent is None and found.diagnostics is None
+    assert found.positions and found.positions.child.length == 768 and found.positions.trained == 768
+    assert [(cell.length, cell.depth) for cell in found.passkey] == [(384, 0.0), (384, 1.0), (768, 0.0), (768, 1.0)]
+    assert all(cell.child == 0 and cell.parent is None for cell in found.passkey)  # random weights find nothing
+    assert set(found.figures) >= {"positions", "passkey"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tasks", "headwise_cloze_cod"], "Did you mean headwise_cloze_code?"),
+        (["--recipe", "quik"], "Did you mean quick?"),
+        (["--online"], "no tasks that --online would add"),
+        (["--limit", "1.5"], "a number or a share below 1"),
+        (["--fail-above", "1%"], "--baseline"),
+        (["--backend", "vllm", "--tasks", "headwise_cloze_code"], "vLLM, which is not installed"),
+    ],
+)
+def test_a_mistake_gets_a_sentence(
+    arguments: list[str], said: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.tasks import TaskManager
+
+    # All of lm-eval's own tasks take long to list.
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
+    done = run(folders["parent"], *arguments, "--report", tmp_path / "out")
+    assert done.exit_code == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_tokenizer_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folders["parent"], other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[10:12]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(HeadwiseError, match="different tokenizers"):
+        headwise.evaluate(other, folders["parent"], report=tmp_path / "out")
+
+
+def test_a_task_that_downloads_is_refused_offline(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("datasets.config", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+    (tmp_path / "fruit.yaml").write_text(
+        re.sub("dataset_kwargs.*", "", OWN_TASK.replace("dataset_path: json", "dataset_path: someone/fruit"))
+    )
+    with pytest.raises(HeadwiseError, match="downloads its questions, and the Hub cannot be reached"):
+        headwise.evaluate(folders["parent"], tasks=["fruit"], include_path=[tmp_path], report=tmp_path / "out")
+
+
+def test_without_lm_eval_the_extra_is_named_and_the_rest_works(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks", None)
+    with pytest.raises(HeadwiseError, match="not installed") as caught:
+        headwise.evaluate(folders["parent"], report=tmp_path / "out")
+    assert "headwise[eval]" in str(caught.value)
+    recipe = tmp_path / "text.yaml"
+    recipe.write_text("about: No tasks.\nperplexity: {length: 64, blocks: 4, stretches: 4}\n")
+    found = headwise.evaluate(folders["parent"], recipe=recipe, report=tmp_path / "out")
+    assert found is not None and [one.task for one in found.comparisons] == ["heldout"]
+
+
+def test_the_documentation_names_every_key() -> None:
+    documented = set(re.findall(r"^\| `([\w.\[\]]+)`", DOCUMENTATION.read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(keys(Evaluation)) | {"passed", "summary[]"} == documented
+
+
+DOCUMENTATION = Path(headwise.__file__).parents[1] / "docs" / "evaluation-json.md"
+
+
+def keys(kind: Any, prefix: str = "") -> Any:
+    """Dotted paths of all fields, `[]` behind lists."""
+    hints = typing.get_type_hints(kind)
+    for item in dataclasses.fields(kind):
+        hint, path = hints[item.name], f"{prefix}{item.name}"
+        while typing.get_origin(hint) is not None and typing.get_origin(hint) is not dict:
+            path += "[]" if typing.get_origin(hint) is tuple else ""
+            hint = typing.get_args(hint)[0]
+        if dataclasses.is_dataclass(hint):
+            yield from keys(hint, f"{path}.")
+        else:
+            yield path
+
+
+def test_content_hash_sees_weights_config_and_tokenizer(folders: dict[str, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folders["parent"], copy)
+    before = models.find(copy).subject.sha256
+    assert before == models.find(folders["parent"]).subject.sha256 != models.find(folders["worse"]).subject.sha256
+    (copy / "README.md").write_text("words about it")
+    assert models.find(copy).subject.sha256 == before
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"rope_theta": 9.0}))
+    assert models.find(copy).subject.sha256 != before
+
+
+def test_only_the_main_process_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert not evaluation.is_main_process()
