@@ -78,7 +78,10 @@ class Teacher:
         if plugin is not None and getattr(plugin, "fsdp_version", 1) == 2:
             from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
+            chosen = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
             self.network = fsdp2_prepare_model(accelerator, self.network)
+            # Otherwise the plugin would look for the teacher's layer class in the student.
+            plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = chosen
         else:
             self.network.to(self.device)
         if self._compile:
