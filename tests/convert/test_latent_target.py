@@ -65,8 +65,11 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-@pytest.mark.parametrize("shared", ["mha", "gqa", "mqa"])
-@pytest.mark.parametrize("model_type", TYPES)
+# Every type as it comes; every kind of sharing once with rotation in all layers and once without it in some.
+@pytest.mark.parametrize(
+    ("model_type", "shared"),
+    [*((t, "gqa") for t in TYPES), *((t, s) for t in ("llama", "smollm3") for s in ("mha", "mqa"))],
+)
 def test_an_exact_folder_computes_the_parents_logits(model_type: str, shared: str, tmp_path: Path) -> None:
     heads = tiny_models.CONFIGS[model_type]["num_attention_heads"]
     own = tiny_models.CONFIGS[model_type]["num_key_value_heads"]
