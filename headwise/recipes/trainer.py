@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class Trainer(transformers.Trainer):
         # No cache: it would hold a bfloat16 copy of every weight, where activations are not kept.
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._bf16, cache_enabled=False):
             ours = ask(model, inputs, **inside, attention=attention)
-        return total_loss(loss, ours, labels, theirs, answers, self.task.scales)
+        return total_loss(loss, ours, labels, theirs, answers, self.task.scales, compiled=self.training.compile)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule reads `state.max_steps` anew at each step, so a budget may still shorten the run."""
@@ -150,6 +151,8 @@ def total_loss(
     theirs: Said | None = None,
     answers: dict[str, Tensor] | None = None,
     scales: tuple[float, float] = (1.0, 1.0),
+    *,
+    compiled: bool = False,
 ) -> Tensor:
     """The weighted sum of a recipe's losses.
 
@@ -166,7 +169,8 @@ def total_loss(
     elif theirs is not None:
         others.append(theirs.logits.flatten(0, 1))
     logits = ours.logits.flatten(0, 1)
-    whole = losses.over_tokens(_per_token(loss), logits, *others, weights=counted / counted.sum().clamp_min(1))
+    per_token = _per_token(loss, compiled)
+    whole = losses.over_tokens(per_token, logits, *others, weights=counted / counted.sum().clamp_min(1))
     if theirs is not None and loss.hidden_states:
         error = losses.relative_error(ours.hidden_states, theirs.hidden_states, scales[0])
         whole = whole + loss.hidden_states * error
@@ -176,7 +180,8 @@ def total_loss(
     return whole
 
 
-def _per_token(loss: Loss) -> Callable[..., Tensor]:
+@cache  # what is compiled must be the same function at every step
+def _per_token(loss: Loss, compiled: bool) -> Callable[..., Tensor]:
     def per_token(student: Tensor, labels: Tensor, *teacher: Tensor) -> Tensor:
         found = torch.zeros(len(student), device=student.device)
         if loss.cross_entropy:
@@ -191,7 +196,7 @@ def _per_token(loss: Loss) -> Callable[..., Tensor]:
             found = found + loss.jsd * losses.jsd(student, teacher[0], loss.temperature)
         return found
 
-    return per_token
+    return torch.compile(per_token) if compiled else per_token
 
 
 def learning_rate(progress: float, training: Training) -> float:
@@ -226,7 +231,7 @@ def make_trainer(
         blocks: a tensor, `Answers`, or a stream of rows.
         collate: from rows to a batch.
         tokens: of the run, where the recipe alone does not say it.
-        figures: `parent` and `start`, nats on the held-out text, for the curve.
+        figures: `parent` and `before`, nats on the held-out text, for the curve.
     """
     training = recipe.train
     assert training is not None
