@@ -46,7 +46,7 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
         "rope_interleave": config.get("rope_interleave", True),
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
         "rms_norm_eps": config["rms_norm_eps"],
-        "hidden_act": config["hidden_act"],
+        "hidden_act": config.get("hidden_act", "silu"),
         "direct_queries_of_unknown_depth": direct and config["num_hidden_layers"] not in DIRECT_QUERY_DEPTHS,
     }
 

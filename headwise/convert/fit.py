@@ -38,7 +38,9 @@ class Fit:
 
 def fit(checkpoint: Checkpoint, auto_class: str) -> Fit:
     """Put a checkpoint's shapes into its stock class, through transformers' own loader."""
-    model = empty_model(checkpoint.config, auto_class)
+    # A config may ask for more layers or experts than there are files for. Each takes its time to make, so the
+    # class gets as many parameters as the checkpoint could fill, were its tensors fused by the dozen.
+    model = empty_model(checkpoint.config, auto_class, most=1000 + 12 * len(checkpoint.tensors))
     shapes = {
         name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         for name, entry in checkpoint.tensors.items()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from headwise.errors import HeadwiseError
 
@@ -26,8 +27,17 @@ def stock_config(config: dict[str, Any]) -> Any:
     return transformers.CONFIG_MAPPING[config["model_type"]].from_dict(plain)
 
 
-def empty_model(config: dict[str, Any], auto_class: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The stock model of a config.json with buffers but no weights (parameters on the meta device)."""
+def empty_model(
+    config: dict[str, Any], auto_class: str, dtype: torch.dtype = torch.float32, most: int | None = None
+) -> Any:
+    """The stock model of a config.json with buffers but no weights (parameters on the meta device).
+
+    Args:
+        most: parameters that it may have.
+
+    Raises:
+        HeadwiseError: the class cannot make a model of this config.
+    """
     import transformers
     from transformers.initialization import no_init_weights
 
@@ -36,11 +46,11 @@ def empty_model(config: dict[str, Any], auto_class: str, dtype: torch.dtype = to
         # Only the eager form knows soft-capped scores.
         capped = getattr(stock.get_text_config(), "attn_logit_softcapping", None)
         # Drawing random numbers for weights that are not there would be most of the time that this takes.
-        with init_empty_weights(include_buffers=False), no_init_weights():
+        with init_empty_weights(include_buffers=False), no_init_weights(), _at_most(most):
             model = getattr(transformers, auto_class).from_config(
                 stock, dtype=dtype, attn_implementation="eager" if capped else "sdpa"
             )
-    except MemoryError:
+    except (HeadwiseError, MemoryError):
         raise
     # The classes raise whatever their arithmetic on an odd value raises; sizes beyond any memory are among that.
     except Exception as error:
@@ -50,6 +60,27 @@ def empty_model(config: dict[str, Any], auto_class: str, dtype: torch.dtype = to
             "The checkpoint and its config.json do not belong together.",
         ) from error
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _at_most(most: int | None) -> Iterator[None]:
+    """Stop the making of a model that gets more parameters than that."""
+    made = 0
+
+    def count(*_: Any) -> None:
+        nonlocal made
+        made += 1
+        if most is not None and made > most:
+            raise HeadwiseError(
+                f"config.json describes a model of more than {most:,} tensors, far more than its files hold.",
+                "The checkpoint and its config.json do not belong together.",
+            )
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def load_into(model: Any, tensors: dict[str, Tensor], device: torch.device | str = "cpu") -> Any:
