@@ -129,6 +129,7 @@ def markdown(found: Evaluation) -> str:
 def figures_table(found: Evaluation, *, headlines: bool = False) -> list[str]:
     """The tasks' figures as a Markdown table; only the main ones if `headlines`."""
     rows = [row for row in tables.figures(found) if not (headlines and row.part)]
+    rows = [replace(row, figure=f"↳ {row.figure}") if row.part else row for row in rows]
     if found.parent is None:
         return _table(("figure", "", "child"), [(r.figure, r.detail, r.child) for r in rows], right=(2,))
     heads = ("figure", "", "parent", "child", "difference", "95% interval", "flips", "p")
@@ -159,9 +160,8 @@ def facts(found: Evaluation) -> Iterator[tuple[str, str]]:
     for label, subject in zip(("child", "parent"), _both(found), strict=False):
         yield f"{label}, SHA-256", f"{subject.sha256[:16]}…"
     for key, value in found.settings.items():
-        if value not in (None, [], {}, ()):
-            several = isinstance(value, list | tuple)
-            yield key.replace("_", " "), ", ".join(map(str, value)) if several else str(value)
+        if text := _setting(value):
+            yield key.replace("_", " "), text
     yield "time", ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in found.seconds.items())
     yield "versions", ", ".join(f"{name} {version}" for name, version in found.versions.items())
 
@@ -184,6 +184,20 @@ def limits(found: Evaluation) -> Iterator[str]:
     reach = found.positions.child.width * len(found.positions.child.nats)
     if trained and reach < trained:
         yield f"Positions beyond {reach:,} tokens were not measured, of the {trained:,} that the config promises."
+
+
+def _setting(value: Any) -> str:
+    """A setting in words; empty where there is none."""
+    if isinstance(value, dict):
+        inner = {key.replace("_", " "): _setting(item) for key, item in value.items() if not isinstance(item, list)}
+        return ", ".join(
+            f"{key} ({text})" if isinstance(value[key.replace(" ", "_")], dict) else f"{key} {text}"
+            for key, text in inner.items()
+            if text
+        )
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)
 
 
 def _both(found: Evaluation) -> list[Subject]:

@@ -37,13 +37,14 @@ def _row(one: Comparison) -> Row:
     pair, damage = one.paired, Damage.of(one)
     shots = f", {one.num_fewshot}-shot" if one.num_fewshot else ""
     which = f" ({one.filter})" if one.filter else ""
+    beside = not one.headline and one.group is None  # another metric of the task above
     tone = ""
     if damage is not None and significant(one):
         tone = "bad" if damage.value > 0 else "good"
     probability = None if pair is None else pair.p_value if pair.p_holm is None else pair.p_holm
     return Row(
-        figure=name(one),
-        detail=f"{one.metric}{which}{shots}, {one.samples:,} samples",
+        figure=f"{one.metric}{which}" if beside else name(one),
+        detail=f"{'' if beside else f'{one.metric}{which}{shots}, '}{one.samples:,} samples",
         parent=value(one, one.parent),
         child=value(one, one.child),
         difference=_difference(one),

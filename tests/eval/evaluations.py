@@ -70,15 +70,16 @@ def full() -> Evaluation:
         recipe="standard",
         command="headwise eval out/gqa-4 --baseline org/parent@c0ffee --recipe standard --seed 0",
         settings={
-            "recipe": "standard",
             "tasks": ["arc_easy", "mmlu"],
             "limit": None,
+            "recipe": {"perplexity": {"text": "builtin", "blocks": 48}, "online": [], "limit": None},
             "batch_size": 8,
             "device": "cpu",
         },
         comparisons=(
             perplexity(0.031, 0.002),
             accuracy("arc_easy", 0.431, -0.029, 0.0056, 0.0004),
+            accuracy("arc_easy", 0.44, -0.02, 0.0056, 0.01, headline=False, p_holm=None, metric="acc"),
             accuracy("hellaswag", 0.512, -0.004, 0.004, 0.31),
             accuracy("a_task_with_a_remarkably_long_name", 0.30, 0.021, 0.006, 0.004),
             accuracy("mmlu", 0.262, 0.001, 0.005, 0.8),

@@ -1,0 +1,160 @@
+"""An evaluation in the model card: for readers, for the Hub's figures, and never in another model's card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from huggingface_hub import ModelCard, parse_eval_result_entries
+
+from headwise.cli import cli
+from headwise.convert.card import without_evaluation
+from headwise.convert.pipeline import convert
+from headwise.convert.source import files_of
+from headwise.convert.verify import verify
+from headwise.errors import HeadwiseError
+from headwise.eval.card import update_card
+from headwise.eval.models import content_hash
+from headwise.eval.report import write_report
+from tests.convert.speaking import save_speaking
+from tests.eval.evaluations import alone, full
+
+GSM8K = ("gsm8k", "openai/gsm8k", "main")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A converted folder, and the report of it with lm-eval's result file beside it."""
+    home = tmp_path_factory.mktemp("made")
+    save_speaking(home / "model")
+    convert(home / "model", home / "out", to="gqa", groups=4, calibrate="none")
+    child = replace(full().child, sha256=content_hash(files_of("out", home / "out")))
+    (home / "report" / "child").mkdir(parents=True)
+    config = {
+        "dataset_path": "allenai/ai2_arc",
+        "dataset_name": "ARC-Easy",
+        "test_split": "test",
+        "doc_to_text": "x",
+    }
+    results = {"configs": {"arc_easy": config, "gsm8k": {"dataset_path": "gsm8k"}}}
+    (home / "report" / "child" / "results_2026-01-01.json").write_text(json.dumps(results))
+    command = full().command.replace("out/gqa-4", str(home / "out")) + " --include-path /home/somebody/tasks"
+    write_report(replace(full(), child=child, command=command, logs={"child": "child"}), home / "report")
+    return home
+
+
+@pytest.fixture
+def out(made, tmp_path) -> Path:
+    return shutil.copytree(made / "out", tmp_path / "out")
+
+
+def test_the_card_tells_the_damage_and_keeps_what_it_said(made, out):
+    before = (out / "README.md").read_text()
+    update = update_card(out, made / "report")
+    text = (out / "README.md").read_text()
+    assert text.index("## Evaluation") < text.index("## Errors") < text.index("## Command")
+    assert before.split("## Errors")[1] == text.split("## Errors")[1]
+    assert (
+        "a real loss in 2 of 6" in text
+        and "| arc_easy | acc_norm, 1,000 samples | 43.1% | 40.2% | **−2.9** |" in text
+    )
+    assert "mmlu_anatomy" not in text, "only the main figures"
+    command = "headwise eval out --baseline org/parent@c0ffee --recipe standard --seed 0 --include-path tasks"
+    assert command in text and str(made) not in text, "where a user keeps files is not published"
+    assert "same next token: 91.23%" in text and "What it does not say" in text
+    assert update.figures == 6 and update.eval_results == ()
+    assert verify(out).passed, "a card is no part of what is verified"
+    update_card(out, made / "report")
+    assert (out / "README.md").read_text() == text, "twice is once"
+    assert without_evaluation(text) == without_evaluation(before) == before, "trained on, it is told anew"
+
+
+def test_the_hub_reads_the_figures(made, out):
+    old = ModelCard((out / "README.md").read_text()).data.to_dict()
+    update_card(out, made / "report")
+    data = ModelCard((out / "README.md").read_text()).data
+    assert {key: value for key, value in data.to_dict().items() if key != "model-index"} == old
+    assert data.model_name == "out"
+    figures = {figure.dataset_name: figure for figure in data.eval_results}
+    assert set(figures) == {
+        "held-out",
+        "arc_easy",
+        "hellaswag",
+        "a_task_with_a_remarkably_long_name",
+        "mmlu",
+        "gsm8k",
+    }
+    arc = figures["arc_easy"]
+    assert (arc.dataset_type, arc.dataset_config, arc.dataset_split) == ("allenai/ai2_arc", "ARC-Easy", "test")
+    assert (arc.metric_type, arc.metric_name, arc.metric_value) == ("acc_norm", "acc_norm (0-shot)", 0.402)
+    assert figures["held-out"].metric_value == pytest.approx(6.106, abs=1e-3)
+
+
+def test_a_benchmark_is_told_when_asked(made, out):
+    update = update_card(out, made / "report", eval_results=[GSM8K])
+    assert update.eval_results == (out / ".eval_results" / "gsm8k.yaml",)
+    (entry,) = parse_eval_result_entries(yaml.safe_load(update.eval_results[0].read_text()))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "main", 5.0)
+    assert entry.notes == "exact_match, 5-shot, lm-eval 0.4.13"
+
+
+def test_a_report_without_a_parent_is_told_too(made, out, tmp_path):
+    child = replace(full().child, sha256=content_hash(files_of("out", out)))
+    write_report(replace(alone(), child=child), tmp_path / "alone")
+    assert update_card(out, tmp_path / "alone").figures == 1
+    assert "No parent was measured" in (out / "README.md").read_text()
+
+
+def test_a_part_of_the_samples_is_no_benchmark(made, out, tmp_path):
+    child = replace(full().child, sha256=content_hash(files_of("out", out)))
+    write_report(replace(alone(), child=child, settings={"limit": 10}), tmp_path / "part")
+    with pytest.raises(HeadwiseError, match="from a part of the samples"):
+        update_card(out, tmp_path / "part", eval_results=[("arc_easy", "allenai/ai2_arc", "ARC-Easy")])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda out: (out / "README.md").unlink(), r"has no README\.md"),
+        (lambda out: (out / "README.md").write_text("---\na: [\n---\n"), "front matter .* cannot be read"),
+        (
+            lambda out: (out / "config.json").write_text((out / "config.json").read_text() + " "),
+            "not of .* as it is now",
+        ),
+    ],
+)
+def test_what_cannot_be_told_leaves_the_folder_alone(made, out, spoil, words):
+    spoil(out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(HeadwiseError, match=words):
+        update_card(out, made / "report", eval_results=[GSM8K])
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("nothing=a/b:c", "has no task 'nothing'"),
+        ("heldout=a/b:c", "no share that a benchmark could list"),
+        ("gsm8k", "is not TASK=DATASET:TASK_ID"),
+        ("gsm8k=openai:main", "is not TASK=DATASET:TASK_ID"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_told_is_one_sentence(made, out, asked, words):
+    done = CliRunner(env={"HEADWISE_DEBUG": ""}).invoke(
+        cli, ["card", str(out), str(made / "report"), "--eval-result", asked]
+    )
+    assert done.exit_code == 2 and words in done.stderr and "Traceback" not in done.stderr
+    assert "## Evaluation" not in (out / "README.md").read_text() and not (out / ".eval_results").exists()
+
+
+def test_the_command(made, out):
+    words = ["card", str(out), str(made / "report"), "--eval-result", "gsm8k=openai/gsm8k:main", "--json"]
+    done = CliRunner(env={"HEADWISE_DEBUG": ""}).invoke(cli, words)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["figures"] == 6
