@@ -82,11 +82,20 @@ def convert(**options: Any) -> None:
     ui.result(outcome)
 
 
-@cli.command(params=[OUT, Option("--against", "The parent, to compare with.", metavar="MODEL"), *SOURCE])
+@cli.command(
+    params=[
+        OUT,
+        Option("--against", "The parent, to compare with.", metavar="MODEL"),
+        flag("--hashes", "Only compare tensors and files with the hashes in headwise.json."),
+        *SOURCE,
+    ]
+)
 def verify(**options: Any) -> None:
     """Reload OUT with the stock classes and check its promises."""
     if "against" not in options and options.keys() & {"revision", "token"}:
         raise click.UsageError("--revision and --token are the parent's: they need --against MODEL.")
+    if options.keys() >= {"hashes", "against"}:
+        raise click.UsageError("--hashes compares with headwise.json alone: leave out --against.")
     from headwise.convert.verify import verify
 
     with ui.progress() as progress:

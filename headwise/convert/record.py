@@ -71,6 +71,21 @@ def changed_tensors(checkpoint: Checkpoint, record: Mapping[str, Any], progress:
     return sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
 
 
+def check_hashes(checkpoint: Checkpoint, progress: Progress = SILENT) -> tuple[bool, str]:
+    """Whether every tensor and every small file is byte for byte what headwise.json says, in words.
+
+    Raises:
+        HeadwiseError: there is no headwise.json to compare with.
+    """
+    record = read_record(checkpoint.folder)
+    if record is None:
+        raise HeadwiseError(f"{checkpoint.folder} has no {RECORD}.", "Leave out --hashes to check it without.")
+    changed = changed_tensors(checkpoint, record, progress) + changed_files(checkpoint.folder, record)
+    if changed:
+        return False, f"{', '.join(changed[:3])} ({len(changed)} in all) not as written"
+    return True, f"{len(record['sha256'])} tensors and {len(record.get('files') or {})} files are as written"
+
+
 def _hash(path: Path) -> str:
     digest = hashlib.sha256()
     with plain_errors(path, "read"), open(path, "rb", buffering=0) as file:

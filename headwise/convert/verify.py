@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from headwise.convert.checkpoint import Checkpoint, as_bytes, has_nonfinite, ope
 from headwise.convert.fit import fit
 from headwise.convert.heads import merge
 from headwise.convert.layout import AttentionLayout
-from headwise.convert.record import changed_files, read_record
+from headwise.convert.record import changed_files, check_hashes, read_record
 from headwise.convert.skeleton import attempt, attend, empty_model
+from headwise.convert.verification import Verification
 from headwise.convert.verify_latent import LatentModel
 from headwise.progress import SILENT, Progress
 
@@ -48,32 +48,11 @@ MOVED = {
 Stock = Architecture | LatentModel
 
 
-@dataclass(frozen=True)
-class Verification:
-    """The checks made, each (name, passed, detail)."""
-
-    checks: tuple[tuple[str, bool, str], ...]
-
-    @property
-    def passed(self) -> bool:
-        return all(passed for _, passed, _ in self.checks)
-
-    @property
-    def failures(self) -> str:
-        """The failed checks, in words."""
-        return "; ".join(f"{name}: {detail}" for name, passed, detail in self.checks if not passed)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "passed": self.passed,
-            "checks": [{"name": n, "passed": p, "detail": d} for n, p, d in self.checks],
-        }
-
-
 def verify(
     out: str | Path,
     against: str | Path | None = None,
     *,
+    hashes: bool = False,
     revision: str | None = None,
     token: str | None = None,
     progress: Progress = SILENT,
@@ -83,11 +62,14 @@ def verify(
     Args:
         out: the folder.
         against: the model it was converted from; `revision` and `token` are for it.
+        hashes: compare every tensor and file with the hashes in headwise.json, and do nothing else.
 
     Raises:
         HeadwiseError: a checkpoint cannot be opened at all.
     """
     checkpoint = open_checkpoint(out, progress=progress)
+    if hashes:
+        return Verification((("hashes", *check_hashes(checkpoint, progress)),))
     parent = None
     if against is not None:
         parent = open_checkpoint(against, revision=revision, token=token, progress=progress)
