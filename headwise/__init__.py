@@ -1,8 +1,8 @@
 """headwise: change how a trained language model attends, and prove what changed.
 
 The verbs of the command line are functions here: `inspect`, `convert`, `verify`, `uptrain`, `evaluate`, `bench`,
-`update_card` and `push`. They are imported on first use, so that importing headwise (or asking the command for help)
-never waits for torch.
+`update_card` and `push`. They are imported on first use, so that importing headwise (or asking the command for
+help) never waits for torch.
 """
 
 from __future__ import annotations

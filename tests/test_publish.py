@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -269,12 +272,19 @@ def test_offline_is_said(hub, out, monkeypatch):
     assert not hub.requests
 
 
-def test_the_environment_has_the_token(hub, made, monkeypatch):
-    monkeypatch.delenv("HF_HUB_DISABLE_IMPLICIT_TOKEN")
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    done = run("push", made / "out", "org/new", "--json", HF_TOKEN=TOKEN)
-    assert done.exit_code == 0, done.stderr
+def test_the_clients_own_variables_hold(hub, made, tmp_path):
+    """In a process of its own, because the client reads them when it is imported."""
+    words = "import sys; from headwise.cli import main; sys.argv[0] = 'headwise'; main()"
+    command = [sys.executable, "-c", words, "push", str(made / "out"), "org/new", "--json"]
+    kept = {
+        key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()
+    }
+    own = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run(command, env=kept | own, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["commit"] == hub.repositories["org/new"].commit("main")
+    assert TOKEN not in done.stdout + done.stderr
+    assert "Uploading" in done.stderr and "%|" not in done.stderr, "one progress, and it is ours"
 
 
 def test_convert_pushes_at_the_end_and_looks_before_it_begins(hub, made, tmp_path):
