@@ -67,7 +67,7 @@ def measure(
     inside, start = 0.0, time.perf_counter()
     into.mkdir(parents=True)
     if harness is not None:
-        inside = harness.run(model.folder, name, options, into, progress)
+        inside = harness.run(model.folder, model.name, options, into, progress, f"{name}: tasks")
         seconds["tasks"] = time.perf_counter() - start
         _free()
     if not is_main_process():

@@ -81,13 +81,22 @@ class Harness:
                 manager = TaskManager(include_path=folders, metadata=metadata)
             self.tasks = [task for name in tasks for task in _load(manager, name)]
 
-    def run(self, folder: str, name: str, options: Options, into: Path, progress: Progress = SILENT) -> float:
+    def run(
+        self,
+        folder: str,
+        name: str,
+        options: Options,
+        into: Path,
+        progress: Progress = SILENT,
+        label: str = "tasks",
+    ) -> float:
         """Evaluate one model.
 
         Args:
             folder: of the model.
-            name: that its results are filed under.
+            name: what its results call it.
             into: where lm-eval's result and sample files go; made if it is not there.
+            label: of the stage that `progress` hears of.
 
         Returns:
             Seconds inside lm-eval's evaluator.
@@ -97,7 +106,7 @@ class Harness:
 
         with quiet(), tempfile.TemporaryDirectory(dir=into.parent) as scratch:
             lm = _model(folder, options)
-            _watch(lm, progress, name)
+            _watch(lm, progress, label)
             tracker = EvaluationTracker(output_path=scratch)
             start = time.perf_counter()
             found = simple_evaluate(
@@ -206,7 +215,7 @@ def _model(folder: str, options: Options) -> Any:
     return get_model(options.backend).create_from_arg_obj(arguments, more)
 
 
-def _watch(lm: Any, progress: Progress, name: str) -> None:
+def _watch(lm: Any, progress: Progress, label: str) -> None:
     """Report every answered request."""
     from lm_eval.api.model import CacheHook
 
@@ -216,7 +225,7 @@ def _watch(lm: Any, progress: Progress, name: str) -> None:
 
     def told(ask: Any) -> Any:
         def wrapper(requests: list[Any], *more: Any, **options: Any) -> Any:
-            progress.stage(name, total=len(requests), unit="requests")
+            progress.stage(label, total=len(requests), unit="requests")
             return ask(requests, *more, **options)
 
         return wrapper
