@@ -13,6 +13,7 @@ from torch import Tensor
 
 from headwise.convert.alternate import Features, Statistics, conjugate_pairs, turn
 from headwise.convert.layout import LayerWeights, planes, rows
+from headwise.convert.methods import leading
 
 
 def seed(
@@ -30,22 +31,22 @@ def seed(
     each counted by how well the plane's frequency stands for it, `m_f = E[e^{-i (w_f - w) D}]`; what it took is
     removed. The rest becomes position-free, counted by `m_f = E[e^{-i w_f D}]`.
     """
-    moment = known.inputs.to(torch.complex128)
     rotary, shape = weights.layout.rotary_dim, weights.k.shape
     rest = weights.k.clone()
     turning = torch.zeros(len(rope_frequencies), shape[2], dtype=torch.complex128)
     if rotary:
         energy = query_energy(weights, known).sqrt()[:, :, None].clamp_min(1e-150)
-        scaled = energy * planes(weights.k, rotary)
+        scaled, seen = (energy * planes(k, rotary) for k in (weights.k, weights.k @ known.inputs))
         mean = known.distances.mean(0)
         for i, (block, frequency) in enumerate(_blocks(frequencies, rope_frequencies, folding)):
             stands = mean_phase(mean, frequencies[block] - frequency).repeat(shape[0])
-            stack = scaled[:, block].flatten(0, 1)
-            counted = stands[:, None] * stack
-            top = stands.conj() * torch.linalg.eigh(counted @ moment @ counted.mH)[1][:, -1]
+            stack, moment = scaled[:, block].flatten(0, 1), seen[:, block].flatten(0, 1)
+            gram = (stands[:, None] * moment) @ (stands[:, None] * stack).mH
+            top = stands.conj() * torch.linalg.eigh(gram)[1][:, -1]
             top = top / top.norm().clamp_min(1e-150)
             turning[i] = top.conj() @ stack
-            scaled[:, block] = (stack - top[:, None] * turning[i]).unflatten(0, (shape[0], -1))
+            for every, part in ((scaled, stack), (seen, moment)):
+                every[:, block] = (part - top[:, None] * (top.conj() @ part)).unflatten(0, (shape[0], -1))
         m = mean_phase(mean, frequencies[: rotary // 2]).abs()[:, None]
         rest[:, :rotary] = rows(m * scaled)
         free = weights.q[:, rotary:]
@@ -170,13 +171,11 @@ def joint_low_rank(
     """
     groups, width = keys.shape[0], keys.shape[1]
     k, v = keys.flatten(0, 1), values.flatten(0, 1)
-
-    def energy(stack: Tensor) -> float:
-        return float(((stack @ known.inputs) * stack).sum())
-
-    alpha = (energy(v) / energy(k)) ** 0.5 if balance and energy(k) > 0 else 1.0
-    stack = torch.cat([alpha * k, v])
-    basis = torch.linalg.eigh(stack @ known.inputs @ stack.T)[1].flip(1)[:, :rank]
+    k_seen, v_seen = k @ known.inputs, v @ known.inputs
+    k_energy, v_energy = float((k_seen * k).sum()), float((v_seen * v).sum())
+    alpha = (v_energy / k_energy) ** 0.5 if balance and k_energy > 0 else 1.0
+    stack, seen = torch.cat([alpha * k, v]), torch.cat([alpha * k_seen, v_seen])
+    basis = leading(seen, min(rank, len(stack)), stack.T)[1]
     basis = torch.nn.functional.pad(basis, (0, rank - basis.shape[1]))
     k_up, v_up = basis[: groups * width] / alpha, basis[groups * width :]
     return basis.T @ stack, k_up.unflatten(0, (groups, width)), v_up.unflatten(0, (groups, -1))

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from headwise.convert import methods
 from headwise.convert.grouping import GroupCost, choose_groups
 from headwise.convert.heads import merge
 from headwise.convert.layout import LayerWeights, planes, rows
@@ -204,3 +205,15 @@ def test_optimal_cannot_be_improved_by_small_steps():
 def test_unreachable_head_counts_are_refused(bad):
     with pytest.raises(ValueError, match="key-value heads"):
         merge(random_layer(8, 8, 8, 24), bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_a_few_vectors_of_a_large_problem_are_those_of_the_whole(monkeypatch, dtype):
+    factor = torch.randn(2, 96, 80, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    factor = factor * torch.arange(1, 81) ** -1.5
+    moment = factor @ factor.mH
+    values, vectors = methods.leading(moment, 4)
+    monkeypatch.setattr(methods, "SMALL", 8)
+    for few, found in (methods.leading(moment, 4), methods.leading(factor, 4, factor.mH)):
+        torch.testing.assert_close(few, values, rtol=1e-4, atol=0)
+        assert (vectors.mH @ found).abs().square().sum((-2, -1)).min() > 4 - 1e-3
