@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from headwise.convert.writer import Writer
 from headwise.errors import GateFailed, HeadwiseError
 from headwise.progress import SILENT, Progress
 from headwise.publish import Push, find_target, push_finished
+from headwise.ui import plain
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,7 @@ def _convert_layers(
         else:
             tensors = target.tensors(layer, made, record)
         # Before the tensors: what they were made with must not be lost if the run is cut off between them.
-        report = _plain(report)
+        report = plain(report)  # as JSON holds it, so that a resumed run reads back the same
         writer.note(f"layer {layer}", report)
         for name, tensor in tensors.items():
             if name not in writer.done:
@@ -321,15 +321,6 @@ def _carry_rest(checkpoint: Checkpoint, target: Target, writer: Writer, progress
         progress.advance(tensor.nbytes)
     for path in checkpoint.sidecars:
         writer.add_file(path, path.relative_to(checkpoint.folder).as_posix())
-
-
-def _plain(report: Any) -> Any:
-    """A report as JSON can hold it, which knows neither tuples nor NaN: a resumed run reads back the same."""
-    if isinstance(report, dict):
-        return {name: _plain(value) for name, value in report.items()}
-    if isinstance(report, (list, tuple)):
-        return [_plain(value) for value in report]
-    return None if isinstance(report, float) and not math.isfinite(report) else report
 
 
 def _figures(report: dict[str, Any]) -> dict[str, str]:
