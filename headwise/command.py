@@ -154,6 +154,7 @@ OTHER_MEMORY = "`--dry-run` forecasts what a conversion needs; what was done bef
 
 def _hush_libraries(verbose: bool) -> None:
     """Our progress is the only one on the screen, and advice meant for a library's callers is not shown."""
+    ui.clean_logs()
     if not verbose:
         import warnings
 

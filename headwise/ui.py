@@ -7,13 +7,14 @@ out, and no string is ever read as rich markup.
 from __future__ import annotations
 
 import json as jsonlib
+import logging
 import math
 import os
 import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from traceback import format_exception
@@ -82,6 +83,22 @@ def clean(text: object) -> str:
     return "".join(
         c if unicodedata.category(c) not in _UNSAFE else c.encode("unicode_escape").decode() for c in str(text)
     )
+
+
+def clean_logs() -> None:
+    """Let libraries log clean text only: they quote what they find in a checkpoint as it stands."""
+    make = logging.getLogRecordFactory()
+    if getattr(make, "clean", False):
+        return
+
+    def make_clean(*arguments: Any, **named: Any) -> logging.LogRecord:
+        record = make(*arguments, **named)
+        with suppress(Exception):  # a broken format is the logger's to report
+            record.msg, record.args = "\n".join(map(clean, record.getMessage().split("\n"))), ()
+        return record
+
+    make_clean.clean = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(make_clean)
 
 
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (direction overrides), surrogates, separators

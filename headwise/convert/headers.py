@@ -31,6 +31,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # The bound of the reference implementation of the format.
 MAX_HEADER = 100_000_000
+SMALL_JSON = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def parse_header(header: bytes, data: int, file: str) -> dict[str, TensorEntry]:
         HeadwiseError: anything else.
     """
     try:
+        refuse_dense(header)
         table = json.loads(header.decode(), object_pairs_hook=_unique)
         if not isinstance(table, dict):
             raise ValueError("it is not an object")
@@ -96,6 +98,17 @@ def make_header(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> 
     header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
+
+
+def refuse_dense(text: bytes) -> None:
+    """Raise ValueError for large JSON of little but brackets and commas.
+
+    An empty list takes three bytes in a file and sixty in memory. Tensors need names and shapes: their tables have
+    a bracket in sixteen bytes at most, and a comma in six.
+    """
+    brackets, commas = text.count(b"[") + text.count(b"{"), text.count(b",")
+    if len(text) > SMALL_JSON and (10 * brackets > len(text) or 4 * commas > len(text)):
+        raise ValueError("it is made of more brackets and commas than of names and numbers")
 
 
 def _entry(name: str, row: Any, file: str, start: int) -> TensorEntry:

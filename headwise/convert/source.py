@@ -16,6 +16,7 @@ from typing import Any
 
 from headwise.convert import hub
 from headwise.convert.disk import plain_errors
+from headwise.convert.headers import refuse_dense
 from headwise.errors import HeadwiseError
 from headwise.progress import SILENT, Progress
 
@@ -229,6 +230,7 @@ def read_json(folder: Path, name: str, limit: int = MAX_JSON) -> dict[str, Any]:
             raise HeadwiseError(f"{path} is larger than {limit:,} bytes.")
         text = path.read_bytes()
     try:
+        refuse_dense(text)
         content = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise HeadwiseError(f"{path} is not valid JSON: {error}.") from None
