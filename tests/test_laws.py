@@ -33,7 +33,7 @@ STAGES = [
     ["convert.deepseek"],
     ["convert.writer"],
     ["convert.verify"],
-    ["eval.perplexity"],
+    ["eval.perplexity", "eval.report"],
     ["convert.card"],
     ["publish"],
     ["convert.pipeline"],
