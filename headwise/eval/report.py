@@ -112,7 +112,7 @@ def markdown(found: Evaluation) -> str:
     if found.gates:
         rows = [(gate.name, "holds" if gate.passed else "**fails**", gate.detail) for gate in found.gates]
         lines += ["", "## Gates", "", *_table(("gate", "", ""), rows)]
-    where = [*figure("positions", "layers", "entropy"), *(f"{a}: {b}." for a, b in tables.flagged(found))]
+    where = [*figure("positions", "layers", "entropy"), *(f"{a}: {b}.\n" for a, b in tables.flagged(found))]
     where += figure("passkey")
     if where:
         lines += ["", "## Where it differs", "", *where]

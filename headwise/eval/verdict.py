@@ -72,7 +72,7 @@ def _judge(found: Evaluation) -> tuple[str, str]:
         share = f"in {len(worse)} of {len(pairs)} figures" if len(pairs) > 1 else ""
         if damage.high <= SMALL:
             return "open", f"a small loss {share} that is no accident; {most}.".replace("  ", " ")
-        return "bad", f"a real loss {share}; {most}. `headwise uptrain` heals; so does a larger cache.".replace(
+        return "bad", f"a real loss {share}; {most}. Train it with `headwise uptrain`, or keep more cache.".replace(
             " ;", ";"
         )
     if not pairs:
