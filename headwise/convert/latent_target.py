@@ -19,6 +19,7 @@ from headwise.convert.components import (
     rotary_gains,
 )
 from headwise.convert.context import rotations
+from headwise.convert.latent_shape import check_shape, choose_shape
 from headwise.convert.layout import AttentionLayout, LatentWeights, LayerWeights
 from headwise.convert.natural import ATTENTION, LAYERS, from_natural, natural_attention
 from headwise.convert.skeleton import empty_model, layer_arguments
@@ -33,8 +34,6 @@ PADDED_VALUE = 128
 LEARNING_RATE = 0.1
 # Layers that stand for the rest when frequencies are chosen.
 SAMPLED = 3
-# Rotary key that every MLA kernel takes.
-WIDEST_ROPE = 64
 
 
 class LatentTarget:
@@ -95,12 +94,12 @@ class LatentTarget:
             shapes = [latent.lift_shape(layout) for layout in before]
             rank, rope_dim = max(r for r, _ in shapes), max(p for _, p in shapes)
         elif cache is not None:
-            rank, rope_dim = self._choose_shape(cache)
+            rank, rope_dim = choose_shape(before, cache, whole_planes=bool(self.partial), notes=self.notes)
         if rank is None or rope_dim is None:
             raise HeadwiseError(
                 "--to mla needs a shape.", "Give --rank and --rope-dim, or --cache SHARE, or --exact."
             )
-        self._check_shape(rank, rope_dim)
+        check_shape(before, rank, rope_dim)
         self._grid = self._choose_frequencies(rope_dim, rope_frequencies)
         scaled = rope.rope_type(rotations(config, arch)[0].parameters)
         if scaled != "default" and not (exact or self.partial) and rope_frequencies == "default":
@@ -236,48 +235,6 @@ class LatentTarget:
         gains = torch.stack([rotary_gains(w, own, k) for w, k in zip(layers, known, strict=True)]).sum(0)
         return free_frequencies(own, gains, rope_dim)
 
-    def _choose_shape(self, share: float) -> tuple[int, int]:
-        """A share of the source's cache as (rank, rope_dim), in a size engines accept where one is near.
-
-        A quarter for the rotary key, at most a head's rotary width and what engines have kernels for: of the splits
-        tried on real models the best at every size. The expected error is no guide here: for the embedded model at
-        an eighth of its cache it prefers 32 + 32, whose damage is half as much again (docs/decisions/006).
-        """
-        wanted = round(share * max(layout.cache_numbers for layout in self._before))
-        numbers = engines.nearest_cache(wanted)
-        if numbers not in (wanted, wanted - 1):
-            self.notes.append(
-                f"Cache rows of {numbers} numbers, which engines have kernels for, in place of {wanted}."
-            )
-        turning = next(layout for layout in self._before if layout.rotary_dim)
-        splits = [p for _, p in engines.splits(numbers, turning.rotary_dim, turning.num_key_value_heads)]
-        if self.partial:  # as many planes of every head
-            step = 2 * turning.num_key_value_heads
-            splits = list(range(step, min(step * turning.rotary_dim // 2, numbers // 2) + 1, step))
-        if not splits:
-            raise HeadwiseError(
-                f"--cache {share:.4g} leaves {wanted} numbers per token and layer, too few for a rotary key.",
-                "Ask for more.",
-            )
-        wish = min(numbers / 4, turning.rotary_dim, WIDEST_ROPE)
-        rope_dim = max((p for p in splits if p <= wish), default=min(splits))
-        return numbers - rope_dim, rope_dim
-
-    def _check_shape(self, rank: int, rope_dim: int) -> None:
-        most_rank, most_rope = (max(sizes) for sizes in zip(*map(widest_shape, self._before), strict=True))
-        for name, value, most in (("--rank", rank, most_rank), ("--rope-dim", rope_dim, most_rope)):
-            if value < 2 or value % 2 or value > most:
-                source = self._before[0].cache_numbers
-                options = ", ".join(
-                    f"{r} + {p} ({(r + p) / source:.0%})"
-                    for r, p in ((most_rank * n // 8 // 2 * 2, most_rope * n // 16 // 2 * 2) for n in (1, 2, 4))
-                    if r > 1 and p > 1
-                )
-                raise HeadwiseError(
-                    f"{name} {value} is not an even number from 2 to {most}, which is all this model has.",
-                    f"Rank + rope dim, and the share of the cache they keep: {options}.",
-                )
-
     def _attention_shapes(self, layout: AttentionLayout, biased: bool) -> dict[str, tuple[int, ...]]:
         """Name (inside the attention module) and shape of every attention tensor of a layer."""
         heads, width = layout.num_attention_heads, self._hidden
@@ -339,12 +296,6 @@ def _say(engine: engines.Engine) -> str:
     words = {"yes": "loads", "no": "does not load", "wrong": "loads, and computes another function"}
     answer = words.get(engine.loads, "not known")
     return f"{engine.name}: {answer}" + (f" ({engine.reason})" if engine.reason else "")
-
-
-def widest_shape(layout: AttentionLayout) -> tuple[int, int]:
-    """The largest (rank, rope_dim) that brings anything: all keys and values as latent, all planes turning."""
-    groups = layout.num_key_value_heads
-    return groups * (layout.head_dim + layout.v_head_dim), groups * layout.rotary_dim
 
 
 def to_device(value: Any, device: torch.device) -> Any:
