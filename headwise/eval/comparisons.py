@@ -181,18 +181,18 @@ def _other(figure: Figure, parent: Results | None) -> Figure | None:
 
 
 def _pool(group: str, child: Results, parent: Results | None) -> tuple[Figure, Figure | None] | None:
-    """A group's headline: all samples of its tasks together, if lm-eval weighs the group so."""
-    own = [child.headline(task) for task in child.groups[group]]
-    heads = [figure for figure in own if figure is not None]
-    if not heads or len(heads) < len(own) or len({(f.metric, f.filter) for f in heads}) > 1:
-        return None
-    value = child.group_values.get(group, {}).get(f"{heads[0].metric},{heads[0].filter or 'none'}")
-    pooled = _joined(group, heads)
-    if not isinstance(value, float) or not math.isclose(value, pooled.value, rel_tol=1e-6):
-        return None
-    if parent is None:
-        return pooled, None
-    return pooled, _joined(group, [figure for head in heads if (figure := _other(head, parent))])
+    """A group's headline: all samples of its tasks together, in a figure that lm-eval makes of them so."""
+    for key, value in child.group_values.get(group, {}).items():
+        metric, _, filter_name = key.partition(",")
+        places = [(task, metric, None if filter_name == "none" else filter_name) for task in child.groups[group]]
+        heads = [child.figures[place] for place in places if place in child.figures]
+        if len(heads) < len(places) or any(head.sums is None for head in heads):
+            continue
+        pooled = _joined(group, heads)
+        if math.isclose(value, pooled.value, rel_tol=1e-6):
+            others = [_other(head, parent) for head in heads] if parent else []
+            return pooled, _joined(group, [other for other in others if other]) if others else None
+    return None
 
 
 def _joined(group: str, heads: Sequence[Figure]) -> Figure:
