@@ -16,7 +16,7 @@ from headwise.convert.architecture import Architecture
 from headwise.convert.calibration import LayerStream
 from headwise.convert.latent_target import LEARNING_RATE as LATENT_LEARNING_RATE
 from headwise.convert.latent_target import to_device
-from headwise.convert.refit import LEARNING_RATE, refit
+from headwise.convert.refit import LEARNING_RATE, fit_output, refit
 from headwise.convert.skeleton import empty_model, layer_arguments
 from headwise.errors import HeadwiseError
 from headwise.progress import SILENT, Progress
@@ -55,7 +55,8 @@ def train_layers(
         blocks: (sequences, length) of text.
     """
     assert isinstance(teacher.stock, Architecture)
-    latent = student.folder.latent
+    latent, stock = student.folder.latent, student.folder.stock
+    projection = stock.projections["o"] if isinstance(stock, Architecture) else "o_proj"
     scale = student.scales(teacher)[1]
     stream = LayerStream(teacher.checkpoint, teacher.stock, blocks.long(), device)
     arguments = None
@@ -72,6 +73,7 @@ def train_layers(
         record.outputs *= scale
         if arguments is not None:
             record.arguments = to_device(arguments[record.index], device)
+        solved = fit_output(attention, attention.get_submodule(projection), record, device=device)
         report = refit(
             attention,
             parameters,
@@ -84,6 +86,6 @@ def train_layers(
         for parameter, trained in zip(parameters, wanted, strict=True):
             parameter.requires_grad_(trained)
         attention.to("cpu")
-        reports[record.index] = asdict(report)
-        progress.advance(1, layer=record.index, error=f"{report.before:.4f} -> {report.after:.4f}")
+        reports[record.index] = {"output": asdict(solved), "refit": asdict(report)}
+        progress.advance(1, layer=record.index, error=f"{solved.before:.4f} -> {report.after:.4f}")
     return reports

@@ -120,7 +120,7 @@ class Run:
             self.progress.stage("reading text")
             self.heldout = self.heldout_blocks()
             self._measure_ends(writer)
-            student = Student.load(self.folder)
+            student = Student.load(self.folder, self.teacher)
             if self.recipe.layerwise is not None:
                 self._layer_by_layer(student, writer)
             student.choose(self.recipe.train)

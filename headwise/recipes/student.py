@@ -1,8 +1,10 @@
 """The model that is trained: a folder's stock model (MLA in natural coordinates), and the way back to its file.
 
 The stock tensors of an MLA folder hold weights near 1e-9 (mathematics, section 4a), which no optimizer survives:
-while it is trained its latent norm is an identity and every weight has its natural size. `Student.export` gives
-the folder's own tensors again, by the same code that `convert` writes them with.
+while it is trained its latent norm is an identity and every weight has its natural size. So have the weights that
+write to the residual stream, which `convert` scales so that one epsilon suits all norms: they get their parent's
+size, and the norms its epsilon. `Student.export` gives the folder's own tensors again, by the same code that
+`convert` writes them with.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from headwise.recipes.schema import Lora, Training
 
 # What peft puts before every name of the model that it wraps.
 ADAPTED = "base_model.model."
+# Outside attention, what an MLA model writes to its residual stream with.
+WRITERS = ("model.embed_tokens.weight", ".mlp.down_proj.weight")
 
 
 @dataclass(frozen=True)
@@ -80,18 +84,23 @@ class Student:
     """A model in training.
 
     Attributes:
-        network: float32; what `training` does not train is frozen.
+        network: float32; what is not to be trained is frozen.
+        stream: what the folder's residual stream is a multiple of this network's by.
         templates: of an MLA model, every layer's weights without their values.
     """
 
     folder: ModelFolder
     network: Any
+    stream: float = 1.0
     lora: Lora | None = None
     templates: list[LatentWeights] = field(default_factory=list)
 
     @classmethod
-    def load(cls, folder: ModelFolder) -> Student:
+    def load(cls, folder: ModelFolder, parent: ModelFolder | None = None) -> Student:
         """The folder's model, whole; `choose` makes it ready for training.
+
+        Args:
+            parent: what it was converted from, for the size of an MLA model's residual stream.
 
         Raises:
             HeadwiseError: the folder holds an MLA model that headwise did not write.
@@ -99,9 +108,14 @@ class Student:
         network = folder.load(torch.float32)
         student = cls(folder, network)
         if folder.latent is not None:
+            student.stream = _stream_scale(folder, parent)
+            _scale_stream(network, student.stream)
             for layer, path in enumerate(folder.attention):
                 latent, o_bias = _unit_latent(folder.latent, folder.checkpoint, layer)
-                make_natural(network.get_submodule(path), latent, o_bias)
+                latent = replace(latent, o=latent.o / student.stream)
+                make_natural(
+                    network.get_submodule(path), latent, None if o_bias is None else o_bias / student.stream
+                )
                 student.templates.append(_without_values(latent))
         return student
 
@@ -163,6 +177,8 @@ class Student:
         tied = set(getattr(self.bare, "all_tied_weights_keys", None) or {})
         for name, tensor in state.items():
             if name in entries:
+                if self.templates and name.endswith(WRITERS):
+                    tensor = tensor.double() * self.stream
                 yield name, tensor.detach().to("cpu", entries[name].dtype).contiguous()
             elif name not in tied:
                 raise HeadwiseError(
@@ -178,6 +194,7 @@ class Student:
         tensors = deepseek.attention_tensors(
             learned,
             prefix.rstrip("."),
+            residual=self.stream,
             o_bias=o_bias,
             q_lora_rank=checkpoint.config.get("q_lora_rank"),
             rms=1.0,
@@ -192,10 +209,27 @@ class Student:
             return 1.0, 1.0
         assert isinstance(teacher.stock, Architecture)
         text = teacher.stock.text_config(teacher.checkpoint.config)
-        return (
-            deepseek.residual_scale(text.get("rms_norm_eps", 1e-6)),
-            mla_source.find(text).factors["residual"],
-        )
+        whole = _stream_scale(self.folder, teacher)
+        return whole / self.stream, mla_source.find(text).factors["residual"] / self.stream
+
+
+def _stream_scale(folder: ModelFolder, parent: ModelFolder | None) -> float:
+    """What an MLA folder's residual stream is a multiple of its parent's by."""
+    if folder.latent is None or parent is None or not isinstance(parent.stock, Architecture):
+        return 1.0
+    text = parent.stock.text_config(parent.checkpoint.config)
+    return deepseek.residual_scale(text.get("rms_norm_eps", deepseek.NORM_EPS))
+
+
+@torch.no_grad()
+def _scale_stream(network: Any, scale: float) -> None:
+    """Divide what is written to the residual stream by `scale`, and let the norms not notice."""
+    for name, parameter in network.named_parameters():
+        if name.endswith(WRITERS):
+            parameter.div_(scale)
+    for module in network.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon /= scale**2
 
 
 def _unit_latent(model: LatentModel, checkpoint: Checkpoint, layer: int) -> tuple[LatentWeights, Tensor | None]:

@@ -52,8 +52,9 @@ def nats(network: Any) -> float:
 def test_the_loss_is_the_same_before_and_after_the_export(
     tmp_path: Path, kind: str, fields: dict[str, Any], target: dict[str, Any]
 ) -> None:
-    folder = opened(converted(parent(tmp_path / "parent", kind, **fields), tmp_path / "child", **target))
-    student = Student.load(folder)
+    home = parent(tmp_path / "parent", kind, **fields)
+    folder = opened(converted(home, tmp_path / "child", **target))
+    student = Student.load(folder, opened(home))
     student.choose(None)
     # Untouched, it is the folder's own function.
     assert nats(student.network) == pytest.approx(nats(folder.load(torch.float32)), abs=1e-5)
@@ -96,12 +97,16 @@ def test_only_attention_leaves_the_rest_as_it_is(tmp_path: Path) -> None:
     assert all("layernorm" in name for name in untouched)  # the latent's norm is a constant of the format
 
 
-def test_scales_make_an_exact_lift_agree_inside_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("known", [True, False])
+def test_scales_make_an_exact_lift_agree_inside_too(tmp_path: Path, known: bool) -> None:
     home = parent(tmp_path / "parent")
     folder, teacher = opened(converted(home, tmp_path / "child", to="mla", exact=True)), opened(home)
-    student = Student.load(folder)
+    student = Student.load(folder, teacher if known else None)
     hidden, attention = student.scales(teacher)
-    assert hidden == pytest.approx((1e-6 / 1e-5) ** 0.5)
+    assert hidden == attention == pytest.approx(1.0 if known else (1e-6 / 1e-5) ** 0.5)
+    if known:  # what is trained is as large as it was in the parent
+        ours, theirs = (m.model.embed_tokens.weight for m in (student.network, teacher.load(torch.float32)))
+        torch.testing.assert_close(ours, theirs)
 
     def said(network: Any, paths: list[str]) -> Any:
         modules = [network.get_submodule(path) for path in paths]
