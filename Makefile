@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # One process per core; torch itself stays on one thread per process so that they do not fight.
 JOBS ?= 2
+FUZZ_MINUTES ?= 60
 
-.PHONY: env demo test check check-full bench clean
+.PHONY: env demo test check check-full audit bench clean
 
 # torch is installed first and by its pin: any looser request lets pip choose a build with gigabytes of CUDA.
 $(READY): pyproject.toml constraints.txt
@@ -29,8 +30,13 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check-full: check test
+check-full: check test audit
 	$(BIN)/pytest -m full
+	nice $(BIN)/python tests/hostile/long_run.py --minutes $(FUZZ_MINUTES)
+
+# Known vulnerabilities of the pinned versions; without its service there is nothing to compare with.
+audit: $(READY)
+	$(BIN)/python tests/hostile/audit.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/convert_speed.py

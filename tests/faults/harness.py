@@ -234,7 +234,9 @@ class World:
         assert self.check() == "new", "the resumed job did not finish"
         if self.work.exists():  # it died after the rename; the next command says so and tidies up
             said = attempt(lambda: self.job(self.out, True))
-            assert said is not None and ("complete" in said or "exists already" in said), said
+            # Nothing is said where --force made it anew.
+            assert said is None or "complete" in said or "exists already" in said, said
+            assert self.check() == "new"
         assert not self.work.exists(), "the work folder is still there"
 
 

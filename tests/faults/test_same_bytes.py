@@ -1,0 +1,78 @@
+"""The same input, options and versions give the same bytes: on one thread or two, interrupted or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headwise.convert import pipeline
+from headwise.convert.pipeline import convert
+from headwise.convert.record import RECORD
+from headwise.convert.verify import verify
+from headwise.errors import HeadwiseError
+from tests.convert.speaking import TEXT, save_speaking
+from tests.faults.harness import contents
+
+# Large enough that torch and the linear algebra behind it split their work between two threads.
+WIDE = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 32, "max_position_embeddings": 128}
+KINDS: dict[str, dict[str, Any]] = {
+    "optimal": {"to": "gqa", "groups": 2, "refit": "off"},
+    "refit": {"to": "gqa", "groups": 2, "refit": 3},
+    "mla": {"to": "mla", "rank": 48, "rope_dim": 16, "refit": "off"},
+    "mla, refit": {"to": "mla", "rank": 48, "rope_dim": 16, "refit": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_speaking(tmp_path_factory.mktemp("parent") / "model", **WIDE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_and_interruptions_leave_no_trace(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    options = {**TEXT, "calibration_tokens": 2048, "verify": False, **KINDS[kind]}
+    before = torch.get_num_threads()
+    try:
+        made = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            made.append(contents(convert(model, tmp_path / str(threads) / "out", **options).out))  # type: ignore[union-attr]
+    finally:
+        torch.set_num_threads(before)
+    assert made[0] == made[1]
+
+    real = pipeline.Writer.note
+
+    def stop(self: Any, key: str, value: Any) -> None:
+        if key == "layer 1":
+            raise KeyboardInterrupt
+        real(self, key, value)
+
+    out = tmp_path / "resumed" / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Writer, "note", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(model, out, **options)
+    convert(model, out, resume=True, **options)
+    assert contents(out) == made[0]
+
+
+def test_hashes_tell_what_changed(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(model, out, to="gqa", groups=2, calibrate="none")
+    found = verify(out, hashes=True)
+    assert found.passed and len(found.checks) == 1
+    content = bytearray((out / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (out / "model.safetensors").write_bytes(content)
+    (out / "tokenizer.json").write_text("{}")
+    found = verify(out, hashes=True)
+    assert not found.passed and "tokenizer.json (2 in all)" in found.failures
+    (out / RECORD).unlink()
+    with pytest.raises(HeadwiseError, match=r"has no headwise\.json"):
+        verify(out, hashes=True)
