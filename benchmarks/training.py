@@ -45,6 +45,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "batch": 512,
         "micro": 256,
     },
+    "small": {  # for memory on a CPU
+        "config": {"vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8},
+        "heads": {"num_attention_heads": 16, "head_dim": 64, "rank": 192, "rope": 64, "groups": 4},
+        "length": 64,
+        "batch": 128,
+        "micro": 64,
+    },
     "embedded": {
         "config": {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 5},
         "heads": {"num_attention_heads": 8, "head_dim": 32, "rank": 96, "rope": 32, "groups": 2},
@@ -190,11 +197,18 @@ def now() -> float:
 def reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark of resident memory, on Linux
 
 
 def peak() -> int:
-    """Bytes of the device that were allocated at once; 0 on a CPU."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    """Bytes of the device that were allocated at once; on a CPU, resident with all else that the process holds."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
+
+
+def resident(line: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(row.split()[1] for row in status.splitlines() if row.startswith(line)))
 
 
 def main() -> None:
@@ -209,6 +223,7 @@ def main() -> None:
     parser.add_argument("--no-bare", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    options.checkpointing = options.shape in ("7b", "small")
 
     processes = PartialState(cpu=not torch.cuda.is_available())
     device, shape = processes.device, SHAPES[options.shape]
@@ -221,7 +236,7 @@ def main() -> None:
             batch_tokens=batch,
             micro_batch_tokens=micro,
             learning_rate=1e-5,
-            gradient_checkpointing=options.shape == "7b",
+            gradient_checkpointing=options.checkpointing,
             compile=options.compile,
             log_every=5,
         ),
@@ -238,6 +253,7 @@ def main() -> None:
     )
     half = device.type != "cpu"
     measured: dict[str, list[dict[str, Any]]] = {}
+    before = 0 if half else resident("VmRSS")
     for _ in range(options.rounds):
         for name, loop in (("ours", ours), ("bare", bare)):
             if name == "bare" and options.no_bare:
@@ -258,7 +274,7 @@ def main() -> None:
         tokens=min(micro, batch // count),
         teacher=Shape.of(parent_config, numbers[1]),
         half=half,
-        checkpointing=options.shape == "7b",
+        checkpointing=options.checkpointing,
         sharded=sharded,
         replicas=1 if sharded > 1 else count,
     )
@@ -269,10 +285,10 @@ def main() -> None:
     rates = {name: batch / statistics.median(r["seconds"] for r in runs) for name, runs in measured.items()}
     for name, runs in measured.items():
         most, losses = max(run["peak"] for run in runs), runs[0]["losses"]
-        print(f"  {name}: {rates[name]:>12,.0f} tokens/s, peak {most / 1e9:.2f} GB, loss {losses}")
+        print(f"  {name}: {rates[name]:>12,.0f} tokens/s, peak {(most - before) / 1e9:.2f} GB, loss {losses}")
     if "bare" in rates:
         print(f"  ours / bare: {rates['ours'] / rates['bare']:.3f}")
-    print(f"  forecast: {expected.total / 1e9:.2f} GB")
+    print(f"  forecast: {(expected.total - (0 if half else expected.rest)) / 1e9:.2f} GB")
     if options.json:
         report = {"device": where, "processes": count, "torch": torch.__version__, "measured": measured}
         report |= {"options": {k: str(v) for k, v in vars(options).items()}, "forecast": asdict(expected)}

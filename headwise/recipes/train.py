@@ -27,7 +27,7 @@ from headwise.recipes.uptrain import uptrain
 INTERRUPTED = 130
 # Seconds before a process other than the first says what is wrong. Mostly the first says the same, and the launcher
 # ends the others with it.
-OTHERS_WAIT = 5
+OTHERS_WAIT = 30
 
 
 def main(arguments: list[str] | None = None) -> int:
