@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headwise.cli import cli
-from headwise.convert import disk, pipeline
+from headwise.convert import disk, forecast, pipeline
 from headwise.convert.refit import refit
 from tests.convert.speaking import TEXT, contents, save_speaking
 
@@ -194,6 +194,11 @@ def test_no_space_is_seen_before_the_first_byte(model: Path, monkeypatch: pytest
     usage = disk.shutil.disk_usage(model)
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=disk.SPARE + 1000))
     refused(model, "The output needs")
+
+
+def test_no_memory_is_seen_before_the_first_byte(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "free_memory", lambda: 1000)
+    assert "--calibration-tokens" in refused(model, "GB of memory at its peak, and 0.00 GB are free")
 
 
 def failing(call: str, number: int, after: int, monkeypatch: pytest.MonkeyPatch) -> None:

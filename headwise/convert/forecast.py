@@ -3,6 +3,7 @@ on the same kind of machine decides the same."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from headwise.convert.attention_view import QUERIES_LOOKED_AT
 from headwise.convert.calibration import TOKENS_AT_ONCE
 from headwise.convert.checkpoint import Checkpoint
 from headwise.convert.refit import DEFAULT_STEPS, SEQUENCES_PER_STEP, forecast_flops
+from headwise.errors import HeadwiseError
 
 # Longest calibration sequence: how far attention looks is measured on it.
 CALIBRATION_LENGTH = 1024
@@ -71,6 +73,33 @@ def refit_seconds(
             )
     rate = CUDA_FLOPS if device.type == "cuda" else CPU_FLOPS_PER_THREAD * torch.get_num_threads()
     return flops / rate
+
+
+def check_memory(nbytes: int, device: torch.device) -> None:
+    """Raise HeadwiseError unless a conversion whose peak is forecast as `nbytes` fits into the memory that is free.
+
+    Where the system does not say how much that is, and on other devices than the CPU, nothing is checked.
+    """
+    free = free_memory() if device.type == "cpu" else None
+    # What an idle process holds is taken already.
+    if free is not None and nbytes - RESTING_BYTES > free:
+        raise HeadwiseError(
+            f"The conversion needs {nbytes / 1e9:.2f} GB of memory at its peak, and {free / 1e9:.2f} GB are free.",
+            "Read less text (--calibration-tokens), or none (--calibrate none); --method mean needs the least.",
+        )
+
+
+def free_memory() -> int | None:
+    """Bytes of memory that may still be used, within the limits of a container; None where nobody says."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        known = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        group = Path("/sys/fs/cgroup")
+        if (group / "memory.max").exists() and (most := (group / "memory.max").read_text().strip()) != "max":
+            known.append(int(most) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        return None
+    return max(0, min(known)) if known else None
 
 
 def attention_parameters(layout: Any, hidden_size: int) -> int:

@@ -198,6 +198,7 @@ def convert(
         find_target(push_to_hub, source_name(plan), private=private, token=token, need_token=not dry_run)
     if dry_run:
         return plan
+    forecast.check_memory(plan.peak_memory, place)
 
     identity = {
         "source": checkpoint.fingerprint(),
