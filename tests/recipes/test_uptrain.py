@@ -1,0 +1,252 @@
+"""A run of uptrain: what it heals and writes, how it stops and goes on, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from headwise.convert.verify import verify
+from headwise.errors import HeadwiseError
+from headwise.progress import Progress
+from headwise.recipes import checkpoints
+from headwise.recipes.guard import Diverged
+from headwise.recipes.schema import Data, Layerwise, Loss, Recipe, Teacher, Training
+from headwise.recipes.uptrain import uptrain
+from tests.recipes import models
+
+STEPS, BATCH = 12, 256
+TRAINING = Training(
+    tokens=STEPS * BATCH, batch_tokens=BATCH, learning_rate=1e-2, log_every=1, save_every=4, precision="float32"
+)
+DISTILL = Loss(kl=0.9, cross_entropy=0.1)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """text.txt, a parent, and what it was converted to: mqa and mla."""
+    folder = tmp_path_factory.mktemp("uptrain")
+    models.text(folder / "text.txt")
+    parent = models.parent(folder / "parent")
+    models.converted(parent, folder / "mqa", to="mqa")
+    models.converted(parent, folder / "mla", to="mla", rank=12, rope_dim=4)
+    return folder
+
+
+def recipe(home: Path, loss: Loss = DISTILL, train: Training | None = TRAINING, **more: Any) -> Recipe:
+    text = str(home / "text.txt")
+    return Recipe("a test", Data({text: 1}, 32, heldout=text, heldout_blocks=4), train, loss=loss, **more)
+
+
+def curve(folder: Path) -> list[list[str]]:
+    """Step, tokens and losses; not the clock."""
+    with (folder / "uptraining.csv").open() as file:
+        return [[row[name] for name in ("step", "tokens", "loss", "learning_rate")] for row in csv.DictReader(file)]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+class At(Progress):
+    """Does something once training has reached a number of tokens."""
+
+    def __init__(self, tokens: int, action: Any) -> None:
+        self.tokens, self.action, self.seen, self.training = tokens, action, 0, False
+
+    def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
+        self.training = name == "training"
+
+    def advance(self, amount: int = 1, **fields: object) -> None:
+        self.seen += amount * self.training
+        if self.seen >= self.tokens:
+            self.tokens = sys.maxsize
+            self.action()
+
+
+@pytest.mark.parametrize("layout", ["mqa", "mla"])
+def test_a_healed_folder_is_stock_verified_and_recorded(home: Path, tmp_path: Path, layout: str) -> None:
+    before = contents(home / layout)
+    out = tmp_path / "out"
+    done = uptrain(home / layout, out, recipe=recipe(home), command="typed")
+    assert done is not None and done.parent is not None
+    assert done.after < done.before - 0.1
+    assert contents(home / layout) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+    record = json.loads((out / "headwise.json").read_text())
+    facts = record["uptraining"][-1]
+    assert facts["nats"] == {"parent": done.parent, "before": done.before, "after": done.after}
+    assert (facts["tokens"], facts["steps"], facts["command"], facts["teacher"]) == (3072, 12, "typed", "parent")
+    assert record["arguments"] == json.loads((home / layout / "headwise.json").read_text())["arguments"]
+    card = (out / "README.md").read_text()
+    assert "## Uptraining" in card and f"| after | {done.after:.4f} |" in card and "`typed`" in card
+    checked = verify(out, against=home / "parent")
+    assert checked.passed, checked.failures
+    assert {"record", "parent"} <= {name for name, _, _ in checked.checks}
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == AutoModelForCausalLM.from_pretrained(home / layout).dtype
+
+
+def test_a_run_that_is_killed_goes_on_as_if_nothing_had_happened(home: Path, tmp_path: Path) -> None:
+    plan = recipe(home, train=replace(TRAINING, save_every=5))
+    uptrain(home / "mla", tmp_path / "whole", recipe=plan)
+
+    program = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from tests.recipes.test_uptrain import At, BATCH, TRAINING, recipe, replace, uptrain\n"
+        "home, out = map(Path, sys.argv[1:])\n"
+        "kill = At(7 * BATCH, lambda: os.kill(os.getpid(), signal.SIGKILL))\n"
+        "uptrain(home / 'mla', out, recipe=recipe(home, train=replace(TRAINING, save_every=5)), progress=kill)\n"
+    )
+    out = tmp_path / "killed"
+    died = subprocess.run([sys.executable, "-c", program, str(home), str(out)], capture_output=True, text=True)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert not out.exists()
+    with pytest.raises(HeadwiseError, match="--resume"):
+        uptrain(home / "mla", out, recipe=plan)
+    with pytest.raises(HeadwiseError, match="its recipe was"):
+        uptrain(home / "mla", out, recipe=recipe(home), resume=True)
+
+    # And once more, by a signal that lets it finish its step.
+    stop = At(2 * BATCH, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt, match="--resume finishes it"):
+        uptrain(home / "mla", out, recipe=plan, resume=True, progress=stop)
+    handler = signal.getsignal(signal.SIGTERM)
+    assert handler == signal.SIG_DFL
+    uptrain(home / "mla", out, recipe=plan, resume=True)
+    assert curve(out) == curve(tmp_path / "whole")
+    assert contents(out)["model.safetensors"] == contents(tmp_path / "whole")["model.safetensors"]
+
+
+def test_checkpoints_are_whole_few_and_models_themselves(home: Path, tmp_path: Path) -> None:
+    work = tmp_path / ".out.headwise-work" / "training"
+    found: list[list[str]] = []
+
+    def look() -> None:
+        found.append(sorted(path.name for path in work.iterdir() if path.is_dir()))
+        copied = AutoModelForCausalLM.from_pretrained(work / "checkpoint-8" / "model")
+        assert copied.config.model_type == "llama"
+        assert AutoTokenizer.from_pretrained(work / "checkpoint-8" / "model")
+        raise KeyboardInterrupt
+
+    plan = recipe(home, train=replace(TRAINING, save_every=2, keep=2))
+    with pytest.raises(KeyboardInterrupt):
+        uptrain(home / "mqa", tmp_path / "out", recipe=plan, progress=At(9 * BATCH, look))
+    assert found == [["checkpoint-6", "checkpoint-8", "writing"]]
+
+
+def test_a_loss_that_is_lost_names_the_last_good_checkpoint(home: Path, tmp_path: Path) -> None:
+    wild = recipe(home, train=replace(TRAINING, learning_rate=1e30, warmup=0.9, max_grad_norm=1e9, save_every=1))
+    with pytest.raises(Diverged, match=r"last good checkpoint is .*checkpoint-\d+") as caught:
+        uptrain(home / "mqa", tmp_path / "out", recipe=wild)
+    kept = Path(str(caught.value.message).rpartition(" is ")[2].rstrip("."))
+    state = load_file(kept / checkpoints.WEIGHTS)
+    assert all(bool(tensor.isfinite().all()) for tensor in state.values())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_the_checkpoints_there_are(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill() -> None:
+        def small(folder: Path, nbytes: int) -> None:
+            raise HeadwiseError(f"The output needs {nbytes} bytes and there are 3.", "Free some space.")
+
+        monkeypatch.setattr(checkpoints, "check_space", small)
+
+    with pytest.raises(HeadwiseError, match="No checkpoint can be written: The output needs"):
+        uptrain(home / "mqa", tmp_path / "out", recipe=recipe(home), progress=At(5 * BATCH, fill))
+    left = tmp_path / ".out.headwise-work" / "training" / "checkpoint-4"
+    assert (left / checkpoints.WEIGHTS).exists() and (left / "model" / "config.json").exists()
+    monkeypatch.undo()
+    uptrain(home / "mqa", tmp_path / "out", recipe=recipe(home), resume=True)
+    assert len(curve(tmp_path / "out")) >= STEPS
+
+
+@pytest.mark.parametrize("layout", ["mqa", "mla"])
+def test_two_stages_and_the_first_alone(home: Path, tmp_path: Path, layout: str) -> None:
+    stage = Layerwise(tokens=1024, steps=8)
+    alone = uptrain(home / layout, tmp_path / "alone", recipe=recipe(home, train=None, layerwise=stage))
+    assert alone is not None and alone.tokens == 0 and len(alone.layers) == 2
+    for report in alone.layers.values():
+        assert report["refit"]["after"] < 0.8 * report["output"]["before"]
+    short = replace(TRAINING, tokens=4 * BATCH)
+    both = uptrain(home / layout, tmp_path / "both", recipe=recipe(home, train=short, layerwise=stage))
+    assert both is not None and both.layers == alone.layers and both.tokens == 4 * BATCH
+    again = uptrain(
+        home / layout, tmp_path / "attention", recipe=recipe(home, train=replace(short, parameters="attention"))
+    )
+    assert again is not None
+    old, new = (load_file(p / "model.safetensors") for p in (home / layout, tmp_path / "attention"))
+    assert all(".self_attn." in name for name in old if not torch.equal(old[name], new[name]))
+
+
+def test_answers_on_disk_teach_what_a_teacher_beside_does(home: Path, tmp_path: Path) -> None:
+    beside = uptrain(home / "mqa", tmp_path / "beside", recipe=recipe(home, Loss(kl=1.0)))
+    whole = uptrain(home / "mqa", tmp_path / "whole", recipe=recipe(home, Loss(kl=1.0), teacher=Teacher(topk=2048)))
+    few = uptrain(home / "mqa", tmp_path / "few", recipe=recipe(home, Loss(kl=1.0), teacher=Teacher(topk=64)))
+    assert beside is not None and whole is not None and few is not None
+    for a, b in zip(curve(tmp_path / "beside"), curve(tmp_path / "whole"), strict=True):
+        if a[2]:
+            assert float(b[2]) == pytest.approx(float(a[2]), rel=0.02)
+    assert abs(few.after - beside.after) < 0.1 * abs(beside.before - beside.after) + 0.05
+
+
+def test_every_term_of_the_loss_runs(home: Path, tmp_path: Path) -> None:
+    loss = Loss(reverse_kl=0.3, jsd=0.3, hidden_states=0.1, attention_outputs=0.1, temperature=2.0)
+    train = replace(TRAINING, tokens=3 * BATCH, gradient_checkpointing=True, micro_batch_tokens=BATCH // 2)
+    done = uptrain(home / "mla", tmp_path / "out", recipe=recipe(home, loss, train))
+    assert done is not None and done.tokens == 3 * BATCH
+
+
+def refusals(home: Path, tmp_path: Path) -> Iterator[tuple[Recipe, dict[str, Any], str]]:
+    good = recipe(home)
+    yield good, {"teacher": models.parent(tmp_path / "wide", vocab_size=2050)}, "predicts 2,048 tokens"
+    other = models.parent(tmp_path / "other")
+    spoken = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = spoken["model"]["vocab"]
+    a, b = list(vocabulary)[300:302]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    (other / "tokenizer.json").write_text(json.dumps(spoken))
+    yield good, {"teacher": other}, "different tokenizers"
+    deep = models.parent(tmp_path / "deep", num_hidden_layers=3)
+    yield recipe(home, layerwise=Layerwise()), {"teacher": deep}, "num_hidden_layers is 2 here and 3"
+    yield replace(good, data=replace(good.data, length=128)), {}, "positions for 64 tokens"
+    (tmp_path / "empty.txt").write_text("")
+    yield (
+        replace(good, data=replace(good.data, text={str(tmp_path / "empty.txt"): 1})),
+        {},
+        "does not fill one block",
+    )
+    yield replace(good, train=replace(TRAINING, tokens=None, fraction=0.05)), {}, "size is not stated"
+    yield replace(good, train=replace(TRAINING, batch_tokens=100)), {}, "does not divide"
+    yield recipe(home, train=None, layerwise=Layerwise()), {"tokens": 5}, "no budget"
+
+
+def test_what_does_not_fit_is_refused_and_leaves_nothing(home: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    out = tmp_path / "out"
+    for plan, options, message in refusals(home, made):
+        with pytest.raises(HeadwiseError, match=message):
+            uptrain(home / "mqa", out, recipe=plan, **options)
+        assert [path.name for path in tmp_path.iterdir()] == ["made"], message
+    lonely = models.parent(made / "lonely")
+    with pytest.raises(HeadwiseError, match="Pass --teacher"):
+        uptrain(lonely, out, recipe=recipe(home))
+    with pytest.raises(HeadwiseError, match="exists already"):
+        uptrain(home / "mqa", lonely, recipe=recipe(home))
