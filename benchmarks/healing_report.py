@@ -1,0 +1,158 @@
+"""The tables and pictures of benchmarks/healing.py; by itself it makes them again from a results file:
+
+python benchmarks/healing_report.py OUT/results.jsonl OUT
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+INK, PALE = "#1f2937", "#e5e7eb"
+# A colour for each start, a dash for each recipe; told apart by people who do not see red from green.
+COLOURS = {"mean": "#8a8a8a", "transmla": "#8a8a8a", "aligned": "#c77700", "optimal": "#0072b2"}
+DASHES = {"paper": (0, (1, 1.5)), "distill": (0, (5, 2)), "two-stage": "-"}
+
+Row = dict[str, Any]
+
+
+def write(home: Path, rows: Sequence[Row], parent: float, headlines: dict[tuple[str, float], float]) -> None:
+    """OUT/results.csv of all rows; OUT/table.md, gap.png and stages.png of the grid's, not of a sweep's."""
+    every = [row | {"gap": row["nats"] - parent} for row in rows if row["recipe"] != "parent"]
+    names = ("target", "method", "recipe", "percent", "seed", "tokens", "nats", "gap", "train_seconds")
+    with (home / "results.csv").open("w", newline="") as file:
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow((*names, "settings", "swept"))
+        for row in every:
+            figures = [f"{v:.4f}" if isinstance(v := row.get(name, ""), float) else v for name in names]
+            out.writerow([*figures, " ".join(f"{k}={v}" for k, v in row["settings"].items()), int(row["swept"])])
+    gaps = [row for row in every if not row["swept"]]
+    text = "\n".join([*_headlines(gaps, headlines), "", *_table(gaps)])
+    (home / "table.md").write_text(f"Parent {parent:.4f}\n\n{text}\n")
+    draw(gaps, home / "gap.png")
+    draw_stages(gaps, headlines, home / "stages.png")
+
+
+def _headlines(rows: Sequence[Row], wanted: dict[tuple[str, float], float]) -> Iterator[str]:
+    yield "| target | tokens | gap, three seeds | mean ± sd | to reach |"
+    yield "|---|---|---|---|---|"
+    for (target, percent), least in wanted.items():
+        gaps = sorted(r["gap"] for r in _of(rows, target, "optimal", "two-stage") if r["percent"] == percent)
+        if gaps:
+            each = ", ".join(f"{gap:+.4f}" for gap in gaps)
+            spread = f"{mean(gaps):+.4f}" + (f" ± {stdev(gaps):.4f}" if len(gaps) > 1 else "")
+            yield f"| {target} | {percent:g}% | {each} | {spread} | {least} |"
+
+
+def _table(rows: Sequence[Row]) -> Iterator[str]:
+    budgets = sorted({row["percent"] for row in rows if row["percent"]})
+    yield f"| target | start | recipe | before | {' | '.join(f'{budget:g}%' for budget in budgets)} |"
+    yield "|---|---|---|---|" + "---|" * len(budgets)
+    for target, method, recipe in _kinds(rows):
+        found = _of(rows, target, method, recipe)
+        begun = _of(rows, target, method, "layerwise" if recipe == "two-stage" else "convert")
+        cells = []
+        for budget in budgets:
+            gaps = [row["gap"] for row in found if row["percent"] == budget]
+            cells.append(f"{mean(gaps):+.3f}" if gaps else "")
+        before = f"{begun[0]['gap']:.3f}" if begun else ""
+        yield f"| {target} | {method} | {recipe} | {before} | {' | '.join(cells)} |"
+
+
+def draw_stages(rows: Sequence[Row], wanted: dict[tuple[str, float], float], path: Path) -> None:
+    """Each target after the conversion, after the layerwise stage, and after its headline budget end to end."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.6), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    labels = []
+    for place, ((target, percent), least) in enumerate(wanted.items()):
+        ended = [r["gap"] for r in _of(rows, target, "optimal", "two-stage") if r["percent"] == percent]
+        stages = [[r["gap"] for r in _of(rows, target, "optimal", s)][:1] for s in ("convert", "layerwise")] + [
+            ended
+        ]
+        styles = (("#8a8a8a", "converted"), ("#c77700", "layer by layer"), ("#0072b2", "and end to end"))
+        for shift, (gaps, (colour, label)) in enumerate(zip(stages, styles, strict=True)):
+            if gaps:
+                x = place + 0.22 * (shift - 1)
+                axes.plot([x] * len(gaps), gaps, "o", color=colour, label=label if not place else None)
+                axes.annotate(
+                    f"{mean(gaps):.3f}", (x, max(gaps)), xytext=(0, 6), textcoords="offset points", ha="center",
+                    color=colour, fontsize=8.5,
+                )  # fmt: skip
+        axes.plot([place - 0.35, place + 0.35], [least] * 2, color=INK, linewidth=1)
+        labels.append(f"{target}\n{percent:g}% of tokens")
+    axes.set_yscale("log")
+    axes.set_yticks([0.01, 0.05, 0.1, 0.5, 1], ["0.01", "0.05", "0.1", "0.5", "1"])
+    axes.set_yticks([], minor=True)
+    axes.set_ylim(0.007, 4)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_ylabel("nats above the parent (held-out modules)", color=INK)
+    axes.set_title("What each stage heals; the short lines are what was to be reached", loc="left", fontsize=11)
+    axes.grid(axis="y", color=PALE, linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path)
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """One panel for each target: gap to the parent against tokens, a line for each start and recipe."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    targets = list(dict.fromkeys(target for target, _, _ in _kinds(rows)))
+    wide, high = min(3, len(targets)), -(-len(targets) // 3)
+    figure = Figure(figsize=(4.2 * wide, 3.9 * high), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, target in enumerate(targets):
+        axes = figure.add_subplot(high, wide, place + 1)
+        for kind, method, recipe in _kinds(rows):
+            if kind != target:
+                continue
+            found = _of(rows, target, method, recipe)
+            xs = sorted({row["percent"] for row in found})
+            ys = [mean(row["gap"] for row in found if row["percent"] == x) for x in xs]
+            style = {"color": COLOURS[method], "linestyle": DASHES[recipe], "linewidth": 1.8, "marker": "o"}
+            axes.plot(xs, ys, label=f"{method}, {recipe}", markersize=4, **style)
+        axes.axhline(0, color=INK, linewidth=1)
+        axes.set_xscale("log")
+        axes.set_yscale("symlog", linthresh=0.02, linscale=0.6)
+        axes.set_xticks([0.25, 0.5, 1, 2, 5], ["0.25%", "0.5%", "1%", "2%", "5%"])
+        axes.set_xticks([], minor=True)
+        axes.set_yticks([0, 0.01, 0.05, 0.1, 0.2, 0.5, 1], ["parent", "0.01", "0.05", "0.1", "0.2", "0.5", "1"])
+        axes.set_yticks([], minor=True)
+        axes.set_title(target, loc="left", color=INK, fontweight="bold")
+        axes.grid(color=PALE, linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=7, frameon=False)
+    figure.supxlabel("tokens, as a share of the pretraining", fontsize=10)
+    figure.supylabel("nats above the parent (held-out modules)", fontsize=10)
+    figure.savefig(path)
+
+
+def _kinds(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    found = [(row["target"], row["method"], row["recipe"]) for row in rows if row["percent"]]
+    return sorted(set(found), key=lambda kind: (found.index(kind), kind))
+
+
+def _of(rows: Sequence[Row], target: str, method: str, recipe: str) -> list[Row]:
+    return [row for row in rows if (row["target"], row["method"], row["recipe"]) == (target, method, recipe)]
+
+
+def main() -> None:
+    from healing import HEADLINES
+
+    rows = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
+    parent = next(row["nats"] for row in rows if row["recipe"] == "parent")
+    write(Path(sys.argv[2]), rows, parent, HEADLINES)
+
+
+if __name__ == "__main__":
+    main()
