@@ -33,11 +33,13 @@ SHAPES: dict[str, tuple[tuple[int, ...], dict[str, object]]] = {
     "mla": ((2048, 2, 16, 16, 128, 5632, 32000), {"to": "mla", "cache": 0.25}),
 }
 CHILD = """
-import json, resource, sys
+import json, sys
 from headwise.convert.pipeline import convert
 model, out, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 plan = convert(model, out, device="cpu", verify=False, **options).plan
-print(plan.peak_memory, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+# Of this program alone; getrusage would count what the process was before it became this program.
+lines = open("/proc/self/status").read().splitlines()
+print(plan.peak_memory, 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")))
 """
 
 
