@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,19 @@ class Curve(TrainerCallback):
         self.closed: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        kept = _rows_until(self.path, state.global_step) if state.global_step else []
+        kept: list[list[Any]] = _rows_until(self.path, state.global_step) if state.global_step else []
         self.resumed = self.reported = state.global_step * self.batch_tokens
         self.started = time.time() - (float(kept[-1][2]) if kept else 0.0)
         self._resumed_at = time.time()
+        if not kept and self.before is not None and math.isfinite(self.before):
+            self.closed = gap_closed(self.before, self.parent, self.before)
+            kept = [[0, 0, "0.0", "", "", self.before, "" if self.closed is None else f"{self.closed:.4f}"]]
         if state.is_world_process_zero:
             self._write([self.COLUMNS, *kept], "w")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # A curve has its end, however seldom the recipe measures.
+        control.should_evaluate |= state.global_step >= state.max_steps
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not state.is_world_process_zero or not {"loss", "eval_loss"} & set(logs):

@@ -29,11 +29,13 @@ from headwise.errors import HeadwiseError
 from headwise.eval.perplexity import nats_per_token
 from headwise.progress import Progress
 from headwise.recipes import data, outcome, packing
+from headwise.recipes.callbacks import check_reporters
 from headwise.recipes.checkpoints import Checkpoints, keep, put
 from headwise.recipes.fit import check_fit, load_tokenizer
 from headwise.recipes.guard import Stopper
 from headwise.recipes.layerwise import train_layers
 from headwise.recipes.memory import check_memory
+from headwise.recipes.plot import draw_curve
 from headwise.recipes.schema import Recipe
 from headwise.recipes.student import ModelFolder, Student
 from headwise.recipes.teacher import Teacher, answers
@@ -93,6 +95,7 @@ class Run:
         self.tokenizer = load_tokenizer(folder.checkpoint)
         check_fit(recipe, folder, self.teacher, self.tokenizer, self.record)
         check_memory(folder, self.teacher, recipe)
+        check_reporters(recipe.train.report_to if recipe.train else [])
         self.home = WorkFolder(out).home / TRAINING
         self.before, self.parent = math.nan, None  # type: float, float | None
         self.heldout = torch.empty(0)
@@ -195,7 +198,11 @@ class Run:
         assert training is not None
         tokens = training.budget(outcome.pretraining_tokens(self.teacher, self.folder))
         self.progress.stage("reading text")
-        blocks, self.text = self.training_blocks(tokens, training.seed)
+        # Whole steps of text and no more: the order of rows follows their number.
+        wanted = math.ceil(tokens / training.batch_tokens) * training.batch_tokens
+        blocks, self.text = self.training_blocks(wanted, training.seed)
+        if isinstance(blocks, Tensor):
+            blocks = blocks[: wanted // recipe.data.length]
         collate: Any = packing.collator(student.bare, self.tokenizer, recipe.data.separate_documents)
         beside = None
         if recipe.loss.needs_teacher and recipe.teacher.topk is not None:
@@ -206,7 +213,6 @@ class Run:
                     "Leave out teacher.topk, or give files.",
                 )
             topk = min(recipe.teacher.topk, self.teacher.text.vocab_size)
-            blocks = blocks[: math.ceil(tokens / blocks.shape[1])]
             blocks = answers(
                 self.teacher,
                 blocks,
@@ -275,6 +281,8 @@ class Run:
             found["after"] = self._nats(written)
             outcome.describe(writer, self._facts(found["after"]), self.record, checkpoint)
 
+        if (curve := self.home / "curve.csv").exists():
+            draw_curve(curve, curve.with_suffix(".png"), parent=self.parent, title=f"Uptraining: {self.name}")
         outcome.add_files(writer, checkpoint, self.home)
         out = writer.publish(check)
         self.progress.finish()

@@ -62,6 +62,16 @@ def test_a_curve_says_how_much_of_the_gap_is_closed(tmp_path: Path, monkeypatch:
     assert figures[2] == {"heldout": 2.25, "gap closed": "75.0%", "tokens/s": "1,000"}
 
 
+def test_a_curve_has_both_its_ends(tmp_path: Path) -> None:
+    curve = Curve(tmp_path / "curve.csv", 1000, Heard(), parent=2.0, before=3.0)
+    curve.on_train_begin(None, state(0), None)
+    assert [(row["tokens"], row["heldout"], row["closed"]) for row in rows(curve.path)] == [("0", "3.0", "0.0000")]
+    for step, measured in ((39, False), (40, True)):
+        control = SimpleNamespace(should_evaluate=False)
+        curve.on_step_end(None, state(step), control)
+        assert control.should_evaluate is measured
+
+
 def test_a_resumed_curve_goes_on_where_the_checkpoint_was(tmp_path: Path) -> None:
     path, heard = tmp_path / "curve.csv", Heard()
     run(Curve(path, 10, Heard()), 0, {step: {"loss": 4.0 - step / 10} for step in (5, 10, 15)})

@@ -56,7 +56,7 @@ def assert_same(case: Path, other: str) -> None:
     for name in ("one", other):
         with (case / name / "uptraining.csv").open() as file:
             curves.append([(row["step"], row["loss"] or row["heldout"]) for row in csv.DictReader(file)])
-    assert [step for step, _ in curves[0]] == [step for step, _ in curves[1]] and len(curves[0]) == 6
+    assert [step for step, _ in curves[0]] == [step for step, _ in curves[1]] and len(curves[0]) == 7
     for (_, one), (_, two) in zip(*curves, strict=True):
         assert float(two) == pytest.approx(float(one), rel=1e-5)
     one, two = (load_file(case / name / "model.safetensors") for name in ("one", other))
