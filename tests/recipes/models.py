@@ -29,7 +29,7 @@ def parent(folder: Path, kind: str = "llama", **fields: Any) -> Path:
     """A random stock model in float32, with a tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, vocab_size=len(tokenizer), **{**SHAPE, **fields})
+    config = transformers.AutoConfig.for_model(kind, **{"vocab_size": len(tokenizer), **SHAPE, **fields})
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
