@@ -113,8 +113,10 @@ class LatentTarget:
         layout = latent.latent_layout(before[0], rank, rope_dim)
         self.query_rank = deepseek.query_rank(layout, self._hidden) if biased else None
         self.value_width = PADDED_VALUE if pad_values and layout.v_head_dim < PADDED_VALUE else None
+        # What a config leaves out is the source class's default, which need not be DeepSeek's.
+        defaults = {name: getattr(stock, name) for name in ("hidden_act", "max_position_embeddings")}
         self.config = deepseek.config(
-            {**text, "intermediate_size": stock.intermediate_size, "num_hidden_layers": len(before)},
+            {**defaults, **text, "intermediate_size": stock.intermediate_size, "num_hidden_layers": len(before)},
             layout,
             theta=self._theta,
             frequencies=self._grid,
