@@ -80,6 +80,7 @@ class Harness:
             if not all(_known(manager, name) for name in tasks):
                 manager = TaskManager(include_path=folders, metadata=metadata)
             self.tasks = [task for name in tasks for task in _load(manager, name)]
+            self._manager = manager
 
     def run(
         self,
@@ -114,6 +115,7 @@ class Harness:
                 # Read by the tracker and the result file; the model itself is made already.
                 model_args={"pretrained": name, "dtype": options.dtype},
                 tasks=self.tasks,
+                task_manager=self._manager,  # without it lm-eval lists its own tasks again
                 num_fewshot=options.num_fewshot,
                 limit=options.limit,
                 batch_size=options.batch_size,
