@@ -22,7 +22,7 @@ BLOCK_LENGTH = 512
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is done: blocks of held-out text, and the text and steps of a refit.
+    """How much is done: blocks of held-out text, the text and steps of a refit, and the tokens of an uptraining.
 
     A refit with `convert`'s own defaults does better and takes several times as long.
     """
@@ -30,20 +30,31 @@ class Effort:
     blocks: int
     calibration_tokens: int
     refit: int
+    uptraining_tokens: int
 
 
-FULL, QUICK = Effort(24, 16_384, 16), Effort(8, 8_192, 6)
+FULL, QUICK = Effort(24, 16_384, 16, 98_304), Effort(8, 8_192, 6, 0)
+# What the recipe distill is told for a minute on two cores; docs/results/uptraining.md has runs of real length.
+UPTRAINING = {
+    "data.text": "{builtin: 1}",
+    "data.length": BLOCK_LENGTH,
+    "data.heldout_blocks": 2,
+    "train.batch_tokens": 4 * BLOCK_LENGTH,
+    "train.learning_rate": 5e-4,
+    "train.save_every": 0,
+}
 
 
 @dataclass(frozen=True)
 class Trial:
     """One conversion of the demo: what to make, how, the arguments of `convert` that say so, and what it costs
-    in time, compared with the others."""
+    in time, compared with the others. With `uptraining_tokens` it takes the one before it, and trains that."""
 
     target: str
     method: str
     arguments: dict[str, Any]
     cost: int
+    uptraining_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,7 @@ def demo(
     from headwise.convert.source import locate
     from headwise.demo.plot import draw
     from headwise.recipes.data import blocks_from
+    from headwise.recipes.uptrain import uptrain
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -122,12 +134,19 @@ def demo(
     parent_name = name(first.num_key_value_heads, first.num_attention_heads)
     parent = measure(source, parent_name, "parent", time.monotonic())
     results = []
-    moments = out / "moments"
+    moments, folder = out / "moments", Path(model)
     shutil.rmtree(moments, ignore_errors=True)
     for trial in planned:
         start = time.monotonic()
+        before = folder
         folder = out / f"{trial.target}-{trial.method}".lower().replace(" + ", "-")
         now = _Within(progress, f"{trial.target} {trial.method}")
+        if trial.uptraining_tokens:
+            settings = [f"{key}={value}" for key, value in UPTRAINING.items()]
+            budget = trial.uptraining_tokens
+            uptrain(before, folder, teacher=model, tokens=budget, settings=settings, force=True, progress=now)
+            results.append(measure(folder, trial.target, trial.method, start, trial.cost))
+            continue
         arguments = dict(trial.arguments)
         if arguments["refit"] == "off" and "calibrate" not in arguments:
             # The parent is measured once for all closed forms.
@@ -142,7 +161,7 @@ def demo(
         parent,
         results,
         done.picture,
-        title="What a smaller KV cache costs, right after the conversion",
+        title="What a smaller KV cache costs, and what a minute of healing gives back",
         ylabel="nats per token on held-out Python source",
     )
     (out / "demo.json").write_text(json.dumps(done.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -159,8 +178,10 @@ def trials(num_key_value_heads: int, quick: bool = False) -> Iterator[Trial]:
         yield Trial(name(groups), "mean", {**target, "method": "mean", "calibrate": "none", "refit": "off"}, 1)
         yield Trial(name(groups), "optimal", {**target, "refit": "off", **text}, 2)
         if groups == num_key_value_heads // 4:
-            # Once, for what it shows: it takes as long as everything else together.
+            # Once, for what they show: they take longer than everything else together.
             yield Trial(name(groups), "optimal + refit", {**target, "refit": effort.refit, **text}, 12)
+            if effort.uptraining_tokens:
+                yield Trial(name(groups), "refit + uptrain", target, 16, effort.uptraining_tokens)
     shares = (0.25,) if quick else (0.3125, 0.25, 0.125)
     for share in shares if num_key_value_heads > 1 else ():
         target = {"to": "mla", "cache": share}

@@ -27,9 +27,9 @@ MEASURED = [
 def test_every_target_is_made_by_every_method() -> None:
     made = [(trial.target, trial.method) for trial in trials(8)]
     merged = [(t, m) for t in ("GQA-4", "GQA-2", "MQA") for m in ("mean", "optimal")]
-    merged.insert(4, ("GQA-2", "optimal + refit"))
+    merged[4:4] = [("GQA-2", "optimal + refit"), ("GQA-2", "refit + uptrain")]
     assert made == merged + [(f"MLA -{share}%", "MLA") for share in ("68.8", "75", "87.5")]
-    assert [trial.arguments["groups"] for trial in trials(4) if "groups" in trial.arguments] == [2, 2, 1, 1, 1]
+    assert [trial.arguments["groups"] for trial in trials(4) if "groups" in trial.arguments] == [2, 2, 1, 1, 1, 1]
     assert not list(trials(1))
 
 

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headwise.convert.verify import verify
 from headwise.errors import HeadwiseError
 from headwise.progress import Progress
-from headwise.recipes import checkpoints
+from headwise.recipes import checkpoints, run
 from headwise.recipes.guard import Diverged
 from headwise.recipes.schema import Data, Layerwise, Loss, Recipe, Teacher, Training
 from headwise.recipes.uptrain import uptrain
@@ -44,6 +43,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models.converted(parent, folder / "mqa", to="mqa")
     models.converted(parent, folder / "mla", to="mla", rank=12, rope_dim=4)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes as long as training a tiny model."""
+    if "healed" not in request.node.name:
+        monkeypatch.setattr(run, "draw_curve", lambda *_, **__: None)
 
 
 def recipe(home: Path, loss: Loss = DISTILL, train: Training | None = TRAINING, **more: Any) -> Recipe:
@@ -93,6 +99,7 @@ def test_a_healed_folder_is_stock_verified_and_recorded(home: Path, tmp_path: Pa
     assert (facts["tokens"], facts["steps"], facts["command"], facts["teacher"]) == (3072, 12, "typed", "parent")
     assert record["arguments"] == json.loads((home / layout / "headwise.json").read_text())["arguments"]
     card = (out / "README.md").read_text()
+    assert (out / "uptraining.png").stat().st_size > 1000
     assert "## Uptraining" in card and f"| after | {done.after:.4f} |" in card and "`typed`" in card
     checked = verify(out, against=home / "parent")
     assert checked.passed, checked.failures
@@ -172,9 +179,6 @@ def test_a_full_disk_leaves_the_checkpoints_there_are(
         uptrain(home / "mqa", tmp_path / "out", recipe=recipe(home), progress=At(5 * BATCH, fill))
     left = tmp_path / ".out.headwise-work" / "training" / "checkpoint-4"
     assert (left / checkpoints.WEIGHTS).exists() and (left / "model" / "config.json").exists()
-    monkeypatch.undo()
-    uptrain(home / "mqa", tmp_path / "out", recipe=recipe(home), resume=True)
-    assert len(curve(tmp_path / "out")) >= STEPS
 
 
 @pytest.mark.parametrize("layout", ["mqa", "mla"])
@@ -187,23 +191,17 @@ def test_two_stages_and_the_first_alone(home: Path, tmp_path: Path, layout: str)
     short = replace(TRAINING, tokens=4 * BATCH)
     both = uptrain(home / layout, tmp_path / "both", recipe=recipe(home, train=short, layerwise=stage))
     assert both is not None and both.layers == alone.layers and both.tokens == 4 * BATCH
-    again = uptrain(
-        home / layout, tmp_path / "attention", recipe=recipe(home, train=replace(short, parameters="attention"))
-    )
-    assert again is not None
-    old, new = (load_file(p / "model.safetensors") for p in (home / layout, tmp_path / "attention"))
-    assert all(".self_attn." in name for name in old if not torch.equal(old[name], new[name]))
 
 
 def test_answers_on_disk_teach_what_a_teacher_beside_does(home: Path, tmp_path: Path) -> None:
-    beside = uptrain(home / "mqa", tmp_path / "beside", recipe=recipe(home, Loss(kl=1.0)))
-    whole = uptrain(home / "mqa", tmp_path / "whole", recipe=recipe(home, Loss(kl=1.0), teacher=Teacher(topk=2048)))
-    few = uptrain(home / "mqa", tmp_path / "few", recipe=recipe(home, Loss(kl=1.0), teacher=Teacher(topk=64)))
-    assert beside is not None and whole is not None and few is not None
-    for a, b in zip(curve(tmp_path / "beside"), curve(tmp_path / "whole"), strict=True):
-        if a[2]:
-            assert float(b[2]) == pytest.approx(float(a[2]), rel=0.02)
-    assert abs(few.after - beside.after) < 0.1 * abs(beside.before - beside.after) + 0.05
+    plan = recipe(home, Loss(kl=1.0), replace(TRAINING, tokens=5 * BATCH))
+    for name, topk in {"beside": None, "whole": 2048, "few": 64}.items():
+        uptrain(home / "mqa", tmp_path / name, recipe=replace(plan, teacher=Teacher(topk)))
+    losses = {
+        name: [float(row[2]) for row in curve(tmp_path / name) if row[2]] for name in ("beside", "whole", "few")
+    }
+    assert losses["whole"] == pytest.approx(losses["beside"], rel=0.02)
+    assert all(a < b for a, b in zip(losses["few"], losses["beside"], strict=True))  # a lower bound
 
 
 def test_every_term_of_the_loss_runs(home: Path, tmp_path: Path) -> None:
