@@ -234,6 +234,8 @@ class Run:
             export=lambda state, to: outcome.write_model(student, state, to),
             nbytes=self.folder.checkpoint.nbytes,
         )
+        if self.main:
+            checkpoints.check_space()
         last = checkpoints.last
         if last is not None:
             checkpoints.load(student.network, last)
