@@ -41,6 +41,7 @@ UPTRAINING = {
     "data.heldout_blocks": 2,
     "train.batch_tokens": 4 * BLOCK_LENGTH,
     "train.learning_rate": 5e-4,
+    "train.log_every": 2,
     "train.save_every": 0,
 }
 
