@@ -71,16 +71,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["HEADWISE_CACHE"] = f"{scratch}/cache"
 
-        def ours(cache: bool) -> None:
+        def ours(cache: bool, limit: float | None = options.limit) -> None:
             headwise.evaluate(
-                options.child, options.baseline, tasks=tasks, include_path=include, limit=options.limit,
+                options.child, options.baseline, tasks=tasks, include_path=include, limit=limit,
                 report=f"{scratch}/report", force=True, cache=cache, device="cpu", dtype="float32", batch_size=16,
             )  # fmt: skip
 
         def theirs(limit: float | None = options.limit) -> None:
             lm_eval_alone([options.baseline, options.child], tasks, include, limit, Path(scratch, "logs"))
 
-        theirs(limit=2)  # the first pass of all imports modules and fills the file system's cache
+        # The first pass of all imports modules and fills the file system's cache.
+        theirs(limit=2)
+        ours(False, limit=2)
         for number in range(options.rounds):
             both = {"lm-eval": theirs, "headwise": lambda: ours(False)}
             for name in list(both)[:: 1 if number % 2 == 0 else -1]:
