@@ -279,12 +279,13 @@ def list_recipes() -> None:
     from headwise.eval import recipe as evaluation
     from headwise.recipes import schema as training
 
-    found = [
-        {"recipe": path.stem, "verb": verb, "about": kind.load(path).about.strip()}
+    found = {
+        verb: {path.stem: kind.load(path).about.strip() for path in sorted(kind.LIBRARY.glob("*.yaml"))}
         for verb, kind in (("uptrain", training), ("eval", evaluation))
-        for path in sorted(kind.LIBRARY.glob("*.yaml"))
-    ]
-    ui.table(("recipe", "for", "about"), [tuple(one.values()) for one in found])
+    }
+    ui.table(
+        ("recipe", "for", "about"), [(name, verb, about) for verb in found for name, about in found[verb].items()]
+    )
     ui.result(found)
 
 

@@ -287,3 +287,21 @@ def test_content_hash_sees_weights_config_and_tokenizer(folders: dict[str, Path]
 def test_only_the_main_process_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert not evaluation.is_main_process()
+
+
+def test_recipes_of_both_kinds_are_listed_shown_and_checked(folders: dict[str, Path], tmp_path: Path) -> None:
+    def recipes(*arguments: object) -> Result:
+        return CliRunner().invoke(cli, ["recipes", *map(str, arguments)])
+
+    listed = json.loads(recipes("list", "--json").stdout)
+    assert set(listed["eval"]) == {"quick", "standard", "long-context"} and "long-context" in listed["uptrain"]
+    assert "headwise_cloze_code" in recipes("show", "quick").stdout
+    assert "batch_tokens" in recipes("show", "long-context").stdout
+    assert "headwise_passkey" in recipes("show", "long-context", "--eval").stdout
+    assert recipes("validate", folders["recipe"]).exit_code == 0
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("about: A slip.\ngeneration: {promts: 3}\n")
+    done = recipes("validate", wrong)
+    assert done.exit_code == 2 and "generation.promts" in done.stderr and "prompts" in done.stderr
+    wrong.write_text("about: Half of it.\nacceptance: {prompts: 3}\n")
+    assert "generation, which is missing" in recipes("validate", wrong).stderr
