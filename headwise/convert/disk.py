@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +22,14 @@ REASONS = {
     errno.EXDEV: ("its file system cannot rename folders", "Choose a folder on another file system."),
     errno.ESTALE: ("the network file system has lost it", "Mount it again, then pass --resume."),
     errno.EMFILE: ("this process has too many files open", "Raise `ulimit -n`, then pass --resume."),
+    errno.EFBIG: (
+        "a file grew larger than it may",
+        "Raise `ulimit -f` or choose another file system, then pass --resume.",
+    ),
     errno.ENOTDIR: ("a file is where a folder should be", "Name another folder."),
 }
+# How torch.save says that a file ended early.
+TORN = ("inline_container.cc", "iostream error")
 # Tokenizer, journal and card beside the weights.
 SPARE = 32_000_000
 
@@ -35,12 +42,25 @@ class DiskError(HeadwiseError):
 
 @contextmanager
 def plain_errors(path: Path, verb: str = "written") -> Iterator[None]:
-    """Turn an OSError into a sentence that names `path`."""
+    """Turn what the operating system refuses into a sentence that names `path`."""
     try:
         yield
-    except OSError as error:
-        reason, hint = REASONS.get(error.errno or 0, (error.strerror or str(error), None))
+    except Exception as error:
+        if (refusal := _refusal(error)) is None:
+            raise
+        reason, hint = REASONS.get(refusal.errno or 0, (refusal.strerror or str(refusal), None))
         raise DiskError(f"{path} cannot be {verb}: {reason}.", hint) from error
+
+
+def _refusal(error: Exception) -> OSError | None:
+    """The operating system's refusal in an error; safetensors and torch write past Python and have it in words."""
+    if isinstance(error, OSError):
+        return error
+    if type(error).__name__ == "SafetensorError" and (number := re.search(r"\(os error (\d+)\)", str(error))):
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in TORN):
+        return OSError("only a part of a file was taken; the disk may be full")
+    return None
 
 
 def sync(path: Path) -> None:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -200,13 +201,17 @@ class World:
         self.out = self.home / "target" / "out"
         self.reset()
         self.job(self.out, self.work.exists())
-        self.whole = contents(self.out)
+        self.whole = self.made()
         self.reset()
-        self.old = contents(self.out) if self.out.exists() else None
+        self.old = self.made() if self.out.exists() else None
 
     @property
     def work(self) -> Path:
         return self.out.parent / f".{self.out.name}.headwise-work"
+
+    def made(self) -> dict[str, bytes]:
+        """What is in OUT, but for what two runs of the same job may differ in."""
+        return contents(self.out)
 
     def reset(self) -> None:
         """Begin anew."""
@@ -223,7 +228,7 @@ class World:
             # A process that died between the two renames of a replacement: the next run puts the old one back.
             assert self.old is None or contents(self.work / "replaced") == self.old, "the old OUT is lost"
             return "none"
-        found = contents(self.out)
+        found = self.made()
         assert found in (self.whole, self.old), "OUT is neither whole nor the old one"
         return "new" if found == self.whole else "old"
 
@@ -256,9 +261,9 @@ def attempt(call: Callable[[], Any]) -> str | None:
     return None
 
 
-def sweep(world: World, operation: str, error: int, *, lasting: bool = False, limit: int = 10_000) -> int:
-    """Fail the first, second, ... operation of a kind until there is none left; how many were failed."""
-    for at in range(1, limit):
+def sweep(world: World, operation: str, error: int, *, lasting: bool = False, step: int = 1) -> int:
+    """Fail each operation of a kind, or every `step`-th, until there is none left; how many were failed."""
+    for at in count(step, step):
         world.reset()
         faults = Faults(world.home, operation, at, error, lasting=lasting)
         with faults():
@@ -272,7 +277,7 @@ def sweep(world: World, operation: str, error: int, *, lasting: bool = False, li
         except (AssertionError, Exception) as problem:
             raise AssertionError(f"{where}: {problem}") from problem
         if not faults.struck:
-            return at - 1
+            return at // step - 1
     raise AssertionError(f"{operation} never ran out")
 
 
