@@ -25,12 +25,13 @@ LLAMA_7B = LlamaConfig(
 RECIPE = Recipe("a test", Data({"builtin": 1}), Training(tokens=10**6, batch_tokens=8192), loss=Loss(kl=1.0))
 
 # Two steps of distillation, and the growth of resident memory from before the models were made.
-RUN = """
-import json, resource, sys, torch
+RUN = r"""
+import json, re, sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from headwise.recipes import losses
 torch.set_num_threads(1)
-peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# getrusage would count the process that started this one.
+peak = lambda: 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
 config, tokens, checkpointing = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
 before = peak()
 student, teacher = (LlamaForCausalLM(LlamaConfig(**config, use_cache=False)) for _ in range(2))
