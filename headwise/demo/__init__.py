@@ -162,7 +162,7 @@ def demo(
         parent,
         results,
         done.picture,
-        title="What a smaller KV cache costs, and what a minute of healing gives back",
+        title="What a smaller KV cache costs, and what healing gives back",
         ylabel="nats per token on held-out Python source",
     )
     (out / "demo.json").write_text(json.dumps(done.to_dict(), indent=2) + "\n", encoding="utf-8")
