@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from headwise.convert.disk import REASONS
 from headwise.errors import HeadwiseError
 from headwise.progress import Progress
 
@@ -166,8 +167,8 @@ def _explain(error: Exception, repo: str, revision: str | None, token: str | Non
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
-    # The client wraps the Hub's answer in what it failed to do: the answer is the reason.
-    answer = error.__cause__ if isinstance(error.__cause__, hub.HfHubHTTPError) else error
+    # The client wraps the Hub's answer, or this machine's, in what it failed to do: the answer is the reason.
+    answer = error.__cause__ if isinstance(error.__cause__, hub.HfHubHTTPError | OSError) else error
     match answer:
         case hub.GatedRepoError():
             return "asks its users to accept its terms first", f"Accept them at {constants.ENDPOINT}/{repo}."
@@ -186,6 +187,9 @@ def _explain(error: Exception, repo: str, revision: str | None, token: str | Non
             )
         case hub.HFValidationError():
             return f"is not a repository name: {answer}", "Write it as org/name."
+        case OSError(errno=number) if number in REASONS:
+            line = _first_line(answer, token)
+            return f"is not at fault, a file of this machine is: {line}", "Then run the same command again."
     if "xet-write-token" in str(error):
         return "has no Xet storage", "Set HF_HUB_DISABLE_XET=1 to upload without it."
     # The client lets through whatever its transport raises; which library that is depends on its version.

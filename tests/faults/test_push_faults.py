@@ -1,0 +1,166 @@
+"""Pushing under faults: a branch holds what it held or the whole folder, and a second push finishes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+from headwise.convert.pipeline import convert
+from headwise.publish import push
+from tests.convert.speaking import save_speaking
+from tests.faults.harness import KILL, Faults, attempt, contents, in_child
+from tests.faults.worlds import POOLED, SHAPE
+from tests.hub_server import TOKEN, Hub, Repository, point_client_to, serve
+
+REPO = "org/model"
+NEW = ".gitattributes"
+
+pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="handles are told apart through /proc")
+
+
+class Remote:
+    """A folder to push, and the Hub, which has no such repository yet or one with an older conversion."""
+
+    def __init__(self, hub: Hub, folder: Path, older: Path | None) -> None:
+        self.hub, self.folder, self.older = hub, folder, older
+        self.sound = contents(folder)
+        self.before = contents(older) if older else {}
+
+    def reset(self) -> None:
+        shutil.rmtree(self.hub.storage, ignore_errors=True)
+        self.hub.storage.mkdir()
+        self.hub.requests.clear()
+        self.hub.repositories = {REPO: Repository({"main": self.older})} if self.older else {}
+
+    def push(self) -> Any:
+        return push(self.folder, REPO, token=TOKEN, unverified=True)
+
+    def check(self) -> bool:
+        """Whether the whole folder is there; an AssertionError unless that or nothing of it."""
+        assert contents(self.folder) == self.sound, "the folder changed"
+        found = self.hub.repositories.get(REPO)
+        there = contents(found.folder("main")) if found else {}
+        there.pop(NEW, None)
+        assert there in (self.before, self.sound), f"half a commit: {sorted(there)}"
+        return there == self.sound
+
+    def finish(self) -> None:
+        self.check()
+        self.push()
+        assert self.check(), "the second push did not finish"
+
+
+@pytest.fixture(params=["new", "older"])
+def remote(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    source = save_speaking(tmp_path / "source", **SHAPE)
+    convert(source, tmp_path / "out", max_shard_size=16_000, **POOLED)
+    older = tmp_path / "older" if request.param == "older" else None
+    if older:
+        # In fewer files, which a push must delete.
+        convert(source, older, **{**POOLED, "groups": 1})
+    disable_progress_bars()
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    with serve({}, tmp_path / "hub") as hub:
+        point_client_to(monkeypatch, hub, tmp_path / "cache")
+        yield Remote(hub, tmp_path / "out", older)
+    enable_progress_bars()
+
+
+def failing(remote: Remote, monkeypatch: pytest.MonkeyPatch, at: int, times: int) -> bool:
+    """Answer the `at`-th request, and those after it up to `times`, with an error 500; whether it came to that."""
+    asked = 0
+
+    def fails(_: str) -> bool:
+        nonlocal asked
+        asked += 1
+        return at <= asked < at + times
+
+    remote.reset()
+    with monkeypatch.context() as patch:
+        patch.setattr(remote.hub, "fails", fails)
+        said = attempt(remote.push)
+    assert said is not None or remote.check(), "said to be done, and is not"
+    remote.finish()
+    return asked >= at
+
+
+def sweep(case: Callable[[int], bool]) -> int:
+    """How many cases there were, from the first to the last that came to pass."""
+    at = 1
+    while case(at):
+        at += 1
+    return at - 1
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(10_000, marks=pytest.mark.full)])
+def test_any_request_may_be_refused(remote: Remote, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    count = sweep(lambda at: failing(remote, monkeypatch, at, times))
+    print(f"push, {times} errors 500 from a request on: {count} faults survived")
+    assert count > 3
+
+
+def test_any_read_of_the_folder_may_fail(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    def case(at: int) -> bool:
+        remote.reset()
+        faults = Faults(remote.folder, operation, at, errno.EIO)
+        with faults():
+            said = attempt(remote.push)
+        assert (said is None) == remote.check(), said
+        assert said is None or "cannot be reached" not in said, said
+        remote.finish()
+        return faults.struck
+
+    for operation in ("open", "read"):
+        count = sweep(case)
+        print(f"push, {operation}: {count} faults survived")
+        assert count > 3
+
+
+def test_killed_at_any_request(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    def case(at: int) -> bool:
+        asked, child = 0, 0
+
+        def fails(_: str) -> bool:
+            nonlocal asked
+            asked += 1
+            if asked == at:
+                os.kill(child, signal.SIGKILL)
+            return False
+
+        remote.reset()
+        with monkeypatch.context() as patch:
+            patch.setattr(remote.hub, "fails", fails)
+            child = in_child(remote.push)
+            died = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        remote.finish()
+        return died
+
+    count = sweep(case)
+    print(f"push, killed at {count} requests")
+    assert count > 3
+
+
+def test_killed_at_any_read_of_the_folder(remote: Remote) -> None:
+    def case(at: int) -> bool:
+        def job() -> None:
+            with Faults(remote.folder, "any", at, KILL)():
+                remote.push()
+
+        remote.reset()
+        died = os.WIFSIGNALED(os.waitpid(in_child(job), 0)[1])
+        remote.finish()
+        return died
+
+    count = sweep(case)
+    print(f"push, killed at {count} reads")
+    assert count > 3
