@@ -109,6 +109,7 @@ def test_any_request_may_be_refused(remote: Remote, monkeypatch: pytest.MonkeyPa
     assert count > 3
 
 
+@pytest.mark.full
 def test_any_read_of_the_folder_may_fail(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
     def case(at: int) -> bool:
         remote.reset()
@@ -150,6 +151,7 @@ def test_killed_at_any_request(remote: Remote, monkeypatch: pytest.MonkeyPatch) 
     assert count > 3
 
 
+@pytest.mark.full
 def test_killed_at_any_read_of_the_folder(remote: Remote) -> None:
     def case(at: int) -> bool:
         def job() -> None:
