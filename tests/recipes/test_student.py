@@ -42,9 +42,9 @@ def nats(network: Any) -> float:
     ("kind", "fields", "target"),
     [
         ("llama", {}, {"to": "mqa"}),
-        ("llama", {"tie_word_embeddings": True}, MLA),
+        pytest.param("llama", {"tie_word_embeddings": True}, MLA, marks=pytest.mark.full),
         ("llama", {"attention_bias": True}, MLA),
-        ("qwen2", {"num_key_value_heads": 2}, MLA | {"pad_values": True}),
+        pytest.param("qwen2", {"num_key_value_heads": 2}, MLA | {"pad_values": True}, marks=pytest.mark.full),
         ("phi3", {"num_key_value_heads": 2, "pad_token_id": 0}, {"to": "mqa"}),
     ],
     ids=["mqa", "mla tied", "mla with biases", "mla padded", "fused"],
@@ -69,7 +69,7 @@ def test_the_loss_is_the_same_before_and_after_the_export(
     assert nats(written.load(torch.float32)) == pytest.approx(nats(student.network), abs=1e-5)
 
 
-@pytest.mark.parametrize("target", [{"to": "mqa"}, MLA], ids=["mqa", "mla"])
+@pytest.mark.parametrize("target", [pytest.param({"to": "mqa"}, marks=pytest.mark.full), MLA], ids=["mqa", "mla"])
 def test_adapters_are_merged(tmp_path: Path, target: dict[str, Any]) -> None:
     folder = opened(converted(parent(tmp_path / "parent"), tmp_path / "child", **target))
     student = Student.load(folder)

@@ -83,7 +83,7 @@ class At(Progress):
             self.action()
 
 
-@pytest.mark.parametrize("layout", ["mqa", "mla"])
+@pytest.mark.parametrize("layout", ["mla", pytest.param("mqa", marks=pytest.mark.full)])
 def test_a_healed_folder_is_stock_verified_and_recorded(home: Path, tmp_path: Path, layout: str) -> None:
     before = contents(home / layout)
     out = tmp_path / "out"
@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_the_checkpoints_there_are(
     assert (left / checkpoints.WEIGHTS).exists() and (left / "model" / "config.json").exists()
 
 
-@pytest.mark.parametrize("layout", ["mqa", "mla"])
+@pytest.mark.parametrize("layout", ["mqa", pytest.param("mla", marks=pytest.mark.full)])
 def test_two_stages_and_the_first_alone(home: Path, tmp_path: Path, layout: str) -> None:
     stage = Layerwise(tokens=1024, steps=8)
     alone = uptrain(home / layout, tmp_path / "alone", recipe=recipe(home, train=None, layerwise=stage))
