@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -134,7 +135,8 @@ def demo(
     parent_name = name(first.num_key_value_heads, first.num_attention_heads)
     parent = measure(source, parent_name, "parent", time.monotonic())
     results = []
-    folder = Path(model)
+    moments, folder = out / "moments", Path(model)
+    shutil.rmtree(moments, ignore_errors=True)
     for trial in planned:
         start = time.monotonic()
         before = folder
@@ -146,7 +148,13 @@ def demo(
             uptrain(before, folder, teacher=model, tokens=budget, settings=settings, force=True, progress=now)
             results.append(measure(folder, trial.target, trial.method, start, trial.cost))
             continue
-        convert(model, folder, **trial.arguments, seed=seed, force=True, verify=False, progress=now)
+        arguments = dict(trial.arguments)
+        if arguments["refit"] == "off" and "calibrate" not in arguments:
+            # The parent is measured once for all closed forms.
+            arguments["moments" if moments.exists() else "save_moments"] = moments
+            if "moments" in arguments:
+                del arguments["calibration_tokens"]
+        convert(model, folder, **arguments, seed=seed, force=True, verify=False, progress=now)
         results.append(measure(folder, trial.target, trial.method, start, trial.cost))
 
     done = Demo(str(model), blocks[:, 1:].numel(), parent, tuple(results), out / "demo.png")
