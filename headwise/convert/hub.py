@@ -168,7 +168,9 @@ def _explain(error: Exception, repo: str, revision: str | None, token: str | Non
     from huggingface_hub import errors as hub
 
     # The client wraps the Hub's answer, or this machine's, in what it failed to do: the answer is the reason.
-    answer = error.__cause__ if isinstance(error.__cause__, hub.HfHubHTTPError | OSError) else error
+    cause = error.__cause__
+    local = isinstance(cause, OSError) and cause.errno in REASONS
+    answer = cause if local or isinstance(cause, hub.HfHubHTTPError) else error
     match answer:
         case hub.GatedRepoError():
             return "asks its users to accept its terms first", f"Accept them at {constants.ENDPOINT}/{repo}."
