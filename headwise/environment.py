@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = (
@@ -26,7 +27,7 @@ def environment() -> dict[str, str]:
     import torch
 
     facts = {"python": platform.python_version(), "platform": platform.platform()}
-    facts |= {package: _version(package) for package in PACKAGES}
+    facts |= dict.fromkeys(PACKAGES, "not installed") | versions(PACKAGES)
     facts["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     facts["devices"] = ", ".join(f"{d.name} ({d.total_memory / 2**30:.0f} GiB)" for d in devices) or "no GPU"
@@ -36,8 +37,12 @@ def environment() -> dict[str, str]:
     return facts
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of Python, and of those packages that are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -5,13 +5,11 @@ Nothing here depends on the time or the machine, so that a repeated conversion r
 
 from __future__ import annotations
 
-import platform
 import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +21,7 @@ from headwise.convert.checkpoint import Checkpoint
 from headwise.convert.inspection import CONTEXTS, Cache
 from headwise.convert.layout import AttentionLayout
 from headwise.convert.plan import Plan
+from headwise.environment import versions
 from headwise.ui import size
 
 PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy")
@@ -61,7 +60,7 @@ def make_record(
                 for name, state in checkpoint.files.items()
             },
         },
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": versions(PACKAGES),
         "cache": {"before": _cache(plan.cache_before), "after": _cache(plan.cache_after)},
         "parameters": {"before": plan.parameters_before, "after": plan.parameters_after},
         "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from headwise.convert.calibration import LayerRecord, LayerStream
 from headwise.convert.checkpoint import Checkpoint, has_nonfinite
 from headwise.convert.moments import Moments
 from headwise.convert.target import Target
+from headwise.convert.tokenizer import load_tokenizer, sound
 from headwise.errors import HeadwiseError
 from headwise.progress import Progress
 
@@ -180,14 +180,11 @@ def check_finite(
 
 def calibration_blocks(checkpoint: Checkpoint, calibration: Calibration) -> Tensor:
     """The calibration text as tokens of the model, (sequences, length)."""
-    from transformers import AutoTokenizer
-
     from headwise.recipes.data import blocks_from
 
     hint = "Add the tokenizer's files to the folder, or pass --calibrate none."
-    with _sound(f"{checkpoint.source} has no tokenizer that transformers can load", hint):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    with _sound(f"The tokenizer of {checkpoint.source} fails on the calibration text", hint):
+    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.source, hint)
+    with sound(f"The tokenizer of {checkpoint.source} fails on the calibration text", hint):
         blocks = blocks_from(
             calibration.text,
             tokenizer,
@@ -203,17 +200,3 @@ def calibration_blocks(checkpoint: Checkpoint, calibration: Calibration) -> Tens
             "Its files belong to another model: replace them, or pass --calibrate none.",
         )
     return blocks
-
-
-@contextmanager
-def _sound(complaint: str, hint: str) -> Iterator[None]:
-    """Say in a sentence that a tokenizer is not sound. Its library raises anything then, panics included."""
-    try:
-        yield
-    except (HeadwiseError, MemoryError):
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-        raise HeadwiseError(f"{complaint}: {reason}.", hint) from error

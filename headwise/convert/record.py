@@ -37,7 +37,7 @@ def hash_files(folder: Path) -> dict[str, str]:
     """SHA-256 of the small files: configuration, tokenizer, index, licence."""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
-        name: _hash(path)
+        name: hash_file(path)
         for name, path in files.items()
         if name not in NOT_HASHED and path.suffix != ".safetensors" and not name.startswith(".")
     }
@@ -62,7 +62,7 @@ def changed_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
     """Names of the small files that are not as recorded; those that the record does not know are no matter."""
     recorded: Mapping[str, str] = record.get("files") or {}
     paths = {name: inside(folder, name) for name in recorded}
-    return [n for n, path in paths.items() if not path.is_file() or _hash(path) != recorded[n]]
+    return [n for n, path in paths.items() if not path.is_file() or hash_file(path) != recorded[n]]
 
 
 def changed_tensors(checkpoint: Checkpoint, record: Mapping[str, Any], progress: Progress = SILENT) -> list[str]:
@@ -86,7 +86,8 @@ def check_hashes(checkpoint: Checkpoint, progress: Progress = SILENT) -> tuple[b
     return True, f"{len(record['sha256'])} tensors and {len(record.get('files') or {})} files are as written"
 
 
-def _hash(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with plain_errors(path, "read"), open(path, "rb", buffering=0) as file:
         while chunk := file.read(CHUNK):

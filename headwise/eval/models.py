@@ -11,7 +11,9 @@ from typing import Any
 from headwise import show
 from headwise.convert import architecture
 from headwise.convert.inspection import inspect
+from headwise.convert.record import hash_file
 from headwise.convert.source import Source, locate
+from headwise.convert.tokenizer import load_tokenizer
 from headwise.convert.verify_latent import LatentModel
 from headwise.errors import HeadwiseError
 from headwise.eval.result import Subject
@@ -96,24 +98,12 @@ def _file_hash(path: Path) -> str:
     real = path.resolve()
     if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name):
         return real.name
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hash_file(path)
 
 
 def tokenizer_of(model: Model) -> Any:
     """The tokenizer of a model; HeadwiseError where it has none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise HeadwiseError(
-            f"{model.subject.model} has no tokenizer that transformers can load, and evaluation reads text.",
-            "Add the tokenizer's files to the folder.",
-        ) from error
+    return load_tokenizer(model.folder, model.subject.model)
 
 
 def same_tokenizer(child: Any, parent: Any) -> bool:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from headwise import __version__
+from headwise import __version__, environment
 from headwise.eval import models, recipe
 from headwise.eval.acceptance import acceptance
 from headwise.eval.alone import Alone, Kept, measure
@@ -127,10 +125,5 @@ class Run:
 
 
 def versions() -> dict[str, str]:
-    found = {"headwise": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    """Of what decides the figures."""
+    return {"headwise": __version__} | environment.versions(PACKAGES)

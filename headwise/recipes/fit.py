@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoTokenizer
-
-from headwise.convert.checkpoint import Checkpoint
+from headwise.convert.tokenizer import load_tokenizer
 from headwise.errors import HeadwiseError
 from headwise.recipes.layerwise import check_layerwise
 from headwise.recipes.schema import Recipe
@@ -50,7 +48,7 @@ def check_fit(
             f"The model predicts {ours.vocab_size:,} tokens and its teacher {source} {theirs.vocab_size:,}.",
             _WRONG_PARENT,
         )
-    if load_tokenizer(teacher.checkpoint).get_vocab() != tokenizer.get_vocab():
+    if load_tokenizer(teacher.checkpoint.folder, source).get_vocab() != tokenizer.get_vocab():
         raise HeadwiseError(f"The model and its teacher {source} have different tokenizers.", _WRONG_PARENT)
     inside = recipe.layerwise or recipe.loss.hidden_states or recipe.loss.attention_outputs
     for field in ("num_hidden_layers", "hidden_size"):
@@ -68,18 +66,3 @@ def check_fit(
         )
     if recipe.layerwise:
         check_layerwise(student, teacher, record)
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The tokenizer of a folder.
-
-    Raises:
-        HeadwiseError: transformers cannot load one from it.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise HeadwiseError(
-            f"{checkpoint.source} has no tokenizer that transformers can load, and training reads text.",
-            "Add the tokenizer's files to the folder.",
-        ) from error

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from headwise.convert.forecast import attention_parameters
+from headwise.convert import forecast as conversion
 from headwise.recipes.forecast import Forecast, Shape, forecast, refuse_unless_it_fits
 from headwise.recipes.schema import Recipe
 from headwise.recipes.student import ModelFolder
@@ -85,7 +84,7 @@ def trained_parameters(folder: ModelFolder, recipe: Recipe) -> int:
         return shape(folder).parameters
     width = folder.text.hidden_size
     if training.lora is None:
-        return sum(attention_parameters(layout, width) for layout in folder.layouts)
+        return sum(conversion.attention_parameters(layout, width) for layout in folder.layouts)
     # Two thin matrices for each of four projections, the widest as wide as all heads.
     return sum(
         8 * training.lora.rank * max(width, layout.num_attention_heads * layout.head_dim)
@@ -100,9 +99,5 @@ def free_memory(device: Any, processes: int = 1) -> int | None:
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.exists():
-        return None
-    lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
-    available = lines.get("MemAvailable", "").split()
-    return int(available[0]) * 1024 // processes if available else None
+    free = conversion.free_memory() if device.type == "cpu" else None
+    return None if free is None else free // processes

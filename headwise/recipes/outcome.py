@@ -6,7 +6,6 @@ import json
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor
 
-from headwise import __version__
+from headwise import __version__, environment
 from headwise.convert.card import inherited, with_section, without_evaluation
 from headwise.convert.checkpoint import Checkpoint, open_checkpoint
 from headwise.convert.record import RECORD, hash_files
@@ -172,10 +171,4 @@ def hardware() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
-    found = {"python": platform.python_version()}
-    for name in ("headwise", "torch", "transformers", "accelerate", "tokenizers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # run from a source tree
-            continue
-    return found
+    return environment.versions(("headwise", "torch", "transformers", "accelerate", "tokenizers"))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from headwise.convert.checkpoint import open_checkpoint
 from headwise.convert.record import read_record
+from headwise.convert.tokenizer import load_tokenizer
 from headwise.convert.workfolder import WorkFolder
 from headwise.convert.writer import OutputTensor, Writer
 from headwise.errors import HeadwiseError
@@ -31,7 +32,7 @@ from headwise.progress import Progress
 from headwise.recipes import data, outcome, packing
 from headwise.recipes.callbacks import check_reporters
 from headwise.recipes.checkpoints import Checkpoints, keep, put
-from headwise.recipes.fit import check_fit, load_tokenizer
+from headwise.recipes.fit import check_fit
 from headwise.recipes.guard import Stopper
 from headwise.recipes.layerwise import train_layers
 from headwise.recipes.memory import check_memory
@@ -92,7 +93,7 @@ class Run:
         self.record = read_record(folder.checkpoint.folder)
         parent = teacher if teacher is not None else outcome.recorded_source(self.record, folder.checkpoint)
         self.teacher = ModelFolder.of(open_checkpoint(parent, progress=progress)) if parent is not None else None
-        self.tokenizer = load_tokenizer(folder.checkpoint)
+        self.tokenizer = load_tokenizer(folder.checkpoint.folder, folder.checkpoint.source)
         check_fit(recipe, folder, self.teacher, self.tokenizer, self.record)
         check_memory(folder, self.teacher, recipe)
         check_reporters(recipe.train.report_to if recipe.train else [])
