@@ -12,9 +12,7 @@ print("| head dim | base | reaches |\n|---|---|---|")
 for dim in (64, 128):
     for base in (10_000, 100_000, 500_000, 1_000_000, 5_000_000, 10_000_000):
         failure = first_failure(base_frequencies(base, dim), FAR)
-        print(
-            f"| {dim} | {base:,} | {'all of ' + format(FAR, ',') if failure is None else format(failure - 1, ',')} |"
-        )
+        print(f"| {dim} | {base:,} | {FAR if failure is None else failure - 1:,} |")
 
 print("\n| head dim | context | smallest base that holds | from here on all hold |\n|---|---|---|---|")
 for dim in (64, 128):
