@@ -339,9 +339,11 @@ def main() -> None:
     read_text(home, max(task.percent for task in planned), options.scale)
     print(f"{time.time() - began:.0f} s: text is read", flush=True)
     parent = pool.run([Task("MHA", "parent", "parent")])[0]["nats"]
-    pool.run([Task(*start, "convert") for start in starts])
+    ready = len(pool.run([Task(*start, "convert") for start in starts]))
     refitted = {(t.target, t.method) for t in planned if t.recipe == "two-stage"}
-    pool.run([Task(*start, "layerwise") for start in starts if start in refitted])
+    ready += len(pool.run([Task(*start, "layerwise") for start in starts if start in refitted]))
+    if ready < len(starts) + len(refitted):
+        raise SystemExit("not every start was made: see above, mend it and run the same command again")
     print(f"{time.time() - began:.0f} s: converted and refitted", flush=True)
     pool.deadline = began + options.seconds
     if options.sweep and not chosen:
