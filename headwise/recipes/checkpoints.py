@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +95,13 @@ class Checkpoints:
             for path in written.rglob("*"):
                 sync(path)
             sync(written)
-            target = self.folder / written.name
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(written, target)
+            os.rename(written, self.folder / written.name)
         sync(self.folder)
         for old in self.all()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            # By one rename it is no checkpoint any more, however far its deletion gets; `writing` removes the rest.
+            with suppress(OSError):
+                os.rename(old, self.staging / "old")
+            shutil.rmtree(self.staging / "old", ignore_errors=True)
 
     def check_space(self) -> None:
         """Raise DiskError unless one more checkpoint fits on the disk."""
