@@ -140,7 +140,7 @@ def evaluate(**options: Any) -> None:
     \b
     headwise eval OUT --baseline MODEL
     headwise eval OUT --baseline MODEL --tasks hellaswag,arc_easy --fail-above 1%
-    accelerate launch --num_processes 8 $(which headwise) eval OUT --baseline MODEL --recipe standard
+    accelerate launch --num_processes 8 -m headwise eval OUT --baseline MODEL --recipe standard
     """
     if options.keys() & {"fail_above", "cache"} and "baseline" not in options:
         raise click.UsageError("--fail-above and --no-cache are about the parent: give --baseline MODEL.")
@@ -153,7 +153,8 @@ def evaluate(**options: Any) -> None:
     show.evaluation(found)
     ui.result(found)
     if "fail_above" in options and not found.passed:
-        raise GateFailed(" ".join(gate.detail for gate in found.gates if not gate.passed))
+        failed = [gate.name for gate in found.gates if not gate.passed]
+        raise GateFailed(f"{len(failed)} of {len(found.gates)} gates failed: {', '.join(failed)}.")
 
 
 @cli.command(

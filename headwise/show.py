@@ -186,15 +186,15 @@ def evaluation(found: Evaluation) -> None:
             ("figure", "of", ">parent", ">child", ">difference", ">95% interval", ">flips", ">p"),
             [(r.figure, r.detail, r.parent, r.child, r.difference, r.interval, r.flips, r.p) for r in rows],
         )
+    if found.parent and rows:
+        ui.say(tables.LEGEND, style="dim")
     if agreed := list(tables.agreement(found)):
         ui.say()
         ui.table((), agreed)
-    for complaint in found.generation.complaints if found.generation else ():
-        ui.warn(complaint)
     for label, heads in tables.flagged(found):
         ui.say(f"{label}: {heads}.")
     for gate in found.gates if found.fail_above is not None else ():
-        ui.say(f"Gate {gate.name}: {'passed' if gate.passed else 'FAILED'}, {gate.detail}")
+        ui.say(f"Gate {gate.name} {'passed' if gate.passed else 'FAILED'}: {gate.detail}")
     for layer in found.diagnostics.layers if found.diagnostics else ():
         ui.detail(f"layer {layer.layer}: hidden {layer.hidden:.4f}, attention {layer.attention:.4f}")
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:  # rich takes longer to import than `headwise --help` may
 
 LONGEST = 1500  # characters of a message
 LINE_EVERY = 10.0  # seconds between two progress lines where there is no terminal
+# Seconds before a process other than the first of several says what is wrong: mostly the first says the same, and
+# the launcher ends the others with it.
+OTHERS_WAIT = 20.0
 
 
 @dataclass
@@ -183,6 +186,8 @@ def warn(text: object) -> None:
 
 def error(message: str, hint: str | None = None) -> None:
     """Why the command ends, and what to type instead (stderr)."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(OTHERS_WAIT)
     _sink.err.print(f"Error: {clean(_shortened(message))}", style="bold red", soft_wrap=True)
     if hint:
         _sink.err.print(clean(_shortened(hint)), soft_wrap=True)

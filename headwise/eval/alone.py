@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from headwise.eval import models, samples
+from headwise.eval import models, processes, samples
 from headwise.eval.curve import Curve
 from headwise.eval.generation import continuations
-from headwise.eval.harness import Harness, Options, is_main_process
+from headwise.eval.harness import Harness, Options
 from headwise.eval.material import Material
 from headwise.eval.models import Model
 from headwise.eval.perplexity import token_nats
@@ -70,7 +70,7 @@ def measure(
         inside = harness.run(model.folder, model.name, options, into, progress, f"{name}: tasks")
         seconds["tasks"] = time.perf_counter() - start
         _free()
-    if not is_main_process():
+    if not processes.is_main():
         return None
     found = Alone(lm_eval_seconds=inside, seconds=seconds)
     if not material.empty:

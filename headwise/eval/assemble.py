@@ -43,7 +43,8 @@ def assemble(
         written = generation.judge(
             run.material.prompts, list(map(list, child.written)), theirs, run.material.new_tokens, tokenizer
         )
-        detail = " ".join(written.complaints) or "neither loops nor broken texts beyond the parent's."
+        fine = f"No sign of loops or broken texts{', nor of another beginning than the parent' * bool(parent)}."
+        detail = " ".join(written.complaints) or fine
         gates.append(Gate("generation", not written.complaints, detail))
     fresh = "parent: tasks" in run.seconds
     run.seconds["comparison"] = time.perf_counter() - start

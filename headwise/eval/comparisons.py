@@ -14,6 +14,7 @@ from headwise.eval import compare
 from headwise.eval.compare import Difference
 from headwise.eval.result import Comparison, Gate, Paired, Score
 from headwise.eval.samples import Figure, Results
+from headwise.eval.verdict import gate_name
 
 LEVEL = 0.05
 
@@ -151,14 +152,14 @@ def damage_gates(judged: Sequence[Judged], fail_above: float) -> Iterator[Gate]:
         assert damage is not None and comparison.damage is not None
         least = damage.interval(1 - 2 * LEVEL)[0]
         if comparison.metric.endswith("perplexity"):
-            unit, least = f"{100 * comparison.damage:+.2f}%", math.expm1(min(least, 700))
-            bound = f"at least {100 * least:+.2f}%"
+            unit, least = "%", math.expm1(min(least, 700))
         else:
-            unit, bound = f"{100 * comparison.damage:+.2f} points", f"at least {100 * least:+.2f} points"
+            unit = " points"
         yield Gate(
-            name=f"{comparison.task} {comparison.metric}",
+            name=gate_name(comparison),
             passed=p >= LEVEL,
-            detail=f"damage {unit} ({bound} with 95% confidence), p = {p:.3g} of more than {fail_above:.3g}.",
+            detail=f"Damage {100 * comparison.damage:+.2f}{unit}, at least {100 * least:+.2f}{unit} with 95% "
+            f"confidence; {100 * fail_above:g}{unit} allowed (p = {p:.3g}).",
         )
 
 

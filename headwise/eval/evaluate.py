@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from headwise.errors import HeadwiseError
-from headwise.eval import models
+from headwise.eval import models, processes
 from headwise.eval import recipe as recipes
 from headwise.eval.assemble import assemble
-from headwise.eval.harness import BACKENDS, Harness, Options, is_main_process
+from headwise.eval.harness import BACKENDS, Harness, Options
 from headwise.eval.material import make_material, task_arguments
 from headwise.eval.publish import check_report, published
 from headwise.eval.recipe import Recipe
@@ -94,7 +94,7 @@ def evaluate(
         device=device,
         seed=seed,
     )
-    progress = progress if is_main_process() else SILENT
+    progress = progress if processes.is_main() else SILENT
     ours = models.find(child, token=token, progress=progress)
     theirs = None if baseline is None else models.find(baseline, token=token, progress=progress)
     out = Path(report) if report is not None else Path(f"{ours.name.replace('/', '--')}-eval")
@@ -112,7 +112,7 @@ def evaluate(
             chosen.tasks, include=folders, tokenizer=tokenizer, metadata=task_arguments(chosen, ours.context, seed)
         )
     material = make_material(chosen, tokenizer, ours.context, seed)
-    with published(out, force) as work:
+    with processes.together(), published(out, force) as work:
         run = Run(chosen, options, harness, material, ours, theirs, work, progress, {})
         mine = run.alone("child", ours)
         parents, reused = run.parent(mine, folders, cache)
@@ -129,6 +129,7 @@ def evaluate(
             versions=versions(),
         )
         found = write_report(found, work)
+    progress.finish()
     progress.note(f"Report: {out}")
     return found
 

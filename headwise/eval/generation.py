@@ -25,6 +25,8 @@ AGREEMENT_TOKENS = 8
 MORE_REPETITION, MORE_EARLY_ENDS, LEAST_AGREEMENT = 0.1, 0.1, 0.3
 # Without a parent to compare with, only the plainly broken is called so.
 MOST_REPETITION, MOST_EARLY_ENDS = 0.9, 0.75
+LOOPS = "It repeats itself: {} of its four-token phrases came before in the same text"
+BREAKS_OFF = "It breaks off: {} of its texts end before half their length"
 
 
 def prompts_of(tokenizer: Any, count: int, length: int, seed: int) -> Tensor:
@@ -108,26 +110,24 @@ def _compared(
     child: Sequence[list[int]], parent: Sequence[list[int]], shares: Tensor, new_tokens: int
 ) -> Iterator[str]:
     rows = (
-        ("repeats itself", repetition, MORE_REPETITION, "of its 4-grams"),
-        ("ends its text early", lambda row: _is_early(row, new_tokens), MORE_EARLY_ENDS, "of its continuations"),
+        (LOOPS, repetition, MORE_REPETITION),
+        (BREAKS_OFF, lambda row: _is_early(row, new_tokens), MORE_EARLY_ENDS),
     )
-    for fault, measure, bound, unit in rows:
+    for fault, measure, bound in rows:
         own, other = (torch.tensor([float(measure(row)) for row in rows]) for rows in (child, parent))
         if paired_mean(own, other).above(bound) < 0.05:
-            yield f"The model {fault}: {own.mean():.0%} {unit}, the parent {other.mean():.0%}."
+            yield f"{fault.format(f'{own.mean():.0%}')}, {other.mean():.0%} of its parent's."
     if (-paired_mean(shares, torch.zeros_like(shares))).above(-LEAST_AGREEMENT) < 0.05:
-        yield (
-            f"The model does not go on as its parent: {shares.mean():.0%} of the first {AGREEMENT_TOKENS} tokens "
-            "up to the first that differs."
-        )
+        same = AGREEMENT_TOKENS * float(shares.mean())
+        yield f"It leaves its parent's words at once: they part after {same:.1f} of {AGREEMENT_TOKENS} tokens."
 
 
 def _by_itself(rows: Sequence[list[int]], new_tokens: int) -> Iterator[str]:
     own = _writing(rows, new_tokens)
     if own.repetition > MOST_REPETITION:
-        yield f"The model repeats itself: {own.repetition:.0%} of its 4-grams."
+        yield f"{LOOPS.format(f'{own.repetition:.0%}')}."
     if own.early_end > MOST_EARLY_ENDS:
-        yield f"The model ends its text early: {own.early_end:.0%} of its continuations."
+        yield f"{BREAKS_OFF.format(f'{own.early_end:.0%}')}."
 
 
 def _writing(rows: Sequence[list[int]], new_tokens: int) -> Writing:

@@ -10,7 +10,7 @@ import io
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from headwise.errors import HeadwiseError
+from headwise.eval import processes
 from headwise.progress import SILENT, Progress
 
 OWN_TASKS = Path(__file__).parent / "tasks"
@@ -101,10 +102,14 @@ class Harness:
 
         Returns:
             Seconds inside lm-eval's evaluator.
+
+        Raises:
+            HeadwiseError: a task has fewer questions than there are processes.
         """
         from lm_eval import simple_evaluate
         from lm_eval.loggers import EvaluationTracker
 
+        processes.check_shares(self.tasks, options.limit)
         with quiet(), tempfile.TemporaryDirectory(dir=into.parent) as scratch:
             lm = _model(folder, options)
             _watch(lm, progress, label)
@@ -139,11 +144,6 @@ class Harness:
         return seconds
 
 
-def is_main_process() -> bool:
-    """Whether this is the process that gets the results, under `accelerate launch`."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 class quiet(ExitStack):
     """lm-eval and what it calls print and draw bars of their own; none of it is a result."""
 
@@ -151,7 +151,24 @@ class quiet(ExitStack):
         super().__enter__()
         for redirect in (redirect_stdout, redirect_stderr):
             self.enter_context(redirect(io.StringIO()))
+        from lm_eval import evaluator
+
+        ask = evaluator.get_git_commit_hash
+        self.callback(setattr, evaluator, "get_git_commit_hash", ask)
+        evaluator.get_git_commit_hash = lambda: _unheard(ask)
         return self
+
+
+def _unheard(ask: Callable[[], Any]) -> Any:
+    """Ask git, whose complaint that a folder is in no repository goes past Python's streams."""
+    own = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        return ask()
+    finally:
+        os.dup2(own, 2)
+        os.close(own)
 
 
 def _known(manager: Any, name: str) -> bool:
@@ -214,11 +231,16 @@ def _model(folder: str, options: Options) -> Any:
         except ImportError:
             raise HeadwiseError("--backend vllm needs vLLM, which is not installed.", "pip install vllm") from None
     more = {"batch_size": options.batch_size, "device": options.device}
-    return get_model(options.backend).create_from_arg_obj(arguments, more)
+    processes.join(options.device)
+    lm = get_model(options.backend).create_from_arg_obj(arguments, more)
+    if (accelerator := getattr(lm, "accelerator", None)) is not None:
+        # lm-eval shares the work out only where it sees several GPUs, and numbers each machine's processes anew.
+        lm._rank, lm._world_size = accelerator.process_index, accelerator.num_processes
+    return lm
 
 
 def _watch(lm: Any, progress: Progress, label: str) -> None:
-    """Report every answered request."""
+    """Report every answered request, and ask each once."""
     from lm_eval.api.model import CacheHook
 
     class Answered(CacheHook):
@@ -227,6 +249,7 @@ def _watch(lm: Any, progress: Progress, label: str) -> None:
 
     def told(ask: Any) -> Any:
         def wrapper(requests: list[Any], *more: Any, **options: Any) -> Any:
+            processes.set_padding_aside(requests)
             progress.stage(label, total=len(requests), unit="requests")
             return ask(requests, *more, **options)
 

@@ -88,7 +88,6 @@ def page(found: Evaluation) -> str:
         figures={name: made.get(name) for name in names},
         flagged=list(tables.flagged(found)),
         writing=list(tables.writing(found)),
-        complaints=said.complaints if said else (),
         samples=said.samples if said else (),
         command=found.command,
         facts=list(facts(found)),
@@ -119,7 +118,6 @@ def markdown(found: Evaluation) -> str:
     if found.generation:
         heads = ("greedy continuations", "parent", "child")
         lines += ["", "## What it writes", "", *_table(heads, tables.writing(found), right=(1, 2))]
-        lines += [f"\n**{complaint}**" for complaint in found.generation.complaints]
     lines += ["", "## How it was measured", "", "```", found.command, "```", ""]
     lines += _table(("", ""), facts(found))
     lines += ["", "## What it does not say", "", *(f"- {limit}" for limit in limits(found))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from headwise import __version__, environment
-from headwise.eval import models, recipe
+from headwise.eval import models, processes, recipe
 from headwise.eval.acceptance import acceptance
 from headwise.eval.alone import Alone, Kept, measure
 from headwise.eval.comparisons import same_questions
@@ -60,18 +59,24 @@ class Run:
             return None, False
         kept = Kept(self._identity(self.baseline, folders))
         into, tasks = self.folder("parent"), self.harness is not None
-        # Several processes could not agree on what to reuse: only the main one has seen the child's questions.
-        alone = os.environ.get("WORLD_SIZE", "1") == "1"
-        found = kept.take(into, tasks=tasks) if cache and alone else None
-        if found is not None:
-            ours, theirs = None if child is None else child.results, found.results
-            if ours is None or theirs is None or same_questions(ours, theirs):
-                return found, True
-            shutil.rmtree(into)
+        # Of several processes only the first has seen the child's questions.
+        found = self._taken(kept, child, into) if cache and processes.is_main() else None
+        reuse = found is not None
+        if processes.agreed(reuse) if tasks else reuse:
+            return found, True
         found = self.alone("parent", self.baseline)
         if found is not None and cache:
             kept.put(into)
         return found, False
+
+    def _taken(self, kept: Kept, child: Alone | None, into: Path) -> Alone | None:
+        """What was kept of the parent, if it was asked what the child was."""
+        found = kept.take(into, tasks=self.harness is not None)
+        ours, theirs = child and child.results, found and found.results
+        if ours and theirs and not same_questions(ours, theirs):
+            shutil.rmtree(into)
+            return None
+        return found
 
     def together(self) -> tuple[Diagnostics | None, Acceptance | None]:
         """What needs both models in memory."""

@@ -10,6 +10,11 @@ from headwise.eval.summary import significant
 from headwise.eval.verdict import Damage, is_perplexity, name
 from headwise.ui import size
 
+LEGEND = (
+    "Child minus parent on the same samples, in points (perplexity: percent). Flips: right only in the child (+), "
+    "only in the parent (−). p: two-sided, after Holm's correction."
+)
+
 
 @dataclass(frozen=True)
 class Row:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from headwise.eval.result import Comparison, Evaluation
 from headwise.eval.summary import significant
 
 # A loss, or what the samples leave open of one, that is called small: one point or one percent.
 SMALL = 0.01
+BROKEN = "not usable as it is."
 
 
 @dataclass(frozen=True)
@@ -50,31 +53,34 @@ def is_perplexity(one: Comparison) -> bool:
 def judge(found: Evaluation) -> Verdict:
     """The verdict."""
     if found.parent is None:
-        return Verdict("plain", "No parent was measured, so these figures stand alone: name it with --baseline.")
+        alone = "No parent was measured, so these figures stand alone: name it with --baseline."
+        broken = found.generation.complaints if found.generation else ()
+        if broken:
+            return Verdict("bad", f"{_capital(BROKEN)} {' '.join(broken)} {alone}")
+        return Verdict("plain", alone)
     tone, text = _judge(found)
     before, after = found.parent.cache_bytes_per_token, found.child.cache_bytes_per_token
     if before and after and before != after:
         return Verdict(tone, f"With {100 * after / before:.3g}% of the parent's KV cache: {text}")
-    return Verdict(tone, text[0].upper() + text[1:])
+    return Verdict(tone, _capital(text))
 
 
 def _judge(found: Evaluation) -> tuple[str, str]:
     pairs = [(one, damage) for one in found.headlines if (damage := Damage.of(one)) is not None]
-    if found.generation and found.generation.complaints:
-        return "bad", f"not usable as it is, because what it writes is broken. {found.generation.complaints[0]}"
-    failed = [gate for gate in found.gates if not gate.passed]
-    if failed and found.fail_above is not None:
-        return "bad", f"it fails the gate that was asked for. {failed[0].detail}"
     worse = [(one, damage) for one, damage in pairs if significant(one) and damage.value > 0]
+    if found.generation and found.generation.complaints:
+        most = [f"Its {_most(worse)}."] if worse else []
+        return "bad", " ".join((BROKEN, *found.generation.complaints, *most, _advice(found)))
+    names = {gate.name for gate in found.gates if not gate.passed}
+    failed = [(one, damage) for one, damage in pairs if gate_name(one) in names]
+    if failed and found.fail_above is not None:
+        gate = f"the gate of {100 * found.fail_above:g}% {_share(failed, pairs)}".rstrip()
+        return "bad", f"it fails {gate}; {_most(failed)}. {_advice(found)}"
     if worse:
-        one, damage = max(worse, key=lambda pair: pair[1].value)
-        most = f"{name(one)} is {amount(one, damage.value)} worse (95% interval {span(one, damage)})"
-        share = f"in {len(worse)} of {len(pairs)} figures" if len(pairs) > 1 else ""
-        if damage.high <= SMALL:
-            return "open", f"a small loss {share} that is no accident; {most}.".replace("  ", " ")
-        return "bad", f"a real loss {share}; {most}. Train it with `headwise uptrain`, or keep more cache.".replace(
-            " ;", ";"
-        )
+        share = f" {_share(worse, pairs)}".rstrip()
+        if max(damage.high for _, damage in worse) <= SMALL:
+            return "open", f"a small loss{share} that is no accident; {_most(worse)}."
+        return "bad", f"a real loss{share}; {_most(worse)}. {_advice(found)}"
     if not pairs:
         return _agreement(found)
     if all(damage == Damage(0, 0, 0) for _, damage in pairs):
@@ -86,10 +92,34 @@ def _judge(found: Evaluation) -> tuple[str, str]:
     return "open", f"no loss beyond noise, but one of up to {bound} is not ruled out: measure more samples."
 
 
+def _most(worse: Sequence[tuple[Comparison, Damage]]) -> str:
+    one, damage = max(worse, key=lambda pair: pair[1].value)
+    return f"{name(one)} is {amount(one, damage.value)} worse (95% interval {span(one, damage)})"
+
+
+def _share(some: Sequence[Any], pairs: Sequence[Any]) -> str:
+    return f"in {len(some)} of {len(pairs)} figures" if len(pairs) > 1 else ""
+
+
+def _advice(found: Evaluation) -> str:
+    before, after = found.parent and found.parent.cache_bytes_per_token, found.child.cache_bytes_per_token
+    more = ", or keep more cache" if before and after and after < before else ""
+    return f"Train it with `headwise uptrain`{more}."
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
 def _agreement(found: Evaluation) -> tuple[str, str]:
     if found.diagnostics is None:
         return "plain", "nothing was compared."
     return "plain", f"it agrees with its parent on {found.diagnostics.top1:.1%} of the next tokens."
+
+
+def gate_name(one: Comparison) -> str:
+    """What the gate on a figure is called."""
+    return f"{one.task} {one.metric}"
 
 
 def name(one: Comparison) -> str:

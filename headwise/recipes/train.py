@@ -12,7 +12,6 @@ import argparse
 import os
 import shlex
 import sys
-import time
 from pathlib import Path
 
 import transformers
@@ -25,9 +24,6 @@ from headwise.recipes.pretrain import pretrain
 from headwise.recipes.uptrain import uptrain
 
 INTERRUPTED = 130
-# Seconds before a process other than the first says what is wrong. Mostly the first says the same, and the launcher
-# ends the others with it.
-OTHERS_WAIT = 30
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,8 +52,6 @@ def main(arguments: list[str] | None = None) -> int:
             progress = shown if os.environ.get("RANK", "0") == "0" else SILENT
             said = _train(recipe, options, command, progress)
     except HeadwiseError as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(OTHERS_WAIT)
         ui.error(error.message, error.hint)
         return error.exit_code
     except KeyboardInterrupt:  # the first process says what is kept

@@ -123,7 +123,10 @@ def full() -> Evaluation:
             for depth in (0.0, 0.5, 1.0)
         ),
         fail_above=None,
-        gates=(Gate("arc_easy", False, "0.029 lost, above 0.01 (p 0.001)."), Gate("heldout", True, "within 5%.")),
+        gates=(
+            Gate("arc_easy acc_norm", False, "0.029 lost, above 0.01 (p 0.001)."),
+            Gate("heldout perplexity", True, "within 5%."),
+        ),
     )
 
 

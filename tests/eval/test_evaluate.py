@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM
 import headwise
 from headwise.cli import cli
 from headwise.errors import HeadwiseError
-from headwise.eval import evaluate as evaluation
 from headwise.eval import models, samples
 from headwise.eval.result import Evaluation
 from tests.convert.speaking import save_speaking
@@ -282,11 +281,6 @@ def test_content_hash_sees_weights_config_and_tokenizer(folders: dict[str, Path]
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"rope_theta": 9.0}))
     assert models.find(copy).subject.sha256 != before
-
-
-def test_only_the_main_process_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    assert not evaluation.is_main_process()
 
 
 def test_recipes_of_both_kinds_are_listed_shown_and_checked(folders: dict[str, Path], tmp_path: Path) -> None:

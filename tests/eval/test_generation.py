@@ -59,21 +59,21 @@ def test_a_loop_is_called_so() -> None:
     parent = [varied(seed) for seed in range(8)]
     child = [row[:8] + [5] * 12 for row in parent]
     (complaint,) = judged(child, parent).complaints
-    assert complaint.startswith("The model repeats itself")
+    assert complaint.startswith("It repeats itself: ") and complaint.endswith("same text, 0% of its parent's.")
     assert judged(parent, child).complaints == ()  # better than its parent
 
 
 def test_breaking_off_is_called_so() -> None:
     parent = [varied(seed) for seed in range(8)]
     (complaint,) = judged([row[:8] for row in parent], parent).complaints
-    assert complaint.startswith("The model ends its text early: 100%")
+    assert complaint == "It breaks off: 100% of its texts end before half their length, 0% of its parent's."
 
 
 def test_going_another_way_at_once_is_called_so() -> None:
     parent = [varied(seed) for seed in range(8)]
     child = [[token + 1000 for token in row] for row in parent]
     found = judged(child, parent)
-    assert found.agreement == 0 and "does not go on as its parent" in found.complaints[0]
+    assert found.agreement == 0 and "they part after 0.0 of 8 tokens" in found.complaints[0]
     late = [row[:6] + other[6:] for row, other in zip(parent, child, strict=True)]
     assert judged(late, parent).complaints == () and judged(late, parent).agreement == 6 / 8
 
@@ -87,7 +87,7 @@ def test_one_unlucky_prompt_is_no_evidence() -> None:
 def test_without_a_parent_only_the_plainly_broken_is_called_so() -> None:
     assert judged([varied(seed) for seed in range(4)], None).complaints == ()
     assert "repeats itself" in judged([[5] * 40] * 4, None, 40).complaints[0]
-    assert "ends its text" in judged([[5]] * 4, None).complaints[0]
+    assert "breaks off: 100% of its texts end before half their length." in judged([[5]] * 4, None).complaints[0]
 
 
 def test_continuations_are_greedy_whatever_the_folder_asks_for(model: Any) -> None:

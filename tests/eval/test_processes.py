@@ -1,0 +1,189 @@
+"""Several processes of `accelerate launch`: they find what one finds, and say it when one of them is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from headwise import ui
+from headwise.errors import HeadwiseError
+from headwise.eval import processes, samples
+from headwise.eval.evaluate import evaluate
+from headwise.eval.publish import published
+from headwise.eval.result import Evaluation
+from tests.convert.speaking import save_speaking
+
+pytest.importorskip("lm_eval")
+REPOSITORY = Path(__file__).parents[2]
+RECIPE = """
+about: Two tasks and a little text.
+tasks: [headwise_cloze_code, headwise_cloze_prose]
+limit: 7
+perplexity: {length: 64, blocks: 4, stretches: 4}
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("models")
+    save_speaking(home / "parent", max_position_embeddings=128)
+    save_speaking(home / "child", max_position_embeddings=128, rope_theta=500.0, initializer_range=0.5)
+    (home / "recipe.yaml").write_text(RECIPE)
+    return home
+
+
+@pytest.fixture
+def launched(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Start two processes that share the CPU."""
+    monkeypatch.setenv("HEADWISE_CACHE", str(tmp_path / "cache"))
+    begun: list[subprocess.Popen[str]] = []
+
+    def launch(out: Path, *more: str) -> subprocess.Popen[str]:
+        words = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "-m", "headwise", "eval"]
+        words += [str(home / "child"), "--baseline", str(home / "parent"), "--recipe", str(home / "recipe.yaml")]
+        begun.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "accelerate.commands.launch", *words, "--report", str(out), *more],
+                env={**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
+                cwd=out.parent,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        return begun[-1]
+
+    yield launch
+    for process in begun:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+
+
+@pytest.mark.full
+def test_two_processes_find_what_one_finds(home: Path, tmp_path: Path, launched: Any) -> None:
+    started = launched(tmp_path / "two", "--json")
+    said, complaints = started.communicate()
+    assert started.returncode == 0, complaints
+    two = Evaluation.from_dict(json.loads(said))  # one object: the report is told once
+    one = evaluate(
+        home / "child", home / "parent", recipe=home / "recipe.yaml", report=tmp_path / "one", device="cpu"
+    )
+    assert one is not None and one.reused  # what two processes kept, for they were asked the same
+    for alone, shared in zip(one.comparisons, two.comparisons, strict=True):
+        assert (alone.task, alone.samples, alone.child.value) == (shared.task, shared.samples, shared.child.value)
+        assert alone.paired == shared.paired
+    for role in ("child", "parent"):
+        found, wanted = (samples.read(tmp_path / name / of.logs[role]) for name, of in (("two", two), ("one", one)))
+        assert {task: [row["doc_id"] for row in rows] for task, rows in found.samples.items()} == {
+            task: list(range(7)) for task in ("headwise_cloze_code", "headwise_cloze_prose")
+        }
+        assert answers(found) == pytest.approx(answers(wanted), rel=1e-5)  # batches differ
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "cache"}
+    # Both had work: each answered four choices of three or four questions of either task.
+    assert "child: tasks: 32 requests" in complaints and "git" not in complaints
+
+    again = launched(tmp_path / "reused")
+    _, complaints = again.communicate()
+    assert again.returncode == 0 and "parent: tasks" not in complaints, complaints
+
+
+def answers(found: Any) -> list[float]:
+    """Every answer of every request, as often as it was logged."""
+    rows = [row for task in sorted(found.samples) for row in found.samples[task]]
+    return [float(likelihood) for row in rows for request in row["resps"] for likelihood, _ in request]
+
+
+@pytest.mark.full
+def test_the_end_of_one_process_is_told(tmp_path: Path, launched: Any) -> None:
+    started = launched(tmp_path / "out", "--limit", "90")
+    second = _second(started.pid, tmp_path)
+    os.kill(second, signal.SIGKILL)
+    said, complaints = started.communicate()
+    assert started.returncode != 0 and not said
+    told = re.findall("Error: (Another process ended|The launcher ended this process)", complaints)
+    assert len(told) == 1 and "it was killed" in complaints
+    assert "This is a bug" not in complaints
+    # What the killed process could not take away, and nothing of the other.
+    assert len(list(tmp_path.glob(".out.*"))) == 1 and not (tmp_path / "out").exists()
+
+
+def _second(launcher: int, home: Path) -> int:
+    """The process of rank 1, once both are at work."""
+    while len(list(home.glob(".out.*"))) < 2:
+        time.sleep(0.1)
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    (second,) = [pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    return int(second)
+
+
+def test_a_task_with_too_few_questions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = SimpleNamespace(task_name="fruit", eval_docs=range(6))
+    group = SimpleNamespace(get_all_tasks=lambda: [task])
+    processes.check_shares([group], 1)  # one process answers anything
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    processes.check_shares([task], None)
+    processes.check_shares([task], 0.5 + 1 / 6)
+    for limit in (3, 0.5):
+        with pytest.raises(HeadwiseError, match="Task fruit asks 3 questions, too few for 4 processes"):
+            processes.check_shares([group], limit)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(HeadwiseError, match="asks 6 questions"):
+        processes.check_shares([task], 100)
+
+
+def test_a_repeated_last_request_answers_for_itself() -> None:
+    from lm_eval.api.instance import Instance
+
+    twice, once = (
+        Instance("generate_until", {}, ("ask",), 0, metadata=("fruit", place, repeats))
+        for place, repeats in enumerate((2, 1))
+    )
+    requests = [twice, twice, once, once, once]
+    processes.set_padding_aside(requests)
+    assert [request is twice for request in requests[:2]] == [True, True] and requests[2] is once
+    for place, padding in enumerate(requests[3:]):
+        assert padding is not once and padding.args == once.args and padding.doc_id == 1
+        padding.resps.append(place)
+    assert once.resps == []
+
+
+def test_other_faults_keep_their_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="shapes"), processes.together():
+        raise RuntimeError("shapes cannot be multiplied")
+    with pytest.raises(HeadwiseError, match="Another process"), processes.together():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:40392")
+
+
+def test_a_scheduler_ends_the_work_as_a_user_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    for count, raised in (("1", KeyboardInterrupt), ("2", HeadwiseError)):
+        monkeypatch.setenv("WORLD_SIZE", count)
+        with pytest.raises(raised), processes.together(), published(tmp_path / "out", force=False):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_first_process_speaks_before_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    for rank, waits in (("0", []), ("1", [ui.OTHERS_WAIT])):
+        monkeypatch.setenv("RANK", rank)
+        assert processes.is_main() == (rank == "0")
+        ui.configure()
+        ui.error("No such model.")
+        assert waited == waits and "No such model." in capsys.readouterr().err
