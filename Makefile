@@ -34,7 +34,7 @@ check-full: check test audit
 	$(BIN)/pytest -m full
 	nice $(BIN)/python tests/hostile/long_run.py --minutes $(FUZZ_MINUTES)
 
-# Known vulnerabilities of the pinned versions; without its service there is nothing to compare with.
+# Known vulnerabilities of the pinned versions, as far as the service of pip-audit answers.
 audit: $(READY)
 	$(BIN)/python tests/hostile/audit.py
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from headwise.convert.pipeline import convert
 from headwise.convert.plan import inspect
 from headwise.convert.verify import verify
 from tests.convert.speaking import TEXT, save_speaking
+from tests.hostile import audit
 
 PACKAGE = Path(headwise.__file__).parent
 ROOT = PACKAGE.parent
@@ -64,3 +67,27 @@ def test_every_dependency_is_pinned() -> None:
     wanted = [item for group in groups for item in group]
     names = {re.split(r"[\[<>=;, ]", item)[0].lower().replace("_", "-") for item in wanted} - {"headwise"}
     assert not names - pinned, f"not pinned: {names - pinned}"
+
+
+SOUND = {"name": "a", "version": "1", "vulns": []}
+HOLED = {"name": "b", "version": "2", "vulns": [{"id": "CVE-1", "fix_versions": ["2.1"]}]}
+UNKNOWN = {"name": "c", "skip_reason": "not found"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "words"),
+    [
+        ([SOUND, UNKNOWN], 0, "1 of 2 pins audited, 0 with"),
+        ([SOUND, HOLED], 1, "b 2: CVE-1, mended in 2.1"),
+        ([UNKNOWN, UNKNOWN], 0, "Nothing was audited"),
+        ("requests.exceptions.ConnectionError: HTTPSConnectionPool", 0, "Nothing was audited"),
+        ("pip_audit: error: unrecognized arguments", 1, ""),
+    ],
+)
+def test_an_audit_says_what_it_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], answer: Any, code: int, words: str
+) -> None:
+    said = ("", answer) if isinstance(answer, str) else (json.dumps({"dependencies": answer}), "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, *said))
+    assert audit.main() == code
+    assert words in capsys.readouterr().out
