@@ -22,7 +22,7 @@ SHOWN = 3
 AGREEMENT_TOKENS = 8
 # Beyond these a model is called broken, where the interval says so at 95%: more of the text repeats than the
 # parent's, more continuations break off, and hardly any begins as the parent's does.
-MORE_REPETITION, MORE_EARLY_ENDS, LEAST_AGREEMENT = 0.1, 0.1, 0.3
+MORE_REPETITION, MORE_EARLY_ENDS, LEAST_AGREEMENT = 0.2, 0.1, 0.3
 # Without a parent to compare with, only the plainly broken is called so.
 MOST_REPETITION, MOST_EARLY_ENDS = 0.9, 0.75
 LOOPS = "It repeats itself: {} of its four-token phrases came before in the same text"
