@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Queries per sequence, evenly spread, whose averaged input is worked out.
+# Queries per sequence, evenly spread, that are looked at. Both moments are of the same queries: their difference is
+# then how much what a query reads varies, and positive semidefinite (docs/decisions/037).
 QUERIES_LOOKED_AT = 64
 
 
@@ -39,7 +40,7 @@ class AttentionView:
                 averaged = torch.cat([averaged, torch.ones_like(averaged[:, :1])], 1)
                 moment = (averaged.mT @ averaged).double()
                 whole = torch.cat([row[0], torch.ones_like(row[0, :, :1])], 1)
-                attended = (whole.mT * weights.sum((0, 1))) @ whole
+                attended = (whole.mT * weights[:, queries].sum((0, 1))) @ whole
                 self._moment = moment if self._moment is None else self._moment + moment
                 self._keys = attended.double() if self._keys is None else self._keys + attended.double()
                 self._distances = found if self._distances is None else self._distances + found

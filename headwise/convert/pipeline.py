@@ -283,7 +283,9 @@ def _convert_layers(
                 record.arguments = found.arguments
             better = False
             if calibration.fitted:
-                solved = fit_output(found.attention, found.projection, record, device=device)
+                solved = fit_output(
+                    found.attention, found.projection, record, spare=calibration.steps > 0, device=device
+                )
                 report["output"], better = asdict(solved), solved.kept
             if calibration.steps:
                 outcome = refit_layer(

@@ -29,8 +29,10 @@ LEARNING_RATE = 0.1
 ANNEALED = 300
 WARMUP = 0.1
 DEFAULT_STEPS = 300
-# How strongly output matrices are held to what they were, relative to the mean energy of what they read.
-RIDGE = 1e-3
+# How many tokens per input the output matrices count for that a solve for new ones starts from, and the folds that
+# judge it (docs/decisions/037).
+PRIOR = 8
+FOLDS = 4
 TINY = 1e-30
 
 
@@ -47,7 +49,7 @@ class RefitReport:
 
 @dataclass(frozen=True)
 class OutputReport:
-    """The same for `fit_output`."""
+    """The same for `fit_output`; `after` is cross-validated."""
 
     before: float
     after: float
@@ -56,43 +58,71 @@ class OutputReport:
 
 @torch.no_grad()
 def fit_output(
-    attention: nn.Module, projection: Any, record: LayerRecord, *, device: torch.device | str = "cpu"
+    attention: nn.Module,
+    projection: Any,
+    record: LayerRecord,
+    *,
+    spare: bool = False,
+    device: torch.device | str = "cpu",
 ) -> OutputReport:
-    """The output matrices that make the most of what a converted layer's heads say: ordinary least squares.
+    """The output matrices that make the most of what a converted layer's heads say: least squares with a prior.
 
-    A closed form: the parent's outputs are regressed on the inputs of `projection`, over all calibration tokens but
-    the held-back ones. It is left as it was if it does not help on those.
+    A closed form: what the layer misses of the parent's outputs is regressed on the inputs of `projection`, which
+    starts as the mean of a prior that weighs as much as `PRIOR` tokens per input. Whether that helps is judged by
+    cross-validation, each fold of neighbouring sequences by the solution of the others; if it does, all are used.
 
     Args:
         attention: as for `refit`.
         projection: its last step, `output = projection(heads)`; a linear layer, whose bias stays.
         record: as for `refit`.
+        spare: leave out the sequences that a refit is judged on, because one follows.
 
     Raises:
         ValueError: as `refit`.
     """
     inputs, outputs, train, judge = _sequences(record, device)
-    weight = projection.weight.T if _transposed(projection) else projection.weight
-    start, bias = weight.clone(), 0.0 if projection.bias is None else projection.bias
-    before = output_error(attention, record, judge, device)
+    used = train if spare else torch.cat([train, judge])
+    folds = used.tensor_split(min(FOLDS, len(used)))
     heads: list[Tensor] = []
     hook = projection.register_forward_pre_hook(lambda module, given: heads.append(given[0].flatten(0, -2)))
-    gram = cross = torch.zeros((), dtype=torch.float64, device=device)
-    for batch in train.split(SEQUENCES_PER_STEP):
-        _apply(attention, record, inputs[batch].to(device))
-        said = heads.pop()
-        wanted = outputs[batch].to(device).flatten(0, -2) - bias
-        gram, cross = gram + (said.mT @ said).double(), cross + (said.mT @ wanted).double()
+    grams, crosses, lost, total = [], [], [], 0.0
+    for fold in folds:
+        gram = cross = torch.zeros((), device=device)
+        missing = 0.0
+        for batch in fold.split(SEQUENCES_PER_STEP):
+            wanted = outputs[batch].to(device)
+            missed = (wanted - _apply(attention, record, inputs[batch].to(device))).flatten(0, -2)
+            said = heads.pop()
+            gram, cross = gram + said.mT @ said, cross + said.mT @ missed
+            missing, total = missing + float(missed.square().sum()), total + float(wanted.square().sum())
+        grams.append(gram)
+        crosses.append(cross)
+        lost.append(missing)
     hook.remove()
-    ridge = RIDGE * gram.diagonal().mean()
-    gram.diagonal().add_(ridge)
-    cross += ridge * start.double().T
-    weight.copy_(solve(lambda left: torch.linalg.solve(left, cross), gram).T)
-    after = output_error(attention, record, judge, device)
+    gram, cross = sum(grams[1:], grams[0]), sum(crosses[1:], crosses[0])
+    length = inputs.shape[1]
+    tokens = len(used) * length
+
+    def change(fold: int) -> float:
+        """Of the squared error of a fold, by what the others know."""
+        known = tokens - len(folds[fold]) * length
+        step = _output_step(gram - grams[fold], cross - crosses[fold], known)
+        return float((step * (grams[fold] @ step - 2 * crosses[fold])).sum())
+
+    before = sum(lost)
+    after = before + sum(change(fold) for fold in range(len(folds)))
     kept = after < before  # False for NaN
-    if not kept:
-        weight.copy_(start)
-    return OutputReport(before, after, kept)
+    if kept:
+        step = _output_step(gram, cross, tokens)
+        projection.weight += step if _transposed(projection) else step.mT
+    return OutputReport(before / total if total else 0.0, after / total if total else 0.0, kept)
+
+
+def _output_step(gram: Tensor, cross: Tensor, tokens: int) -> Tensor:
+    """Ridge regression; the condition number is at most `tokens / PRIOR`, which float32 is enough for."""
+    prior = PRIOR * float(gram.diagonal().sum()) / max(tokens, 1)
+    system = gram + torch.eye(len(gram), device=gram.device) * max(prior, TINY)
+    return solve(lambda left: torch.linalg.solve(left, cross), system)
 
 
 def refit(

@@ -73,7 +73,7 @@ def train_layers(
         record.outputs *= scale
         if arguments is not None:
             record.arguments = to_device(arguments[record.index], device)
-        solved = fit_output(attention, attention.get_submodule(projection), record, device=device)
+        solved = fit_output(attention, attention.get_submodule(projection), record, spare=True, device=device)
         report = refit(
             attention,
             parameters,

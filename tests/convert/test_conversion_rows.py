@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from headwise.convert import architecture
 from headwise.convert.architecture import Architecture
+from headwise.convert.attention_view import QUERIES_LOOKED_AT
 from headwise.convert.calibration import LayerRecord, LayerStream
 from headwise.convert.checkpoint import open_checkpoint
 from headwise.convert.heads import merge, replicate
@@ -193,6 +194,15 @@ def test_layers_passed_over_change_nothing(tmp_path):
     assert last.index == 2
     for name in ("inputs", "outputs", "moment", "value_moment", "distances"):
         assert torch.equal(getattr(last, name), getattr(every[2], name))
+
+
+def test_what_a_query_reads_varies_by_no_less_than_nothing(tmp_path):
+    """Also where only some queries are looked at: the closed form of MLA diverges otherwise."""
+    source = tiny_models.save("llama", tmp_path / "model")
+    for record in stream(source, tiny_models.tokens(4 * QUERIES_LOOKED_AT)):
+        assert record.key_moment is not None and record.value_moment is not None
+        spread = torch.linalg.eigvalsh(record.key_moment - record.value_moment)
+        assert spread[0] > -1e-5 * spread[-1]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3", "smollm3"])

@@ -231,19 +231,28 @@ class Mixed(nn.Module):
         return self.o_proj(self.heads(hidden_states))
 
 
-def test_the_least_squares_output_is_found_and_left_alone_where_it_does_not_help() -> None:
+def test_the_least_squares_output_is_found_on_much_text() -> None:
     generator = torch.Generator().manual_seed(0)
-    inputs, weight = torch.randn(20, 6, 4, generator=generator), torch.randn(4, 4, generator=generator)
+    inputs, weight = torch.randn(20, 600, 4, generator=generator), torch.randn(4, 4, generator=generator)
     parent = Mixed(weight)
     record = LayerRecord(0, torch.eye(5), inputs=inputs, outputs=parent(inputs))
     module = Mixed(torch.zeros(4, 4))
     module.o_proj.bias.copy_(parent.o_proj.bias)
     found = fit_output(module, module.o_proj, record)
-    assert found.kept and found.after < 1e-5 < found.before
+    assert found.kept and found.after < 1e-4 < found.before
     torch.testing.assert_close(module.o_proj.weight, weight, rtol=1e-2, atol=1e-2)
-    # What was solved for on some sequences is worse on the others, which have the opposite sign.
-    record.outputs[:-2] *= -1
-    assert not fit_output(parent, parent.o_proj, record).kept and torch.equal(parent.o_proj.weight, weight)
+
+
+def test_an_output_that_other_sequences_do_not_confirm_is_left_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight = torch.randn(4, 40, 4, generator=generator), torch.randn(4, 4, generator=generator)
+    parent = Mixed(weight)
+    said = parent(inputs)
+    # What one sequence misses, the others miss in the opposite direction.
+    sign = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None, None]
+    record = LayerRecord(0, torch.eye(5), inputs=inputs, outputs=said + sign * parent.heads(inputs))
+    found = fit_output(parent, parent.o_proj, record)
+    assert not found.kept and found.after > found.before and torch.equal(parent.o_proj.weight, weight)
 
 
 class Scale(nn.Module):
