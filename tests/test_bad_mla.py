@@ -22,8 +22,8 @@ def sentence(said: str) -> str:
 @pytest.mark.parametrize(
     ("rank", "rope_dim", "words"),
     [
-        ("15", "8", "--rank 15 is not an even number from 2 to 128"),
-        ("130", "8", "--rank 130 is not an even number from 2 to 128"),
+        ("15", "8", "--rank 15 is not an even number from 2 to 48"),
+        ("50", "8", "--rank 50 is not an even number from 2 to 48"),  # hidden_size
         ("16", "7", "--rope-dim 7 is not an even number from 2 to 64"),
         ("16", "66", "--rope-dim 66 is not an even number from 2 to 64"),
     ],
@@ -35,6 +35,20 @@ def test_a_shape_the_model_does_not_have(tmp_path: Path, rank: str, rope_dim: st
     # The shapes offered, each with the share of the 128 numbers it keeps.
     offered = re.findall(r"(\d+) \+ (\d+) \((\d+)%\)", said)
     assert offered and all(round((int(r) + int(p)) / 1.28) == int(share) for r, p, share in offered)
+
+
+def test_a_shape_that_saves_nothing(tmp_path: Path) -> None:
+    model = save_speaking(tmp_path / "model", num_key_value_heads=2)
+    said = sentence(refused(model, "", *MLA, "--rank", "24", "--rope-dim", "8"))
+    assert "cache 32 numbers per token and layer, where the model itself caches 32" in said and "--exact" in said
+
+
+def test_a_share_of_more_than_a_latent_can_use(tmp_path: Path) -> None:
+    """128 numbers, of which a latent takes the hidden_size of 48 and a rotary key twice a head's 8."""
+    model = save_speaking(tmp_path / "model")
+    for share in ("0.75", "1"):
+        said = sentence(refused(model, f"--cache {share} leaves", *MLA, "--cache", share))
+        assert "can use 64" in said and "at most 50.0%" in said and "--exact" in said
 
 
 @pytest.mark.parametrize("option", ["--rank", "--rope-dim"])

@@ -94,12 +94,15 @@ class LatentTarget:
             shapes = [latent.lift_shape(layout) for layout in before]
             rank, rope_dim = max(r for r, _ in shapes), max(p for _, p in shapes)
         elif cache is not None:
-            rank, rope_dim = choose_shape(before, cache, whole_planes=bool(self.partial), notes=self.notes)
+            rank, rope_dim = choose_shape(
+                before, self._hidden, cache, whole_planes=bool(self.partial), notes=self.notes
+            )
         if rank is None or rope_dim is None:
             raise HeadwiseError(
                 "--to mla needs a shape.", "Give --rank and --rope-dim, or --cache SHARE, or --exact."
             )
-        check_shape(before, rank, rope_dim)
+        if not exact:
+            check_shape(before, self._hidden, rank, rope_dim)
         self._grid = self._choose_frequencies(rope_dim, rope_frequencies)
         scaled = rope.rope_type(rotations(config, arch)[0].parameters)
         if scaled != "default" and not (exact or self.partial) and rope_frequencies == "default":
