@@ -209,7 +209,7 @@ def card(**options: Any) -> None:
     from headwise.eval.card import update_card
 
     updated = update_card(options.pop("out"), options.pop("report"), **options)
-    ui.say(f"Wrote {updated.figures} figures into {updated.card}.")
+    ui.say(f"Wrote {updated.figures} figure{'s' * (updated.figures != 1)} into {updated.card}.")
     for path in updated.eval_results:
         ui.say(f"Wrote {path}.")
     ui.result(updated)

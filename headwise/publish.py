@@ -37,6 +37,8 @@ class Push:
         verified: the folder's own record says so and its hashes are still right.
         commit, url: None after a dry run.
         pull_request: its address, where one was opened.
+        changed: whether the commit changed anything; False where the repository held just this already, which makes
+            no new commit and no pull request. None after a dry run.
     """
 
     folder: Path
@@ -50,6 +52,7 @@ class Push:
     commit: str | None = None
     url: str | None = None
     pull_request: str | None = None
+    changed: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"folder": str(self.folder), "deleted": list(self.deleted)}
@@ -127,7 +130,8 @@ def push_finished(folder: Path, repo: str, private: bool, token: str | None, pro
 
 @dataclass(frozen=True)
 class Target:
-    """A repository before the push. `private`: what it is or will be; `new_branch`: `revision` is not there yet."""
+    """A repository before the push. `private`: what it is or will be; `new_branch`: `revision` is not there yet;
+    `head`: the commit that the new one will follow."""
 
     repo: str
     revision: str | None
@@ -135,6 +139,7 @@ class Target:
     private: bool
     new_branch: bool
     files: tuple[str, ...]
+    head: str | None = None
 
 
 def find_target(
@@ -179,20 +184,21 @@ def find_target(
             return Target(repo, revision, exists=False, private=private, new_branch=bool(revision), files=())
         if private and not info.private:
             raise HeadwiseError(f"{repo} exists and is public.", "Name a new repository, or leave out --private.")
-        new_branch = False
+        new_branch, head = False, info.sha
         if revision:
             try:
-                api.repo_info(repo, revision=revision)
+                head = api.repo_info(repo, revision=revision).sha
             except errors.RevisionNotFoundError:
                 new_branch = True
         at = None if new_branch else revision
         files = tuple(api.list_repo_files(repo, revision=at))
         if not (force or create_pr or new_branch) and _is_other(repo, at, token, files, model):
+            what = f"another model than one made from {model}" if repo != model else "the model this was made from"
             raise HeadwiseError(
-                f"{repo}{f'@{at}' if at else ''} holds another model than one made from {model}.",
+                f"{repo}{f'@{at}' if at else ''} holds {what}.",
                 "Name another repository or --revision, propose it with --create-pr, or replace it with --force.",
             )
-        return Target(repo, revision, True, bool(info.private), new_branch, files)
+        return Target(repo, revision, True, bool(info.private), new_branch, files, head)
 
 
 def files_to_push(folder: Path) -> dict[str, int]:
@@ -268,7 +274,9 @@ def _upload(
             create_pr=create_pr,
         )
     progress.finish()
-    return replace(planned, commit=commit.oid, url=commit.commit_url, pull_request=commit.pr_url)
+    # The client makes no empty commit: it answers with the last one.
+    changed = commit.oid != target.head
+    return replace(planned, commit=commit.oid, url=commit.commit_url, pull_request=commit.pr_url, changed=changed)
 
 
 def _api(token: str | None) -> HfApi:

@@ -138,6 +138,8 @@ def push(pushed: Push) -> None:
     if pushed.commit is None:
         new = "a new" if pushed.creates_repository else "the"
         ui.say(f"{amount} would go to {new} {state} repository {where}. Nothing was sent.")
+    elif not pushed.changed:
+        ui.say(f"{where} ({state}) holds exactly this already, so nothing was sent: {pushed.url}")
     else:
         ui.say(f"Pushed {amount} to {where} ({state}): {pushed.pull_request or pushed.url}")
     if not pushed.verified:

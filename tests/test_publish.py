@@ -68,6 +68,7 @@ def test_a_folder_arrives_whole_and_is_pulled_again(hub, out, tmp_path):
     pushed = push(out, "org/new", token=TOKEN)
     remote = hub.repositories["org/new"]
     assert pushed.creates_repository and pushed.verified and not pushed.private and len(shards(pushed.files)) > 2
+    assert pushed.changed
     arrived = contents(remote.folder("main"))
     assert arrived.pop(".gitattributes") and arrived == contents(out)
     assert (pushed.commit, pushed.url) == (remote.commit("main"), f"{hub.endpoint}/org/new/commit/{pushed.commit}")
@@ -87,6 +88,10 @@ def test_nothing_is_sent_twice(hub, out):
     second = push(out, "org/new", token=TOKEN)
     assert hub.count("PUT") == sent == len(shards(second.files))
     assert second.commit == hub.repositories["org/new"].commit("main") and not second.creates_repository
+    assert second.changed is False
+    done = run("push", out, "org/new", "--create-pr", "--token", TOKEN)
+    assert done.exit_code == 0 and "holds exactly this already, so nothing was sent" in done.stdout
+    assert "Pushed" not in done.stdout
 
 
 @pytest.mark.parametrize("stage", ["upload", "commit"])

@@ -30,12 +30,14 @@ class Difference:
         samples: pairs behind it.
         pivots: errors of resampled estimates in units of their own standard errors, sorted; None: the errors follow
             Student's t with `samples - 1` degrees of freedom.
+        binary: whether each sample is right or wrong, so that equal pairs leave room for others not yet seen.
     """
 
     estimate: float
     standard_error: float
     samples: int
     pivots: Tensor | None = None
+    binary: bool = False
 
     def __neg__(self) -> Difference:
         pivots = None if self.pivots is None else -self.pivots.flip(0)
@@ -44,7 +46,9 @@ class Difference:
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Bounds that hold the true difference in `level` of all repetitions."""
         if self.standard_error == 0:
-            return self.estimate, self.estimate
+            # The largest share of flips that is likely to show none (Clopper & Pearson 1934), either way.
+            unseen = 1 - (1 - level) ** (1 / self.samples) if self.binary else 0.0
+            return self.estimate - unseen, self.estimate + unseen
         if math.isinf(self.standard_error):
             return -math.inf, math.inf
         tail = (1 - level) / 2

@@ -108,6 +108,7 @@ def judge(child: Figure, parent: Figure | None, *, headline: bool, group: str | 
             if even
             else compare.paired_ratio(child.sums, parent.sums, child.weights)
         )
+        found = replace(found, binary=binary)
         known = child.is_share and child.higher_is_better is not None
         damage = (-found if child.higher_is_better else found) if known else None
         test, p_value = "t" if even else "bootstrap", found.p_value()

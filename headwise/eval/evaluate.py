@@ -105,7 +105,10 @@ def evaluate(
             f"{child} and {baseline} have different tokenizers, so their tokens cannot be compared.",
             "The baseline must be the model that was converted, or one with its tokenizer.",
         )
-    folders = [Path(folder) for folder in include_path]
+    folders = [Path(folder).expanduser() for folder in include_path]
+    for folder in folders:
+        if not folder.is_dir():
+            raise HeadwiseError(f"There is no folder {folder}.", "--include-path takes a folder with tasks.")
     harness = None
     if chosen.tasks:
         harness = Harness(

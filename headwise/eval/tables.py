@@ -113,6 +113,10 @@ def agreement(found: Evaluation) -> Iterator[tuple[str, str, str]]:
         yield "shared top five", f"{seen.top5:.2%}", "of the parent's five likeliest tokens"
         error = "" if seen.kl_standard_error is None else f" ± {seen.kl_standard_error:.2g}"
         yield "KL divergence", f"{seen.kl:.4f}{error}", f"nats per token; 99th percentile {seen.kl_p99:.3g}"
+    if (by := found.positions) is not None and by.trained and by.child.length >= by.trained:
+        start, end = by.child.length - by.child.width, by.child.length
+        other = f"; the parent's {by.parent.end:.3f}" if by.parent else ""
+        yield "loss at the far end", f"{by.child.end:.3f}", f"nats per token from {start:,} to {end:,}{other}"
     if (drafts := found.acceptance) is not None:
         yield (
             "accepted as a draft",

@@ -83,7 +83,8 @@ def _judge(found: Evaluation) -> tuple[str, str]:
         return "bad", f"a real loss{share}; {_most(worse)}. {_advice(found)}"
     if not pairs:
         return _agreement(found)
-    if all(damage == Damage(0, 0, 0) for _, damage in pairs):
+    # Right and wrong answers alike leave room for others; a perplexity that is the same to the last bit does not.
+    if all(damage.value == 0 for _, damage in pairs) and any(damage == Damage(0, 0, 0) for _, damage in pairs):
         return "good", "in every figure exactly what its parent is."
     one, damage = max(pairs, key=lambda pair: pair[1].high)
     bound = f"{amount(one, damage.high)} in {name(one)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -163,3 +164,13 @@ def test_resampling_needs_little_memory_and_is_repeatable() -> None:
     finally:
         compare._AT_ONCE = compare_at_once
     assert once.interval() == in_parts.interval()
+
+
+def test_answers_alike_leave_room_for_others() -> None:
+    right = torch.tensor([1.0, 0.0] * 10)
+    found = replace(paired_mean(right, right), binary=True)
+    low, high = found.interval()
+    assert high == -low == pytest.approx(1 - 0.05 ** (1 / 20))
+    # Were that the share of flips, twenty answers would show none with a chance of 5%.
+    assert (1 - high) ** 20 == pytest.approx(0.05)
+    assert (-found).interval() == (low, high) and found.above(0.01) == 1
