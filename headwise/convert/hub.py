@@ -169,8 +169,7 @@ def _explain(error: Exception, repo: str, revision: str | None, token: str | Non
 
     # The client wraps the Hub's answer, or this machine's, in what it failed to do: the answer is the reason.
     cause = error.__cause__
-    local = isinstance(cause, OSError) and cause.errno in REASONS
-    answer = cause if local or isinstance(cause, hub.HfHubHTTPError) else error
+    answer = cause if _is_local(cause) or isinstance(cause, hub.HfHubHTTPError) else error
     match answer:
         case hub.GatedRepoError():
             return "asks its users to accept its terms first", f"Accept them at {constants.ENDPOINT}/{repo}."
@@ -189,13 +188,18 @@ def _explain(error: Exception, repo: str, revision: str | None, token: str | Non
             )
         case hub.HFValidationError():
             return f"is not a repository name: {answer}", "Write it as org/name."
-        case OSError(errno=number) if number in REASONS:
+        case OSError() if _is_local(answer):
             line = _first_line(answer, token)
             return f"is not at fault, a file of this machine is: {line}", "Then run the same command again."
     if "xet-write-token" in str(error):
         return "has no Xet storage", "Set HF_HUB_DISABLE_XET=1 to upload without it."
     # The client lets through whatever its transport raises; which library that is depends on its version.
     return f"cannot be reached: {_first_line(error, token)}", "Try again."
+
+
+def _is_local(error: BaseException | None) -> bool:
+    """Whether a file is at fault: an error that names one, or that only files have."""
+    return isinstance(error, OSError) and (error.filename is not None or error.errno in REASONS)
 
 
 def _refused(error: Any, token: str | None) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars
 
 from headwise.convert.checkpoint import open_checkpoint
+from headwise.convert.hub import explained
 from headwise.convert.plan import inspect
 from headwise.errors import HeadwiseError
 from headwise.progress import Progress
@@ -118,6 +120,25 @@ def test_what_the_hub_refuses_is_one_sentence(hub, model, words):
     with pytest.raises(HeadwiseError, match=words) as caught:
         open_checkpoint(model)
     assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            FileNotFoundError(errno.ENOENT, "No such file", "model.safetensors"),
+            "not at fault, a file of this machine",
+        ),
+        (OSError(errno.EIO, "Input/output error"), "not at fault, a file of this machine"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "cannot be reached"),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_who_is_at_fault(error, words, wrapped):
+    with pytest.raises(HeadwiseError, match=words), explained("org/model"):
+        if wrapped:
+            raise RuntimeError("Error while uploading") from error
+        raise error
 
 
 class Heard(Progress):

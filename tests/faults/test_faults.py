@@ -37,7 +37,8 @@ def world(tmp_path: Path) -> World:
 @LINUX
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_any_operation_may_fail(world: World, operation: str) -> None:
-    assert sweep(world, operation, REFUSALS[operation][0]) > 0
+    # Of the many openings and writes only some; the long check below takes each.
+    assert sweep(world, operation, REFUSALS[operation][0], step={"open": 4, "write": 2}.get(operation, 1)) > 0
 
 
 @pytest.mark.full
