@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+# A thread that waits for another must not spin: on busy cores that takes ten times the work itself.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 if not torch.cuda.is_available():
