@@ -85,7 +85,8 @@ def check_memory(nbytes: int, device: torch.device) -> None:
     if free is not None and nbytes - RESTING_BYTES > free:
         raise HeadwiseError(
             f"The conversion needs {nbytes / 1e9:.2f} GB of memory at its peak, and {free / 1e9:.2f} GB are free.",
-            "Read less text (--calibration-tokens), or none (--calibrate none); --method mean needs the least.",
+            "Read less text (--calibration-tokens) or none (--calibrate none), ask for a smaller --rank of MLA, or "
+            "merge with --method mean, which needs the least.",
         )
 
 
@@ -113,9 +114,10 @@ def peak_memory(checkpoint: Checkpoint, arch: Architecture, target: Any, calibra
     """Bytes of resident memory at the peak, or of the process and its device together.
 
     Converting holds one layer's attention in float64 a few times over, or one tensor where heads are pooled or
-    repeated tensor by tensor. Calibration adds the parent's layer in
-    float32, the embedding table, the hidden states of all tokens (three times where the attention's inputs and
-    outputs are kept), the moments, and the widest intermediate of one batch.
+    repeated tensor by tensor. Calibration adds the parent's layer in float32, the embedding table, the hidden
+    states of all tokens (three times where the attention's inputs and outputs are kept), the moments, and the most
+    of what is needed for a while: the widest intermediate of one batch, attention that is looked at, the normal
+    equations of the search for an MLA layer, one step of fitting.
     """
     stock = arch.stock_config(checkpoint.config)
     width = stock.hidden_size
@@ -124,10 +126,18 @@ def peak_memory(checkpoint: Checkpoint, arch: Architecture, target: Any, calibra
     if not computed:
         carried = (tensor.name for tensor in target.outputs if tensor.source is None)
         return RESTING_BYTES + 3 * max((checkpoint.tensors[name].nbytes for name in carried), default=0)
+    layouts = [target.layouts[i] for i in computed]
     attention = 8 * max(attention_parameters(before[i], width) for i in computed)
+    search = 0
+    if any(layout.kv_lora_rank is not None for layout in layouts):
+        # An MLA layer may be larger than what it is made from, and is there beside it.
+        attention += 8 * max(attention_parameters(layout, width) for layout in layouts)
+        if not target.exact:
+            # Complex matrices of its features: terms of a sum, and a factorisation.
+            search = int(4.5 * 16 * max(layout.num_attention_heads * layout.cache_numbers**2 for layout in layouts))
     total = RESTING_BYTES + int(3.5 * attention)
     if calibration is None or calibration.reuse is not None:
-        return total + (2 * 8 * width * width if calibration else 0)
+        return total + search + (2 * 8 * width * width if calibration else 0)
     depth = arch.layers[0].count(".") + 1
     sizes: dict[str, int] = {}
     for name, entry in checkpoint.tensors.items():
@@ -137,9 +147,21 @@ def peak_memory(checkpoint: Checkpoint, arch: Architecture, target: Any, calibra
     layer = 3 * max(sizes.values())
     hidden = 4 * calibration.tokens * width * (3 if calibration.keeps_text else 1)
     moments = 6 * 8 * width * width
+    length, heads = calibration.length, max(layout.num_attention_heads for layout in before)
     intermediate = 4 * 4 * TOKENS_AT_ONCE * getattr(stock, "intermediate_size", 4 * width)
-    heads = max(layout.num_attention_heads for layout in before)
-    looks = 4 * heads * (4 * calibration.length**2 + QUERIES_LOOKED_AT * width)
-    if calibration.steps:
-        looks += 16 * SEQUENCES_PER_STEP * calibration.length * width * 4
-    return total + layer + hidden + moments + max(intermediate, looks)
+    looks = 4 * heads * (4 * length**2 + QUERIES_LOOKED_AT * width)
+    fit = 0
+    if calibration.keeps_text:
+        batch = min(SEQUENCES_PER_STEP, calibration.sequences)
+        scores = max(_scores_kept(layout, stock, batch, length, calibration.steps > 0) for layout in layouts)
+        fit = scores + (20 if calibration.steps else 8) * 4 * batch * length * width
+    # These come and go one after the other.
+    return total + layer + hidden + moments + max(search, intermediate, looks, fit)
+
+
+def _scores_kept(layout: Any, stock: Any, sequences: int, length: int, trained: bool) -> int:
+    """Bytes of attention weights: none where a fused kernel takes the layer, which must be as wide in keys as in
+    values and may not cap its scores."""
+    if layout.head_dim == layout.v_head_dim and not getattr(stock, "attn_logit_softcapping", None):
+        return 0
+    return int((3.5 if trained else 2.5) * 4 * sequences * layout.num_attention_heads * length**2)

@@ -30,7 +30,12 @@ SHAPES: dict[str, tuple[tuple[int, ...], dict[str, object]]] = {
         (768, 2, 12, 12, 64, 2048, 257),
         {"to": "gqa", "groups": 4, "calibrate": "builtin", "calibration_tokens": 8192, "refit": 8},
     ),
-    "mla": ((2048, 2, 16, 16, 128, 5632, 32000), {"to": "mla", "cache": 0.25}),
+    "mla": ((1024, 2, 16, 16, 64, 2816, 257), {"to": "mla", "cache": 0.25}),
+    "mla, exact": ((1024, 2, 16, 16, 64, 2816, 257), {"to": "mla", "exact": True}),
+    "mla, refit": (
+        (768, 2, 12, 12, 64, 2048, 257),
+        {"to": "mla", "cache": 0.25, "calibrate": "builtin", "calibration_tokens": 8192, "refit": 8},
+    ),
 }
 CHILD = """
 import json, sys
