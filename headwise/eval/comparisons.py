@@ -152,15 +152,16 @@ def damage_gates(judged: Sequence[Judged], fail_above: float) -> Iterator[Gate]:
         comparison, damage = one.comparison, one.damage
         assert damage is not None and comparison.damage is not None
         least = damage.interval(1 - 2 * LEVEL)[0]
+        unit, one_unit = " points", " point"
         if comparison.metric.endswith("perplexity"):
-            unit, least = "%", math.expm1(min(least, 700))
-        else:
-            unit = " points"
+            unit, one_unit, least = "%", "%", math.expm1(min(least, 700))
+        # Adding zero turns -0 into 0.
+        amount, bound = (f"{100 * share + 0:+.2f}{unit}" for share in (comparison.damage, least))
+        allowed = f"{100 * fail_above:g}{one_unit if fail_above == 0.01 else unit}"
         yield Gate(
             name=gate_name(comparison),
             passed=p >= LEVEL,
-            detail=f"Damage {100 * comparison.damage:+.2f}{unit}, at least {100 * least:+.2f}{unit} with 95% "
-            f"confidence; {100 * fail_above:g}{unit} allowed (p = {p:.3g}).",
+            detail=f"Damage {amount}, at least {bound} with 95% confidence; {allowed} allowed (p = {p:.3g}).",
         )
 
 

@@ -133,6 +133,9 @@ def evaluate(
         )
         found = write_report(found, work)
     progress.finish()
+    fixed = sorted({one.task for one in found.comparisons if one.num_fewshot not in (None, options.num_fewshot)})
+    if options.num_fewshot is not None and fixed:
+        progress.warn(f"--num-fewshot has no effect on {', '.join(fixed)}, which set their own number of examples.")
     progress.note(f"Report: {out}")
     return found
 

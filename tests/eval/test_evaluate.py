@@ -177,6 +177,19 @@ def test_tasks_of_ones_own_are_compared_and_asked_anew_when_they_change(
     assert changed is not None and not changed.reused
 
 
+def test_a_task_with_its_own_number_of_examples_keeps_it_and_that_is_said(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    data = tmp_path / "fruit.jsonl"
+    data.write_text("\n".join(json.dumps({"question": f"What is {i}? ", "answer": i % 2}) for i in range(3)))
+    task = tmp_path / "fruit.yaml"
+    task.write_text(OWN_TASK.replace("DATA", str(data)) + "num_fewshot: 0\n")
+    done = run(folders["parent"], "--tasks", task, "--num-fewshot", 2, "--report", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert "--num-fewshot has no effect on fruit" in done.stderr
+    assert [one["num_fewshot"] for one in json.loads(done.stdout)["comparisons"]] == [0]
+
+
 def test_without_a_baseline_the_model_stands_alone(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = save_speaking(tmp_path / "long", max_position_embeddings=768)
     recipe = tmp_path / "passkey.yaml"
