@@ -12,7 +12,7 @@ from headwise.convert.architecture import Architecture
 from headwise.convert.attention_view import QUERIES_LOOKED_AT
 from headwise.convert.calibration import TOKENS_AT_ONCE
 from headwise.convert.checkpoint import Checkpoint
-from headwise.convert.refit import DEFAULT_STEPS, SEQUENCES_PER_STEP, forecast_flops
+from headwise.convert.refit import DEFAULT_STEPS, FOLDS, SEQUENCES_PER_STEP, forecast_flops
 from headwise.errors import HeadwiseError
 
 # Longest calibration sequence: how far attention looks is measured on it.
@@ -152,7 +152,9 @@ def peak_memory(checkpoint: Checkpoint, arch: Architecture, target: Any, calibra
     looks = 4 * heads * (4 * length**2 + QUERIES_LOOKED_AT * width)
     fit = 0
     if calibration.keeps_text:
-        batch = min(SEQUENCES_PER_STEP, calibration.sequences)
+        # Solving for output matrices alone goes fold by fold.
+        most = calibration.sequences if calibration.steps else -(-calibration.sequences // FOLDS)
+        batch = min(SEQUENCES_PER_STEP, most)
         scores = max(_scores_kept(layout, stock, batch, length, calibration.steps > 0) for layout in layouts)
         fit = scores + (20 if calibration.steps else 8) * 4 * batch * length * width
     # These come and go one after the other.

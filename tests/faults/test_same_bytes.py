@@ -46,10 +46,10 @@ def test_threads_and_interruptions_leave_no_trace(
 ) -> None:
     options = {**TEXT, "calibration_tokens": 2048, "verify": False, **KINDS[kind]}
     two, one = (on_threads(threads, model, tmp_path, options) for threads in (2, 1))
-    after = load_file(two / "model.safetensors")
-    for name, tensor in load_file(one / "model.safetensors").items():
-        # Threads share the sums of matrix products out in another order.
-        torch.testing.assert_close(after[name], tensor, rtol=1e-4, atol=1e-4 * float(tensor.abs().max()))
+    # Threads share the sums of matrix products out in another order.
+    apart = apart_by(one / "model.safetensors", two / "model.safetensors")
+    print(f"{kind}: {sum(x > 0 for x in apart)} of {len(apart)} tensors differ, by {max(apart):.1e} at most")
+    assert max(apart) < 1e-4
 
     real = pipeline.Writer.note
 
@@ -71,6 +71,12 @@ def test_without_a_calibration_any_threads_give_the_same_bytes(model: Path, tmp_
     options = {"to": "gqa", "groups": 2, "method": "mean", "calibrate": "none", "verify": False}
     two, one = (on_threads(threads, model, tmp_path, options) for threads in (2, 1))
     assert contents(one) == contents(two)
+
+
+def apart_by(one: Path, two: Path) -> list[float]:
+    """The largest difference in each tensor of two files, relative to its largest number."""
+    other = load_file(two)
+    return [float((t - other[name]).abs().max() / t.abs().max()) for name, t in load_file(one).items()]
 
 
 def on_threads(threads: int, model: Path, home: Path, options: dict[str, Any]) -> Path:
