@@ -183,12 +183,13 @@ def evaluation(found: Evaluation) -> None:
     ui.say(verdict.judge(found).text, style="bold")
     ui.say()
     rows = [row for row in tables.figures(found) if not row.part]
-    if rows:
+    if rows and found.parent is None:
+        ui.table(("figure", "of", ">value"), [(row.figure, row.detail, row.child) for row in rows])
+    elif rows:
         ui.table(
             ("figure", "of", ">parent", ">child", ">difference", ">95% interval", ">flips", ">p"),
             [(r.figure, r.detail, r.parent, r.child, r.difference, r.interval, r.flips, r.p) for r in rows],
         )
-    if found.parent and rows:
         ui.say(tables.LEGEND, style="dim")
     if agreed := list(tables.agreement(found)):
         ui.say()

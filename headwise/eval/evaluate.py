@@ -84,6 +84,8 @@ def evaluate(
     chosen = _choose(recipe, tasks, online, num_fewshot, limit)
     if backend not in BACKENDS:
         raise HeadwiseError(f"There is no backend {backend!r}.", f"There are: {', '.join(BACKENDS)}.")
+    if backend == "vllm" and processes.count() > 1:
+        raise HeadwiseError("vLLM spreads its work itself.", "Run headwise without accelerate launch.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = Options(
         num_fewshot=chosen.num_fewshot,

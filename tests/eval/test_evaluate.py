@@ -229,6 +229,14 @@ def test_a_mistake_gets_a_sentence(
     assert not list(tmp_path.iterdir())
 
 
+def test_vllm_is_not_launched_twice_over(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(HeadwiseError, match="vLLM spreads its work itself"):
+        headwise.evaluate(folders["parent"], tasks=["headwise_cloze_code"], backend="vllm", report=tmp_path / "out")
+
+
 def test_another_tokenizer_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(folders["parent"], other)
