@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from headwise import ui
+from headwise.convert.disk import REASONS
 from headwise.errors import HeadwiseError
 
 
@@ -139,6 +140,10 @@ def explain(problem: BaseException) -> int:
             ui.error(f"There is not enough memory: {str(problem).strip().splitlines()[0]}", OTHER_MEMORY)
         case OSError(filename=str(name), strerror=str(reason)):
             ui.error(f"{name}: {reason}.")
+        case OSError(errno=int(number)) if number in REASONS:
+            # A library had the file open: which one it was, it does not say.
+            reason, hint = REASONS[number]
+            ui.error(f"A file cannot be read or written: {reason}.", hint)
         case _:
             ui.error(
                 f"headwise failed: {type(problem).__name__}: {problem}",

@@ -140,6 +140,7 @@ def test_every_option_of_convert_is_a_parameter_of_the_function() -> None:
         (HeadwiseError("config.json has no heads.", "Give it some."), 2, "Give it some."),
         (KeyboardInterrupt(), 130, "Interrupted"),
         (PermissionError(13, "Permission denied", "/nowhere"), 2, "/nowhere: Permission denied."),
+        (OSError(5, "Input/output error"), 2, "the disk reports an error"),
         (KeyError("q_proj"), 2, "HEADWISE_DEBUG=1"),
     ],
 )

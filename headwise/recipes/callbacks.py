@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 
+from headwise.convert.disk import plain_errors
 from headwise.errors import HeadwiseError
 from headwise.progress import Progress
 
@@ -80,7 +81,7 @@ class Curve(TrainerCallback):
         self.reported = tokens
 
     def _write(self, rows: Any, mode: str) -> None:
-        with self.path.open(mode, newline="", encoding="utf-8") as file:
+        with plain_errors(self.path), self.path.open(mode, newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows(rows)
 
 
