@@ -37,10 +37,11 @@ def test_a_shape_the_model_does_not_have(tmp_path: Path, rank: str, rope_dim: st
     assert offered and all(round((int(r) + int(p)) / 1.28) == int(share) for r, p, share in offered)
 
 
-def test_a_shape_that_saves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rank", "rope_dim"), [("24", "12"), ("16", "16")], ids=["more", "all"])
+def test_a_shape_that_keeps_all_there_is(tmp_path: Path, rank: str, rope_dim: str) -> None:
     model = save_speaking(tmp_path / "model", num_key_value_heads=2)
-    said = sentence(refused(model, "", *MLA, "--rank", "24", "--rope-dim", "8"))
-    assert "cache 32 numbers per token and layer, where the model itself caches 32" in said and "--exact" in said
+    said = sentence(refused(model, "", *MLA, "--rank", rank, "--rope-dim", rope_dim))
+    assert "where the model itself caches 32" in said and "--exact" in said
 
 
 def test_a_share_of_more_than_a_latent_can_use(tmp_path: Path) -> None:

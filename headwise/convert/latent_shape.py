@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from headwise.convert import engines
+from headwise.convert.latent import lift_shape
 from headwise.convert.layout import AttentionLayout
 from headwise.errors import HeadwiseError
 
@@ -59,7 +60,7 @@ def choose_shape(
 
 
 def check_shape(layouts: Sequence[AttentionLayout], hidden_size: int, rank: int, rope_dim: int) -> None:
-    """Raises HeadwiseError, with the legal range, for a shape that the source cannot fill or that saves nothing."""
+    """Raises HeadwiseError, with the legal range, for a shape that the source cannot fill."""
     most_rank, most_rope = widest_shape(layouts, hidden_size)
     source = max(layout.cache_numbers for layout in layouts)
     options = ", ".join(
@@ -73,7 +74,9 @@ def check_shape(layouts: Sequence[AttentionLayout], hidden_size: int, rank: int,
             raise HeadwiseError(
                 f"{name} {value} is not an even number from 2 to {most}, which is all this model has.", hint
             )
-    if rank + rope_dim >= source:
+    lift = map(max, zip(*map(lift_shape, layouts), strict=True))
+    whole = all(given >= full for given, full in zip((rank, rope_dim), lift, strict=True))
+    if whole or rank + rope_dim > source:
         raise HeadwiseError(
             f"--rank {rank} and --rope-dim {rope_dim} cache {rank + rope_dim} numbers per token and layer, "
             f"where the model itself caches {source}.",

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headwise.convert.calibration import LayerRecord
+from headwise.convert.calibration import TOKENS_AT_ONCE, LayerRecord
 from headwise.convert.methods import solve
 
 # Sequences per step, and the share of sequences that only judge the result.
@@ -83,13 +83,15 @@ def fit_output(
     inputs, outputs, train, judge = _sequences(record, device)
     used = train if spare else torch.cat([train, judge])
     folds = used.tensor_split(min(FOLDS, len(used)))
+    length = inputs.shape[1]
+    tokens = len(used) * length
     heads: list[Tensor] = []
     hook = projection.register_forward_pre_hook(lambda module, given: heads.append(given[0].flatten(0, -2)))
     grams, crosses, lost, total = [], [], [], 0.0
     for fold in folds:
         gram = cross = torch.zeros((), device=device)
         missing = 0.0
-        for batch in fold.split(SEQUENCES_PER_STEP):
+        for batch in fold.split(max(1, TOKENS_AT_ONCE // length)):
             wanted = outputs[batch].to(device)
             missed = (wanted - _apply(attention, record, inputs[batch].to(device))).flatten(0, -2)
             said = heads.pop()
@@ -100,8 +102,6 @@ def fit_output(
         lost.append(missing)
     hook.remove()
     gram, cross = sum(grams[1:], grams[0]), sum(crosses[1:], crosses[0])
-    length = inputs.shape[1]
-    tokens = len(used) * length
 
     def change(fold: int) -> float:
         """Of the squared error of a fold, by what the others know."""
