@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--grouping", choices=("optimal", "contiguous"), help="default: the method's own")
     parser.add_argument("--rope-frequencies", default="default", choices=("default", "free"))
     parser.add_argument("--refit", type=int, default=0, help="steps per layer")
+    parser.add_argument("--unsolved", action="store_true", help="closed forms alone, without output matrices")
     parser.add_argument("--calibrate", default="builtin")
     parser.add_argument("--calibration-tokens", type=int, default=32768)
     parser.add_argument("--heldout", default="builtin", help="text to measure on: builtin or a file")
@@ -69,33 +70,37 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         moments = Path(folder, "moments")
-        for text in options.targets:
+        text = {"calibrate": options.calibrate, "calibration_tokens": options.calibration_tokens}
+        for wanted in options.targets:
             for method in options.methods:
                 start = time.monotonic()
-                arguments: dict[str, Any] = {**target(text), "method": method, "device": options.device}
+                arguments: dict[str, Any] = {**target(wanted), "method": method, "device": options.device}
                 if arguments["to"] == "mla":
                     arguments["rope_frequencies"] = options.rope_frequencies
                 elif options.grouping:
                     arguments["grouping"] = options.grouping
                 arguments["refit"] = options.refit or "off"
-                if options.refit or method == "optimal" or not moments.exists():
-                    arguments["calibrate"] = options.calibrate
-                    arguments["calibration_tokens"] = options.calibration_tokens
-                    arguments["save_moments"] = None if moments.exists() else moments
-                else:
-                    arguments["moments"] = moments
                 out = Path(folder, "out")
+                if options.refit or (method == "optimal" and not options.unsolved):
+                    arguments |= text
+                else:
+                    if not moments.exists():
+                        given = {**arguments, **text, "save_moments": moments}
+                        convert(options.model, out, **given, verify=False, force=True)
+                    arguments["moments"] = moments
                 done: Any = convert(options.model, out, **arguments, verify=False, force=True)
                 seconds = time.monotonic() - start
                 row = {
-                    "target": text,
+                    "target": wanted,
                     "method": method,
                     "cache": done.plan.cache_after.bytes_per_token,
                     "damage": loss(out) - parent,
                     "seconds": seconds,
                 }
                 rows.append(row)
-                print(f"| {text} | {method} | {row['cache']:,} | {row['damage']:.4f} | {seconds:.0f} |", flush=True)
+                print(
+                    f"| {wanted} | {method} | {row['cache']:,} | {row['damage']:.4f} | {seconds:.0f} |", flush=True
+                )
     if options.json:
         options.json.write_text(json.dumps({"parent": parent, "options": vars(options), "rows": rows}, default=str))
 
