@@ -32,7 +32,7 @@ DEFAULT_STEPS = 300
 # How many tokens per input the output matrices count for that a solve for new ones starts from, and the folds that
 # judge it (docs/decisions/037).
 PRIOR = 8
-FOLDS = 4
+FOLDS = 8
 TINY = 1e-30
 
 
