@@ -72,9 +72,12 @@ def draw(parent: Measurement, measured: Sequence[Measurement], path: Path, *, ti
         colour = COLOURS[place % len(COLOURS)]
         xs, ys = [p.cache_bytes for p in points], [p.nats for p in points]
         axes.plot(xs, ys, color=colour, linewidth=2.2, marker="o", markersize=6, markeredgecolor="white", zorder=3)
+        label = least * shrinkage**0.025, nats_at(labels[method])
+        if xs[0] > least:  # a line that begins elsewhere is led to
+            axes.plot([least, xs[0]], [label[1], ys[0]], color=colour, linewidth=1.2, dashes=(1, 2.5), zorder=2)
         axes.annotate(
             f"{method}  {ys[0]:.2f}",
-            (least * shrinkage**0.025, nats_at(labels[method])),
+            label,
             ha="right",
             va="center",
             color=colour,
