@@ -109,11 +109,14 @@ class LayerStream:
         """
         wanted = set(range(len(self._layers)) if only is None else only)
         for index in range(max(wanted, default=-1) + 1):
+            record = None  # the last one's memory is needed
             with self._real_layer(index) as layer:
                 if index in wanted:
-                    yield self._run(index, layer, keep, look)
+                    record = self._run(index, layer, keep, look)
                 else:
                     self._pass(index, layer)
+            if record is not None:  # outside: the layer's memory is for what is done with the record
+                yield record
 
     @torch.no_grad()
     def _pass(self, index: int, layer: nn.Module) -> None:

@@ -142,6 +142,7 @@ def records(
         if keep:
             keep.write(record)
         yield record, record.index
+        del record  # it would stay while the next layer is run
 
 
 def check_finite(

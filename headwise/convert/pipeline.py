@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from headwise.convert import forecast, measure
 from headwise.convert.architecture import Architecture, find
+from headwise.convert.calibration import LayerRecord
 from headwise.convert.card import make_card, make_record, source_name
 from headwise.convert.checkpoint import Checkpoint, open_checkpoint
 from headwise.convert.fit import check_complete
@@ -273,34 +276,7 @@ def _convert_layers(
     progress.stage("Converting", total=len(todo), unit="layers")
     progress.advance(len(done))
     for record, layer in records:
-        source = {name: checkpoint.read(name) for name in arch.tensor_names(checkpoint.config, layer)}
-        measure.check_finite(checkpoint, target, layer, source, record, writer.allow_nan)
-        weights = arch.read_layer(checkpoint.config, layer, source)
-        made, report = target.convert_layer(layer, weights, record)
-        if calibration and record is not None and record.inputs is not None:
-            found = target.module(layer, made, device, record.inputs.shape[1])
-            if found.arguments is not None:
-                record.arguments = found.arguments
-            better = False
-            if calibration.fitted:
-                solved = fit_output(
-                    found.attention, found.projection, record, spare=calibration.steps > 0, device=device
-                )
-                report["output"], better = asdict(solved), solved.kept
-            if calibration.steps:
-                outcome = refit_layer(
-                    found.attention,
-                    found.parameters,
-                    record,
-                    steps=calibration.steps,
-                    learning_rate=found.learning_rate,
-                    seed=calibration.seed,
-                    device=device,
-                )
-                report["refit"], better = asdict(outcome), better or outcome.kept
-            tensors = found.export(record) if better else target.tensors(layer, made, record)
-        else:
-            tensors = target.tensors(layer, made, record)
+        tensors, report = _convert_layer(checkpoint, arch, target, calibration, record, layer, writer, device)
         # Before the tensors: what they were made with must not be lost if the run is cut off between them.
         report = plain(report)  # as JSON holds it, so that a resumed run reads back the same
         writer.note(f"layer {layer}", report)
@@ -309,7 +285,46 @@ def _convert_layers(
                 writer.write(name, tensor)
         reports[layer] = report
         progress.advance(1, layer=layer, **_figures(report))
+        del record, tensors  # they would stay while the next layer is read and run
     return dict(sorted(reports.items()))
+
+
+def _convert_layer(
+    checkpoint: Checkpoint,
+    arch: Architecture,
+    target: Target,
+    calibration: measure.Calibration | None,
+    record: LayerRecord | None,
+    layer: int,
+    writer: Writer,
+    device: torch.device,
+) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    """One layer's new tensors and its report."""
+    source = {name: checkpoint.read(name) for name in arch.tensor_names(checkpoint.config, layer)}
+    measure.check_finite(checkpoint, target, layer, source, record, writer.allow_nan)
+    made, report = target.convert_layer(layer, arch.read_layer(checkpoint.config, layer, source), record)
+    del source
+    if calibration is None or record is None or record.inputs is None:
+        return target.tensors(layer, made, record), report
+    found = target.module(layer, made, device, record.inputs.shape[1])
+    if found.arguments is not None:
+        record.arguments = found.arguments
+    better = False
+    if calibration.fitted:
+        solved = fit_output(found.attention, found.projection, record, spare=calibration.steps > 0, device=device)
+        report["output"], better = asdict(solved), solved.kept
+    if calibration.steps:
+        outcome = refit_layer(
+            found.attention,
+            found.parameters,
+            record,
+            steps=calibration.steps,
+            learning_rate=found.learning_rate,
+            seed=calibration.seed,
+            device=device,
+        )
+        report["refit"], better = asdict(outcome), better or outcome.kept
+    return (found.export(record) if better else target.tensors(layer, made, record)), report
 
 
 def _carry_rest(checkpoint: Checkpoint, target: Target, writer: Writer, progress: Progress) -> None:
