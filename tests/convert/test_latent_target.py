@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
-from headwise.convert import deepseek, pipeline
+from headwise.convert import deepseek, layers
 from headwise.convert.layout import AttentionLayout, LatentWeights
 from headwise.convert.natural import from_natural, natural_attention
 from headwise.convert.pipeline import ConvertResult, convert
@@ -313,7 +313,7 @@ def test_resuming_gives_the_same_bytes(model: Path, tmp_path: Path, monkeypatch:
 
     out = tmp_path / "cut" / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "refit_layer", second)
+        patch.setattr(layers, "refit_layer", second)
         with pytest.raises(Interrupted, match="--resume"):
             convert(model, out, **options)
     assert not out.exists()

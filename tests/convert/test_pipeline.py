@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralForCausalLM
 
 from headwise.cli import cli
-from headwise.convert import pipeline
+from headwise.convert import layers
 from headwise.convert.calibration import LayerRecord
 from headwise.convert.checkpoint import open_checkpoint
 from headwise.convert.pipeline import ConvertResult, convert
@@ -197,9 +197,9 @@ def test_a_refit_that_does_not_help_keeps_the_closed_form(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As before a refit, also where none follows.
-    monkeypatch.setattr(pipeline, "fit_output", lambda *given, **how: fit_output(*given, **how | {"spare": True}))
+    monkeypatch.setattr(layers, "fit_output", lambda *given, **how: fit_output(*given, **how | {"spare": True}))
     convert(model, tmp_path / "closed", to="mqa", **TEXT, refit="off", verify=False)
-    monkeypatch.setattr(pipeline, "refit_layer", lambda *given, **how: refit(*given, **how | {"learning_rate": 50}))
+    monkeypatch.setattr(layers, "refit_layer", lambda *given, **how: refit(*given, **how | {"learning_rate": 50}))
     result = convert(model, tmp_path / "refitted", to="mqa", **TEXT, refit=3, verify=False)
     assert isinstance(result, ConvertResult)
     assert not any(report["refit"]["kept"] for report in result.layers.values())
@@ -335,7 +335,7 @@ def test_resuming_does_not_compute_a_finished_layer_again(
             raise KeyboardInterrupt
         return refit(attention, parameters, record, **more)
 
-    monkeypatch.setattr(pipeline, "refit_layer", counting)
+    monkeypatch.setattr(layers, "refit_layer", counting)
     with pytest.raises(Interrupted):
         convert(model, tmp_path / "out", **options)
     result = convert(model, tmp_path / "out", resume=True, **options)
