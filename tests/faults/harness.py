@@ -326,7 +326,6 @@ def kill_at_random(world: World, count: int, random: Random) -> Kills:
     """Kill the job at random moments, `count` times; sometimes what resumes is killed again."""
     kills = Kills()
     seconds = _duration(world)
-    world.reset()
     while kills.killed < count:
         pid = in_child(lambda: world.job(world.out, world.work.exists()))
         time.sleep(random.random() * seconds)
@@ -344,7 +343,9 @@ def _duration(world: World) -> float:
     world.reset()
     began = time.monotonic()
     os.waitpid(in_child(lambda: world.job(world.out, world.work.exists())), 0)
-    return 1.1 * (time.monotonic() - began)
+    seconds = 1.1 * (time.monotonic() - began)
+    world.reset()
+    return seconds
 
 
 def _account(world: World, kills: Kills, status: int, where: str, *, finish: bool = True) -> None:
