@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headwise.cli import cli
-from headwise.convert import disk, forecast, pipeline
+from headwise.convert import disk, forecast, layers, pipeline
 from headwise.convert.refit import refit
 from tests.convert.speaking import TEXT, contents, save_speaking
 
@@ -260,7 +260,7 @@ def test_an_interrupt_while_computing_and_while_verifying(
         out = tmp_path / name / "out"
         words = ("convert", model, out, *REFITTED, "--refit", "2")
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline, name, at)
+            patch.setattr(layers if name == "refit_layer" else pipeline, name, at)
             done = run(*words)
         assert done.exit_code == 130 and done.stderr.count("Error: ") == 1, done.stderr
         assert not out.exists()
