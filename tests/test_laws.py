@@ -32,6 +32,7 @@ STAGES = [
     ["convert.refit"],
     ["convert.deepseek"],
     ["convert.writer"],
+    ["convert.layers"],
     ["convert.verify"],
     ["eval.perplexity", "eval.report"],
     ["convert.card"],

@@ -152,9 +152,11 @@ def peak_memory(checkpoint: Checkpoint, arch: Architecture, target: Any, calibra
     looks = 4 * heads * (4 * length**2 + QUERIES_LOOKED_AT * width)
     fit = 0
     if calibration.keeps_text:
-        # Solving for output matrices alone goes fold by fold.
-        most = calibration.sequences if calibration.steps else -(-calibration.sequences // FOLDS)
-        batch = min(SEQUENCES_PER_STEP, most)
+        # Solving for output matrices alone goes fold by fold, in batches of its own.
+        sequences = calibration.sequences
+        batch = min(max(1, TOKENS_AT_ONCE // length), -(-sequences // FOLDS))
+        if calibration.steps:
+            batch = min(SEQUENCES_PER_STEP, sequences)
         scores = max(_scores_kept(layout, stock, batch, length, calibration.steps > 0) for layout in layouts)
         fit = scores + (20 if calibration.steps else 8) * 4 * batch * length * width
     # These come and go one after the other.
