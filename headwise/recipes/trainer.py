@@ -294,7 +294,7 @@ def _arguments(training: Training, length: int, work: Path, tokens: int, checkpo
         )
     every, steps = training.evaluate_every, math.ceil(tokens / training.batch_tokens)
     save = training.save_every if training.save_every is not None else max(FEWEST_STEPS, steps // CHECKPOINTS)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(work),
         use_cpu=on_cpu(),
         max_steps=steps,
@@ -321,6 +321,9 @@ def _arguments(training: Training, length: int, work: Path, tokens: int, checkpo
         report_to=training.report_to or [],
         seed=training.seed,
     )
+    # One process trains on one GPU: the Trainer would take all of them, and multiply the batch by their number.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _checkpointing(training: Training) -> dict[str, Any]:

@@ -6,19 +6,22 @@ import csv
 import json
 import time
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from accelerate import PartialState
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from headwise.errors import HeadwiseError
 from headwise.recipes import pretrain, train
 from headwise.recipes.callbacks import TimeBudget
+from headwise.recipes.packing import Collator
 from headwise.recipes.schema import Data, Init, Recipe, Training
-from headwise.recipes.trainer import learning_rate
+from headwise.recipes.trainer import Trainer, learning_rate, make_trainer
 
 TINY = {
     "model_type": "llama",
@@ -44,6 +47,24 @@ TRAINING = Training(
 def losses(folder: Path, column: str = "loss") -> list[float]:
     with (folder / "curve.csv").open() as file:
         return [float(row[column]) for row in csv.DictReader(file) if row[column]]
+
+
+def test_one_process_trains_on_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Trainer would put nn.DataParallel over all, and twice the tokens into each step."""
+
+    def two_gpus(self: TrainingArguments) -> torch.device:
+        self.distributed_state, self._n_gpu = PartialState(cpu=True), 2
+        return torch.device("cpu")
+
+    setup = cached_property(two_gpus)
+    setup.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", setup)
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY, vocab_size=32))
+    blocks, recipe = torch.zeros(40, 64, dtype=torch.long), Recipe("", Data({"t": 1}, 64), TRAINING)
+    trainer = make_trainer(network, blocks, blocks[:1], recipe, tmp_path, collate=Collator(None))
+    assert isinstance(trainer, Trainer) and trainer.args.n_gpu == 1
+    rows = next(iter(trainer.get_train_dataloader()))["input_ids"]
+    assert rows.numel() == TRAINING.micro_batch_tokens
 
 
 def test_from_nothing_twice_is_the_same_model(tmp_path: Path) -> None:
