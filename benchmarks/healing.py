@@ -155,8 +155,12 @@ def recipe_of(task: Task, scale: float, chosen: dict[str, Any]) -> Any:
 LOSSES = ("kl", "reverse_kl", "jsd", "hidden_states", "attention_outputs", "cross_entropy")
 
 
-def work(home: Path, scale: float, chosen: dict[str, Any], device: str, tasks: Any, results: Any) -> None:
-    """A worker: imports once, then does what it is given."""
+def work(
+    place: int | None, home: Path, scale: float, chosen: dict[str, Any], device: str, tasks: Any, results: Any
+) -> None:
+    """A worker: imports once, then does what it is given, on one GPU."""
+    if place is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(place)
     import numpy as np
     import torch
 
@@ -258,7 +262,9 @@ class Pool:
         self.rows = [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
         self.deadline = float("inf")
         arguments = (home, scale, chosen, device, self.tasks, self.results)
-        self.workers = [context.Process(target=work, args=arguments, daemon=True) for _ in range(jobs)]
+        gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) if device == "cuda" else 0
+        places = [i % gpus if gpus else None for i in range(jobs)]
+        self.workers = [context.Process(target=work, args=(p, *arguments), daemon=True) for p in places]
         for worker in self.workers:
             worker.start()
 

@@ -35,7 +35,7 @@ def token_nats(model: Any, blocks: Tensor, *, batch_size: int = 8) -> Tensor:
 
     Args:
         model: a causal language model; it is used on the device and in the precision it is in.
-        blocks: token ids, (blocks, length). The first token of a block is given, not predicted.
+        blocks: token ids of any integer type, (blocks, length). The first token of a block is given, not predicted.
         batch_size: blocks at once; changes memory and speed, not the result (beyond rounding).
 
     Returns:
@@ -47,7 +47,7 @@ def token_nats(model: Any, blocks: Tensor, *, batch_size: int = 8) -> Tensor:
     model.eval()
     rows = []
     for batch in blocks.split(batch_size):
-        batch = batch.to(device)
+        batch = batch.to(device).long()
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
         nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
         rows.append(nats.float().cpu())
