@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from headwise.convert import components, heads, latent, methods
+from headwise.convert.layers import place
 from headwise.convert.layout import LayerWeights
+from headwise.convert.measure import Calibration
+from headwise.convert.pipeline import convert
 from headwise.convert.verify_latent import evaluate
+from headwise.demo import MODEL
 from tests.reference import attend, frequencies, random_layer
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -121,6 +128,24 @@ def test_neither_do_the_lift_and_the_choice_of_frequencies(shape: Any) -> None:
     assert apart(lifted, latent.lift(weights, own, scale=0.3), weights) == 0
 
 
+@pytest.mark.parametrize(
+    ("device", "measured", "calibrated", "exact", "wanted"),
+    [
+        ("cuda:1", True, True, False, "cuda:1"),
+        ("cuda:1", False, True, False, "cuda:1"),
+        ("cuda:1", False, True, True, "cpu"),
+        ("cuda:1", False, False, False, "cpu"),
+        ("mps", False, True, False, "cpu"),  # has no float64
+    ],
+)
+def test_where_layers_are_converted(
+    device: str, measured: bool, calibrated: bool, exact: bool, wanted: str
+) -> None:
+    target: Any = SimpleNamespace(calibrated=calibrated, exact=exact)
+    calibration = Calibration("builtin", 2, 32, 0, 0) if measured else None
+    assert place(target, calibration, torch.device(device)) == torch.device(wanted)
+
+
 # Rounding differs, and alternating carries it on.
 SAME = 1e-5
 
@@ -151,3 +176,30 @@ def test_merging_is_the_same_on_a_gpu(method: str, norm: str | None, measured: b
     got, _ = heads.merge(weights.to_device("cuda"), 2, method=method, **on("cuda", given))
     assert got.k.device.type == "cuda"
     assert apart(got.to_device("cpu"), wanted, weights) < SAME
+
+
+def logits(folder: Path) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.arange(3, 131)[None] % model.config.vocab_size).logits
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("to", [{"to": "mla", "rank": 48, "rope_dim": 16}, {"to": "gqa", "groups": 1}], ids=str)
+def test_the_demo_model_becomes_the_same_on_a_gpu(to: dict[str, Any], tmp_path: Path) -> None:
+    """Without text, from text to fitted output matrices and a refit, and by moments that the CPU took."""
+    text = {"calibration_tokens": 8192, "refit": "off"}
+    ways: dict[str, tuple[dict[str, Any], float]] = {
+        "blind": ({"calibrate": "none"}, 1e-5),
+        "text": (text, 1e-3),
+        "refit": ({**text, "refit": 3}, 5e-2),  # where a gradient is next to nothing, rounding turns Adam's step
+        "moments": ({"moments": tmp_path / "moments", "refit": "off"}, 1e-5),
+    }
+    convert(MODEL, tmp_path / "taken", **to, **text, save_moments=tmp_path / "moments", device="cpu", verify=False)
+    for way, (options, close) in ways.items():
+        for device in ("cpu", "cuda"):
+            out = tmp_path / f"{way}-{device}"
+            convert(MODEL, out, **to, **options, dtype="float32", device=device, verify=False)
+        ours, theirs = (logits(tmp_path / f"{way}-{device}") for device in ("cuda", "cpu"))
+        assert float((ours - theirs).norm() / theirs.norm()) < close, way
