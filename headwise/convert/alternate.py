@@ -59,7 +59,7 @@ class Features:
     @property
     def pairs(self) -> Tensor:
         """(P + R, P + R) complex: what makes turning rows, their conjugates and latents of `rows`."""
-        return _pairs(2 * len(self.frequencies), len(self.latent), 1.0)
+        return _pairs(2 * len(self.frequencies), len(self.latent), 1.0, self.latent.device)
 
     @property
     def turns(self) -> Tensor:
@@ -88,14 +88,14 @@ class Layer:
     """
 
     def __init__(self, weights: LayerWeights, frequencies: Tensor, statistics: Statistics, scale: float) -> None:
-        layout, half = weights.layout, weights.layout.rotary_dim // 2
+        layout, half, device = weights.layout, weights.layout.rotary_dim // 2, weights.q.device
         self.queries_per_group = layout.queries_per_group
-        self.group_of = torch.arange(layout.num_attention_heads) // layout.queries_per_group
+        self.group_of = torch.arange(layout.num_attention_heads, device=device) // layout.queries_per_group
         self.statistics, self.k, self.v = statistics, weights.k, weights.v
         free = layout.head_dim - layout.rotary_dim
-        self.turns = torch.cat([frequencies[:half], -frequencies[:half], torch.zeros(free, dtype=torch.float64)])
+        self.turns = torch.cat([frequencies[:half], -frequencies[:half], frequencies.new_zeros(free)])
         # Half the sum of products over pairs is the product of the real rows: hence the square root.
-        self.pairs = _pairs(layout.rotary_dim, free, math.sqrt(2))
+        self.pairs = _pairs(layout.rotary_dim, free, math.sqrt(2), device)
         self.query_moment = _paired(weights.q @ statistics.inputs @ weights.q.mT, self.pairs, self.pairs)
         self.output = torch.einsum("hia,hib->hab", weights.o, weights.o)
         # A score error moves the output by as much as the values under attention differ from their mean.
@@ -201,11 +201,11 @@ def alternate(layer: Layer, features: Features, iterations: int) -> tuple[Featur
     return features, readings, errors
 
 
-def _pairs(rotary: int, free: int, free_scale: float) -> Tensor:
+def _pairs(rotary: int, free: int, free_scale: float, device: torch.device) -> Tensor:
     """Half-split real rows -> rotary planes, their conjugates, and `free_scale` times the position-free rows."""
-    eye = torch.eye(rotary // 2, dtype=torch.complex128)
+    eye = torch.eye(rotary // 2, dtype=torch.complex128, device=device)
     turning = torch.cat([torch.cat([eye, 1j * eye], 1), torch.cat([eye, -1j * eye], 1)])
-    return torch.block_diag(turning, free_scale * torch.eye(free, dtype=torch.complex128))
+    return torch.block_diag(turning, free_scale * torch.eye(free, dtype=torch.complex128, device=device))
 
 
 def _paired(moment: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -221,7 +221,8 @@ def conjugate_pairs(rows: Tensor, rotary_dim: int) -> Tensor:
 
 def turn(frequencies: Tensor, length: int) -> Tensor:
     """(frequencies, length): e^{-i w D} for every distance D."""
-    return torch.exp(-1j * frequencies[:, None] * torch.arange(length, dtype=torch.float64))
+    distances = torch.arange(length, dtype=torch.float64, device=frequencies.device)
+    return torch.exp(-1j * frequencies[:, None] * distances)
 
 
 def solve_right(gram: Tensor, cross: Tensor) -> Tensor:

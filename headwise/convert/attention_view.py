@@ -52,7 +52,7 @@ class AttentionView:
         """`value_moment`, `key_moment` and `distances` of a `LayerRecord`."""
         assert self._moment is not None and self._keys is not None and self._distances is not None
         distances = self._distances / self._distances.sum(-1, keepdim=True)
-        return self._moment / self._count, self._keys / self._keys[-1, -1], distances.cpu()
+        return self._moment / self._count, self._keys / self._keys[-1, -1], distances
 
 
 def _additive_mask(mask: Tensor | None, inputs: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ class LayerRecord:
         key_moment: E[x x^T] over tokens that counts each by the attention it gets, like `moment`. None likewise.
         distances: attention weight by distance per head, (heads, length), each row summing to one; None unless
             asked for.
-        inputs, outputs: (sequences, length, D) float32 on the CPU; None unless asked for.
+        inputs, outputs: (sequences, length, D) float32 on the CPU, while all else is where the layer was run; None
+            unless asked for.
         arguments: what else the attention module is called with, for a batch of any size.
         tokens: how many were seen.
     """

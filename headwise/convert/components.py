@@ -33,7 +33,7 @@ def seed(
     """
     rotary, shape = weights.layout.rotary_dim, weights.k.shape
     rest = weights.k.clone()
-    turning = torch.zeros(len(rope_frequencies), shape[2], dtype=torch.complex128)
+    turning = rest.new_zeros(len(rope_frequencies), shape[2], dtype=torch.complex128)
     if rotary:
         energy = query_energy(weights, known).sqrt()[:, :, None].clamp_min(1e-150)
         scaled, seen = (energy * planes(k, rotary) for k in (weights.k, weights.k @ known.inputs))
@@ -73,7 +73,7 @@ def transmla(
     groups, rotary, half = weights.k.shape[0], weights.layout.rotary_dim, weights.layout.rotary_dim // 2
     moment, count = known.inputs.to(torch.complex128), len(rope_frequencies)
     rest = planes(weights.k, rotary)
-    turning, taken = [], torch.zeros(groups, half, count, dtype=torch.complex128)
+    turning, taken = [], rest.new_zeros(groups, half, count)
     for i, (block, _) in enumerate(_blocks(frequencies, rope_frequencies, folding)):
         stack = rest[:, block].flatten(0, 1)
         top = torch.linalg.eigh((stack @ moment @ stack.mH).real)[1][:, -1].to(torch.complex128)
@@ -98,7 +98,7 @@ def partial_rope(
     kept = [int((frequencies - w).abs().argmin()) for w in rope_frequencies[::groups]]
     keys = planes(weights.k, rotary)
     turning = keys[:, kept].transpose(0, 1).flatten(0, 1)
-    taken = torch.zeros(groups, half, len(rope_frequencies), dtype=torch.complex128)
+    taken = keys.new_zeros(groups, half, len(rope_frequencies))
     for j, f in enumerate(kept):
         for g in range(groups):
             taken[g, f, j * groups + g] = 1
@@ -122,10 +122,11 @@ def partial_frequencies(frequencies: Tensor, groups: int, rope_dim: int, choice:
     total = len(frequencies)
     if left or not 0 < count <= total:
         raise ValueError(f"partial RoPE of {groups} KV heads needs a rope_dim that is a multiple of {2 * groups}")
+    first = torch.arange(count, device=norms.device)
     picks = {
-        "high": torch.arange(count),
-        "low": torch.arange(total - count, total),
-        "uniform": torch.arange(count) * total // count,
+        "high": first,
+        "low": total - count + first,
+        "uniform": first * total // count,
         "norm": norms.topk(count).indices.sort().values,
     }[choice]
     return frequencies[picks].repeat_interleave(groups)
@@ -216,6 +217,6 @@ def _key_readings(weights: LayerWeights, taken: Tensor, k_up: Tensor) -> Tensor:
     latent = conjugate_pairs(k_up, weights.layout.rotary_dim)
     none = torch.zeros_like(taken)
     turning = torch.cat([torch.cat([taken, none], 2), torch.cat([none, taken.conj()], 2)], 1)
-    free = torch.zeros(len(taken), latent.shape[1] - turning.shape[1], turning.shape[2], dtype=taken.dtype)
+    free = taken.new_zeros(len(taken), latent.shape[1] - turning.shape[1], turning.shape[2])
     readings = torch.cat([torch.cat([turning, free], 1), latent], 2)
     return readings.repeat_interleave(weights.layout.queries_per_group, 0)

@@ -65,14 +65,15 @@ class GroupCost:
         new = sorted({tuple(sorted(g)) for g in groups} - self._known.keys())
         if not new:
             return
-        index = torch.tensor(new)
-        total = torch.zeros(len(new), dtype=torch.float64)
+        device = self._spaces[0].device
+        index = torch.tensor(new, device=device)
+        total = torch.zeros(len(new), dtype=torch.float64, device=device)
         for energy, whole in zip(self._spaces, self._totals, strict=True):
             n = energy.shape[-1]
             block = energy[index[:, :, None], index[:, None, :]]  # (groups, g, g, batch, n, n)
             block = block.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # (groups, batch, g n, g n)
             values = solve(torch.linalg.eigvalsh, block)
-            total += values[..., :-n].sum((-1, -2)).to(torch.float64).cpu() / whole
+            total += values[..., :-n].sum((-1, -2)).to(torch.float64) / whole
         self._known.update(zip(new, total.tolist(), strict=True))
 
 

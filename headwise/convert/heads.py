@@ -118,7 +118,7 @@ def pool(heads: Tensor, groups: Sequence[Sequence[int]], method: str, seed: int 
     """
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
-        picks = torch.randint(len(groups[0]), (len(groups),), generator=generator).tolist()
+        picks = torch.randint(len(groups[0]), (len(groups),), generator=generator, device="cpu").tolist()
         return heads[[group[pick] for group, pick in zip(groups, picks, strict=True)]].to(torch.float64)
     if method == "first":
         return heads[[group[0] for group in groups]].to(torch.float64)

@@ -57,7 +57,7 @@ def convert(
     """A layer as MLA with a latent of `rank` and a rotary key of `2 * len(rope_frequencies)` numbers.
 
     Args:
-        weights: a layer without q/k norms, float64.
+        weights: a layer without q/k norms, float64, on the device that all other tensors are on, and the result.
         frequencies: (F,) radians per token of the source's rotary planes.
         rope_frequencies: (P / 2,) of the MLA model's: `deepseek.default_grid`, or `free_frequencies`.
         scale: what the source multiplies scores by.
@@ -108,9 +108,10 @@ def statistics(
     distances: Tensor | None = None,
 ) -> Statistics:
     """What is known of a layer, what is not replaced by the neutral choice (see `convert`)."""
-    inputs = torch.eye(weights.hidden_size + 1, dtype=torch.float64) if moment is None else moment.double()
+    device = weights.q.device
+    inputs = (torch.eye(weights.hidden_size + 1, device=device) if moment is None else moment).double()
     if distances is None:
-        guess = 1 / torch.arange(1, UNKNOWN_LENGTH + 1, dtype=torch.float64)
+        guess = 1 / torch.arange(1, UNKNOWN_LENGTH + 1, device=device).double()
         distances = (guess / guess.sum()).expand(weights.layout.num_attention_heads, -1)
     keys = inputs if key_moment is None else key_moment.double()
     # A query that reads k independent tokens evenly: the spread of their mean is 1 / k of theirs.
@@ -234,7 +235,6 @@ def lift(
         raise ValueError(f"an exact lift needs {own_rank} + {own_rope}, not {rank} + {rope_dim}")
 
     inputs, half, free = weights.q.shape[2], rotary // 2, layout.head_dim - rotary
-    group_of = torch.arange(heads) // layout.queries_per_group
     new = weights.q.new_zeros
 
     # Rotary rows, half-split over all planes: plane g * half + f is plane f of KV head g.
@@ -243,7 +243,7 @@ def lift(
     query_planes = weights.q[:, :rotary].reshape(heads, 2, half, inputs)
     k_rope[:, : groups * half] = key_planes.transpose(0, 1).reshape(2, groups * half, inputs)
     for h in range(heads):
-        start = int(group_of[h]) * half
+        start = h // layout.queries_per_group * half
         q_rope[h, :, start : start + half] = query_planes[h]
 
     q_nope, kv_down = new(heads, layout.head_dim, inputs), new(rank, inputs)
@@ -252,10 +252,10 @@ def lift(
     kv_down[: groups * free] = weights.k[:, rotary:].flatten(0, 1)
     kv_down[groups * free : own_rank] = weights.v.flatten(0, 1)
     for h in range(heads):
-        key = int(group_of[h]) * free
-        value = groups * free + int(group_of[h]) * layout.v_head_dim
-        k_up[h, :free, key : key + free] = torch.eye(free, dtype=new(0).dtype)
-        v_up[h, :, value : value + layout.v_head_dim] = torch.eye(layout.v_head_dim, dtype=new(0).dtype)
+        group = h // layout.queries_per_group
+        key, value = group * free, groups * free + group * layout.v_head_dim
+        k_up[h, :free, key : key + free].diagonal().fill_(1)
+        v_up[h, :, value : value + layout.v_head_dim].diagonal().fill_(1)
 
     return LatentWeights(
         layout=latent_layout(layout, rank, rope_dim),

@@ -142,11 +142,12 @@ class LatentTarget:
     def convert_layer(
         self, layer: int, weights: LayerWeights, record: LayerRecord | None
     ) -> tuple[LatentWeights, dict[str, Any]]:
+        own, grid = (f.to(weights.q.device) for f in (self._frequencies[layer], self._grid))
         if self.exact:
             layout = self.layouts[layer]
             made = latent.lift(
                 weights,
-                self._grid,
+                grid,
                 scale=self._scale,
                 rank=layout.kv_lora_rank,
                 rope_dim=layout.qk_rope_head_dim,
@@ -154,14 +155,12 @@ class LatentTarget:
             return made, {"key_error": 0.0, "value_error": 0.0}
         measured: dict[str, Any] = {}
         if record is not None:
-            measured = {n: m.cpu() for n, m in record.moments().items()}
-            if record.distances is not None:
-                measured["distances"] = record.distances.cpu()
+            measured = {**record.moments(), "distances": record.distances}
         made, report = latent.convert(
             weights,
-            self._frequencies[layer],
+            own,
             rank=self.layouts[layer].kv_lora_rank or 0,
-            rope_frequencies=self._grid,
+            rope_frequencies=grid,
             scale=self._scale,
             method="partial-rope" if self.partial else self.method,
             **measured,

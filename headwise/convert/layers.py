@@ -21,6 +21,16 @@ from headwise.progress import Progress
 from headwise.ui import plain
 
 
+def place(target: Target, calibration: measure.Calibration | None, device: torch.device) -> torch.device:
+    """Where layers are converted: where the parent is measured, or else on a GPU, if they are not merely pooled.
+
+    Closed forms are float64, which other devices than these need not have.
+    """
+    if calibration is not None or (device.type == "cuda" and target.calibrated and not target.exact):
+        return device
+    return torch.device("cpu")
+
+
 def convert_layers(
     checkpoint: Checkpoint,
     arch: Architecture,
@@ -67,10 +77,14 @@ def _convert_layer(
     """One layer's new tensors and its report."""
     source = {name: checkpoint.read(name) for name in arch.tensor_names(checkpoint.config, layer)}
     measure.check_finite(checkpoint, target, layer, source, record, writer.allow_nan)
-    made, report = target.convert_layer(layer, arch.read_layer(checkpoint.config, layer, source), record)
+    weights = arch.read_layer(checkpoint.config, layer, source).to_device(device)
     del source
+    made, report = target.convert_layer(layer, weights, record)
+    made = made.to_device("cpu")  # it is written from there, and the device is for fitting it
+    del weights
     if calibration is None or record is None or record.inputs is None:
         return target.tensors(layer, made, record), report
+    record.key_moment = record.value_moment = record.distances = None  # their memory is wanted
     found = target.module(layer, made, device, record.inputs.shape[1])
     if found.arguments is not None:
         record.arguments = found.arguments

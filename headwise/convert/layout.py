@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -57,8 +58,23 @@ class AttentionLayout:
         return replace(self, num_key_value_heads=num_key_value_heads)
 
 
+Self = TypeVar("Self", bound="_Weights")
+
+
+class _Weights:
+    """Tensors of one layer, with what else is known of it."""
+
+    def to_device(self: Self, device: torch.device | str) -> Self:
+        """The same layer on another device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self: Self, change: Callable[[Tensor], Tensor]) -> Self:
+        tensors = {n: change(t) for n, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **tensors)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True)
-class LayerWeights:
+class LayerWeights(_Weights):
     """Queries, keys, values and output of one layer, one matrix per head.
 
     Shapes, with H query heads, G key-value heads, width D and `inputs` = D, or D + 1 in a layer with biases:
@@ -96,17 +112,9 @@ class LayerWeights:
         """The same layer in another precision."""
         return self._each(lambda tensor: tensor.to(dtype))
 
-    def to_device(self, device: torch.device | str) -> LayerWeights:
-        """The same layer on another device."""
-        return self._each(lambda tensor: tensor.to(device))
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> LayerWeights:
-        tensors = {n: change(t) for n, t in vars(self).items() if isinstance(t, Tensor)}
-        return replace(self, **tensors)  # type: ignore[arg-type]
-
 
 @dataclass(frozen=True)
-class LatentWeights:
+class LatentWeights(_Weights):
     """One MLA layer in natural coordinates: no latent norm, scores scaled by `scale`.
 
     Shapes, with rank R, rotary width P, position-free width N and value width V:

@@ -138,7 +138,8 @@ def leading(matrix: Tensor, count: int, right: Tensor | None = None) -> tuple[Te
         return matrix @ (vectors if right is None else right @ vectors)
 
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(order, int(WIDER * count), generator=generator, dtype=torch.float64)
+    # Drawn on the CPU, so that every device starts from the same numbers.
+    start = torch.randn(order, int(WIDER * count), generator=generator, dtype=torch.float64, device="cpu")
     basis = start.to(matrix).expand(*matrix.shape[:-2], -1, -1)
     for _ in range(ROUNDS):
         basis = torch.linalg.qr(times(basis))[0]

@@ -14,7 +14,7 @@ from headwise.convert.architecture import find
 from headwise.convert.card import make_card, make_record, source_name
 from headwise.convert.checkpoint import Checkpoint, open_checkpoint
 from headwise.convert.fit import check_complete
-from headwise.convert.layers import convert_layers
+from headwise.convert.layers import convert_layers, place
 from headwise.convert.plan import Plan, make_plan
 from headwise.convert.record import hash_files
 from headwise.convert.target import Target
@@ -128,7 +128,7 @@ def convert(
     )
     arch = find(checkpoint.config, checkpoint.tensors)
     check_complete(checkpoint, arch.auto_class)
-    place = _device(device)
+    wanted = _device(device)
     target = choose_target(
         checkpoint,
         arch,
@@ -152,8 +152,9 @@ def convert(
         measured=isinstance(refit, int) or moments is not None or save_moments is not None,
     )
     calibration = measure.decide(
-        checkpoint, arch, target, calibrate, calibration_tokens, moments, save_moments, refit, place, seed
+        checkpoint, arch, target, calibrate, calibration_tokens, moments, save_moments, refit, wanted, seed
     )
+    where = place(target, calibration, wanted)
     # In the words of the command line, which refuses what would have no effect.
     lossy = to in ("gqa", "mqa", "mla") and not exact
     arguments = {
@@ -196,13 +197,13 @@ def convert(
         find_target(push_to_hub, source_name(plan), private=private, token=token, need_token=not dry_run)
     if dry_run:
         return plan
-    forecast.check_memory(plan.peak_memory, place)
+    forecast.check_memory(plan.peak_memory, where)
 
     identity = {
         "source": checkpoint.fingerprint(),
         "arguments": plan.arguments,
         "moments": str(calibration.reuse) if calibration and calibration.reuse else None,
-        "device": place.type if calibration else None,
+        "device": where.type,
         "torch": torch.__version__,
     }
     with Writer(
@@ -215,7 +216,7 @@ def convert(
         force=force,
         allow_nan=allow_nan,
     ) as writer:
-        layers = convert_layers(checkpoint, arch, target, calibration, writer, place, progress)
+        layers = convert_layers(checkpoint, arch, target, calibration, writer, where, progress)
         _carry_rest(checkpoint, target, writer, progress)
         checkpoint.check_unchanged()
         verification: list[Verification] = []

@@ -216,10 +216,16 @@ def _sequences(record: LayerRecord, device: torch.device | str) -> tuple[Tensor,
     if record.inputs is None or record.outputs is None or len(record.inputs) < 2:
         raise ValueError("a refit needs the inputs and outputs of two sequences or more")
     inputs, outputs, count = record.inputs, record.outputs, len(record.inputs)
-    if torch.device(device).type == "cuda" and torch.cuda.mem_get_info(device)[0] > 8 * inputs.nbytes:
+    if torch.device(device).type == "cuda" and _room(device) > 8 * inputs.nbytes:
         inputs, outputs = inputs.to(device), outputs.to(device)
     held = max(1, round(HELD_BACK * count))
     return inputs, outputs, torch.arange(count - held), torch.arange(count - held, count)
+
+
+def _room(device: torch.device | str) -> int:
+    """Bytes that are free on a GPU, those among them that torch keeps of earlier work."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def _sizes(weight: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ def row_energies(rows: Tensor, seen: Tensor) -> Tensor:
 def _equal_on_planes(weights: LayerWeights) -> Tensor:
     """Planes on which every norm weight is the same for both rows: there a rotation passes through the norm."""
     half = weights.layout.rotary_dim // 2
-    equal = torch.ones(half, dtype=torch.bool)
+    equal = torch.ones(half, dtype=torch.bool, device=weights.q.device)
     for norm in (weights.q_norm, weights.k_norm):
         if norm is not None:
             equal &= (norm[:, :half] == norm[:, half : 2 * half]).all(0)

@@ -57,7 +57,10 @@ class Target(Protocol):
     def convert_layer(
         self, layer: int, weights: LayerWeights, record: LayerRecord | None
     ) -> tuple[Any, dict[str, Any]]:
-        """One converted layer, in the target's own float64 form, and its report."""
+        """One converted layer, in the target's own float64 form, and its report.
+
+        `weights` are where `record` is; so is the result.
+        """
 
     def tensors(self, layer: int, made: Any, record: LayerRecord | None) -> dict[str, Tensor]:
         """The output tensors of a converted layer, rounded once to what `outputs` says."""
@@ -154,7 +157,6 @@ class GroupedTarget:
             inputs = weights.q.shape[2]
             known = {"moment": record.moment, "value_moment": record.value_moment}
             moments = {name: m[:inputs, :inputs] for name, m in known.items() if m is not None}
-            weights = weights.to_device(record.moment.device)
         merged, report = merge(
             weights,
             self.layouts[layer].num_key_value_heads,
@@ -163,7 +165,7 @@ class GroupedTarget:
             **moments,
             seed=self.seed + layer,
         )
-        return merged.to_device("cpu"), asdict(report)
+        return merged, asdict(report)
 
     def tensors(self, layer: int, made: LayerWeights, record: LayerRecord | None) -> dict[str, Tensor]:
         tensors = self.arch.write_layer(self.config, layer, made, torch.float64)
