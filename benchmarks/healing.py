@@ -1,13 +1,14 @@
 """How much of a conversion's damage each recipe heals, and with how many tokens.
 
-    python benchmarks/healing.py OUT --sweep            # learning rates and losses, on two targets
-    python benchmarks/healing.py OUT                    # the grid: conversions, recipes and budgets
-    python benchmarks/healing.py OUT --only mla --seconds 200
+    python benchmarks/healing.py OUT --headlines             # the rows that have a number to reach, three seeds
+    python benchmarks/healing.py OUT --text mixed            # the grid: conversions, recipes and budgets
+    python benchmarks/healing.py OUT --text mixed --sweep    # learning rates, batches and losses
+    python benchmarks/healing.py OUT --only MLA --seconds 200
 
 Converts the embedded model, refits each conversion layer by layer where the recipe begins with that, and uptrains
-it with the library's own `uptrain`, several runs at a time on one GPU. Every model is measured in float32 on all
+it with the library's own `uptrain`, several runs at a time on each GPU. Every model is measured in float32 on all
 held-out modules, the parent in the same run. Results go to OUT/results.jsonl as they come: a second call goes on
-where the first was stopped. Ends with OUT/table.md and OUT/gap.png.
+where the first was stopped. Ends with OUT/table.md, gap.png and stages.png. One OUT belongs to one text.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ TARGETS = {
     "MLA -94%": {"to": "mla", "rank": 16, "rope_dim": 16},
 }
 MERGES, LATENTS = ("mean", "aligned", "optimal"), ("transmla", "optimal")
+# The library, of which the held-out modules are a part that is never trained on; and the parent's own pretraining,
+# nine tenths of which are packages.
+TEXTS = {"library": {"builtin": 1}, "mixed": {"builtin": 4, "packages": 1}}
 # The rows that have a number to reach, in percent of the pretraining, and the gap to reach.
 HEADLINES = {
     ("GQA-2", 0.5): 0.01,
@@ -69,60 +73,64 @@ class Task:
         return "".join(c if c.isalnum() or c in ".-=" else "_" for c in text)
 
 
-def grid() -> Iterator[Task]:
-    """The runs, those that matter most first."""
+def headlines() -> Iterator[Task]:
     for (target, percent), _ in HEADLINES.items():
         for seed in range(SEEDS):
             yield Task(target, "optimal", "two-stage", percent, seed)
-    for target in TARGETS:
-        latent = target.startswith("MLA")
-        for method in LATENTS if latent else MERGES:
-            best = method == "optimal"
-            budgets = {"MLA -75%": (0.25, 1), "MLA -87.5%": (0.5, 2), "MLA -94%": (2,)}.get(target, (0.5, 1))
-            for percent in budgets:
-                yield Task(target, method, "distill", percent)
-            for percent in (0.25, 0.5, 1, 2) if best else budgets:
+
+
+def grid() -> Iterator[Task]:
+    """The runs, those that matter most first."""
+    yield from headlines()
+    for target, methods in (("GQA-2", MERGES), ("MQA", ("mean", "optimal"))):
+        for method in methods:
+            for recipe in ("paper", "distill", "two-stage"):
+                if (target, method, recipe) != ("MQA", "optimal", "paper"):
+                    yield Task(target, method, recipe, 1)
+    for target, percent in (("MLA -75%", 0.25), ("MLA -87.5%", 0.5), ("MLA -94%", 2)):
+        for method in LATENTS:
+            yield Task(target, method, "distill", percent)
+            if percent < 2:
                 yield Task(target, method, "two-stage", percent)
-            if not latent:
-                yield Task(target, method, "paper", 1)
-    for target in ("GQA-2", "MQA"):
-        yield Task(target, "mean", "paper", 5)
-        yield Task(target, "optimal", "distill", 5)
-        yield Task(target, "optimal", "paper", 5)
-        yield Task(target, "optimal", "two-stage", 5)
-        yield Task(target, "mean", "distill", 5)
-    yield Task("MLA -94%", "optimal", "two-stage", 5)
-    for target in ("MLA -75%", "MLA -87.5%"):
-        yield Task(target, "optimal", "paper", 1)
+    for target in TARGETS:
+        for percent in (0.25, 0.5, 1, 2):
+            if (target, percent) not in (("MQA", 0.25), ("MLA -94%", 0.25), ("MLA -75%", 2)):
+                yield Task(target, "optimal", "two-stage", percent)
+    yield Task("GQA-2", "mean", "paper", 5)
+    yield Task("GQA-2", "optimal", "two-stage", 5)
+    yield Task("GQA-2", "optimal", "distill", 5)
 
 
-# One setting at a time beside the first; those that help are then tried together.
-BASE = {"learning_rate": 2e-4}
-SWEEP = (
-    {},
-    {"learning_rate": 1e-4},
-    {"learning_rate": 4e-4},
-    {"learning_rate": 1e-3},
-    {"batch_tokens": 4096},
-    {"batch_tokens": 16384},
-    {"kl": 1.0},
-    {"schedule": "wsd"},
-    {"hidden_states": 0.3},
-    {"weight_decay": 0.0},
-    {"separate_documents": False},
-    {"parameters": "attention"},
+# One setting at a time, on two targets; then learning rates where the best is another.
+SWEEP: tuple[dict[str, Any], ...] = (
+    *({"learning_rate": rate} for rate in (1e-4, 2e-4, 4e-4, 8e-4)),
+    {"learning_rate": 4e-4, "warmup": 0.25},
+    {"learning_rate": 4e-4, "betas": [0.9, 0.99]},
+    {"learning_rate": 2e-4, "batch_tokens": 4096},
+    {"learning_rate": 4e-4, "attention_outputs": 0.3},
 )
-SWEPT, PERCENT = ("GQA-2", "MLA -87.5%"), 0.5
-# What a setting has to win over the first, in nats.
-WORTH = 0.0015
+RATES = (
+    ("MLA -75%", "optimal", "two-stage", 0.25, (1e-4, 2e-4, 4e-4)),
+    ("MQA", "optimal", "two-stage", 2, (4e-4, 1e-3)),
+    ("MLA -94%", "optimal", "two-stage", 2, (4e-4, 1e-3)),
+    ("GQA-2", "mean", "paper", 1, (4e-4, 1e-3, 3e-3)),
+)
 
 
-def sweep(*settings: dict[str, Any]) -> list[Task]:
-    return [
-        Task(target, "optimal", "two-stage", PERCENT, 0, {**BASE, **change}, True)
-        for change in settings
-        for target in SWEPT
-    ]
+def sweep() -> Iterator[Task]:
+    for settings in SWEEP:
+        for target in ("GQA-2", "MLA -87.5%"):
+            yield Task(target, "optimal", "two-stage", 0.5, 0, settings, True)
+    for target, method, recipe, percent, rates in RATES:
+        for rate in rates:
+            yield Task(target, method, recipe, percent, 0, {"learning_rate": rate}, True)
+
+
+def learning_rate(task: Task) -> float:
+    """The best of those swept: more for longer runs, less where little was lost."""
+    if task.recipe == "paper" or task.percent >= 2:
+        return 1e-3
+    return 2e-4 if task.target == "MLA -75%" and task.percent <= 0.25 else 4e-4
 
 
 def batch_tokens(percent: float) -> int:
@@ -130,34 +138,27 @@ def batch_tokens(percent: float) -> int:
     return 8192 if percent <= 0.5 else 16384 if percent <= 2 else 32768
 
 
-def recipe_of(task: Task, scale: float, chosen: dict[str, Any]) -> Any:
+def recipe_of(task: Task, scale: float, text: str) -> Any:
     """The library's recipe with this benchmark's budget: what `--set` would do."""
     from headwise.recipes.schema import load
 
-    name = "paper" if task.recipe == "paper" else "layerwise" if task.recipe == "layerwise" else "distill"
-    settings = {"data.text": "{builtin: 4, packages: 1}", "data.heldout_blocks": 16}
+    name = "distill" if task.recipe == "two-stage" else task.recipe
+    settings: dict[str, Any] = {"data.text": TEXTS[text], "data.heldout_blocks": 16}
     if name == "layerwise":
         stage = {"tokens": max(16 * LENGTH, int(scale * 1_000_000)), "steps": max(4, int(scale * 800))}
         settings |= {f"layerwise.{key}": value for key, value in stage.items()}
-        return load(name, [f"{key}={value}" for key, value in settings.items()])
-    tokens = max(1, int(scale * task.percent / 100 * PRETRAINING))
-    train = {"batch_tokens": batch_tokens(task.percent), **chosen, **task.settings}
-    for key, value in train.items():
-        place = "data" if key == "separate_documents" else "loss"
-        settings[f"{place if key in LOSSES or place == 'data' else 'train'}.{key}"] = value
-    if train.get("kl") == 1.0:
-        settings["loss.cross_entropy"] = 0.0
-    batch = int(train["batch_tokens"])
-    settings |= {"train.tokens": -(-tokens // batch) * batch, "train.seed": task.seed, "train.save_every": 0}
-    return load(name, [f"{key}={json.dumps(value)}" for key, value in settings.items() if key != "data.text"])
+    else:
+        train = {"learning_rate": learning_rate(task), "batch_tokens": batch_tokens(task.percent), **task.settings}
+        settings |= {f"{'loss' if key in LOSSES else 'train'}.{key}": value for key, value in train.items()}
+        batch, tokens = int(train["batch_tokens"]), max(1, int(scale * task.percent / 100 * PRETRAINING))
+        settings |= {"train.tokens": -(-tokens // batch) * batch, "train.seed": task.seed, "train.save_every": 0}
+    return load(name, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
 
 
 LOSSES = ("kl", "reverse_kl", "jsd", "hidden_states", "attention_outputs", "cross_entropy")
 
 
-def work(
-    place: int | None, home: Path, scale: float, chosen: dict[str, Any], device: str, tasks: Any, results: Any
-) -> None:
+def work(place: int | None, home: Path, scale: float, text: str, device: str, tasks: Any, results: Any) -> None:
     """A worker: imports once, then does what it is given, on one GPU."""
     if place is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(place)
@@ -185,7 +186,7 @@ def work(
 
         def training_blocks(self, tokens: int, seed: int) -> Any:
             order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
-            return blocks[order[: -(-tokens // LENGTH)]], {"builtin": {"times": 4}, "packages": {"times": 1}}
+            return blocks[order[: -(-tokens // LENGTH)]], {name: {"times": n} for name, n in TEXTS[text].items()}
 
     def nats(folder: Path | str) -> float:
         network = ModelFolder.of(open_checkpoint(folder)).load(torch.float32).to(device)
@@ -213,7 +214,7 @@ def work(
         if keep and out.exists():
             return {"nats": nats(out)}
         out.parent.mkdir(parents=True, exist_ok=True)
-        source, recipe = ModelFolder.of(open_checkpoint(start)), recipe_of(task, scale, chosen)
+        source, recipe = ModelFolder.of(open_checkpoint(start)), recipe_of(task, scale, text)
         run = Shared(recipe, task.recipe, source, MODEL, out, "", SILENT)
         done = run(resume=False, force=True, max_shard_size="5GB")
         found = {"nats": nats(out), "tokens": done.tokens, "train_seconds": done.seconds, "start": done.before}
@@ -230,12 +231,12 @@ def work(
             found = do(task)
         except Exception:
             found = {"error": traceback.format_exc()}
-        results.put((task, {**found, "seconds": round(time.time() - began, 1)}))
+        results.put((task, {**found, "text": text, "seconds": round(time.time() - began, 1)}))
         task = tasks.get()
 
 
-def read_text(home: Path, percent: float, scale: float) -> None:
-    """Blocks of the training text, enough for the largest budget, and all held-out blocks."""
+def read_text(home: Path, percent: float, scale: float, text: str) -> None:
+    """Blocks of the training text, enough for the largest budget or all there are, and all held-out blocks."""
     import numpy as np
     from transformers import AutoTokenizer
 
@@ -247,21 +248,21 @@ def read_text(home: Path, percent: float, scale: float) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     held = data.blocks_from("builtin", tokenizer, split="heldout", length=LENGTH)
     np.save(home / "heldout.npy", held.numpy()[: None if scale == 1 else 8])
-    text = {"builtin": 4, "packages": 1} if scale == 1 else {"builtin": 1}
+    sources = TEXTS[text] if scale == 1 else {"builtin": 1}
     tokens = max(64 * LENGTH, int(1.1 * scale * percent / 100 * PRETRAINING))
-    blocks, _ = data.training_blocks(Data(text, LENGTH), tokenizer, tokens, seed=0)
+    blocks, _ = data.training_blocks(Data(sources, LENGTH), tokenizer, tokens, seed=0)
     np.save(home / "blocks.npy", blocks.numpy())
 
 
 class Pool:
     """Workers that live as long as the benchmark, and the results file."""
 
-    def __init__(self, home: Path, jobs: int, scale: float, chosen: dict[str, Any], device: str) -> None:
+    def __init__(self, home: Path, jobs: int, scale: float, text: str, device: str) -> None:
         context = multiprocessing.get_context("spawn")
         self.tasks, self.results, self.file = context.Queue(), context.Queue(), home / "results.jsonl"
         self.rows = [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
         self.deadline = float("inf")
-        arguments = (home, scale, chosen, device, self.tasks, self.results)
+        arguments = (home, scale, text, device, self.tasks, self.results)
         gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) if device == "cuda" else 0
         places = [i % gpus if gpus else None for i in range(jobs)]
         self.workers = [context.Process(target=work, args=(p, *arguments), daemon=True) for p in places]
@@ -300,33 +301,14 @@ class Pool:
         return [row for row in self.rows if row["name"] in names]
 
 
-def choose(pool: Pool, parent: float) -> dict[str, Any]:
-    """The best settings: alone, or all that help together."""
-
-    def gaps(*settings: dict[str, Any]) -> dict[str, float]:
-        found: dict[str, list[float]] = {}
-        for row in pool.run(sweep(*settings)):
-            found.setdefault(json.dumps(row["settings"]), []).append(row["nats"] - parent)
-        for key, each in sorted(found.items(), key=lambda item: sum(item[1])):
-            print(f"{[round(gap, 4) for gap in each]} {key}", flush=True)
-        return {key: sum(each) / len(each) for key, each in found.items() if len(each) == len(SWEPT)}
-
-    alone = gaps(*SWEEP)
-    first = alone.pop(json.dumps(BASE), float("inf"))
-    together: dict[str, Any] = {}
-    for key in sorted(alone, key=lambda key: -alone[key]):  # of two that set the same, the better
-        if alone[key] < first - WORTH:
-            together |= {name: value for name, value in json.loads(key).items() if BASE.get(name) != value}
-    best = {**alone, json.dumps(BASE): first, **(gaps(together) if len(together) > 1 else {})}
-    return json.loads(min(best, key=lambda key: best[key]))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--sweep", action="store_true", help="try settings first, and use the best")
+    parser.add_argument("--text", choices=TEXTS, default="library")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--headlines", action="store_true", help="the rows that have a number to reach, no others")
+    what.add_argument("--sweep", action="store_true", help="try settings")
     parser.add_argument("--only", default="", help="runs whose name holds this")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for all runs of distill")
     parser.add_argument("--jobs", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after this long")
     parser.add_argument("--scale", type=float, default=1.0, help="share of every budget, to try the benchmark out")
@@ -336,13 +318,11 @@ def main() -> None:
     home = options.out
     (home / "models").mkdir(parents=True, exist_ok=True)
     device = options.device or ("cuda" if os.path.exists("/dev/nvidia0") else "cpu")
-    chosen = {key: json.loads(value) for key, _, value in (text.partition("=") for text in options.set)}
-    if (home / "chosen.json").exists():
-        chosen = json.loads((home / "chosen.json").read_text()) | chosen
-    pool = Pool(home, options.jobs, options.scale, chosen, device)
-    planned = [t for t in (*(sweep({}) if options.sweep else ()), *grid()) if options.only in t.name]
+    pool = Pool(home, options.jobs, options.scale, options.text, device)
+    asked = headlines() if options.headlines else sweep() if options.sweep else grid()
+    planned = [task for task in asked if options.only in task.name]
     starts = list(dict.fromkeys((task.target, task.method) for task in planned))
-    read_text(home, max(task.percent for task in planned), options.scale)
+    read_text(home, max(task.percent for task in planned), options.scale, options.text)
     print(f"{time.time() - began:.0f} s: text is read", flush=True)
     parent = pool.run([Task("MHA", "parent", "parent")])[0]["nats"]
     ready = len(pool.run([Task(*start, "convert") for start in starts]))
@@ -352,28 +332,11 @@ def main() -> None:
         raise SystemExit("not every start was made: see above, mend it and run the same command again")
     print(f"{time.time() - began:.0f} s: converted and refitted", flush=True)
     pool.deadline = began + options.seconds
-    if options.sweep and not chosen:
-        chosen = choose(pool, parent)
-        (home / "chosen.json").write_text(json.dumps(chosen))
-        print(f"{time.time() - began:.0f} s: chose {chosen}", flush=True)
-    runs = [task for task in grid() if options.only in task.name]
-    if options.sweep:
-        runs = [Task(t.target, t.method, t.recipe, t.percent, t.seed, _for(t, chosen)) for t in runs]
-    pool.run(runs)
+    pool.run(planned)
     for worker in pool.workers:
         worker.terminate()
     write(home, pool.rows, parent, HEADLINES)
     print(f"{time.time() - began:.0f} s in all", flush=True)
-
-
-def _for(task: Task, chosen: dict[str, Any]) -> dict[str, Any]:
-    """What a sweep chose, for one run: its batch belongs to its budget, its loss to distillation."""
-    kept = dict(chosen)
-    if "batch_tokens" in kept:
-        kept["batch_tokens"] = batch_tokens(task.percent) * kept["batch_tokens"] // batch_tokens(PERCENT)
-    if task.recipe == "paper":
-        kept = {key: value for key, value in kept.items() if key not in LOSSES}
-    return kept
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ INK, PALE = "#1f2937", "#e5e7eb"
 # A colour for each start, a dash for each recipe; told apart by people who do not see red from green.
 COLOURS = {"mean": "#8a8a8a", "transmla": "#8a8a8a", "aligned": "#c77700", "optimal": "#0072b2"}
 DASHES = {"paper": (0, (1, 1.5)), "distill": (0, (5, 2)), "two-stage": "-"}
+MARKERS = {"paper": "s", "distill": "^", "two-stage": "o"}
+# Of a row that is no healing: the same layout, trained from nothing on all the tokens.
+PRETRAINED = "pretrain-demo"
 
 Row = dict[str, Any]
 
@@ -24,7 +27,7 @@ Row = dict[str, Any]
 def write(home: Path, rows: Sequence[Row], parent: float, headlines: dict[tuple[str, float], float]) -> None:
     """OUT/results.csv of all rows; OUT/table.md, gap.png and stages.png of the grid's, not of a sweep's."""
     every = [row | {"gap": row["nats"] - parent} for row in rows if row["recipe"] != "parent"]
-    names = ("target", "method", "recipe", "percent", "seed", "tokens", "nats", "gap", "train_seconds")
+    names = ("text", "target", "method", "recipe", "percent", "seed", "tokens", "nats", "gap", "train_seconds")
     with (home / "results.csv").open("w", newline="") as file:
         out = csv.writer(file, lineterminator="\n")
         out.writerow((*names, "settings", "swept"))
@@ -50,7 +53,7 @@ def _headlines(rows: Sequence[Row], wanted: dict[tuple[str, float], float]) -> I
 
 
 def _table(rows: Sequence[Row]) -> Iterator[str]:
-    budgets = sorted({row["percent"] for row in rows if row["percent"]})
+    budgets = sorted({row["percent"] for row in rows if row["recipe"] in DASHES})
     yield f"| target | start | recipe | before | {' | '.join(f'{budget:g}%' for budget in budgets)} |"
     yield "|---|---|---|---|" + "---|" * len(budgets)
     for target, method, recipe in _kinds(rows):
@@ -109,8 +112,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
     targets = list(dict.fromkeys(target for target, _, _ in _kinds(rows)))
     wide, high = min(3, len(targets)), -(-len(targets) // 3)
-    figure = Figure(figsize=(4.2 * wide, 3.9 * high), dpi=130, layout="constrained")
+    figure = Figure(figsize=(4.2 * wide, 3.7 * high), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
+    shown: dict[str, Any] = {}
     for place, target in enumerate(targets):
         axes = figure.add_subplot(high, wide, place + 1)
         for kind, method, recipe in _kinds(rows):
@@ -119,27 +123,42 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             found = _of(rows, target, method, recipe)
             xs = sorted({row["percent"] for row in found})
             ys = [mean(row["gap"] for row in found if row["percent"] == x) for x in xs]
-            style = {"color": COLOURS[method], "linestyle": DASHES[recipe], "linewidth": 1.8, "marker": "o"}
-            axes.plot(xs, ys, label=f"{method}, {recipe}", markersize=4, **style)
-        axes.axhline(0, color=INK, linewidth=1)
+            style = {"color": COLOURS[method], "linestyle": DASHES[recipe], "marker": MARKERS[recipe]}
+            shown[f"{method}, {recipe}"] = axes.plot(xs, ys, linewidth=1.6, markersize=5, alpha=0.9, **style)[0]
+        for row in rows:
+            if (row["target"], row["recipe"]) == (target, PRETRAINED):
+                label = "this layout, trained from nothing on 100%"
+                shown[label] = axes.axhline(row["gap"], color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
         axes.set_xscale("log")
-        axes.set_yscale("symlog", linthresh=0.02, linscale=0.6)
+        axes.set_yscale("log")
+        axes.set_xlim(0.21, 6)
+        axes.set_ylim(0.01, 1)
         axes.set_xticks([0.25, 0.5, 1, 2, 5], ["0.25%", "0.5%", "1%", "2%", "5%"])
         axes.set_xticks([], minor=True)
-        axes.set_yticks([0, 0.01, 0.05, 0.1, 0.2, 0.5, 1], ["parent", "0.01", "0.05", "0.1", "0.2", "0.5", "1"])
+        axes.set_yticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1], ["0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1"])
         axes.set_yticks([], minor=True)
         axes.set_title(target, loc="left", color=INK, fontweight="bold")
         axes.grid(color=PALE, linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=7, frameon=False)
+    names = sorted(shown, key=lambda name: next((i for i, m in enumerate(COLOURS) if name.startswith(m)), -1))
+    legend = {"handles": [shown[name] for name in names], "labels": names, "fontsize": 9, "frameon": False}
+    if len(targets) < high * wide:  # the last place is free
+        free = figure.add_subplot(high, wide, high * wide)
+        free.set_axis_off()
+        free.legend(loc="center", **legend)
+    else:
+        figure.legend(loc="outside right center", **legend)
     figure.supxlabel("tokens, as a share of the pretraining", fontsize=10)
     figure.supylabel("nats above the parent (held-out modules)", fontsize=10)
     figure.savefig(path)
 
 
 def _kinds(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
-    found = [(row["target"], row["method"], row["recipe"]) for row in rows if row["percent"]]
-    return sorted(set(found), key=lambda kind: (found.index(kind), kind))
+    methods, recipes = list(COLOURS), list(DASHES)
+    found = {(row["target"], row["method"], row["recipe"]) for row in rows if row["recipe"] in recipes}
+    return sorted(
+        found, key=lambda kind: ("MLA" in kind[0], kind[0], methods.index(kind[1]), recipes.index(kind[2]))
+    )
 
 
 def _of(rows: Sequence[Row], target: str, method: str, recipe: str) -> list[Row]:

@@ -36,7 +36,6 @@ class Effort:
 FULL, QUICK = Effort(24, 16_384, 16, 98_304), Effort(8, 8_192, 6, 0)
 # What the recipe distill is told for a minute on two cores; docs/results/uptraining.md has runs of real length.
 UPTRAINING = {
-    "data.text": "{builtin: 1}",
     "data.length": BLOCK_LENGTH,
     "data.heldout_blocks": 2,
     "train.batch_tokens": 4 * BLOCK_LENGTH,
