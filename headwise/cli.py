@@ -116,7 +116,7 @@ def uptrain(**options: Any) -> None:
     """Heal a converted MODEL by training it; write the result to OUT [MODEL-uptrained].
 
     \b
-    headwise uptrain MODEL OUT --teacher PARENT --tokens 21M
+    headwise uptrain MODEL OUT --teacher PARENT --tokens 21M --text 'corpus/*.jsonl'
     headwise uptrain MODEL OUT --recipe two-stage --set train.learning_rate=1e-4
     headwise uptrain MODEL OUT --launch fsdp2 --processes 8
     """

@@ -189,6 +189,13 @@ UPTRAIN = [
         Option("--teacher", "The parent [the source that MODEL records].", metavar="MODEL"),
         parsed("--tokens", count, "a number of tokens such as 21M", "Budget in tokens [the recipe's].", "N"),
         parsed("--fraction", share, "a share such as 5%", "Budget as a share of the pretraining.", "SHARE"),
+        Option(
+            "--text",
+            "What to train on: a FILE (txt, jsonl, parquet), hf:DATASET or builtin; repeatable [the recipe's].",
+            multiple=True,
+            metavar="SOURCE",
+        ),
+        Option("--heldout", "What to measure progress on, likewise [the recipe's].", metavar="SOURCE"),
         Option("--set settings", "Change a field of the recipe; may be repeated.", multiple=True, metavar="a.b=c"),
     ),
     *section(

@@ -9,6 +9,7 @@ from headwise.convert.tokenizer import load_tokenizer
 from headwise.errors import HeadwiseError
 from headwise.recipes.layerwise import check_layerwise
 from headwise.recipes.schema import Recipe
+from headwise.recipes.sources import shared
 from headwise.recipes.student import ModelFolder
 
 _WRONG_PARENT = "Name the model that the folder was converted from."
@@ -31,6 +32,12 @@ def check_fit(
     """
     if recipe.init is not None:
         raise HeadwiseError("This recipe makes a model of its own.", "python -m headwise.recipes.train runs it.")
+    held = recipe.data.heldout
+    if (trained := shared(held, recipe.data.text)) is not None:
+        raise HeadwiseError(
+            f"data.heldout {held} is trained on too (data.text {trained}), so it would measure nothing.",
+            "Keep some text aside: --heldout FILE.",
+        )
     length, ours = recipe.data.length, student.text
     longest = getattr(ours, "max_position_embeddings", None) or length
     if length > longest:

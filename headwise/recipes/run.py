@@ -121,7 +121,7 @@ class Run:
                 stack.enter_context(writer)
                 outcome.begin(writer, self.home)
             self.processes.wait_for_everyone()
-            self.progress.stage("reading text")
+            self.progress.stage(f"reading {self.recipe.data.heldout}")
             self.heldout = self.heldout_blocks()
             self._measure_ends(writer)
             student = Student.load(self.folder, self.teacher)
@@ -198,7 +198,7 @@ class Run:
         recipe, training = self.recipe, self.recipe.train
         assert training is not None
         tokens = training.budget(outcome.pretraining_tokens(self.teacher, self.folder))
-        self.progress.stage("reading text")
+        self.progress.stage(f"reading {', '.join(recipe.data.text)}")
         # Whole steps of text and no more: the order of rows follows their number.
         wanted = math.ceil(tokens / training.batch_tokens) * training.batch_tokens
         blocks, self.text = self.training_blocks(wanted, training.seed)

@@ -176,24 +176,27 @@ class Recipe:
         return self.layerwise is not None or (self.train is not None and self.loss.needs_teacher)
 
 
-def load(recipe: str | Path, settings: Sequence[str] = ()) -> Recipe:
+def load(recipe: str | Path | Recipe, settings: Sequence[str] = ()) -> Recipe:
     """Read a recipe and lay `a.b=c` settings over it.
 
     Args:
-        recipe: the name of one in the library, or a YAML file.
+        recipe: the name of one in the library, a YAML file, or one that was read.
         settings: dotted keys with YAML values, later ones win.
 
     Raises:
         HeadwiseError: no such recipe, not YAML, unknown key, value of the wrong type.
     """
-    path = find(recipe)
-    mapping = read(path)
+    if isinstance(recipe, Recipe):
+        place, mapping = "the recipe", dataclasses.asdict(recipe)
+    else:
+        path = find(recipe)
+        place, mapping = str(path), read(path)
     for setting in settings:
         _lay_over(mapping, setting)
-    checked = build(Recipe, mapping, str(path))
+    checked = build(Recipe, mapping, place)
     for wrong, sentence in _contradictions(checked):
         if wrong:
-            raise HeadwiseError(f"{path}: {sentence}")
+            raise HeadwiseError(f"{place}: {sentence}")
     return checked
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,18 @@ def is_streamed(source: str) -> bool:
     if Path(source).suffix not in _ROWS:
         return False
     return sum(path.stat().st_size for path in _files(source)) > STREAM_BYTES
+
+
+def shared(source: str, others: Iterable[str]) -> str | None:
+    """The first of `others` that holds text of `source`; the held-out part of `builtin` is in none.
+
+    Raises:
+        HeadwiseError: there is no such file.
+    """
+    own, files = _own_files(source), {other: _own_files(other) for other in others}
+    if source == "builtin":
+        return None
+    return next((other for other in files if other == source or own & files[other]), None)
 
 
 def open_stream(source: str) -> Any:
@@ -106,6 +118,12 @@ def _files(source: str) -> list[Path]:
             "A source is builtin, packages, a .txt, .jsonl or .parquet file, or hf:DATASET.",
         )
     return found
+
+
+def _own_files(source: str) -> set[Path]:
+    """The files of a source that is files."""
+    elsewhere = source in ("builtin", "packages") or source.startswith("hf:")
+    return set() if elsewhere else {path.resolve() for path in _files(source)}
 
 
 def _file(path: Path) -> list[str]:

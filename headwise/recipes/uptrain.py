@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from headwise.convert.checkpoint import open_checkpoint
@@ -24,6 +24,8 @@ def uptrain(
     teacher: str | Path | None = None,
     tokens: int | None = None,
     fraction: float | None = None,
+    text: Sequence[str] = (),
+    heldout: str | None = None,
     settings: Sequence[str] = (),
     resume: bool = False,
     force: bool = False,
@@ -41,6 +43,8 @@ def uptrain(
         recipe: a name in the library, a YAML file, or a recipe.
         teacher: the parent; None: the source that the folder's headwise.json names, where it is found.
         tokens, fraction: the budget, in place of the recipe's.
+        text: sources to train on, each as often as the others, and heldout: one to measure progress on, in place of
+            the recipe's (`Data`).
         settings: `a.b=c`, laid over the recipe.
         resume: go on with an interrupted run. force: replace OUT, or begin again.
         launch, processes: start that many processes of this machine: see `launch.KINDS`.
@@ -54,12 +58,11 @@ def uptrain(
         Diverged: the loss was lost; checkpoints stay.
         Interrupted: by a signal; the same call with `resume` goes on.
     """
-    name, chosen = _load(recipe, settings)
-    if tokens is not None or fraction is not None:
-        if chosen.train is None:
-            raise HeadwiseError("This recipe has no budget: it trains layer by layer.", "Set layerwise.tokens.")
-        chosen = replace(chosen, train=replace(chosen.train, tokens=tokens, fraction=fraction))
-        settings = [*settings, f"train.tokens={tokens or 'null'}", f"train.fraction={fraction or 'null'}"]
+    name = "its own" if isinstance(recipe, Recipe) else Path(recipe).stem
+    if (tokens is not None or fraction is not None) and schema.load(recipe, settings).train is None:
+        raise HeadwiseError("This recipe has no budget: it trains layer by layer.", "Set layerwise.tokens.")
+    settings = [*settings, *_as_settings(tokens, fraction, text, heldout)]
+    chosen = schema.load(recipe, settings)
     target = Path(out) if out is not None else _beside(model)
     if launch is not None:
         options = {"--teacher": teacher, "--max-shard-size": max_shard_size, "--command": command}
@@ -72,10 +75,17 @@ def uptrain(
     return run(resume=resume, force=force, max_shard_size=max_shard_size)
 
 
-def _load(recipe: str | Path | Recipe, settings: Sequence[str]) -> tuple[str, Recipe]:
-    if isinstance(recipe, Recipe):
-        return "its own", recipe
-    return Path(recipe).stem, schema.load(recipe, settings)
+def _as_settings(
+    tokens: int | None, fraction: float | None, text: Sequence[str], heldout: str | None
+) -> Iterator[str]:
+    """What has an argument of its own, in the words of a recipe."""
+    if tokens is not None or fraction is not None:
+        yield f"train.tokens={json.dumps(tokens)}"
+        yield f"train.fraction={json.dumps(fraction)}"
+    if text:
+        yield f"data.text={json.dumps(dict.fromkeys(text, 1))}"
+    if heldout is not None:
+        yield f"data.heldout={json.dumps(heldout)}"
 
 
 def _beside(model: str | Path) -> Path:

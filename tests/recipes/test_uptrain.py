@@ -36,9 +36,10 @@ DISTILL = Loss(kl=0.9, cross_entropy=0.1)
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """text.txt, a parent, and what it was converted to: mqa and mla."""
+    """text.txt, held.txt, a parent, and what it was converted to: mqa and mla."""
     folder = tmp_path_factory.mktemp("uptrain")
     models.text(folder / "text.txt")
+    models.text(folder / "held.txt")
     parent = models.parent(folder / "parent")
     models.converted(parent, folder / "mqa", to="mqa")
     models.converted(parent, folder / "mla", to="mla", rank=12, rope_dim=4)
@@ -53,8 +54,8 @@ def no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 def recipe(home: Path, loss: Loss = DISTILL, train: Training | None = TRAINING, **more: Any) -> Recipe:
-    text = str(home / "text.txt")
-    return Recipe("a test", Data({text: 1}, 32, heldout=text, heldout_blocks=4), train, loss=loss, **more)
+    data = Data({str(home / "text.txt"): 1}, 32, heldout=str(home / "held.txt"), heldout_blocks=4)
+    return Recipe("a test", data, train, loss=loss, **more)
 
 
 def curve(folder: Path) -> list[list[str]]:
@@ -181,6 +182,18 @@ def test_a_full_disk_leaves_the_checkpoints_there_are(
     assert (left / checkpoints.WEIGHTS).exists() and (left / "model" / "config.json").exists()
 
 
+def test_text_of_ones_own(home: Path, tmp_path: Path) -> None:
+    texts = [str(models.text(tmp_path / f"{name}.txt", lines=200)) for name in ("a", "b")]
+    held = str(home / "held.txt")
+    plan = replace(recipe(home), data=Data({"builtin": 1}, 32))
+    uptrain(
+        home / "mqa", tmp_path / "out", recipe=plan, text=texts, heldout=held, settings=["data.heldout_blocks=2"]
+    )
+    facts = json.loads((tmp_path / "out" / "headwise.json").read_text())["uptraining"][-1]
+    assert list(facts["text"]) == texts and facts["settings"]["data"]["text"] == dict.fromkeys(texts, 1)
+    assert facts["heldout"] == {"text": held, "tokens": 2 * 31}
+
+
 @pytest.mark.parametrize("layout", ["mqa", pytest.param("mla", marks=pytest.mark.full)])
 def test_two_stages_and_the_first_alone(home: Path, tmp_path: Path, layout: str) -> None:
     stage = Layerwise(tokens=1024, steps=8)
@@ -230,6 +243,9 @@ def refusals(home: Path, tmp_path: Path) -> Iterator[tuple[Recipe, dict[str, Any
         {},
         "does not fill one block",
     )
+    yield good, {"heldout": str(home / "text.txt")}, "trained on too"
+    yield good, {"text": [str(home / "*.txt")]}, r"held.txt is trained on too \(data.text"
+    yield replace(good, data=Data({"none.txt": 1}, 32, heldout_blocks=4)), {}, "no text file none.txt"
     yield replace(good, train=replace(TRAINING, tokens=None, fraction=0.05)), {}, "size is not stated"
     yield replace(good, train=replace(TRAINING, batch_tokens=100)), {}, "does not divide"
     yield recipe(home, train=None, layerwise=Layerwise()), {"tokens": 5}, "no budget"
