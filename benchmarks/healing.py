@@ -74,7 +74,7 @@ class Task:
 
 
 def headlines() -> Iterator[Task]:
-    for (target, percent), _ in HEADLINES.items():
+    for target, percent in HEADLINES:
         for seed in range(SEEDS):
             yield Task(target, "optimal", "two-stage", percent, seed)
 
@@ -127,7 +127,7 @@ def sweep() -> Iterator[Task]:
 
 
 def learning_rate(task: Task) -> float:
-    """The best of those swept: more for longer runs, less where little was lost."""
+    """Of those swept, a best one (docs/results/uptraining.md): more for longer runs, less where little was lost."""
     if task.recipe == "paper" or task.percent >= 2:
         return 1e-3
     return 2e-4 if task.target == "MLA -75%" and task.percent <= 0.25 else 4e-4
@@ -140,7 +140,7 @@ def batch_tokens(percent: float) -> int:
 
 def recipe_of(task: Task, scale: float, text: str) -> Any:
     """The library's recipe with this benchmark's budget: what `--set` would do."""
-    from headwise.recipes.schema import load
+    from headwise.recipes.schema import Loss, load
 
     name = "distill" if task.recipe == "two-stage" else task.recipe
     settings: dict[str, Any] = {"data.text": TEXTS[text], "data.heldout_blocks": 16}
@@ -149,19 +149,16 @@ def recipe_of(task: Task, scale: float, text: str) -> Any:
         settings |= {f"layerwise.{key}": value for key, value in stage.items()}
     else:
         train = {"learning_rate": learning_rate(task), "batch_tokens": batch_tokens(task.percent), **task.settings}
-        settings |= {f"{'loss' if key in LOSSES else 'train'}.{key}": value for key, value in train.items()}
+        settings |= {f"{'loss' if hasattr(Loss, key) else 'train'}.{key}": value for key, value in train.items()}
         batch, tokens = int(train["batch_tokens"]), max(1, int(scale * task.percent / 100 * PRETRAINING))
         settings |= {"train.tokens": -(-tokens // batch) * batch, "train.seed": task.seed, "train.save_every": 0}
     return load(name, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
 
 
-LOSSES = ("kl", "reverse_kl", "jsd", "hidden_states", "attention_outputs", "cross_entropy")
-
-
-def work(place: int | None, home: Path, scale: float, text: str, device: str, tasks: Any, results: Any) -> None:
+def work(place: str | None, home: Path, scale: float, text: str, device: str, tasks: Any, results: Any) -> None:
     """A worker: imports once, then does what it is given, on one GPU."""
     if place is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(place)
+        os.environ["CUDA_VISIBLE_DEVICES"] = place
     import numpy as np
     import torch
 
@@ -217,10 +214,8 @@ def work(place: int | None, home: Path, scale: float, text: str, device: str, ta
         source, recipe = ModelFolder.of(open_checkpoint(start)), recipe_of(task, scale, text)
         run = Shared(recipe, task.recipe, source, MODEL, out, "", SILENT)
         done = run(resume=False, force=True, max_shard_size="5GB")
-        found = {"nats": nats(out), "tokens": done.tokens, "train_seconds": done.seconds, "start": done.before}
-        curve = out / "uptraining.csv"
-        if curve.exists():
-            found["curve"] = [line.split(",")[1::2][:2] for line in curve.read_text().splitlines()[1:]]
+        tokens = recipe.layerwise.tokens if recipe.layerwise else done.tokens
+        found = {"nats": nats(out), "tokens": tokens, "train_seconds": done.seconds}
         if not keep:
             shutil.rmtree(out)
         return found
@@ -243,15 +238,29 @@ def read_text(home: Path, percent: float, scale: float, text: str) -> None:
     from headwise.recipes import data
     from headwise.recipes.schema import Data
 
-    if (home / "blocks.npy").exists():
-        return
+    tokens = max(64 * LENGTH, int(1.1 * scale * percent / 100 * PRETRAINING))
+    wanted, read = {"text": text, "scale": scale, "tokens": tokens}, home / "text.json"
+    if read.exists():
+        held = json.loads(read.read_text())
+        if held | {"tokens": 0} != wanted | {"tokens": 0}:
+            raise SystemExit(f"{home} is of another text or scale: {held}; take another folder")
+        if held["tokens"] >= tokens:
+            return
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     held = data.blocks_from("builtin", tokenizer, split="heldout", length=LENGTH)
     np.save(home / "heldout.npy", held.numpy()[: None if scale == 1 else 8])
     sources = TEXTS[text] if scale == 1 else {"builtin": 1}
-    tokens = max(64 * LENGTH, int(1.1 * scale * percent / 100 * PRETRAINING))
     blocks, _ = data.training_blocks(Data(sources, LENGTH), tokenizer, tokens, seed=0)
     np.save(home / "blocks.npy", blocks.numpy())
+    read.write_text(json.dumps(wanted))
+
+
+def _gpus() -> list[str]:
+    """The names of the GPUs that may be used, asked without loading CUDA."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is not None:
+        return [name for name in allowed.split(",") if name]
+    return [path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
 
 
 class Pool:
@@ -263,8 +272,8 @@ class Pool:
         self.rows = [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
         self.deadline = float("inf")
         arguments = (home, scale, text, device, self.tasks, self.results)
-        gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) if device == "cuda" else 0
-        places = [i % gpus if gpus else None for i in range(jobs)]
+        gpus = _gpus() if device == "cuda" else []
+        places = [gpus[i % len(gpus)] if gpus else None for i in range(jobs)]
         self.workers = [context.Process(target=work, args=(p, *arguments), daemon=True) for p in places]
         for worker in self.workers:
             worker.start()
@@ -321,6 +330,8 @@ def main() -> None:
     pool = Pool(home, options.jobs, options.scale, options.text, device)
     asked = headlines() if options.headlines else sweep() if options.sweep else grid()
     planned = [task for task in asked if options.only in task.name]
+    if not planned:
+        raise SystemExit(f"no run's name holds {options.only!r}")
     starts = list(dict.fromkeys((task.target, task.method) for task in planned))
     read_text(home, max(task.percent for task in planned), options.scale, options.text)
     print(f"{time.time() - began:.0f} s: text is read", flush=True)

@@ -64,7 +64,9 @@ class Verb(click.Command):
 
     def __init__(self, name: str | None, **more: Any) -> None:
         super().__init__(name, **more)
-        self.params += [
+        # Not in place: two commands may share one list.
+        self.params = [
+            *self.params,
             Option("--json", "One JSON object on stdout, all else on stderr.", is_flag=True),
             Option("-q --quiet", "No progress and no notes.", is_flag=True),
             Option("-v --verbose", "More notes, and the libraries' own warnings.", is_flag=True),

@@ -283,3 +283,9 @@ def test_durations(number: float, text: str) -> None:
 def test_layers_are_listed_as_ranges() -> None:
     assert show.ranges([0, 1, 2, 5]) == "0-2, 5"
     assert show.ranges(range(0, 80, 2)).startswith("40 layers: 0, 2")
+
+
+@pytest.mark.parametrize("verb", [["recipes", "show"], ["recipes", "validate"], ["uptrain"], ["convert"]])
+def test_no_option_stands_twice_in_the_help(verb: list[str]) -> None:
+    said = CliRunner().invoke(cli, [*verb, "--help"]).output
+    assert said.count("--json") == said.count("--quiet") == 1

@@ -39,12 +39,14 @@ def make_record(
     hashes: Mapping[str, str],
     files: Mapping[str, str],
     layers: Mapping[int, Mapping[str, Any]],
+    device: str,
     verification: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of headwise.json.
 
     Args:
         out: the name of the output folder, for the command.
+        device: the kind that layers were converted on.
         hashes: SHA-256 of every output tensor's bytes.
         files: SHA-256 of every other file but this record and the card.
     """
@@ -61,6 +63,7 @@ def make_record(
             },
         },
         "versions": versions(PACKAGES),
+        "device": device,
         "cache": {"before": _cache(plan.cache_before), "after": _cache(plan.cache_after)},
         "parameters": {"before": plan.parameters_before, "after": plan.parameters_after},
         "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},

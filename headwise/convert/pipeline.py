@@ -240,6 +240,7 @@ def convert(
                 hashes=writer.hashes,
                 files=hash_files(folder),
                 layers=layers,
+                device=where.type,
                 verification=verification[0].to_dict() if verification else None,
             )
             writer.add_text("headwise.json", json.dumps(record, indent=2) + "\n")

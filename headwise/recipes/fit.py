@@ -8,11 +8,24 @@ from typing import Any
 from headwise.convert.tokenizer import load_tokenizer
 from headwise.errors import HeadwiseError
 from headwise.recipes.layerwise import check_layerwise
-from headwise.recipes.schema import Recipe
+from headwise.recipes.schema import Data, Recipe
 from headwise.recipes.sources import shared
 from headwise.recipes.student import ModelFolder
 
 _WRONG_PARENT = "Name the model that the folder was converted from."
+
+
+def check_text(data: Data) -> None:
+    """Refuse files that are not there, and a text that is both trained on and held out.
+
+    Raises:
+        HeadwiseError: naming it.
+    """
+    if (trained := shared(data.heldout, data.text)) is not None:
+        raise HeadwiseError(
+            f"data.heldout {data.heldout} is trained on too (data.text {trained}), so it would measure nothing.",
+            "Keep some text aside: --heldout FILE.",
+        )
 
 
 def check_fit(
@@ -32,12 +45,7 @@ def check_fit(
     """
     if recipe.init is not None:
         raise HeadwiseError("This recipe makes a model of its own.", "python -m headwise.recipes.train runs it.")
-    held = recipe.data.heldout
-    if (trained := shared(held, recipe.data.text)) is not None:
-        raise HeadwiseError(
-            f"data.heldout {held} is trained on too (data.text {trained}), so it would measure nothing.",
-            "Keep some text aside: --heldout FILE.",
-        )
+    check_text(recipe.data)
     length, ours = recipe.data.length, student.text
     longest = getattr(ours, "max_position_embeddings", None) or length
     if length > longest:

@@ -30,7 +30,7 @@ class Data:
     """Where the text comes from and how it is cut."""
 
     text: dict[str, int]
-    """Source (builtin, packages, a .txt or .jsonl file, hf:DATASET) to the times it occurs in one pass."""
+    """Source (see `sources`) to the times it occurs in one pass."""
     length: int = 1024
     """Tokens in a block."""
     separate_documents: bool = True
@@ -270,7 +270,9 @@ def _lay_over(mapping: dict[str, Any], setting: str) -> None:
         raise HeadwiseError(f"--set {setting}: {text!r} is not a YAML value.") from None
     *parents, last = key.split(".")
     for parent in parents:
-        mapping = mapping.setdefault(parent, {})
+        if mapping.get(parent) is None:
+            mapping[parent] = {}
+        mapping = mapping[parent]
         if not isinstance(mapping, dict):
             raise HeadwiseError(f"--set {setting}: {parent} has no keys of its own.")
     mapping[last] = value

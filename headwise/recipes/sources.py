@@ -17,6 +17,8 @@ from headwise.recipes import builtin
 
 STREAM_BYTES = 1 << 30  # rows of files up to this size together are read at once
 _ROWS = {".jsonl": "json", ".parquet": "parquet"}
+# Files that hold documents, but not as one text.
+_UNREAD = (".json", ".csv", ".tsv", ".gz", ".zst", ".zip")
 
 
 def documents(source: str, split: str = "train", characters: int | None = None) -> list[str]:
@@ -111,13 +113,20 @@ def _until(texts: Iterator[str], characters: int | None) -> Iterator[str]:
 def _files(source: str) -> list[Path]:
     """The file of that name, or those that its `*` stand for, sorted."""
     found = sorted(map(Path, glob.glob(source, recursive=True))) if glob.has_magic(source) else []
-    found = found or [Path(source)]
-    if not found[0].exists():
-        raise HeadwiseError(
-            f"There is no text file {source}.",
-            "A source is builtin, packages, a .txt, .jsonl or .parquet file, or hf:DATASET.",
-        )
-    return found
+    for path in found or [Path(source)]:
+        if not source or not path.exists():
+            raise HeadwiseError(
+                f"There is no text file {source or repr(source)}.",
+                "A source is builtin, packages, a .txt, .jsonl or .parquet file, or hf:DATASET.",
+            )
+        if path.is_dir():
+            raise HeadwiseError(f"{path} is a folder, not a text.", f"Name its files, such as '{path}/*.jsonl'.")
+        if path.suffix in _UNREAD:
+            raise HeadwiseError(
+                f"{path} is neither plain text nor rows of text.",
+                'Make it .jsonl (objects with a "text") or .parquet.',
+            )
+    return found or [Path(source)]
 
 
 def _own_files(source: str) -> set[Path]:

@@ -24,7 +24,7 @@ def uptrain(
     teacher: str | Path | None = None,
     tokens: int | None = None,
     fraction: float | None = None,
-    text: Sequence[str] = (),
+    text: str | Sequence[str] = (),
     heldout: str | None = None,
     settings: Sequence[str] = (),
     resume: bool = False,
@@ -61,10 +61,13 @@ def uptrain(
     name = "its own" if isinstance(recipe, Recipe) else Path(recipe).stem
     if (tokens is not None or fraction is not None) and schema.load(recipe, settings).train is None:
         raise HeadwiseError("This recipe has no budget: it trains layer by layer.", "Set layerwise.tokens.")
-    settings = [*settings, *_as_settings(tokens, fraction, text, heldout)]
+    texts = [text] if isinstance(text, str) else text
+    settings = [*settings, *_as_settings(tokens, fraction, texts, heldout)]
     chosen = schema.load(recipe, settings)
     target = Path(out) if out is not None else _beside(model)
     if launch is not None:
+        if isinstance(recipe, Recipe):
+            raise HeadwiseError("Other processes read a recipe from its file; this has none.", "Name a file.")
         options = {"--teacher": teacher, "--max-shard-size": max_shard_size, "--command": command}
         words = [str(recipe), str(target), "--model", str(model), *(["--resume"] * resume), *(["--force"] * force)]
         words += [word for option, value in options.items() if value for word in (option, str(value))]
@@ -76,16 +79,17 @@ def uptrain(
 
 
 def _as_settings(
-    tokens: int | None, fraction: float | None, text: Sequence[str], heldout: str | None
+    tokens: int | None, fraction: float | None, texts: Sequence[str], heldout: str | None
 ) -> Iterator[str]:
     """What has an argument of its own, in the words of a recipe."""
     if tokens is not None or fraction is not None:
         yield f"train.tokens={json.dumps(tokens)}"
         yield f"train.fraction={json.dumps(fraction)}"
-    if text:
-        yield f"data.text={json.dumps(dict.fromkeys(text, 1))}"
+    if texts:
+        # YAML does not know JSON's pairs of escapes for what lies beyond 16 bits.
+        yield f"data.text={json.dumps(dict.fromkeys(texts, 1), ensure_ascii=False)}"
     if heldout is not None:
-        yield f"data.heldout={json.dumps(heldout)}"
+        yield f"data.heldout={json.dumps(heldout, ensure_ascii=False)}"
 
 
 def _beside(model: str | Path) -> Path:

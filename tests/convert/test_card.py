@@ -24,7 +24,14 @@ PASSED = {"passed": True, "checks": [{"name": "logits", "passed": True, "detail"
 def record_of(model, layers=LAYERS, **options):
     hashes = {"b": "22", "a": "11"}
     return make_record(
-        plan_for(model, 4), open_checkpoint(model), out="out", hashes=hashes, files={}, layers=layers, **options
+        plan_for(model, 4),
+        open_checkpoint(model),
+        out="out",
+        hashes=hashes,
+        files={},
+        layers=layers,
+        device="cpu",
+        **options,
     )
 
 

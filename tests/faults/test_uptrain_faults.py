@@ -74,8 +74,10 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(run, "draw_curve", lambda *_, **__: None)
     source = save_speaking(tmp_path / "source", **SHAPE)
     text = tmp_path / "text.txt"
-    text.write_text("def add(x, y):\n    return x + y\n\n\n" * 30)
-    data = Data({str(text): 1}, 16, heldout=str(text), heldout_blocks=2)
+    held = tmp_path / "held.txt"
+    for path in (text, held):
+        path.write_text("def add(x, y):\n    return x + y\n\n\n" * 30)
+    data = Data({str(text): 1}, 16, heldout=str(held), heldout_blocks=2)
     recipe = Recipe("tiny", data, TRAINING, loss=Loss(cross_entropy=1.0))
 
     def job(out: Path, resume: bool) -> Any:

@@ -47,6 +47,13 @@ def test_settings_are_laid_over_in_order(recipe: Path) -> None:
     assert load(recipe, ["train.seconds=null"]).train.seconds is None
 
 
+def test_settings_are_laid_over_a_recipe_that_was_read(recipe: Path) -> None:
+    read = load(recipe)
+    assert load(read) == read
+    settings = ["layerwise.tokens=5", "train.lora.rank=4", "train.parameters=attention"]
+    assert load(read, settings) == load(recipe, settings)
+
+
 def test_a_setting_is_checked_like_the_file(recipe: Path) -> None:
     with pytest.raises(
         HeadwiseError, match=r"unknown key train\.learning_rat\..*Did you mean train\.learning_rate\?"

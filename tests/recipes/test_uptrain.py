@@ -183,7 +183,7 @@ def test_a_full_disk_leaves_the_checkpoints_there_are(
 
 
 def test_text_of_ones_own(home: Path, tmp_path: Path) -> None:
-    texts = [str(models.text(tmp_path / f"{name}.txt", lines=200)) for name in ("a", "b")]
+    texts = [str(models.text(tmp_path / f"{name}.txt", lines=200)) for name in ("a", "\N{GRINNING FACE}")]
     held = str(home / "held.txt")
     plan = replace(recipe(home), data=Data({"builtin": 1}, 32))
     uptrain(
@@ -244,6 +244,11 @@ def refusals(home: Path, tmp_path: Path) -> Iterator[tuple[Recipe, dict[str, Any
         "does not fill one block",
     )
     yield good, {"heldout": str(home / "text.txt")}, "trained on too"
+    yield good, {"text": str(home)}, "is a folder"
+    yield good, {"heldout": ""}, "no text file ''"
+    (tmp_path / "rows.csv").write_text("a,b")
+    yield good, {"text": ["builtin", str(tmp_path / "rows.csv")]}, "neither plain text nor rows"
+    yield good, {"launch": "ddp"}, "this has none"
     yield good, {"text": [str(home / "*.txt")]}, r"held.txt is trained on too \(data.text"
     yield replace(good, data=Data({"none.txt": 1}, 32, heldout_blocks=4)), {}, "no text file none.txt"
     yield replace(good, train=replace(TRAINING, tokens=None, fraction=0.05)), {}, "size is not stated"
