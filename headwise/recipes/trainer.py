@@ -237,6 +237,13 @@ def make_trainer(
     assert training is not None
     tokens = tokens or training.budget()
     arguments = _arguments(training, recipe.data.length, work, tokens, checkpoints is not None)
+    rows = training.batch_tokens // recipe.data.length
+    if not isinstance(blocks, IterableDataset) and len(blocks) < rows:
+        # The Trainer leaves out a batch that is not full: it would take no step, and say nothing.
+        raise HeadwiseError(
+            f"The recipe's text fills {len(blocks)} rows of {recipe.data.length} tokens, and a step takes {rows}.",
+            f"Give more text, or --set train.batch_tokens={len(blocks) * recipe.data.length}.",
+        )
     callbacks: list[Any] = [
         Curve(work / "curve.csv", training.batch_tokens, progress, **(figures or {})),
         Guard(checkpoints),

@@ -253,6 +253,8 @@ def refusals(home: Path, tmp_path: Path) -> Iterator[tuple[Recipe, dict[str, Any
     yield replace(good, data=Data({"none.txt": 1}, 32, heldout_blocks=4)), {}, "no text file none.txt"
     yield replace(good, train=replace(TRAINING, tokens=None, fraction=0.05)), {}, "size is not stated"
     yield replace(good, train=replace(TRAINING, batch_tokens=100)), {}, "does not divide"
+    short = models.text(tmp_path / "short.txt", lines=4)
+    yield good, {"text": str(short)}, r"fills \d rows of 32 tokens, and a step takes 8"
     yield recipe(home, train=None, layerwise=Layerwise()), {"tokens": 5}, "no budget"
 
 
