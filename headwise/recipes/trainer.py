@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,12 @@ from transformers import TrainingArguments
 from headwise.errors import HeadwiseError
 from headwise.eval.perplexity import nats_per_token
 from headwise.progress import SILENT, Progress
-from headwise.recipes import losses
 from headwise.recipes.callbacks import Curve, TimeBudget
 from headwise.recipes.checkpoints import Checkpoints
 from headwise.recipes.guard import Guard, Stopper
+from headwise.recipes.objective import total_loss
 from headwise.recipes.schema import Loss, Recipe, Training
-from headwise.recipes.teacher import ANSWERS, Said, Teacher, ask
+from headwise.recipes.teacher import ANSWERS, Teacher, ask
 
 # Checkpoints of a run whose recipe does not say how often, and the fewest steps between two of them.
 CHECKPOINTS, FEWEST_STEPS = 10, 50
@@ -142,61 +141,6 @@ class Trainer(transformers.Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing: the weights are in the network before it is wrapped, which suits every kind of sharding."""
-
-
-def total_loss(
-    loss: Loss,
-    ours: Said,
-    labels: Tensor,
-    theirs: Said | None = None,
-    answers: dict[str, Tensor] | None = None,
-    scales: tuple[float, float] = (1.0, 1.0),
-    *,
-    compiled: bool = False,
-) -> Tensor:
-    """The weighted sum of a recipe's losses.
-
-    Args:
-        labels: (batch, tokens); a token that is not to be predicted has -100, and so the divergences leave it out.
-        theirs: what the teacher says. answers: its most likely tokens (batch, tokens, k) instead.
-        scales: see `Task`.
-    """
-    following = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), losses.IGNORED)], 1).flatten()
-    counted = (following != losses.IGNORED).float()
-    others = [following]
-    if answers:
-        others += [answers[name].flatten(0, 1) for name in ANSWERS]
-    elif theirs is not None:
-        others.append(theirs.logits.flatten(0, 1))
-    logits = ours.logits.flatten(0, 1)
-    per_token = _per_token(loss, compiled)
-    whole = losses.over_tokens(per_token, logits, *others, weights=counted / counted.sum().clamp_min(1))
-    if theirs is not None and loss.hidden_states:
-        error = losses.relative_error(ours.hidden_states, theirs.hidden_states, scales[0])
-        whole = whole + loss.hidden_states * error
-    if theirs is not None and loss.attention_outputs:
-        error = losses.relative_error(ours.attention_outputs, theirs.attention_outputs, scales[1])
-        whole = whole + loss.attention_outputs * error
-    return whole
-
-
-@cache  # what is compiled must be the same function at every step
-def _per_token(loss: Loss, compiled: bool) -> Callable[..., Tensor]:
-    def per_token(student: Tensor, labels: Tensor, *teacher: Tensor) -> Tensor:
-        found = torch.zeros(len(student), device=student.device)
-        if loss.cross_entropy:
-            found = found + loss.cross_entropy * losses.cross_entropy(student, labels)
-        if loss.kl and len(teacher) == 2:
-            found = found + loss.kl * losses.topk_kl(student, *teacher, temperature=loss.temperature)
-        elif loss.kl:
-            found = found + loss.kl * losses.forward_kl(student, teacher[0], loss.temperature)
-        if loss.reverse_kl:
-            found = found + loss.reverse_kl * losses.reverse_kl(student, teacher[0], loss.temperature)
-        if loss.jsd:
-            found = found + loss.jsd * losses.jsd(student, teacher[0], loss.temperature)
-        return found
-
-    return torch.compile(per_token) if compiled else per_token
 
 
 def learning_rate(progress: float, training: Training) -> float:
