@@ -74,6 +74,7 @@ class Task:
 
 
 def headlines() -> Iterator[Task]:
+    """The rows that have a number to reach, over seeds."""
     for target, percent in HEADLINES:
         for seed in range(SEEDS):
             yield Task(target, "optimal", "two-stage", percent, seed)
@@ -241,10 +242,10 @@ def read_text(home: Path, percent: float, scale: float, text: str) -> None:
     tokens = max(64 * LENGTH, int(1.1 * scale * percent / 100 * PRETRAINING))
     wanted, read = {"text": text, "scale": scale, "tokens": tokens}, home / "text.json"
     if read.exists():
-        held = json.loads(read.read_text())
-        if held | {"tokens": 0} != wanted | {"tokens": 0}:
-            raise SystemExit(f"{home} is of another text or scale: {held}; take another folder")
-        if held["tokens"] >= tokens:
+        there = json.loads(read.read_text())
+        if there | {"tokens": 0} != wanted | {"tokens": 0}:
+            raise SystemExit(f"{home} is of another text or scale: {there}; take another folder")
+        if there["tokens"] >= tokens:
             return
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     held = data.blocks_from("builtin", tokenizer, split="heldout", length=LENGTH)

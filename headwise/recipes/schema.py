@@ -227,6 +227,9 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str]]:
     if train is None:
         return
     yield train.tokens is None and train.fraction is None, "train.tokens is missing (or train.fraction)."
+    # With no step asked for, the Trainer would take three passes over the text.
+    for name, budget in (("tokens", train.tokens), ("fraction", train.fraction)):
+        yield budget is not None and budget <= 0, f"train.{name} must be above 0, got {budget}."
     yield (
         train.lora is not None and train.parameters == "all",
         "train.lora trains adapters on attention: set train.parameters to attention.",

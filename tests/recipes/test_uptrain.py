@@ -249,6 +249,7 @@ def refusals(home: Path, tmp_path: Path) -> Iterator[tuple[Recipe, dict[str, Any
     (tmp_path / "rows.csv").write_text("a,b")
     yield good, {"text": ["builtin", str(tmp_path / "rows.csv")]}, "neither plain text nor rows"
     yield good, {"launch": "ddp"}, "this has none"
+    yield good, {"tokens": 0}, "train.tokens must be above 0"
     yield good, {"text": [str(home / "*.txt")]}, r"held.txt is trained on too \(data.text"
     yield replace(good, data=Data({"none.txt": 1}, 32, heldout_blocks=4)), {}, "no text file none.txt"
     yield replace(good, train=replace(TRAINING, tokens=None, fraction=0.05)), {}, "size is not stated"
