@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import headwise
-from headwise.eval.harness import OWN_TASKS, quiet
+from headwise.eval.tasks.harness import OWN_TASKS, quiet
 
 BOUND = 0.10
 
@@ -72,7 +72,7 @@ def main() -> None:
         os.environ["HEADWISE_CACHE"] = f"{scratch}/cache"
 
         def ours(cache: bool, limit: float | None = options.limit) -> None:
-            headwise.evaluate(
+            headwise.evaluate_model(
                 options.child, options.baseline, tasks=tasks, include_path=include, limit=limit,
                 report=f"{scratch}/report", force=True, cache=cache, device="cpu", dtype="float32", batch_size=16,
             )  # fmt: skip

@@ -141,7 +141,7 @@ def batch_tokens(percent: float) -> int:
 
 def recipe_of(task: Task, scale: float, text: str) -> Any:
     """The library's recipe with this benchmark's budget: what `--set` would do."""
-    from headwise.recipes.schema import Loss, load
+    from headwise.recipes.settings import Loss, load
 
     name = "distill" if task.recipe == "two-stage" else task.recipe
     settings: dict[str, Any] = {"data.text": TEXTS[text], "data.heldout_blocks": 16}
@@ -163,12 +163,12 @@ def work(place: str | None, home: Path, scale: float, text: str, device: str, ta
     import numpy as np
     import torch
 
-    from headwise.convert.checkpoint import open_checkpoint
-    from headwise.convert.pipeline import convert
-    from headwise.eval.perplexity import nats_per_token
+    from headwise.convert.pipeline import convert_model
+    from headwise.io.reader import open_checkpoint
+    from headwise.measure.loss import nats_per_token
     from headwise.progress import SILENT
     from headwise.recipes.run import Run
-    from headwise.recipes.student import ModelFolder
+    from headwise.train.student import ModelFolder
 
     torch.set_num_threads(1)
     # The first task comes when the text has been read.
@@ -204,7 +204,7 @@ def work(place: str | None, home: Path, scale: float, text: str, device: str, ta
                 arguments |= {"calibrate": "none"}
                 del arguments["calibration_tokens"]
             if not out.exists():
-                convert(MODEL, out, **arguments, verify=False)
+                convert_model(MODEL, out, **arguments, verify=False)
             return {"nats": nats(out)}
         start = folder(task, "convert" if task.recipe in ("layerwise", "distill", "paper") else "layerwise")
         keep = task.recipe == "layerwise"
@@ -236,8 +236,8 @@ def read_text(home: Path, percent: float, scale: float, text: str) -> None:
     import numpy as np
     from transformers import AutoTokenizer
 
-    from headwise.recipes import data
-    from headwise.recipes.schema import Data
+    from headwise.recipes.settings import Data
+    from headwise.text import blocks as data
 
     tokens = max(64 * LENGTH, int(1.1 * scale * percent / 100 * PRETRAINING))
     wanted, read = {"text": text, "scale": scale, "tokens": tokens}, home / "text.json"

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from headwise.kernels.attend import launch
+from headwise.kernels.decode import launch
 from headwise.kernels.gqa_decode.triton import gqa_decode
 from headwise.kernels.mla_decode.triton import mla_decode
 

@@ -20,9 +20,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import headwise
-from headwise.convert import architecture, bound, context, rope
-from headwise.eval import passkey, plots, positions
-from headwise.recipes import data, schema, train
+from headwise.convert.positions import context
+from headwise.convert.positions import rope_bound as bound
+from headwise.eval.report import plots
+from headwise.eval.tasks import passkey
+from headwise.measure import positions
+from headwise.models import architecture, rope
+from headwise.recipes import settings as schema
+from headwise.recipes import worker as train
+from headwise.text import blocks as data
 
 UPTRAINED = ("plain", "ntk", "yarn", "base")
 

@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import headwise
-from headwise.convert.writer import OutputTensor, Writer
+from headwise.io.writer import OutputTensor, Writer
 
 TOKENIZER = Path(headwise.__file__).parent / "demo" / "model"
 

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from headwise.convert.pipeline import convert
-from headwise.demo import MODEL
-from headwise.eval.perplexity import nats_per_token
-from headwise.recipes.data import blocks_from
+from headwise.convert.pipeline import convert_model
+from headwise.demo.demo import MODEL
+from headwise.measure.loss import nats_per_token
+from headwise.text.blocks import blocks_from
 
 
 def target(text: str) -> dict[str, Any]:
@@ -86,9 +86,9 @@ def main() -> None:
                 else:
                     if not moments.exists():
                         given = {**arguments, **text, "save_moments": moments}
-                        convert(options.model, out, **given, verify=False, force=True)
+                        convert_model(options.model, out, **given, verify=False, force=True)
                     arguments["moments"] = moments
-                done: Any = convert(options.model, out, **arguments, verify=False, force=True)
+                done: Any = convert_model(options.model, out, **arguments, verify=False, force=True)
                 seconds = time.monotonic() - start
                 row = {
                     "target": wanted,

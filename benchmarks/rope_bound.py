@@ -3,8 +3,8 @@
 python benchmarks/rope_bound.py
 """
 
-from headwise.convert.bound import first_failure, smallest_base
-from headwise.convert.rope import base_frequencies
+from headwise.convert.positions.rope_bound import first_failure, smallest_base
+from headwise.models.rope import base_frequencies
 
 FAR = 1_000_000
 

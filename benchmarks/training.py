@@ -30,11 +30,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, TrainerCallback
 
-from headwise.recipes.forecast import Shape, forecast
-from headwise.recipes.packing import Collator
-from headwise.recipes.schema import Data, Loss, Recipe, Training
-from headwise.recipes.teacher import Teacher
-from headwise.recipes.trainer import Task, make_trainer
+from headwise.recipes.settings import Data, Loss, Recipe, Training
+from headwise.text.packing import Collator
+from headwise.train.memory import Shape, forecast
+from headwise.train.teacher import Teacher
+from headwise.train.trainer import Task, make_trainer
 
 # Parents, the lengths and batches to train them with, and what their students are left with.
 SHAPES: dict[str, dict[str, Any]] = {

@@ -1,36 +1,62 @@
-"""headwise: change how a trained language model attends, and prove what changed.
+"""Change how a trained language model attends (MHA, GQA, MQA, MLA), and prove what changed.
 
-The verbs of the command line are functions here: `inspect`, `convert`, `verify`, `uptrain`, `evaluate`, `bench`,
-`update_card` and `push`. They are imported on first use, so that importing headwise (or asking the command for
-help) never waits for torch.
+Every verb of the command line is a function of this package. A function is imported at its first use, so that
+importing headwise, or asking the command for help, never waits for torch.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from headwise.convert.inspect import inspect_model as inspect_model
+    from headwise.convert.pipeline import convert_model as convert_model
+    from headwise.convert.verify.check import verify_model as verify_model
+    from headwise.errors import GateFailed as GateFailed
+    from headwise.errors import HeadwiseError as HeadwiseError
+    from headwise.eval.bench import bench_model as bench_model
+    from headwise.eval.evaluate import evaluate_model as evaluate_model
+    from headwise.eval.report.card_section import update_card as update_card
+    from headwise.recipes.uptrain import uptrain_model as uptrain_model
+    from headwise.records.push import push_model as push_model
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "inspect": "headwise.convert.plan",
-    "convert": "headwise.convert.pipeline",
-    "verify": "headwise.convert.verify",
-    "evaluate": "headwise.eval.evaluate",
-    "bench": "headwise.eval.bench",
-    "uptrain": "headwise.recipes.uptrain",
-    "update_card": "headwise.eval.card",
-    "push": "headwise.publish",
+_MODULES = {
+    "inspect_model": "headwise.convert.inspect",
+    "convert_model": "headwise.convert.pipeline",
+    "verify_model": "headwise.convert.verify.check",
+    "uptrain_model": "headwise.recipes.uptrain",
+    "evaluate_model": "headwise.eval.evaluate",
+    "bench_model": "headwise.eval.bench",
+    "update_card": "headwise.eval.report.card_section",
+    "push_model": "headwise.records.push",
     "HeadwiseError": "headwise.errors",
+    "GateFailed": "headwise.errors",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "GateFailed",
+    "HeadwiseError",
+    "__version__",
+    "bench_model",
+    "convert_model",
+    "evaluate_model",
+    "inspect_model",
+    "push_model",
+    "update_card",
+    "uptrain_model",
+    "verify_model",
+]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'headwise' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+if not TYPE_CHECKING:  # a type checker would take every name for Any
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module 'headwise' has no attribute {name!r}")
+        return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

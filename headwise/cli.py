@@ -10,10 +10,11 @@ from typing import Any
 
 import click
 
-from headwise import __version__, show, ui
-from headwise.command import Option, Parsed, Verbs, choice, flag, number, parsed
-from headwise.errors import GateFailed
-from headwise.options import (
+from headwise import __version__
+from headwise._cli import console as ui
+from headwise._cli import render as show
+from headwise._cli.app import Option, Parsed, Verbs, choice, flag, number, parsed
+from headwise._cli.options import (
     CONVERT,
     DEVICE,
     EVAL,
@@ -26,6 +27,7 @@ from headwise.options import (
     memory,
     refuse_ignored,
 )
+from headwise.errors import GateFailed
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -50,15 +52,15 @@ def inspect(**options: Any) -> None:
 
     Reads the configuration and the file headers only.
     """
-    from headwise.convert.plan import inspect
+    from headwise.convert.inspect import inspect_model
 
     plot = options.pop("plot", None)
     if plot and "context" not in options:
         raise click.UsageError("--plot draws what --context N computes: give both.")
-    found = inspect(**options)
+    found = inspect_model(**options)
     show.inspection(found)
     if plot:
-        from headwise.eval.plots import draw_reach
+        from headwise.eval.report.plots import draw_reach
 
         draw_reach(**options, path=plot)
         ui.note(f"Drew {plot}.")
@@ -79,10 +81,10 @@ def convert(**options: Any) -> None:
     # measured on two busy cores, a conversion finished in 44 CPU seconds that was not done after 58. Counts only
     # before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from headwise.convert.pipeline import convert
+    from headwise.convert.pipeline import convert_model
 
     with ui.progress() as progress:
-        outcome: Any = convert(**options, progress=progress)
+        outcome: Any = convert_model(**options, progress=progress)
     (show.plan if "dry_run" in options else show.outcome)(outcome)
     ui.result(outcome)
 
@@ -101,10 +103,10 @@ def verify(**options: Any) -> None:
         raise click.UsageError("--revision and --token are the parent's: they need --against MODEL.")
     if options.keys() >= {"hashes", "against"}:
         raise click.UsageError("--hashes compares with headwise.json alone: leave out --against.")
-    from headwise.convert.verify import verify
+    from headwise.convert.verify.check import verify_model
 
     with ui.progress() as progress:
-        verification = verify(**options, progress=progress)
+        verification = verify_model(**options, progress=progress)
     show.verification(verification)
     ui.result(verification)
     if not verification.passed:
@@ -124,10 +126,10 @@ def uptrain(**options: Any) -> None:
         raise click.UsageError("--processes needs --launch.")
     if "tokens" in options and "fraction" in options:
         raise click.UsageError("--tokens and --fraction contradict each other: give one of them.")
-    from headwise.recipes.uptrain import uptrain
+    from headwise.recipes.uptrain import uptrain_model
 
     with ui.progress() as progress:
-        healed = uptrain(**options, command=shlex.join(["headwise", *sys.argv[1:]]), progress=progress)
+        healed = uptrain_model(**options, command=shlex.join(["headwise", *sys.argv[1:]]), progress=progress)
     if healed is not None:
         show.uptrained(healed)
         ui.result(healed)
@@ -144,10 +146,10 @@ def evaluate(**options: Any) -> None:
     """
     if options.keys() & {"fail_above", "cache"} and "baseline" not in options:
         raise click.UsageError("--fail-above and --no-cache are about the parent: give --baseline MODEL.")
-    from headwise.eval.evaluate import evaluate
+    from headwise.eval.evaluate import evaluate_model
 
     with ui.progress() as progress:
-        found = evaluate(options.pop("out"), options.pop("baseline", None), **options, progress=progress)
+        found = evaluate_model(options.pop("out"), options.pop("baseline", None), **options, progress=progress)
     if found is None:  # one of several processes, and not the one with the results
         return
     show.evaluation(found)
@@ -176,12 +178,12 @@ def bench(**options: Any) -> None:
         raise click.UsageError("bench compares with a parent: give --baseline MODEL.")
     import torch
 
-    from headwise.eval.bench import bench
+    from headwise.eval.bench import bench_model
 
     if "dtype" in options:
         options["dtype"] = getattr(torch, options["dtype"])
     with ui.progress() as progress:
-        measured = bench(options.pop("out"), options.pop("baseline"), **options, progress=progress)
+        measured = bench_model(options.pop("out"), options.pop("baseline"), **options, progress=progress)
     show.bench(measured)
     ui.result(measured)
 
@@ -206,7 +208,7 @@ def card(**options: Any) -> None:
     headwise card OUT OUT-eval
     headwise card OUT OUT-eval --eval-result gpqa_diamond=Idavidrein/gpqa:gpqa_diamond
     """
-    from headwise.eval.card import update_card
+    from headwise.eval.report.card_section import update_card
 
     updated = update_card(options.pop("out"), options.pop("report"), **options)
     ui.say(f"Wrote {updated.figures} figure{'s' * (updated.figures != 1)} into {updated.card}.")
@@ -233,10 +235,10 @@ def push(**options: Any) -> None:
 
     Run it again after an interruption: what has arrived is not sent twice.
     """
-    from headwise.publish import push
+    from headwise.records.push import push_model
 
     with ui.progress() as progress:
-        pushed = push(**options, progress=progress)
+        pushed = push_model(**options, progress=progress)
     show.push(pushed)
     ui.result(pushed)
 
@@ -251,7 +253,7 @@ def push(**options: Any) -> None:
 )
 def demo(**options: Any) -> None:
     """Shrink the KV cache of a real model and measure the damage."""
-    from headwise.demo import demo
+    from headwise.demo.demo import demo
 
     with ui.progress() as progress:
         outcome = demo(**options, progress=progress)
@@ -277,8 +279,8 @@ def recipes() -> None:
 @recipes.command("list")
 def list_recipes() -> None:
     """Name every recipe and what it is for."""
-    from headwise.eval import recipe as evaluation
-    from headwise.recipes import schema as training
+    from headwise.eval import settings as evaluation
+    from headwise.recipes import settings as training
 
     found = {
         verb: {path.stem: kind.load(path).about.strip() for path in sorted(kind.LIBRARY.glob("*.yaml"))}
@@ -310,8 +312,8 @@ def validate_recipe(recipe: str, evaluation: bool = False) -> None:
 
 def _recipe(name: str, evaluation: bool) -> tuple[Path, Any]:
     """A recipe of either kind: a name is looked up among the training recipes first, a file says what it is."""
-    from headwise.eval import recipe as measuring
-    from headwise.recipes import schema as training
+    from headwise.eval import settings as measuring
+    from headwise.recipes import settings as training
 
     kind: Any = measuring if evaluation or measuring.is_evaluation(name) else training
     return kind.find(name), kind.load(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headwise.convert.layout import AttentionLayout, LayerWeights
+from headwise.models.layout import AttentionLayout, LayerWeights
 
 
 def frequencies(rotary_dim: int, theta: float = 10000.0) -> Tensor:

@@ -2,21 +2,63 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 import headwise
-from headwise.errors import HeadwiseError
+
+VERBS = [name for name in headwise.__all__ if name.endswith("_model") or name == "update_card"]
 
 
 @pytest.mark.parametrize("name", headwise.__all__)
-def test_every_name_is_there_the_second_time_too(name: str) -> None:
+def test_every_public_name_loads_twice(name: str) -> None:
     first, second = getattr(headwise, name), getattr(headwise, name)
-    assert first is not None and callable(first) == callable(second)
+    assert first is not None and first is second
     assert name in dir(headwise)
 
 
-def test_convert_is_a_function_also_once_its_package_is_imported(tmp_path) -> None:
-    import headwise.convert.plan
+@pytest.mark.parametrize("name", VERBS)
+def test_every_verb_has_a_real_signature_and_a_docstring(name: str) -> None:
+    verb = getattr(headwise, name)
+    signature = inspect.signature(verb)
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
+    assert signature.return_annotation is not inspect.Signature.empty
+    assert "Args:" in (verb.__doc__ or "")
 
-    with pytest.raises(HeadwiseError, match=r"no config\.json"):
-        headwise.convert(tmp_path, tmp_path / "out", to="mqa")
+
+def test_no_module_is_callable() -> None:
+    import headwise.convert
+
+    assert not callable(headwise.convert)
+
+
+USER = """
+from pathlib import Path
+import headwise
+
+reveal = headwise.inspect_model("folder")
+headwise.convert_model("folder", Path("out"), to="gqa", groups="four")
+headwise.convert_model("folder", Path("out"), too="gqa")
+headwise.no_such_verb
+"""
+
+
+def test_type_checkers_see_wrong_arguments(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    program = tmp_path / "user.py"
+    program.write_text(USER)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--ignore-missing-imports", "--no-error-summary", program],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(Path(headwise.__file__).parents[1])},
+    )
+    wrong = [line.split(":")[1] for line in done.stdout.splitlines() if "user.py" in line and "error" in line]
+    assert wrong == ["6", "7", "8"], done.stdout

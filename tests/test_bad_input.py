@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headwise.cli import cli
-from headwise.convert import disk, forecast, layers, pipeline
-from headwise.convert.refit import refit
+from headwise.convert import forecast, layers, pipeline
+from headwise.convert.refit.regression import refit
+from headwise.io import fs as disk
 from tests.convert.speaking import TEXT, contents, save_speaking
 
 TO = ("--to", "gqa", "--groups", "2")
@@ -234,7 +235,7 @@ def test_no_permission_to_write(model: Path, monkeypatch: pytest.MonkeyPatch, nu
 
 
 def test_no_permission_to_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from headwise.convert import checkpoint
+    from headwise.io import reader as checkpoint
 
     def closed(path: Path, *arguments: Any, **options: Any) -> Any:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))

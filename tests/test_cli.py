@@ -15,7 +15,8 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from headwise import show, ui
+from headwise._cli import console as ui
+from headwise._cli import render as show
 from headwise.cli import cli
 from headwise.errors import HeadwiseError
 
@@ -126,11 +127,11 @@ def test_only_what_was_typed_is_passed_on(library: SimpleNamespace) -> None:
 def test_every_option_of_convert_is_a_parameter_of_the_function() -> None:
     import inspect
 
-    from headwise.convert.pipeline import convert
+    from headwise.convert.pipeline import convert_model
 
     shown = {"json", "quiet", "verbose"}
     assert {p.name for p in cli.commands["convert"].params} - shown == (
-        inspect.signature(convert).parameters.keys() - {"progress"}
+        inspect.signature(convert_model).parameters.keys() - {"progress"}
     )
 
 
@@ -158,7 +159,7 @@ def test_an_exception_becomes_a_sentence_and_a_code(
 
 
 def test_an_interrupted_conversion_says_how_to_go_on(library: SimpleNamespace) -> None:
-    from headwise.convert.workfolder import Interrupted
+    from headwise.io.workdir import Interrupted
 
     def stop(**_: Any) -> None:
         raise Interrupted("Interrupted; the work is kept.", "Go on with --resume.")

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from headwise import ui
-from headwise.convert.pipeline import convert
+from headwise._cli import console as ui
+from headwise.convert.pipeline import convert_model
 from headwise.convert.plan import inspect
-from headwise.convert.verify import verify
-from headwise.demo import Demo, Measurement
+from headwise.convert.verify.check import verify_model
+from headwise.demo.demo import Demo, Measurement
 from headwise.environment import environment
 from headwise.eval.bench import Bench, Speed
-from headwise.eval.card import CardUpdate
-from headwise.publish import Push
+from headwise.eval.report.card_section import CardUpdate
 from headwise.recipes.run import Uptrained
+from headwise.records.push import Push
 from tests.convert.speaking import save_speaking
 
 PAGE = Path(__file__).parent.parent / "docs" / "json.md"
@@ -56,16 +56,16 @@ def printed(tmp_path_factory) -> dict[str, Any]:
     home = tmp_path_factory.mktemp("json")
     model = save_speaking(home / "model")
     asked = {"to": "gqa", "groups": 4, "calibrate": "none"}
-    plan = convert(model, home / "out", **asked, dry_run=True)
+    plan = convert_model(model, home / "out", **asked, dry_run=True)
     speed = Speed("m", 1, 8, 1.0, 1.0, 1.0, 1, 1, None)
     measured = Measurement("GQA-4", "mean", 1, 1.0, 1.0)
     pushed = Push(home, "org/name", None, {"config.json": 3}, ("old.safetensors",), True, True, False)
     results = {
         "inspect": inspect(model, context=64),
         "convert --dry-run": plan,
-        "convert": convert(model, home / "out", **asked),
+        "convert": convert_model(model, home / "out", **asked),
         "uptrain": Uptrained(home, "distill", 3.0, 2.0, None, 1, 1.0, {0: {"before": 0.1}}),
-        "verify": verify(home / "out"),
+        "verify": verify_model(home / "out"),
         "bench": Bench([speed], [speed, speed], 1, "cpu"),
         "card": CardUpdate(home, 1, (home,)),
         "push": pushed,

@@ -19,7 +19,7 @@ FILES = {
     ".".join(("headwise", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-PURE = [f"headwise.convert.{name}" for name in ("heads", "latent", "rope", "deepseek")] + ["headwise.eval.compare"]
+PURE = [f"headwise.convert.{name}" for name in ("heads", "latent", "rope", "deepseek")] + ["headwise.eval.stats"]
 # What a pure file may import from outside: mathematics, and the language's own types.
 MATHEMATICS = {"torch", "math"}
 TYPES = {"__future__", "collections", "dataclasses", "functools", "itertools", "typing"}
@@ -125,7 +125,7 @@ def test_nothing_imports_in_a_circle() -> None:
 
 
 def test_nothing_imports_the_command() -> None:
-    front = {"headwise.cli", "headwise.options", "headwise.command", "headwise.__main__"}
+    front = {"headwise.cli", "headwise._cli.options", "headwise._cli.app", "headwise.__main__"}
     assert not [m for m in FILES if m not in front and front & imports(m)]
     assert [m for m in FILES if "headwise.cli" in imports(m)] == ["headwise.__main__"]
 
@@ -144,9 +144,9 @@ def test_help_waits_for_no_heavy_import() -> None:
 
 def test_one_output_sink() -> None:
     loud = ("print", "click.echo", "click.secho", "sys.stdout.write", "sys.stderr.write")
-    assert not [f"{m}:{call.lineno}" for m in FILES if m != "headwise.ui" for call in calls(m, *loud)]
+    assert not [f"{m}:{call.lineno}" for m in FILES if m != "headwise._cli.console" for call in calls(m, *loud)]
     drawers = [m for m in FILES if {name.split(".")[0] for name in imports(m)} & {"rich", "tqdm"}]
-    assert drawers == ["headwise.ui"]
+    assert drawers == ["headwise._cli.console"]
 
 
 def test_a_model_type_is_a_row_and_never_a_branch() -> None:

@@ -18,10 +18,10 @@ from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from headwise.cli import cli
-from headwise.convert.pipeline import ConvertResult, convert
-from headwise.convert.verify import verify
+from headwise.convert.pipeline import ConvertResult, convert_model
+from headwise.convert.verify.check import verify_model
 from headwise.errors import HeadwiseError
-from headwise.publish import push
+from headwise.records.push import push_model
 from tests.convert.speaking import contents, save_speaking
 from tests.hub_server import READ_ONLY, TOKEN, Repository, point_client_to, serve
 
@@ -32,7 +32,7 @@ QUICK: dict[str, Any] = {"to": "gqa", "groups": 2, "calibrate": "none", "max_sha
 def made(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("made")
     save_speaking(home / "model")
-    convert(home / "model", home / "out", **QUICK)
+    convert_model(home / "model", home / "out", **QUICK)
     return home
 
 
@@ -65,7 +65,7 @@ def shards(files) -> set[str]:
 
 
 def test_a_folder_arrives_whole_and_is_pulled_again(hub, out, tmp_path):
-    pushed = push(out, "org/new", token=TOKEN)
+    pushed = push_model(out, "org/new", token=TOKEN)
     remote = hub.repositories["org/new"]
     assert pushed.creates_repository and pushed.verified and not pushed.private and len(shards(pushed.files)) > 2
     assert pushed.changed
@@ -74,18 +74,18 @@ def test_a_folder_arrives_whole_and_is_pulled_again(hub, out, tmp_path):
     assert (pushed.commit, pushed.url) == (remote.commit("main"), f"{hub.endpoint}/org/new/commit/{pushed.commit}")
     assert hub.count("POST .*/commit/main") == 1, "all files appear together"
     # Everywhere a model is taken, with the commit on record.
-    again = convert("org/new@main", tmp_path / "again", to="mqa", calibrate="none")
+    again = convert_model("org/new@main", tmp_path / "again", to="mqa", calibrate="none")
     assert isinstance(again, ConvertResult) and again.plan.revision == pushed.commit
     record = json.loads((tmp_path / "again" / "headwise.json").read_text())
     assert record["source"]["revision"] == pushed.commit
     assert f"org/new@{pushed.commit}" in record["command"]
-    assert verify(tmp_path / "again", f"org/new@{pushed.commit}").passed
+    assert verify_model(tmp_path / "again", f"org/new@{pushed.commit}").passed
 
 
 def test_nothing_is_sent_twice(hub, out):
-    push(out, "org/new", token=TOKEN)
+    push_model(out, "org/new", token=TOKEN)
     sent = hub.count("PUT")
-    second = push(out, "org/new", token=TOKEN)
+    second = push_model(out, "org/new", token=TOKEN)
     assert hub.count("PUT") == sent == len(shards(second.files))
     assert second.commit == hub.repositories["org/new"].commit("main") and not second.creates_repository
     assert second.changed is False
@@ -101,13 +101,13 @@ def test_an_error_in_the_middle_is_said_and_the_next_run_goes_on(hub, out, stage
     broken = {"upload": f"PUT /lfs/{sha256(out / files[1])}", "commit": "POST .*/commit/"}[stage]
     hub.failures[broken] = 6
     with pytest.raises(HeadwiseError, match=r"answers 500.*Run the same command again"):
-        push(out, "org/new", token=TOKEN)
+        push_model(out, "org/new", token=TOKEN)
     remote = hub.repositories["org/new"]
     assert set(contents(remote.folder("main"))) == {".gitattributes"}, "half a model is never to be seen"
     kept = len(list((hub.storage / "objects").iterdir()))
     assert kept == {"upload": 1, "commit": len(files)}[stage]
     before, hub.failures[broken] = hub.count("PUT"), 0
-    push(out, "org/new", token=TOKEN)
+    push_model(out, "org/new", token=TOKEN)
     assert hub.count("PUT") - before == len(files) - kept
     assert contents(out).items() <= contents(remote.folder("main")).items()
 
@@ -116,9 +116,9 @@ def test_the_default_storage_of_the_real_hub(hub, out, monkeypatch):
     pytest.importorskip("hf_xet")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     with pytest.raises(HeadwiseError, match=r"has no Xet storage.*HF_HUB_DISABLE_XET=1"):
-        push(out, "org/new", token=TOKEN)
+        push_model(out, "org/new", token=TOKEN)
     hub.xet = True
-    push(out, "org/new", token=TOKEN)
+    push_model(out, "org/new", token=TOKEN)
     arrived = contents(hub.repositories["org/new"].folder("main"))
     for name in shards(contents(out)):
         assert arrived[name].decode() == f"xet {sha256(out / name)}"
@@ -126,29 +126,29 @@ def test_the_default_storage_of_the_real_hub(hub, out, monkeypatch):
 
 
 def test_private_repositories(hub, out, tmp_path):
-    assert push(out, "org/secret", private=True, token=TOKEN).private
+    assert push_model(out, "org/secret", private=True, token=TOKEN).private
     assert hub.repositories["org/secret"].private
-    assert push(out, "org/secret", token=TOKEN).private, "it stays what it is"
+    assert push_model(out, "org/secret", token=TOKEN).private, "it stays what it is"
     with pytest.raises(HeadwiseError, match="does not exist or is private"):
-        convert("org/secret", tmp_path / "x", to="mqa")
+        convert_model("org/secret", tmp_path / "x", to="mqa")
     hub.repositories["org/open"] = Repository({"main": hub.storage / "empty"})
     with pytest.raises(HeadwiseError, match="exists and is public"):
-        push(out, "org/open", private=True, token=TOKEN)
+        push_model(out, "org/open", private=True, token=TOKEN)
 
 
 def test_a_branch_is_made(hub, out):
-    push(out, "org/new", token=TOKEN)
+    push_model(out, "org/new", token=TOKEN)
     first = hub.repositories["org/new"].commit("main")
     (out / "README.md").write_text("changed")
-    pushed = push(out, "org/new", revision="v2", token=TOKEN)
+    pushed = push_model(out, "org/new", revision="v2", token=TOKEN)
     remote = hub.repositories["org/new"]
     assert (remote.commit("main"), remote.commit("v2")) == (first, pushed.commit)
-    assert push(out, "org/new@v2", token=TOKEN).revision == "v2"
+    assert push_model(out, "org/new@v2", token=TOKEN).revision == "v2"
 
 
 def test_a_pull_request_changes_no_branch(hub, out):
     hub.repositories["org/other"] = Repository({"main": foreign(out.parent)})
-    pushed = push(out, "org/other", create_pr=True, token=TOKEN)
+    pushed = push_model(out, "org/other", create_pr=True, token=TOKEN)
     remote = hub.repositories["org/other"]
     assert pushed.pull_request == f"{hub.endpoint}/org/other/discussions/1"
     assert remote.folder("main") == out.parent / "foreign"
@@ -168,27 +168,27 @@ def foreign(home: Path) -> Path:
 def test_another_model_is_replaced_only_by_force(hub, out):
     hub.repositories["org/other"] = Repository({"main": foreign(out.parent)})
     with pytest.raises(HeadwiseError, match=r"holds another model than one made from model.*--force"):
-        push(out, "org/other", token=TOKEN)
-    pushed = push(out, "org/other", force=True, token=TOKEN)
+        push_model(out, "org/other", token=TOKEN)
+    pushed = push_model(out, "org/other", force=True, token=TOKEN)
     arrived = contents(hub.repositories["org/other"].folder("main"))
     assert pushed.deleted == ("model.safetensors",) and "model.safetensors" not in arrived
     assert arrived["notes.md"] == b"kept"
 
 
 def test_a_new_conversion_of_the_same_model_replaces_the_old(hub, out, made, tmp_path):
-    push(out, "org/new", token=TOKEN)
-    convert(made / "model", tmp_path / "mqa", to="mqa", calibrate="none")
-    pushed = push(tmp_path / "mqa", "org/new", token=TOKEN)
+    push_model(out, "org/new", token=TOKEN)
+    convert_model(made / "model", tmp_path / "mqa", to="mqa", calibrate="none")
+    pushed = push_model(tmp_path / "mqa", "org/new", token=TOKEN)
     assert set(pushed.deleted) == shards(contents(out)) | {"model.safetensors.index.json"}
     assert shards(contents(hub.repositories["org/new"].folder("main"))) == {"model.safetensors"}
     record = tmp_path / "mqa" / "headwise.json"
     record.write_text(record.read_text().replace('"model": "model"', '"model": "another"'))
     with pytest.raises(HeadwiseError, match="holds another model than one made from another"):
-        push(tmp_path / "mqa", "org/new", token=TOKEN)
+        push_model(tmp_path / "mqa", "org/new", token=TOKEN)
 
 
 def test_a_dry_run_changes_nothing(hub, out):
-    planned = push(out, "org/new", dry_run=True)
+    planned = push_model(out, "org/new", dry_run=True)
     assert planned.commit is None and planned.creates_repository and planned.files.keys() == contents(out).keys()
     assert not hub.repositories and {method for method, _ in hub.requests} == {"GET"}
 
@@ -199,7 +199,7 @@ def test_hidden_files_stay_here(hub, out):
         (out / name).write_text("secret")
     (out / ".eval_results").mkdir()
     (out / ".eval_results" / "headwise.yaml").write_text("[]")
-    files = push(out, "org/new", dry_run=True).files
+    files = push_model(out, "org/new", dry_run=True).files
     assert not [name for name in files if name.startswith(".") and not name.startswith(".eval_results/")]
     assert ".eval_results/headwise.yaml" in files and "logs/.hidden/x" not in files
 
@@ -238,9 +238,9 @@ def other_config(out: Path) -> None:
 def test_what_is_not_verified_is_not_pushed_unasked(hub, out, change, words):
     change(out)
     with pytest.raises(HeadwiseError, match=words + ".*--unverified"):
-        push(out, "org/new", token=TOKEN)
+        push_model(out, "org/new", token=TOKEN)
     assert not hub.requests
-    assert not push(out, "org/new", unverified=True, token=TOKEN).verified
+    assert not push_model(out, "org/new", unverified=True, token=TOKEN).verified
     assert "unverified" in hub.descriptions[-1]
 
 
@@ -273,7 +273,7 @@ def test_bad_input_is_one_sentence(hub, made, monkeypatch, words, arguments):
 def test_offline_is_said(hub, out, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HeadwiseError, match="HF_HUB_OFFLINE is set"):
-        push(out, "org/new", token=TOKEN)
+        push_model(out, "org/new", token=TOKEN)
     assert not hub.requests
 
 

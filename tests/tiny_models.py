@@ -22,7 +22,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from headwise.convert import architecture
+from headwise.models import architecture
 
 VOCABULARY = 61
 

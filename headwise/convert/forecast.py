@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from headwise.convert.architecture import Architecture
-from headwise.convert.attention_view import QUERIES_LOOKED_AT
-from headwise.convert.calibration import TOKENS_AT_ONCE
-from headwise.convert.checkpoint import Checkpoint
-from headwise.convert.refit import DEFAULT_STEPS, FOLDS, SEQUENCES_PER_STEP, forecast_flops
+from headwise.convert.calibration.attention_stats import QUERIES_LOOKED_AT
+from headwise.convert.calibration.layer_stream import TOKENS_AT_ONCE
+from headwise.convert.refit.regression import DEFAULT_STEPS, FOLDS, SEQUENCES_PER_STEP, forecast_flops
 from headwise.errors import HeadwiseError
+from headwise.io.reader import Checkpoint
+from headwise.models.architecture import Architecture
 
 # Longest calibration sequence: how far attention looks is measured on it.
 CALIBRATION_LENGTH = 1024

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.convert import measure
-from headwise.convert.architecture import Architecture
-from headwise.convert.calibration import LayerRecord
-from headwise.convert.checkpoint import Checkpoint
-from headwise.convert.refit import fit_output
-from headwise.convert.refit import refit as refit_layer
-from headwise.convert.target import Target
-from headwise.convert.writer import Writer
+from headwise._cli.console import plain
+from headwise.convert.calibration import calibrate as measure
+from headwise.convert.calibration.layer_stream import LayerRecord
+from headwise.convert.gqa.target import Target
+from headwise.convert.refit.regression import fit_output
+from headwise.convert.refit.regression import refit as refit_layer
+from headwise.io.reader import Checkpoint
+from headwise.io.writer import Writer
+from headwise.models.architecture import Architecture
 from headwise.progress import Progress
-from headwise.ui import plain
 
 
 def place(target: Target, calibration: measure.Calibration | None, device: torch.device) -> torch.device:

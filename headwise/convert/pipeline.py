@@ -9,21 +9,22 @@ from typing import Any
 
 import torch
 
-from headwise.convert import forecast, measure
-from headwise.convert.architecture import find
-from headwise.convert.card import make_card, make_record, source_name
-from headwise.convert.checkpoint import Checkpoint, open_checkpoint
-from headwise.convert.fit import check_complete
+from headwise.convert import forecast
+from headwise.convert.calibration import calibrate as measure
+from headwise.convert.choose import choose_target
+from headwise.convert.gqa.target import Target
 from headwise.convert.layers import convert_layers, place
 from headwise.convert.plan import Plan, make_plan
-from headwise.convert.record import hash_files
-from headwise.convert.target import Target
-from headwise.convert.targets import choose_target
-from headwise.convert.verify import Verification, check_folder
-from headwise.convert.writer import Writer
+from headwise.convert.verify.check import Verification, check_folder
 from headwise.errors import GateFailed, HeadwiseError
+from headwise.io.reader import Checkpoint, open_checkpoint
+from headwise.io.writer import Writer
+from headwise.models.architecture import find
+from headwise.models.stock_match import check_complete
 from headwise.progress import SILENT, Progress
-from headwise.publish import Push, find_target, push_finished
+from headwise.records.card import make_card, make_record, source_name
+from headwise.records.manifest import hash_files
+from headwise.records.push import Push, find_target, push_finished
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class ConvertResult:
         }
 
 
-def convert(
+def convert_model(
     model: str | Path,
     out: str | Path,
     *,

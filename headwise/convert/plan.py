@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 
-from headwise.convert.architecture import Architecture
-from headwise.convert.checkpoint import Checkpoint
-from headwise.convert.inspection import Cache, describe, dtype_of, inspect, plain_fields, spell_dtype
-from headwise.convert.layout import AttentionLayout
-from headwise.convert.writer import OutputTensor, Shard, plan_shards
-
-__all__ = ["Fate", "Plan", "grouped_outputs", "inspect", "make_plan"]
+from headwise.convert.inspect import Cache, describe, dtype_of, plain_fields, spell_dtype
+from headwise.io.reader import Checkpoint
+from headwise.io.writer import OutputTensor, Shard, plan_shards
+from headwise.models.architecture import Architecture
+from headwise.models.layout import AttentionLayout
 
 # Buffers that old releases of transformers saved and no release reads.
 LEFTOVERS = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_bias|bias))$")

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
-from headwise.eval import comparisons, generation, passkey
-from headwise.eval.alone import Alone
-from headwise.eval.comparisons import Judged
+from headwise.eval import compare as comparisons
+from headwise.eval.compare import Judged
+from headwise.eval.metrics import generation
+from headwise.eval.metrics.model_metrics import Alone
+from headwise.eval.pair import Run
 from headwise.eval.result import Acceptance, Cell, Diagnostics, Evaluation, Gate, Positions
-from headwise.eval.run import Run
-from headwise.eval.samples import Results
+from headwise.eval.tasks import passkey
+from headwise.eval.tasks.samples import Results
 
 
 def assemble(

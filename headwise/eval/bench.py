@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
-from headwise.convert.source import locate
+from headwise._cli.console import size
 from headwise.errors import HeadwiseError
+from headwise.io.source import locate
 from headwise.kernels.patch import disable, enable, enabled
 from headwise.progress import SILENT, Progress
-from headwise.ui import size
 
 # Room for activations, logits and the allocator beside weights and cache, as a fraction of the memory allowed.
 RESERVE = 0.04
@@ -56,7 +56,7 @@ class Bench:
         return {**asdict(self), "speedup": self.speedup}
 
 
-def bench(
+def bench_model(
     child: str | Path,
     baseline: str | Path,
     *,

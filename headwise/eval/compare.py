@@ -1,182 +1,215 @@
-"""PURE: is a difference between two models on the same samples real? Paired statistics, in float64.
-
-A mean of paired differences is judged by Student's t, a ratio of sums (nats per token over documents of unlike
-length) by the studentised bootstrap over documents (Efron & Tibshirani 1993, An Introduction to the Bootstrap,
-12.5), flips between right and wrong by the exact form of McNemar's test, and several tasks together by Holm's
-step-down procedure (1979).
-"""
+"""Every figure of the child beside its parent's, judged by pairs; and the gate on the headline figures."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-RESAMPLES = 2000
-# Numbers drawn at once while resampling: bounds memory, not the result.
-_AT_ONCE = 1 << 22
+from headwise.errors import HeadwiseError
+from headwise.eval import stats as compare
+from headwise.eval.result import Comparison, Gate, Paired, Score
+from headwise.eval.stats import Difference
+from headwise.eval.tasks.samples import Figure, Results
+from headwise.eval.verdict import gate_name
+
+LEVEL = 0.05
 
 
 @dataclass(frozen=True)
-class Difference:
-    """An estimated difference and how far off it may be.
+class Judged:
+    """A comparison with what its gate needs: `damage` is turned so that more is worse, in nats for perplexities."""
 
-    Attributes:
-        estimate: child minus parent.
-        standard_error: of the estimate; infinite for a single sample.
-        samples: pairs behind it.
-        pivots: errors of resampled estimates in units of their own standard errors, sorted; None: the errors follow
-            Student's t with `samples - 1` degrees of freedom.
-        binary: whether each sample is right or wrong, so that equal pairs leave room for others not yet seen.
+    comparison: Comparison
+    damage: Difference | None = None
+
+    def exceeds(self, fail_above: float) -> float:
+        """One-sided p-value of a damage above `fail_above`."""
+        assert self.damage is not None
+        is_log = self.comparison.metric.endswith("perplexity")
+        return self.damage.above(math.log1p(fail_above) if is_log else fail_above)
+
+
+def compare_tasks(child: Results, parent: Results | None) -> list[Judged]:
+    """All figures of all tasks; a group's own figure comes before its parts'.
+
+    Raises:
+        HeadwiseError: the two were not asked the same.
     """
-
-    estimate: float
-    standard_error: float
-    samples: int
-    pivots: Tensor | None = None
-    binary: bool = False
-
-    def __neg__(self) -> Difference:
-        pivots = None if self.pivots is None else -self.pivots.flip(0)
-        return replace(self, estimate=-self.estimate, pivots=pivots)
-
-    def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Bounds that hold the true difference in `level` of all repetitions."""
-        if self.standard_error == 0:
-            # The largest share of flips that is likely to show none (Clopper & Pearson 1934), either way.
-            unseen = 1 - (1 - level) ** (1 / self.samples) if self.binary else 0.0
-            return self.estimate - unseen, self.estimate + unseen
-        if math.isinf(self.standard_error):
-            return -math.inf, math.inf
-        tail = (1 - level) / 2
-        if self.pivots is None:
-            low = high = t_quantile(1 - tail, self.samples - 1)
-        else:
-            low, high = (float(self.pivots.quantile(at)) for at in (1 - tail, tail))
-            high = -high
-        return self.estimate - low * self.standard_error, self.estimate + high * self.standard_error
-
-    def above(self, threshold: float = 0.0) -> float:
-        """One-sided p-value: how likely an estimate this large is if the true difference is `threshold` or less."""
-        excess = self.estimate - threshold
-        if self.standard_error == 0:
-            # All pairs differ by the same: what is left of the evidence is their number, as in a sign test.
-            return 0.5**self.samples if excess > 0 else 1.0
-        if self.pivots is None:
-            return t_tail(excess / self.standard_error, self.samples - 1)
-        larger = int((self.pivots >= excess / self.standard_error).sum())
-        return (1 + larger) / (1 + len(self.pivots))
-
-    def p_value(self) -> float:
-        """Two-sided p-value of no difference."""
-        return 1.0 if self.estimate == 0 else min(1.0, 2 * min(self.above(), (-self).above()))
+    found: list[Judged] = []
+    member = {task: group for group, tasks in child.groups.items() for task in tasks}
+    pooled = {group: _pool(group, child, parent) for group in child.groups}
+    for figure in child.figures.values():
+        group = member.get(figure.task)
+        own = pooled.get(group) if group else None
+        if own and not any(j.comparison.task == group for j in found):
+            found.append(judge(*own, headline=True))
+        main = own is None and figure is child.headline(figure.task)
+        found.append(judge(figure, _other(figure, parent), headline=main, group=group))
+    # The headline first within its task.
+    order = {task: place for place, task in enumerate(dict.fromkeys(j.comparison.task for j in found))}
+    found.sort(key=lambda j: (order[j.comparison.task], not j.comparison.headline))
+    return found
 
 
-def paired_mean(child: Tensor, parent: Tensor) -> Difference:
-    """Difference of two means over the same samples.
+def compare_perplexity(text: str, child: Tensor, parent: Tensor | None, tokens: int) -> Judged:
+    """Perplexity of held-out text.
 
     Args:
-        child, parent: one figure for each sample, (samples,), in the same order.
+        text: a name for it.
+        child, parent: nats of each block, (blocks,).
+        tokens: predicted in each block.
     """
-    differences = child.double() - parent.double()
-    count = len(differences)
-    error = float(differences.std()) / math.sqrt(count) if count > 1 else math.inf
-    return Difference(float(differences.mean()), error, count)
+    sizes = torch.full_like(child, tokens, dtype=torch.float64)
+
+    def figure(nats: Tensor) -> Figure:
+        mean = nats.double() / tokens
+        error = float(mean.std()) / math.sqrt(len(mean)) if len(mean) > 1 else None
+        value = math.exp(float(mean.mean()))
+        return Figure(
+            text, "perplexity", None, value, None if error is None else value * error, False, None, None,
+            tuple(str(block) for block in range(len(nats))), -nats.double(), sizes, log=True,
+        )  # fmt: skip
+
+    return judge(figure(child), None if parent is None else figure(parent), headline=True)
 
 
-def paired_ratio(
-    child: Tensor, parent: Tensor, weights: Tensor, *, resamples: int = RESAMPLES, seed: int = 0
-) -> Difference:
-    """Difference of two ratios sum(x) / sum(weights) over the same documents, such as nats per token.
-
-    Args:
-        child, parent: one sum for each document, (documents,).
-        weights: what it was summed over (tokens, words), (documents,); positive.
-        resamples: of the bootstrap.
-        seed: of the resampling.
-    """
-    differences, weights = child.double() - parent.double(), weights.double()
-    count = len(differences)
-    estimate = float(differences.sum() / weights.sum())
-    residuals = differences - estimate * weights
-    if count < 2:
-        return Difference(estimate, math.inf, count, torch.zeros(1, dtype=torch.float64))
-    scale = math.sqrt(count / (count - 1))
-    error = scale * float(residuals.square().sum().sqrt() / weights.sum())
-    # Equal differences leave rounding alone in the residuals, whose ratio to itself would be noise.
-    if error <= 1e-12 * float(differences.abs().sum() / weights.sum()):
-        return Difference(estimate, 0.0, count)
-    columns = torch.stack([residuals, weights, residuals**2, residuals * weights, weights**2], 1)
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for part in torch.zeros(resamples).split(max(1, _AT_ONCE // count)):
-        drawn = torch.randint(count, (len(part), count), generator=generator)
-        total, size, square, cross, size_square = (column[drawn].sum(1) for column in columns.T)
-        off = total / size
-        spread = (square - 2 * off * cross + off**2 * size_square).clamp_min(0).sqrt() * scale / size
-        found.append(torch.where(spread > 0, off / spread, 0.0))
-    return Difference(estimate, error, count, torch.cat(found).sort().values)
-
-
-def flips(child: Tensor, parent: Tensor) -> tuple[int, int]:
-    """Samples that only the child gets right (gained) and that only the parent does (lost)."""
-    child, parent = child > 0.5, parent > 0.5
-    return int((child & ~parent).sum()), int((parent & ~child).sum())
-
-
-def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided p-value of McNemar's test in its exact, binomial form: flips fall either way with probability 1/2.
-
-    Twice the smaller tail, at most 1 (McNemar 1947; without the normal approximation).
-    """
-    total, least = gained + lost, min(gained, lost)
-    ways = term = 1
-    for k in range(least):
-        term = term * (total - k) // (k + 1)
-        ways += term
-    return min(1.0, 2 * ways / 2**total)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number, in the given order: reject those below alpha, and the chance that any
-    true hypothesis is among them is at most alpha."""
-    adjusted = [0.0] * len(p_values)
-    largest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
+def judge(child: Figure, parent: Figure | None, *, headline: bool, group: str | None = None) -> Judged:
+    """Compare two figures over the same samples."""
+    plain = Comparison(
+        task=child.task,
+        metric=child.metric,
+        filter=child.filter,
+        headline=headline,
+        group=group,
+        higher_is_better=child.higher_is_better,
+        num_fewshot=child.num_fewshot,
+        version=child.version,
+        samples=len(child.keys),
+        child=Score(child.value, child.standard_error),
+        parent=None if parent is None else Score(parent.value, parent.standard_error),
+    )
+    if parent is None or child.sums is None or parent.sums is None:
+        return Judged(plain)
+    assert child.weights is not None and parent.weights is not None
+    binary = child.is_binary and parent.is_binary
+    gained = lost = None
+    if child.log:
+        found = compare.paired_ratio(-child.sums, -parent.sums, child.weights)
+        damage: Difference | None = found
+        test, p_value = "bootstrap", found.p_value()
+    else:
+        even = bool((child.weights == child.weights[0]).all())
+        found = (
+            compare.paired_mean(child.sums / child.weights, parent.sums / parent.weights)
+            if even
+            else compare.paired_ratio(child.sums, parent.sums, child.weights)
+        )
+        found = replace(found, binary=binary)
+        known = child.is_share and child.higher_is_better is not None
+        damage = (-found if child.higher_is_better else found) if known else None
+        test, p_value = "t" if even else "bootstrap", found.p_value()
+        if binary:
+            gained, lost = compare.flips(child.sums, parent.sums)
+            test, p_value = "mcnemar", compare.mcnemar(gained, lost)
+    low, high = found.interval()
+    paired = Paired(
+        difference=found.estimate,
+        standard_error=found.standard_error,
+        low=low,
+        high=high,
+        samples=found.samples,
+        p_value=p_value,
+        test=test,
+        gained=gained,
+        lost=lost,
+    )
+    size = None if damage is None else math.expm1(damage.estimate) if child.log else damage.estimate
+    return Judged(replace(plain, paired=paired, damage=size), damage)
 
 
-def t_tail(t: float, dof: int) -> float:
-    """P(T > t) for Student's t with a whole number of degrees of freedom.
-
-    The finite sums of Abramowitz & Stegun 26.7.3 and 26.7.4. Its absolute error is rounding, about 1e-15.
-    """
-    if dof < 1:
-        return 0.5
-    angle = math.atan2(abs(t), math.sqrt(dof))
-    odd = dof % 2
-    k = torch.arange(1, max(1, dof // 2), dtype=torch.float64)
-    terms = (2 * k / (2 * k + 1) if odd else (2 * k - 1) / (2 * k)) * math.cos(angle) ** 2
-    series = 1 + float(terms.cumprod(0).sum()) if dof > 1 else 0.0
-    inside = math.sin(angle) * series
-    if odd:
-        inside = 2 / math.pi * (angle + math.cos(angle) * inside)
-    return (1 - math.copysign(inside, t)) / 2
+def correct(judged: Sequence[Judged]) -> list[Judged]:
+    """Holm's correction over the headline figures."""
+    family = [j for j in judged if j.comparison.headline and j.comparison.paired]
+    adjusted = iter(compare.holm([j.comparison.paired.p_value for j in family if j.comparison.paired]))
+    corrected = []
+    for one in judged:
+        paired = one.comparison.paired
+        if one.comparison.headline and paired:
+            one = replace(one, comparison=replace(one.comparison, paired=replace(paired, p_holm=next(adjusted))))
+        corrected.append(one)
+    return corrected
 
 
-def t_quantile(probability: float, dof: int) -> float:
-    """The t with P(T <= t) = probability, by bisection."""
-    if probability < 0.5:
-        return -t_quantile(1 - probability, dof)
-    low, high = 0.0, 1.0
-    while t_tail(high, dof) > 1 - probability:
-        low, high = high, 2 * high
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, dof) > 1 - probability else (low, middle)
-    return (low + high) / 2
+def damage_gates(judged: Sequence[Judged], fail_above: float) -> Iterator[Gate]:
+    """Whether any headline figure lost more than `fail_above`: it fails only where the evidence says so at 5%, all
+    figures together (one-sided, Holm)."""
+    family = [j for j in judged if j.comparison.headline and j.damage is not None]
+    for one, p in zip(family, compare.holm([j.exceeds(fail_above) for j in family]), strict=True):
+        comparison, damage = one.comparison, one.damage
+        assert damage is not None and comparison.damage is not None
+        least = damage.interval(1 - 2 * LEVEL)[0]
+        unit, one_unit = " points", " point"
+        if comparison.metric.endswith("perplexity"):
+            unit, one_unit, least = "%", "%", math.expm1(min(least, 700))
+        # Adding zero turns -0 into 0.
+        amount, bound = (f"{100 * share + 0:+.2f}{unit}" for share in (comparison.damage, least))
+        allowed = f"{100 * fail_above:g}{one_unit if fail_above == 0.01 else unit}"
+        yield Gate(
+            name=gate_name(comparison),
+            passed=p >= LEVEL,
+            detail=f"Damage {amount}, at least {bound} with 95% confidence; {allowed} allowed (p = {p:.3g}).",
+        )
+
+
+def same_questions(child: Results, parent: Results) -> bool:
+    """Whether both were asked the same, sample by sample."""
+    keys = {at: figure.keys for at, figure in child.figures.items()}
+    return keys == {at: figure.keys for at, figure in parent.figures.items()}
+
+
+def _other(figure: Figure, parent: Results | None) -> Figure | None:
+    if parent is None:
+        return None
+    other = parent.figures.get((figure.task, figure.metric, figure.filter))
+    if other is None or other.keys != figure.keys:
+        raise HeadwiseError(
+            f"Task {figure.task} asked parent and child different questions, so that they cannot be compared.",
+            "Its questions depend on chance or on the model; leave it out.",
+        )
+    return other
+
+
+def _pool(group: str, child: Results, parent: Results | None) -> tuple[Figure, Figure | None] | None:
+    """A group's headline: all samples of its tasks together, in a figure that lm-eval makes of them so."""
+    for key, value in child.group_values.get(group, {}).items():
+        metric, _, filter_name = key.partition(",")
+        places = [(task, metric, None if filter_name == "none" else filter_name) for task in child.groups[group]]
+        heads = [child.figures[place] for place in places if place in child.figures]
+        if len(heads) < len(places) or any(head.sums is None for head in heads):
+            continue
+        pooled = _joined(group, heads)
+        if math.isclose(value, pooled.value, rel_tol=1e-6):
+            others = [_other(head, parent) for head in heads] if parent else []
+            return pooled, _joined(group, [other for other in others if other]) if others else None
+    return None
+
+
+def _joined(group: str, heads: Sequence[Figure]) -> Figure:
+    sums = torch.cat([head.sums for head in heads if head.sums is not None])
+    weights = torch.cat([head.weights for head in heads if head.weights is not None])
+    error = float((sums / weights).std()) / math.sqrt(len(sums)) if len(sums) > 1 else None
+    value = float(sums.sum() / weights.sum())
+    return replace(
+        heads[0],
+        task=group,
+        value=math.exp(-value) if heads[0].log else value,
+        standard_error=None if heads[0].log else error,
+        keys=tuple(key for head in heads for key in head.keys),
+        sums=sums,
+        weights=weights,
+        version=None,
+    )

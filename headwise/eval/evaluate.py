@@ -15,23 +15,24 @@ from typing import Any
 import torch
 
 from headwise.errors import HeadwiseError
-from headwise.eval import models, processes
-from headwise.eval import recipe as recipes
+from headwise.eval import model as models
+from headwise.eval import processes
+from headwise.eval import settings as recipes
 from headwise.eval.assemble import assemble
-from headwise.eval.harness import BACKENDS, Harness, Options
-from headwise.eval.material import make_material, task_arguments
-from headwise.eval.publish import check_report, published
-from headwise.eval.recipe import Recipe
-from headwise.eval.report import write_report
+from headwise.eval.metrics.inputs import make_material, task_arguments
+from headwise.eval.pair import Run, versions
+from headwise.eval.report.publish import check_report, published
+from headwise.eval.report.report import write_report
 from headwise.eval.result import Evaluation
-from headwise.eval.run import Run, versions
+from headwise.eval.settings import Recipe
+from headwise.eval.tasks.harness import BACKENDS, Harness, Options
 from headwise.progress import SILENT, Progress
 
 # Tokens in lm-eval's batches on a CPU, where looking for the largest that fits would take longer than the work.
 CPU_BATCH = 16
 
 
-def evaluate(
+def evaluate_model(
     child: str | Path,
     baseline: str | Path | None = None,
     *,

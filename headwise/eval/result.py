@@ -12,8 +12,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from headwise.eval.curve import Curve
 from headwise.eval.plain import restore
+from headwise.measure.curve import Curve
 
 
 @dataclass(frozen=True)
@@ -328,7 +328,7 @@ class Evaluation:
     @property
     def summary(self) -> tuple[str, ...]:
         """The answer in a few sentences."""
-        from headwise.eval.summary import sentences
+        from headwise.eval.report.summary import sentences
 
         return tuple(sentences(self))
 

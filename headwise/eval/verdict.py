@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from headwise.eval.report.summary import significant
 from headwise.eval.result import Comparison, Evaluation
-from headwise.eval.summary import significant
 
 # A loss, or what the samples leave open of one, that is called small: one point or one percent.
 SMALL = 0.01

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.convert.architecture import Architecture
-from headwise.convert.calibration import LayerStream
-from headwise.convert.latent_target import LEARNING_RATE as LATENT_LEARNING_RATE
-from headwise.convert.latent_target import to_device
-from headwise.convert.refit import LEARNING_RATE, fit_output, refit
-from headwise.convert.skeleton import empty_model, layer_arguments
+from headwise.convert.calibration.layer_stream import LayerStream
+from headwise.convert.mla.target import LEARNING_RATE as LATENT_LEARNING_RATE
+from headwise.convert.mla.target import to_device
+from headwise.convert.refit.regression import LEARNING_RATE, fit_output, refit
 from headwise.errors import HeadwiseError
+from headwise.models.architecture import Architecture
+from headwise.models.stock import empty_model, layer_arguments
 from headwise.progress import SILENT, Progress
-from headwise.recipes.schema import Layerwise
-from headwise.recipes.student import ModelFolder, Student
+from headwise.recipes.settings import Layerwise
+from headwise.train.student import ModelFolder, Student
 
 
 def check_layerwise(student: ModelFolder, teacher: ModelFolder, record: Mapping[str, Any] | None) -> None:

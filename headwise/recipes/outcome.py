@@ -16,15 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from headwise import __version__, environment
-from headwise.convert.card import inherited, with_section, without_evaluation
-from headwise.convert.checkpoint import Checkpoint, open_checkpoint
-from headwise.convert.record import RECORD, hash_files
-from headwise.convert.source import read_json
-from headwise.convert.verify import check_folder
-from headwise.convert.writer import Writer
-from headwise.demo import MODEL
+from headwise.convert.verify.check import check_folder
+from headwise.demo.demo import MODEL
 from headwise.errors import GateFailed, HeadwiseError
-from headwise.recipes.student import ModelFolder, Student
+from headwise.io.reader import Checkpoint, open_checkpoint
+from headwise.io.source import read_json
+from headwise.io.writer import Writer
+from headwise.records.card import inherited, with_section, without_evaluation
+from headwise.records.manifest import RECORD, hash_files
+from headwise.train.student import ModelFolder, Student
 
 CARD, CURVES = "README.md", ("curve.csv", "curve.png")
 SECTION = "Uptraining"

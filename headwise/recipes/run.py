@@ -21,26 +21,28 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from headwise.convert.checkpoint import open_checkpoint
-from headwise.convert.record import read_record
-from headwise.convert.tokenizer import load_tokenizer
-from headwise.convert.workfolder import WorkFolder
-from headwise.convert.writer import OutputTensor, Writer
 from headwise.errors import HeadwiseError
-from headwise.eval.perplexity import nats_per_token
+from headwise.io.reader import open_checkpoint
+from headwise.io.tokenizer import load_tokenizer
+from headwise.io.workdir import WorkFolder
+from headwise.io.writer import OutputTensor, Writer
+from headwise.measure.loss import nats_per_token
 from headwise.progress import Progress
-from headwise.recipes import data, outcome, packing
-from headwise.recipes.callbacks import check_reporters
-from headwise.recipes.checkpoints import Checkpoints, keep, put
-from headwise.recipes.fit import check_fit
-from headwise.recipes.guard import Stopper
+from headwise.recipes import outcome
+from headwise.recipes.compatibility import check_fit
 from headwise.recipes.layerwise import train_layers
-from headwise.recipes.memory import check_memory
-from headwise.recipes.plot import draw_curve
-from headwise.recipes.schema import Recipe
-from headwise.recipes.student import ModelFolder, Student
-from headwise.recipes.teacher import Teacher, answers
-from headwise.recipes.trainer import Task, make_trainer, on_cpu, resume, with_answers
+from headwise.recipes.settings import Recipe
+from headwise.records.manifest import read_record
+from headwise.text import blocks as data
+from headwise.text import packing
+from headwise.train.callbacks import check_reporters
+from headwise.train.checkpoints import Checkpoints, keep, put
+from headwise.train.curve_plot import draw_curve
+from headwise.train.guard import Stopper
+from headwise.train.memory_check import check_memory
+from headwise.train.student import ModelFolder, Student
+from headwise.train.teacher import Teacher, answers
+from headwise.train.trainer import Task, make_trainer, on_cpu, resume, with_answers
 
 TRAINING = "training"
 
@@ -88,7 +90,7 @@ class Run:
         self.main, self.device = self.processes.is_main_process, self.processes.device
         if recipe.init is not None:
             raise HeadwiseError(
-                "This recipe makes a model from nothing.", "python -m headwise.recipes.train runs it."
+                "This recipe makes a model from nothing.", "python -m headwise.recipes.worker runs it."
             )
         self.record = read_record(folder.checkpoint.folder)
         parent = teacher if teacher is not None else outcome.recorded_source(self.record, folder.checkpoint)

@@ -6,17 +6,17 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from headwise.convert.checkpoint import open_checkpoint
-from headwise.convert.record import read_record
 from headwise.errors import HeadwiseError
+from headwise.io.reader import open_checkpoint
 from headwise.progress import SILENT, Progress
-from headwise.recipes import schema
+from headwise.recipes import settings as schema
 from headwise.recipes.run import Run, Uptrained
-from headwise.recipes.schema import Recipe
-from headwise.recipes.student import ModelFolder
+from headwise.recipes.settings import Recipe
+from headwise.records.manifest import read_record
+from headwise.train.student import ModelFolder
 
 
-def uptrain(
+def uptrain_model(
     model: str | Path,
     out: str | Path | None = None,
     *,
@@ -102,7 +102,7 @@ def _beside(model: str | Path) -> Path:
 
 def _launched(kind: str, processes: int | None, words: Sequence[str], out: Path, name: str) -> Uptrained:
     """Run in other processes, and read what they wrote."""
-    from headwise.recipes.launch import launch
+    from headwise.train.launch import launch
 
     code = launch(kind, processes, words)
     if code:

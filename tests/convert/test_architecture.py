@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from headwise.convert import architecture
-from headwise.convert.architecture import Architecture
-from headwise.convert.layout import LayerWeights, planes, rows
 from headwise.errors import HeadwiseError
+from headwise.models import architecture
+from headwise.models.architecture import Architecture
+from headwise.models.layout import LayerWeights, planes, rows
 from tests import tiny_models
 
 ROWS = sorted(tiny_models.CONFIGS)

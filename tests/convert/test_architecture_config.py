@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from headwise.convert import architecture, table
 from headwise.errors import HeadwiseError
+from headwise.models import architecture, table
 from tests import tiny_models
 
 SHARED_CONFIGS = Path(__file__).parents[3] / "shared" / "configs"

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from huggingface_hub import ModelCard
 
-from headwise.convert.card import command_of, inherited, make_card, make_record, with_section
-from headwise.convert.checkpoint import open_checkpoint
+from headwise.io.reader import open_checkpoint
+from headwise.records.card import command_of, inherited, make_card, make_record, with_section
 from tests.convert.test_plan import model, plan_for
 
 __all__ = ["model"]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from headwise.convert.checkpoint import CHUNK, Checkpoint, has_nonfinite, make_buffers, open_checkpoint
-from headwise.convert.headers import make_header
 from headwise.errors import HeadwiseError
+from headwise.io.header import make_header
+from headwise.io.reader import CHUNK, Checkpoint, has_nonfinite, make_buffers, open_checkpoint
 from tests.convert.small import CONFIG, make_checkpoint, save_raw, tensors_for
 
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from headwise.convert import architecture, context, reach, rope
+from headwise.convert.positions import context
+from headwise.convert.positions import rope_range as reach
 from headwise.errors import HeadwiseError
+from headwise.models import architecture, rope
 from tests import tiny_models
 
 LENGTH = 512

@@ -10,16 +10,16 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from headwise.convert import architecture
-from headwise.convert.architecture import Architecture
-from headwise.convert.attention_view import QUERIES_LOOKED_AT
-from headwise.convert.calibration import LayerRecord, LayerStream
-from headwise.convert.checkpoint import open_checkpoint
-from headwise.convert.heads import merge, replicate
-from headwise.convert.layout import LayerWeights
-from headwise.convert.pipeline import convert
-from headwise.convert.verify import verify
+from headwise.convert.calibration.attention_stats import QUERIES_LOOKED_AT
+from headwise.convert.calibration.layer_stream import LayerRecord, LayerStream
+from headwise.convert.gqa.merge import merge, replicate
+from headwise.convert.pipeline import convert_model
+from headwise.convert.verify.check import verify_model
 from headwise.errors import HeadwiseError
+from headwise.io.reader import open_checkpoint
+from headwise.models import architecture
+from headwise.models.architecture import Architecture
+from headwise.models.layout import LayerWeights
 from tests import tiny_models
 
 ROWS = sorted(tiny_models.CONFIGS)
@@ -89,9 +89,9 @@ def test_a_converted_row_computes_what_its_merged_heads_do(model_type, groups, m
     source = tiny_models.save(model_type, tmp_path / "model")
     arch, _, _, before = row(model_type)
     out = tmp_path / "out"
-    convert(source, out, to="gqa", groups=groups, method=method, calibrate="none", verify=False)
+    convert_model(source, out, to="gqa", groups=groups, method=method, calibrate="none", verify=False)
     if method == "mean":
-        found = verify(out, source)
+        found = verify_model(out, source)
         assert found.passed, found.failures
     converted, parent = load(out, arch, attn_implementation="eager"), tiny_models.build(model_type)[0]
     found, wanted = logits(converted), logits(written_out(source, parent, groups, method))
@@ -107,13 +107,13 @@ def test_a_class_without_room_for_fewer_heads_is_refused(model_type, tmp_path):
     arch, _, heads, groups = row(model_type)
     assert arch.fixed_groups
     with pytest.raises(HeadwiseError, match=f"with {heads} query heads cannot have 7.*Legal: {groups}"):
-        convert(source, tmp_path / "out", to="gqa", groups=7, calibrate="none")
+        convert_model(source, tmp_path / "out", to="gqa", groups=7, calibrate="none")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_mean_is_the_mean_of_the_rows(tmp_path):
     source = tiny_models.save("llama", tmp_path / "model")
-    convert(source, tmp_path / "out", to="mqa", method="mean", calibrate="none", verify=False)
+    convert_model(source, tmp_path / "out", to="mqa", method="mean", calibrate="none", verify=False)
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
     for name, tensor in before.items():
         if ".k_proj." in name or ".v_proj." in name:
@@ -131,7 +131,7 @@ def test_optimal_groups_may_differ_between_layers_and_follow_their_queries(tmp_p
                 heads = projection.weight.view(14, 6, -1)
                 heads[order[1::2]] = heads[order[::2]]
     model.save_pretrained(tmp_path / "model")
-    result = convert(tmp_path / "model", tmp_path / "out", to="gqa", groups=7, calibrate="none", verify=False)
+    result = convert_model(tmp_path / "model", tmp_path / "out", to="gqa", groups=7, calibrate="none", verify=False)
     for layer, order in enumerate(orders):
         pairs = {frozenset(pair) for pair in order.view(7, 2).tolist()}
         assert {frozenset(group) for group in result.layers[layer]["groups"]} == pairs
@@ -171,7 +171,7 @@ def stream(source: Path, tokens: torch.Tensor, **options) -> list[LayerRecord]:
 
 @pytest.mark.parametrize("model_type", ROWS)
 def test_a_layer_at_a_time_sees_what_the_whole_model_sees(model_type, tmp_path, monkeypatch):
-    monkeypatch.setattr("headwise.convert.calibration.TOKENS_AT_ONCE", 20)
+    monkeypatch.setattr("headwise.convert.calibration.layer_stream.TOKENS_AT_ONCE", 20)
     source = tiny_models.save(model_type, tmp_path / "model")
     tokens = torch.randint(3, tiny_models.VOCABULARY, (3, 10), generator=torch.Generator().manual_seed(2))
     arch, config, _, _ = row(model_type)

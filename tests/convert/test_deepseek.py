@@ -18,9 +18,10 @@ from transformers import (
     SmolLM3Config,
 )
 
-from headwise.convert import deepseek, latent, mla_source
-from headwise.convert.layout import AttentionLayout, LayerWeights
+from headwise.convert.mla import latent
 from headwise.errors import HeadwiseError
+from headwise.models import deepseek, mla_source
+from headwise.models.layout import AttentionLayout, LayerWeights
 
 TINY = dict(
     vocab_size=61,

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from headwise.convert import components, heads, latent, methods
+from headwise.convert.calibration.calibrate import Calibration
+from headwise.convert.gqa import merge as heads
+from headwise.convert.gqa import methods
 from headwise.convert.layers import place
-from headwise.convert.layout import LayerWeights
-from headwise.convert.measure import Calibration
-from headwise.convert.pipeline import convert
-from headwise.convert.verify_latent import evaluate
-from headwise.demo import MODEL
+from headwise.convert.mla import components, latent
+from headwise.convert.pipeline import convert_model
+from headwise.convert.verify.factored import evaluate
+from headwise.demo.demo import MODEL
+from headwise.models.layout import LayerWeights
 from tests.reference import attend, frequencies, random_layer
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -196,10 +198,12 @@ def test_the_demo_model_becomes_the_same_on_a_gpu(to: dict[str, Any], tmp_path: 
         "refit": ({**text, "refit": 3}, 5e-2),  # where a gradient is next to nothing, rounding turns Adam's step
         "moments": ({"moments": tmp_path / "moments", "refit": "off"}, 1e-5),
     }
-    convert(MODEL, tmp_path / "taken", **to, **text, save_moments=tmp_path / "moments", device="cpu", verify=False)
+    convert_model(
+        MODEL, tmp_path / "taken", **to, **text, save_moments=tmp_path / "moments", device="cpu", verify=False
+    )
     for way, (options, close) in ways.items():
         for device in ("cpu", "cuda"):
             out = tmp_path / f"{way}-{device}"
-            convert(MODEL, out, **to, **options, dtype="float32", device=device, verify=False)
+            convert_model(MODEL, out, **to, **options, dtype="float32", device=device, verify=False)
         ours, theirs = (logits(tmp_path / f"{way}-{device}") for device in ("cuda", "cpu"))
         assert float((ours - theirs).norm() / theirs.norm()) < close, way

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from headwise.convert import engines
+from headwise.serving import engines
 
 GOOD = dict(
     kv_lora_rank=512,

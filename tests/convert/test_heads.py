@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from headwise.convert import methods
-from headwise.convert.grouping import GroupCost, choose_groups
-from headwise.convert.heads import merge
-from headwise.convert.layout import LayerWeights, planes, rows
-from headwise.convert.methods import METHODS, lost
-from headwise.convert.spaces import Space, key_spaces, value_space
+from headwise.convert.gqa import methods
+from headwise.convert.gqa.grouping import GroupCost, choose_groups
+from headwise.convert.gqa.merge import merge
+from headwise.convert.gqa.methods import METHODS, lost
+from headwise.convert.gqa.subspace import Space, key_spaces, value_space
+from headwise.models.layout import LayerWeights, planes, rows
 from tests.reference import attend, frequencies, random_layer
 
 SHAPES = [  # heads, key-value heads, head_dim, rotary_dim, hidden size, bias

@@ -11,10 +11,10 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars
 
-from headwise.convert.checkpoint import open_checkpoint
-from headwise.convert.hub import explained
 from headwise.convert.plan import inspect
 from headwise.errors import HeadwiseError
+from headwise.io.hub import explained
+from headwise.io.reader import open_checkpoint
 from headwise.progress import Progress
 from tests.convert.small import make_checkpoint, tensors_for
 from tests.hub_server import TOKEN, Repository, point_client_to, serve

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from headwise.convert import components, deepseek, latent
-from headwise.convert.layout import AttentionLayout, LayerWeights, planes, rows
+from headwise.convert.mla import components, latent
+from headwise.models import deepseek
+from headwise.models.layout import AttentionLayout, LayerWeights, planes, rows
 
 THETA = 100.0
 

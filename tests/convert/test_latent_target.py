@@ -14,15 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
-from headwise.convert import deepseek, layers
-from headwise.convert.layout import AttentionLayout, LatentWeights
-from headwise.convert.natural import from_natural, natural_attention
-from headwise.convert.pipeline import ConvertResult, convert
+from headwise.convert import layers
+from headwise.convert.pipeline import ConvertResult, convert_model
 from headwise.convert.plan import Plan
-from headwise.convert.refit import refit
-from headwise.convert.verify import verify
-from headwise.convert.workfolder import Interrupted
+from headwise.convert.refit.regression import refit
+from headwise.convert.verify.check import verify_model
 from headwise.errors import HeadwiseError
+from headwise.io.workdir import Interrupted
+from headwise.models import deepseek
+from headwise.models.layout import AttentionLayout, LatentWeights
+from headwise.models.norm_free import from_natural, natural_attention
 from tests import tiny_models
 from tests.convert.speaking import TEXT, contents, save_speaking
 
@@ -76,7 +77,7 @@ def test_an_exact_folder_computes_the_parents_logits(model_type: str, shared: st
     groups = {"mha": heads, "gqa": own, "mqa": 1}[shared]
     more = PLAIN.get(model_type, {}) | {"num_key_value_heads": groups}
     parent = tiny_models.save(model_type, tmp_path / "parent", **more)
-    result = made(convert(parent, tmp_path / "out", to="mla", exact=True, dtype="float32"))
+    result = made(convert_model(parent, tmp_path / "out", to="mla", exact=True, dtype="float32"))
     child, source = load(tmp_path / "out"), load(parent)
     assert type(child) is DeepseekV3ForCausalLM
     assert relative(logits(child), logits(source)) < 1e-5
@@ -97,8 +98,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def home(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exact and a lossy conversion of it."""
     home = tmp_path_factory.mktemp("mla")
-    convert(model, home / "exact", to="mla", exact=True, verify=False)
-    convert(model, home / "lossy", to="mla", rank=24, rope_dim=8, calibrate="none", verify=False)
+    convert_model(model, home / "exact", to="mla", exact=True, verify=False)
+    convert_model(model, home / "lossy", to="mla", rank=24, rope_dim=8, calibrate="none", verify=False)
     return home
 
 
@@ -109,7 +110,7 @@ def test_a_lossy_folder_caches_what_it_promised(
     model: Path, tmp_path: Path, shape: dict[str, Any], method: str, rope_frequencies: str
 ) -> None:
     options = {"method": method, "rope_frequencies": rope_frequencies, "calibrate": "none"}
-    result = made(convert(model, tmp_path / "out", to="mla", **shape, **options))
+    result = made(convert_model(model, tmp_path / "out", to="mla", **shape, **options))
     wanted = 32 if "cache" in shape else 24
     assert cached(load(tmp_path / "out")) == [wanted] * 2
     assert [layout.cache_numbers for layout in result.plan.layouts_after] == [wanted] * 2
@@ -121,20 +122,20 @@ def test_a_lossy_folder_caches_what_it_promised(
 
 def test_partial_rope_keeps_whole_planes_of_every_head(model: Path, tmp_path: Path) -> None:
     options = {"method": "partial-rope", "calibrate": "none"}
-    plan = convert(model, tmp_path / "plan", to="mla", cache=0.5, dry_run=True, **options)
+    plan = convert_model(model, tmp_path / "plan", to="mla", cache=0.5, dry_run=True, **options)
     assert isinstance(plan, Plan) and plan.config["qk_rope_head_dim"] % 16 == 0
-    made(convert(model, tmp_path / "out", to="mla", rank=32, rope_dim=16, **options))
+    made(convert_model(model, tmp_path / "out", to="mla", rank=32, rope_dim=16, **options))
     assert cached(load(tmp_path / "out")) == [48] * 2
     with pytest.raises(HeadwiseError, match="8 KV heads needs a rope_dim that is a multiple of 16"):
-        convert(model, tmp_path / "no", to="mla", rank=32, rope_dim=8, **options)
+        convert_model(model, tmp_path / "no", to="mla", rank=32, rope_dim=8, **options)
 
 
 @pytest.mark.parametrize("method", ["transmla", "partial-rope"])
 def test_layers_without_rope_are_not_for_the_published_methods(tmp_path: Path, method: str) -> None:
     parent = tiny_models.save("smollm3", tmp_path / "parent")
     with pytest.raises(HeadwiseError, match="layer 1 does not"):
-        convert(parent, tmp_path / "no", to="mla", rank=12, rope_dim=4, method=method, calibrate="none")
-    made(convert(parent, tmp_path / "out", to="mla", rank=12, rope_dim=4, calibrate="none"))
+        convert_model(parent, tmp_path / "no", to="mla", rank=12, rope_dim=4, method=method, calibrate="none")
+    made(convert_model(parent, tmp_path / "out", to="mla", rank=12, rope_dim=4, calibrate="none"))
 
 
 def test_a_larger_shape_comes_closer_and_the_full_one_reaches_the_parent(model: Path, tmp_path: Path) -> None:
@@ -142,21 +143,21 @@ def test_a_larger_shape_comes_closer_and_the_full_one_reaches_the_parent(model: 
     for rank, rope_dim in ((8, 4), (32, 16), (48, 64)):
         out = tmp_path / str(rank)
         options = {"rope_frequencies": "free", "calibrate": "none", "verify": False}
-        convert(model, out, to="mla", rank=rank, rope_dim=rope_dim, **options)
+        convert_model(model, out, to="mla", rank=rank, rope_dim=rope_dim, **options)
         errors.append(float((logits(load(out)) - wanted).norm() / wanted.norm()))
     assert errors[0] > 1.2 * errors[1] and errors[2] < 1e-4, errors
 
 
 def test_a_refit_lowers_the_error_on_text_it_did_not_learn_from(model: Path, tmp_path: Path) -> None:
     options = {"to": "mla", "rank": 24, "rope_dim": 8, **TEXT, "calibration_tokens": 32 * 96, "refit": 40}
-    result = made(convert(model, tmp_path / "a" / "out", **options))
+    result = made(convert_model(model, tmp_path / "a" / "out", **options))
     for layer in (0, 1):
         solved, found = result.layers[layer]["output"], result.layers[layer]["refit"]
         assert solved["kept"] and solved["after"] < solved["before"]
         assert found["kept"] and found["steps"] == 40 and found["after"] < 0.95 * found["before"]
-    convert(model, tmp_path / "b" / "out", **options)
+    convert_model(model, tmp_path / "b" / "out", **options)
     assert contents(tmp_path / "a" / "out") == contents(tmp_path / "b" / "out")
-    convert(model, tmp_path / "c", **options, seed=1, verify=False)
+    convert_model(model, tmp_path / "c", **options, seed=1, verify=False)
     name = "model.layers.0.self_attn.kv_b_proj.weight"
     first, other = (load_file(f / "model.safetensors")[name] for f in (tmp_path / "a" / "out", tmp_path / "c"))
     assert not torch.equal(first, other)
@@ -200,7 +201,7 @@ def test_natural_coordinates_and_back_give_the_same_tensors(home: Path, biased: 
 
 def test_bfloat16_is_as_close_to_float64_as_the_parents_own(tmp_path: Path) -> None:
     parent = tiny_models.save("phi3", tmp_path / "parent", torch.bfloat16)
-    made(convert(parent, tmp_path / "out", to="mla", exact=True))
+    made(convert_model(parent, tmp_path / "out", to="mla", exact=True))
     with tiny_models.float64_throughout():
         truth = logits(load(parent, torch.float64))
 
@@ -213,17 +214,17 @@ def test_bfloat16_is_as_close_to_float64_as_the_parents_own(tmp_path: Path) -> N
 @pytest.mark.parametrize("rule", ["ntk", "base", "linear", "yarn", "llama3"])
 def test_a_longer_context_turns_as_the_rule_says(model: Path, tmp_path: Path, rule: str) -> None:
     positions = {"context": 128, "rope": rule} | ({"rope_theta": 5e4} if rule == "base" else {})
-    convert(model, tmp_path / "long", **positions, verify=False)
-    made(convert(model, tmp_path / "exact", to="mla", exact=True, **positions))
+    convert_model(model, tmp_path / "long", **positions, verify=False)
+    made(convert_model(model, tmp_path / "exact", to="mla", exact=True, **positions))
     long = config(tmp_path / "long")
     assert config(tmp_path / "exact")["max_position_embeddings"] == long["max_position_embeddings"] == 128
     assert relative(logits(load(tmp_path / "exact")), logits(load(tmp_path / "long"))) < 1e-5
-    plan = convert(model, tmp_path / "plan", to="mla", cache=0.25, dry_run=True, **positions)
+    plan = convert_model(model, tmp_path / "plan", to="mla", cache=0.25, dry_run=True, **positions)
     assert isinstance(plan, Plan) and any("default grid" in w for w in plan.warnings) == (
         rule not in ("ntk", "base")
     )
     if rule in ("ntk", "base"):
-        convert(model, tmp_path / "lossy", to="mla", cache=0.25, calibrate="none", verify=False, **positions)
+        convert_model(model, tmp_path / "lossy", to="mla", cache=0.25, calibrate="none", verify=False, **positions)
         lossy = config(tmp_path / "lossy")
         assert lossy["rope_parameters"] == {"rope_type": "default", "rope_theta": long["rope_theta"]}
         assert lossy["rope_theta"] == long["rope_theta"] > 10000
@@ -232,7 +233,7 @@ def test_a_longer_context_turns_as_the_rule_says(model: Path, tmp_path: Path, ru
 @pytest.mark.parametrize("rule", ["dynamic", "longrope"])
 def test_frequencies_that_change_with_the_length_are_refused(model: Path, tmp_path: Path, rule: str) -> None:
     with pytest.raises(HeadwiseError, match=f"{rule} frequencies change with the length"):
-        convert(model, tmp_path / "out", to="mla", exact=True, context=128, rope=rule)
+        convert_model(model, tmp_path / "out", to="mla", exact=True, context=128, rope=rule)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -270,11 +271,11 @@ def test_verify_sees_changed_tensors(
     model: Path, home: Path, tmp_path: Path, kind: str, change: Callable[[Tensors], None], checks: set[str]
 ) -> None:
     out = shutil.copytree(home / kind, tmp_path / "out")
-    assert verify(out, model).passed
+    assert verify_model(out, model).passed
     tensors = load_file(out / "model.safetensors")
     change(tensors)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    found = verify(out, model)
+    found = verify_model(out, model)
     assert {name for name, passed, _ in found.checks if not passed} == checks, found.failures
 
 
@@ -284,15 +285,15 @@ def test_verify_sees_another_base(model: Path, home: Path, tmp_path: Path, kind:
     changed = config(out)
     changed["rope_theta"] = changed["rope_parameters"]["rope_theta"] = 12000.0
     (out / "config.json").write_text(json.dumps(changed))
-    found = verify(out, model)
+    found = verify_model(out, model)
     assert "parent: config.json differs from the parent's in rope_theta" in found.failures
 
 
 def test_saved_moments_serve_instead_of_the_text(model: Path, tmp_path: Path) -> None:
     options = {"to": "mla", "rank": 24, "rope_dim": 8, "refit": "off", "verify": False}
-    convert(model, tmp_path / "direct", save_moments=tmp_path / "moments", **TEXT, **options)
-    convert(model, tmp_path / "reused", moments=tmp_path / "moments", **options)
-    convert(model, tmp_path / "blind", calibrate="none", **options)
+    convert_model(model, tmp_path / "direct", save_moments=tmp_path / "moments", **TEXT, **options)
+    convert_model(model, tmp_path / "reused", moments=tmp_path / "moments", **options)
+    convert_model(model, tmp_path / "blind", calibrate="none", **options)
     models = {name: load(tmp_path / name) for name in ("direct", "reused", "blind")}
     for ours, fitted in zip(models["reused"].model.layers, models["direct"].model.layers, strict=True):
         # Output matrices are fitted on the text itself, which moments do not keep.
@@ -304,7 +305,7 @@ def test_saved_moments_serve_instead_of_the_text(model: Path, tmp_path: Path) ->
 
 def test_resuming_gives_the_same_bytes(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"to": "mla", "rank": 24, "rope_dim": 8, **TEXT, "refit": 2}
-    convert(model, tmp_path / "whole" / "out", **options)
+    convert_model(model, tmp_path / "whole" / "out", **options)
 
     def second(attention: Any, parameters: Any, record: Any, **more: Any) -> Any:
         if record.index:
@@ -315,7 +316,7 @@ def test_resuming_gives_the_same_bytes(model: Path, tmp_path: Path, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(layers, "refit_layer", second)
         with pytest.raises(Interrupted, match="--resume"):
-            convert(model, out, **options)
+            convert_model(model, out, **options)
     assert not out.exists()
-    convert(model, out, **options, resume=True)
+    convert_model(model, out, **options, resume=True)
     assert contents(out) == contents(tmp_path / "whole" / "out")

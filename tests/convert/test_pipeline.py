@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralForCausalLM
 
 from headwise.cli import cli
 from headwise.convert import layers
-from headwise.convert.calibration import LayerRecord
-from headwise.convert.checkpoint import open_checkpoint
-from headwise.convert.pipeline import ConvertResult, convert
+from headwise.convert.calibration.layer_stream import LayerRecord
+from headwise.convert.pipeline import ConvertResult, convert_model
 from headwise.convert.plan import Plan
-from headwise.convert.refit import fit_output, refit
-from headwise.convert.workfolder import Interrupted
+from headwise.convert.refit.regression import fit_output, refit
 from headwise.errors import HeadwiseError
+from headwise.io.reader import open_checkpoint
+from headwise.io.workdir import Interrupted
 from headwise.progress import Progress
 from tests.convert.speaking import TEXT, contents, save_speaking
 
@@ -61,38 +61,38 @@ def logits(folder: Path, count: int = 20) -> Tensor:
 
 
 def test_the_same_number_of_heads_changes_no_byte(model: Path, tmp_path: Path) -> None:
-    result = convert(model, tmp_path / "out", to="gqa", groups=8)
+    result = convert_model(model, tmp_path / "out", to="gqa", groups=8)
     assert isinstance(result, ConvertResult) and result.verification and result.verification.passed
     assert result.layers == {} and same(tensors(tmp_path / "out"), tensors(model))
 
 
 def test_more_heads_are_exact_and_lead_back(grouped: Path, tmp_path: Path) -> None:
-    lifted = convert(grouped, tmp_path / "mha", to="mha")
+    lifted = convert_model(grouped, tmp_path / "mha", to="mha")
     assert isinstance(lifted, ConvertResult) and lifted.verification and lifted.verification.passed
     assert "exact" in dict((name, detail) for name, _, detail in lifted.verification.checks)["parent"]
     assert config(tmp_path / "mha")["num_key_value_heads"] == 8
     assert float((logits(tmp_path / "mha") - logits(grouped)).abs().max()) < 1e-5
     back = {"to": "gqa", "groups": 2, "method": "first", "grouping": "contiguous"}
-    convert(tmp_path / "mha", tmp_path / "back", **back, **QUICK)
+    convert_model(tmp_path / "mha", tmp_path / "back", **back, **QUICK)
     assert same(tensors(tmp_path / "back"), tensors(grouped))
 
 
 def test_a_tied_head_stays_tied(model: Path, tmp_path: Path) -> None:
-    convert(model, tmp_path / "out", to="mqa", **QUICK)
+    convert_model(model, tmp_path / "out", to="mqa", **QUICK)
     assert "lm_head.weight" not in tensors(tmp_path / "out") and config(tmp_path / "out")["tie_word_embeddings"]
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert network.lm_head.weight.data_ptr() == network.model.embed_tokens.weight.data_ptr()
 
 
 def test_the_dtype_is_kept(grouped: Path, tmp_path: Path) -> None:
-    convert(grouped, tmp_path / "out", to="mqa", **QUICK)
+    convert_model(grouped, tmp_path / "out", to="mqa", **QUICK)
     assert {t.dtype for t in tensors(tmp_path / "out").values()} == {torch.bfloat16}
     assert config(tmp_path / "out")["dtype"] == config(tmp_path / "out")["torch_dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("to", [{}, {"to": "mqa", "calibrate": "none"}])
 def test_another_dtype_is_written_and_declared(grouped: Path, tmp_path: Path, to: dict[str, Any]) -> None:
-    result = convert(grouped, tmp_path / "out", dtype="float32", **to)
+    result = convert_model(grouped, tmp_path / "out", dtype="float32", **to)
     assert isinstance(result, ConvertResult) and result.verification and result.verification.passed
     found, before = tensors(tmp_path / "out"), tensors(grouped)
     assert {t.dtype for t in found.values()} == {torch.float32}
@@ -102,8 +102,8 @@ def test_another_dtype_is_written_and_declared(grouped: Path, tmp_path: Path, to
 
 
 def test_shards_hold_the_same_tensors_as_one_file(model: Path, tmp_path: Path) -> None:
-    convert(model, tmp_path / "one", to="mqa", **QUICK)
-    convert(model, tmp_path / "many", to="mqa", max_shard_size="30KB", **QUICK)
+    convert_model(model, tmp_path / "one", to="mqa", **QUICK)
+    convert_model(model, tmp_path / "many", to="mqa", max_shard_size="30KB", **QUICK)
     one, many = tensors(tmp_path / "one"), tensors(tmp_path / "many")
     assert same(one, many)
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
@@ -116,7 +116,7 @@ def test_shards_hold_the_same_tensors_as_one_file(model: Path, tmp_path: Path) -
 
 
 def test_sidecars_travel_byte_for_byte(model: Path, tmp_path: Path) -> None:
-    convert(model, tmp_path / "out", to="mqa", **QUICK)
+    convert_model(model, tmp_path / "out", to="mqa", **QUICK)
     before, after = contents(model), contents(tmp_path / "out")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert after[name] == before[name]
@@ -130,7 +130,7 @@ def test_calibration_reads_a_text_file(model: Path, tmp_path: Path) -> None:
     fates = {"none": {"calibrate": "none"}, "this": TEXT, "that": {**TEXT, "calibrate": str(other)}}
     found = {}
     for name, options in fates.items():
-        convert(model, tmp_path / name, to="gqa", groups=2, refit="off", verify=False, **options)
+        convert_model(model, tmp_path / name, to="gqa", groups=2, refit="off", verify=False, **options)
         found[name] = tensors(tmp_path / name)["model.layers.0.self_attn.v_proj.weight"]
     assert not torch.equal(found["none"], found["this"]) and not torch.equal(found["this"], found["that"])
 
@@ -152,7 +152,7 @@ def test_calibration_reads_a_text_file(model: Path, tmp_path: Path) -> None:
 )
 def test_options_that_cannot_be_met(model: Path, tmp_path: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(HeadwiseError, match=words):
-        convert(model, tmp_path / "out", **{"to": "mqa", **TEXT, **options})
+        convert_model(model, tmp_path / "out", **{"to": "mqa", **TEXT, **options})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -161,35 +161,35 @@ def test_a_model_without_tokenizer_can_only_go_without_text(tmp_path: Path) -> N
     for path in silent.glob("tokenizer*"):
         path.unlink()
     with pytest.raises(HeadwiseError, match=r"no tokenizer.*--calibrate none"):
-        convert(silent, tmp_path / "out", to="mqa", **TEXT)
+        convert_model(silent, tmp_path / "out", to="mqa", **TEXT)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    convert(silent, tmp_path / "out", to="mqa", **QUICK)
+    convert_model(silent, tmp_path / "out", to="mqa", **QUICK)
 
 
 def test_saved_moments_serve_instead_of_the_text(model: Path, tmp_path: Path) -> None:
     kept = {"refit": "off", "verify": False, "method": "aligned"}
-    convert(model, tmp_path / "direct", to="gqa", groups=2, save_moments=tmp_path / "moments", **TEXT, **kept)
-    convert(model, tmp_path / "reused", to="gqa", groups=2, moments=tmp_path / "moments", **kept)
+    convert_model(model, tmp_path / "direct", to="gqa", groups=2, save_moments=tmp_path / "moments", **TEXT, **kept)
+    convert_model(model, tmp_path / "reused", to="gqa", groups=2, moments=tmp_path / "moments", **kept)
     direct, reused = tensors(tmp_path / "direct"), tensors(tmp_path / "reused")
     for name, tensor in direct.items():  # kept in float32: closer than that they cannot be
         torch.testing.assert_close(reused[name], tensor, rtol=1e-3, atol=1e-5)
     # One calibration serves other targets of the same model, and no other model.
-    convert(model, tmp_path / "mqa", to="mqa", moments=tmp_path / "moments", **kept)
+    convert_model(model, tmp_path / "mqa", to="mqa", moments=tmp_path / "moments", **kept)
     other = save_speaking(tmp_path / "other", num_hidden_layers=1)
     with pytest.raises(HeadwiseError, match="was taken from another model"):
-        convert(other, tmp_path / "no", to="mqa", moments=tmp_path / "moments", **kept)
+        convert_model(other, tmp_path / "no", to="mqa", moments=tmp_path / "moments", **kept)
 
 
 def test_a_refit_lowers_the_error_on_text_it_did_not_learn_from(model: Path, tmp_path: Path) -> None:
     options = {"to": "gqa", "groups": 2, **TEXT, "calibration_tokens": 32 * 96, "refit": 40}
-    result = convert(model, tmp_path / "a" / "out", **options)
+    result = convert_model(model, tmp_path / "a" / "out", **options)
     assert isinstance(result, ConvertResult) and result.verification and result.verification.passed
     for layer in (0, 1):
         found = result.layers[layer]["refit"]
         assert found["kept"] and found["steps"] == 40 and found["after"] < 0.9 * found["before"]
-    convert(model, tmp_path / "b" / "out", **options)
+    convert_model(model, tmp_path / "b" / "out", **options)
     assert contents(tmp_path / "a" / "out") == contents(tmp_path / "b" / "out")
-    convert(model, tmp_path / "c", **options, seed=1, verify=False)
+    convert_model(model, tmp_path / "c", **options, seed=1, verify=False)
     assert not same(tensors(tmp_path / "c"), tensors(tmp_path / "a" / "out"))
 
 
@@ -198,9 +198,9 @@ def test_a_refit_that_does_not_help_keeps_the_closed_form(
 ) -> None:
     # As before a refit, also where none follows.
     monkeypatch.setattr(layers, "fit_output", lambda *given, **how: fit_output(*given, **how | {"spare": True}))
-    convert(model, tmp_path / "closed", to="mqa", **TEXT, refit="off", verify=False)
+    convert_model(model, tmp_path / "closed", to="mqa", **TEXT, refit="off", verify=False)
     monkeypatch.setattr(layers, "refit_layer", lambda *given, **how: refit(*given, **how | {"learning_rate": 50}))
-    result = convert(model, tmp_path / "refitted", to="mqa", **TEXT, refit=3, verify=False)
+    result = convert_model(model, tmp_path / "refitted", to="mqa", **TEXT, refit=3, verify=False)
     assert isinstance(result, ConvertResult)
     assert not any(report["refit"]["kept"] for report in result.layers.values())
     assert same(tensors(tmp_path / "closed"), tensors(tmp_path / "refitted"))
@@ -208,14 +208,14 @@ def test_a_refit_that_does_not_help_keeps_the_closed_form(
 
 def test_output_matrices_are_solved_for(model: Path, tmp_path: Path) -> None:
     text = TEXT | {"calibration_tokens": 32 * 96, "refit": "off"}
-    result = convert(model, tmp_path / "out", to="gqa", groups=2, **text)
+    result = convert_model(model, tmp_path / "out", to="gqa", groups=2, **text)
     assert isinstance(result, ConvertResult)
     for report in result.layers.values():
         assert report["output"]["kept"] and report["output"]["after"] < 0.9 * report["output"]["before"]
-    convert(model, tmp_path / "again", to="gqa", groups=2, **text, verify=False)
+    convert_model(model, tmp_path / "again", to="gqa", groups=2, **text, verify=False)
     assert same(tensors(tmp_path / "out"), tensors(tmp_path / "again"))
     # Published methods are compared for what they are.
-    aligned = convert(model, tmp_path / "aligned", to="gqa", groups=2, method="aligned", **text, verify=False)
+    aligned = convert_model(model, tmp_path / "aligned", to="gqa", groups=2, method="aligned", **text, verify=False)
     assert isinstance(aligned, ConvertResult) and not any("output" in r for r in aligned.layers.values())
 
 
@@ -303,7 +303,9 @@ class Stops(Progress):
 def test_resuming_after_an_interrupt_anywhere_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:
     options = {"to": "gqa", "groups": 2, **TEXT, "refit": 3, "max_shard_size": "30KB"}
     listener = Stops()
-    convert(model, tmp_path / "whole" / "out", save_moments=tmp_path / "whole" / "m", progress=listener, **options)
+    convert_model(
+        model, tmp_path / "whole" / "out", save_moments=tmp_path / "whole" / "m", progress=listener, **options
+    )
     wanted, moments = contents(tmp_path / "whole" / "out"), contents(tmp_path / "whole" / "m")
     layers = [number for number, what in enumerate(listener.heard) if what.startswith("Converting")]
     copying = listener.heard.index("Copying")
@@ -312,9 +314,9 @@ def test_resuming_after_an_interrupt_anywhere_gives_the_same_bytes(model: Path, 
         home = tmp_path / str(number)
         out = home / "out"
         with pytest.raises(Interrupted, match="--resume"):
-            convert(model, out, save_moments=home / "m", progress=Stops(number), **options)
+            convert_model(model, out, save_moments=home / "m", progress=Stops(number), **options)
         assert not out.exists()
-        convert(model, out, save_moments=home / "m", resume=True, **options)
+        convert_model(model, out, save_moments=home / "m", resume=True, **options)
         assert contents(out) == {
             name: data.replace(str(tmp_path / "whole" / "m").encode(), str(home / "m").encode())
             for name, data in wanted.items()
@@ -337,8 +339,8 @@ def test_resuming_does_not_compute_a_finished_layer_again(
 
     monkeypatch.setattr(layers, "refit_layer", counting)
     with pytest.raises(Interrupted):
-        convert(model, tmp_path / "out", **options)
-    result = convert(model, tmp_path / "out", resume=True, **options)
+        convert_model(model, tmp_path / "out", **options)
+    result = convert_model(model, tmp_path / "out", resume=True, **options)
     assert computed == [0, 1, 1]
     assert isinstance(result, ConvertResult) and list(result.layers) == [0, 1]
     assert all("refit" in report for report in result.layers.values())
@@ -346,9 +348,9 @@ def test_resuming_does_not_compute_a_finished_layer_again(
 
 def test_a_dry_run_writes_nothing_and_says_what_will_be_done(model: Path, tmp_path: Path) -> None:
     options = {"to": "gqa", "groups": 2, **TEXT, "refit": 2, "max_shard_size": "30KB"}
-    plan = convert(model, tmp_path / "out", dry_run=True, **options)
+    plan = convert_model(model, tmp_path / "out", dry_run=True, **options)
     assert isinstance(plan, Plan) and list(tmp_path.iterdir()) == []
-    result = convert(model, tmp_path / "out", **options)
+    result = convert_model(model, tmp_path / "out", **options)
     assert isinstance(result, ConvertResult) and result.plan == plan
     written = tensors(tmp_path / "out")
     assert {(t.name, t.dtype, t.shape) for t in plan.outputs} == {
@@ -362,7 +364,7 @@ def test_a_dry_run_writes_nothing_and_says_what_will_be_done(model: Path, tmp_pa
 
 
 def test_the_config_is_read_alike_in_both_spellings(model: Path, tmp_path: Path) -> None:
-    convert(model, tmp_path / "out", to="mqa", context=64, rope="linear", **QUICK)
+    convert_model(model, tmp_path / "out", to="mqa", context=64, rope="linear", **QUICK)
     whole = config(tmp_path / "out")
     new = {k: v for k, v in whole.items() if k not in ("rope_theta", "rope_scaling")}
     old = {k: v for k, v in whole.items() if k != "rope_parameters"}
@@ -375,7 +377,7 @@ def test_the_config_is_read_alike_in_both_spellings(model: Path, tmp_path: Path)
 
 
 def test_a_longer_context_keeps_every_weight_and_passes_its_checks(model: Path, tmp_path: Path) -> None:
-    result = convert(model, tmp_path / "out", context=128, rope="ntk")
+    result = convert_model(model, tmp_path / "out", context=128, rope="ntk")
     assert isinstance(result, ConvertResult) and result.verification and result.verification.passed
     assert same(tensors(tmp_path / "out"), tensors(model))
     assert config(tmp_path / "out")["max_position_embeddings"] == 128
@@ -385,7 +387,7 @@ def test_a_longer_context_keeps_every_weight_and_passes_its_checks(model: Path, 
 
 @pytest.mark.parametrize("more", [{}, {"to": "mqa", "calibrate": "none"}])
 def test_a_sliding_window_passes_its_checks(model: Path, tmp_path: Path, more: dict[str, Any]) -> None:
-    result = convert(model, tmp_path / "out", sliding_window=6, **more)
+    result = convert_model(model, tmp_path / "out", sliding_window=6, **more)
     assert isinstance(result, ConvertResult) and result.verification and result.verification.passed
     assert config(tmp_path / "out")["model_type"] == "mistral"
     network = MistralForCausalLM.from_pretrained(tmp_path / "out")
@@ -393,7 +395,7 @@ def test_a_sliding_window_passes_its_checks(model: Path, tmp_path: Path, more: d
 
 
 def test_the_folder_says_where_it_comes_from(model: Path, tmp_path: Path) -> None:
-    convert(model, tmp_path / "out", to="gqa", groups=2, **TEXT, refit=2)
+    convert_model(model, tmp_path / "out", to="gqa", groups=2, **TEXT, refit=2)
     record = json.loads((tmp_path / "out" / "headwise.json").read_text())
     assert record["source"]["model"] == "model" and record["source"]["files"].keys() == {"model.safetensors"}
     assert record["arguments"]["calibration"]["text"] == TEXT["calibrate"]
@@ -418,7 +420,7 @@ COMMANDS: list[dict[str, Any]] = [
 def test_the_command_on_record_makes_the_folder_again(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    convert(model, tmp_path / "first" / "out", **options)
+    convert_model(model, tmp_path / "first" / "out", **options)
     record = json.loads((tmp_path / "first" / "out" / "headwise.json").read_text())
     (tmp_path / "second").mkdir()
     (tmp_path / "second" / "model").symlink_to(model)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from headwise.convert.architecture import find
-from headwise.convert.checkpoint import Checkpoint, open_checkpoint
-from headwise.convert.heads import POOLS, merge, pool
-from headwise.convert.pipeline import convert
-from headwise.convert.target import GroupedTarget
+from headwise.convert.gqa.merge import POOLS, merge, pool
+from headwise.convert.gqa.target import GroupedTarget
+from headwise.convert.pipeline import convert_model
+from headwise.io.reader import Checkpoint, open_checkpoint
+from headwise.models.architecture import find
 from tests import tiny_models
 from tests.reference import random_layer
 
@@ -66,7 +66,7 @@ def test_a_tensor_at_a_time_gives_what_a_layer_at_a_time_gives(
 @pytest.mark.parametrize("method", POOLS)
 def test_queries_and_outputs_keep_their_bytes(method: str, tmp_path: Path) -> None:
     source = tiny_models.save("llama", tmp_path / "model")
-    convert(source, tmp_path / "out", to="mqa", method=method, calibrate="none")
+    convert_model(source, tmp_path / "out", to="mqa", method=method, calibrate="none")
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
     changed = {n for n in before if after[n].shape != before[n].shape or not torch.equal(after[n], before[n])}
     assert changed == {n for n in before if ".k_proj." in n or ".v_proj." in n}
@@ -75,7 +75,7 @@ def test_queries_and_outputs_keep_their_bytes(method: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("method", POOLS)
 def test_a_fused_matrix_keeps_its_queries_and_pools_its_heads(method: str, tmp_path: Path) -> None:
     source = tiny_models.save("phi3", tmp_path / "model")
-    convert(source, tmp_path / "out", to="mqa", method=method, calibrate="none", seed=4)
+    convert_model(source, tmp_path / "out", to="mqa", method=method, calibrate="none", seed=4)
     parts = []
     for folder in (source, tmp_path / "out"):
         checkpoint = open_checkpoint(folder)

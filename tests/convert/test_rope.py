@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from headwise.convert import bound, rope
+from headwise.convert.positions import rope_bound as bound
+from headwise.models import rope
 
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 SIZES = {"rotary_dim": 64, "trained": 1024, "context": 4096}

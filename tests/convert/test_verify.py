@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from headwise.convert.pipeline import convert
-from headwise.convert.verify import Verification, verify
+from headwise.convert.pipeline import convert_model
+from headwise.convert.verify.check import Verification, verify_model
 from headwise.errors import HeadwiseError
 from tests import tiny_models
 from tests.convert.speaking import save_speaking
@@ -28,9 +28,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A parent, and its conversions: to two key-value heads, and to as many as query heads."""
     home = tmp_path_factory.mktemp("verify")
     parent = save_speaking(home / "parent", num_key_value_heads=4)
-    convert(parent, home / "gqa", to="gqa", groups=2, calibrate="none", verify=False)
-    convert(parent, home / "mha", to="mha", verify=False)
-    convert(parent, home / "long", context=64, rope="ntk", verify=False)
+    convert_model(parent, home / "gqa", to="gqa", groups=2, calibrate="none", verify=False)
+    convert_model(parent, home / "mha", to="mha", verify=False)
+    convert_model(parent, home / "long", context=64, rope="ntk", verify=False)
     return home
 
 
@@ -41,24 +41,24 @@ def failed(found: Verification) -> set[str]:
 
 @pytest.mark.parametrize("kind", ["gqa", "mha", "long"])
 def test_a_sound_folder_passes_every_check(home: Path, kind: str) -> None:
-    found = verify(home / kind, home / "parent")
+    found = verify_model(home / kind, home / "parent")
     assert found.passed, found.failures
     names = [name for name, _, _ in found.checks]
     assert names == ["tensors", "cache", "finite", "record", "function", "parent", "loading"]
-    assert verify(home / kind).passed
+    assert verify_model(home / kind).passed
     assert json.loads(json.dumps(found.to_dict()))["passed"] is True
 
 
 def test_a_stock_model_passes_without_a_record(home: Path) -> None:
-    found = verify(home / "parent")
+    found = verify_model(home / "parent")
     assert found.passed and "record" not in {name for name, _, _ in found.checks}
 
 
 @pytest.mark.parametrize("model_type", ["gemma3", "qwen2_vl", "olmo2", "phi3", "cohere2"])
 def test_nested_fused_and_normed_folders_pass(tmp_path: Path, model_type: str) -> None:
     parent = tiny_models.save(model_type, tmp_path / "parent", torch.bfloat16)
-    convert(parent, tmp_path / "out", to="mqa", calibrate="none")
-    found = verify(tmp_path / "out", parent)
+    convert_model(parent, tmp_path / "out", to="mqa", calibrate="none")
+    found = verify_model(tmp_path / "out", parent)
     assert found.passed, found.failures
 
 
@@ -121,11 +121,11 @@ def test_changed_weights_are_seen(
     tensors = load_file(out / "model.safetensors")
     change(tensors)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    found = verify(out, home / "parent")
+    found = verify_model(out, home / "parent")
     assert failed(found) >= checks
     # Without a parent and without the record there is less to go by.
     (out / "headwise.json").unlink()
-    assert failed(verify(out)) == failed(found) - {"record", "parent"}
+    assert failed(verify_model(out)) == failed(found) - {"record", "parent"}
 
 
 def set_field(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -166,25 +166,25 @@ def test_a_changed_config_is_seen(
     config = json.loads((out / "config.json").read_text())
     change(config)
     (out / "config.json").write_text(json.dumps(config))
-    found = verify(out, home / "parent")
+    found = verify_model(out, home / "parent")
     assert failed(found) == checks and words in found.failures
 
 
 def test_another_model_is_not_the_parent(home: Path, tmp_path: Path) -> None:
     deeper = save_speaking(tmp_path / "deeper", num_key_value_heads=4, num_hidden_layers=3)
-    assert failed(verify(home / "gqa", deeper)) == {"parent"}
+    assert failed(verify_model(home / "gqa", deeper)) == {"parent"}
     other = shutil.copytree(home / "parent", tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
     save_file({n: t + 0.01 for n, t in tensors.items()}, other / "model.safetensors", metadata={"format": "pt"})
     for kind in ("gqa", "mha", "long"):
-        assert failed(verify(home / kind, other)) == {"parent"}
+        assert failed(verify_model(home / kind, other)) == {"parent"}
 
 
 def test_layers_that_do_not_compute_their_weights_are_seen(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the stock class gave a query head another key-value head than headwise thinks."""
     from transformers.models.llama import modeling_llama
 
-    from headwise.convert import skeleton
+    from headwise.models import stock as skeleton
 
     real, empty = modeling_llama.repeat_kv, skeleton.empty_model
 
@@ -194,10 +194,10 @@ def test_layers_that_do_not_compute_their_weights_are_seen(home: Path, monkeypat
         return model
 
     monkeypatch.setattr(skeleton, "empty_model", eager)
-    assert verify(home / "gqa").passed
+    assert verify_model(home / "gqa").passed
     wrong = lambda states, times: real(states.flip(1) if times > 1 else states, times)  # noqa: E731
     monkeypatch.setattr(modeling_llama, "repeat_kv", wrong)
-    assert failed(verify(home / "gqa")) == {"function"}
+    assert failed(verify_model(home / "gqa")) == {"function"}
 
 
 @pytest.mark.parametrize("text", ["{}", '{"arguments": 3, "sha256": {}}', "[", "7"])
@@ -205,4 +205,4 @@ def test_a_record_that_is_none_is_refused(home: Path, tmp_path: Path, text: str)
     out = shutil.copytree(home / "gqa", tmp_path / "out")
     (out / "headwise.json").write_text(text)
     with pytest.raises(HeadwiseError, match=r"headwise\.json"):
-        verify(out)
+        verify_model(out)

@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers
 
-from headwise.convert import architecture, windows
+from headwise.convert.positions import windows
 from headwise.errors import HeadwiseError
+from headwise.models import architecture
 from tests import tiny_models
 
 WINDOW = 4

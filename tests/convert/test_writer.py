@@ -16,12 +16,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from headwise.convert import disk, workfolder
-from headwise.convert.checkpoint import open_checkpoint
-from headwise.convert.disk import DiskError
-from headwise.convert.workfolder import Interrupted
-from headwise.convert.writer import OutputTensor, Writer, parse_size, plan_shards
 from headwise.errors import GateFailed, HeadwiseError
+from headwise.io import fs as disk
+from headwise.io import workdir as workfolder
+from headwise.io.fs import DiskError
+from headwise.io.reader import open_checkpoint
+from headwise.io.workdir import Interrupted
+from headwise.io.writer import OutputTensor, Writer, parse_size, plan_shards
 from tests.convert.small import make_checkpoint, tensors_for
 
 IDENTITY = {"source": "abc", "groups": 2, "seed": 0}

@@ -9,8 +9,8 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from headwise.demo import Measurement, trials
-from headwise.demo.plot import COLOURS, _apart, _round_numbers, draw
+from headwise.demo.demo import Measurement, trials
+from headwise.demo.picture import COLOURS, _apart, _round_numbers, draw
 
 PARENT = Measurement("MHA", "", 8192, 2.148, 0.0)
 MEASURED = [

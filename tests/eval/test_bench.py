@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig
 
 from headwise.errors import HeadwiseError
-from headwise.eval.bench import bench
+from headwise.eval.bench import bench_model
 
 COMMON = dict(
     vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -35,7 +35,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_bench(folders: tuple[Path, Path]) -> None:
     child, parent = folders
     memory = 4 * 2**20
-    result = bench(child, parent, context=32, batch=2, memory=memory, device="cpu", dtype=torch.float32, steps=4)
+    result = bench_model(
+        child, parent, context=32, batch=2, memory=memory, device="cpu", dtype=torch.float32, steps=4
+    )
     assert [speed.model for speed in result.same_batch] == [str(parent), str(child)]
     before, after = result.same_batch
     assert before.cache_bytes == 4 * after.cache_bytes
@@ -53,4 +55,4 @@ def test_bench(folders: tuple[Path, Path]) -> None:
 
 def test_too_little_memory_is_said(folders: tuple[Path, Path]) -> None:
     with pytest.raises(HeadwiseError, match=r"32 tokens needs \d+ kB, more than 131 kB"):
-        bench(*folders, context=32, memory=2**17, device="cpu", dtype=torch.float32, steps=1)
+        bench_model(*folders, context=32, memory=2**17, device="cpu", dtype=torch.float32, steps=1)

@@ -13,14 +13,14 @@ from click.testing import CliRunner
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from headwise.cli import cli
-from headwise.convert.card import without_evaluation
-from headwise.convert.pipeline import convert
-from headwise.convert.source import files_of
-from headwise.convert.verify import verify
+from headwise.convert.pipeline import convert_model
+from headwise.convert.verify.check import verify_model
 from headwise.errors import HeadwiseError
-from headwise.eval.card import update_card
-from headwise.eval.models import content_hash
-from headwise.eval.report import write_report
+from headwise.eval.model import content_hash
+from headwise.eval.report.card_section import update_card
+from headwise.eval.report.report import write_report
+from headwise.io.source import files_of
+from headwise.records.card import without_evaluation
 from tests.convert.speaking import save_speaking
 from tests.eval.evaluations import alone, full
 
@@ -32,7 +32,7 @@ def made(tmp_path_factory) -> Path:
     """A converted folder, and the report of it with lm-eval's result file beside it."""
     home = tmp_path_factory.mktemp("made")
     save_speaking(home / "model")
-    convert(home / "model", home / "out", to="gqa", groups=4, calibrate="none")
+    convert_model(home / "model", home / "out", to="gqa", groups=4, calibrate="none")
     child = replace(full().child, sha256=content_hash(files_of("out", home / "out")))
     (home / "report" / "child").mkdir(parents=True)
     config = {
@@ -68,7 +68,7 @@ def test_the_card_tells_the_damage_and_keeps_what_it_said(made, out):
     assert command in text and str(made) not in text, "where a user keeps files is not published"
     assert "same next token: 91.23%" in text and "What it does not say" in text
     assert update.figures == 6 and update.eval_results == ()
-    assert verify(out).passed, "a card is no part of what is verified"
+    assert verify_model(out).passed, "a card is no part of what is verified"
     update_card(out, made / "report")
     assert (out / "README.md").read_text() == text, "twice is once"
     assert without_evaluation(text) == without_evaluation(before) == before, "trained on, it is told anew"

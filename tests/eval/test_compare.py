@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from headwise.eval import compare
-from headwise.eval.compare import flips, holm, mcnemar, paired_mean, paired_ratio, t_quantile, t_tail
+from headwise.eval import stats as compare
+from headwise.eval.stats import flips, holm, mcnemar, paired_mean, paired_ratio, t_quantile, t_tail
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from headwise.demo import MODEL
-from headwise.eval import generation, models
-from headwise.eval.acceptance import acceptance
-from headwise.eval.compare import paired_ratio
-from headwise.eval.diagnostics import diagnose, head_entropy, walk
-from headwise.eval.perplexity import token_nats
-from headwise.recipes.data import blocks_from
+from headwise.demo.demo import MODEL
+from headwise.eval import model as models
+from headwise.eval.metrics import generation
+from headwise.eval.metrics.acceptance import acceptance
+from headwise.eval.stats import paired_ratio
+from headwise.measure.divergence import diagnose, head_entropy, walk
+from headwise.measure.loss import token_nats
+from headwise.text.blocks import blocks_from
 from tests import tiny_models
 
 HOW = {"dtype": "float32", "device": "cpu", "eager": True}

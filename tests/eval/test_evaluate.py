@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM
 import headwise
 from headwise.cli import cli
 from headwise.errors import HeadwiseError
-from headwise.eval import models, samples
+from headwise.eval import model as models
 from headwise.eval.result import Evaluation
+from headwise.eval.tasks import samples
 from tests.convert.speaking import save_speaking
 
 pytest.importorskip("lm_eval")
@@ -130,7 +131,7 @@ def test_damage_is_found_and_fails_the_gate_and_the_parent_is_reused(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     arguments: dict[str, Any] = {"recipe": folders["recipe"], "report": tmp_path / "one"}
-    first = headwise.evaluate(folders["twin"], folders["parent"], **arguments)
+    first = headwise.evaluate_model(folders["twin"], folders["parent"], **arguments)
     assert first is not None and not first.reused
     done = run(
         folders["worse"], "--baseline", folders["parent"], "--recipe", folders["recipe"], "--report",
@@ -163,17 +164,17 @@ def test_tasks_of_ones_own_are_compared_and_asked_anew_when_they_change(
         "force": True,
         "report": tmp_path / "out",
     }
-    first = headwise.evaluate(folders["worse"], folders["parent"], **arguments)
+    first = headwise.evaluate_model(folders["worse"], folders["parent"], **arguments)
     assert first is not None and first.recipe is None and first.diagnostics is None and not first.reused
     (one,) = first.headlines
     assert one.task == "fruit" and one.samples == 6 and one.paired is not None
     assert one.paired.difference == pytest.approx(one.child.value - one.parent.value)  # type: ignore[union-attr]
     gained, lost = one.paired.gained, one.paired.lost
     assert gained is not None and lost is not None and one.paired.difference == pytest.approx((gained - lost) / 6)
-    again = headwise.evaluate(folders["worse"], folders["parent"], **arguments)
+    again = headwise.evaluate_model(folders["worse"], folders["parent"], **arguments)
     assert again is not None and again.reused and again.headlines == first.headlines
     data.write_text("\n".join(json.dumps(row | {"question": "Which? "}) for row in rows))
-    changed = headwise.evaluate(folders["worse"], folders["parent"], **arguments)
+    changed = headwise.evaluate_model(folders["worse"], folders["parent"], **arguments)
     assert changed is not None and not changed.reused
 
 
@@ -197,7 +198,7 @@ def test_without_a_baseline_the_model_stands_alone(folders: dict[str, Path], tmp
         "about: The long-context recipe in small.\ntasks: [headwise_passkey]\n"
         "positions: {stretches: 4, windows: 3}\npasskey: {lengths: [0.5, 1.0], depths: [0.0, 1.0], samples: 1}\n"
     )
-    found = headwise.evaluate(folder, recipe=recipe, report=tmp_path / "out")
+    found = headwise.evaluate_model(folder, recipe=recipe, report=tmp_path / "out")
     assert found is not None and found.parent is None and found.diagnostics is None
     assert found.positions and found.positions.child.length == 768 and found.positions.trained == 768
     assert [(cell.length, cell.depth) for cell in found.passkey] == [(384, 0.0), (384, 1.0), (768, 0.0), (768, 1.0)]
@@ -234,7 +235,9 @@ def test_vllm_is_not_launched_twice_over(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(HeadwiseError, match="vLLM spreads its work itself"):
-        headwise.evaluate(folders["parent"], tasks=["headwise_cloze_code"], backend="vllm", report=tmp_path / "out")
+        headwise.evaluate_model(
+            folders["parent"], tasks=["headwise_cloze_code"], backend="vllm", report=tmp_path / "out"
+        )
 
 
 def test_another_tokenizer_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -246,7 +249,7 @@ def test_another_tokenizer_is_refused(folders: dict[str, Path], tmp_path: Path) 
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(HeadwiseError, match="different tokenizers"):
-        headwise.evaluate(other, folders["parent"], report=tmp_path / "out")
+        headwise.evaluate_model(other, folders["parent"], report=tmp_path / "out")
 
 
 def test_a_task_that_downloads_is_refused_offline(
@@ -258,7 +261,9 @@ def test_a_task_that_downloads_is_refused_offline(
         re.sub("dataset_kwargs.*", "", OWN_TASK.replace("dataset_path: json", "dataset_path: someone/fruit"))
     )
     with pytest.raises(HeadwiseError, match="downloads its questions, and the Hub cannot be reached"):
-        headwise.evaluate(folders["parent"], tasks=["fruit"], include_path=[tmp_path], report=tmp_path / "out")
+        headwise.evaluate_model(
+            folders["parent"], tasks=["fruit"], include_path=[tmp_path], report=tmp_path / "out"
+        )
 
 
 def test_without_lm_eval_the_extra_is_named_and_the_rest_works(
@@ -266,11 +271,11 @@ def test_without_lm_eval_the_extra_is_named_and_the_rest_works(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks", None)
     with pytest.raises(HeadwiseError, match="not installed") as caught:
-        headwise.evaluate(folders["parent"], report=tmp_path / "out")
+        headwise.evaluate_model(folders["parent"], report=tmp_path / "out")
     assert "headwise[eval]" in str(caught.value)
     recipe = tmp_path / "text.yaml"
     recipe.write_text("about: No tasks.\nperplexity: {length: 64, blocks: 4, stretches: 4}\n")
-    found = headwise.evaluate(folders["parent"], recipe=recipe, report=tmp_path / "out")
+    found = headwise.evaluate_model(folders["parent"], recipe=recipe, report=tmp_path / "out")
     assert found is not None and [one.task for one in found.comparisons] == ["heldout"]
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from headwise.eval import generation
-from headwise.eval.acceptance import acceptance
-from headwise.eval.generation import continuations, judge, repetition
+from headwise.eval.metrics import generation
+from headwise.eval.metrics.acceptance import acceptance
+from headwise.eval.metrics.generation import continuations, judge, repetition
 from tests.convert.speaking import save_speaking
 
 PROMPTS = torch.randint(1, 257, (6, 8), generator=torch.Generator().manual_seed(3))

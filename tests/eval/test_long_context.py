@@ -12,9 +12,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from headwise.convert import rope
 from headwise.errors import HeadwiseError
-from headwise.eval import passkey, plots, positions
+from headwise.eval.report import plots
+from headwise.eval.tasks import passkey
+from headwise.measure import positions
+from headwise.models import rope
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -118,7 +120,7 @@ def test_lm_eval_runs_the_task_offline_and_agrees_with_solve(tmp_path: Path) -> 
     model.forward = Copier(tokenizer).forward
     metadata = {"tokenizer": str(tmp_path), "lengths": [300, 400], "depths": [0.0, 1.0], "samples": 1}
     manager = TaskManager(
-        include_path=str(Path(passkey.__file__).parent / "tasks"), include_defaults=False, metadata=metadata
+        include_path=str(Path(passkey.__file__).parent), include_defaults=False, metadata=metadata
     )
     lm = HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", max_length=512, batch_size=1)
     found = lm_eval.simple_evaluate(

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from headwise.demo import MODEL
-from headwise.eval import perplexity
-from headwise.eval.perplexity import nats_per_token, token_nats
+from headwise.demo.demo import MODEL
+from headwise.measure import loss as perplexity
+from headwise.measure.loss import nats_per_token, token_nats
 
 
 @pytest.fixture

@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 
-from headwise import ui
+from headwise._cli import console as ui
 from headwise.errors import HeadwiseError
-from headwise.eval import processes, samples
-from headwise.eval.evaluate import evaluate
-from headwise.eval.publish import published
+from headwise.eval import processes
+from headwise.eval.evaluate import evaluate_model
+from headwise.eval.report.publish import published
 from headwise.eval.result import Evaluation
+from headwise.eval.tasks import samples
 from tests.convert.speaking import save_speaking
 
 pytest.importorskip("lm_eval")
@@ -77,7 +78,7 @@ def test_two_processes_find_what_one_finds(home: Path, tmp_path: Path, launched:
     said, complaints = started.communicate()
     assert started.returncode == 0, complaints
     two = Evaluation.from_dict(json.loads(said))  # one object: the report is told once
-    one = evaluate(
+    one = evaluate_model(
         home / "child", home / "parent", recipe=home / "recipe.yaml", report=tmp_path / "one", device="cpu"
     )
     assert one is not None and one.reused  # what two processes kept, for they were asked the same

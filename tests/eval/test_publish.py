@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from headwise.errors import HeadwiseError
-from headwise.eval.publish import REPORT, check_report, published
+from headwise.eval.report.publish import REPORT, check_report, published
 
 
 def write(out: Path, text: str, force: bool = False) -> None:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from headwise.errors import HeadwiseError
-from headwise.eval.report import markdown, page, read_report, write_report
+from headwise.eval.report.report import markdown, page, read_report, write_report
 from headwise.eval.result import Sample
 from headwise.eval.verdict import Damage, judge
 from tests.browser import browse, find_browser

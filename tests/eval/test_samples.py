@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from headwise.errors import HeadwiseError
-from headwise.eval.comparisons import compare_perplexity, compare_tasks, correct, damage_gates, same_questions
-from headwise.eval.samples import Results, read
+from headwise.eval.compare import compare_perplexity, compare_tasks, correct, damage_gates, same_questions
+from headwise.eval.tasks.samples import Results, read
 
 
 def written(folder: Path, tasks: dict[str, dict[str, list[Any]]], **more: Any) -> Results:

@@ -25,8 +25,8 @@ from unittest import mock
 
 import torch
 
-from headwise import ui
-from headwise.command import explain
+from headwise._cli import console as ui
+from headwise._cli.app import explain
 
 OPERATIONS = ("open", "read", "write", "fsync", "rename", "mkdir", "truncate", "remove", "memory")
 # What each kind of operation may be refused with.

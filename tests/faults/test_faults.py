@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from headwise.convert.writer import Writer
+from headwise.io.writer import Writer
 from tests.faults.harness import (
     OPERATIONS,
     REFUSALS,

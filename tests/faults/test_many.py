@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from headwise.convert.pipeline import convert
+from headwise.convert.pipeline import convert_model
 from tests.convert.speaking import save_speaking
 from tests.faults.worlds import SHAPE
 
@@ -80,7 +80,7 @@ def test_five_hundred_conversions_in_a_row(tmp_path: Path, monkeypatch: pytest.M
     for number in range(500):
         method = ("mean", "optimal")[number % 2]
         options = {"to": "mla", "exact": True} if number % 10 == 9 else {"to": "gqa", "groups": 2, "method": method}
-        convert(source, tmp_path / "out", calibrate="none", force=True, verify=number % 5 == 0, **options)
+        convert_model(source, tmp_path / "out", calibrate="none", force=True, verify=number % 5 == 0, **options)
         if number % 50 == 49:
             gc.collect()
             seen.append((process.memory_info().rss, process.num_fds(), threading.active_count()))

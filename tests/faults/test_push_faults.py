@@ -14,8 +14,8 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
-from headwise.convert.pipeline import convert
-from headwise.publish import push
+from headwise.convert.pipeline import convert_model
+from headwise.records.push import push_model
 from tests.convert.speaking import save_speaking
 from tests.faults.harness import KILL, Faults, attempt, contents, in_child
 from tests.faults.worlds import POOLED, SHAPE
@@ -42,7 +42,7 @@ class Remote:
         self.hub.repositories = {REPO: Repository({"main": self.older})} if self.older else {}
 
     def push(self) -> Any:
-        return push(self.folder, REPO, token=TOKEN, unverified=True)
+        return push_model(self.folder, REPO, token=TOKEN, unverified=True)
 
     def check(self) -> bool:
         """Whether the whole folder is there; an AssertionError unless that or nothing of it."""
@@ -62,11 +62,11 @@ class Remote:
 @pytest.fixture(params=["new", "older"])
 def remote(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     source = save_speaking(tmp_path / "source", **SHAPE)
-    convert(source, tmp_path / "out", max_shard_size=16_000, **POOLED)
+    convert_model(source, tmp_path / "out", max_shard_size=16_000, **POOLED)
     older = tmp_path / "older" if request.param == "older" else None
     if older:
         # In fewer files, which a push must delete.
-        convert(source, older, **{**POOLED, "groups": 1})
+        convert_model(source, older, **{**POOLED, "groups": 1})
     disable_progress_bars()
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)

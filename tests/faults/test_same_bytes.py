@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from headwise.convert import pipeline
-from headwise.convert.pipeline import convert
-from headwise.convert.record import RECORD
-from headwise.convert.verify import verify
+from headwise.convert.pipeline import convert_model
+from headwise.convert.verify.check import verify_model
 from headwise.errors import HeadwiseError
+from headwise.records.manifest import RECORD
 from tests.convert.speaking import TEXT, save_speaking
 from tests.faults.harness import contents
 
@@ -62,8 +62,8 @@ def test_threads_and_interruptions_leave_no_trace(
     with monkeypatch.context() as patch:
         patch.setattr(pipeline.Writer, "note", stop)
         with pytest.raises(KeyboardInterrupt):
-            convert(model, out, **options)
-    convert(model, out, resume=True, **options)
+            convert_model(model, out, **options)
+    convert_model(model, out, resume=True, **options)
     assert contents(out) == contents(one)
 
 
@@ -82,21 +82,21 @@ def apart_by(one: Path, two: Path) -> list[float]:
 def on_threads(threads: int, model: Path, home: Path, options: dict[str, Any]) -> Path:
     torch.set_num_threads(threads)
     out = home / str(threads) / "out"
-    convert(model, out, **options)
+    convert_model(model, out, **options)
     return out
 
 
 def test_hashes_tell_what_changed(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    convert(model, out, to="gqa", groups=2, calibrate="none")
-    found = verify(out, hashes=True)
+    convert_model(model, out, to="gqa", groups=2, calibrate="none")
+    found = verify_model(out, hashes=True)
     assert found.passed and len(found.checks) == 1
     content = bytearray((out / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (out / "model.safetensors").write_bytes(content)
     (out / "tokenizer.json").write_text("{}")
-    found = verify(out, hashes=True)
+    found = verify_model(out, hashes=True)
     assert not found.passed and "tokenizer.json (2 in all)" in found.failures
     (out / RECORD).unlink()
     with pytest.raises(HeadwiseError, match=r"has no headwise\.json"):
-        verify(out, hashes=True)
+        verify_model(out, hashes=True)

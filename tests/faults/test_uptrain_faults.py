@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from headwise.convert.record import RECORD
-from headwise.convert.verify import verify
+from headwise.convert.verify.check import verify_model
 from headwise.recipes import run
-from headwise.recipes.checkpoints import WEIGHTS, Checkpoints
-from headwise.recipes.schema import Data, Loss, Recipe, Training
-from headwise.recipes.uptrain import uptrain
+from headwise.recipes.settings import Data, Loss, Recipe, Training
+from headwise.recipes.uptrain import uptrain_model
+from headwise.records.manifest import RECORD
+from headwise.train.checkpoints import WEIGHTS, Checkpoints
 from tests.convert.speaking import save_speaking
 from tests.faults.harness import World, attempt, in_child, kill_everywhere, sweep
 from tests.faults.worlds import SHAPE
@@ -44,7 +44,7 @@ class Trained(World):
 
     def made(self) -> dict[str, bytes]:
         """Everything but the clock, which is in the curve and in the record, and what the record says of those."""
-        assert verify(self.out, hashes=True).passed
+        assert verify_model(self.out, hashes=True).passed
         found = super().made()
         rows = csv.DictReader(io.StringIO(found["uptraining.csv"].decode()))
         curve = [{**row, "seconds": ""} for row in rows]
@@ -81,7 +81,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     recipe = Recipe("tiny", data, TRAINING, loss=Loss(cross_entropy=1.0))
 
     def job(out: Path, resume: bool) -> Any:
-        return uptrain(source, out, recipe=recipe, resume=resume)
+        return uptrain_model(source, out, recipe=recipe, resume=resume)
 
     return Trained(tmp_path, source, job)
 

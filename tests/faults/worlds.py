@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from headwise.convert import pipeline
-from headwise.convert.pipeline import convert
+from headwise.convert.pipeline import convert_model
 from tests.convert.speaking import TEXT, save_speaking
 from tests.faults.harness import World
 
@@ -42,11 +42,11 @@ def make(home: Path, scenario: str = "fresh", kind: str = "mean") -> World:
     options = {**KINDS[kind], "max_shard_size": 6000, "force": scenario == "replace"}
 
     def job(out: Path, resume: bool) -> Any:
-        return convert(source, out, resume=resume, **options)
+        return convert_model(source, out, resume=resume, **options)
 
     kept = home / "kept"
     if scenario == "replace":
-        convert(source, kept, to="gqa", groups=1, method="mean", calibrate="none", verify=False)
+        convert_model(source, kept, to="gqa", groups=1, method="mean", calibrate="none", verify=False)
         return World(home, source, job, lambda out: shutil.copytree(kept, out))
     if scenario == "resume":
         interrupt(source, home / "target" / "out", options)
@@ -72,4 +72,4 @@ def interrupt(source: Path, out: Path, options: dict[str, Any]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.Writer, "copy", stop)
         with pytest.raises(KeyboardInterrupt):
-            convert(source, out, **options)
+            convert_model(source, out, **options)

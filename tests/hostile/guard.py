@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from headwise import ui
-from headwise.command import explain
+from headwise._cli import console as ui
+from headwise._cli.app import explain
 
 FORBIDDEN = (
     "subprocess.Popen",

@@ -19,13 +19,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from headwise import show, ui
-from headwise.convert.checkpoint import make_buffers, open_checkpoint
-from headwise.convert.measure import Calibration, calibration_blocks
-from headwise.convert.pipeline import convert
+from headwise._cli import console as ui
+from headwise._cli import render as show
+from headwise.convert.calibration.calibrate import Calibration, calibration_blocks
+from headwise.convert.pipeline import convert_model
 from headwise.convert.plan import inspect
-from headwise.convert.verify import verify
-from headwise.recipes.schema import LIBRARY, load
+from headwise.convert.verify.check import verify_model
+from headwise.io.reader import make_buffers, open_checkpoint
+from headwise.recipes.settings import LIBRARY, load
 from tests.convert.speaking import TEXT, save_speaking
 from tests.hostile.guard import Guard, Outcome
 from tests.hostile.mutations import ESCAPES, VALUES, WORDS, dumps, flip, garble, nested, tree
@@ -85,9 +86,9 @@ class Prey:
         self.config = json.loads(self.files["config.json"])
         self.model = home / "model"
         self.guard = Guard(home / "model", home / "work")
-        convert(sound, home / "converted", to="gqa", groups=2, calibrate="none")
+        convert_model(sound, home / "converted", to="gqa", groups=2, calibrate="none")
         self.converted = {path.name: path.read_bytes() for path in sorted((home / "converted").iterdir())}
-        convert(sound, home / "mla", to="mla", exact=True)
+        convert_model(sound, home / "mla", to="mla", exact=True)
         self.latent = json.loads((home / "mla" / "config.json").read_text())
         cut = {f"model-0000{i + 1}-of-00002.safetensors": dict(list(self.tensors.items())[i::2]) for i in range(2)}
         self.weight_map = {name: file for file, part in cut.items() for name in part}
@@ -291,7 +292,7 @@ def plan(prey: Prey, random: Random) -> Outcome:
         show.plan(planned)
         ui.result(planned)
 
-    return prey.judge(lambda: convert(model, prey.out, **options, calibrate="none", dry_run=True), shown)
+    return prey.judge(lambda: convert_model(model, prey.out, **options, calibrate="none", dry_run=True), shown)
 
 
 def whole(prey: Prey, random: Random) -> Outcome:
@@ -308,7 +309,7 @@ def whole(prey: Prey, random: Random) -> Outcome:
             (model / name).write_bytes(flip(random, content))
     method = random.choice(["mean", "optimal"])
     return prey.judge(
-        lambda: convert(model, prey.out, to="gqa", groups=2, method=method, calibrate="none"), show.outcome
+        lambda: convert_model(model, prey.out, to="gqa", groups=2, method=method, calibrate="none"), show.outcome
     )
 
 
@@ -486,7 +487,7 @@ def converted(prey: Prey, random: Random) -> Outcome:
         (model / name).write_text(dumps(changed))
     else:
         (model / name).write_bytes(flip(random, prey.converted[name]))
-    return prey.judge(lambda: verify(model), show.verification)
+    return prey.judge(lambda: verify_model(model), show.verification)
 
 
 # How often each is chosen in the long run: the cheap parsers most.

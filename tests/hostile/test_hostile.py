@@ -18,9 +18,9 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from headwise.convert.checkpoint import open_checkpoint
-from headwise.convert.pipeline import convert
-from headwise.convert.verify import verify
+from headwise.convert.pipeline import convert_model
+from headwise.convert.verify.check import verify_model
+from headwise.io.reader import open_checkpoint
 from tests.convert.small import save_raw
 from tests.hostile import targets
 from tests.hostile.guard import Guard, peak
@@ -91,7 +91,7 @@ def test_a_tokenizer_that_brings_code_is_not_run_and_nobody_is_asked(prey: Prey)
     lure = {"auto_map": {"AutoTokenizer": ["modeling_evil.Evil", None]}, "tokenizer_class": "Evil"}
     model = prey.lay(**{"tokenizer_config.json": dumps(lure).encode()})
     targets._with_evil(model)
-    outcome = prey.judge(lambda: convert(model, prey.out, to="gqa", groups=2))
+    outcome = prey.judge(lambda: convert_model(model, prey.out, to="gqa", groups=2))
     assert outcome.kind == "refused" and not outcome.escapes
     assert "no tokenizer that transformers can load" in outcome.said
 
@@ -108,7 +108,7 @@ def test_what_a_config_says_of_code_is_not_passed_on(prey: Prey) -> None:
     said = {"auto_map": {"AutoConfig": "evil.Evil"}, "_attn_implementation": "flash_attention_2"}
     model = prey.lay(**{"config.json": dumps(prey.config | said).encode()})
     outcome = prey.judge(
-        lambda: (convert(model, prey.out, to="gqa", groups=2, calibrate="none"), _config(prey.out))
+        lambda: (convert_model(model, prey.out, to="gqa", groups=2, calibrate="none"), _config(prey.out))
     )
     assert outcome.kind == "done" and not outcome.escapes
     assert not outcome.value[1].keys() & said.keys()
@@ -122,7 +122,7 @@ def _config(out: Path) -> dict[str, object]:
 def test_laughing_recipes_stay_small(prey: Prey) -> None:
     laughs = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)]
     model = prey.lay("config.json", **{"recipe.yaml": "\n".join([*laughs, "about: *a39"]).encode()})
-    from headwise.recipes.schema import load
+    from headwise.recipes.settings import load
 
     outcome = prey.judge(lambda: load(model / "recipe.yaml"))
     assert "aliases" in outcome.said and not outcome.escapes
@@ -140,7 +140,7 @@ def test_a_header_of_a_hundred_megabytes(prey: Prey, filling: str) -> None:
 
 
 def test_what_a_library_logs_of_a_config_is_clean() -> None:
-    from headwise import ui
+    from headwise._cli import console as ui
 
     ui.clean_logs()
     heard: list[str] = []
@@ -154,14 +154,14 @@ def test_what_a_library_logs_of_a_config_is_clean() -> None:
 
 def test_an_hour_is_not_needed_to_refuse_ten_thousand_layers(prey: Prey) -> None:
     model = prey.lay(**{"config.json": dumps(prey.config | {"num_hidden_layers": 10_000}).encode()})
-    outcome = prey.judge(lambda: convert(model, prey.out, to="gqa", groups=2, calibrate="none", dry_run=True))
+    outcome = prey.judge(lambda: convert_model(model, prey.out, to="gqa", groups=2, calibrate="none", dry_run=True))
     assert "far more than its files hold" in outcome.said and not outcome.escapes
 
 
 def test_memory_that_a_config_asks_for_is_not_given(prey: Prey) -> None:
     for name in ("vocab_size", "intermediate_size"):
         model = prey.lay(**{"config.json": dumps(prey.config | {name: 10**12}).encode()})
-        outcome = prey.judge(lambda model=model: verify(model))  # type: ignore[misc]
+        outcome = prey.judge(lambda model=model: verify_model(model))  # type: ignore[misc]
         assert outcome.kind == "refused" and not outcome.escapes, outcome
 
 

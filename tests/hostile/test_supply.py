@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 import headwise
-from headwise.convert.pipeline import convert
+from headwise.convert.pipeline import convert_model
 from headwise.convert.plan import inspect
-from headwise.convert.verify import verify
+from headwise.convert.verify.check import verify_model
 from tests.convert.speaking import TEXT, save_speaking
 from tests.hostile import audit
 
@@ -35,8 +35,8 @@ def test_no_socket_is_opened_for_a_local_model(tmp_path: Path, monkeypatch: pyte
     grouped, latent = {"to": "gqa", "groups": 2, "refit": 2, **TEXT}, {"to": "mla", "exact": True}
     for number, options in enumerate((grouped, latent)):
         out = tmp_path / f"out{number}"
-        convert(model, out, **options)
-        assert verify(out, model).passed and verify(out, hashes=True).passed
+        convert_model(model, out, **options)
+        assert verify_model(out, model).passed and verify_model(out, hashes=True).passed
 
 
 def test_whatever_is_loaded_is_loaded_without_its_code() -> None:

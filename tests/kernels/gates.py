@@ -17,8 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from headwise.kernels.attend import hopper, portable
-from headwise.kernels.attend.launch import Card, choose, chunks
+from headwise.kernels.decode import hopper, portable
+from headwise.kernels.decode.launch import Card, choose, chunks
 
 CARDS = {90: Card((9, 0), 132, 232448), 89: Card((8, 9), 128, 101376), 80: Card((8, 0), 108, 166912)}
 # capability, query rows, key, rotary and value width, MLA, page size

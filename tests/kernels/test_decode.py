@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headwise.kernels.attend import launch
+from headwise.kernels.decode import launch
 from headwise.kernels.gqa_decode.reference import gqa_decode as reference
 
 gpu = pytest.mark.gpu

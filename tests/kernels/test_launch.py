@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headwise.kernels.attend.launch import Card, card_of, choose, choose_splits, chunks
+from headwise.kernels.decode.launch import Card, card_of, choose, choose_splits, chunks
 
 HOPPER = Card((9, 0), 132, 232448)
 CARDS = [HOPPER, Card((8, 0), 108, 166912), Card((8, 9), 128, 101376), Card((12, 0), 170, 101376)]

@@ -1,4 +1,4 @@
-"""`headwise.recipes.train` under FSDP2 without accelerators: accelerate shards over gloo where it thinks of GPUs.
+"""`headwise.recipes.worker` under FSDP2 without accelerators: accelerate shards over gloo where it thinks of GPUs.
 
 accelerate launch --config_file headwise/recipes/accelerate/fsdp2.yaml tests/recipes/fsdp2_on_cpu.py ...
 """
@@ -10,8 +10,8 @@ import accelerate.state
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 
-from headwise.recipes import trainer
-from headwise.recipes.train import main
+from headwise.recipes.worker import main
+from headwise.train import trainer
 
 begin = accelerate.state.PartialState.__init__
 train = trainer.Trainer.train

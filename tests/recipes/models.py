@@ -10,8 +10,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from headwise.convert.pipeline import convert
-from headwise.demo import MODEL
+from headwise.convert.pipeline import convert_model
+from headwise.demo.demo import MODEL
 
 SHAPE = {
     "hidden_size": 32,
@@ -42,7 +42,7 @@ def parent(folder: Path, kind: str = "llama", **fields: Any) -> Path:
 
 def converted(model: Path, out: Path, **arguments: Any) -> Path:
     """What `convert` makes of it, without reading text."""
-    convert(model, out, **{"calibrate": "none", "refit": "off", "verify": False, **arguments})
+    convert_model(model, out, **{"calibrate": "none", "refit": "off", "verify": False, **arguments})
     return out
 
 

@@ -13,8 +13,8 @@ from matplotlib.image import imread
 
 from headwise.errors import HeadwiseError
 from headwise.progress import Progress
-from headwise.recipes.callbacks import Curve, check_reporters, gap_closed
-from headwise.recipes.plot import draw_curve
+from headwise.train.callbacks import Curve, check_reporters, gap_closed
+from headwise.train.curve_plot import draw_curve
 
 
 class Heard(Progress):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from headwise.recipes.checkpoints import Checkpoints
+from headwise.train.checkpoints import Checkpoints
 from tests.faults.harness import KILL, Faults, attempt, contents, in_child
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="handles are told apart through /proc")

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from headwise.demo import MODEL
+from headwise.demo.demo import MODEL
 from headwise.errors import HeadwiseError
-from headwise.recipes import builtin, data, packages, sources
-from headwise.recipes.schema import Data
+from headwise.recipes.settings import Data
+from headwise.text import blocks as data
+from headwise.text import builtin, packages, sources
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 

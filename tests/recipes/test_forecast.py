@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM
 
-from headwise.convert.checkpoint import open_checkpoint
-from headwise.demo import MODEL
+from headwise.demo.demo import MODEL
 from headwise.errors import HeadwiseError
-from headwise.recipes import memory
-from headwise.recipes.forecast import Shape, forecast, refuse_unless_it_fits
-from headwise.recipes.schema import Data, Lora, Loss, Recipe, Training
-from headwise.recipes.student import ModelFolder
+from headwise.io.reader import open_checkpoint
+from headwise.recipes.settings import Data, Lora, Loss, Recipe, Training
+from headwise.train import memory_check as memory
+from headwise.train.memory import Shape, forecast, refuse_unless_it_fits
+from headwise.train.student import ModelFolder
 
 LLAMA_7B = LlamaConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
@@ -28,7 +28,7 @@ RECIPE = Recipe("a test", Data({"builtin": 1}), Training(tokens=10**6, batch_tok
 RUN = r"""
 import json, re, sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from headwise.recipes import losses
+from headwise.train import losses
 torch.set_num_threads(1)
 # getrusage would count the process that started this one.
 peak = lambda: 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from headwise.recipes import losses
+from headwise.train import losses
 
 TOKENS, VOCABULARY = 13, 29
 

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
-from headwise.demo import MODEL
+from headwise.demo.demo import MODEL
 from headwise.errors import HeadwiseError
-from headwise.recipes.packing import Collator, collator, encode, keeps_documents_apart, pack
+from headwise.text.packing import Collator, collator, encode, keeps_documents_apart, pack
 from tests import tiny_models
 
 END = 2

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from headwise.demo import MODEL
-from headwise.recipes import launch
-from headwise.recipes.uptrain import uptrain
+from headwise.demo.demo import MODEL
+from headwise.recipes.uptrain import uptrain_model
+from headwise.train import launch
 
 REPOSITORY = Path(__file__).parents[2]
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -42,7 +42,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 7) for i in range(400)]
     (home / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (home / "recipe.yaml").write_text(RECIPE.replace("TEXT", str(home / "text.jsonl")))
-    uptrain(home / "child", home / "one", recipe=home / "recipe.yaml", teacher=home / "parent")
+    uptrain_model(home / "child", home / "one", recipe=home / "recipe.yaml", teacher=home / "parent")
     return home
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from headwise.errors import HeadwiseError
-from headwise.recipes.schema import LIBRARY, load
+from headwise.recipes.settings import LIBRARY, load
 
 RECIPE = """
 about: a test

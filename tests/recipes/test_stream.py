@@ -12,11 +12,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from headwise.demo import MODEL
+from headwise.demo.demo import MODEL
 from headwise.errors import HeadwiseError
-from headwise.recipes import data, sources
-from headwise.recipes.schema import Data
-from headwise.recipes.stream import Stream
+from headwise.recipes.settings import Data
+from headwise.text import blocks as data
+from headwise.text import sources
+from headwise.text.stream import Stream
 
 datasets = pytest.importorskip("datasets")
 

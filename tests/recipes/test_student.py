@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from headwise.convert.checkpoint import open_checkpoint
-from headwise.eval.perplexity import nats_per_token
+from headwise.io.reader import open_checkpoint
+from headwise.measure.loss import nats_per_token
 from headwise.recipes.outcome import write_model
-from headwise.recipes.schema import Lora, Training
-from headwise.recipes.student import ModelFolder, Student
-from headwise.recipes.teacher import ask
+from headwise.recipes.settings import Lora, Training
+from headwise.train.student import ModelFolder, Student
+from headwise.train.teacher import ask
 from tests.recipes.models import converted, parent
 
 MLA = {"to": "mla", "rank": 12, "rope_dim": 4}

@@ -16,12 +16,13 @@ import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
+from headwise.demo import pretrain
 from headwise.errors import HeadwiseError
-from headwise.recipes import pretrain, train
-from headwise.recipes.callbacks import TimeBudget
-from headwise.recipes.packing import Collator
-from headwise.recipes.schema import Data, Init, Recipe, Training
-from headwise.recipes.trainer import Trainer, learning_rate, make_trainer
+from headwise.recipes import worker as train
+from headwise.recipes.settings import Data, Init, Recipe, Training
+from headwise.text.packing import Collator
+from headwise.train.callbacks import TimeBudget
+from headwise.train.trainer import Trainer, learning_rate, make_trainer
 
 TINY = {
     "model_type": "llama",

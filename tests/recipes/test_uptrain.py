@@ -18,13 +18,14 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from headwise.convert.verify import verify
+from headwise.convert.verify.check import verify_model
 from headwise.errors import HeadwiseError
 from headwise.progress import Progress
-from headwise.recipes import checkpoints, run
-from headwise.recipes.guard import Diverged
-from headwise.recipes.schema import Data, Layerwise, Loss, Recipe, Teacher, Training
-from headwise.recipes.uptrain import uptrain
+from headwise.recipes import run
+from headwise.recipes.settings import Data, Layerwise, Loss, Recipe, Teacher, Training
+from headwise.recipes.uptrain import uptrain_model
+from headwise.train import checkpoints
+from headwise.train.guard import Diverged
 from tests.recipes import models
 
 STEPS, BATCH = 12, 256
@@ -88,7 +89,7 @@ class At(Progress):
 def test_a_healed_folder_is_stock_verified_and_recorded(home: Path, tmp_path: Path, layout: str) -> None:
     before = contents(home / layout)
     out = tmp_path / "out"
-    done = uptrain(home / layout, out, recipe=recipe(home), command="typed")
+    done = uptrain_model(home / layout, out, recipe=recipe(home), command="typed")
     assert done is not None and done.parent is not None
     assert done.after < done.before - 0.1
     assert contents(home / layout) == before
@@ -102,7 +103,7 @@ def test_a_healed_folder_is_stock_verified_and_recorded(home: Path, tmp_path: Pa
     card = (out / "README.md").read_text()
     assert (out / "uptraining.png").stat().st_size > 1000
     assert "## Uptraining" in card and f"| after | {done.after:.4f} |" in card and "`typed`" in card
-    checked = verify(out, against=home / "parent")
+    checked = verify_model(out, against=home / "parent")
     assert checked.passed, checked.failures
     assert {"record", "parent"} <= {name for name, _, _ in checked.checks}
     model = AutoModelForCausalLM.from_pretrained(out)
@@ -111,7 +112,7 @@ def test_a_healed_folder_is_stock_verified_and_recorded(home: Path, tmp_path: Pa
 
 def test_a_run_that_is_killed_goes_on_as_if_nothing_had_happened(home: Path, tmp_path: Path) -> None:
     plan = recipe(home, train=replace(TRAINING, save_every=5))
-    uptrain(home / "mla", tmp_path / "whole", recipe=plan)
+    uptrain_model(home / "mla", tmp_path / "whole", recipe=plan)
 
     program = (
         "import os, signal, sys; from pathlib import Path\n"
@@ -125,17 +126,17 @@ def test_a_run_that_is_killed_goes_on_as_if_nothing_had_happened(home: Path, tmp
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert not out.exists()
     with pytest.raises(HeadwiseError, match="--resume"):
-        uptrain(home / "mla", out, recipe=plan)
+        uptrain_model(home / "mla", out, recipe=plan)
     with pytest.raises(HeadwiseError, match="its recipe was"):
-        uptrain(home / "mla", out, recipe=recipe(home), resume=True)
+        uptrain_model(home / "mla", out, recipe=recipe(home), resume=True)
 
     # And once more, by a signal that lets it finish its step.
     handler = signal.getsignal(signal.SIGTERM)
     stop = At(2 * BATCH, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt, match="--resume finishes it"):
-        uptrain(home / "mla", out, recipe=plan, resume=True, progress=stop)
+        uptrain_model(home / "mla", out, recipe=plan, resume=True, progress=stop)
     assert signal.getsignal(signal.SIGTERM) == handler
-    uptrain(home / "mla", out, recipe=plan, resume=True)
+    uptrain_model(home / "mla", out, recipe=plan, resume=True)
     assert curve(out) == curve(tmp_path / "whole")
     assert contents(out)["model.safetensors"] == contents(tmp_path / "whole")["model.safetensors"]
 
@@ -153,14 +154,14 @@ def test_checkpoints_are_whole_few_and_models_themselves(home: Path, tmp_path: P
 
     plan = recipe(home, train=replace(TRAINING, save_every=2, keep=2))
     with pytest.raises(KeyboardInterrupt):
-        uptrain(home / "mqa", tmp_path / "out", recipe=plan, progress=At(9 * BATCH, look))
+        uptrain_model(home / "mqa", tmp_path / "out", recipe=plan, progress=At(9 * BATCH, look))
     assert found == [["checkpoint-6", "checkpoint-8", "writing"]]
 
 
 def test_a_loss_that_is_lost_names_the_last_good_checkpoint(home: Path, tmp_path: Path) -> None:
     wild = recipe(home, train=replace(TRAINING, learning_rate=1e30, warmup=0.9, max_grad_norm=1e9, save_every=1))
     with pytest.raises(Diverged, match=r"last good checkpoint is .*checkpoint-\d+") as caught:
-        uptrain(home / "mqa", tmp_path / "out", recipe=wild)
+        uptrain_model(home / "mqa", tmp_path / "out", recipe=wild)
     kept = Path(str(caught.value.message).rpartition(" is ")[2].rstrip("."))
     state = load_file(kept / checkpoints.WEIGHTS)
     assert all(bool(tensor.isfinite().all()) for tensor in state.values())
@@ -177,7 +178,7 @@ def test_a_full_disk_leaves_the_checkpoints_there_are(
         monkeypatch.setattr(checkpoints, "check_space", small)
 
     with pytest.raises(HeadwiseError, match="No checkpoint can be written: The output needs"):
-        uptrain(home / "mqa", tmp_path / "out", recipe=recipe(home), progress=At(5 * BATCH, fill))
+        uptrain_model(home / "mqa", tmp_path / "out", recipe=recipe(home), progress=At(5 * BATCH, fill))
     left = tmp_path / ".out.headwise-work" / "training" / "checkpoint-4"
     assert (left / checkpoints.WEIGHTS).exists() and (left / "model" / "config.json").exists()
 
@@ -186,7 +187,7 @@ def test_text_of_ones_own(home: Path, tmp_path: Path) -> None:
     texts = [str(models.text(tmp_path / f"{name}.txt", lines=200)) for name in ("a", "\N{GRINNING FACE}")]
     held = str(home / "held.txt")
     plan = replace(recipe(home), data=Data({"builtin": 1}, 32))
-    uptrain(
+    uptrain_model(
         home / "mqa", tmp_path / "out", recipe=plan, text=texts, heldout=held, settings=["data.heldout_blocks=2"]
     )
     facts = json.loads((tmp_path / "out" / "headwise.json").read_text())["uptraining"][-1]
@@ -197,19 +198,19 @@ def test_text_of_ones_own(home: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["mqa", pytest.param("mla", marks=pytest.mark.full)])
 def test_two_stages_and_the_first_alone(home: Path, tmp_path: Path, layout: str) -> None:
     stage = Layerwise(tokens=1024, steps=8)
-    alone = uptrain(home / layout, tmp_path / "alone", recipe=recipe(home, train=None, layerwise=stage))
+    alone = uptrain_model(home / layout, tmp_path / "alone", recipe=recipe(home, train=None, layerwise=stage))
     assert alone is not None and alone.tokens == 0 and len(alone.layers) == 2
     for report in alone.layers.values():
         assert report["refit"]["after"] < 0.8 * report["output"]["before"]
     short = replace(TRAINING, tokens=4 * BATCH)
-    both = uptrain(home / layout, tmp_path / "both", recipe=recipe(home, train=short, layerwise=stage))
+    both = uptrain_model(home / layout, tmp_path / "both", recipe=recipe(home, train=short, layerwise=stage))
     assert both is not None and both.layers == alone.layers and both.tokens == 4 * BATCH
 
 
 def test_answers_on_disk_teach_what_a_teacher_beside_does(home: Path, tmp_path: Path) -> None:
     plan = recipe(home, Loss(kl=1.0), replace(TRAINING, tokens=5 * BATCH))
     for name, topk in {"beside": None, "whole": 2048, "few": 64}.items():
-        uptrain(home / "mqa", tmp_path / name, recipe=replace(plan, teacher=Teacher(topk)))
+        uptrain_model(home / "mqa", tmp_path / name, recipe=replace(plan, teacher=Teacher(topk)))
     losses = {
         name: [float(row[2]) for row in curve(tmp_path / name) if row[2]] for name in ("beside", "whole", "few")
     }
@@ -220,7 +221,7 @@ def test_answers_on_disk_teach_what_a_teacher_beside_does(home: Path, tmp_path: 
 def test_every_term_of_the_loss_runs(home: Path, tmp_path: Path) -> None:
     loss = Loss(reverse_kl=0.3, jsd=0.3, hidden_states=0.1, attention_outputs=0.1, temperature=2.0)
     train = replace(TRAINING, tokens=3 * BATCH, gradient_checkpointing=True, micro_batch_tokens=BATCH // 2)
-    done = uptrain(home / "mla", tmp_path / "out", recipe=recipe(home, loss, train))
+    done = uptrain_model(home / "mla", tmp_path / "out", recipe=recipe(home, loss, train))
     assert done is not None and done.tokens == 3 * BATCH
 
 
@@ -265,10 +266,10 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(home: Path, tmp_path: P
     out = tmp_path / "out"
     for plan, options, message in refusals(home, made):
         with pytest.raises(HeadwiseError, match=message):
-            uptrain(home / "mqa", out, recipe=plan, **options)
+            uptrain_model(home / "mqa", out, recipe=plan, **options)
         assert [path.name for path in tmp_path.iterdir()] == ["made"], message
     lonely = models.parent(made / "lonely")
     with pytest.raises(HeadwiseError, match="Pass --teacher"):
-        uptrain(lonely, out, recipe=recipe(home))
+        uptrain_model(lonely, out, recipe=recipe(home))
     with pytest.raises(HeadwiseError, match="exists already"):
-        uptrain(home / "mqa", lonely, recipe=recipe(home))
+        uptrain_model(home / "mqa", lonely, recipe=recipe(home))

@@ -1,0 +1,203 @@
+"""Decide what is measured on the parent, measure it, and hand over the layers one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headwise.convert import forecast
+from headwise.convert.calibration.layer_stream import LayerRecord, LayerStream
+from headwise.convert.calibration.moments import Moments
+from headwise.convert.gqa.target import Target
+from headwise.errors import HeadwiseError
+from headwise.io.reader import Checkpoint, has_nonfinite
+from headwise.io.tokenizer import load_tokenizer, sound
+from headwise.models.architecture import Architecture, find
+from headwise.progress import Progress
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is measured on the parent before its layers are converted, and with which text.
+
+    `steps` of refit follow for every layer; 0: none. `fitted`: output matrices are solved for. `keep` is the folder
+    moments are saved to, `reuse` the one they are taken from instead of being measured.
+    """
+
+    text: str
+    sequences: int
+    length: int
+    steps: int
+    seed: int
+    fitted: bool = False
+    keep: Path | None = None
+    reuse: Path | None = None
+
+    @property
+    def keeps_text(self) -> bool:
+        """Whether each layer's inputs and outputs are at hand when it is converted."""
+        return self.fitted or self.steps > 0
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+    def described(self) -> dict[str, Any]:
+        """All that the measurement depends on; not the folders, which are nobody's business."""
+        return {name: getattr(self, name) for name in ("text", "sequences", "length", "steps", "seed")}
+
+
+def decide(
+    checkpoint: Checkpoint,
+    arch: Architecture,
+    target: Target,
+    text: str,
+    tokens: int | None,
+    moments: str | Path | None,
+    save_moments: str | Path | None,
+    refit: str | int,
+    device: torch.device,
+    seed: int,
+) -> Calibration | None:
+    """Decide what is measured; None: nothing."""
+    if target.exact or not any(target.computed(i) for i in range(len(target.layouts))):
+        if isinstance(refit, int):
+            raise HeadwiseError("An exact conversion leaves nothing to refit.", "Leave out --refit.")
+        return None
+    if text == "none":
+        if isinstance(refit, int):
+            raise HeadwiseError("A refit learns from calibration text.", "Leave out --calibrate none or --refit.")
+        return None
+    if moments is not None:
+        if isinstance(refit, int):
+            raise HeadwiseError(
+                "A refit needs the text itself, not its moments.", "Leave out --moments or --refit."
+            )
+        saved = Moments.open(Path(moments), checkpoint)
+        return Calibration(saved.text, saved.sequences, saved.length, 0, saved.seed, reuse=Path(moments))
+    length = min(forecast.CALIBRATION_LENGTH, forecast.trained_length(checkpoint, arch))
+    steps = forecast.refit_steps(checkpoint, arch, target, refit, length, device)
+    if not steps and not target.calibrated and save_moments is None:
+        return None
+    count = tokens if tokens is not None else forecast.calibration_tokens(checkpoint, arch, steps)
+    if count < 2 * length:
+        raise HeadwiseError(
+            f"--calibration-tokens {count} is less than two sequences of {length} tokens.",
+            f"Ask for {2 * length} or more.",
+        )
+    return Calibration(
+        text,
+        count // length,
+        length,
+        steps,
+        seed,
+        fitted=target.fitted,
+        keep=Path(save_moments) if save_moments else None,
+    )
+
+
+def notes(target: Target, calibration: Calibration | None, refit: str | int) -> Iterator[str]:
+    if calibration is None:
+        if target.calibrated:
+            yield "Not calibrated: every direction of the attention input counts the same."
+        return
+    yield f"Calibration: {calibration.tokens:,} tokens of {calibration.text} in sequences of {calibration.length}."
+    if target.fitted and not calibration.fitted:
+        yield "Output matrices are not solved for: that takes the text itself, not its moments."
+    if calibration.steps:
+        yield f"Refit: {calibration.steps} steps per layer."
+    elif refit == "auto":
+        yield "No refit: its forecast is over ten minutes on this device; --refit STEPS runs it all the same."
+
+
+def records(
+    checkpoint: Checkpoint,
+    target: Target,
+    calibration: Calibration | None,
+    layers: Sequence[int],
+    device: torch.device,
+    progress: Progress,
+) -> Iterator[tuple[LayerRecord | None, int]]:
+    """The layers named, each with what was measured of it."""
+    if calibration is None:
+        yield from ((None, i) for i in layers)
+        return
+    if calibration.reuse is not None:
+        saved = Moments.open(calibration.reuse, checkpoint)
+        yield from ((saved.read(i, device), i) for i in layers)
+        return
+    progress.note(
+        f"Reading {calibration.tokens:,} tokens of {calibration.text} through the parent, layer by layer."
+    )
+    blocks = calibration_blocks(checkpoint, calibration)
+    arch = find(target.parent_config, checkpoint.tensors)
+    stream = LayerStream(checkpoint, arch, blocks, device, target.parent_config)
+    keep = Moments.create(calibration.keep, checkpoint, calibration) if calibration.keep else None
+    for record in stream.records(keep=calibration.keeps_text, only=layers):
+        if keep:
+            keep.write(record)
+        yield record, record.index
+        del record  # it would stay while the next layer is run
+
+
+def check_finite(
+    checkpoint: Checkpoint,
+    target: Target,
+    layer: int,
+    tensors: Mapping[str, Tensor],
+    record: LayerRecord | None,
+    allow_nan: bool,
+) -> None:
+    """Refuse a layer that the mathematics would fail on, by the name of the tensor at fault.
+
+    Raises:
+        HeadwiseError: a weight is NaN or infinite and may not be, or what the layer reads is, or a decomposition
+            would have to be made of it.
+    """
+    bad = next((name for name, tensor in tensors.items() if has_nonfinite(tensor)), None)
+    moments = record.moments().values() if record else ()
+    unread = bad is None and not all(bool(moment.isfinite().all()) for moment in moments)
+    if unread and not allow_nan:
+        bad = next((name for name in checkpoint.tensors if has_nonfinite(checkpoint.read(name))), None)
+    if bad is not None and not allow_nan:
+        raise HeadwiseError(
+            f"Tensor {bad} holds NaN or infinite values.", "Pass --allow-nan to convert the model all the same."
+        )
+    if unread:
+        raise HeadwiseError(
+            f"The calibration text makes what layer {layer} reads NaN or infinite.", "Pass --calibrate none."
+        )
+    if bad is not None and target.calibrated:
+        raise HeadwiseError(
+            f"Tensor {bad} holds NaN or infinite values, which only the methods mean, first and random can merge.",
+            "Pass --method mean beside --allow-nan.",
+        )
+
+
+def calibration_blocks(checkpoint: Checkpoint, calibration: Calibration) -> Tensor:
+    """The calibration text as tokens of the model, (sequences, length)."""
+    from headwise.text.blocks import blocks_from
+
+    hint = "Add the tokenizer's files to the folder, or pass --calibrate none."
+    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.source, hint)
+    with sound(f"The tokenizer of {checkpoint.source} fails on the calibration text", hint):
+        blocks = blocks_from(
+            calibration.text,
+            tokenizer,
+            split="calibration",
+            length=calibration.length,
+            count=calibration.sequences,
+            seed=calibration.seed,
+        )
+    known = find(checkpoint.config).stock_config(checkpoint.config).vocab_size
+    if int(blocks.max()) >= known:
+        raise HeadwiseError(
+            f"The tokenizer of {checkpoint.source} gives token {int(blocks.max())}, and the model knows {known}.",
+            "Its files belong to another model: replace them, or pass --calibrate none.",
+        )
+    return blocks

@@ -1,0 +1,205 @@
+"""A stock model of which one decoder layer at a time is real.
+
+The model is built from its stock class without weights. One run over a single sequence, with every decoder layer
+replaced by a stub that notes what it is given, yields the embedding's output and the arguments (masks, rotary
+tables) of each layer exactly as the model's own forward makes them. From then on only one layer's weights are in
+memory: they are loaded by transformers' own loader, the layer is run over all sequences, its attention's inputs
+and outputs are noted, and the weights are let go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headwise.convert.calibration.attention_stats import AttentionView
+from headwise.io.reader import Checkpoint
+from headwise.models.architecture import Architecture
+from headwise.models.stock import Stop, empty_model, load_into, recorded
+
+# Tokens run through a layer at once: bounds the memory of the widest intermediate, not the result.
+TOKENS_AT_ONCE = 4096
+# Sequences whose attention weights are looked at; each costs heads x length^2 numbers.
+SEQUENCES_LOOKED_AT = 16
+
+
+@dataclass
+class LayerRecord:
+    """What one layer's attention saw and did, over all calibration tokens.
+
+    Attributes:
+        index: of the decoder layer.
+        moment: E[x x^T] of the attention input with a constant 1 appended, (D + 1, D + 1), float64.
+        value_moment: E[y y^T] of y = [sum_n p_n x_n; 1], the inputs averaged by the attention weights p of a head,
+            over queries and heads, (D + 1, D + 1), float64: what values are read through. None unless asked for.
+        key_moment: E[x x^T] over tokens that counts each by the attention it gets, like `moment`. None likewise.
+        distances: attention weight by distance per head, (heads, length), each row summing to one; None unless
+            asked for.
+        inputs, outputs: (sequences, length, D) float32 on the CPU, while all else is where the layer was run; None
+            unless asked for.
+        arguments: what else the attention module is called with, for a batch of any size.
+        tokens: how many were seen.
+    """
+
+    index: int
+    moment: Tensor
+    value_moment: Tensor | None = None
+    key_moment: Tensor | None = None
+    distances: Tensor | None = None
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+
+    def moments(self) -> dict[str, Tensor]:
+        """The second moments there are, by name."""
+        names = ("moment", "key_moment", "value_moment")
+        return {name: moment for name in names if (moment := getattr(self, name)) is not None}
+
+
+class LayerStream:
+    """Runs token sequences through a checkpoint, layer by layer.
+
+    Args:
+        checkpoint: the source.
+        architecture: its row.
+        tokens: (sequences, length), integers below the vocabulary size.
+        device: where a layer is computed.
+        config: in place of the checkpoint's own, one that gives the same weights other positions; `architecture`
+            is then the row of that config.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        architecture: Architecture,
+        tokens: Tensor,
+        device: torch.device | str = "cpu",
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        self._checkpoint, self._architecture = checkpoint, architecture
+        self._device = torch.device(device)
+        self._model = empty_model(config or checkpoint.config, architecture.auto_class)
+        self._layers: nn.ModuleList = self._model.get_submodule(architecture.module.rpartition(".")[0])
+        self._names: list[list[str]] = [[] for _ in self._layers]
+        self._other: list[str] = []
+        prefixes = {architecture.layers[0].format(layer=i) + ".": i for i in range(len(self._layers))}
+        depth = architecture.layers[0].count(".") + 1
+        for name in checkpoint.tensors:
+            head = ".".join(name.split(".")[:depth]) + "."
+            (self._names[prefixes[head]] if head in prefixes else self._other).append(name)
+        self._hidden, self._arguments = self._embed(tokens)
+
+    def __iter__(self) -> Iterator[LayerRecord]:
+        return self.records()
+
+    def records(
+        self, *, keep: bool = False, look: bool = True, only: Collection[int] | None = None
+    ) -> Iterator[LayerRecord]:
+        """One record per layer, in order; the next layer's inputs are this layer's outputs.
+
+        Args:
+            keep: also keep the attention's inputs and outputs of the layer.
+            look: also take `value_moment`, `key_moment` and `distances`, from some of the sequences.
+            only: layers to record. Those before them are run and passed over, those after the last are not run.
+        """
+        wanted = set(range(len(self._layers)) if only is None else only)
+        for index in range(max(wanted, default=-1) + 1):
+            record = None  # the last one's memory is needed
+            with self._real_layer(index) as layer:
+                if index in wanted:
+                    record = self._run(index, layer, keep, look)
+                else:
+                    self._pass(index, layer)
+            if record is not None:  # outside: the layer's memory is for what is done with the record
+                yield record
+
+    @torch.no_grad()
+    def _pass(self, index: int, layer: nn.Module) -> None:
+        """Run a layer without looking at it."""
+        args, kwargs = self._arguments[index]
+        for part in self._parts():
+            self._hidden[part] = _first(layer(self._hidden[part].to(self._device), *args, **kwargs)).cpu()
+
+    def _parts(self) -> list[slice]:
+        sequences, length, _ = self._hidden.shape
+        step = max(1, TOKENS_AT_ONCE // length)
+        return [slice(start, start + step) for start in range(0, sequences, step)]
+
+    @torch.no_grad()
+    def _run(self, index: int, layer: nn.Module, keep: bool, look: bool) -> LayerRecord:
+        attention = layer.get_submodule(self._architecture.attention)
+        args, kwargs = self._arguments[index]
+        sequences, length, width = self._hidden.shape
+        moment = torch.zeros(width + 1, width + 1, dtype=torch.float64, device=self._device)
+        record = LayerRecord(index, moment, tokens=sequences * length)
+        if keep:
+            record.inputs, record.outputs = torch.empty_like(self._hidden), torch.empty_like(self._hidden)
+        seen: dict[str, Any] = {}
+        view = AttentionView()
+
+        def note(module: nn.Module, call_args: tuple, call_kwargs: dict, output: Any) -> None:
+            seen["x"] = call_kwargs.get("hidden_states", call_args[0] if call_args else None)
+            seen["y"] = _first(output)
+            seen["kwargs"] = {k: v for k, v in call_kwargs.items() if k != "hidden_states"}
+
+        handle = attention.register_forward_hook(note, with_kwargs=True)
+        for part in self._parts():
+            out = layer(self._hidden[part].to(self._device), *args, **kwargs)
+            x = seen["x"]
+            flat = torch.cat([x, torch.ones_like(x[..., :1])], -1).flatten(0, 1)
+            moment += (flat.mT @ flat).double()
+            if record.inputs is not None and record.outputs is not None:
+                record.inputs[part], record.outputs[part] = x.cpu(), seen["y"].cpu()
+            if look and part.start < SEQUENCES_LOOKED_AT:
+                view.add(attention, x[: SEQUENCES_LOOKED_AT - part.start], seen["kwargs"])
+            self._hidden[part] = _first(out).cpu()
+        handle.remove()
+        moment /= record.tokens
+        if look:
+            record.value_moment, record.key_moment, record.distances = view.result()
+        record.arguments = seen["kwargs"]
+        return record
+
+    @contextmanager
+    def _real_layer(self, index: int) -> Iterator[nn.Module]:
+        layer = self._layers[index]
+        load_into(self._model, {n: self._checkpoint.read(n) for n in self._names[index]}, self._device)
+        try:
+            yield layer.to(self._device)  # buffers follow the weights
+        finally:
+            layer.to("meta")
+
+    @torch.no_grad()
+    def _embed(self, tokens: Tensor) -> tuple[Tensor, list[tuple[tuple, dict[str, Any]]]]:
+        """Hidden states before the first layer, and what each layer is called with besides them."""
+        output_weights = self._model.get_output_embeddings()
+        skipped = {id(p) for p in output_weights.parameters()} if output_weights is not None else set()
+        inputs = self._model.get_input_embeddings()
+        skipped -= {id(p) for p in inputs.parameters()}
+        names = {n for n, p in self._model.named_parameters() if id(p) in skipped}
+        load_into(self._model, {n: self._checkpoint.read(n) for n in self._other if n not in names}, self._device)
+        base = self._model.base_model
+        for module in base.modules():  # rotary tables are buffers, made where the model was
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self._device))
+        hidden = []
+        with recorded(self._layers) as stubs:
+            for row in tokens.split(1):
+                with suppress(Stop):
+                    base(input_ids=row.to(self._device), use_cache=False)
+                hidden.append(stubs[0].hidden.cpu())
+        for name, parameter in self._model.named_parameters():
+            if parameter.device.type != "meta":
+                owner, _, leaf = name.rpartition(".")
+                setattr(self._model.get_submodule(owner), leaf, nn.Parameter(parameter.to("meta"), False))
+        return torch.cat(hidden), [(stub.args, stub.kwargs) for stub in stubs]
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

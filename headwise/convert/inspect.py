@@ -1,0 +1,213 @@
+"""What a model is and what it can become, from its config, its index and the headers of its weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headwise.convert.positions.rope_range import Reach, reach
+from headwise.convert.verify.factored import LatentModel
+from headwise.errors import HeadwiseError
+from headwise.io import hub
+from headwise.io.reader import read_headers
+from headwise.io.source import (
+    INDEX,
+    SINGLE,
+    files_of,
+    find_folder,
+    read_config,
+    read_json,
+)
+from headwise.models import architecture, mla_source
+from headwise.models.config import named_dtype
+from headwise.models.layout import AttentionLayout
+
+CONTEXTS = (8_192, 32_768, 131_072)
+# Latent and rotary widths whose cache rows every engine that was tried can hold (docs: engines).
+LATENTS = ((256, 64), (448, 64), (512, 64))
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What a model keeps while it reads: bytes for one more token, and in all after `at` tokens."""
+
+    bytes_per_token: int
+    at: dict[int, int]
+
+    @classmethod
+    def of(cls, layouts: Sequence[AttentionLayout], dtype: torch.dtype) -> Cache:
+        """The cache of one sequence. A layer with a window stops growing when the window is full."""
+
+        def total(tokens: int) -> int:
+            seen = ((min(tokens, layer.sliding_window or tokens), layer) for layer in layouts)
+            return sum(count * layer.cache_numbers for count, layer in seen) * dtype.itemsize
+
+        return cls(total(1), {tokens: total(tokens) for tokens in CONTEXTS})
+
+
+@dataclass(frozen=True)
+class Option:
+    """One thing a model can become; `saved` is the share of the cache at the longest of `CONTEXTS`."""
+
+    to: str
+    num_key_value_heads: int | None
+    kv_lora_rank: int | None
+    qk_rope_head_dim: int | None
+    cache: Cache
+    saved: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What config and headers tell about a model.
+
+    `parameters` is counted in the headers, or estimated from the index's size (`parameters_from` says which:
+    "headers" or "index"), or None. `mla` is None if the model can become MLA, or the reason why it cannot.
+    """
+
+    model: str
+    revision: str | None
+    model_type: str
+    dtype: torch.dtype
+    parameters: int | None
+    parameters_from: str | None
+    layouts: tuple[AttentionLayout, ...]
+    cache: Cache
+    options: tuple[Option, ...]
+    mla: str | None
+    reach: tuple[Reach, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **plain_fields(self, "layouts", "cache", "options", "reach"),
+            "layers": [describe(layout) for layout in self.layouts],
+            "cache": asdict(self.cache),
+            "options": [asdict(option) for option in self.options],
+            "reach": [one.to_dict() for one in self.reach],
+        }
+
+
+def inspect_model(
+    model: str | Path, *, context: int | None = None, revision: str | None = None, token: str | None = None
+) -> Inspection:
+    """Inspect a local folder or a Hub repository; nothing but config, index and headers is read.
+
+    Args:
+        context: also say how far the rotary frequencies carry, up to this many tokens.
+
+    Raises:
+        HeadwiseError: there is no such model, or its type cannot be converted.
+    """
+    folder, commit = find_folder(model, revision=revision, token=token, patterns=["config.json", INDEX])
+    config = read_config(folder)
+    dtype = dtype_of(config)
+    parameters, origin = _count_parameters(str(model), folder, commit, token, dtype)
+    if LatentModel.wrote(config):
+        layouts = LatentModel(config).layouts
+        return Inspection(
+            model=str(model),
+            revision=commit,
+            model_type=config["model_type"],
+            dtype=dtype,
+            parameters=parameters,
+            parameters_from=origin,
+            layouts=tuple(layouts),
+            cache=Cache.of(layouts, dtype),
+            options=(),
+            mla="its attention is latent already",
+            reach=(),
+        )
+    arch = architecture.find(config)
+    layouts = arch.layouts(config)
+    cache = Cache.of(layouts, dtype)
+    mla = _why_not_mla(arch.text_config(config), dtype)
+    return Inspection(
+        model=str(model),
+        revision=commit,
+        model_type=arch.wrapper or arch.model_type,
+        dtype=dtype,
+        parameters=parameters,
+        parameters_from=origin,
+        layouts=tuple(layouts),
+        cache=cache,
+        options=tuple(_options(layouts, arch.legal_groups(config), cache, dtype, mla is None)),
+        mla=mla,
+        reach=tuple(reach(config, arch, context)) if context else (),
+    )
+
+
+def dtype_of(config: dict[str, Any]) -> torch.dtype:
+    """The dtype that a config names, in the words of transformers 4 or 5; float32 where it names none."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        dtype = named_dtype(part.get("dtype") or part.get("torch_dtype"))
+        if dtype is not None:
+            return dtype
+    return torch.float32
+
+
+def describe(layout: AttentionLayout) -> dict[str, Any]:
+    """A layout with its kind and cache, for `--json`."""
+    return {"kind": layout.kind, "cache_numbers": layout.cache_numbers, **asdict(layout)}
+
+
+def _options(
+    layouts: Sequence[AttentionLayout], legal: Sequence[int], cache: Cache, dtype: torch.dtype, mla: bool
+) -> Iterator[Option]:
+    for groups in legal:
+        new = [layout.with_groups(groups) for layout in layouts]
+        if new != list(layouts):
+            after = Cache.of(new, dtype)
+            yield Option(new[0].kind, groups, None, None, after, _saved(cache, after))
+    for rank, rope in LATENTS if mla else ():
+        # The stock MLA class has no windows.
+        new = [replace(x, kv_lora_rank=rank, qk_rope_head_dim=rope, sliding_window=None) for x in layouts]
+        after = Cache.of(new, dtype)
+        if after.bytes_per_token < cache.bytes_per_token:
+            yield Option("mla", None, rank, rope, after, _saved(cache, after))
+
+
+def _saved(before: Cache, after: Cache) -> float:
+    return 1 - after.at[CONTEXTS[-1]] / before.at[CONTEXTS[-1]]
+
+
+def _why_not_mla(text_config: dict[str, Any], dtype: torch.dtype) -> str | None:
+    try:
+        mla_source.find(text_config, dtype)
+    except HeadwiseError as error:
+        return error.message
+    return None
+
+
+def _count_parameters(
+    model: str, folder: Path, commit: str | None, token: str | None, dtype: torch.dtype
+) -> tuple[int | None, str | None]:
+    if commit is not None:
+        counted = hub.parameters(hub.split_revision(model)[0], commit, token)
+        if counted is not None:
+            return counted, "headers"
+    elif (folder / SINGLE).is_file() or any(folder.glob("model-*.safetensors")):
+        tensors = read_headers(files_of(model, folder)).tensors.values()
+        return sum(math.prod(entry.shape) for entry in tensors), "headers"
+    metadata = read_json(folder, INDEX).get("metadata") if (folder / INDEX).is_file() else None
+    known = metadata if isinstance(metadata, dict) else {}
+    if isinstance(known.get("total_parameters"), int):
+        return known["total_parameters"], "index"
+    if isinstance(known.get("total_size"), int):
+        return known["total_size"] // dtype.itemsize, "index"
+    return None, None
+
+
+def spell_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def plain_fields(value: Any, *hidden: str) -> dict[str, Any]:
+    """The fields of a dataclass that are JSON as they are."""
+    own = {f.name: getattr(value, f.name) for f in fields(value) if f.name not in hidden}
+    return {key: spell_dtype(item) if isinstance(item, torch.dtype) else item for key, item in own.items()}

@@ -1,0 +1,191 @@
+"""What proves an MLA folder: its stock attention against the factorised layer written out in float64, and against
+the parent's attention where the conversion is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headwise.convert.mla import latent
+from headwise.convert.positions.context import rotations
+from headwise.errors import HeadwiseError
+from headwise.io.reader import Checkpoint
+from headwise.models import deepseek, mla_source, rope
+from headwise.models.architecture import Architecture, find
+from headwise.models.config import MAX_LAYERS, check_rope, checked_size
+from headwise.models.layout import AttentionLayout, LatentWeights, planes, rows
+from headwise.models.norm_free import ATTENTION, LAYERS
+from headwise.models.stock import attend
+
+# The linear norm errs below 1e-8 for an ordinary token; an exact lift is rounded once to the folder's dtype.
+TOLERANCE = 1e-5
+EXACT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+LATENT_SIZES = [
+    "num_hidden_layers",
+    "num_attention_heads",
+    "kv_lora_rank",
+    "qk_rope_head_dim",
+    "qk_nope_head_dim",
+    "v_head_dim",
+]
+
+
+@dataclass(frozen=True)
+class LatentModel:
+    """Where things are in a stock DeepSeek model, as `Architecture` says it of the others."""
+
+    config: dict[str, Any]
+    auto_class: str = "AutoModelForCausalLM"
+    module: str = LAYERS
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> LatentModel:
+        """Raises HeadwiseError for an MLA model that headwise did not write."""
+        if not cls.wrote(config):
+            raise HeadwiseError(
+                f"The folder holds a {config.get('model_type')} model with experts or another latent attention, "
+                "which headwise does not write.",
+                "verify checks folders that headwise converted.",
+            )
+        return cls(config)
+
+    @staticmethod
+    def wrote(config: dict[str, Any]) -> bool:
+        """Whether this is the dense stock DeepSeek that headwise makes."""
+        dense = config.get("first_k_dense_replace") == config.get("num_hidden_layers")
+        named = isinstance(config.get("model_type"), str)
+        return config.get("architectures") == deepseek.ARCHITECTURES and dense and named
+
+    @property
+    def layouts(self) -> list[AttentionLayout]:
+        sizes = [checked_size(self.config, name) for name in LATENT_SIZES]
+        layers, heads, rank, rope_dim, nope_dim, v_dim = sizes
+        if not 0 < layers <= MAX_LAYERS:
+            raise HeadwiseError(f"config.json has num_hidden_layers: {layers}, and 1 to {MAX_LAYERS} are possible.")
+        check_rope(self.config.get("rope_parameters"))
+        return [AttentionLayout(heads, heads, nope_dim + rope_dim, v_dim, rope_dim, None, rank, rope_dim)] * layers
+
+    def prefix(self, layer: int) -> str:
+        return f"{LAYERS.format(layer=layer)}.{ATTENTION}"
+
+    def tensors(self, checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
+        """Everything of a layer's attention."""
+        prefix = self.prefix(layer) + "."
+        return {name: checkpoint.read(name) for name in checkpoint.tensors if name.startswith(prefix)}
+
+    def weights(self, checkpoint: Checkpoint, layer: int) -> tuple[LatentWeights, Tensor | None]:
+        """A layer in natural coordinates, and its output bias."""
+        tensors = self.tensors(checkpoint, layer)
+        c = self.config
+        frequencies, _ = rope.frequencies(c["rope_parameters"], c["qk_rope_head_dim"], c["max_position_embeddings"])
+        bias = tensors.get(f"{self.prefix(layer)}.o_proj.bias")
+        return deepseek.read_attention(tensors, self.prefix(layer), c, frequencies), bias
+
+
+def evaluate(weights: LatentWeights, x: Tensor, o_bias: Tensor | None = None) -> Tensor:
+    """Causal attention of an MLA layer, written out: (batch, tokens, D) float64 -> the same shape."""
+    inputs = x
+    if weights.kv_down.shape[1] > x.shape[-1]:
+        inputs = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+    angles = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * weights.frequencies.double()
+    turned = torch.polar(torch.ones_like(angles), angles).T  # (planes, tokens)
+
+    def rotate(vectors: Tensor) -> Tensor:  # (..., P, tokens)
+        return rows(planes(vectors, vectors.shape[-2]) * turned)
+
+    columns = inputs.mT[:, None]  # (batch, 1, inputs, tokens)
+    latent_rows = weights.kv_down @ inputs.mT  # (batch, R, tokens)
+    keys = weights.k_up @ latent_rows[:, None]
+    scores = (weights.q_nope @ columns).mT @ keys
+    scores = scores + rotate(weights.q_rope @ columns).mT @ rotate(weights.k_rope @ inputs.mT)[:, None]
+    future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+    attention = (weights.scale * scores).masked_fill(future, -torch.inf).softmax(-1)
+    values = (weights.v_up @ latent_rows[:, None]).mT
+    output = torch.einsum("bhtv,hdv->btd", attention @ values, weights.o)
+    return output if o_bias is None else output + o_bias.double()
+
+
+def layers_compute_their_factors(
+    checkpoint: Checkpoint, model: LatentModel, chosen: Sequence[int], tokens: int
+) -> tuple[bool, str]:
+    """The stock attention, its latent norm included, gives what the factors give without one, in float64."""
+    worst = 0.0
+    for layer in chosen:
+        path = f"{LAYERS.format(layer=layer)}.{ATTENTION}"
+        x, said = attend(model.config, model, path, layer, model.tensors(checkpoint, layer), tokens)
+        weights, o_bias = model.weights(checkpoint, layer)
+        worst = max(worst, _difference(said, evaluate(weights, x, o_bias)))
+    which = ", ".join(map(str, chosen))
+    return (
+        worst < TOLERANCE,
+        f"attention of layers {which} within {worst:.1e} of its factors written out, in float64",
+    )
+
+
+def against_parent(
+    checkpoint: Checkpoint,
+    parent: Checkpoint,
+    model: LatentModel,
+    chosen: Sequence[int],
+    tokens: int,
+    moved: Collection[str],
+    trained: bool,
+) -> tuple[bool, str]:
+    """What is not attention is the parent's, scaled as the config needs; an exact lift computes the same.
+
+    Fields of the config that are named in `moved` may differ, and with them what attention computes.
+    Of a model that was `trained` since, only the shape is the parent's.
+    """
+    arch = find(parent.config, parent.tensors)
+    before = arch.layouts(parent.config)
+    if len(before) != len(model.layouts):
+        return False, f"the parent has {len(before)} layers, and the folder {len(model.layouts)}"
+    changed = _changed_fields(model.config, parent.config, arch, moved)
+    if changed:
+        return False, f"config.json differs from the parent's in {', '.join(changed)}"
+    if trained:
+        return True, "the parent's shape and configuration; its weights were trained since"
+    dtype = next(iter(checkpoint.tensors.values())).dtype
+    rule = mla_source.find(arch.text_config(parent.config), dtype)
+    attention = [n for n in parent.tensors if f".{arch.attention}." in n]
+    for carried in mla_source.plan_other(rule, parent.tensors, attention):
+        if carried.name not in checkpoint.tensors or not torch.equal(
+            carried.apply(parent.read(carried.source), dtype), checkpoint.read(carried.name)
+        ):
+            return False, f"{carried.name} is not what the parent's {carried.source} becomes"
+    largest = [max(sizes) for sizes in zip(*map(latent.lift_shape, before), strict=True)]
+    shape = model.layouts[0]
+    if moved or (shape.kv_lora_rank or 0) < largest[0] or shape.rotary_dim < largest[1]:
+        return True, "outside attention, every tensor is what the parent's becomes"
+    worst = 0.0
+    for layer in chosen:
+        path = f"{arch.module.format(layer=layer)}.{arch.attention}"
+        prefix = f"{arch.layers[0].format(layer=layer)}.{arch.attention}."
+        tensors = {n: parent.read(n) for n in parent.tensors if n.startswith(prefix)}
+        x, wanted = attend(parent.config, arch, path, layer, tensors, tokens)
+        weights, o_bias = model.weights(checkpoint, layer)
+        ours = evaluate(weights, x, o_bias) / rule.factors["residual"]
+        worst = max(worst, _difference(ours, wanted))
+    limit = EXACT_TOLERANCE.get(dtype, 3e-2)
+    return worst < limit, f"exact: attention of the chosen layers within {worst:.1e} of the parent's"
+
+
+def _changed_fields(
+    config: dict[str, Any], parent: dict[str, Any], arch: Architecture, moved: Collection[str]
+) -> list[str]:
+    """What is carried over from the parent's config and is not the same."""
+    text = arch.text_config(parent)
+    before = {key: text[key] for key in deepseek.CARRIED_KEYS if key in text}
+    before["rope_theta"] = float(rotations(parent, arch)[0].parameters["rope_theta"])
+    after = {**config, "rope_theta": float(config["rope_parameters"]["rope_theta"])}
+    return [key for key, value in before.items() if key not in moved and after.get(key) != value]
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp_min(1e-300))

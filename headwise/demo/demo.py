@@ -1,0 +1,225 @@
+"""The demo: take key-value heads away from a real language model, by several methods, and measure the damage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headwise.errors import HeadwiseError
+from headwise.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MODEL = Path(__file__).parent / "model"
+BLOCK_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is done: blocks of held-out text, the text and steps of a refit, and the tokens of an uptraining.
+
+    A refit with `convert`'s own defaults does better and takes several times as long.
+    """
+
+    blocks: int
+    calibration_tokens: int
+    refit: int
+    uptraining_tokens: int
+
+
+FULL, QUICK = Effort(24, 16_384, 16, 98_304), Effort(8, 8_192, 6, 0)
+# What the recipe distill is told for a minute on two cores; docs/results/uptraining.md has runs of real length.
+UPTRAINING = {
+    "data.length": BLOCK_LENGTH,
+    "data.heldout_blocks": 2,
+    "train.batch_tokens": 4 * BLOCK_LENGTH,
+    "train.learning_rate": 5e-4,
+    "train.log_every": 2,
+    "train.save_every": 0,
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One conversion of the demo: what to make, how, the arguments of `convert` that say so, and what it costs
+    in time, compared with the others. With `uptraining_tokens` it takes the one before it, and trains that."""
+
+    target: str
+    method: str
+    arguments: dict[str, Any]
+    cost: int
+    uptraining_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A model's cache, in bytes per token, and its loss on held-out text, in nats per token."""
+
+    target: str
+    method: str
+    cache_bytes: int
+    nats: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What `demo` measured, and the picture of it. `tokens` held-out tokens were predicted."""
+
+    model: str
+    tokens: int
+    parent: Measurement
+    measured: tuple[Measurement, ...]
+    picture: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"picture": str(self.picture)}
+
+
+def demo(
+    out: str | Path = "headwise-demo",
+    *,
+    quick: bool = False,
+    model: str | Path = MODEL,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Demo:
+    """Convert a model to fewer and fewer KV heads, method by method, and measure each on held-out text.
+
+    Args:
+        out: folder for the converted models, `demo.png` and `demo.json`; earlier results in it are replaced.
+        quick: fewer targets, less text, a shorter refit.
+        model: the model to take apart; the embedded one unless said otherwise.
+        seed: of the calibration and the choice of text.
+        progress: hears of every model.
+    """
+    from transformers import AutoTokenizer
+
+    from headwise.convert.inspect import inspect_model
+    from headwise.convert.pipeline import convert_model
+    from headwise.demo.picture import draw
+    from headwise.io.source import locate
+    from headwise.recipes.uptrain import uptrain_model
+    from headwise.text.blocks import blocks_from
+
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    inspection = inspect_model(model)
+    first = inspection.layouts[0]
+    legal = {option.num_key_value_heads for option in inspection.options}
+    possible = {"gqa": lambda t: t.arguments["groups"] in legal, "mla": lambda t: inspection.mla is None}
+    planned = [t for t in trials(first.num_key_value_heads, quick) if possible[t.arguments["to"]](t)]
+    if not planned:
+        raise HeadwiseError(f"{model} has {first.num_key_value_heads} KV head: there is nothing to take away.")
+
+    source = locate(model, progress=progress).folder
+    progress.stage("Demo", total=1 + sum(trial.cost for trial in planned), unit="steps")
+    progress.advance(0, now="the parent")
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    count = (QUICK if quick else FULL).blocks
+    blocks = blocks_from("builtin", tokenizer, split="heldout", length=BLOCK_LENGTH, count=count, seed=seed)
+
+    def measure(folder: str | Path, target: str, method: str, start: float, cost: int = 1) -> Measurement:
+        cache, nats = inspect_model(folder).cache.bytes_per_token, loss(folder, blocks)
+        progress.note(f"{target:>6}  {method:16} {nats:.3f} nats per token")
+        progress.advance(cost)
+        return Measurement(target, method, cache, nats, time.monotonic() - start)
+
+    parent_name = name(first.num_key_value_heads, first.num_attention_heads)
+    parent = measure(source, parent_name, "parent", time.monotonic())
+    results = []
+    moments, folder = out / "moments", Path(model)
+    shutil.rmtree(moments, ignore_errors=True)
+    for trial in planned:
+        start = time.monotonic()
+        before = folder
+        folder = out / f"{trial.target}-{trial.method}".lower().replace(" + ", "-")
+        now = _Within(progress, f"{trial.target} {trial.method}")
+        if trial.uptraining_tokens:
+            settings = [f"{key}={value}" for key, value in UPTRAINING.items()]
+            budget = trial.uptraining_tokens
+            uptrain_model(before, folder, teacher=model, tokens=budget, settings=settings, force=True, progress=now)
+            results.append(measure(folder, trial.target, trial.method, start, trial.cost))
+            continue
+        arguments = dict(trial.arguments)
+        if arguments["refit"] == "off" and "calibrate" not in arguments:
+            # The parent is measured once for all closed forms.
+            arguments["moments" if moments.exists() else "save_moments"] = moments
+            if "moments" in arguments:
+                del arguments["calibration_tokens"]
+        convert_model(model, folder, **arguments, seed=seed, force=True, verify=False, progress=now)
+        results.append(measure(folder, trial.target, trial.method, start, trial.cost))
+
+    done = Demo(str(model), blocks[:, 1:].numel(), parent, tuple(results), out / "demo.png")
+    draw(
+        parent,
+        results,
+        done.picture,
+        title="What a smaller KV cache costs, and what healing gives back",
+        ylabel="nats per token on held-out Python source",
+    )
+    (out / "demo.json").write_text(json.dumps(done.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return done
+
+
+def trials(num_key_value_heads: int, quick: bool = False) -> Iterator[Trial]:
+    """Half the KV heads, a quarter (also refitted), and one, by the mean and by the optimal merge; then MLA."""
+    effort = QUICK if quick else FULL
+    text = {"calibration_tokens": effort.calibration_tokens}
+    counts = (num_key_value_heads // 2, 1) if quick else (num_key_value_heads // 2, num_key_value_heads // 4, 1)
+    for groups in dict.fromkeys(count for count in counts if 0 < count < num_key_value_heads):
+        target = {"to": "gqa", "groups": groups}
+        yield Trial(name(groups), "mean", {**target, "method": "mean", "calibrate": "none", "refit": "off"}, 1)
+        yield Trial(name(groups), "optimal", {**target, "refit": "off", **text}, 2)
+        if groups == num_key_value_heads // 4:
+            # Once, for what they show: they take longer than everything else together.
+            yield Trial(name(groups), "optimal + refit", {**target, "refit": effort.refit, **text}, 12)
+            if effort.uptraining_tokens:
+                yield Trial(name(groups), "refit + uptrain", target, 16, effort.uptraining_tokens)
+    shares = (0.25,) if quick else (0.3125, 0.25, 0.125)
+    for share in shares if num_key_value_heads > 1 else ():
+        target = {"to": "mla", "cache": share}
+        yield Trial(f"MLA -{100 * (1 - share):.3g}%", "MLA", {**target, "refit": "off", **text}, 4)
+
+
+def name(num_key_value_heads: int, num_attention_heads: int = 0) -> str:
+    """ "MHA", "GQA-4" or "MQA"."""
+    if num_key_value_heads == num_attention_heads:
+        return "MHA"
+    return "MQA" if num_key_value_heads == 1 else f"GQA-{num_key_value_heads}"
+
+
+def loss(folder: str | Path, blocks: Tensor) -> float:
+    """Nats per token of a saved model on blocks of tokens, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from headwise.measure.loss import nats_per_token
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    return nats_per_token(model, blocks).nats
+
+
+class _Within(Progress):
+    """A conversion's progress as a remark beside the demo's own."""
+
+    def __init__(self, outer: Progress, label: str) -> None:
+        self.outer, self.label = outer, label
+
+    def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
+        self.name, self.total, self.done = name, total, 0
+        self.advance(0)
+
+    def advance(self, amount: int = 1, **fields: object) -> None:
+        self.done += amount
+        share = f" {self.done / self.total:.0%}" if self.total else ""
+        self.outer.advance(0, now=f"{self.label}: {self.name}{share}")
+
+    def warn(self, text: str) -> None:
+        self.outer.warn(text)

@@ -1,0 +1,265 @@
+"""Read a checkpoint: headers first and checked as if a stranger had made them, then one tensor at a time.
+
+Nothing in a checkpoint is executed. Tensors are read with plain reads into their own memory, not through a
+memory map: the peak of resident memory is a figure that headwise promises, and mapped pages would count in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headwise.errors import HeadwiseError
+from headwise.io.fs import plain_errors
+from headwise.io.header import DTYPE_NAMES, MAX_HEADER, TensorEntry, broken, parse_header
+from headwise.io.source import Source, inside, locate
+from headwise.progress import SILENT, Progress
+
+CHUNK = 1 << 20
+INTEGERS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32), 8: (torch.int64, np.uint64)}
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What tells that a file has changed since its header was read."""
+
+    size: int
+    mtime_ns: int
+    header: str
+
+    @classmethod
+    def of(cls, file: FileIO, header: str) -> FileState:
+        status = os.fstat(file.fileno())
+        return cls(status.st_size, status.st_mtime_ns, header)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint; it holds no file open between two calls.
+
+    `source` is what the user named, `revision` the commit for a Hub repository. `tensors` is in file order,
+    `sidecars` are the files a conversion copies byte for byte and `left_out` the names of those it does not.
+    """
+
+    source: str
+    folder: Path
+    revision: str | None
+    config: dict[str, Any]
+    tensors: dict[str, TensorEntry]
+    sidecars: list[Path]
+    left_out: list[str]
+    files: dict[str, FileState]
+    _pickled: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own, in the dtype it is stored in.
+
+        Raises:
+            HeadwiseError: the file changed since it was opened, or cannot be read.
+        """
+        entry = self.tensors[name]
+        if entry.file in self._pickled:
+            return self._pickled[entry.file][name].clone()
+        flat = torch.empty(entry.nbytes, dtype=torch.uint8)
+        with self._open(entry) as file:
+            self._fill(flat, file, entry)
+        return flat.view(entry.dtype).view(entry.shape)
+
+    def chunks(self, name: str, buffers: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The bytes of one tensor as flat uint8, a few megabytes at a time (whole elements in each).
+
+        Args:
+            buffers: `make_buffers`, filled in turn: a chunk lasts until `len(buffers)` chunks later.
+        """
+        entry = self.tensors[name]
+        if entry.file in self._pickled:
+            yield from as_bytes(self._pickled[entry.file][name]).split(CHUNK)
+            return
+        with self._open(entry) as file:
+            for number, start in enumerate(range(0, entry.nbytes, CHUNK)):
+                chunk = buffers[number % len(buffers)][: entry.nbytes - start]
+                self._fill(chunk, file, entry)
+                yield chunk
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config and every file's name, size, time and header: the same source, untouched."""
+        states = {name: [s.size, s.mtime_ns, s.header] for name, s in self.files.items()}
+        return hashlib.sha256(json.dumps([self.config, states], sort_keys=True).encode()).hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Raise HeadwiseError if any weight file is not what it was when it was opened."""
+        for name, state in self.files.items():
+            with _opened(self.folder / name) as file:
+                same = FileState.of(file, state.header) == state
+                if not same or (name not in self._pickled and _read_header(file, name)[1] != state.header):
+                    raise self._changed(name)
+
+    def _open(self, entry: TensorEntry) -> FileIO:
+        file = _opened(self.folder / entry.file)
+        state = self.files[entry.file]
+        if FileState.of(file, state.header) != state:
+            file.close()
+            raise self._changed(entry.file)
+        file.seek(entry.offset)
+        return file
+
+    def _fill(self, flat: Tensor, file: FileIO, entry: TensorEntry) -> None:
+        left = flat.numpy().data
+        with plain_errors(self.folder / entry.file, "read"):
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise self._changed(entry.file)
+                left = left[count:]
+
+    def _changed(self, name: str) -> HeadwiseError:
+        return HeadwiseError(
+            f"{self.folder / name} changed while it was being read.",
+            "Start again once nothing writes to the source.",
+        )
+
+
+def open_checkpoint(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    allow_pickle: bool = False,
+    progress: Progress = SILENT,
+) -> Checkpoint:
+    """Open a local folder or a Hub repository `org/name[@revision]`, and check every header.
+
+    Raises:
+        HeadwiseError: the source is missing, incomplete, inconsistent, quantised or pickled.
+    """
+    source = locate(model, revision=revision, token=token, allow_pickle=allow_pickle, progress=progress)
+    return read_headers(source)
+
+
+def read_headers(source: Source) -> Checkpoint:
+    """The checkpoint in a located source, its headers checked; no tensor is read."""
+    files: dict[str, FileState] = {}
+    tensors: dict[str, TensorEntry] = {}
+    pickled: dict[str, dict[str, Tensor]] = {}
+    for name in source.weights:
+        path = inside(source.folder, name)
+        if name.endswith(".bin"):
+            pickled[name] = _load_pickle(path)
+            entries = {k: TensorEntry(k, t.dtype, tuple(t.shape), name, 0) for k, t in pickled[name].items()}
+            header = ",".join(entries)
+            with _opened(path) as file:
+                files[name] = FileState.of(file, hashlib.sha256(header.encode()).hexdigest())
+        else:
+            with _opened(path) as file:
+                entries, header = _read_header(file, name)
+                files[name] = FileState.of(file, header)
+        for double in tensors.keys() & entries.keys():
+            raise HeadwiseError(f"Tensor {double} is in both {tensors[double].file} and {name}.")
+        tensors |= entries
+    for name, file_name in source.weight_map.items():
+        if name not in tensors or tensors[name].file != file_name:
+            raise HeadwiseError(
+                f"The index of {source.folder} places tensor {name!r} in {file_name}, which does not hold it.",
+                "Download the checkpoint again.",
+            )
+    return Checkpoint(
+        source=source.name,
+        folder=source.folder,
+        revision=source.revision,
+        config=source.config,
+        tensors=tensors,
+        sidecars=source.sidecars,
+        left_out=source.left_out,
+        files=files,
+        _pickled=pickled,
+    )
+
+
+def make_buffers(count: int) -> list[Tensor]:
+    """Memory for `Checkpoint.chunks`; fresh memory for each chunk would cost more than the copy."""
+    return [torch.empty(CHUNK, dtype=torch.uint8) for _ in range(count)]
+
+
+def has_nonfinite(values: Tensor) -> bool:
+    """Whether a tensor holds a NaN or an infinity: an exponent of all ones.
+
+    As integers, the bit patterns of positive floats are ordered as the floats are, with those two on top; as
+    unsigned integers, negative floats follow by magnitude. Two maxima find them without any memory, many times
+    faster than `isfinite` on bfloat16.
+    """
+    if not values.dtype.is_floating_point or values.numel() == 0:
+        return False
+    signed, unsigned = INTEGERS[values.dtype.itemsize]
+    infinities = torch.tensor([float("inf"), float("-inf")], dtype=values.dtype)
+    positive, negative = infinities.view(signed).numpy().view(unsigned)
+    bits = values.detach().cpu().contiguous().view(signed).numpy()
+    return bool(bits.max() >= positive or bits.view(unsigned).max() >= negative)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A tensor's memory as flat uint8, without a copy where it is contiguous."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+
+
+def _read_header(file: FileIO, name: str) -> tuple[dict[str, TensorEntry], str]:
+    with plain_errors(Path(file.name), "read"):
+        size = os.fstat(file.fileno()).st_size
+        file.seek(0)
+        length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > size - 8:
+        raise broken(name, f"it is truncated: {size} bytes do not hold the header")
+    if length > MAX_HEADER:
+        raise broken(name, f"its header claims {length} bytes, more than the {MAX_HEADER} the format allows")
+    with plain_errors(Path(file.name), "read"):
+        header = file.read(length)
+    if len(header) != length:
+        raise broken(name, "it became shorter while it was read")
+    return parse_header(header, size - 8 - length, name), hashlib.sha256(header).hexdigest()
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    # Only tensors can come out of weights_only; anything that would run code is refused by torch.
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise HeadwiseError(f"{path} cannot be read as plain tensors: {reason}") from None
+    if not isinstance(state, dict) or not all(_is_plain(name, tensor) for name, tensor in state.items()):
+        raise HeadwiseError(f"{path} is not a table of bfloat16, float16 or float32 tensors.")
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _is_plain(name: Any, tensor: Any) -> bool:
+    """Whether an entry of a pickle is a named tensor whose numbers all lie in the file.
+
+    A few bytes can also stand for a tensor of any size: repeated by a stride of zero, sparse, or without data.
+    """
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and name != ""
+        and isinstance(tensor, Tensor)
+        and tensor.dtype in DTYPE_NAMES
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    )
+
+
+def _opened(path: Path) -> FileIO:
+    with plain_errors(path, "read"):
+        return open(path, "rb", buffering=0)

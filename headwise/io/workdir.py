@@ -1,0 +1,261 @@
+"""The folder beside OUT in which a conversion happens: lock, journal, recovery, and the rename that publishes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from headwise.errors import HeadwiseError
+from headwise.io.fs import check_space, plain_errors, space_taken, sync, write_all
+
+
+class Interrupted(HeadwiseError, KeyboardInterrupt):
+    """The user stopped the work; what is done is kept."""
+
+    exit_code = 130
+
+
+class WorkFolder:
+    """`.OUT.headwise-work`: `output` grows in it, `journal.jsonl` says what is done, `lock` who is at it.
+
+    Args:
+        out: the folder that will be published.
+        source: a folder that must not overlap with `out`.
+        resume: continue an interrupted run if there is one.
+        force: replace an existing model folder.
+    """
+
+    def __init__(
+        self, out: str | Path, *, source: Path | None = None, resume: bool = False, force: bool = False
+    ) -> None:
+        self.out = Path(os.path.abspath(Path(out).expanduser()))
+        self.home = self.out.parent / f".{self.out.name}.headwise-work"
+        self.output, self.old = self.home / "output", self.home / "replaced"
+        self.journal: list[dict[str, Any]] = []
+        self.resume, self.force = resume, force
+        self._source = source
+        self._published = False
+        self._filelock = FileLock(self.home / "lock", blocking=False)
+
+    def start(self, identity: dict[str, Any], nbytes: int) -> None:
+        """Take the lock, and begin a new run or take up the interrupted one.
+
+        Raises:
+            HeadwiseError: OUT is in the way or overlaps with the source, another process writes it, an
+                unfinished run is there or differs, or `nbytes` do not fit on the disk.
+        """
+        identity = json.loads(json.dumps(identity))
+        with plain_errors(self.out):
+            if self._source is not None:
+                _check_apart(self.out, self._source)
+            fresh = not self.home.exists()
+            if fresh:
+                # Refused before anything is made, and again once nobody else can be at it.
+                self._check_target()
+                check_space(self.out, nbytes)
+            self.home.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock()
+                self._recover()
+                self._check_target()
+                self.journal = self._read_journal()
+                if self.journal and not (self.resume or self.force):
+                    raise HeadwiseError(
+                        f"An unfinished conversion to {self.out} is in {self.home}.",
+                        "Pass --resume to finish it, or --force to begin again.",
+                    )
+                if self.journal and self.resume:
+                    self._check_same(self.journal[0]["identity"], identity)
+                    check_space(self.out, nbytes - space_taken(self.output))
+                else:
+                    self._begin(identity, nbytes)
+            except BaseException:
+                # A folder without output is what a run left that could not tidy up after itself.
+                self._unlock(remove=fresh or not (self.output.exists() or self.old.exists()))
+                raise
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line to the journal."""
+        self.journal.append(line)
+        with plain_errors(self.out):
+            handle = os.open(self.home / "journal.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            try:
+                write_all(handle, json.dumps(line).encode() + b"\n")
+            finally:
+                os.close(handle)
+
+    def add(self, name: str, content: bytes) -> None:
+        """Write a small file of the output."""
+        path = self.output / name
+        with plain_errors(self.out):
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+            sync(path)
+
+    def publish(self) -> None:
+        """Make OUT the finished folder; an old one makes way and is deleted when the new one is in place."""
+        with plain_errors(self.out):
+            sync(self.output)
+            self.append({"finished": True})
+            sync(self.home / "journal.jsonl")
+            replacing = self.out.exists()
+            if replacing and not self.force:
+                raise _exists(self.out)
+            if replacing:
+                os.rename(self.out, self.old)
+            try:
+                os.rename(self.output, self.out)
+            except OSError:
+                if replacing:
+                    os.rename(self.old, self.out)
+                raise
+            self._published = True
+            sync(self.out.parent)
+
+    def close(self, error: BaseException | None) -> None:
+        """Let go of the lock; remove the work folder unless what is in it can be resumed."""
+        keep = error is not None and not self._published and not _is_final(error)
+        self._unlock(remove=not keep)
+        if keep and isinstance(error, KeyboardInterrupt):
+            raise Interrupted(
+                f"Interrupted; what is done is kept in {self.home}.", "The same command with --resume finishes it."
+            ) from None
+
+    def _check_target(self) -> None:
+        if not self.out.name:
+            raise HeadwiseError(f"{self.out} cannot be an output folder.")
+        if not os.path.lexists(self.out):
+            return
+        if not self.force:
+            raise _exists(self.out)
+        if self.out.is_symlink() or not (self.out / "config.json").is_file():
+            # --force must never cost anybody a folder that is not a model.
+            raise HeadwiseError(
+                f"{self.out} is not a model folder, so --force does not replace it.", "Name another OUT."
+            )
+
+    def _lock(self) -> None:
+        owner = self.home / "owner"
+        try:
+            self._filelock.acquire()
+        except Timeout:
+            raise HeadwiseError(
+                f"{self.out} is being written by {_read(owner) or 'another process'}.",
+                "Wait for it, or name another OUT.",
+            ) from None
+        # The operating system frees the lock of a process that dies. Across hosts it may not know of locks.
+        host = socket.gethostname()
+        left = _read(owner)
+        if left and not left.endswith(f" on {host}"):
+            self._filelock.release()
+            raise HeadwiseError(
+                f"{self.out} is being written by {left}.", f"If that is no longer so, delete {owner}."
+            )
+        owner.write_text(f"process {os.getpid()} on {host}")
+
+    def _unlock(self, *, remove: bool) -> None:
+        if not self._filelock.is_locked:
+            return
+        with suppress(OSError):
+            (self.home / "owner").unlink()
+        if remove:
+            # Removed under the lock, so that nobody else's work can be in it.
+            shutil.rmtree(self.home, ignore_errors=True)
+        self._filelock.release()
+
+    def _recover(self) -> None:
+        """Set right what a run left that died while it published."""
+        if self.old.exists() and not os.path.lexists(self.out):
+            os.rename(self.old, self.out)
+        finished = (_read(self.home / "journal.jsonl") or "").endswith('{"finished": true}\n')
+        if finished and not self.output.exists() and os.path.lexists(self.out):
+            self._unlock(remove=True)
+            raise HeadwiseError(f"{self.out} is complete; nothing is left to resume.")
+
+    def _read_journal(self) -> list[dict[str, Any]]:
+        path = self.home / "journal.jsonl"
+        if not (path.exists() and self.output.is_dir()):
+            return []
+        # A killed run or a full disk may have left half a line: nothing after it is believed, nor glued to it.
+        lines: list[dict[str, Any]] = []
+        end = 0
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                entry = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                entry = None
+            if not isinstance(entry, dict) or (not lines and "identity" not in entry):
+                break
+            lines.append(entry)
+            end += len(line)
+        os.truncate(path, end)
+        return lines
+
+    def _check_same(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                raise HeadwiseError(
+                    f"The unfinished conversion in {self.home} cannot be resumed: its {key} was "
+                    f"{before.get(key)!r} and is now {now.get(key)!r}.",
+                    "Repeat it as it was, or pass --force to begin again.",
+                )
+
+    def _begin(self, identity: dict[str, Any], nbytes: int) -> None:
+        for path in (self.output, self.old):
+            if path.exists():
+                shutil.rmtree(path)
+        (self.home / "journal.jsonl").unlink(missing_ok=True)
+        check_space(self.out, nbytes)
+        self.journal = []
+        self._check_rename()
+        self.output.mkdir()
+        self.append({"identity": identity})
+
+    def _check_rename(self) -> None:
+        """Some network and layered file systems cannot rename a folder: better known before the work than after."""
+        before, after = self.home / "probe", self.home / "probed"
+        for path in (before, after):
+            shutil.rmtree(path, ignore_errors=True)
+        before.mkdir()
+        try:
+            os.rename(before, after)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.ENOTSUP, errno.EPERM, errno.EINVAL, errno.ENOSYS):
+                raise
+            raise HeadwiseError(
+                f"{self.out.parent} is on a file system that cannot rename folders ({error.strerror}), and a model "
+                "appears by one rename when it is complete.",
+                "Choose a folder on another file system.",
+            ) from error
+        if before.exists() or not after.is_dir():
+            raise HeadwiseError(
+                f"{self.out.parent} is on a file system whose renames are not atomic.",
+                "Choose a folder on another file system.",
+            )
+        after.rmdir()
+
+
+def _check_apart(out: Path, source: Path) -> None:
+    target, model = out.resolve(), source.resolve()
+    if target == model or target.is_relative_to(model) or model.is_relative_to(target):
+        raise HeadwiseError(f"OUT {out} and MODEL {source} overlap.", "Name an OUT beside the model.")
+
+
+def _exists(out: Path) -> HeadwiseError:
+    return HeadwiseError(f"{out} exists already.", "Name another OUT, or pass --force to replace it.")
+
+
+def _is_final(error: BaseException) -> bool:
+    return isinstance(error, HeadwiseError) and not error.keeps_work
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text() if path.exists() else None

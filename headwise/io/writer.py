@@ -1,0 +1,318 @@
+"""Write a checkpoint so that it is there whole or not at all.
+
+Everything happens in a work folder beside OUT, `.OUT.headwise-work`, which holds the growing output, a lock
+and a journal. Every tensor's place is known before the first byte, so tensors may arrive in any order and a
+resumed run writes the same bytes as an uninterrupted one. One rename publishes the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headwise.errors import HeadwiseError
+from headwise.io.fs import plain_errors, sync, write_all
+from headwise.io.header import make_header
+from headwise.io.reader import CHUNK, Checkpoint, as_bytes, has_nonfinite, make_buffers
+from headwise.io.workdir import WorkFolder
+
+UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor that the output will hold; `source` is the tensor it is a copy of, None if it is computed."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    source: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One weight file of the output: its name, its header and its tensors in file order."""
+
+    file: str
+    header: bytes
+    tensors: tuple[OutputTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+
+    def offsets(self) -> dict[str, int]:
+        """Where each tensor starts, counted from the start of the file."""
+        places, end = {}, len(self.header)
+        for tensor in self.tensors:
+            places[tensor.name] = end
+            end += tensor.nbytes
+        return places
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of "5GB" or "500MB" (powers of ten, as the Hub's libraries count), or a plain number."""
+    if isinstance(size, int):
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]B)?\s*", size, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise HeadwiseError(f"{size!r} is not a size.", "Write it as 5GB or 500MB.")
+    return int(float(match[1]) * UNITS.get((match[2] or "").upper(), 1))
+
+
+def plan_shards(tensors: Sequence[OutputTensor], max_shard_size: int | str = "5GB") -> list[Shard]:
+    """Cut a list of tensors into files of at most `max_shard_size` bytes of tensor data.
+
+    A tensor larger than that has a file to itself. Within a file wider dtypes come first, so that every tensor
+    starts at a multiple of its own item size.
+    """
+    limit = parse_size(max_shard_size)
+    groups: list[list[OutputTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and size + tensor.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.nbytes
+    shards = []
+    for number, group in enumerate(groups, start=1):
+        group.sort(key=lambda tensor: -tensor.dtype.itemsize)
+        header = make_header([(t.name, t.dtype, t.shape) for t in group])
+        file = "model" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}"
+        shards.append(Shard(f"{file}.safetensors", header, tuple(group)))
+    return shards
+
+
+class Writer:
+    """Writes the planned tensors and files of one output folder.
+
+    Use it as a context manager. Leaving it after an interruption or a failing disk keeps the work for
+    `resume`; leaving it after a HeadwiseError (the input is at fault) removes it.
+
+    Args:
+        out: the folder to make.
+        tensors: all its tensors, in the order of the files.
+        identity: what the output is a function of: source fingerprint, arguments, seed, versions. Resuming is
+            refused if it differs, by the names of the entries that do.
+        resume: continue an interrupted run if there is one.
+        force: replace an existing model folder, once the new one is complete.
+        allow_nan: write tensors that hold a NaN or an infinity.
+        source: the source's folder, which must not overlap with `out`.
+
+    Raises:
+        HeadwiseError: `out` exists or is being written, the disk is too small, or the run cannot be resumed.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        tensors: Sequence[OutputTensor],
+        *,
+        identity: dict[str, Any],
+        source: Path | None = None,
+        max_shard_size: int | str = "5GB",
+        resume: bool = False,
+        force: bool = False,
+        allow_nan: bool = False,
+    ) -> None:
+        self.shards = plan_shards(tensors, max_shard_size)
+        self.allow_nan = allow_nan
+        # SHA-256 of every tensor written so far.
+        self.hashes: dict[str, str] = {}
+        self.notes: dict[str, Any] = {}
+        self._tensors = {t.name: (t, shard) for shard in self.shards for t in shard.tensors}
+        if len(self._tensors) != len(tensors):
+            raise ValueError("two output tensors have the same name")
+        self._offsets = {shard.file: shard.offsets() for shard in self.shards}
+        self._left = {shard.file: len(shard.tensors) for shard in self.shards}
+        self._synced: list[Future[None]] = []
+        digest = hashlib.sha256(b"".join(shard.header for shard in self.shards)).hexdigest()
+        self.work = WorkFolder(out, source=source, resume=resume, force=force)
+        self.work.start({**identity, "tensors": digest}, sum(shard.nbytes for shard in self.shards))
+        # One thread hashes while this one reads and writes: SHA-256 alone would halve the speed of a copy.
+        self._buffers = make_buffers(3)
+        self._hasher = ThreadPoolExecutor(1, "sha256")
+        self._syncer = ThreadPoolExecutor(1, "fsync")
+        try:
+            with plain_errors(self.work.out):
+                self._restore()
+        except BaseException as error:
+            self.__exit__(None, error, None)
+            raise
+
+    @property
+    def folder(self) -> Path:
+        """The unpublished output: where the check of the result looks."""
+        return self.work.output
+
+    @property
+    def done(self) -> set[str]:
+        """Names of the tensors that are written."""
+        return set(self.hashes)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor.
+
+        Raises:
+            HeadwiseError: it holds a NaN or an infinity, or the disk fails.
+        """
+        planned, _ = self._tensors[name]
+        if (tensor.dtype, tuple(tensor.shape)) != (planned.dtype, planned.shape):
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, planned was {planned}")
+        self._stream(name, as_bytes(tensor).split(CHUNK))
+
+    def copy(self, name: str, checkpoint: Checkpoint) -> None:
+        """Copy one tensor from its source in a checkpoint, byte for byte."""
+        planned, _ = self._tensors[name]
+        entry = checkpoint.tensors[planned.source or name]
+        if (entry.dtype, entry.shape) != (planned.dtype, planned.shape):
+            raise ValueError(f"{entry} cannot be copied, planned was {planned}")
+        self._stream(name, checkpoint.chunks(entry.name, self._buffers))
+
+    def note(self, key: str, value: Any) -> None:
+        """Keep a JSON value in the journal, so that a resumed run finds it in `notes`."""
+        self.notes[key] = value
+        self.work.append({"note": key, "value": value})
+
+    def add_text(self, name: str, text: str) -> None:
+        """Write a small file, whole."""
+        self.work.add(name, text.encode())
+
+    def add_file(self, path: Path, name: str | None = None) -> None:
+        """Copy a small file byte for byte."""
+        with plain_errors(path, "read"):
+            content = path.read_bytes()
+        self.work.add(name or path.name, content)
+
+    def finish(self) -> None:
+        """Write the index, once every tensor is there; the folder can then be loaded and checked."""
+        missing = self._tensors.keys() - self.hashes.keys()
+        if missing:
+            raise ValueError(f"{len(missing)} tensors were not written, {min(missing)} among them")
+        with plain_errors(self.work.out):
+            for future in self._synced:
+                future.result()
+        if len(self.shards) > 1:
+            self.add_text("model.safetensors.index.json", make_index(self.shards))
+
+    def publish(self, check: Callable[[Path], None] | None = None) -> Path:
+        """Finish, run `check` on the unpublished folder, then let OUT appear by one rename.
+
+        Whatever `check` raises leaves OUT as it was.
+        """
+        self.finish()
+        if check:
+            check(self.folder)
+        self.work.publish()
+        return self.work.out
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self._hasher.shutdown(cancel_futures=True)
+        self._syncer.shutdown(cancel_futures=True)
+        self.work.close(error)
+
+    def _restore(self) -> None:
+        """Take over what an interrupted run wrote: its notes, and the tensors whose bytes are still right."""
+        complete = {line["shard"] for line in self.work.journal if "shard" in line}
+        for line in self.work.journal:
+            if "note" in line:
+                self.notes[line["note"]] = line["value"]
+            elif "tensor" in line:
+                self.hashes[line["tensor"]] = line["sha256"]
+        for shard in self.shards:
+            path = self.folder / shard.file
+            if not path.exists() or path.stat().st_size != shard.nbytes:
+                self._lay_out(path, shard)
+                for tensor in shard.tensors:
+                    self.hashes.pop(tensor.name, None)
+            elif shard.file not in complete:
+                # The journal says nothing of the header, which may have been cut off.
+                self._lay_out(path, shard)
+                # A lost power supply may have lost bytes that the journal says were written.
+                for tensor in shard.tensors:
+                    if tensor.name in self.hashes and self._hash_on_disk(tensor, shard) != self.hashes[tensor.name]:
+                        del self.hashes[tensor.name]
+            self._left[shard.file] = sum(tensor.name not in self.hashes for tensor in shard.tensors)
+
+    def _lay_out(self, path: Path, shard: Shard) -> None:
+        """Give a weight file its length and its header; what else is in it stays."""
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            os.truncate(handle, shard.nbytes)
+            write_all(handle, shard.header, 0)
+        finally:
+            os.close(handle)
+
+    def _stream(self, name: str, chunks: Iterable[Tensor]) -> None:
+        tensor, shard = self._tensors[name]
+        digest = hashlib.sha256()
+        pending: list[Future[None]] = []
+        at = self._offsets[shard.file][name]
+        with plain_errors(self.work.out):
+            handle = os.open(self.folder / shard.file, os.O_WRONLY)
+            try:
+                for chunk in chunks:
+                    content = chunk.numpy().data
+                    pending.append(self._hasher.submit(digest.update, content))
+                    if not self.allow_nan and has_nonfinite(chunk.view(tensor.dtype)):
+                        raise HeadwiseError(
+                            f"Tensor {name} holds NaN or infinite values.",
+                            "Pass --allow-nan to convert the model all the same.",
+                        )
+                    write_all(handle, content, at)
+                    at += len(content)
+                    if len(pending) == len(self._buffers):
+                        # The next chunk overwrites the oldest.
+                        pending.pop(0).result()
+            finally:
+                os.close(handle)
+        for future in pending:
+            future.result()
+        self.hashes[name] = digest.hexdigest()
+        self.work.append({"tensor": name, "sha256": self.hashes[name]})
+        self._left[shard.file] -= 1
+        if not self._left[shard.file]:
+            self._synced.append(self._syncer.submit(self._complete, shard))
+
+    def _complete(self, shard: Shard) -> None:
+        sync(self.folder / shard.file)
+        self.work.append({"shard": shard.file})
+
+    def _hash_on_disk(self, tensor: OutputTensor, shard: Shard) -> str:
+        digest, left = hashlib.sha256(), tensor.nbytes
+        with open(self.folder / shard.file, "rb", buffering=0) as file:
+            file.seek(self._offsets[shard.file][tensor.name])
+            while left and (chunk := file.read(min(CHUNK, left))):
+                digest.update(chunk)
+                left -= len(chunk)
+        return digest.hexdigest()
+
+
+def make_index(shards: Sequence[Shard]) -> str:
+    """The text of model.safetensors.index.json."""
+    tensors = [tensor for shard in shards for tensor in shard.tensors]
+    metadata = {
+        "total_parameters": sum(math.prod(tensor.shape) for tensor in tensors),
+        "total_size": sum(tensor.nbytes for tensor in tensors),
+    }
+    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"

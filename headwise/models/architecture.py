@@ -1,0 +1,336 @@
+"""Checkpoint names, fusions and config keys of each model type <-> `AttentionLayout` and `LayerWeights`.
+
+A model type is a row of `architectures.yaml`; no code here knows a model type by name. What a config leaves out
+(default head counts, sliding patterns, the partial rotary factor) is asked of the stock config class, so that
+there is no second set of defaults to go stale.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headwise.errors import HeadwiseError
+from headwise.models.config import (
+    CODE_KEYS,
+    QUANTIZATION_KEYS,
+    both_spellings,
+    positive_size,
+    refuse_quantised,
+    rotary_width,
+    stock_config,
+)
+from headwise.models.fusion import fit_bias, fuse, half_split_order, reorder, split
+from headwise.models.layout import AttentionLayout, LayerWeights
+from headwise.models.table import QkNorm, Row, find_row, load_table
+
+
+@dataclass(frozen=True)
+class Architecture(Row):
+    """A row of the table at work on one checkpoint's config and tensors."""
+
+    def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The part of `config` that describes the language model; the same dictionary, not a copy."""
+        return config[self.text_key] if self.text_key else config
+
+    def stock_config(self, config: dict[str, Any]) -> Any:
+        """The stock config object of the language model, shared between callers: never change it."""
+        return stock_config(self.model_type, self.text_config(config))
+
+    def layouts(self, config: dict[str, Any]) -> list[AttentionLayout]:
+        """The layout of every layer.
+
+        Raises:
+            HeadwiseError: a field of the config has the wrong type or an impossible value.
+        """
+        stock = self.stock_config(config)
+        heads = positive_size(stock, "num_attention_heads")
+        groups = positive_size(stock, self.num_key_value_heads) if self.num_key_value_heads else heads
+        width = positive_size(stock, "hidden_size")
+        if heads % groups:
+            raise HeadwiseError(
+                f"config.json has {self.num_key_value_heads}: {groups}, which does not divide "
+                f"num_attention_heads: {heads}."
+            )
+        own_head_dim = getattr(stock, "head_dim", None)
+        if not own_head_dim and width % heads:
+            raise HeadwiseError(
+                f"config.json has hidden_size: {width}, which num_attention_heads: {heads} does not divide."
+            )
+        head_dim = own_head_dim or width // heads
+        rotary_dim = rotary_width(stock.rope_parameters, head_dim)
+        layer_types = getattr(stock, "layer_types", None) or [None] * stock.num_hidden_layers
+        has_rope = getattr(stock, self.rope_flags) if self.rope_flags else [True] * stock.num_hidden_layers
+        window = positive_size(stock, "sliding_window") if getattr(stock, "sliding_window", None) else None
+        if self.rope_layer_types and window:
+            has_rope = [layer_type in self.rope_layer_types for layer_type in layer_types]
+        return [
+            AttentionLayout(
+                num_attention_heads=heads,
+                num_key_value_heads=groups,
+                head_dim=head_dim,
+                v_head_dim=head_dim,
+                rotary_dim=rotary_dim if has_rope[layer] else 0,
+                sliding_window=window if layer_types[layer] in (None, "sliding_attention") else None,
+            )
+            for layer in range(stock.num_hidden_layers)
+        ]
+
+    def legal_groups(self, config: dict[str, Any]) -> list[int]:
+        """Numbers of key-value heads the stock class can make use of, ascending."""
+        layout = self.layouts(config)[0]
+        heads = layout.num_attention_heads
+        if self.fixed_groups:
+            return [layout.num_key_value_heads]
+        return [groups for groups in range(1, heads + 1) if heads % groups == 0]
+
+    def has_bias(self, config: dict[str, Any]) -> bool:
+        """Whether queries, keys and values have biases."""
+        if isinstance(self.qkv_bias, str):
+            return bool(getattr(self.stock_config(config), self.qkv_bias))
+        return self.qkv_bias
+
+    def tensor_shapes(self, config: dict[str, Any], layer: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every checkpoint tensor that holds this layer's attention.
+
+        The output bias is not among them: no conversion touches it.
+        """
+        layout = self.layouts(config)[layer]
+        norms = self._norms(config)
+        width = self.stock_config(config).hidden_size
+        heads, groups = layout.num_attention_heads, layout.num_key_value_heads
+        sizes = {"q": heads * layout.head_dim, "k": groups * layout.head_dim, "v": groups * layout.v_head_dim}
+        sizes["qkv"] = sum(sizes.values())
+        shapes: dict[str, tuple[int, ...]] = {}
+        for part, name in self.projections.items():
+            if part == "o":
+                continue
+            shapes[self._name(layer, name, "weight")] = (sizes[part], width)
+            if self.has_bias(config):
+                shapes[self._name(layer, name, "bias")] = (sizes[part],)
+        if norms:
+            for part, name in (("q", norms.q), ("k", norms.k)):
+                size = sizes[part] if norms.scope == "all" else layout.head_dim
+                shapes[self._name(layer, name, "weight")] = (size,)
+        shapes[self._name(layer, self.projections["o"], "weight")] = (width, heads * layout.v_head_dim)
+        return shapes
+
+    def tensor_names(self, config: dict[str, Any], layer: int) -> tuple[str, ...]:
+        """The checkpoint tensors that hold this layer's attention: those that a conversion rewrites."""
+        return tuple(self.tensor_shapes(config, layer))
+
+    def read_layer(self, config: dict[str, Any], layer: int, tensors: dict[str, Tensor]) -> LayerWeights:
+        """One layer's attention in float64.
+
+        Args:
+            config: the checkpoint's config.json.
+            layer: index of the decoder layer.
+            tensors: at least those of `tensor_names`, in any floating dtype.
+
+        Raises:
+            HeadwiseError: a tensor is missing or has another shape than the config promises.
+        """
+        for name, shape in self.tensor_shapes(config, layer).items():
+            if name not in tensors:
+                raise HeadwiseError(
+                    f"tensor {name} is missing; config.json promises one of shape {shape}.",
+                    "The checkpoint and its config.json do not belong together, or a shard is incomplete.",
+                )
+            if tuple(tensors[name].shape) != shape:
+                raise HeadwiseError(
+                    f"tensor {name} has shape {tuple(tensors[name].shape)}, and config.json promises {shape}.",
+                    "The checkpoint and its config.json do not belong together.",
+                )
+        layout = self.layouts(config)[layer]
+        parts = {
+            part: self._read_projection(layer, name, tensors, self.has_bias(config))
+            for part, name in self.projections.items()
+            if part != "o"
+        }
+        q, k, v = split(self.fusion, parts, layout)
+        order = half_split_order(layout, self.rotary_layout)
+        o = tensors[self._name(layer, self.projections["o"], "weight")]
+        o = o.unflatten(1, (layout.num_attention_heads, layout.v_head_dim)).transpose(0, 1)
+        weights = LayerWeights(
+            layout=layout,
+            q=reorder(q, order),
+            k=reorder(k, order),
+            v=v,
+            o=o.to(torch.float64, memory_format=torch.contiguous_format),
+        )
+        norms = self._norms(config)
+        if not norms:
+            return weights
+
+        def multiplier(name: str, heads: int) -> Tensor:
+            weight = tensors[self._name(layer, name, "weight")].to(torch.float64)
+            if norms.offset:
+                weight = weight + norms.offset
+            return weight.expand(heads, -1) if norms.scope == "head" else weight.unflatten(0, (heads, -1))
+
+        return replace(
+            weights,
+            q_norm=reorder(multiplier(norms.q, layout.num_attention_heads), order),
+            k_norm=reorder(multiplier(norms.k, layout.num_key_value_heads), order),
+            norm_scope=norms.scope,
+        )
+
+    def write_layer(
+        self, config: dict[str, Any], layer: int, weights: LayerWeights, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """The inverse of `read_layer`: checkpoint tensors of one layer.
+
+        Args:
+            config: the source's config.json; the number of key-value heads is taken from `weights.layout`.
+            layer: index of the decoder layer.
+            weights: the layer, converted or not.
+            dtype: of the tensors returned; rounding happens here and nowhere else.
+
+        Raises:
+            ValueError: the stock class has no room for these weights: a bias where it has none, or norm
+                weights that differ between heads where it shares them.
+        """
+        layout = weights.layout
+        order = torch.argsort(half_split_order(layout, self.rotary_layout))
+        biased = self.has_bias(config)
+        rows = {
+            part: fit_bias(tensor, weights.hidden_size, biased)
+            for part, tensor in (
+                ("q", reorder(weights.q, order)),
+                ("k", reorder(weights.k, order)),
+                ("v", weights.v),
+            )
+        }
+        out: dict[str, Tensor] = {}
+        for part, matrix in fuse(self.fusion, rows, layout).items():
+            name = self.projections[part]
+            out[self._name(layer, name, "weight")] = matrix[:, : weights.hidden_size]
+            if biased:
+                out[self._name(layer, name, "bias")] = matrix[:, -1]
+        norms = self._norms(config)
+        if norms:
+            for name, norm in ((norms.q, weights.q_norm), (norms.k, weights.k_norm)):
+                if norm is None:
+                    raise ValueError(f"layer {layer} has norms on queries and keys, and the weights have none")
+                if norms.scope == "head" and (norm != norm[:1]).logical_and(~norm.isnan()).any():
+                    raise ValueError(f"layer {layer}: heads share the weight of {name}, and these differ")
+                shared = norm[:1] if norms.scope == "head" else norm
+                out[self._name(layer, name, "weight")] = (shared[:, order] - norms.offset).flatten()
+        o = weights.o.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)
+        out[self._name(layer, self.projections["o"], "weight")] = o.flatten(1)
+        return {name: tensor.to(dtype).contiguous() for name, tensor in out.items()}
+
+    def with_groups(self, config: dict[str, Any], num_key_value_heads: int) -> dict[str, Any]:
+        """A new config with this many key-value heads, readable by transformers 4 and 5.
+
+        Raises:
+            HeadwiseError: the stock class cannot hold that number.
+        """
+        legal = self.legal_groups(config)
+        if num_key_value_heads not in legal:
+            heads = self.layouts(config)[0].num_attention_heads
+            why = self.fixed_groups or f"{heads} query heads cannot share them equally"
+            raise HeadwiseError(
+                f"{self.wrapper or self.model_type} with {heads} query heads cannot have {num_key_value_heads} "
+                f"key-value heads: {why}.",
+                f"Legal: {', '.join(map(str, legal))}.",
+            )
+        new = copy.deepcopy(config)
+        text = self.text_config(new)
+        stock = self.stock_config(config)
+        if self.num_key_value_heads:
+            text["num_attention_heads"] = stock.num_attention_heads
+            text[self.num_key_value_heads] = num_key_value_heads
+        if stock.to_dict().get("head_dim"):
+            text["head_dim"] = stock.head_dim
+        text["rope_parameters"] = copy.deepcopy(stock.rope_parameters)
+        text.update(both_spellings(text, self.model_type, self.old_rope_names, self.old_rope_scaling))
+        for part in (new, text):
+            dtype = part.get("dtype", part.get("torch_dtype"))
+            if dtype is not None:
+                part["dtype"] = part["torch_dtype"] = dtype
+            for key in (*CODE_KEYS, *QUANTIZATION_KEYS):
+                part.pop(key, None)
+        return new
+
+    def _name(self, layer: int, name: str, kind: str) -> str:
+        return f"{self.layers[0].format(layer=layer)}.{self.attention}.{name}.{kind}"
+
+    def _read_projection(self, layer: int, name: str, tensors: dict[str, Tensor], biased: bool) -> Tensor:
+        """(rows, inputs), the bias as the last column."""
+        weight = tensors[self._name(layer, name, "weight")].to(torch.float64)
+        if not biased:
+            return weight
+        bias = tensors[self._name(layer, name, "bias")].to(torch.float64)
+        return torch.cat([weight, bias[:, None]], dim=1)
+
+    def _norms(self, config: dict[str, Any]) -> QkNorm | None:
+        norms = self.norms
+        return norms if norms and (norms.when is None or getattr(self.stock_config(config), norms.when)) else None
+
+
+def find(config: dict[str, Any], names: Iterable[str] = ()) -> Architecture:
+    """The row for a checkpoint.
+
+    Args:
+        config: the checkpoint's config.json.
+        names: its tensor names. They decide where a type's checkpoints come under more than one naming;
+            without them the naming that `save_pretrained` writes is assumed.
+
+    Raises:
+        HeadwiseError: the model type is unknown or refused, the checkpoint is quantised, or the config is not
+            one that the stock class accepts.
+    """
+    table = load_table()
+    arch = Architecture(**vars(find_row(config, table)))
+    text = arch.text_config(config)
+    for part in (config, text):
+        refuse_quantised(part)
+    stock = arch.stock_config(config)
+    for key, rule in arch.requires.items():
+        value = getattr(stock, key, None)
+        if value != rule["value"]:
+            raise HeadwiseError(
+                f"config.json has {key}: {json.dumps(value)}, and headwise cannot convert this variant of "
+                f"{arch.model_type}: {rule['reason']}."
+            )
+    arch.layouts(config)
+    heads = config.get("architectures")
+    head = str(heads[0]) if isinstance(heads, list) and heads else ""
+    auto_class = next((auto for end, auto in table.auto_classes.items() if head.endswith(end)), arch.auto_class)
+    present = set(names)
+    candidates = [replace(arch, auto_class=auto_class, layers=(layers,)) for layers in arch.layers]
+    return next((a for a in candidates if present.issuperset(a.tensor_names(config, 0))), candidates[0])
+
+
+def supported() -> list[str]:
+    """Every model type that has a row, sorted."""
+    table = load_table()
+    return sorted([*table.rows, *table.wrappers])
+
+
+def both_rope_spellings(text_config: dict[str, Any]) -> dict[str, Any]:
+    """The same language-model config with RoPE in the words of transformers 5 and of transformers 4.
+
+    `rope_parameters` is the truth where it exists; `rope_theta`, `rope_scaling` and the partial rotary factor
+    are then rewritten from it. Otherwise it is made from them. A `rope_parameters` per layer type (Gemma 3)
+    becomes `rope_theta` and `rope_scaling` of the full-attention layers and `rope_local_base_freq` of the
+    sliding ones.
+
+    Args:
+        text_config: with the `model_type` of any stock class, in the table or not.
+
+    Returns:
+        A new dictionary.
+    """
+    table = load_table()
+    model_type = str(text_config.get("model_type"))
+    model_type = table.wrappers.get(model_type, {}).get("text_model_type", model_type)
+    row = table.rows.get(model_type, table.rows["llama"])
+    return both_spellings(text_config, model_type, row.old_rope_names, row.old_rope_scaling)

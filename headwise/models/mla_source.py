@@ -1,0 +1,156 @@
+"""Which models can become a stock DeepSeek model, and how tensors outside attention travel (deepseek.yaml)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from headwise.errors import HeadwiseError
+from headwise.models.deepseek import residual_scale
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Carried:
+    """One output tensor outside attention: `factor` times (a block of rows of) one source tensor.
+
+    A factor of exactly 1 and no part means that the source's bytes can be copied.
+    """
+
+    name: str
+    source: str
+    factor: float = 1.0
+    part: tuple[int, int] | None = None
+
+    def shape(self, source_shape: tuple[int, ...]) -> tuple[int, ...]:
+        rows = source_shape[0] // self.part[1] if self.part else source_shape[0]
+        return (rows, *source_shape[1:])
+
+    def apply(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The output tensor, computed in float64 and rounded once to `dtype`."""
+        if self.part:
+            tensor = tensor.chunk(self.part[1])[self.part[0]]
+        if self.factor == 1:
+            return tensor.to(dtype).contiguous()
+        return (tensor.to(torch.float64) * self.factor).to(dtype).contiguous()
+
+
+@dataclass(frozen=True)
+class MlaSource:
+    """A source model that stock DeepSeek can express.
+
+    Attributes:
+        factors: what embeddings, residual branches (attention and MLP outputs) and logits are multiplied by.
+        attention_scale: what the source multiplies scores by; None: 1 / sqrt(head_dim).
+    """
+
+    tensors: Mapping[str, list[list[Any]]]
+    factors: Mapping[str, float]
+    attention_scale: float | None
+
+
+@cache
+def _table() -> dict[str, Any]:
+    return yaml.safe_load(resources.files(__package__).joinpath("deepseek.yaml").read_text("utf-8"))
+
+
+def find(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> MlaSource:
+    """The row of a model, or a HeadwiseError that says why it cannot become MLA.
+
+    Args:
+        config: the text config of the source.
+        dtype: of the output. float16 is refused: the linear latent norm needs weights near 1e-9.
+    """
+    table, model_type = _table(), config.get("model_type")
+    if dtype == torch.float16:
+        raise HeadwiseError(
+            "An MLA model cannot be written in float16: its latent norm is made linear by weights near 1e-9.",
+            "Use --dtype bfloat16 or float32.",
+        )
+    row = table["sources"].get(model_type)
+    if row is None:
+        reason = next(
+            (entry["reason"] for entry in table["impossible"] if model_type in entry["types"]),
+            f"only {', '.join(sorted(table['sources']))} have a proven mapping to stock DeepSeek",
+        )
+        raise HeadwiseError(
+            f"A {model_type} model cannot become MLA: {reason}.", "It can become GQA or MQA: --to gqa --groups N."
+        )
+    for refusal in row["refuse"]:
+        value = config.get(refusal["key"])
+        if value not in refusal["unless"]:
+            raise HeadwiseError(
+                f"config.json: {refusal['key']} is {value!r}: {refusal['reason']}.",
+                "It can become GQA or MQA: --to gqa --groups N.",
+            )
+    own = {name: _positive(config, key, 1.0) for name, key in row.get("multipliers", {}).items()}
+    stream = residual_scale(_positive(config, "rms_norm_eps", 1e-6))
+    scale = row.get("attention_scale")
+    return MlaSource(
+        tensors=table["tensors"][row["tensors"]],
+        factors={
+            "embedding": stream * own.get("embedding", 1.0),
+            "residual": stream * own.get("residual", 1.0),
+            "logits": 1.0 / own.get("logits", 1.0),
+        },
+        attention_scale=_positive(config, scale, 1.0) if scale else None,
+    )
+
+
+def _positive(config: Mapping[str, Any], key: str, default: float) -> float:
+    """A factor of the config; `default` is the stock class's where the config leaves it out."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise HeadwiseError(f"config.json has {key}: {value!r}, and a number above zero is needed.")
+    return float(value)
+
+
+def plan_other(source: MlaSource, names: Iterable[str], attention: Iterable[str]) -> list[Carried]:
+    """What becomes of every tensor of the checkpoint that is not attention.
+
+    Args:
+        names: all tensor names of the checkpoint. attention: those that the conversion rewrites.
+
+    Raises:
+        HeadwiseError: a tensor that the table does not know, so that none is silently dropped.
+    """
+    names, attention = set(names), set(attention)
+    carried, unknown = [], []
+    for name in sorted(names - attention):
+        # Old Llama checkpoints hold the frequencies; they are computed from the config.
+        if name.endswith("rotary_emb.inv_freq"):
+            continue
+        layer = next(iter(re.findall(r"\.layers\.(\d+)\.", name)), "")
+        rule = source.tensors.get(re.sub(r"\.layers\.\d+\.", ".layers.*.", name))
+        if rule is None:
+            unknown.append(name)
+            continue
+        for target, factor, part in rule:
+            carried.append(
+                Carried(
+                    target.replace("*", layer),
+                    name,
+                    source.factors[factor] if factor else 1.0,
+                    tuple(part) if part else None,
+                )
+            )
+    if unknown:
+        raise HeadwiseError(
+            f"Stock DeepSeek has no place for the tensor {unknown[0]} ({len(unknown)} such in all)."
+        )
+    if HEAD not in names:
+        # Tied embeddings: engines other than transformers fail without an explicit head.
+        carried.append(Carried(HEAD, EMBEDDING, source.factors["logits"]))
+    return carried

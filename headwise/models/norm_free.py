@@ -1,0 +1,98 @@
+"""An MLA layer as a module in natural coordinates: the stock DeepSeek attention class without its latent norm.
+
+The stock tensors hold weights near 1e-9 (mathematics, section 4a), which no optimizer survives. Here the norm is
+an identity and every weight has its natural size; `LatentWeights` goes in and comes out, and `deepseek.py` makes
+stock tensors of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headwise.models.deepseek import half_split, interleave
+from headwise.models.layout import LatentWeights
+from headwise.models.stock import empty_model
+
+LAYERS, ATTENTION = "model.layers.{layer}", "self_attn"
+
+
+def natural_attention(
+    config: dict[str, Any], layer: int, latent: LatentWeights, o_bias: Tensor | None, device: torch.device
+) -> Any:
+    """The layer as a float32 module.
+
+    Args:
+        config: the MLA config.json; queries are one projection here, whatever it says of `q_lora_rank`.
+        o_bias: (D,) the output's, or None.
+    """
+    plain = {**copy.deepcopy(config), "q_lora_rank": None}
+    model = empty_model(plain, "AutoModelForCausalLM")
+    attention = model.get_submodule(f"{LAYERS.format(layer=layer)}.{ATTENTION}")
+    make_natural(attention, latent, o_bias)
+    return attention.to(device)
+
+
+def make_natural(attention: Any, latent: LatentWeights, o_bias: Tensor | None) -> None:
+    """Turn a stock attention module into natural coordinates, in place: float32, queries in one projection."""
+    hidden, layout = latent.hidden_size, latent.layout
+    attention.q_lora_rank = attention.q_a_proj = attention.q_a_layernorm = attention.q_b_proj = None
+    queries = torch.cat([latent.q_nope, interleave(latent.q_rope)], 1).flatten(0, 1)
+    queries = queries * (latent.scale * math.sqrt(layout.head_dim))
+    attention.q_proj = _linear(queries, hidden)
+    attention.kv_a_proj_with_mqa = _linear(torch.cat([latent.kv_down, interleave(latent.k_rope)]), hidden)
+    attention.kv_a_layernorm = nn.Identity()
+    attention.kv_b_proj = _linear(torch.cat([latent.k_up, latent.v_up], 1).flatten(0, 1))
+    o = latent.o.transpose(0, 1).flatten(1)
+    attention.o_proj = _linear(o if o_bias is None else torch.cat([o, o_bias[:, None].to(o)], 1), o.shape[1])
+
+
+def from_natural(
+    state: Mapping[str, Tensor], latent: LatentWeights, prefix: str = ""
+) -> tuple[LatentWeights, Tensor | None]:
+    """What a module in natural coordinates has become, in float64, and its output bias.
+
+    Args:
+        state: its tensors, by the module's names behind `prefix`.
+        latent: what it was made of, for the shapes; on the meta device they are enough.
+    """
+
+    def matrix(name: str) -> Tensor:
+        bias = state.get(f"{prefix}{name}.bias")
+        weight = state[f"{prefix}{name}.weight"]
+        return torch.cat([weight] if bias is None else [weight, bias[:, None]], 1).detach().double().cpu()
+
+    layout, heads = latent.layout, latent.q_nope.shape[0]
+    nope, rank = latent.q_nope.shape[1], latent.kv_down.shape[0]
+    queries = matrix("q_proj").unflatten(0, (heads, -1)) / (latent.scale * math.sqrt(layout.head_dim))
+    down = matrix("kv_a_proj_with_mqa")
+    up = matrix("kv_b_proj").unflatten(0, (heads, -1))
+    o, bias = state[f"{prefix}o_proj.weight"].detach().double().cpu(), state.get(f"{prefix}o_proj.bias")
+    learned = replace(
+        latent,
+        q_nope=queries[:, :nope],
+        q_rope=half_split(queries[:, nope:]),
+        kv_down=down[:rank],
+        k_rope=half_split(down[rank:]),
+        k_up=up[:, :nope],
+        v_up=up[:, nope:],
+        o=o.unflatten(1, (heads, -1)).transpose(0, 1),
+    )
+    return learned, None if bias is None else bias.detach().double().cpu()
+
+
+def _linear(matrix: Tensor, inputs: int | None = None) -> nn.Linear:
+    """A float32 projection; a column beyond `inputs` is its bias."""
+    inputs = inputs or matrix.shape[1]
+    made = nn.Linear(inputs, matrix.shape[0], bias=matrix.shape[1] > inputs)
+    with torch.no_grad():
+        made.weight.copy_(matrix[:, :inputs])
+        if made.bias is not None:
+            made.bias.copy_(matrix[:, inputs])
+    return made.requires_grad_(False)

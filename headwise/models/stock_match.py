@@ -1,0 +1,72 @@
+"""Whether a checkpoint holds the tensors that the stock class of its config has: from headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from headwise.convert.plan import LEFTOVERS
+from headwise.errors import HeadwiseError
+from headwise.io.reader import Checkpoint
+from headwise.models.stock import empty_model, load_into
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A stock model without weights, and where a checkpoint's tensors and its own disagree.
+
+    Attributes:
+        count: tensors of the checkpoint, without those that no release reads.
+        tied: parameters that share another's weights.
+        missing, unexpected: names that only the class has, or only the checkpoint.
+        mismatched: name, shape in the checkpoint, shape in the class.
+    """
+
+    model: Any
+    count: int
+    tied: dict[str, str]
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+
+    @property
+    def wrong(self) -> list[str]:
+        return [*self.missing, *self.unexpected, *(name for name, _, _ in self.mismatched)]
+
+
+def fit(checkpoint: Checkpoint, auto_class: str) -> Fit:
+    """Put a checkpoint's shapes into its stock class, through transformers' own loader."""
+    # A config may ask for more layers or experts than there are files for. Each takes its time to make, so the
+    # class gets as many parameters as the checkpoint could fill, were its tensors fused by the dozen.
+    model = empty_model(checkpoint.config, auto_class, most=1000 + 12 * len(checkpoint.tensors))
+    shapes = {
+        name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+        for name, entry in checkpoint.tensors.items()
+        if not LEFTOVERS.search(name)
+    }
+    found = load_into(model, shapes, "meta")
+    tied = dict(model.all_tied_weights_keys or {})
+    return Fit(
+        model,
+        len(shapes),
+        tied,
+        sorted(found.missing_keys - tied.keys()),
+        sorted(found.unexpected_keys),
+        sorted((name, tuple(here), tuple(there)) for name, here, there in found.mismatched_keys),
+    )
+
+
+def check_complete(checkpoint: Checkpoint, auto_class: str) -> None:
+    """Refuse a source that its stock class could not run, before anything is computed from it.
+
+    Raises:
+        HeadwiseError: a tensor is missing or has another shape than the config promises.
+    """
+    found = fit(checkpoint, auto_class)
+    hint = "The checkpoint and its config.json do not belong together, or a shard is incomplete."
+    for name, here, there in found.mismatched:
+        raise HeadwiseError(f"tensor {name} has shape {here}, and config.json promises {there}.", hint)
+    for name in found.missing:
+        raise HeadwiseError(f"tensor {name} is missing; config.json promises it.", hint)

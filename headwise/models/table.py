@@ -1,0 +1,183 @@
+"""architectures.yaml: what it may say, and which row a checkpoint falls under."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from headwise.errors import HeadwiseError
+from headwise.models.config import has_stock_class
+
+
+@dataclass(frozen=True)
+class QkNorm:
+    """The RMSNorms on queries and keys.
+
+    Attributes:
+        q: module name of the queries' norm.
+        k: module name of the keys' norm.
+        scope: "head": one head at a time, one weight for all; "all": all heads at once.
+        offset: added to the weight before it multiplies (Gemma: 1).
+        when: the config key that switches the norms on, None where they are always there.
+    """
+
+    q: str
+    k: str
+    scope: str
+    offset: float
+    when: str | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of `architectures.yaml`.
+
+    Attributes:
+        model_type: of the language model.
+        auto_class: the transformers class that loads the checkpoint.
+        layers: how checkpoints name a decoder layer; the first is what `save_pretrained` writes.
+        module: the decoder layer's path inside the stock model.
+        attention: the attention module's name inside the decoder layer.
+        projections: tensor names of q, k, v, o, or of qkv and o where they are fused.
+        fusion: "none"; "qkv_concat": all queries, then all keys, then all values;
+            "qkv_per_group_interleaved": per key-value head its queries, its key, its value.
+        qkv_bias: true, false, or the config key that says so.
+        norms: RMSNorms on queries and keys, or None.
+        rotary_layout: "half": planes are rows f and f + rotary_dim/2; "interleaved": rows 2f and 2f + 1.
+        rope_flags: config key of a list that is true where a layer has RoPE.
+        rope_layer_types: the layer types that have RoPE, where only some do.
+        num_key_value_heads: config key, None where the stock class has none.
+        fixed_groups: why the number of key-value heads cannot change, where it cannot (or saves nothing).
+        requires: config key -> {value, reason}: variants of the type that cannot be converted.
+        old_rope_names: rope parameter -> top-level config key of transformers 4.
+        old_rope_scaling: the keys transformers 4 allows in `rope_scaling`, where it is strict.
+        text_key: config key of the language model inside a wrapper, None at the top level.
+        wrapper: model type of the whole checkpoint where the language model is only a part.
+    """
+
+    model_type: str
+    auto_class: str
+    layers: tuple[str, ...]
+    module: str
+    attention: str
+    projections: dict[str, str]
+    fusion: str
+    qkv_bias: bool | str
+    norms: QkNorm | None
+    rotary_layout: str
+    rope_flags: str | None
+    rope_layer_types: tuple[str, ...] | None
+    num_key_value_heads: str | None
+    fixed_groups: str | None
+    requires: dict[str, dict[str, Any]]
+    old_rope_names: dict[str, str]
+    old_rope_scaling: tuple[str, ...] | None
+    text_key: str | None = None
+    wrapper: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """The sections of architectures.yaml."""
+
+    rows: dict[str, Row]
+    wrappers: dict[str, dict[str, Any]]
+    auto_classes: dict[str, str]
+    refused: dict[str, str]
+
+
+def parse_table(text: str) -> Table:
+    """Read the table.
+
+    Raises:
+        ValueError: a row has an unknown key, or lacks one.
+    """
+    data = yaml.safe_load(text)
+    _check_keys("the table", data, {f.name for f in fields(Table)})
+    expected = {f.name for f in fields(Row)} - {"model_type", "text_key", "wrapper"}
+    rows = {}
+    for model_type, row in data["rows"].items():
+        _check_keys(model_type, row, expected)
+        frozen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+        if frozen["norms"]:
+            _check_keys(f"{model_type}, norms", frozen["norms"], {f.name for f in fields(QkNorm)})
+            frozen["norms"] = QkNorm(**frozen["norms"])
+        rows[model_type] = Row(model_type=model_type, **frozen)
+    for model_type, row in data["wrappers"].items():
+        _check_keys(
+            model_type, row, {"auto_class", "layers", "module", "text_key", "text_model_type", "may_be_flat"}
+        )
+    return Table(**(data | {"rows": rows}))
+
+
+def _check_keys(where: str, row: dict[str, Any], expected: set[str]) -> None:
+    if set(row) != expected:
+        raise ValueError(
+            f"{where}: unknown keys {sorted(set(row) - expected)}, missing {sorted(expected - set(row))}"
+        )
+
+
+@lru_cache(maxsize=1)
+def load_table() -> Table:
+    return parse_table(resources.files(__package__).joinpath("architectures.yaml").read_text("utf-8"))
+
+
+def find_row(config: dict[str, Any], table: Table) -> Row:
+    if not isinstance(config, dict):
+        raise HeadwiseError(f"config.json holds a {type(config).__name__}, and a config is a JSON object.")
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise HeadwiseError(
+            f"config.json has model_type: {json.dumps(model_type)}, and a name is needed.",
+            'Add the model\'s type, such as "llama".',
+        )
+    if model_type in table.rows:
+        return table.rows[model_type]
+    if model_type not in table.wrappers:
+        raise _unsupported(model_type, table)
+    wrapper = table.wrappers[model_type]
+    text_key = wrapper["text_key"]
+    if text_key not in config and wrapper["may_be_flat"]:
+        text_key, inner = None, wrapper["text_model_type"]
+    elif isinstance(config.get(text_key), dict):
+        inner = config[text_key].get("model_type", wrapper["text_model_type"])
+    else:
+        raise HeadwiseError(
+            f"config.json has {text_key}: {json.dumps(config.get(text_key))}, and the config of the language "
+            "model belongs there."
+        )
+    if not isinstance(inner, str) or inner not in table.rows:
+        raise _unsupported(inner, table)
+    return replace(
+        table.rows[inner],
+        auto_class=wrapper["auto_class"],
+        layers=tuple(wrapper["layers"]),
+        module=wrapper["module"],
+        text_key=text_key,
+        wrapper=model_type,
+    )
+
+
+def _unsupported(model_type: Any, table: Table) -> HeadwiseError:
+    known = sorted([*table.rows, *table.wrappers])
+    if isinstance(model_type, str) and model_type in table.refused:
+        return HeadwiseError(
+            f"headwise cannot convert model type {model_type}: {table.refused[model_type].strip()}."
+        )
+    near = difflib.get_close_matches(str(model_type), known, n=1)
+    why = (
+        "it has no row in the table of architectures"
+        if isinstance(model_type, str) and has_stock_class(model_type)
+        else "transformers has no class for it, and headwise never runs code that comes with a checkpoint"
+    )
+    guess = f"Did you mean {near[0]}? " if near else ""
+    return HeadwiseError(
+        f"headwise cannot convert model type {model_type}: {why}.",
+        f"{guess}Supported: {', '.join(known)}.",
+    )
