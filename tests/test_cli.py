@@ -15,6 +15,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+from headwise import format
 from headwise._cli import console as ui
 from headwise._cli import render as show
 from headwise.cli import cli
@@ -273,12 +274,12 @@ def test_lines_come_when_a_stage_is_long_and_when_it_ends(capsys: pytest.Capture
     ("number", "text"), [(0, "0 B"), (999, "999 B"), (4096, "4.1 kB"), (13.5e9, "13.5 GB"), (2.5e15, "2500 TB")]
 )
 def test_sizes(number: float, text: str) -> None:
-    assert ui.size(number) == text
+    assert format.size(number) == text
 
 
 @pytest.mark.parametrize(("number", "text"), [(1.25, "1.2 s"), (59, "59 s"), (75, "1:15"), (3700, "1:01:40")])
 def test_durations(number: float, text: str) -> None:
-    assert ui.duration(number) == text
+    assert format.duration(number) == text
 
 
 def test_layers_are_listed_as_ranges() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from headwise._cli import console as ui
 from headwise.convert.pipeline import convert_model
 from headwise.convert.plan import inspect
 from headwise.convert.verify.check import verify_model
@@ -18,6 +17,7 @@ from headwise.demo.demo import Demo, Measurement
 from headwise.environment import environment
 from headwise.eval.bench import Bench, Speed
 from headwise.eval.report.card_section import CardUpdate
+from headwise.format import plain
 from headwise.recipes.run import Uptrained
 from headwise.records.push import Push
 from tests.convert.speaking import save_speaking
@@ -72,7 +72,7 @@ def printed(tmp_path_factory) -> dict[str, Any]:
         "demo": Demo("m", 1, measured, (measured,), home),
         "env": environment(),
     }
-    return {verb: json.loads(json.dumps(ui.plain(result), allow_nan=False)) for verb, result in results.items()}
+    return {verb: json.loads(json.dumps(plain(result), allow_nan=False)) for verb, result in results.items()}
 
 
 @pytest.mark.parametrize("verb", documented())

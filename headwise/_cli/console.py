@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json as jsonlib
 import logging
-import math
 import os
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ from functools import cached_property
 from traceback import format_exception
 from typing import TYPE_CHECKING, Any, TextIO
 
+from headwise.format import clean, duration, plain, size
 from headwise.progress import Progress
 
 if TYPE_CHECKING:  # rich takes longer to import than `headwise --help` may
@@ -81,13 +80,6 @@ def configure(*, json: bool = False, quiet: bool = False, verbose: bool = False)
             stream.reconfigure(errors="backslashreplace")
 
 
-def clean(text: object) -> str:
-    """`text` with everything that a terminal would obey or hide written as an escape."""
-    return "".join(
-        c if unicodedata.category(c) not in _UNSAFE else c.encode("unicode_escape").decode() for c in str(text)
-    )
-
-
 def clean_logs() -> None:
     """Let libraries log clean text only: they quote what they find in a checkpoint as it stands."""
     make = logging.getLogRecordFactory()
@@ -102,9 +94,6 @@ def clean_logs() -> None:
 
     make_clean.clean = True  # type: ignore[attr-defined]
     logging.setLogRecordFactory(make_clean)
-
-
-_UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (direction overrides), surrogates, separators
 
 
 def say(text: object = "", style: str = "") -> None:
@@ -152,19 +141,6 @@ def result(value: Any) -> None:
     if _sink.json:
         _sink.stdout.write(jsonlib.dumps(plain(value), indent=2, allow_nan=False) + "\n")
         _sink.stdout.flush()
-
-
-def plain(value: Any) -> Any:
-    """Strict JSON: a number that is not finite becomes null, an object its own dictionary or its name."""
-    if hasattr(value, "to_dict"):
-        value = value.to_dict()
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(v) for v in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | None) else str(value)
 
 
 def note(text: object) -> None:
@@ -307,25 +283,3 @@ def amount_done(done: int, total: int | None, unit: str) -> str:
 
 def _figures(fields: Mapping[str, object]) -> list[str]:
     return [f"{clean(k)} {v:.4g}" if isinstance(v, float) else clean(f"{k} {v}") for k, v in fields.items()]
-
-
-def size(num_bytes: float) -> str:
-    """Bytes in decimal units: 13500000000 -> "13.5 GB"."""
-    power = min(4, int(math.log10(max(num_bytes, 1)) / 3))
-    value = num_bytes / 1000**power
-    digits = f"{value:.0f}" if power == 0 or value >= 99.95 else f"{value:.3g}"
-    return f"{digits} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-
-def dtype(value: object) -> str:
-    """ "bfloat16" for torch.bfloat16."""
-    return str(value).removeprefix("torch.")
-
-
-def duration(seconds: float) -> str:
-    """12.3 -> "12 s", 75 -> "1:15", 3700 -> "1:01:40"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

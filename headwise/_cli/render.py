@@ -7,24 +7,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from headwise._cli import console as ui
-from headwise._cli.console import size
+from headwise.format import dtype_name, layout_names, size
 
 if TYPE_CHECKING:
-    from headwise.convert.inspect import Cache, Inspection
+    from headwise.convert.inspect import Inspection
     from headwise.convert.pipeline import ConvertResult
     from headwise.convert.plan import Plan
     from headwise.convert.verify.check import Verification
     from headwise.demo.demo import Demo, Measurement
     from headwise.eval.bench import Bench
     from headwise.eval.result import Evaluation
-    from headwise.models.layout import AttentionLayout
+    from headwise.models.layout import AttentionLayout, Cache
     from headwise.recipes.run import Uptrained
     from headwise.records.push import Push
 
 
 def inspection(found: Inspection) -> None:
     """A model's attention, its cache, and what it can become."""
-    about = [found.model_type, ui.dtype(found.dtype)]
+    about = [found.model_type, dtype_name(found.dtype)]
     if found.parameters:
         about.append(f"{_count(found.parameters)} parameters")
     ui.say(f"{found.model}: {', '.join(about)}", style="bold")
@@ -75,7 +75,7 @@ def plan(planned: Plan) -> None:
     ui.table(
         ("", ">before", ">after", ">saved"),
         [
-            ("attention", kinds(planned.layouts_before), kinds(planned.layouts_after), ""),
+            ("attention", layout_names(planned.layouts_before), layout_names(planned.layouts_after), ""),
             *_cache_rows(planned.cache_before, planned.cache_after),
             ("parameters", f"{planned.parameters_before:,}", f"{planned.parameters_after:,}", ""),
             ("weights", size(planned.bytes_before), size(planned.bytes_after), ""),
@@ -115,7 +115,7 @@ def outcome(done: ConvertResult) -> None:
         ui.detail(f"layer {layer}: {', '.join(f'{name} {value}' for name, value in _flat(report))}")
     for warning in planned.warnings:
         ui.warn(warning)
-    ui.note(f"{kinds(planned.layouts_before)} -> {kinds(planned.layouts_after)}")
+    ui.note(f"{layout_names(planned.layouts_before)} -> {layout_names(planned.layouts_after)}")
     if after < before:
         ui.note(f"Cache per token: {size(before)} -> {size(after)}, {saving(1 - after / before)} saved")
     if done.verification:
@@ -258,18 +258,6 @@ def _cache_rows(before: Cache, after: Cache) -> Iterator[tuple[str, str, str, st
         yield name, size(old), size(new), "" if old == new else saving(1 - new / old)
 
 
-def kinds(layouts: Sequence[AttentionLayout]) -> str:
-    """The layouts of a model in a few words: "GQA, 8 KV heads"."""
-    words = []
-    for layout in dict.fromkeys(layouts):
-        if layout.kv_lora_rank is not None:
-            words.append(f"MLA {layout.kv_lora_rank}+{layout.qk_rope_head_dim}")
-        else:
-            count = layout.num_key_value_heads
-            words.append("MQA" if layout.kind == "mqa" else f"{layout.kind.upper()}, {count} KV heads")
-    return "; ".join(dict.fromkeys(words))
-
-
 def saving(saved: float) -> str:
     """0.75 -> "75.0%"; a cache that grows, -1.0 -> "2x"."""
     return f"{saved:.1%}" if saved > 0 else f"{1 - saved:.3g}x"
@@ -319,4 +307,4 @@ def _count(number: int) -> str:
 
 
 def _tensor(kind: Any) -> str:
-    return f"{ui.dtype(kind[0])} {'x'.join(map(str, kind[1]))}" if kind else ""
+    return f"{dtype_name(kind[0])} {'x'.join(map(str, kind[1]))}" if kind else ""

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from headwise.convert.gqa.target import GroupedTarget, Target
+from headwise.convert.base import Target
+from headwise.convert.gqa.target import GroupedTarget
 from headwise.convert.mla.target import LatentTarget
 from headwise.convert.positions import context as longer
 from headwise.convert.positions.windows import with_window

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from headwise.convert.positions.rope_range import Reach, reach
-from headwise.convert.verify.factored import LatentModel
 from headwise.errors import HeadwiseError
+from headwise.format import plain_fields
 from headwise.io import hub
 from headwise.io.reader import read_headers
 from headwise.io.source import (
@@ -24,30 +24,12 @@ from headwise.io.source import (
     read_json,
 )
 from headwise.models import architecture, mla_source
-from headwise.models.config import named_dtype
-from headwise.models.layout import AttentionLayout
+from headwise.models.config import dtype_of
+from headwise.models.layout import CONTEXTS, AttentionLayout, Cache, describe
+from headwise.models.protocol import LatentModel
 
-CONTEXTS = (8_192, 32_768, 131_072)
 # Latent and rotary widths whose cache rows every engine that was tried can hold (docs: engines).
 LATENTS = ((256, 64), (448, 64), (512, 64))
-
-
-@dataclass(frozen=True)
-class Cache:
-    """What a model keeps while it reads: bytes for one more token, and in all after `at` tokens."""
-
-    bytes_per_token: int
-    at: dict[int, int]
-
-    @classmethod
-    def of(cls, layouts: Sequence[AttentionLayout], dtype: torch.dtype) -> Cache:
-        """The cache of one sequence. A layer with a window stops growing when the window is full."""
-
-        def total(tokens: int) -> int:
-            seen = ((min(tokens, layer.sliding_window or tokens), layer) for layer in layouts)
-            return sum(count * layer.cache_numbers for count, layer in seen) * dtype.itemsize
-
-        return cls(total(1), {tokens: total(tokens) for tokens in CONTEXTS})
 
 
 @dataclass(frozen=True)
@@ -141,21 +123,6 @@ def inspect_model(
     )
 
 
-def dtype_of(config: dict[str, Any]) -> torch.dtype:
-    """The dtype that a config names, in the words of transformers 4 or 5; float32 where it names none."""
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        dtype = named_dtype(part.get("dtype") or part.get("torch_dtype"))
-        if dtype is not None:
-            return dtype
-    return torch.float32
-
-
-def describe(layout: AttentionLayout) -> dict[str, Any]:
-    """A layout with its kind and cache, for `--json`."""
-    return {"kind": layout.kind, "cache_numbers": layout.cache_numbers, **asdict(layout)}
-
-
 def _options(
     layouts: Sequence[AttentionLayout], legal: Sequence[int], cache: Cache, dtype: torch.dtype, mla: bool
 ) -> Iterator[Option]:
@@ -201,13 +168,3 @@ def _count_parameters(
     if isinstance(known.get("total_size"), int):
         return known["total_size"] // dtype.itemsize, "index"
     return None, None
-
-
-def spell_dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def plain_fields(value: Any, *hidden: str) -> dict[str, Any]:
-    """The fields of a dataclass that are JSON as they are."""
-    own = {f.name: getattr(value, f.name) for f in fields(value) if f.name not in hidden}
-    return {key: spell_dtype(item) if isinstance(item, torch.dtype) else item for key, item in own.items()}

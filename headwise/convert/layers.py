@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise._cli.console import plain
+from headwise.convert.base import Target
 from headwise.convert.calibration import calibrate as measure
 from headwise.convert.calibration.layer_stream import LayerRecord
-from headwise.convert.gqa.target import Target
 from headwise.convert.refit.regression import fit_output
 from headwise.convert.refit.regression import refit as refit_layer
+from headwise.format import plain
 from headwise.io.reader import Checkpoint
 from headwise.io.writer import Writer
 from headwise.models.architecture import Architecture

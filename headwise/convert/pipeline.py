@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from headwise.convert import forecast
+from headwise.convert.base import Target
 from headwise.convert.calibration import calibrate as measure
 from headwise.convert.choose import choose_target
-from headwise.convert.gqa.target import Target
 from headwise.convert.layers import convert_layers, place
 from headwise.convert.plan import Plan, make_plan
 from headwise.convert.verify.check import Verification, check_folder

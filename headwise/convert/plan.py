@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from headwise.convert.inspect import Cache, describe, dtype_of, plain_fields, spell_dtype
+from headwise.format import dtype_name, plain_fields
 from headwise.io.reader import Checkpoint
 from headwise.io.writer import OutputTensor, Shard, plan_shards
 from headwise.models.architecture import Architecture
-from headwise.models.layout import AttentionLayout
+from headwise.models.config import dtype_of
+from headwise.models.layout import AttentionLayout, Cache, describe
+from headwise.models.stock_match import LEFTOVERS
 
-# Buffers that old releases of transformers saved and no release reads.
-LEFTOVERS = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_bias|bias))$")
 SAME_ARCHITECTURE = "every engine that loads the source: the architecture is the same"
 
 
@@ -187,4 +186,4 @@ def _fates(checkpoint: Checkpoint, outputs: Sequence[OutputTensor]) -> Iterator[
 
 
 def _spell(kind: tuple[torch.dtype, tuple[int, ...]] | None) -> dict[str, Any] | None:
-    return {"dtype": spell_dtype(kind[0]), "shape": list(kind[1])} if kind else None
+    return {"dtype": dtype_name(kind[0]), "shape": list(kind[1])} if kind else None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from headwise._cli.console import size
+from headwise.format import size
 
 if TYPE_CHECKING:
     from headwise.demo.demo import Measurement

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
-from headwise._cli.console import size
 from headwise.errors import HeadwiseError
+from headwise.format import size
 from headwise.io.source import locate
 from headwise.kernels.patch import disable, enable, enabled
 from headwise.progress import SILENT, Progress

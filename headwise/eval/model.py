@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headwise._cli import render as show
 from headwise.convert.inspect import inspect_model
-from headwise.convert.verify.factored import LatentModel
 from headwise.errors import HeadwiseError
 from headwise.eval.result import Subject
+from headwise.format import layout_names
 from headwise.io.source import Source, locate
 from headwise.io.tokenizer import load_tokenizer
 from headwise.models import architecture
+from headwise.models.protocol import LatentModel
 from headwise.progress import SILENT, Progress
 from headwise.records.manifest import hash_file
 
@@ -66,7 +66,7 @@ def find(model: str | Path, *, token: str | None = None, progress: Progress = SI
     attention = cache = parameters = None
     try:
         found = inspect_model(source.folder)
-        attention, cache = show.kinds(found.layouts), found.cache.bytes_per_token
+        attention, cache = layout_names(found.layouts), found.cache.bytes_per_token
         parameters = found.parameters
     except HeadwiseError:  # a type that headwise cannot convert can be evaluated all the same
         pass

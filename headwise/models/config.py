@@ -245,3 +245,13 @@ def both_spellings(
         scaling = {"type": scaling["rope_type"], **{k: v for k, v in scaling.items() if k in old_scaling}}
     text["rope_scaling"] = copy.deepcopy(scaling)
     return text
+
+
+def dtype_of(config: dict[str, Any]) -> torch.dtype:
+    """The dtype that a config names, in the words of transformers 4 or 5; float32 where it names none."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        dtype = named_dtype(part.get("dtype") or part.get("torch_dtype"))
+        if dtype is not None:
+            return dtype
+    return torch.float32

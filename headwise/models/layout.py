@@ -6,12 +6,14 @@ is a `LayerWeights` (or, after a low-rank conversion, a `LatentWeights`) and an 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+CONTEXTS = (8_192, 32_768, 131_072)
 
 
 @dataclass(frozen=True)
@@ -161,3 +163,26 @@ def planes(rows: Tensor, rotary_dim: int) -> Tensor:
 def rows(planes: Tensor) -> Tensor:
     """The inverse of `planes`: (..., planes, inputs) complex -> (..., 2 planes, inputs) real, half-split."""
     return torch.cat([planes.real, planes.imag], dim=-2)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What a model keeps while it reads: bytes for one more token, and in all after `at` tokens."""
+
+    bytes_per_token: int
+    at: dict[int, int]
+
+    @classmethod
+    def of(cls, layouts: Sequence[AttentionLayout], dtype: torch.dtype) -> Cache:
+        """The cache of one sequence. A layer with a window stops growing when the window is full."""
+
+        def total(tokens: int) -> int:
+            seen = ((min(tokens, layer.sliding_window or tokens), layer) for layer in layouts)
+            return sum(count * layer.cache_numbers for count, layer in seen) * dtype.itemsize
+
+        return cls(total(1), {tokens: total(tokens) for tokens in CONTEXTS})
+
+
+def describe(layout: AttentionLayout) -> dict[str, Any]:
+    """A layout with its kind and cache, for `--json`."""
+    return {"kind": layout.kind, "cache_numbers": layout.cache_numbers, **asdict(layout)}

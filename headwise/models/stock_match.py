@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from headwise.convert.plan import LEFTOVERS
 from headwise.errors import HeadwiseError
 from headwise.io.reader import Checkpoint
 from headwise.models.stock import empty_model, load_into
+
+# Buffers that old releases of transformers saved and no release reads.
+LEFTOVERS = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_bias|bias))$")
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,11 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from headwise import __version__
-from headwise._cli.console import size
-from headwise.convert.inspect import CONTEXTS, Cache
 from headwise.convert.plan import Plan
 from headwise.environment import versions
+from headwise.format import size
 from headwise.io.reader import Checkpoint
-from headwise.models.layout import AttentionLayout
+from headwise.models.layout import CONTEXTS, AttentionLayout, Cache
 
 PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy")
 # What a card may take over from the source's: facts about the model that a conversion does not touch.

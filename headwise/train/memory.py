@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from headwise._cli.console import size
 from headwise.errors import HeadwiseError
+from headwise.format import size
 
 # A process that has imported torch, with its kernels loaded on the device.
 RESTING_BYTES = 1 << 30

@@ -18,13 +18,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from headwise.convert.verify.factored import LatentModel
 from headwise.errors import HeadwiseError
 from headwise.io.reader import Checkpoint
 from headwise.models import deepseek, mla_source
 from headwise.models.architecture import Architecture, find
 from headwise.models.layout import AttentionLayout, LatentWeights
 from headwise.models.norm_free import ATTENTION, from_natural, make_natural
+from headwise.models.protocol import LatentModel
 from headwise.models.stock import stock_config
 from headwise.recipes.settings import Lora, Training
 

@@ -11,12 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig
 
-from headwise.convert.inspect import Cache
 from headwise.convert.plan import grouped_outputs, inspect, make_plan
 from headwise.errors import HeadwiseError
 from headwise.io.reader import open_checkpoint
 from headwise.models import architecture
-from headwise.models.layout import AttentionLayout
+from headwise.models.layout import AttentionLayout, Cache
 
 SHARED = Path(__file__).parents[3] / "shared" / "configs"
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from headwise.convert import forecast
+from headwise.convert.base import Target
 from headwise.convert.calibration.layer_stream import LayerRecord, LayerStream
 from headwise.convert.calibration.moments import Moments
-from headwise.convert.gqa.target import Target
 from headwise.errors import HeadwiseError
 from headwise.io.reader import Checkpoint, has_nonfinite
 from headwise.io.tokenizer import load_tokenizer, sound

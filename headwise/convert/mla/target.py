@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headwise.convert.base import Refittable
 from headwise.convert.calibration.layer_stream import LayerRecord
-from headwise.convert.gqa.target import Refittable
 from headwise.convert.mla import latent
 from headwise.convert.mla.components import (
     free_frequencies,

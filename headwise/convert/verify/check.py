@@ -17,11 +17,11 @@ from torch import Tensor
 
 from headwise.convert.gqa.merge import merge
 from headwise.convert.verify import factored as verify_latent
-from headwise.convert.verify.factored import LatentModel
 from headwise.convert.verify.verification import Verification
 from headwise.io.reader import Checkpoint, as_bytes, has_nonfinite, open_checkpoint
 from headwise.models.architecture import Architecture, find
 from headwise.models.layout import AttentionLayout
+from headwise.models.protocol import LatentModel
 from headwise.models.stock import attempt, attend, empty_model
 from headwise.models.stock_match import fit
 from headwise.progress import SILENT, Progress

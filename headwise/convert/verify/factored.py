@@ -4,7 +4,6 @@ the parent's attention where the conversion is exact."""
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,80 +11,17 @@ from torch import Tensor
 
 from headwise.convert.mla import latent
 from headwise.convert.positions.context import rotations
-from headwise.errors import HeadwiseError
 from headwise.io.reader import Checkpoint
-from headwise.models import deepseek, mla_source, rope
+from headwise.models import deepseek, mla_source
 from headwise.models.architecture import Architecture, find
-from headwise.models.config import MAX_LAYERS, check_rope, checked_size
-from headwise.models.layout import AttentionLayout, LatentWeights, planes, rows
+from headwise.models.layout import LatentWeights, planes, rows
 from headwise.models.norm_free import ATTENTION, LAYERS
+from headwise.models.protocol import LatentModel
 from headwise.models.stock import attend
 
 # The linear norm errs below 1e-8 for an ordinary token; an exact lift is rounded once to the folder's dtype.
 TOLERANCE = 1e-5
 EXACT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
-
-
-LATENT_SIZES = [
-    "num_hidden_layers",
-    "num_attention_heads",
-    "kv_lora_rank",
-    "qk_rope_head_dim",
-    "qk_nope_head_dim",
-    "v_head_dim",
-]
-
-
-@dataclass(frozen=True)
-class LatentModel:
-    """Where things are in a stock DeepSeek model, as `Architecture` says it of the others."""
-
-    config: dict[str, Any]
-    auto_class: str = "AutoModelForCausalLM"
-    module: str = LAYERS
-
-    @classmethod
-    def of(cls, config: dict[str, Any]) -> LatentModel:
-        """Raises HeadwiseError for an MLA model that headwise did not write."""
-        if not cls.wrote(config):
-            raise HeadwiseError(
-                f"The folder holds a {config.get('model_type')} model with experts or another latent attention, "
-                "which headwise does not write.",
-                "verify checks folders that headwise converted.",
-            )
-        return cls(config)
-
-    @staticmethod
-    def wrote(config: dict[str, Any]) -> bool:
-        """Whether this is the dense stock DeepSeek that headwise makes."""
-        dense = config.get("first_k_dense_replace") == config.get("num_hidden_layers")
-        named = isinstance(config.get("model_type"), str)
-        return config.get("architectures") == deepseek.ARCHITECTURES and dense and named
-
-    @property
-    def layouts(self) -> list[AttentionLayout]:
-        sizes = [checked_size(self.config, name) for name in LATENT_SIZES]
-        layers, heads, rank, rope_dim, nope_dim, v_dim = sizes
-        if not 0 < layers <= MAX_LAYERS:
-            raise HeadwiseError(f"config.json has num_hidden_layers: {layers}, and 1 to {MAX_LAYERS} are possible.")
-        check_rope(self.config.get("rope_parameters"))
-        return [AttentionLayout(heads, heads, nope_dim + rope_dim, v_dim, rope_dim, None, rank, rope_dim)] * layers
-
-    def prefix(self, layer: int) -> str:
-        return f"{LAYERS.format(layer=layer)}.{ATTENTION}"
-
-    def tensors(self, checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
-        """Everything of a layer's attention."""
-        prefix = self.prefix(layer) + "."
-        return {name: checkpoint.read(name) for name in checkpoint.tensors if name.startswith(prefix)}
-
-    def weights(self, checkpoint: Checkpoint, layer: int) -> tuple[LatentWeights, Tensor | None]:
-        """A layer in natural coordinates, and its output bias."""
-        tensors = self.tensors(checkpoint, layer)
-        c = self.config
-        frequencies, _ = rope.frequencies(c["rope_parameters"], c["qk_rope_head_dim"], c["max_position_embeddings"])
-        bias = tensors.get(f"{self.prefix(layer)}.o_proj.bias")
-        return deepseek.read_attention(tensors, self.prefix(layer), c, frequencies), bias
 
 
 def evaluate(weights: LatentWeights, x: Tensor, o_bias: Tensor | None = None) -> Tensor:

@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from headwise._cli.console import clean, duration, plain
 from headwise.errors import HeadwiseError
 from headwise.eval.report import figures as drawn
 from headwise.eval.report import tables
 from headwise.eval.result import Evaluation, Subject
 from headwise.eval.verdict import judge
+from headwise.format import clean, duration, plain
 
 NAMES = ("report.html", "report.md", "report.json")
 TEMPLATE = Path(__file__).parent / "report.html"

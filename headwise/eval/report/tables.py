@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from headwise._cli.console import size
 from headwise.eval.report.summary import significant
 from headwise.eval.result import Comparison, Evaluation, Score
 from headwise.eval.verdict import Damage, is_perplexity, name
+from headwise.format import size
 
 LEGEND = (
     "Child minus parent on the same samples, in points (perplexity: percent). Flips: right only in the child (+), "

@@ -1,0 +1,84 @@
+"""Turn values into text and plain JSON: sizes, durations, dtypes, layouts. The only place that does."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, Protocol
+
+_UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (direction overrides), surrogates, separators
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in decimal units: 13500000000 -> "13.5 GB"."""
+    power = min(4, int(math.log10(max(num_bytes, 1)) / 3))
+    value = num_bytes / 1000**power
+    digits = f"{value:.0f}" if power == 0 or value >= 99.95 else f"{value:.3g}"
+    return f"{digits} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def duration(seconds: float) -> str:
+    """12.3 -> "12 s", 75 -> "1:15", 3700 -> "1:01:40"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def dtype_name(dtype: object) -> str:
+    """Return "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def clean(text: object) -> str:
+    """`text` with everything that a terminal would obey or hide written as an escape."""
+    return "".join(
+        c if unicodedata.category(c) not in _UNSAFE else c.encode("unicode_escape").decode() for c in str(text)
+    )
+
+
+def plain(value: Any) -> Any:
+    """Strict JSON: a number that is not finite becomes null, an object its own dictionary or its name."""
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | None) else str(value)
+
+
+def plain_fields(value: Any, *hidden: str) -> dict[str, Any]:
+    """The fields of a dataclass that are JSON as they are."""
+    own = {f.name: getattr(value, f.name) for f in fields(value) if f.name not in hidden}
+    return {key: dtype_name(item) if type(item).__name__ == "dtype" else item for key, item in own.items()}
+
+
+class _Layout(Protocol):
+    """What a name is made of; `headwise.models.layout.AttentionLayout` has it."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def kv_lora_rank(self) -> int | None: ...
+    @property
+    def qk_rope_head_dim(self) -> int | None: ...
+
+
+def layout_names(layouts: Sequence[_Layout]) -> str:
+    """The layouts of a model in a few words: "GQA, 8 KV heads"."""
+    words = []
+    for layout in dict.fromkeys(layouts):
+        if layout.kv_lora_rank is not None:
+            words.append(f"MLA {layout.kv_lora_rank}+{layout.qk_rope_head_dim}")
+        else:
+            count = layout.num_key_value_heads
+            words.append("MQA" if layout.kind == "mqa" else f"{layout.kind.upper()}, {count} KV heads")
+    return "; ".join(dict.fromkeys(words))
