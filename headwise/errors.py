@@ -28,3 +28,19 @@ class GateFailed(HeadwiseError):
     """The work ran to its end and a check on its result failed (exit code 1)."""
 
     exit_code = 1
+
+
+class SettingError(HeadwiseError):
+    """A field of a settings object has a value that is not legal, or contradicts another field.
+
+    The library names the field; the command line adds the flag.
+
+    Args:
+        field: the Python name of the field, such as "rope_dim".
+        message: one sentence that names the field and its value.
+        hint: what to do about it.
+    """
+
+    def __init__(self, field: str, message: str, hint: str | None = None) -> None:
+        super().__init__(message, hint)
+        self.field = field

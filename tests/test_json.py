@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from headwise.convert.pipeline import convert_model
-from headwise.convert.plan import inspect
+from headwise.convert.inspect import inspect_model
 from headwise.convert.verify.check import verify_model
 from headwise.demo.demo import Demo, Measurement
 from headwise.environment import environment
@@ -61,7 +61,7 @@ def printed(tmp_path_factory) -> dict[str, Any]:
     measured = Measurement("GQA-4", "mean", 1, 1.0, 1.0)
     pushed = Push(home, "org/name", None, {"config.json": 3}, ("old.safetensors",), True, True, False)
     results = {
-        "inspect": inspect(model, context=64),
+        "inspect": inspect_model(model, context=64),
         "convert --dry-run": plan,
         "convert": convert_model(model, home / "out", **asked),
         "uptrain": Uptrained(home, "distill", 3.0, 2.0, None, 1, 1.0, {0: {"before": 0.1}}),

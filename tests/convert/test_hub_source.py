@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars
 
-from headwise.convert.plan import inspect
+from headwise.convert.inspect import inspect_model
 from headwise.errors import HeadwiseError
 from headwise.io.hub import explained
 from headwise.io.reader import open_checkpoint
@@ -177,14 +177,14 @@ def test_the_cache_serves_offline(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     before = len(hub.requests)
     assert same(open_checkpoint("org/name"), tensors_for())
-    assert inspect("org/name").parameters is None
+    assert inspect_model("org/name").parameters is None
     with pytest.raises(HeadwiseError, match="not in the cache and the Hub cannot be reached"):
         open_checkpoint("org/secret")
     assert len(hub.requests) == before
 
 
 def test_inspect_downloads_no_weights(hub):
-    found = inspect("org/name@v0")
+    found = inspect_model("org/name@v0")
     assert found.parameters == sum(tensor.numel() for tensor in tensors_for().values())
     assert (found.parameters_from, found.revision) == ("headers", hub.repositories["org/name"].commit("v0"))
     whole = [path for method, path in hub.requests if method == "GET" and path.endswith("safetensors")]

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig
 
-from headwise.convert.plan import grouped_outputs, inspect, make_plan
+from headwise.convert.inspect import inspect_model
+from headwise.convert.plan import grouped_outputs, make_plan
 from headwise.errors import HeadwiseError
 from headwise.io.reader import open_checkpoint
 from headwise.models import architecture
@@ -49,7 +50,7 @@ def plan_for(model: Path, groups: int, **options):
 
 
 def test_inspect_says_what_the_stock_class_has(model):
-    found = inspect(model)
+    found = inspect_model(model)
     stock = LlamaForCausalLM.from_pretrained(model)
     assert (found.parameters, found.parameters_from) == (sum(p.numel() for p in stock.parameters()), "headers")
     assert found.dtype == torch.bfloat16 and [x.kind for x in found.layouts] == ["mha"] * 3
@@ -60,7 +61,7 @@ def test_inspect_says_what_the_stock_class_has(model):
 
 
 def test_options_and_what_they_save(model):
-    found = inspect(model)
+    found = inspect_model(model)
     heads = {(o.to, o.num_key_value_heads): o.saved for o in found.options if o.num_key_value_heads}
     assert heads == {("mqa", 1): 7 / 8, ("gqa", 2): 3 / 4, ("gqa", 4): 1 / 2}
     assert found.mla is None and not [o for o in found.options if o.to == "mla"], "64 numbers are below any latent"
@@ -68,7 +69,7 @@ def test_options_and_what_they_save(model):
 
 def test_mla_is_offered_where_it_saves(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(llama(hidden_size=4096, num_attention_heads=32).to_dict()))
-    found = inspect(tmp_path)
+    found = inspect_model(tmp_path)
     latents = {o.kv_lora_rank: o.cache.bytes_per_token for o in found.options if o.to == "mla"}
     assert latents == {rank: 3 * (rank + 64) * 2 for rank in (256, 448, 512)}
 
@@ -76,7 +77,7 @@ def test_mla_is_offered_where_it_saves(tmp_path):
 def test_why_not_mla(tmp_path):
     config = PhiConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1, intermediate_size=32)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    found = inspect(tmp_path)
+    found = inspect_model(tmp_path)
     assert "cannot become MLA" in (found.mla or "") and "mla" not in {o.to for o in found.options}
 
 
@@ -96,13 +97,13 @@ def test_inspect_with_an_index_and_no_weights(tmp_path, metadata, parameters):
     (tmp_path / "config.json").write_text(json.dumps(llama().to_dict()))
     index = {"metadata": metadata, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    found = inspect(tmp_path)
+    found = inspect_model(tmp_path)
     assert (found.parameters, found.parameters_from) == (parameters, "index" if parameters else None)
 
 
 def test_inspect_of_a_bare_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(llama().to_dict()))
-    found = inspect(tmp_path, context=4096)
+    found = inspect_model(tmp_path, context=4096)
     assert found.parameters is None and found.reach[0].context == 4096
     assert json.loads(json.dumps(found.to_dict()))["layers"][0]["kind"] == "mha"
 
@@ -113,7 +114,7 @@ def test_inspect_looks_at_the_headers(model, tmp_path):
     shard = min(tmp_path.glob("model-*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(HeadwiseError, match="truncated"):
-        inspect(tmp_path)
+        inspect_model(tmp_path)
 
 
 @pytest.mark.parametrize("groups", [4, 1])
@@ -160,7 +161,7 @@ def test_buffers_that_nobody_reads_are_dropped(model, tmp_path):
 @pytest.mark.parametrize("folder", sorted(SHARED.glob("*/")), ids=lambda path: path.name)
 def test_every_shared_config_is_inspected_or_refused_with_a_reason(folder):
     try:
-        found = inspect(folder)
+        found = inspect_model(folder)
     except HeadwiseError as error:
         assert "\n" not in str(error)
         return

@@ -23,7 +23,7 @@ from headwise._cli import console as ui
 from headwise._cli import render as show
 from headwise.convert.calibration.calibrate import Calibration, calibration_blocks
 from headwise.convert.pipeline import convert_model
-from headwise.convert.plan import inspect
+from headwise.convert.inspect import inspect_model
 from headwise.convert.verify.check import verify_model
 from headwise.io.reader import make_buffers, open_checkpoint
 from headwise.recipes.settings import LIBRARY, load
@@ -232,7 +232,7 @@ def index(prey: Prey, random: Random) -> Outcome:
         (model / "folder.safetensors").mkdir()
     if "pipe.safe" in text:
         os.mkfifo(model / "pipe.safetensors")
-    return prey.judge(lambda: inspect(model) if what < 2 else _read_all(model))
+    return prey.judge(lambda: inspect_model(model) if what < 2 else _read_all(model))
 
 
 @cache
@@ -266,7 +266,7 @@ def config(prey: Prey, random: Random) -> Outcome:
     context = 1024 if random.random() < 0.05 else None
 
     model = prey.lay("tokenizer_config.json", **{"config.json": text.encode(errors="surrogatepass")})
-    return prey.judge(lambda: inspect(model, context=context), _inspected)
+    return prey.judge(lambda: inspect_model(model, context=context), _inspected)
 
 
 def plan(prey: Prey, random: Random) -> Outcome:

@@ -14,7 +14,7 @@ import pytest
 
 import headwise
 from headwise.convert.pipeline import convert_model
-from headwise.convert.plan import inspect
+from headwise.convert.inspect import inspect_model
 from headwise.convert.verify.check import verify_model
 from tests.convert.speaking import TEXT, save_speaking
 from tests.hostile import audit
@@ -31,7 +31,7 @@ def test_no_socket_is_opened_for_a_local_model(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(socket, name, refuse)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     model = save_speaking(tmp_path / "model")
-    inspect(model, context=64)
+    inspect_model(model, context=64)
     grouped, latent = {"to": "gqa", "groups": 2, "refit": 2, **TEXT}, {"to": "mla", "exact": True}
     for number, options in enumerate((grouped, latent)):
         out = tmp_path / f"out{number}"

@@ -1,0 +1,197 @@
+"""List the methods of a conversion: name, summary, paper and needs, without importing torch.
+
+A method is one pure function and one entry here. The choices of the command line, the reference pages and the
+citations of model cards are made from these entries; the function is imported when `Method.load` is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
+
+from headwise.errors import SettingError
+
+Kind = Literal["merge", "latent", "grouping", "rope"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to do one step of a conversion.
+
+    Attributes:
+        kind: the step: "merge" makes one KV head out of several, "latent" finds the latent of MLA, "grouping"
+            chooses which KV heads share, "rope" rescales the rotary frequencies.
+        name: what users type and records hold.
+        title: the name in the field.
+        summary: one sentence for help pages.
+        paper: author, year and arXiv number; None for a method without a publication.
+        needs: what the method makes use of: "moments" (second moments of the attention input, from calibration
+            text), "text" (the calibration text itself).
+        function: where the implementation is, as "module:name".
+    """
+
+    kind: Kind
+    name: str
+    title: str
+    summary: str
+    function: str
+    paper: str | None = None
+    needs: tuple[str, ...] = ()
+
+    def load(self) -> Callable[..., Any]:
+        """Import and return the implementation."""
+        module, _, name = self.function.partition(":")
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return function
+
+
+_METHODS = "headwise.convert.gqa.methods"
+_MERGE = "headwise.convert.gqa.merge"
+_GROUPING = "headwise.convert.gqa.grouping"
+_LATENT = "headwise.convert.mla.latent"
+_ROPE = "headwise.models.rope"
+
+METHODS: tuple[Method, ...] = (
+    Method(
+        "merge",
+        "optimal",
+        "weighted PCA",
+        "Least expected error of scores and outputs, in closed form; output matrices are solved for.",
+        f"{_METHODS}:optimal",
+        needs=("moments", "text"),
+    ),
+    Method(
+        "merge",
+        "aligned",
+        "generalized Procrustes",
+        "Turn heads onto each other, then take the mean.",
+        f"{_METHODS}:aligned",
+        "Jin et al. 2024, arXiv 2412.20677",
+        needs=("moments",),
+    ),
+    Method(
+        "merge",
+        "mean",
+        "mean pooling",
+        "Average the heads of a group.",
+        f"{_MERGE}:pool",
+        "Ainslie et al. 2023, arXiv 2305.13245",
+    ),
+    Method("merge", "first", "first head", "Take the first head of a group.", f"{_MERGE}:pool"),
+    Method("merge", "random", "random head", "Take any head of a group.", f"{_MERGE}:pool"),
+    Method(
+        "latent",
+        "optimal",
+        "score-weighted alternating least squares",
+        "Least expected error of scores and outputs; output matrices are solved for.",
+        f"{_LATENT}:convert",
+        needs=("moments", "text"),
+    ),
+    Method(
+        "latent",
+        "transmla",
+        "RoRoPE, FreqFold and joint PCA",
+        "TransMLA's algorithm.",
+        f"{_LATENT}:convert",
+        "Meng et al. 2025, arXiv 2502.07864",
+        needs=("moments",),
+    ),
+    *(
+        Method(
+            "latent",
+            name,
+            "partial RoPE and joint SVD",
+            f"MHA2MLA's algorithm: each KV head keeps the planes {choice}.",
+            f"{_LATENT}:convert",
+            "Ji et al. 2025, arXiv 2502.14837",
+            needs=("moments",),
+        )
+        for name, choice in (
+            ("partial-rope", "of the largest 2-norm"),
+            ("partial-rope-high", "of the highest frequencies"),
+            ("partial-rope-low", "of the lowest frequencies"),
+            ("partial-rope-uniform", "at equal distances"),
+        )
+    ),
+    Method(
+        "grouping",
+        "optimal",
+        "least residual energy",
+        "Search the equal-sized groups that lose least.",
+        f"{_GROUPING}:choose_groups",
+        needs=("moments",),
+    ),
+    Method(
+        "grouping",
+        "contiguous",
+        "neighbouring heads",
+        "Heads that follow one another share, as the published methods have it.",
+        f"{_MERGE}:neighbours",
+        "Ainslie et al. 2023, arXiv 2305.13245",
+    ),
+    Method("rope", "base", "given base", "Take the base of rope_theta.", f"{_ROPE}:rescale"),
+    Method(
+        "rope",
+        "ntk",
+        "NTK-aware base",
+        "Raise the base so that the slowest plane is interpolated.",
+        f"{_ROPE}:rescale",
+    ),
+    Method(
+        "rope",
+        "linear",
+        "position interpolation",
+        "Divide every frequency by the factor.",
+        f"{_ROPE}:rescale",
+        "Chen et al. 2023, arXiv 2306.15595",
+    ),
+    Method("rope", "dynamic", "dynamic NTK", "Raise the base with the length of the input.", f"{_ROPE}:rescale"),
+    Method(
+        "rope",
+        "yarn",
+        "YaRN",
+        "Interpolate slow planes, keep fast ones, sharpen the attention.",
+        f"{_ROPE}:rescale",
+        "Peng et al. 2023, arXiv 2309.00071",
+    ),
+    Method("rope", "llama3", "Llama 3 scaling", "Interpolate slow planes with a smooth ramp.", f"{_ROPE}:rescale"),
+    Method(
+        "rope",
+        "longrope",
+        "LongRoPE",
+        "A factor for every plane, two sets by length.",
+        f"{_ROPE}:rescale",
+        "Ding et al. 2024, arXiv 2402.13753",
+    ),
+)
+
+_TABLE = {(method.kind, method.name): method for method in METHODS}
+
+
+def names(kind: Kind) -> tuple[str, ...]:
+    """Return the names of all methods of a kind, in the order of their entries."""
+    if kind not in get_args(Kind):
+        raise ValueError(f"no kind of method is named {kind!r}: {', '.join(get_args(Kind))}")
+    return tuple(method.name for method in METHODS if method.kind == kind)
+
+
+def find(kind: Kind, name: str, *, field: str = "method") -> Method:
+    """Return one method by its name.
+
+    Args:
+        kind: the step.
+        name: what the user typed.
+        field: the setting that holds the name, for the error.
+
+    Raises:
+        SettingError: there is no such method; the nearest name is suggested.
+    """
+    legal = names(kind)
+    if name not in legal:
+        close = get_close_matches(str(name), legal, 1)
+        hint = f"Did you mean {close[0]!r}?" if close else None
+        raise SettingError(field, f"{field} is {name!r}, which is not one of {', '.join(legal)}.", hint)
+    return _TABLE[kind, name]
