@@ -24,10 +24,11 @@ from headwise._cli.options import (
     SOURCE,
     UPTRAIN,
     benchmark,
-    memory,
-    refuse_ignored,
 )
+from headwise.convert.settings import ConvertSettings
 from headwise.errors import GateFailed
+from headwise.fields import settings_of
+from headwise.format import parse_bytes
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -76,7 +77,7 @@ def convert(**options: Any) -> None:
     headwise convert MODEL OUT --to mla --cache 12.5%
     headwise convert MODEL OUT --context 131072 --rope ntk
     """
-    refuse_ignored(options)
+    ConvertSettings(**{k: v for k, v in options.items() if k in settings_of(ConvertSettings)})  # before torch
     # torch's threads spin while they wait for one another. Where other programs want the cores that is lost twice:
     # measured on two busy cores, a conversion finished in 44 CPU seconds that was not done after 58. Counts only
     # before torch is imported.
@@ -165,7 +166,9 @@ def evaluate(**options: Any) -> None:
         Option("--baseline", "The parent, measured in the same run.", metavar="MODEL"),
         number("--context", "Tokens in the cache [1024]."),
         number("--batch", "Sequences at once [1]."),
-        parsed("--memory", memory, "a size such as 24GiB", "Also compare at the largest batch that fits.", "SIZE"),
+        parsed(
+            "--memory", parse_bytes, "a size such as 24GiB", "Also compare at the largest batch that fits.", "SIZE"
+        ),
         number("--steps", "Decode steps to time [16]."),
         choice("--dtype", ("bfloat16", "float16", "float32"), "Precision to measure in [bfloat16]."),
         DEVICE,

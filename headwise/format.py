@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -17,6 +18,28 @@ def size(num_bytes: float) -> str:
     value = num_bytes / 1000**power
     digits = f"{value:.0f}" if power == 0 or value >= 99.95 else f"{value:.3g}"
     return f"{digits} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+_BYTES = {"": 1, "B": 1} | {
+    f"{prefix}{unit}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for unit, base in (("B", 1000), ("iB", 1024))
+}
+
+
+def parse_bytes(text: int | str) -> int:
+    """Return the bytes of "5GB" (powers of ten), "24GiB" (powers of two) or a plain number.
+
+    Raises:
+        ValueError: it is not a size above 0.
+    """
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", text, re.IGNORECASE)
+    units = {unit.upper(): scale for unit, scale in _BYTES.items()}
+    if not match or match[2].upper() not in units or not float(match[1]):
+        raise ValueError(f"{text!r} is not a size such as 5GB")
+    return round(float(match[1]) * units[match[2].upper()])
 
 
 def duration(seconds: float) -> str:

@@ -60,7 +60,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         heard.arguments = arguments
         return heard.does(**arguments)
 
-    for verb in ("convert.pipeline.convert", "convert.verify.verify"):
+    for verb in ("convert.pipeline.convert_model", "convert.verify.check.verify_model"):
         module, function = f"headwise.{verb}".rsplit(".", 1)
         monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{function: stand_in}))  # type: ignore[misc]
     for kind in ("plan", "outcome", "verification"):
@@ -91,7 +91,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         ([*CONVERT, "--to", "mla", "--rope-dim", "64"], "--rope-dim needs --rank"),
         ([*CONVERT, "--to", "mla", "--cache", "12.5%", "--rank", "64", "--rope-dim", "8"], "contradict"),
         ([*CONVERT, "--to", "mla", "--exact", "--refit", "off"], "contradict"),
-        ([*CONVERT, "--to", "mla", "--cache", "120%"], "a share such as 12.5%"),
+        ([*CONVERT, "--to", "mla", "--cache", "120%"], "a fraction above 0 and up to 1 (100%), such as 0.125 or 12.5%"),
         ([*CONVERT, "--to", "mqa", "--refit", "never"], "auto, off or a number of steps"),
         ([*CONVERT, "--to", "mqa", "--moments", "a", "--save-moments", "b"], "contradict"),
         ([*CONVERT, "--to", "mqa", "--calibrate", "none", "--calibration-tokens", "9"], "--calibrate none"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -10,9 +11,12 @@ from difflib import get_close_matches
 from typing import Any
 
 import click
+import click.shell_completion
 
 from headwise._cli import console as ui
-from headwise.errors import HeadwiseError
+from headwise.convert.settings import methods_of
+from headwise.errors import HeadwiseError, SettingError
+from headwise.fields import Setting, settings_of
 from headwise.io.fs import REASONS
 
 
@@ -52,6 +56,57 @@ class Option(click.Option):
         return {}  # the help text says the default and the range where they matter
 
 
+class Word(click.ParamType):
+    """A word that a settings object judges: what `parse` cannot read is passed on as it was typed."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.name = setting, setting.metavar
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self.setting.parse(value)
+        except (ValueError, OverflowError):
+            return value
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[click.shell_completion.CompletionItem]:
+        legal = self.setting.choices
+        if param.name == "method":
+            legal = methods_of(ctx.params.get("to")) or legal
+        return [click.shell_completion.CompletionItem(c) for c in legal if c.startswith(incomplete)]
+
+
+def options_of(kind: type) -> list[Option]:
+    """Return the options of a settings class: spellings, help, sections and completion come from its fields."""
+    return [_option(name, field.default, setting) for name, (field, setting) in settings_of(kind).items()]
+
+
+def _option(name: str, default: Any, setting: Setting) -> Option:
+    spelling = flag_of(name, setting)
+    more: dict[str, Any] = {"is_flag": True, "flag_value": not default} if setting.is_flag else {}
+    if not setting.is_flag:
+        more = {"type": Word(setting), "metavar": setting.metavar, "multiple": setting.multiple}
+    option = Option(f"{spelling} {name}", setting.help, **more)
+    option.section = setting.section
+    return option
+
+
+def flag_of(name: str, setting: Setting | None = None) -> str:
+    """Return the spelling of a field on the command line: rope_dim -> "--rope-dim"."""
+    return (setting and setting.flag) or "--" + name.replace("_", "-")
+
+
+def with_flags(text: str, command: click.Command | None) -> str:
+    """Put the flags of a command in place of the field names that a message of the library has in backquotes."""
+    flags = {
+        param.name: (param.opts or param.secondary_opts)[0]
+        for param in (command.params if command else ())
+        if isinstance(param, click.Option)
+    }
+    return re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), text)
+
+
 def section(name: str, *options: Option, to: Sequence[str] = ()) -> list[Option]:
     """Put options under one heading of the help; `to` holds for those that say nothing else."""
     for option in options:
@@ -78,6 +133,8 @@ class Verb(click.Command):
         if json:
             ctx.with_resource(redirect_stdout(sys.stderr))
         _hush_libraries(verbose)
+        global _running
+        _running = ctx
         ctx.params = {name: value for name, value in ctx.params.items() if value is not None}
         return super().invoke(ctx)
 
@@ -115,6 +172,10 @@ class Verbs(click.Group):
         sys.exit(code)
 
 
+# The verb that runs, for the flags of its messages.
+_running: click.Context | None = None
+
+
 def explain(problem: BaseException) -> int:
     """Say what went wrong in a sentence, and return the exit code."""
     if isinstance(problem, click.Abort) and problem.__cause__:
@@ -123,7 +184,12 @@ def explain(problem: BaseException) -> int:
         ui.traceback(problem)
     match problem:
         case HeadwiseError():
-            ui.error(problem.message, problem.hint)
+            context = click.get_current_context(silent=True) or _running
+            command = context.command if context else None
+            hint = problem.hint
+            if hint is None and isinstance(problem, SettingError) and context:
+                hint = f"`{context.command_path} --help` lists what it takes."
+            ui.error(with_flags(problem.message, command), with_flags(hint, command) if hint else None)
             return problem.exit_code
         case click.exceptions.NoArgsIsHelpError():
             for line in problem.format_message().splitlines():

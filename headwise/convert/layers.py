@@ -21,7 +21,7 @@ from headwise.models.architecture import Architecture
 from headwise.progress import Progress
 
 
-def place(target: Target, calibration: measure.Calibration | None, device: torch.device) -> torch.device:
+def place(target: Target, calibration: measure.CalibrationPlan | None, device: torch.device) -> torch.device:
     """Where layers are converted: where the parent is measured, or else on a GPU, if they are not merely pooled.
 
     Closed forms are float64, which other devices than these need not have.
@@ -35,7 +35,7 @@ def convert_layers(
     checkpoint: Checkpoint,
     arch: Architecture,
     target: Target,
-    calibration: measure.Calibration | None,
+    calibration: measure.CalibrationPlan | None,
     writer: Writer,
     device: torch.device,
     progress: Progress,
@@ -47,7 +47,7 @@ def convert_layers(
     if len(done) == len(todo):
         return reports
     left = [i for i in todo if i not in done]
-    records = measure.records(checkpoint, target, calibration, left, device, progress)
+    records = measure.iter_layer_stats(checkpoint, target, calibration, left, device, progress)
     progress.stage("Converting", total=len(todo), unit="layers")
     progress.advance(len(done))
     for record, layer in records:
@@ -68,7 +68,7 @@ def _convert_layer(
     checkpoint: Checkpoint,
     arch: Architecture,
     target: Target,
-    calibration: measure.Calibration | None,
+    calibration: measure.CalibrationPlan | None,
     record: LayerRecord | None,
     layer: int,
     writer: Writer,

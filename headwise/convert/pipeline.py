@@ -15,8 +15,10 @@ from headwise.convert.calibration import calibrate as measure
 from headwise.convert.choose import choose_target
 from headwise.convert.layers import convert_layers, place
 from headwise.convert.plan import Plan, make_plan
+from headwise.convert.settings import SHARD_SIZE, ConvertSettings
 from headwise.convert.verify.check import Verification, check_folder
-from headwise.errors import GateFailed, HeadwiseError
+from headwise.errors import GateFailed, SettingError
+from headwise.fields import settings_of
 from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.io.writer import Writer
 from headwise.models.architecture import find
@@ -61,38 +63,38 @@ def convert_model(
     *,
     to: str | None = None,
     groups: int | None = None,
-    method: str = "optimal",
+    method: str | None = None,
     grouping: str | None = None,
     rank: int | None = None,
     rope_dim: int | None = None,
     cache: float | None = None,
     exact: bool = False,
-    rope_frequencies: str = "default",
+    rope_frequencies: str | None = None,
     pad_values: bool = False,
+    calibrate: str | None = None,
+    calibration_tokens: int | None = None,
+    save_moments: str | Path | None = None,
+    moments: str | Path | None = None,
+    refit: str | int | None = None,
     context: int | None = None,
-    rope: str = "auto",
+    rope: str | None = None,
     rope_theta: float | None = None,
     sliding_window: int | None = None,
-    window_layers: str = "all",
-    calibrate: str = "builtin",
-    calibration_tokens: int | None = None,
-    moments: str | Path | None = None,
-    save_moments: str | Path | None = None,
-    refit: str | int = "auto",
+    window_layers: str | None = None,
     dtype: str | None = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = SHARD_SIZE,
     dry_run: bool = False,
     force: bool = False,
     resume: bool = False,
     verify: bool = True,
+    push_to_hub: str | None = None,
+    private: bool = False,
     allow_nan: bool = False,
     allow_pickle: bool = False,
     seed: int = 0,
     device: str | None = None,
     revision: str | None = None,
     token: str | None = None,
-    push_to_hub: str | None = None,
-    private: bool = False,
     progress: Progress = SILENT,
 ) -> ConvertResult | Plan:
     """Convert a checkpoint into a folder that stock transformers loads.
@@ -101,102 +103,87 @@ def convert_model(
         model: a folder, or `org/name[@revision]` on the Hub.
         out: the folder to make; it appears when it is complete and verified.
         to: "gqa" (with `groups`), "mqa", "mha" or "mla"; None leaves the layout.
-        groups: key-value heads afterwards.
+        groups: KV heads afterwards.
         method: how heads are merged ("optimal", "aligned", "mean", "first", "random") or, for "mla", how the
-            latent is found ("optimal", "transmla", "partial-rope").
+            latent is found ("optimal", "transmla", "partial-rope", ...); None: "optimal".
         grouping: which heads share: "optimal" (by least residual energy) or "contiguous". None: optimal for the
             method "optimal", contiguous for the published methods, which are defined on neighbours.
-        rank, rope_dim, cache, exact, rope_frequencies, pad_values: of an MLA target.
-        context, rope, rope_theta: rescale RoPE to this many tokens, by this rule.
-        sliding_window, window_layers: let layers look this many tokens back.
-        calibrate: text to measure the parent on: "builtin", "none", a file, or `hf:DATASET`.
+        rank: width of the latent (`kv_lora_rank`).
+        rope_dim: width of the shared rotary key (`qk_rope_head_dim`).
+        cache: share of the source's cache to keep, in place of `rank` and `rope_dim`.
+        exact: MLA of the full rank, which computes the parent's function.
+        rope_frequencies: "default", the grid that every engine computes, or "free", the source's most useful ones.
+        pad_values: pad value heads with zeros for engines that need it.
+        calibrate: text to measure the parent on: "builtin", "none", a file, or `hf:DATASET`; None: "builtin".
         calibration_tokens: how much of it; None: as the model's size allows.
-        moments, save_moments: a folder of measured moments to use, or to keep them in.
+        save_moments: a folder to keep the measured moments in.
+        moments: a folder of measured moments to use.
         refit: "auto" (when the forecast is under ten minutes), "off", or a number of steps per layer.
+        context: rescale RoPE to this many tokens.
+        rope: the rule; None: "auto".
+        rope_theta: the base of the rule "base".
+        sliding_window: let layers look this many tokens back; 0 removes every window.
+        window_layers: "all", "alternate" or a list such as "0,2,4-7".
         dtype: of the output; None keeps each tensor's.
+        max_shard_size: the largest weight file, such as "5GB".
         dry_run: return the `Plan` and write nothing.
-        force, resume: replace OUT; finish an interrupted run.
+        force: replace OUT once the new folder is complete.
+        resume: finish an interrupted run.
         verify: check the result before it is published.
-        device: None: a GPU if there is one.
-        push_to_hub, private: upload the result to this repository, as `push` does; `token` is for both ends.
+        push_to_hub: upload the result to this repository, as `push_model` does.
+        private: make a new repository private.
+        allow_nan: convert weights that are not finite.
+        allow_pickle: read `.bin` files (weights only, no code).
+        seed: of everything random.
+        device: "cpu", "cuda" or "cuda:N"; None: a GPU if there is one.
+        revision: branch, tag or commit of a Hub repository.
+        token: of the Hub, for the source and for `push_to_hub`.
+        progress: what is told about the work.
+
+    Returns:
+        The finished conversion, or its plan under `dry_run`.
 
     Raises:
-        HeadwiseError: the input, the options or the disk do not allow it.
+        SettingError: a setting is not legal, has no effect or contradicts another one.
+        HeadwiseError: the input or the disk does not allow the conversion.
         GateFailed: the result failed its verification; nothing is published.
     """
+    given = locals()
+    settings = ConvertSettings(**{name: given[name] for name in settings_of(ConvertSettings)})
     checkpoint = open_checkpoint(
-        model, revision=revision, token=token, allow_pickle=allow_pickle, progress=progress
+        model, revision=revision, token=token, allow_pickle=settings.allow_pickle, progress=progress
     )
     arch = find(checkpoint.config, checkpoint.tensors)
     check_complete(checkpoint, arch.auto_class)
-    wanted = _device(device)
-    target = choose_target(
-        checkpoint,
-        arch,
-        to=to,
-        groups=groups,
-        method=method,
-        grouping=grouping,
-        rank=rank,
-        rope_dim=rope_dim,
-        cache=cache,
-        exact=exact,
-        rope_frequencies=rope_frequencies,
-        pad_values=pad_values,
-        context=context,
-        rope=rope,
-        rope_theta=rope_theta,
-        sliding_window=sliding_window,
-        window_layers=window_layers,
-        dtype=dtype,
-        seed=seed,
-        measured=isinstance(refit, int) or moments is not None or save_moments is not None,
-    )
-    calibration = measure.decide(
-        checkpoint, arch, target, calibrate, calibration_tokens, moments, save_moments, refit, wanted, seed
-    )
+    wanted = _device(settings.device)
+    target = choose_target(checkpoint, arch, settings)
+    calibration = measure.plan_calibration(checkpoint, arch, target, settings, wanted)
     where = place(target, calibration, wanted)
-    # In the words of the command line, which refuses what would have no effect.
-    lossy = to in ("gqa", "mqa", "mla") and not exact
-    arguments = {
-        "to": to,
-        "groups": groups,
-        "method": method if lossy else None,
-        "grouping": getattr(target, "grouping", None) if lossy else None,
-        "rank": rank,
-        "rope_dim": rope_dim,
-        "cache": cache,
-        "exact": exact or None,
-        "rope_frequencies": rope_frequencies if to == "mla" else None,
-        "pad_values": pad_values or None,
-        "context": context,
-        "rope": ("base" if rope_theta else rope) if context else None,
-        "rope_theta": rope_theta,
-        "sliding_window": sliding_window,
-        "window_layers": window_layers if sliding_window else None,
-        "calibration": calibration.described() if calibration else None,
-        "dtype": dtype,
-        "max_shard_size": max_shard_size if max_shard_size != "5GB" else None,
-        "allow_nan": allow_nan or None,
-        "allow_pickle": allow_pickle or None,
-        "seed": seed,
-    }
+    recorded = settings.recorded()
+    if calibration:
+        recorded["calibration"] = calibration.described()
     plan = make_plan(
         checkpoint,
         arch,
         target.outputs,
         config=target.config,
         layouts=target.layouts,
-        arguments={k: v for k, v in arguments.items() if v is not None},
+        arguments=recorded,
         peak_memory=forecast.peak_memory(checkpoint, arch, target, calibration),
-        max_shard_size=max_shard_size,
+        max_shard_size=settings.max_shard_size,
         engines=target.engines,
         warnings=target.warnings,
-        notes=[*target.notes, *measure.notes(target, calibration, refit)],
+        notes=[*target.notes, *measure.plan_notes(target, calibration, settings)],
     )
-    if push_to_hub:  # what would stop the push at the end stops the conversion before it begins
-        find_target(push_to_hub, source_name(plan), private=private, token=token, need_token=not dry_run)
-    if dry_run:
+    if settings.push_to_hub:  # what would stop the push at the end stops the conversion before it begins
+        find_target(
+            settings.push_to_hub,
+            source_name(plan),
+            private=settings.private,
+            token=token,
+            need_token=not settings.dry_run,
+        )
+    if settings.dry_run:
         return plan
     forecast.check_memory(plan.peak_memory, where)
 
@@ -212,10 +199,10 @@ def convert_model(
         target.outputs,
         identity=identity,
         source=checkpoint.folder if checkpoint.revision is None else None,
-        max_shard_size=max_shard_size,
-        resume=resume,
-        force=force,
-        allow_nan=allow_nan,
+        max_shard_size=settings.max_shard_size,
+        resume=settings.resume,
+        force=settings.force,
+        allow_nan=settings.allow_nan,
     ) as writer:
         layers = convert_layers(checkpoint, arch, target, calibration, writer, where, progress)
         _carry_rest(checkpoint, target, writer, progress)
@@ -223,7 +210,7 @@ def convert_model(
         verification: list[Verification] = []
 
         def check(folder: Path) -> None:
-            if verify:
+            if settings.verify:
                 found = check_folder(
                     open_checkpoint(folder),
                     checkpoint,
@@ -249,7 +236,9 @@ def convert_model(
 
         writer.add_text("config.json", json.dumps(target.config, indent=2) + "\n")
         published = writer.publish(check)
-    pushed = push_finished(published, push_to_hub, private, token, progress) if push_to_hub else None
+    pushed = None
+    if settings.push_to_hub:
+        pushed = push_finished(published, settings.push_to_hub, settings.private, token, progress)
     progress.finish()
     return ConvertResult(published, plan, layers, verification[0] if verification else None, pushed)
 
@@ -275,5 +264,7 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise HeadwiseError(f"--device {name} is not to be had here.", "Name cpu, cuda or cuda:N.") from error
+        raise SettingError(
+            "device", f"`device` is {name!r}, which this machine does not have.", "Name cpu, cuda or cuda:N."
+        ) from error
     return device

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
+from headwise.format import parse_bytes
 from headwise.io.fs import plain_errors, sync, write_all
 from headwise.io.header import make_header
 from headwise.io.reader import CHUNK, Checkpoint, as_bytes, has_nonfinite, make_buffers
@@ -65,23 +65,13 @@ class Shard:
         return places
 
 
-def parse_size(size: int | str) -> int:
-    """Bytes of "5GB" or "500MB" (powers of ten, as the Hub's libraries count), or a plain number."""
-    if isinstance(size, int):
-        return size
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]B)?\s*", size, re.IGNORECASE)
-    if not match or not float(match[1]):
-        raise HeadwiseError(f"{size!r} is not a size.", "Write it as 5GB or 500MB.")
-    return int(float(match[1]) * UNITS.get((match[2] or "").upper(), 1))
-
-
 def plan_shards(tensors: Sequence[OutputTensor], max_shard_size: int | str = "5GB") -> list[Shard]:
     """Cut a list of tensors into files of at most `max_shard_size` bytes of tensor data.
 
     A tensor larger than that has a file to itself. Within a file wider dtypes come first, so that every tensor
     starts at a multiple of its own item size.
     """
-    limit = parse_size(max_shard_size)
+    limit = parse_bytes(max_shard_size)
     groups: list[list[OutputTensor]] = [[]]
     size = 0
     for tensor in tensors:

@@ -22,7 +22,7 @@ from headwise.io import workdir as workfolder
 from headwise.io.fs import DiskError
 from headwise.io.reader import open_checkpoint
 from headwise.io.workdir import Interrupted
-from headwise.io.writer import OutputTensor, Writer, parse_size, plan_shards
+from headwise.io.writer import OutputTensor, Writer, plan_shards
 from tests.convert.small import make_checkpoint, tensors_for
 
 IDENTITY = {"source": "abc", "groups": 2, "seed": 0}
@@ -123,19 +123,6 @@ def test_shards_are_planned_as_the_hub_library_plans_them():
     planned = plan_shards([OutputTensor(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()], 800)
     theirs = split_torch_state_dict_into_shards(tensors, max_shard_size=800)
     assert {s.file: [t.name for t in s.tensors] for s in planned} == theirs.filename_to_tensors
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("500mb", 5 * 10**8), ("1.5 GB", 15 * 10**8), (7, 7)]
-)
-def test_sizes(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "5GiB", "-1GB", "0", "five"])
-def test_sizes_that_are_none(text):
-    with pytest.raises(HeadwiseError, match="is not a size"):
-        parse_size(text)
 
 
 COUNT = len(tensors_for())

@@ -14,7 +14,8 @@ from headwise.convert import forecast
 from headwise.convert.base import Target
 from headwise.convert.calibration.layer_stream import LayerRecord, LayerStream
 from headwise.convert.calibration.moments import Moments
-from headwise.errors import HeadwiseError
+from headwise.convert.settings import ConvertSettings
+from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import Checkpoint, has_nonfinite
 from headwise.io.tokenizer import load_tokenizer, sound
 from headwise.models.architecture import Architecture, find
@@ -22,7 +23,7 @@ from headwise.progress import Progress
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationPlan:
     """What is measured on the parent before its layers are converted, and with which text.
 
     `steps` of refit follow for every layer; 0: none. `fitted`: output matrices are solved for. `keep` is the folder
@@ -52,56 +53,58 @@ class Calibration:
         return {name: getattr(self, name) for name in ("text", "sequences", "length", "steps", "seed")}
 
 
-def decide(
+def plan_calibration(
     checkpoint: Checkpoint,
     arch: Architecture,
     target: Target,
-    text: str,
-    tokens: int | None,
-    moments: str | Path | None,
-    save_moments: str | Path | None,
-    refit: str | int,
+    settings: ConvertSettings,
     device: torch.device,
-    seed: int,
-) -> Calibration | None:
-    """Decide what is measured; None: nothing."""
+) -> CalibrationPlan | None:
+    """Decide what is measured on the parent.
+
+    Returns:
+        The text and the amount; None if nothing is measured.
+
+    Raises:
+        SettingError: a refit was asked for where there is nothing to fit, or the text is too short.
+    """
     if target.exact or not any(target.computed(i) for i in range(len(target.layouts))):
-        if isinstance(refit, int):
-            raise HeadwiseError("An exact conversion leaves nothing to refit.", "Leave out --refit.")
-        return None
-    if text == "none":
-        if isinstance(refit, int):
-            raise HeadwiseError("A refit learns from calibration text.", "Leave out --calibrate none or --refit.")
-        return None
-    if moments is not None:
-        if isinstance(refit, int):
-            raise HeadwiseError(
-                "A refit needs the text itself, not its moments.", "Leave out --moments or --refit."
+        if isinstance(settings.refit, int):
+            raise SettingError(
+                "refit", f"`refit` is {settings.refit}, and an exact conversion leaves nothing to refit."
             )
-        saved = Moments.open(Path(moments), checkpoint)
-        return Calibration(saved.text, saved.sequences, saved.length, 0, saved.seed, reuse=Path(moments))
-    length = min(forecast.CALIBRATION_LENGTH, forecast.trained_length(checkpoint, arch))
-    steps = forecast.refit_steps(checkpoint, arch, target, refit, length, device)
-    if not steps and not target.calibrated and save_moments is None:
         return None
-    count = tokens if tokens is not None else forecast.calibration_tokens(checkpoint, arch, steps)
+    if settings.calibrate == "none":
+        return None
+    if settings.moments is not None:
+        saved = Moments.open(settings.moments, checkpoint)
+        return CalibrationPlan(saved.text, saved.sequences, saved.length, 0, saved.seed, reuse=settings.moments)
+    length = min(forecast.CALIBRATION_LENGTH, forecast.trained_length(checkpoint, arch))
+    steps = forecast.refit_steps(checkpoint, arch, target, settings.refit or "off", length, device)
+    if not steps and not target.calibrated and settings.save_moments is None:
+        return None
+    count = settings.calibration_tokens
+    if count is None:
+        count = forecast.calibration_tokens(checkpoint, arch, steps)
     if count < 2 * length:
-        raise HeadwiseError(
-            f"--calibration-tokens {count} is less than two sequences of {length} tokens.",
-            f"Ask for {2 * length} or more.",
+        raise SettingError(
+            "calibration_tokens",
+            f"`calibration_tokens` is {count}, which is less than two sequences of {length} tokens.",
+            f"Give {2 * length} or more.",
         )
-    return Calibration(
-        text,
+    return CalibrationPlan(
+        settings.calibrate or "builtin",
         count // length,
         length,
         steps,
-        seed,
+        settings.seed,
         fitted=target.fitted,
-        keep=Path(save_moments) if save_moments else None,
+        keep=settings.save_moments,
     )
 
 
-def notes(target: Target, calibration: Calibration | None, refit: str | int) -> Iterator[str]:
+def plan_notes(target: Target, calibration: CalibrationPlan | None, settings: ConvertSettings) -> Iterator[str]:
+    """Yield the lines of the plan that describe the calibration."""
     if calibration is None:
         if target.calibrated:
             yield "Not calibrated: every direction of the attention input counts the same."
@@ -111,14 +114,14 @@ def notes(target: Target, calibration: Calibration | None, refit: str | int) -> 
         yield "Output matrices are not solved for: that takes the text itself, not its moments."
     if calibration.steps:
         yield f"Refit: {calibration.steps} steps per layer."
-    elif refit == "auto":
-        yield "No refit: its forecast is over ten minutes on this device; --refit STEPS runs it all the same."
+    elif settings.refit == "auto":
+        yield "No refit: its forecast is over ten minutes on this device; give `refit` a number of steps to run it."
 
 
-def records(
+def iter_layer_stats(
     checkpoint: Checkpoint,
     target: Target,
-    calibration: Calibration | None,
+    calibration: CalibrationPlan | None,
     layers: Sequence[int],
     device: torch.device,
     progress: Progress,
@@ -179,7 +182,7 @@ def check_finite(
         )
 
 
-def calibration_blocks(checkpoint: Checkpoint, calibration: Calibration) -> Tensor:
+def calibration_blocks(checkpoint: Checkpoint, calibration: CalibrationPlan) -> Tensor:
     """The calibration text as tokens of the model, (sequences, length)."""
     from headwise.text.blocks import blocks_from
 

@@ -17,6 +17,7 @@ from headwise.convert.base import Refittable
 from headwise.convert.calibration.layer_stream import LayerRecord
 from headwise.convert.gqa.merge import POOLS, merge, neighbours, pool
 from headwise.convert.plan import SAME_ARCHITECTURE, grouped_outputs
+from headwise.convert.settings import ConvertSettings
 from headwise.errors import HeadwiseError
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import Architecture, find
@@ -37,19 +38,17 @@ class GroupedTarget:
         arch: Architecture,
         config: dict[str, Any],
         parent_config: dict[str, Any],
+        settings: ConvertSettings,
         *,
         groups: int | None,
-        method: str = "optimal",
-        grouping: str = "optimal",
-        seed: int = 0,
         dtype: torch.dtype | None = None,
-        measured: bool = True,
     ) -> None:
         # A window may have turned the model into another type of the same tensors.
         self.source, self.arch, self.config = checkpoint, find(config, checkpoint.tensors), config
         self.parent_config = parent_config
         self.auto_class = self.arch.auto_class
-        self.method, self.grouping, self.seed = method, grouping, seed
+        self.method, self.seed = settings.method or "optimal", settings.seed
+        self.grouping = settings.grouping or "contiguous"
         self.layouts = self.arch.layouts(config)
         self._before = before = arch.layouts(checkpoint.config)
         self._changed = [
@@ -62,12 +61,12 @@ class GroupedTarget:
             new.num_key_value_heads >= old.num_key_value_heads
             for old, new in zip(before, self.layouts, strict=True)
         )
-        self.calibrated = not self.exact and method in ("optimal", "aligned")
-        self.fitted = not self.exact and method == "optimal"
-        pools = method in POOLS and grouping == "contiguous"
+        self.calibrated = not self.exact and self.method in ("optimal", "aligned")
+        self.fitted = not self.exact and self.method == "optimal"
+        pools = self.method in POOLS and self.grouping == "contiguous"
         # Name of every key and value tensor that needs no other, and its layer.
         self._apart: dict[str, int] = {}
-        if self.arch.fusion == "none" and not measured and (pools or self.exact):
+        if self.arch.fusion == "none" and not settings.measured and (pools or self.exact):
             self._apart = {
                 name: i
                 for i, new in enumerate(self._changed)

@@ -19,6 +19,7 @@ from headwise.convert.mla.components import (
 )
 from headwise.convert.mla.shape import check_shape, choose_shape
 from headwise.convert.positions.context import rotations
+from headwise.convert.settings import ConvertSettings
 from headwise.errors import HeadwiseError
 from headwise.io.reader import Checkpoint
 from headwise.io.writer import OutputTensor
@@ -42,9 +43,11 @@ class LatentTarget:
     """A stock dense DeepseekV3 with one latent and one shared rotary key per token and layer.
 
     Args:
+        checkpoint: the source.
+        arch: its row, also of the config below.
         config: the source's config with the positions it is to have.
-        rank, rope_dim: the shape; or `cache`, the share of the source's cache to keep; or `exact`.
-        rope_frequencies: "default", the grid every engine computes, or "free", the source's own most useful ones.
+        settings: the shape and the method.
+        dtype: of the output; None: the source's.
     """
 
     calibrated = True
@@ -54,16 +57,13 @@ class LatentTarget:
         checkpoint: Checkpoint,
         arch: Architecture,
         config: dict[str, Any],
+        settings: ConvertSettings,
         *,
-        method: str = "optimal",
-        rank: int | None = None,
-        rope_dim: int | None = None,
-        cache: float | None = None,
-        exact: bool = False,
-        rope_frequencies: str = "default",
-        pad_values: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
+        method, exact = settings.method or "optimal", settings.exact
+        rank, rope_dim = settings.rank, settings.rope_dim
+        rope_frequencies = settings.rope_frequencies or "default"
         text = arch.text_config(config)
         self.dtype = dtype or named_dtype(text.get("dtype") or text.get("torch_dtype")) or torch.bfloat16
         self.rule = mla_source.find(text, self.dtype)
@@ -95,14 +95,11 @@ class LatentTarget:
         if exact:
             shapes = [latent.lift_shape(layout) for layout in before]
             rank, rope_dim = max(r for r, _ in shapes), max(p for _, p in shapes)
-        elif cache is not None:
+        elif settings.cache is not None:
             rank, rope_dim = choose_shape(
-                before, self._hidden, cache, whole_planes=bool(self.partial), notes=self.notes
+                before, self._hidden, settings.cache, whole_planes=bool(self.partial), notes=self.notes
             )
-        if rank is None or rope_dim is None:
-            raise HeadwiseError(
-                "--to mla needs a shape.", "Give --rank and --rope-dim, or --cache SHARE, or --exact."
-            )
+        assert rank is not None and rope_dim is not None  # ConvertSettings asks for one of the three
         if not exact:
             check_shape(before, self._hidden, rank, rope_dim)
         self._grid = self._choose_frequencies(rope_dim, rope_frequencies)
@@ -117,7 +114,7 @@ class LatentTarget:
         o_bias = self._o_bias_name(0) in checkpoint.tensors
         layout = latent.latent_layout(before[0], rank, rope_dim)
         self.query_rank = deepseek.query_rank(layout, self._hidden) if biased else None
-        self.value_width = PADDED_VALUE if pad_values and layout.v_head_dim < PADDED_VALUE else None
+        self.value_width = PADDED_VALUE if settings.pad_values and layout.v_head_dim < PADDED_VALUE else None
         # What a config leaves out is the source class's default, which need not be DeepSeek's.
         defaults = {name: getattr(stock, name) for name in ("hidden_act", "max_position_embeddings")}
         self.config = deepseek.config(

@@ -1,0 +1,305 @@
+"""Everything that a user decides about a conversion: defaults, legal values and contradictions, once.
+
+`ConvertSettings` validates itself. The command line, `convert_model`, headwise.json, the identity of a resumed
+run and the reference page are made from it. Rules that need the model (a group count that does not divide its
+heads) are in `choose.py` and raise the same `SettingError`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headwise import fields, registry
+from headwise.errors import SettingError
+from headwise.fields import Setting, check_fields, declare, is_given, settings_of
+from headwise.format import parse_bytes
+
+LAYOUTS = ("gqa", "mqa", "mha", "mla")
+MERGED, LOSSY = ("gqa", "mqa"), ("gqa", "mqa", "mla")
+ROPE_RULES = ("auto", *registry.names("rope"))
+DTYPES = ("bfloat16", "float16", "float32")
+SHARD_SIZE = "5GB"
+
+# A field, and the one it has no effect without.
+NEEDS = {
+    "rank": "rope_dim",
+    "rope_dim": "rank",
+    "rope": "context",
+    "rope_theta": "rope",
+    "window_layers": "sliding_window",
+    "private": "push_to_hub",
+}
+# A field, and those that say the opposite.
+CLASHES = {
+    "cache": ("rank", "rope_dim"),
+    "exact": ("cache", "rank", "rope_dim", "method", "calibrate", "calibration_tokens", "moments", "refit"),
+    "moments": ("save_moments", "calibrate", "calibration_tokens"),
+}
+
+
+def methods_of(to: str | None) -> tuple[str, ...]:
+    """Return the names of the methods that can make a layout; none for a layout that is made exactly."""
+    if to not in LOSSY:
+        return ()
+    return registry.names("latent" if to == "mla" else "merge")
+
+
+def _check_refit(value: Any) -> str | int:
+    if value in ("auto", "off"):
+        return str(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError
+    return value
+
+
+def _parse_refit(word: str) -> str | int:
+    return word if word in ("auto", "off") else int(word)
+
+
+def _check_layers(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"all|alternate|\d+(-\d+)?(, *\d+(-\d+)?)*", value):
+        raise ValueError
+    return value
+
+
+def _check_shard_size(value: Any) -> int | str:
+    if isinstance(value, bool) or parse_bytes(value) < 1:
+        raise ValueError
+    return value
+
+
+@dataclass(frozen=True)
+class ConvertSettings:
+    """What a conversion does.
+
+    A field that is None was not given. When the object is made, fields that act and were not given take their
+    defaults, so the object of a finished decision holds every value in force.
+
+    Raises:
+        SettingError: a value is not legal, has no effect, or contradicts another one.
+    """
+
+    # Attention
+    to: str | None = fields.choice("What to convert to.", LAYOUTS, section="Attention", acts_with=LAYOUTS)
+    groups: int | None = fields.number(
+        "KV heads afterwards (GQA-8 has 8).", section="Attention", acts_with=("gqa",)
+    )
+    method: str | None = fields.choice(
+        f"How: {', '.join(registry.names('merge'))}; for mla: {', '.join(registry.names('latent'))} [optimal].",
+        (*registry.names("merge"), *registry.names("latent")),
+        metavar="METHOD",
+        section="Attention",
+        acts_with=LOSSY,
+    )
+    grouping: str | None = fields.choice(
+        "Which heads share [optimal; contiguous for the published methods].",
+        registry.names("grouping"),
+        section="Attention",
+        acts_with=MERGED,
+    )
+    # Latent attention
+    rank: int | None = fields.number(
+        "Width of the latent (kv_lora_rank).", section="Latent attention (--to mla)", acts_with=("mla",)
+    )
+    rope_dim: int | None = fields.number(
+        "Width of the shared rotary key (qk_rope_head_dim).",
+        section="Latent attention (--to mla)",
+        acts_with=("mla",),
+    )
+    cache: float | None = fields.fraction(
+        "Cache to keep, such as 12.5%; chooses the two above.",
+        section="Latent attention (--to mla)",
+        acts_with=("mla",),
+    )
+    exact: bool = fields.flag(
+        "The full rank: nothing is lost.", section="Latent attention (--to mla)", acts_with=("mla",)
+    )
+    rope_frequencies: str | None = fields.choice(
+        "free: better, and few engines read it [default].",
+        ("default", "free"),
+        section="Latent attention (--to mla)",
+        acts_with=("mla",),
+    )
+    pad_values: bool = fields.flag(
+        "Pad value heads with zeros for engines that need it.",
+        section="Latent attention (--to mla)",
+        acts_with=("mla",),
+    )
+    # Calibration
+    calibrate: str | None = fields.text(
+        "builtin, none, a text or JSONL FILE, or hf:DATASET [builtin].",
+        metavar="TEXT",
+        section="Calibration",
+        acts_with=LOSSY,
+        recorded=False,
+    )
+    calibration_tokens: int | None = fields.number(
+        "How much of it to read.", section="Calibration", acts_with=LOSSY, recorded=False
+    )
+    save_moments: Path | None = fields.folder(
+        "Keep what was measured in a folder.",
+        metavar="DIR",
+        section="Calibration",
+        acts_with=LOSSY,
+        recorded=False,
+    )
+    moments: Path | None = fields.folder(
+        "Use what was measured before.", metavar="DIR", section="Calibration", acts_with=LOSSY, recorded=False
+    )
+    refit: str | int | None = fields.other(
+        "Regress each layer on its parent: auto, off or steps [auto].",
+        check=_check_refit,
+        parse=_parse_refit,
+        wanted="auto, off or a number of steps",
+        metavar="STEPS",
+        section="Calibration",
+        acts_with=LOSSY,
+        recorded=False,
+    )
+    # Positions
+    context: int | None = fields.number("Rescale RoPE to this many tokens.", section="Positions")
+    rope: str | None = fields.choice(
+        f"The rule: {', '.join(ROPE_RULES)} [auto].", ROPE_RULES, metavar="RULE", section="Positions"
+    )
+    rope_theta: float | None = fields.positive("The base of the rule base.", metavar="THETA", section="Positions")
+    sliding_window: int | None = fields.number(
+        "Let layers see this many tokens back; 0: all of them.", minimum=0, section="Positions"
+    )
+    window_layers: str | None = fields.other(
+        "all, alternate, or a list such as 0,2,4-7 [all].",
+        check=_check_layers,
+        parse=str,
+        wanted="all, alternate or a list of layers such as 0,2,5-7",
+        metavar="LAYERS",
+        section="Positions",
+    )
+    # Output
+    dtype: str | None = fields.choice("Precision [the source's].", DTYPES, section="Output")
+    max_shard_size: int | str = declare(
+        SHARD_SIZE,
+        Setting(
+            f"Largest weight file [{SHARD_SIZE}].",
+            wanted="a size such as 5GB",
+            check=_check_shard_size,
+            metavar="SIZE",
+            section="Output",
+        ),
+    )
+    dry_run: bool = fields.flag("Print the plan and write nothing.", section="Output", recorded=False)
+    force: bool = fields.flag("Replace OUT once the new folder is complete.", section="Output", recorded=False)
+    resume: bool = fields.flag("Finish what an interrupted run began.", section="Output", recorded=False)
+    verify: bool = fields.flag(
+        "Do not check the result.", default=True, flag="--no-verify", section="Output", recorded=False
+    )
+    push_to_hub: str | None = fields.text(
+        "Upload the result to a repository.", metavar="REPO", section="Output", recorded=False
+    )
+    private: bool = fields.flag("Make a new repository private.", section="Output", recorded=False)
+    allow_nan: bool = fields.flag("Convert weights that are not finite.")
+    allow_pickle: bool = fields.flag("Read .bin files (weights only, no code).")
+    seed: int = fields.number("Of everything random [0].", minimum=0, default=0)
+    device: str | None = fields.text(
+        "cpu, cuda or cuda:N [a GPU if there is one].", metavar="DEVICE", recorded=False
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        self._check_effect()
+        self._check_target()
+        self._check_contradictions()
+        for name, value in self._defaults().items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the settings allow that something is lost."""
+        return self.to in LOSSY and not self.exact
+
+    @property
+    def measured(self) -> bool:
+        """Whether something besides what the method needs is measured on the layers."""
+        return isinstance(self.refit, int) or self.moments is not None or self.save_moments is not None
+
+    def recorded(self) -> dict[str, Any]:
+        """Return what headwise.json keeps of the settings, and what a resumed run has to agree with.
+
+        What decides about the calibration is left out: the record holds what was decided instead.
+        """
+        declared = settings_of(self)
+        kept = {name: getattr(self, name) for name, (_, setting) in declared.items() if setting.recorded}
+        fixed = {"seed": self.seed}
+        given = {name: value for name, value in kept.items() if value is not None and value is not False}
+        if self.max_shard_size == SHARD_SIZE:
+            given.pop("max_shard_size")
+        return given | fixed
+
+    def _given(self, name: str) -> bool:
+        return is_given(self, name)
+
+    def _check_effect(self) -> None:
+        if not any(map(self._given, ("to", "context", "sliding_window", "dtype"))):
+            raise SettingError(
+                "to", "There is nothing to change: give `to`, `context`, `sliding_window` or `dtype`."
+            )
+        for name, (_, setting) in settings_of(self).items():
+            if setting.acts_with and self._given(name) and self.to not in setting.acts_with:
+                layouts = " or ".join(f"`to` {layout}" for layout in setting.acts_with)
+                raise SettingError(name, f"`{name}` acts only with {layouts}.")
+
+    def _check_target(self) -> None:
+        if self.to == "gqa" and self.groups is None:
+            raise SettingError(
+                "groups", "`to` gqa needs `groups`; `headwise inspect MODEL` lists the counts it can have."
+            )
+        if self.to == "mla" and not any(map(self._given, ("exact", "cache", "rank", "rope_dim"))):
+            raise SettingError("cache", "`to` mla needs `cache`, or `rank` and `rope_dim`, or `exact`.")
+        legal = methods_of(self.to)
+        if self.method is not None and self.method not in legal:
+            raise SettingError("method", f"`to` {self.to} has no method {self.method!r}, but {', '.join(legal)}.")
+
+    def _check_contradictions(self) -> None:
+        for name, others in CLASHES.items():
+            for against in others:
+                if self._given(name) and self._given(against):
+                    raise SettingError(name, f"`{name}` and `{against}` contradict each other: give one of them.")
+        for name, needed in NEEDS.items():
+            if self._given(name) and not self._given(needed):
+                raise SettingError(name, f"`{name}` needs `{needed}`.")
+        if self.calibrate == "none":
+            for name in ("calibration_tokens", "save_moments"):
+                if self._given(name):
+                    raise SettingError(
+                        name, f"`calibrate` none reads no text, so `{name}` has no effect: leave one out."
+                    )
+        if isinstance(self.refit, int):
+            for name, without in (("calibrate", self.calibrate == "none"), ("moments", self._given("moments"))):
+                if without:
+                    raise SettingError(
+                        "refit", f"`refit` {self.refit} needs calibration text: leave out `{name}` or `refit`."
+                    )
+        if self.push_to_hub and not self.verify:
+            raise SettingError("verify", "`push_to_hub` uploads what was verified: leave out `verify`.")
+        if (self.rope_theta is not None) != (self.rope == "base"):
+            raise SettingError("rope_theta", "`rope` base and `rope_theta` belong together.")
+
+    def _defaults(self) -> dict[str, Any]:
+        """Return the value of every field that acts and need not be given."""
+        defaults: dict[str, Any] = {}
+        if self.lossy:
+            defaults |= {"method": "optimal", "refit": "auto"}
+            if self.moments is None:
+                defaults["calibrate"] = "builtin"
+        if self.to in MERGED:
+            method = self.method or "optimal"
+            defaults["grouping"] = "optimal" if method == "optimal" else "contiguous"
+        if self.to == "mla":
+            defaults["rope_frequencies"] = "default"
+        if self.context is not None:
+            defaults["rope"] = "auto"
+        if self.sliding_window:
+            defaults["window_layers"] = "all"
+        return defaults

@@ -1,0 +1,200 @@
+"""Declare the fields of settings objects: default, legal values, help and the layouts a field acts with.
+
+A settings class is a frozen dataclass of such fields. `check_fields` validates them when the object is made, so
+Python, YAML and the command line meet the same rules and the same sentences. Messages name fields in backquotes;
+the command line puts its flags in their place. Nothing here imports more than the standard library.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import Field, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from headwise.errors import SettingError
+
+
+class Setting:
+    """What is known about one field besides its default.
+
+    Attributes:
+        help: one sentence for help pages.
+        wanted: ends the sentence "`field` is VALUE, which is not ...".
+        check: returns the legal form of a Python value, or raises ValueError.
+        parse: returns the Python value of a word of the command line, or raises ValueError.
+        choices: legal words, for shell completion and suggestions.
+        metavar: the placeholder in help pages.
+        section: the heading in help pages.
+        acts_with: the values of `to` with which the field has an effect; empty: all of them.
+        flag: the spelling on the command line, where it does not follow from the field's name.
+        recorded: whether headwise.json keeps the value.
+        multiple: whether the flag may be repeated.
+    """
+
+    def __init__(
+        self,
+        help: str,
+        *,
+        wanted: str = "",
+        check: Callable[[Any], Any] = lambda value: value,
+        parse: Callable[[str], Any] = lambda word: word,
+        choices: Sequence[str] = (),
+        metavar: str = "",
+        section: str = "Options",
+        acts_with: Sequence[str] = (),
+        flag: str | None = None,
+        recorded: bool = True,
+        multiple: bool = False,
+    ) -> None:
+        self.help, self.wanted, self.check, self.parse = help, wanted, check, parse
+        self.choices, self.metavar, self.section = tuple(choices), metavar, section
+        self.acts_with, self.flag, self.recorded, self.multiple = tuple(acts_with), flag, recorded, multiple
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether the option takes no value."""
+        return self.metavar == "FLAG"
+
+
+def declare(default: Any, setting: Setting) -> Any:
+    """Return a dataclass field with its setting."""
+    return field(default=default, metadata={"setting": setting})
+
+
+def settings_of(kind: Any) -> dict[str, tuple[Field[Any], Setting]]:
+    """Return the declared fields of a settings class or object by name."""
+    return {f.name: (f, f.metadata["setting"]) for f in fields(kind) if "setting" in f.metadata}
+
+
+def is_given(settings: Any, name: str) -> bool:
+    """Return whether a field differs from its default."""
+    declared = next(f for f in fields(settings) if f.name == name)
+    value = getattr(settings, name)
+    return value is not declared.default and value != declared.default
+
+
+def check_fields(settings: Any) -> None:
+    """Replace every field of a new settings object by its legal form.
+
+    Raises:
+        SettingError: a value is not legal; the message names the field, the value and what is legal.
+    """
+    for name, (_, setting) in settings_of(settings).items():
+        if not is_given(settings, name):
+            continue
+        value = getattr(settings, name)
+        try:
+            legal = setting.check(value)
+        except (ValueError, TypeError, OverflowError):
+            close = get_close_matches(str(value).casefold(), setting.choices, 1)
+            hint = f"Did you mean {close[0]!r}?" if close else None
+            raise SettingError(name, f"`{name}` is {value!r}, which is not {setting.wanted}.", hint) from None
+        object.__setattr__(settings, name, legal)
+
+
+def text(help: str, *, metavar: str, default: str | None = None, **more: Any) -> Any:
+    """Declare a field that takes any text."""
+
+    def check(value: Any) -> str:
+        if not isinstance(value, str) or not value:
+            raise ValueError
+        return value
+
+    return declare(default, Setting(help, wanted="a text", check=check, metavar=metavar, **more))
+
+
+def folder(help: str, *, metavar: str, **more: Any) -> Any:
+    """Declare a field that takes the path of a folder; the object holds a `Path`."""
+
+    def check(value: Any) -> Path:
+        if not isinstance(value, str | Path) or not str(value):
+            raise ValueError
+        return Path(value)
+
+    return declare(
+        None, Setting(help, wanted="the path of a folder", check=check, parse=Path, metavar=metavar, **more)
+    )
+
+
+def flag(help: str, *, default: bool = False, **more: Any) -> Any:
+    """Declare a field that is on or off; the flag on the command line switches the default."""
+
+    def check(value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+
+    return declare(default, Setting(help, wanted="True or False", check=check, metavar="FLAG", **more))
+
+
+def number(help: str, *, minimum: int = 1, default: int | None = None, **more: Any) -> Any:
+    """Declare a field that takes a whole number of at least `minimum`."""
+
+    def check(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ValueError
+        return int(value)
+
+    wanted = f"a whole number of at least {minimum}"
+    return declare(default, Setting(help, wanted=wanted, check=check, parse=int, metavar="N", **more))
+
+
+def positive(help: str, *, metavar: str, **more: Any) -> Any:
+    """Declare a field that takes a finite number above 0."""
+
+    def check(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError
+        return float(value)
+
+    return declare(
+        None, Setting(help, wanted="a number above 0", check=check, parse=float, metavar=metavar, **more)
+    )
+
+
+def parse_fraction(word: str) -> float:
+    """Return 0.125 for "12.5%" or "0.125".
+
+    Raises:
+        ValueError: the word is not a number.
+    """
+    return float(word.removesuffix("%")) / (100 if word.endswith("%") else 1)
+
+
+def fraction(help: str, *, metavar: str = "FRACTION", zero: bool = False, **more: Any) -> Any:
+    """Declare a field that takes a fraction above 0 (or from 0, with `zero`) and up to 1."""
+
+    def check(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError
+        if not (value >= 0 if zero else value > 0) or value > 1:
+            raise ValueError
+        return float(value)
+
+    wanted = f"a fraction {'from' if zero else 'above'} 0 and up to 1 (100%), such as 0.125 or 12.5%"
+    return declare(None, Setting(help, wanted=wanted, check=check, parse=parse_fraction, metavar=metavar, **more))
+
+
+def choice(help: str, choices: Sequence[str], *, default: str | None = None, metavar: str = "", **more: Any) -> Any:
+    """Declare a field that takes one of `choices`."""
+    legal = tuple(dict.fromkeys(choices))
+
+    def check(value: Any) -> str:
+        if not isinstance(value, str) or value not in legal:
+            raise ValueError
+        return value
+
+    wanted = f"one of {', '.join(legal)}"
+    shown = metavar or "[" + "|".join(legal) + "]"
+    return declare(default, Setting(help, wanted=wanted, check=check, choices=legal, metavar=shown, **more))
+
+
+def other(
+    help: str, *, check: Callable[[Any], Any], wanted: str, metavar: str, parse: Callable[[str], Any], **more: Any
+) -> Any:
+    """Declare a field whose legal values a function of its own decides."""
+    default = more.pop("default", None)
+    return declare(default, Setting(help, wanted=wanted, check=check, parse=parse, metavar=metavar, **more))

@@ -1,0 +1,269 @@
+"""ConvertSettings: every rule holds from Python and from the command line, with the same sentence."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from headwise import convert_model, registry
+from headwise._cli.app import flag_of, with_flags
+from headwise.cli import cli
+from headwise.convert import pipeline
+from headwise.convert.settings import CLASHES, NEEDS, ConvertSettings
+from headwise.errors import SettingError
+from headwise.fields import settings_of
+
+DECLARED = settings_of(ConvertSettings)
+VERB = cli.commands["convert"]
+
+
+class Reached(Exception):
+    """The settings were accepted."""
+
+
+@pytest.fixture(autouse=True)
+def accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop every conversion at the first step after its settings."""
+
+    def reached(*_: Any, **__: Any) -> None:
+        raise Reached
+
+    monkeypatch.setattr(pipeline, "open_checkpoint", reached)
+
+
+def from_python(values: dict[str, Any]) -> str | None:
+    """Return the message of a refusal, None if the settings are accepted."""
+    try:
+        convert_model("model", "out", **values)
+    except SettingError as error:
+        return with_flags(error.message, VERB)
+    except Reached:
+        return None
+    raise AssertionError("convert_model neither refused nor went on")
+
+
+def from_shell(values: dict[str, Any]) -> str | None:
+    """Return the message of a refusal, None if the command line is accepted."""
+    words = ["convert", "model", "out"]
+    for name, value in values.items():
+        spelling = flag_of(name, DECLARED[name][1])
+        words += [spelling] if DECLARED[name][1].is_flag else [f"{spelling}={value}"]
+    result = CliRunner().invoke(cli, words)
+    if isinstance(result.exception, Reached) or "headwise failed: Reached" in result.stderr:
+        return None
+    assert result.exit_code == 2, result.output
+    return result.stderr.removeprefix("Error: ").splitlines()[0]
+
+
+def same_verdict(values: dict[str, Any]) -> str | None:
+    """Return the one message that both ways give."""
+    messages = {from_python(values), from_shell(values)}
+    assert len(messages) == 1, values
+    return messages.pop()
+
+
+def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield every rule: the field that the error names, a call that breaks the rule, words of the message."""
+    mla = {"to": "mla", "cache": 0.5}
+    examples: dict[str, Any] = {
+        "groups": 2,
+        "method": "mean",
+        "grouping": "optimal",
+        "rank": 4,
+        "rope_dim": 4,
+        "cache": 0.5,
+        "exact": True,
+        "rope_frequencies": "free",
+        "pad_values": True,
+        "calibrate": "builtin",
+        "calibration_tokens": 4096,
+        "save_moments": "folder",
+        "moments": "folder",
+        "refit": "off",
+        "private": True,
+        "rope": "ntk",
+        "rope_theta": 1e6,
+        "window_layers": "all",
+    }
+    yield "to", {}, "nothing to change"
+    yield "to", {"to": "GQA", "groups": 4}, "'GQA', which is not one of gqa, mqa, mha, mla"
+    yield "to", {"to": "mq"}, "'mq', which is not one of"
+    yield "grouping", {"to": "mqa", "grouping": "contigous"}, "'contigous', which is not one of"
+    yield "method", {"to": "mqa", "method": "optimum"}, "'optimum', which is not one of"
+    yield "rope_frequencies", mla | {"rope_frequencies": "fre"}, "'fre', which is not one of default, free"
+    yield "groups", {"to": "gqa"}, "needs --groups"
+    yield "cache", {"to": "mla"}, "needs --cache"
+    yield "method", {"to": "mqa", "method": "transmla"}, "has no method 'transmla'"
+    yield "method", mla | {"method": "mean"}, "has no method 'mean'"
+    for name, (_, setting) in DECLARED.items():
+        for other in {"gqa", "mqa", "mha", "mla", None} - set(setting.acts_with) if setting.acts_with else ():
+            if name == "to":
+                continue
+            base = {"gqa": {"to": "gqa", "groups": 2}, "mla": mla, None: {"dtype": "float32"}}.get(
+                other, {"to": other}
+            )
+            yield name, {**base, name: examples[name]}, f"{flag_of(name)} acts only with"
+    lossy: dict[str, dict[str, Any]] = {"cache": {"to": "mla"}, "exact": {"to": "mla"}, "moments": {"to": "mqa"}}
+    for name, others in CLASHES.items():
+        for against in others:
+            partner = {"rank": {"rope_dim": 4}, "rope_dim": {"rank": 4}}.get(against, {})
+            example = "transmla" if against == "method" else examples[against]
+            call = {**lossy[name], name: examples[name], **partner, against: example}
+            yield name, call, f"{flag_of(name)} and {flag_of(against)} contradict" if not partner else "contradict"
+    for name, needed in NEEDS.items():
+        base = {"rank": {"to": "mla"}, "rope_dim": {"to": "mla"}}.get(name, {"context": 99})
+        if needed == "context":
+            base = {"dtype": "float32"}
+        yield name, {**base, name: examples[name]}, f"{flag_of(name)} needs {flag_of(needed)}"
+    yield "calibration_tokens", {"to": "mqa", "calibrate": "none", "calibration_tokens": 9}, "--calibrate none"
+    yield "save_moments", {"to": "mqa", "calibrate": "none", "save_moments": "folder"}, "--calibrate none"
+    yield "refit", {"to": "mqa", "calibrate": "none", "refit": 5}, "needs calibration text"
+    yield "refit", {"to": "mqa", "moments": "folder", "refit": 5}, "needs calibration text"
+    yield "verify", {"to": "mqa", "push_to_hub": "a/b", "verify": False}, "leave out --no-verify"
+    yield "rope_theta", {"context": 99, "rope": "base"}, "belong together"
+    yield "rope_theta", {"context": 99, "rope": "ntk", "rope_theta": 1e6}, "belong together"
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "words"), [pytest.param(*r, id=f"{i}-{r[0]}") for i, r in enumerate(refusals())]
+)
+def test_every_rule_holds_from_both_sides(field: str, values: dict[str, Any], words: str) -> None:
+    message = same_verdict(values)
+    assert message is not None and words in message
+    with pytest.raises(SettingError) as caught:
+        ConvertSettings(**values)
+    assert caught.value.field == field
+    assert "--" not in caught.value.message, "the library names fields, not flags"
+
+
+WRONG: dict[str, list[Any]] = {
+    "to": ["GQA", ""],
+    "groups": [0, -1],
+    "method": ["optimum"],
+    "grouping": ["contigous"],
+    "rank": [0],
+    "rope_dim": [-2],
+    "cache": [0.0, 1.5, float("nan")],
+    "rope_frequencies": ["fre"],
+    "calibration_tokens": [0],
+    "refit": [0, "never", -3],
+    "context": [0],
+    "rope": ["yarrn"],
+    "rope_theta": [0.0, -1.0, float("inf")],
+    "sliding_window": [-1],
+    "window_layers": ["none", "0,,2", "1-"],
+    "dtype": ["bf16"],
+    "max_shard_size": ["five", "0GB"],
+    "seed": [-1],
+}
+RIGHT: dict[str, list[Any]] = {
+    "to": ["gqa", "mqa", "mha", "mla"],
+    "groups": [1, 2],
+    "method": [*registry.names("merge"), *registry.names("latent")],
+    "grouping": ["optimal", "contiguous"],
+    "rank": [4],
+    "rope_dim": [4],
+    "cache": [0.125, 1.0],
+    "exact": [True],
+    "rope_frequencies": ["default", "free"],
+    "pad_values": [True],
+    "calibrate": ["builtin", "none", "text.jsonl"],
+    "calibration_tokens": [4096],
+    "save_moments": ["folder"],
+    "moments": ["folder"],
+    "refit": ["auto", "off", 5],
+    "context": [4096],
+    "rope": ["auto", *registry.names("rope")],
+    "rope_theta": [1e6],
+    "sliding_window": [0, 16],
+    "window_layers": ["all", "alternate", "0,2-3"],
+    "dtype": ["bfloat16"],
+    "max_shard_size": ["1GB", "500mb"],
+    "dry_run": [True],
+    "force": [True],
+    "resume": [True],
+    "verify": [False],
+    "push_to_hub": ["org/name"],
+    "private": [True],
+    "allow_nan": [True],
+    "allow_pickle": [True],
+    "seed": [7],
+    "device": ["cpu"],
+}
+
+
+def test_every_field_has_examples() -> None:
+    assert RIGHT.keys() == DECLARED.keys()
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in WRONG.items() for v in values])
+def test_a_value_that_is_not_legal_names_field_and_value(name: str, value: Any) -> None:
+    message = same_verdict({"to": "mqa", name: value} if name != "to" else {"to": value})
+    assert message is not None and message.startswith(flag_of(name))
+    assert repr(value) in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("groups", "4"), ("groups", True), ("groups", 2.0), ("cache", "50%"), ("exact", 1), ("to", 7), ("seed", None)],
+)
+def test_a_value_of_another_type_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(SettingError) as caught:
+        ConvertSettings(**{"to": "gqa", "groups": 2} | {name: value})
+    assert caught.value.field == name and repr(value) in caught.value.message
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={name: st.sampled_from([*values, *WRONG.get(name, [])]) for name, values in RIGHT.items()},
+    )
+)
+def test_random_combinations_get_the_same_verdict(values: dict[str, Any]) -> None:
+    same_verdict(values)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {"to": st.sampled_from(["gqa", "mqa", "mla"])},
+        optional={name: st.sampled_from(values) for name, values in RIGHT.items() if name != "to"},
+    )
+)
+def test_accepted_settings_are_complete_and_stable(values: dict[str, Any]) -> None:
+    try:
+        made = ConvertSettings(**values)
+    except SettingError:
+        return
+    assert made.recorded()["to"] == values["to"] and made.recorded()["seed"] == values.get("seed", 0)
+    if made.lossy:
+        assert made.method and (made.calibrate or made.moments) and made.refit
+    again = ConvertSettings(**{f.name: getattr(made, f.name) for f in fields(made)})
+    assert again == made
+
+
+def test_settings_are_frozen() -> None:
+    made = ConvertSettings(to="mqa")
+    with pytest.raises(FrozenInstanceError):
+        made.to = "mha"  # type: ignore[misc]
+
+
+def test_the_function_takes_every_field_with_its_default() -> None:
+    parameters = inspect.signature(convert_model).parameters
+    places = {"model", "out", "revision", "token", "progress"}
+    assert parameters.keys() - places == DECLARED.keys()
+    for name, (declared, _) in DECLARED.items():
+        assert parameters[name].default == declared.default
+
+
+def test_paths_become_paths() -> None:
+    assert ConvertSettings(to="mqa", save_moments="folder").save_moments == Path("folder")  # type: ignore[arg-type]
