@@ -49,7 +49,7 @@ class AttentionLayout:
         return self.num_attention_heads // self.num_key_value_heads
 
     @property
-    def cache_numbers(self) -> int:
+    def cache_elements_per_token(self) -> int:
         """Numbers the cache keeps per token for this layer."""
         if self.kv_lora_rank is not None:
             return self.kv_lora_rank + (self.qk_rope_head_dim or 0)
@@ -178,11 +178,11 @@ class Cache:
 
         def total(tokens: int) -> int:
             seen = ((min(tokens, layer.sliding_window or tokens), layer) for layer in layouts)
-            return sum(count * layer.cache_numbers for count, layer in seen) * dtype.itemsize
+            return sum(count * layer.cache_elements_per_token for count, layer in seen) * dtype.itemsize
 
         return cls(total(1), {tokens: total(tokens) for tokens in CONTEXTS})
 
 
 def describe(layout: AttentionLayout) -> dict[str, Any]:
     """A layout with its kind and cache, for `--json`."""
-    return {"kind": layout.kind, "cache_numbers": layout.cache_numbers, **asdict(layout)}
+    return {"kind": layout.kind, "cache_elements_per_token": layout.cache_elements_per_token, **asdict(layout)}

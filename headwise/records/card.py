@@ -209,7 +209,9 @@ def _describe(layouts: Sequence[AttentionLayout]) -> str:
     else:
         heads = layout.num_key_value_heads
         inside = f"{heads} KV head{'s' if heads > 1 else ''}"
-    rest = "" if len({x.cache_numbers for x in layouts}) == 1 else f" in {count} of {len(layouts)} layers"
+    rest = (
+        "" if len({x.cache_elements_per_token for x in layouts}) == 1 else f" in {count} of {len(layouts)} layers"
+    )
     return f"{layout.kind.upper()} ({inside}){rest}"
 
 
@@ -232,7 +234,8 @@ def _errors(plan: Plan, layers: Mapping[str, Mapping[str, Any]]) -> Iterator[str
             found.setdefault(name, {})[layer] = value
     if not found:
         smaller = any(
-            b.cache_numbers < a.cache_numbers for a, b in zip(plan.layouts_before, plan.layouts_after, strict=True)
+            b.cache_elements_per_token < a.cache_elements_per_token
+            for a, b in zip(plan.layouts_before, plan.layouts_after, strict=True)
         )
         yield "Not measured." if smaller else "No layer was approximated."
         return

@@ -206,7 +206,7 @@ def test_the_cache_holds_rank_plus_rope_dim_numbers(tmp_path):
     out = child.generate(TOKENS[:1, :5], max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
     layer = out.past_key_values.layers[0]
     numbers = layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel()
-    assert numbers == read_layer(parent, 0).layout.cache_numbers
+    assert numbers == read_layer(parent, 0).layout.cache_elements_per_token
     expected = parent.generate(TOKENS[:1, :5], max_new_tokens=4, do_sample=False)
     assert torch.equal(out.sequences, expected)
 

@@ -97,7 +97,7 @@ def test_lift_is_exact_and_its_cache_does_not_grow(heads, groups, head_dim, rota
     torch.testing.assert_close(
         run_latent(lifted, x), run_source(weights, frequencies, x, scale), rtol=1e-11, atol=1e-12
     )
-    assert lifted.layout.cache_numbers == weights.layout.cache_numbers
+    assert lifted.layout.cache_elements_per_token == weights.layout.cache_elements_per_token
 
 
 def test_lift_into_a_larger_shape_is_exact_and_into_a_smaller_one_refused():

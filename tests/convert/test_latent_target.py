@@ -82,7 +82,7 @@ def test_an_exact_folder_computes_the_parents_logits(model_type: str, shared: st
     assert type(child) is DeepseekV3ForCausalLM
     assert relative(logits(child), logits(source)) < 1e-5
     assert "exact" in {name: detail for name, _, detail in result.verification.checks}["parent"]
-    assert cached(child) == [layout.cache_numbers for layout in result.plan.layouts_after]
+    assert cached(child) == [layout.cache_elements_per_token for layout in result.plan.layouts_after]
     # SmolLM3's layers without RoPE keep keys in the latent, and all layers share one shape.
     if shared == "mqa" and model_type != "smollm3":
         assert max(cached(child)) <= max(cached(source))
@@ -113,7 +113,7 @@ def test_a_lossy_folder_caches_what_it_promised(
     result = made(convert_model(model, tmp_path / "out", to="mla", **shape, **options))
     wanted = 32 if "cache" in shape else 24
     assert cached(load(tmp_path / "out")) == [wanted] * 2
-    assert [layout.cache_numbers for layout in result.plan.layouts_after] == [wanted] * 2
+    assert [layout.cache_elements_per_token for layout in result.plan.layouts_after] == [wanted] * 2
     written = config(tmp_path / "out")
     assert written["kv_lora_rank"] + written["qk_rope_head_dim"] == wanted
     if rope_frequencies == "default":

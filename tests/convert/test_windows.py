@@ -12,6 +12,7 @@ import transformers
 from headwise.convert.positions import windows
 from headwise.errors import HeadwiseError
 from headwise.models import architecture
+from headwise.models.layout import Cache
 from tests import tiny_models
 
 WINDOW = 4
@@ -53,8 +54,9 @@ def test_all_layers(model_type: str) -> None:
     _, other, new = windowed(model_type, WINDOW)
     assert set(reach_of_layers(other)) == {WINDOW}
     layouts = architecture.find(new).layouts(new)
-    assert windows.cache_numbers(layouts, 100) == sum(a.cache_numbers for a in layouts) * WINDOW
-    assert windows.cache_numbers(layouts, 2) == sum(a.cache_numbers for a in layouts) * 2
+    cache, per_token = Cache.of(layouts, torch.int8), sum(a.cache_elements_per_token for a in layouts)
+    assert cache.bytes_per_token == per_token
+    assert set(cache.at.values()) == {per_token * WINDOW}
 
 
 @pytest.mark.parametrize("model_type", expressible("alternate"))

@@ -30,7 +30,7 @@ def choose_shape(
     Raises:
         HeadwiseError: the share is too small, or more than a latent and a rotary key can make use of.
     """
-    source = max(layout.cache_numbers for layout in layouts)
+    source = max(layout.cache_elements_per_token for layout in layouts)
     wanted = round(share * source)
     numbers = engines.nearest_cache(wanted)
     if numbers not in (wanted, wanted - 1):
@@ -62,7 +62,7 @@ def choose_shape(
 def check_shape(layouts: Sequence[AttentionLayout], hidden_size: int, rank: int, rope_dim: int) -> None:
     """Raises HeadwiseError, with the legal range, for a shape that the source cannot fill."""
     most_rank, most_rope = widest_shape(layouts, hidden_size)
-    source = max(layout.cache_numbers for layout in layouts)
+    source = max(layout.cache_elements_per_token for layout in layouts)
     options = ", ".join(
         f"{r} + {p} ({(r + p) / source:.0%})"
         for r, p in ((most_rank * n // 8 // 2 * 2, most_rope * n // 16 // 2 * 2) for n in (1, 2, 4))

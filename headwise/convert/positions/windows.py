@@ -136,8 +136,3 @@ def _refuse_moved_positions(
             "layers would change more than the window.",
             f"Only --window-layers {','.join(map(str, present))}, those that have one now, can be changed.",
         )
-
-
-def cache_numbers(layouts: Sequence[AttentionLayout], context: int) -> int:
-    """Numbers the cache holds for one sequence of `context` tokens, windows taken into account."""
-    return sum(layout.cache_numbers * min(context, layout.sliding_window or context) for layout in layouts)

@@ -18,6 +18,7 @@ from torch import Tensor
 from headwise.convert.gqa.merge import merge
 from headwise.convert.verify import factored as verify_latent
 from headwise.convert.verify.verification import Verification
+from headwise.format import layout_names
 from headwise.io.reader import Checkpoint, as_bytes, has_nonfinite, open_checkpoint
 from headwise.models.architecture import Architecture, find
 from headwise.models.layout import AttentionLayout
@@ -114,6 +115,7 @@ def check_folder(
     add("tensors", _tensors_fit, checkpoint, stock)
     if not checks[-1][1]:
         return Verification(tuple(checks))
+    add("promise", _keeps_promise, layouts, arguments)
     add("cache", _cache_is, checkpoint, stock, layouts)
     if finite:
         bad, changed = _read_through(checkpoint, record["sha256"] if record else {})
@@ -138,6 +140,25 @@ def check_folder(
     if checkpoint.nbytes <= WHOLE:
         add("loading", _loads_whole, checkpoint, stock, layouts, allow_nan="allow_nan" in arguments)
     return Verification(tuple(checks))
+
+
+def _keeps_promise(layouts: Sequence[AttentionLayout], arguments: Mapping[str, Any]) -> tuple[bool, str]:
+    """Compare the layouts of a folder with the settings that its record holds."""
+    to = arguments.get("to")
+    for layer, layout in enumerate(layouts):
+        heads = layout.num_attention_heads
+        promised: dict[str, Any] = {
+            "gqa": {"num_key_value_heads": arguments.get("groups")},
+            "mqa": {"num_key_value_heads": 1},
+            "mha": {"num_key_value_heads": heads},
+            "mla": {"kv_lora_rank": arguments.get("rank"), "qk_rope_head_dim": arguments.get("rope_dim")},
+        }.get(str(to), {})
+        if to == "mla" and layout.kv_lora_rank is None:
+            return False, f"the record says mla, and layer {layer} has {layout.num_key_value_heads} KV heads"
+        for name, value in promised.items():
+            if value is not None and getattr(layout, name) != value:
+                return False, f"the record says {name} {value}, and layer {layer} has {getattr(layout, name)}"
+    return True, f"{layout_names(layouts)}, as recorded" if to else layout_names(layouts)
 
 
 def _read_through(checkpoint: Checkpoint, recorded: Mapping[str, str]) -> tuple[list[str], list[str]]:
@@ -176,7 +197,7 @@ def _cache_is(checkpoint: Checkpoint, stock: Stock, layouts: Sequence[AttentionL
         width = text.config.hidden_size
         cache = text(inputs_embeds=torch.empty(1, TOKENS, width, device="meta"), use_cache=True).past_key_values
     found = [layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in cache.layers]
-    wanted = [layout.cache_numbers for layout in layouts]
+    wanted = [layout.cache_elements_per_token for layout in layouts]
     if found != wanted:
         return False, f"per token and layer the cache holds {found}, promised are {wanted}"
     return True, f"{sum(found):,} numbers per token over {len(found)} layers"
@@ -299,7 +320,7 @@ def _loads_whole(
     if not allow_nan and not all(bool(step.isfinite().all()) for step in said.logits):
         return False, "the logits are not finite"
     numbers = [layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in said.past_key_values.layers]
-    if numbers != [layout.cache_numbers for layout in layouts]:
+    if numbers != [layout.cache_elements_per_token for layout in layouts]:
         return False, f"after generate() the cache holds {numbers} numbers per token and layer"
     return True, f"{type(model).__name__}.from_pretrained loads it whole and generates"
 
