@@ -1,5 +1,7 @@
-"""What a conversion will take, and the defaults that follow from it: from shapes alone, so that the same command
-on the same kind of machine decides the same."""
+"""Forecast the time and memory of a conversion from shapes, and choose the defaults that depend on them.
+
+The same command on the same kind of machine makes the same choice.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,10 @@ from typing import Any
 
 import torch
 
-from headwise.convert.calibration.attention_stats import QUERIES_LOOKED_AT
+from headwise.convert.calibration.attention_stats import NUM_ATTENTION_QUERIES
 from headwise.convert.calibration.layer_stream import TOKENS_AT_ONCE
-from headwise.convert.refit.regression import DEFAULT_STEPS, FOLDS, SEQUENCES_PER_STEP, forecast_flops
+from headwise.convert.refit.output_projection import FOLDS
+from headwise.convert.refit.regression import DEFAULT_STEPS, SEQUENCES_PER_STEP, forecast_flops
 from headwise.errors import HeadwiseError
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import Architecture
@@ -31,13 +34,13 @@ RESTING_BYTES = 450 << 20
 
 
 def trained_length(checkpoint: Checkpoint, arch: Architecture) -> int:
-    """Positions the model was made for; 2048 where its config does not say."""
-    length = arch.text_config(checkpoint.config).get("max_position_embeddings")
+    """Return the trained context in tokens; 2048 where the config class has none."""
+    length = getattr(arch.stock_config(checkpoint.config), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else 2048
 
 
 def calibration_tokens(checkpoint: Checkpoint, arch: Architecture, steps: int) -> int:
-    """How much text to read where the user did not say."""
+    """Return the number of calibration tokens where the settings name none."""
     width = arch.stock_config(checkpoint.config).hidden_size
     return max(4 * CALIBRATION_LENGTH, min(TOKENS_FOR_REFIT if steps else TOKENS, HIDDEN_NUMBERS // width))
 
@@ -45,9 +48,9 @@ def calibration_tokens(checkpoint: Checkpoint, arch: Architecture, steps: int) -
 def refit_steps(
     checkpoint: Checkpoint, arch: Architecture, target: Any, asked: str | int, length: int, device: torch.device
 ) -> int:
-    """Steps of refit per layer: what was asked for, or for "auto" the default if its forecast is short enough.
+    """Return the steps of regression per layer: the given number, or for "auto" the default if it is short enough.
 
-    A baseline is compared for what it is, so "auto" refits only calibrated methods.
+    Published baselines are compared as published, so "auto" trains only after calibrated methods.
     """
     if isinstance(asked, int):
         return asked
@@ -59,11 +62,11 @@ def refit_steps(
 def refit_seconds(
     checkpoint: Checkpoint, arch: Architecture, target: Any, length: int, device: torch.device
 ) -> float:
-    """Forecast for refitting every converted layer with the default steps."""
+    """Return the forecast seconds of the regression of every converted layer with the default steps."""
     width = arch.stock_config(checkpoint.config).hidden_size
     flops = 0.0
     for i, layout in enumerate(target.layouts):
-        if target.computed(i):
+        if target.converted_names(i):
             flops += forecast_flops(
                 attention_parameters(layout, width),
                 layout.num_attention_heads,
@@ -85,8 +88,8 @@ def check_memory(nbytes: int, device: torch.device) -> None:
     if free is not None and nbytes - RESTING_BYTES > free:
         raise HeadwiseError(
             f"The conversion needs {nbytes / 1e9:.2f} GB of memory at its peak, and {free / 1e9:.2f} GB are free.",
-            "Read less text (--calibration-tokens) or none (--calibrate none), ask for a smaller --rank of MLA, or "
-            "merge with --method mean, which needs the least.",
+            "Read less text (`calibration_tokens`) or none (`calibrate` none), ask for a smaller `rank` of MLA, or "
+            "merge with `method` mean, which needs the least.",
         )
 
 
@@ -104,25 +107,25 @@ def free_memory() -> int | None:
 
 
 def attention_parameters(layout: Any, hidden_size: int) -> int:
-    """Weights of queries, keys, values and output of a layer."""
+    """Return the number of weights of queries, keys, values and output of a layer."""
     heads = layout.num_attention_heads
     outer = heads * (layout.head_dim + layout.v_head_dim) * hidden_size
-    return outer + layout.cache_numbers * hidden_size
+    return outer + layout.cache_elements_per_token * hidden_size
 
 
 def peak_memory(checkpoint: Checkpoint, arch: Architecture, target: Any, calibration: Any) -> int:
-    """Bytes of resident memory at the peak, or of the process and its device together.
+    """Return the bytes of memory at the peak, of the process and its device together.
 
-    Converting holds one layer's attention in float64 a few times over, or one tensor where heads are pooled or
+    A conversion holds one layer's attention in float64 several times, or one tensor where heads are pooled or
     repeated tensor by tensor. Calibration adds the parent's layer in float32, the embedding table, the hidden
-    states of all tokens (three times where the attention's inputs and outputs are kept), the moments, and the most
-    of what is needed for a while: the widest intermediate of one batch, attention that is looked at, the normal
-    equations of the search for an MLA layer, one step of fitting.
+    states of all tokens (three times where the attention's inputs and outputs are kept) and the moments. On top
+    comes the largest of the short-lived arrays: the widest intermediate of one batch, measured attention weights,
+    the normal equations of the MLA search, one step of the regression.
     """
     stock = arch.stock_config(checkpoint.config)
     width = stock.hidden_size
     before = arch.layouts(checkpoint.config)
-    computed = [i for i in range(len(target.layouts)) if target.computed(i)]
+    computed = [i for i in range(len(target.layouts)) if target.converted_names(i)]
     if not computed:
         carried = (tensor.name for tensor in target.outputs if tensor.source is None)
         return RESTING_BYTES + 3 * max((checkpoint.tensors[name].nbytes for name in carried), default=0)
@@ -130,11 +133,15 @@ def peak_memory(checkpoint: Checkpoint, arch: Architecture, target: Any, calibra
     attention = 8 * max(attention_parameters(before[i], width) for i in computed)
     search = 0
     if any(layout.kv_lora_rank is not None for layout in layouts):
-        # An MLA layer may be larger than what it is made from, and is there beside it.
+        # An MLA layer may be larger than its source layer, and both are in memory.
         attention += 8 * max(attention_parameters(layout, width) for layout in layouts)
         if not target.exact:
             # Complex matrices of its features: terms of a sum, and a factorisation.
-            search = int(4.5 * 16 * max(layout.num_attention_heads * layout.cache_numbers**2 for layout in layouts))
+            search = int(
+                4.5
+                * 16
+                * max(layout.num_attention_heads * layout.cache_elements_per_token**2 for layout in layouts)
+            )
     total = RESTING_BYTES + int(3.5 * attention)
     if calibration is None or calibration.reuse is not None:
         return total + search + (2 * 8 * width * width if calibration else 0)
@@ -149,7 +156,7 @@ def peak_memory(checkpoint: Checkpoint, arch: Architecture, target: Any, calibra
     moments = 6 * 8 * width * width
     length, heads = calibration.length, max(layout.num_attention_heads for layout in before)
     intermediate = 4 * 4 * TOKENS_AT_ONCE * getattr(stock, "intermediate_size", 4 * width)
-    looks = 4 * heads * (4 * length**2 + QUERIES_LOOKED_AT * width)
+    attention_stats = 4 * heads * (4 * length**2 + NUM_ATTENTION_QUERIES * width)
     fit = 0
     if calibration.keeps_text:
         # Solving for output matrices alone goes fold by fold, in batches of its own.
@@ -159,13 +166,15 @@ def peak_memory(checkpoint: Checkpoint, arch: Architecture, target: Any, calibra
             batch = min(SEQUENCES_PER_STEP, sequences)
         scores = max(_scores_kept(layout, stock, batch, length, calibration.steps > 0) for layout in layouts)
         fit = scores + (20 if calibration.steps else 8) * 4 * batch * length * width
-    # These come and go one after the other.
-    return total + layer + hidden + moments + max(search, intermediate, looks, fit)
+    # The last four are never in memory together.
+    return total + layer + hidden + moments + max(search, intermediate, attention_stats, fit)
 
 
 def _scores_kept(layout: Any, stock: Any, sequences: int, length: int, trained: bool) -> int:
-    """Bytes of attention weights: none where a fused kernel takes the layer, which must be as wide in keys as in
-    values and may not cap its scores."""
+    """Return the bytes of attention weights.
+
+    A fused kernel keeps none; it serves layers with keys as wide as values and without a cap on scores.
+    """
     if layout.head_dim == layout.v_head_dim and not getattr(stock, "attn_logit_softcapping", None):
         return 0
     return int((3.5 if trained else 2.5) * 4 * sequences * layout.num_attention_heads * length**2)

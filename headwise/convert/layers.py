@@ -12,7 +12,7 @@ from torch import Tensor
 from headwise.convert.base import Target
 from headwise.convert.calibration import calibrate as measure
 from headwise.convert.calibration.layer_stream import LayerRecord
-from headwise.convert.refit.regression import fit_output
+from headwise.convert.refit.output_projection import solve_output_projection
 from headwise.convert.refit.regression import refit as refit_layer
 from headwise.format import plain
 from headwise.io.reader import Checkpoint
@@ -41,8 +41,8 @@ def convert_layers(
     progress: Progress,
 ) -> dict[int, dict[str, Any]]:
     """Write every converted layer; the reports, also of layers that an interrupted run had finished."""
-    todo = [i for i in range(len(target.layouts)) if target.computed(i)]
-    done = {i for i in todo if f"layer {i}" in writer.notes and set(target.computed(i)) <= writer.done}
+    todo = [i for i in range(len(target.layouts)) if target.converted_names(i)]
+    done = {i for i in todo if f"layer {i}" in writer.notes and set(target.converted_names(i)) <= writer.done}
     reports = {i: writer.notes[f"layer {i}"] for i in done}
     if len(done) == len(todo):
         return reports
@@ -83,14 +83,16 @@ def _convert_layer(
     made = made.to_device("cpu")  # it is written from there, and the device is for fitting it
     del weights
     if calibration is None or record is None or record.inputs is None:
-        return target.tensors(layer, made, record), report
+        return target.export_layer(layer, made, record), report
     record.key_moment = record.value_moment = record.distances = None  # their memory is wanted
-    found = target.module(layer, made, device, record.inputs.shape[1])
+    found = target.trainable_layer(layer, made, device, record.inputs.shape[1])
     if found.arguments is not None:
         record.arguments = found.arguments
     better = False
     if calibration.fitted:
-        solved = fit_output(found.attention, found.projection, record, spare=calibration.steps > 0, device=device)
+        solved = solve_output_projection(
+            found.attention, found.projection, record, spare=calibration.steps > 0, device=device
+        )
         report["output"], better = asdict(solved), solved.kept
     if calibration.steps:
         outcome = refit_layer(
@@ -103,7 +105,7 @@ def _convert_layer(
             device=device,
         )
         report["refit"], better = asdict(outcome), better or outcome.kept
-    return (found.export(record) if better else target.tensors(layer, made, record)), report
+    return (found.export(record) if better else target.export_layer(layer, made, record)), report
 
 
 def _figures(report: dict[str, Any]) -> dict[str, str]:

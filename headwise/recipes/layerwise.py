@@ -15,7 +15,8 @@ from torch import Tensor
 from headwise.convert.calibration.layer_stream import LayerStream
 from headwise.convert.mla.target import LEARNING_RATE as LATENT_LEARNING_RATE
 from headwise.convert.mla.target import to_device
-from headwise.convert.refit.regression import LEARNING_RATE, fit_output, refit
+from headwise.convert.refit.output_projection import solve_output_projection
+from headwise.convert.refit.regression import LEARNING_RATE, refit
 from headwise.errors import HeadwiseError
 from headwise.models.architecture import Architecture
 from headwise.models.stock import empty_model, layer_arguments
@@ -65,7 +66,7 @@ def train_layers(
         arguments = layer_arguments(skeleton, latent.module, blocks.shape[1], torch.float32)
     progress.stage("Layer by layer", total=len(student.folder.attention), unit="layers")
     reports = {}
-    for record in stream.records(keep=True, look=False):
+    for record in stream.records(keep_activations=True, attention_stats=False):
         attention = student.network.get_submodule(student.folder.attention[record.index]).to(device)
         parameters = [p for name, p in attention.named_parameters() if name != "o_proj.bias"]
         wanted = [p.requires_grad for p in parameters]
@@ -73,7 +74,9 @@ def train_layers(
         record.outputs *= scale
         if arguments is not None:
             record.arguments = to_device(arguments[record.index], device)
-        solved = fit_output(attention, attention.get_submodule(projection), record, spare=True, device=device)
+        solved = solve_output_projection(
+            attention, attention.get_submodule(projection), record, spare=True, device=device
+        )
         report = refit(
             attention,
             parameters,

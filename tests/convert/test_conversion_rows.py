@@ -10,9 +10,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from headwise.convert.calibration.attention_stats import QUERIES_LOOKED_AT
+from headwise.convert.calibration.attention_stats import NUM_ATTENTION_QUERIES
 from headwise.convert.calibration.layer_stream import LayerRecord, LayerStream
-from headwise.convert.gqa.merge import merge, replicate
+from headwise.convert.gqa.merge import merge_heads, replicate_heads
 from headwise.convert.pipeline import convert_model
 from headwise.convert.verify.check import verify_model
 from headwise.errors import HeadwiseError
@@ -76,8 +76,8 @@ def written_out(source: Path, parent: torch.nn.Module, groups: int, method: str)
     for layer in range(len(arch.layouts(config))):
         weights = arch.read_layer(config, layer, tensors)
         grouping = "optimal" if method == "optimal" else "contiguous"
-        merged, _ = merge(weights, groups, method=method, grouping=grouping, seed=layer)
-        wide = replicate(merged, heads // groups)
+        merged, _ = merge_heads(weights, groups, method=method, grouping=grouping, seed=layer)
+        wide = replicate_heads(merged, heads // groups)
         for name, tensor in arch.write_layer(config, layer, wide, torch.float32).items():
             state[module_prefix + name.removeprefix(file_prefix)] = tensor
     model.load_state_dict(state)
@@ -177,7 +177,7 @@ def test_a_layer_at_a_time_sees_what_the_whole_model_sees(model_type, tmp_path, 
     arch, config, _, _ = row(model_type)
     capped = getattr(arch.stock_config(config), "attn_logit_softcapping", None)
     whole = seen_whole(source, arch, tokens, attn_implementation="eager" if capped else "sdpa")
-    records = stream(source, tokens, keep=True)
+    records = stream(source, tokens, keep_activations=True)
     assert [record.index for record in records] == list(range(len(whole)))
     for record, here in zip(records, whole, strict=True):
         x = torch.cat([here["x"], torch.ones(3, 10, 1)], -1).flatten(0, 1).double()
@@ -189,8 +189,8 @@ def test_a_layer_at_a_time_sees_what_the_whole_model_sees(model_type, tmp_path, 
 
 def test_layers_passed_over_change_nothing(tmp_path):
     source = tiny_models.save("gemma2", tmp_path / "model")
-    every = stream(source, tiny_models.tokens(), keep=True)
-    (last,) = stream(source, tiny_models.tokens(), keep=True, only=[2])
+    every = stream(source, tiny_models.tokens(), keep_activations=True)
+    (last,) = stream(source, tiny_models.tokens(), keep_activations=True, layers=[2])
     assert last.index == 2
     for name in ("inputs", "outputs", "moment", "value_moment", "distances"):
         assert torch.equal(getattr(last, name), getattr(every[2], name))
@@ -199,7 +199,7 @@ def test_layers_passed_over_change_nothing(tmp_path):
 def test_what_a_query_reads_varies_by_no_less_than_nothing(tmp_path):
     """Also where only some queries are looked at: the closed form of MLA diverges otherwise."""
     source = tiny_models.save("llama", tmp_path / "model")
-    for record in stream(source, tiny_models.tokens(4 * QUERIES_LOOKED_AT)):
+    for record in stream(source, tiny_models.tokens(4 * NUM_ATTENTION_QUERIES)):
         assert record.key_moment is not None and record.value_moment is not None
         spread = torch.linalg.eigvalsh(record.key_moment - record.value_moment)
         assert spread[0] > -1e-5 * spread[-1]

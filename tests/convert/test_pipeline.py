@@ -19,7 +19,8 @@ from headwise.convert import layers
 from headwise.convert.calibration.layer_stream import LayerRecord
 from headwise.convert.pipeline import ConvertResult, convert_model
 from headwise.convert.plan import Plan
-from headwise.convert.refit.regression import fit_output, refit
+from headwise.convert.refit.output_projection import solve_output_projection
+from headwise.convert.refit.regression import refit
 from headwise.errors import HeadwiseError
 from headwise.io.reader import open_checkpoint
 from headwise.io.workdir import Interrupted
@@ -139,15 +140,14 @@ def test_calibration_reads_a_text_file(model: Path, tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"calibrate": "nowhere.txt"}, "no text file nowhere.txt"),
-        ({"calibration_tokens": 40}, "--calibration-tokens 40 is less than two sequences of 32"),
+        ({"calibration_tokens": 40}, "`calibration_tokens` is 40, which is less than two sequences of 32"),
         ({"calibration_tokens": 10**6}, "holds .* blocks of 32 tokens"),
-        ({"calibrate": "none", "refit": 9}, "learns from calibration text"),
-        ({"to": "mha", "refit": 9}, "nothing to refit"),
-        ({"moments": "nowhere"}, "--moments nowhere holds no moments"),
-        ({"to": None, "calibrate": "none"}, "nothing to change"),
-        ({"to": "gqa"}, "--groups"),
-        ({"dtype": "int8"}, "'int8' is not a dtype"),
-        ({"device": "cuda:77"}, "--device cuda:77"),
+        ({"to": "gqa", "groups": 8, "refit": 9}, "nothing to refit"),
+        (
+            {"calibrate": None, "calibration_tokens": None, "moments": "nowhere"},
+            "`moments` nowhere holds no moments",
+        ),
+        ({"device": "cuda:77"}, "`device` is 'cuda:77'"),
     ],
 )
 def test_options_that_cannot_be_met(model: Path, tmp_path: Path, options: dict[str, Any], words: str) -> None:
@@ -197,7 +197,11 @@ def test_a_refit_that_does_not_help_keeps_the_closed_form(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As before a refit, also where none follows.
-    monkeypatch.setattr(layers, "fit_output", lambda *given, **how: fit_output(*given, **how | {"spare": True}))
+    monkeypatch.setattr(
+        layers,
+        "solve_output_projection",
+        lambda *given, **how: solve_output_projection(*given, **how | {"spare": True}),
+    )
     convert_model(model, tmp_path / "closed", to="mqa", **TEXT, refit="off", verify=False)
     monkeypatch.setattr(layers, "refit_layer", lambda *given, **how: refit(*given, **how | {"learning_rate": 50}))
     result = convert_model(model, tmp_path / "refitted", to="mqa", **TEXT, refit=3, verify=False)
@@ -240,7 +244,7 @@ def test_the_least_squares_output_is_found_on_much_text() -> None:
     record = LayerRecord(0, torch.eye(5), inputs=inputs, outputs=parent(inputs))
     module = Mixed(torch.zeros(4, 4))
     module.o_proj.bias.copy_(parent.o_proj.bias)
-    found = fit_output(module, module.o_proj, record)
+    found = solve_output_projection(module, module.o_proj, record)
     assert found.kept and found.after < 1e-4 < found.before
     torch.testing.assert_close(module.o_proj.weight, weight, rtol=1e-2, atol=1e-2)
 
@@ -253,7 +257,7 @@ def test_an_output_that_other_sequences_do_not_confirm_is_left_alone() -> None:
     # What one sequence misses, the others miss in the opposite direction.
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None, None]
     record = LayerRecord(0, torch.eye(5), inputs=inputs, outputs=said + sign * parent.heads(inputs))
-    found = fit_output(parent, parent.o_proj, record)
+    found = solve_output_projection(parent, parent.o_proj, record)
     assert not found.kept and found.after > found.before and torch.equal(parent.o_proj.weight, weight)
 
 

@@ -1,4 +1,4 @@
-"""Decide what is measured on the parent, measure it, and hand over the layers one by one."""
+"""Decide what is measured on the parent, measure it, and yield the statistics layer by layer."""
 
 from __future__ import annotations
 
@@ -24,10 +24,17 @@ from headwise.progress import Progress
 
 @dataclass(frozen=True)
 class CalibrationPlan:
-    """What is measured on the parent before its layers are converted, and with which text.
+    """What is measured on the parent before its layers are converted, and on which text.
 
-    `steps` of refit follow for every layer; 0: none. `fitted`: output matrices are solved for. `keep` is the folder
-    moments are saved to, `reuse` the one they are taken from instead of being measured.
+    Attributes:
+        text: as `calibrate` names it.
+        sequences: number of sequences.
+        length: tokens in each.
+        steps: of regression for every layer; 0: none.
+        seed: of the choice of text.
+        fitted: whether output matrices are solved for.
+        keep: folder to save the moments in.
+        reuse: folder to read the moments from instead of measuring them.
     """
 
     text: str
@@ -41,15 +48,16 @@ class CalibrationPlan:
 
     @property
     def keeps_text(self) -> bool:
-        """Whether each layer's inputs and outputs are at hand when it is converted."""
+        """Whether each layer's inputs and outputs are kept until it is converted."""
         return self.fitted or self.steps > 0
 
     @property
     def tokens(self) -> int:
+        """Number of calibration tokens."""
         return self.sequences * self.length
 
     def described(self) -> dict[str, Any]:
-        """All that the measurement depends on; not the folders, which are nobody's business."""
+        """Return what the measurement depends on, for the record; local folders are left out."""
         return {name: getattr(self, name) for name in ("text", "sequences", "length", "steps", "seed")}
 
 
@@ -68,7 +76,7 @@ def plan_calibration(
     Raises:
         SettingError: a refit was asked for where there is nothing to fit, or the text is too short.
     """
-    if target.exact or not any(target.computed(i) for i in range(len(target.layouts))):
+    if target.exact or not any(target.converted_names(i) for i in range(len(target.layouts))):
         if isinstance(settings.refit, int):
             raise SettingError(
                 "refit", f"`refit` is {settings.refit}, and an exact conversion leaves nothing to refit."
@@ -126,7 +134,16 @@ def iter_layer_stats(
     device: torch.device,
     progress: Progress,
 ) -> Iterator[tuple[LayerRecord | None, int]]:
-    """The layers named, each with what was measured of it."""
+    """Yield the statistics of layers, with their indices, in the order of the model.
+
+    Args:
+        checkpoint: the source.
+        target: the decided conversion.
+        calibration: what to measure; None yields no statistics.
+        layers: indices of the layers to measure.
+        device: where the layers run.
+        progress: receives a note before the text is read.
+    """
     if calibration is None:
         yield from ((None, i) for i in layers)
         return
@@ -141,11 +158,11 @@ def iter_layer_stats(
     arch = find(target.parent_config, checkpoint.tensors)
     stream = LayerStream(checkpoint, arch, blocks, device, target.parent_config)
     keep = Moments.create(calibration.keep, checkpoint, calibration) if calibration.keep else None
-    for record in stream.records(keep=calibration.keeps_text, only=layers):
+    for record in stream.records(keep_activations=calibration.keeps_text, layers=layers):
         if keep:
             keep.write(record)
         yield record, record.index
-        del record  # it would stay while the next layer is run
+        del record  # free its memory before the next layer runs
 
 
 def check_finite(
@@ -156,11 +173,11 @@ def check_finite(
     record: LayerRecord | None,
     allow_nan: bool,
 ) -> None:
-    """Refuse a layer that the mathematics would fail on, by the name of the tensor at fault.
+    """Refuse a layer with values that are not finite, naming the tensor.
 
     Raises:
-        HeadwiseError: a weight is NaN or infinite and may not be, or what the layer reads is, or a decomposition
-            would have to be made of it.
+        HeadwiseError: a weight is not finite and `allow_nan` is not set, the layer's inputs are not finite, or the
+            method needs a decomposition of such a weight.
     """
     bad = next((name for name, tensor in tensors.items() if has_nonfinite(tensor)), None)
     moments = record.moments().values() if record else ()
@@ -169,24 +186,24 @@ def check_finite(
         bad = next((name for name in checkpoint.tensors if has_nonfinite(checkpoint.read(name))), None)
     if bad is not None and not allow_nan:
         raise HeadwiseError(
-            f"Tensor {bad} holds NaN or infinite values.", "Pass --allow-nan to convert the model all the same."
+            f"Tensor {bad} holds NaN or infinite values.", "Pass `allow_nan` to convert the model all the same."
         )
     if unread:
         raise HeadwiseError(
-            f"The calibration text makes what layer {layer} reads NaN or infinite.", "Pass --calibrate none."
+            f"The inputs of layer {layer} are NaN or infinite on the calibration text.", "Pass `calibrate` none."
         )
     if bad is not None and target.calibrated:
         raise HeadwiseError(
-            f"Tensor {bad} holds NaN or infinite values, which only the methods mean, first and random can merge.",
-            "Pass --method mean beside --allow-nan.",
+            f"Tensor {bad} holds NaN or infinite values, which only mean, first and random can merge.",
+            "Pass `method` mean beside `allow_nan`.",
         )
 
 
 def calibration_blocks(checkpoint: Checkpoint, calibration: CalibrationPlan) -> Tensor:
-    """The calibration text as tokens of the model, (sequences, length)."""
+    """Return the calibration text as token ids, (sequences, length)."""
     from headwise.text.blocks import blocks_from
 
-    hint = "Add the tokenizer's files to the folder, or pass --calibrate none."
+    hint = "Add the tokenizer's files to the folder, or pass `calibrate` none."
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.source, hint)
     with sound(f"The tokenizer of {checkpoint.source} fails on the calibration text", hint):
         blocks = blocks_from(
@@ -200,7 +217,7 @@ def calibration_blocks(checkpoint: Checkpoint, calibration: CalibrationPlan) -> 
     known = find(checkpoint.config).stock_config(checkpoint.config).vocab_size
     if int(blocks.max()) >= known:
         raise HeadwiseError(
-            f"The tokenizer of {checkpoint.source} gives token {int(blocks.max())}, and the model knows {known}.",
-            "Its files belong to another model: replace them, or pass --calibrate none.",
+            f"The tokenizer of {checkpoint.source} gives token {int(blocks.max())}; the vocabulary has {known}.",
+            "Its files belong to another model: replace them, or pass `calibrate` none.",
         )
     return blocks

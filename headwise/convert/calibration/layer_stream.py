@@ -1,10 +1,9 @@
-"""A stock model of which one decoder layer at a time is real.
+"""Run calibration text through the parent with one decoder layer's weights in memory at a time.
 
-The model is built from its stock class without weights. One run over a single sequence, with every decoder layer
-replaced by a stub that notes what it is given, yields the embedding's output and the arguments (masks, rotary
-tables) of each layer exactly as the model's own forward makes them. From then on only one layer's weights are in
-memory: they are loaded by transformers' own loader, the layer is run over all sequences, its attention's inputs
-and outputs are noted, and the weights are let go.
+The model is built from its stock class on the meta device. One run over a single sequence, with every decoder layer
+replaced by a stub, records the embedding's output and the arguments (masks, rotary tables) that the model's own
+forward passes to each layer. After that the layers run one by one: transformers' own loader fills a layer, the
+layer runs over all sequences, hooks record its attention's inputs and outputs, and the weights are freed.
 """
 
 from __future__ import annotations
@@ -17,33 +16,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headwise.convert.calibration.attention_stats import AttentionView
+from headwise.convert.calibration.attention_stats import AttentionStats
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import Architecture
 from headwise.models.stock import Stop, empty_model, load_into, recorded
 
 # Tokens run through a layer at once: bounds the memory of the widest intermediate, not the result.
 TOKENS_AT_ONCE = 4096
-# Sequences whose attention weights are looked at; each costs heads x length^2 numbers.
-SEQUENCES_LOOKED_AT = 16
+# Sequences whose attention weights are measured; each takes heads x length^2 numbers.
+NUM_ATTENTION_SEQUENCES = 16
 
 
 @dataclass
 class LayerRecord:
-    """What one layer's attention saw and did, over all calibration tokens.
+    """Statistics of one layer's attention over all calibration tokens.
 
     Attributes:
         index: of the decoder layer.
         moment: E[x x^T] of the attention input with a constant 1 appended, (D + 1, D + 1), float64.
         value_moment: E[y y^T] of y = [sum_n p_n x_n; 1], the inputs averaged by the attention weights p of a head,
-            over queries and heads, (D + 1, D + 1), float64: what values are read through. None unless asked for.
-        key_moment: E[x x^T] over tokens that counts each by the attention it gets, like `moment`. None likewise.
-        distances: attention weight by distance per head, (heads, length), each row summing to one; None unless
-            asked for.
-        inputs, outputs: (sequences, length, D) float32 on the CPU, while all else is where the layer was run; None
-            unless asked for.
-        arguments: what else the attention module is called with, for a batch of any size.
-        tokens: how many were seen.
+            over queries and heads, (D + 1, D + 1), float64: the moment that errors of values are weighted by. None
+            without attention statistics.
+        key_moment: E[x x^T] over tokens, each weighted by the attention it gets, of the shape of `moment`. None
+            without attention statistics.
+        distances: attention weight by distance per head, (heads, length); each row sums to one. None without
+            attention statistics.
+        inputs: of the attention, (sequences, length, D) float32 on the CPU; None unless kept.
+        outputs: of the attention, like `inputs`.
+        arguments: further arguments of the attention module, for a batch of any size.
+        tokens: number of tokens measured.
     """
 
     index: int
@@ -57,21 +58,21 @@ class LayerRecord:
     tokens: int = 0
 
     def moments(self) -> dict[str, Tensor]:
-        """The second moments there are, by name."""
+        """Return the second moments that were measured, by name."""
         names = ("moment", "key_moment", "value_moment")
         return {name: moment for name in names if (moment := getattr(self, name)) is not None}
 
 
 class LayerStream:
-    """Runs token sequences through a checkpoint, layer by layer.
+    """Run token sequences through a checkpoint, layer by layer.
 
     Args:
         checkpoint: the source.
         architecture: its row.
         tokens: (sequences, length), integers below the vocabulary size.
         device: where a layer is computed.
-        config: in place of the checkpoint's own, one that gives the same weights other positions; `architecture`
-            is then the row of that config.
+        config: a config that gives the same weights other positions, in place of the checkpoint's own;
+            `architecture` is then the row of that config.
     """
 
     def __init__(
@@ -99,29 +100,30 @@ class LayerStream:
         return self.records()
 
     def records(
-        self, *, keep: bool = False, look: bool = True, only: Collection[int] | None = None
+        self, *, keep_activations: bool = False, attention_stats: bool = True, layers: Collection[int] | None = None
     ) -> Iterator[LayerRecord]:
-        """One record per layer, in order; the next layer's inputs are this layer's outputs.
+        """Yield one record per layer, in order; each layer's outputs are the next one's inputs.
 
         Args:
-            keep: also keep the attention's inputs and outputs of the layer.
-            look: also take `value_moment`, `key_moment` and `distances`, from some of the sequences.
-            only: layers to record. Those before them are run and passed over, those after the last are not run.
+            keep_activations: also keep the inputs and outputs of the layer's attention.
+            attention_stats: also measure `value_moment`, `key_moment` and `distances`, on some of the sequences.
+            layers: layers to record; None: all. Layers before them run without a record, layers after the last
+                do not run.
         """
-        wanted = set(range(len(self._layers)) if only is None else only)
+        wanted = set(range(len(self._layers)) if layers is None else layers)
         for index in range(max(wanted, default=-1) + 1):
-            record = None  # the last one's memory is needed
+            record = None  # free the last record's memory
             with self._real_layer(index) as layer:
                 if index in wanted:
-                    record = self._run(index, layer, keep, look)
+                    record = self._run(index, layer, keep_activations, attention_stats)
                 else:
                     self._pass(index, layer)
-            if record is not None:  # outside: the layer's memory is for what is done with the record
+            if record is not None:  # outside the context: the layer's weights are freed
                 yield record
 
     @torch.no_grad()
     def _pass(self, index: int, layer: nn.Module) -> None:
-        """Run a layer without looking at it."""
+        """Run a layer without recording it."""
         args, kwargs = self._arguments[index]
         for part in self._parts():
             self._hidden[part] = _first(layer(self._hidden[part].to(self._device), *args, **kwargs)).cpu()
@@ -132,16 +134,16 @@ class LayerStream:
         return [slice(start, start + step) for start in range(0, sequences, step)]
 
     @torch.no_grad()
-    def _run(self, index: int, layer: nn.Module, keep: bool, look: bool) -> LayerRecord:
+    def _run(self, index: int, layer: nn.Module, keep_activations: bool, attention_stats: bool) -> LayerRecord:
         attention = layer.get_submodule(self._architecture.attention)
         args, kwargs = self._arguments[index]
         sequences, length, width = self._hidden.shape
         moment = torch.zeros(width + 1, width + 1, dtype=torch.float64, device=self._device)
         record = LayerRecord(index, moment, tokens=sequences * length)
-        if keep:
+        if keep_activations:
             record.inputs, record.outputs = torch.empty_like(self._hidden), torch.empty_like(self._hidden)
         seen: dict[str, Any] = {}
-        view = AttentionView()
+        view = AttentionStats()
 
         def note(module: nn.Module, call_args: tuple, call_kwargs: dict, output: Any) -> None:
             seen["x"] = call_kwargs.get("hidden_states", call_args[0] if call_args else None)
@@ -156,12 +158,12 @@ class LayerStream:
             moment += (flat.mT @ flat).double()
             if record.inputs is not None and record.outputs is not None:
                 record.inputs[part], record.outputs[part] = x.cpu(), seen["y"].cpu()
-            if look and part.start < SEQUENCES_LOOKED_AT:
-                view.add(attention, x[: SEQUENCES_LOOKED_AT - part.start], seen["kwargs"])
+            if attention_stats and part.start < NUM_ATTENTION_SEQUENCES:
+                view.add(attention, x[: NUM_ATTENTION_SEQUENCES - part.start], seen["kwargs"])
             self._hidden[part] = _first(out).cpu()
         handle.remove()
         moment /= record.tokens
-        if look:
+        if attention_stats:
             record.value_moment, record.key_moment, record.distances = view.result()
         record.arguments = seen["kwargs"]
         return record
@@ -177,7 +179,7 @@ class LayerStream:
 
     @torch.no_grad()
     def _embed(self, tokens: Tensor) -> tuple[Tensor, list[tuple[tuple, dict[str, Any]]]]:
-        """Hidden states before the first layer, and what each layer is called with besides them."""
+        """Return the hidden states before the first layer and each layer's further arguments."""
         output_weights = self._model.get_output_embeddings()
         skipped = {id(p) for p in output_weights.parameters()} if output_weights is not None else set()
         inputs = self._model.get_input_embeddings()

@@ -1,4 +1,4 @@
-"""Measured moments on disk, so that one calibration serves many conversions: a folder with a file per layer."""
+"""Keep measured moments on disk, a file per layer, so that one calibration serves many conversions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,16 @@ INDEX = "moments.json"
 
 @dataclass(frozen=True)
 class Moments:
-    """The moments of one model on one text: which model (`model`, its fingerprint), and how they were taken."""
+    """The moments of one model on one text.
+
+    Attributes:
+        folder: with a file per layer.
+        model: the fingerprint of the model they were taken from.
+        text: the calibration text, as `calibrate` names it.
+        sequences: number of sequences.
+        length: tokens in each.
+        seed: of the choice of text.
+    """
 
     folder: Path
     model: str
@@ -32,10 +41,12 @@ class Moments:
 
     @classmethod
     def create(cls, folder: Path, checkpoint: Checkpoint, calibration: Any) -> Moments:
-        """Begin a folder, or go on with one that an interrupted run began.
+        """Create a folder, or open one of an interrupted run to go on with it.
 
         Args:
-            calibration: says text, sequences, length and seed.
+            folder: where to keep the moments.
+            checkpoint: the source.
+            calibration: has text, sequences, length and seed.
 
         Raises:
             HeadwiseError: the folder exists and holds anything else, or cannot be made.
@@ -49,33 +60,37 @@ class Moments:
             folder.mkdir(parents=True)
             (folder / INDEX).write_text(json.dumps({"model": made.model, **known}, indent=2) + "\n")
         except OSError as error:
-            raise HeadwiseError(f"--save-moments {folder}: {error.strerror}.", "Name a new folder.") from error
+            raise HeadwiseError(f"`save_moments` {folder}: {error.strerror}.", "Name a new folder.") from error
         return made
 
     @classmethod
     def open(cls, folder: Path, checkpoint: Checkpoint) -> Moments:
-        """Raises HeadwiseError if there are none, or if they were taken from another model."""
+        """Open a folder of moments.
+
+        Raises:
+            HeadwiseError: there are none, or they were taken from another model.
+        """
         try:
             found = cls(folder, **json.loads((folder / INDEX).read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise HeadwiseError(
-                f"--moments {folder} holds no moments.", "Name a folder that --save-moments made."
+                f"`moments` {folder} holds no moments.", "Name a folder that `save_moments` made."
             ) from error
         if found.model != checkpoint.fingerprint():
             raise HeadwiseError(
-                f"--moments {folder} was taken from another model than {checkpoint.source}.",
-                "Leave it out, and --save-moments takes them anew.",
+                f"`moments` {folder} was taken from another model than {checkpoint.source}.",
+                "Measure them again with `save_moments`.",
             )
         return found
 
     def write(self, record: LayerRecord) -> None:
-        """Keep one layer, in float32."""
+        """Write one layer in float32."""
         tensors = {**record.moments(), "distances": record.distances}
         kept = {n: t.to(torch.float32).cpu().contiguous() for n, t in tensors.items() if t is not None}
         save_file(kept, self._path(record.index))
 
     def read(self, layer: int, device: torch.device | str = "cpu") -> LayerRecord:
-        """One layer in float64; it has no inputs and outputs.
+        """Read one layer in float64, without inputs and outputs.
 
         Raises:
             HeadwiseError: the layer's file is missing or damaged.
@@ -85,7 +100,7 @@ class Moments:
             return LayerRecord(layer, **tensors, tokens=self.sequences * self.length)
         except (OSError, SafetensorError, TypeError) as error:
             raise HeadwiseError(
-                f"{self._path(layer)} is missing or damaged.", "Take the moments again with --save-moments."
+                f"{self._path(layer)} is missing or damaged.", "Measure the moments again with `save_moments`."
             ) from error
 
     def _path(self, layer: int) -> Path:

@@ -1,10 +1,9 @@
-"""Local refit: regress a converted attention layer on its parent's output (mathematics, section 4c).
+"""Regress a converted attention layer on its parent's output (mathematics, section 4c).
 
-The closed forms minimise an expected error of keys and values; what matters is what the layer says. So its output
-matrices are solved for by least squares (`fit_output`); then the layer is trained (`refit`), alone and for a few
-hundred steps, to answer the parent's own inputs with the parent's own outputs. There is no pass through the model:
-one layer and its optimizer are all that is in memory, and the stock attention class defines the function, whatever
-norms, biases or soft-caps it has.
+The closed forms minimise an expected error of keys and values; what matters is the layer's output. The layer is
+trained alone for a few hundred steps: its inputs are the parent's inputs of that layer, its targets the parent's
+outputs. No pass through the whole model is needed, so one layer and its optimizer are all that is in memory. The
+stock attention class defines the function, with its norms, biases and soft-caps.
 """
 
 from __future__ import annotations
@@ -12,117 +11,39 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from headwise.convert.calibration.layer_stream import TOKENS_AT_ONCE, LayerRecord
-from headwise.convert.gqa.methods import solve
+from headwise.convert.calibration.layer_stream import LayerRecord
 
-# Sequences per step, and the share of sequences that only judge the result.
+# Sequences per step, and the share of sequences that only measure the result.
 SEQUENCES_PER_STEP = 12
 HELD_BACK = 0.1
-# Peak learning rate as a share of a weight's size (see `_sizes`): one setting fits weights of any scale. A run
-# shorter than ANNEALED steps gets less: it has no time to settle from large steps.
+# Peak learning rate as a share of a weight's size (see `_step_scale`): one setting fits weights of any scale. A run
+# shorter than ANNEALED steps gets a lower rate: it is too short to settle from large steps.
 LEARNING_RATE = 0.1
 ANNEALED = 300
 WARMUP = 0.1
 DEFAULT_STEPS = 300
-# How many tokens per input the output matrices count for that a solve for new ones starts from, and the folds that
-# judge it (docs/decisions/037).
-PRIOR = 8
-FOLDS = 8
 TINY = 1e-30
 
 
 @dataclass(frozen=True)
 class RefitReport:
-    """Relative squared error of the layer's output on held-back sequences, before and after; `kept` is False
-    where the refit did not help and the layer keeps its closed form."""
+    """Relative squared error of a layer's output on held-back sequences.
+
+    Attributes:
+        steps: of training.
+        before: the error of the closed form.
+        after: the error of the trained layer.
+        kept: whether the trained layer is used; False where it is not better than the closed form.
+    """
 
     steps: int
     before: float
     after: float
     kept: bool
-
-
-@dataclass(frozen=True)
-class OutputReport:
-    """The same for `fit_output`; `after` is cross-validated."""
-
-    before: float
-    after: float
-    kept: bool
-
-
-@torch.no_grad()
-def fit_output(
-    attention: nn.Module,
-    projection: Any,
-    record: LayerRecord,
-    *,
-    spare: bool = False,
-    device: torch.device | str = "cpu",
-) -> OutputReport:
-    """The output matrices that make the most of what a converted layer's heads say: least squares with a prior.
-
-    A closed form: what the layer misses of the parent's outputs is regressed on the inputs of `projection`, which
-    starts as the mean of a prior that weighs as much as `PRIOR` tokens per input. Whether that helps is judged by
-    cross-validation, each fold of neighbouring sequences by the solution of the others; if it does, all are used.
-
-    Args:
-        attention: as for `refit`.
-        projection: its last step, `output = projection(heads)`; a linear layer, whose bias stays.
-        record: as for `refit`.
-        spare: leave out the sequences that a refit is judged on, because one follows.
-
-    Raises:
-        ValueError: as `refit`.
-    """
-    inputs, outputs, train, judge = _sequences(record, device)
-    used = train if spare else torch.cat([train, judge])
-    folds = used.tensor_split(min(FOLDS, len(used)))
-    length = inputs.shape[1]
-    tokens = len(used) * length
-    heads: list[Tensor] = []
-    hook = projection.register_forward_pre_hook(lambda module, given: heads.append(given[0].flatten(0, -2)))
-    grams, crosses, lost, total = [], [], [], 0.0
-    for fold in folds:
-        gram = cross = torch.zeros((), device=device)
-        missing = 0.0
-        for batch in fold.split(max(1, TOKENS_AT_ONCE // length)):
-            wanted = outputs[batch].to(device)
-            missed = (wanted - _apply(attention, record, inputs[batch].to(device))).flatten(0, -2)
-            said = heads.pop()
-            gram, cross = gram + said.mT @ said, cross + said.mT @ missed
-            missing, total = missing + float(missed.square().sum()), total + float(wanted.square().sum())
-        grams.append(gram)
-        crosses.append(cross)
-        lost.append(missing)
-    hook.remove()
-    gram, cross = sum(grams[1:], grams[0]), sum(crosses[1:], crosses[0])
-
-    def change(fold: int) -> float:
-        """Of the squared error of a fold, by what the others know."""
-        known = tokens - len(folds[fold]) * length
-        step = _output_step(gram - grams[fold], cross - crosses[fold], known)
-        return float((step * (grams[fold] @ step - 2 * crosses[fold])).sum())
-
-    before = sum(lost)
-    after = before + sum(change(fold) for fold in range(len(folds)))
-    kept = after < before  # False for NaN
-    if kept:
-        step = _output_step(gram, cross, tokens)
-        projection.weight += step if _transposed(projection) else step.mT
-    return OutputReport(before / total if total else 0.0, after / total if total else 0.0, kept)
-
-
-def _output_step(gram: Tensor, cross: Tensor, tokens: int) -> Tensor:
-    """Ridge regression; the condition number is at most `tokens / PRIOR`, which float32 is enough for."""
-    prior = PRIOR * float(gram.diagonal().sum()) / max(tokens, 1)
-    system = gram + torch.eye(len(gram), device=gram.device) * max(prior, TINY)
-    return solve(lambda left: torch.linalg.solve(left, cross), system)
 
 
 def refit(
@@ -136,27 +57,33 @@ def refit(
     device: torch.device | str = "cpu",
     tick: Callable[[float], None] = lambda loss: None,
 ) -> RefitReport:
-    """Train `parameters` of a converted attention module in place; they are left as they were if it did not help.
+    """Train the parameters of a converted attention module in place.
+
+    The parameters keep their old values if the error on held-back sequences did not fall.
 
     Args:
-        attention: the target's stock attention module, in float32 on `device`, in natural coordinates.
-        parameters: which of its parameters are free.
-        record: the parent layer's inputs and outputs, as `LayerStream.records(keep=True)` gives them.
-        steps: of Adam, on 12 sequences each.
-        learning_rate: at its peak, relative to each weight's size (`_sizes`); cosine to zero.
+        attention: the target's stock attention module, float32 on `device`; MLA without its latent norm.
+        parameters: which of its parameters are trained.
+        record: the parent layer's inputs and outputs, from `LayerStream.records(keep_activations=True)`.
+        steps: of Adam, on `SEQUENCES_PER_STEP` sequences each.
+        learning_rate: at its peak, relative to each weight's size; it falls to zero along a cosine.
         seed: of the order of sequences; the layer's index is added.
+        device: where `attention` is.
         tick: called with the training loss after every step.
+
+    Returns:
+        The errors before and after.
 
     Raises:
         ValueError: the record holds no inputs and outputs, or fewer than two sequences.
     """
-    inputs, outputs, train, judge = _sequences(record, device)
+    inputs, outputs, train, heldout = split_sequences(record, device)
     generator = torch.Generator().manual_seed(seed + record.index)
 
     start = [p.detach().clone() for p in parameters]
-    sizes = [_sizes(p) for p in start]
+    sizes = [_step_scale(p) for p in start]
     units = [(p / size.clamp_min(TINY)).requires_grad_() for p, size in zip(start, sizes, strict=True)]
-    before = output_error(attention, record, judge, device)
+    before = output_error(attention, record, heldout, device)
     peak = learning_rate * min(1.0, math.sqrt(steps / ANNEALED))
     optimizer = torch.optim.Adam(units, lr=peak, betas=(0.9, 0.95), eps=1e-12)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps))
@@ -168,7 +95,7 @@ def refit(
         while len(order) < min(SEQUENCES_PER_STEP, len(train)):
             order = torch.cat([order, train[torch.randperm(len(train), generator=generator)]])
         batch, order = order[:SEQUENCES_PER_STEP], order[SEQUENCES_PER_STEP:]
-        output = _apply(attention, record, inputs[batch].to(device))
+        output = apply_attention(attention, record, inputs[batch].to(device))
         loss = (output - outputs[batch].to(device)).square().mean() / scale
         loss.backward()
         for p, unit, size in zip(parameters, units, sizes, strict=True):
@@ -183,7 +110,7 @@ def refit(
     for p in parameters:
         p.requires_grad_(False)
 
-    after = output_error(attention, record, judge, device)
+    after = output_error(attention, record, heldout, device)
     kept = after < before  # False for NaN
     if not kept:
         for p, old in zip(parameters, start, strict=True):
@@ -195,24 +122,45 @@ def refit(
 def output_error(
     attention: nn.Module, record: LayerRecord, sequences: Tensor, device: torch.device | str = "cpu"
 ) -> float:
-    """Relative squared error of the module's output against the parent's, over some sequences."""
+    """Return the squared error of a module's output, relative to the energy of the parent's.
+
+    Args:
+        attention: the module, on `device`.
+        record: the parent layer's inputs and outputs.
+        sequences: indices of the sequences to use, (n,).
+        device: where `attention` is.
+    """
     assert record.inputs is not None and record.outputs is not None
     lost = total = 0.0
     for batch in sequences.split(SEQUENCES_PER_STEP):
         wanted = record.outputs[batch].to(device)
-        lost += float((_apply(attention, record, record.inputs[batch].to(device)) - wanted).square().sum())
+        lost += float((apply_attention(attention, record, record.inputs[batch].to(device)) - wanted).square().sum())
         total += float(wanted.square().sum())
     return lost / total if total else 0.0
 
 
 def forecast_flops(parameters: int, heads: int, head_dim: int, length: int, steps: int) -> float:
-    """Floating-point operations of refitting one layer: 6 per weight and token, 6 per causal score and dim."""
+    """Return the floating-point operations of the regression of one layer.
+
+    Each step takes 6 per weight and token and 6 per causal score and head dim.
+    """
     tokens = SEQUENCES_PER_STEP * length
     return steps * tokens * (6.0 * parameters + 6.0 * heads * head_dim * length)
 
 
-def _sequences(record: LayerRecord, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inputs and outputs, on a GPU if there is plenty of room, and which sequences train and which only judge."""
+def split_sequences(record: LayerRecord, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Split the sequences of a record into those that train and those that only measure.
+
+    Args:
+        record: a layer's record with inputs and outputs.
+        device: where the layer is; inputs and outputs are moved there if it is a GPU with room to spare.
+
+    Returns:
+        Inputs and outputs, (sequences, length, D) each, the training indices and the held-back indices.
+
+    Raises:
+        ValueError: the record holds no inputs and outputs, or fewer than two sequences.
+    """
     if record.inputs is None or record.outputs is None or len(record.inputs) < 2:
         raise ValueError("a refit needs the inputs and outputs of two sequences or more")
     inputs, outputs, count = record.inputs, record.outputs, len(record.inputs)
@@ -223,17 +171,17 @@ def _sequences(record: LayerRecord, device: torch.device | str) -> tuple[Tensor,
 
 
 def _room(device: torch.device | str) -> int:
-    """Bytes that are free on a GPU, those among them that torch keeps of earlier work."""
+    """Return the free bytes of a GPU, with those that torch keeps cached."""
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
 
 
-def _sizes(weight: Tensor) -> Tensor:
-    """What steps are relative to: the root-mean-square of a weight's row times its column's, over the matrix's.
+def _step_scale(weight: Tensor) -> Tensor:
+    """Return the scale of each weight's steps: its row's root mean square times its column's, over the matrix's.
 
-    Rows and columns of one matrix may belong to different things: a latent and a rotary key, keys and values, loud
-    and quiet heads. With steps relative to the whole matrix the small ones are lost in the steps of the large ones:
-    an MLA layer got worse by being trained.
+    Rows and columns of one matrix may belong to different things: a latent and a rotary key, keys and values, heads
+    of high and of low norm. Steps relative to the whole matrix are too large for the small ones: they made an MLA
+    layer worse.
     """
     energy = weight.square()
     if weight.ndim < 2:
@@ -241,12 +189,8 @@ def _sizes(weight: Tensor) -> Tensor:
     return (energy.mean(1, keepdim=True) * energy.mean(0, keepdim=True) / energy.mean().clamp_min(TINY)).sqrt()
 
 
-def _transposed(projection: Any) -> bool:
-    """transformers' Conv1D (GPT-2) keeps its weight as (inputs, outputs)."""
-    return not isinstance(projection, nn.Linear)
-
-
-def _apply(attention: nn.Module, record: LayerRecord, inputs: Tensor) -> Tensor:
+def apply_attention(attention: nn.Module, record: LayerRecord, inputs: Tensor) -> Tensor:
+    """Return the output of an attention module for inputs of shape (sequences, length, D)."""
     output = attention(hidden_states=inputs, **record.arguments)
     return output[0] if isinstance(output, tuple) else output
 

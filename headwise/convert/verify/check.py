@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.convert.gqa.merge import merge
+from headwise.convert.gqa.merge import merge_heads
 from headwise.convert.verify import factored as verify_latent
 from headwise.convert.verify.verification import Verification
 from headwise.format import layout_names
@@ -215,7 +215,7 @@ def _layers_compute_their_weights(
     for layer in chosen:
         tensors = _layer_tensors(checkpoint, arch, layer)
         names = arch.tensor_names(checkpoint.config, layer)
-        weights, _ = merge(arch.read_layer(checkpoint.config, layer, {n: tensors[n] for n in names}), full)
+        weights, _ = merge_heads(arch.read_layer(checkpoint.config, layer, {n: tensors[n] for n in names}), full)
         wide = {**tensors, **arch.write_layer(lifted, layer, weights, torch.float64)}
         worst = max(
             worst, _difference(_attend(checkpoint.config, arch, layer, tensors), _attend(lifted, arch, layer, wide))

@@ -95,7 +95,7 @@ def against_parent(
             carried.apply(parent.read(carried.source), dtype), checkpoint.read(carried.name)
         ):
             return False, f"{carried.name} is not what the parent's {carried.source} becomes"
-    largest = [max(sizes) for sizes in zip(*map(latent.lift_shape, before), strict=True)]
+    largest = [max(sizes) for sizes in zip(*map(latent.exact_mla_shape, before), strict=True)]
     shape = model.layouts[0]
     if moved or (shape.kv_lora_rank or 0) < largest[0] or shape.rotary_dim < largest[1]:
         return True, "outside attention, every tensor is what the parent's becomes"
