@@ -139,20 +139,24 @@ def number(help: str, *, minimum: int = 1, default: int | None = None, **more: A
         return int(value)
 
     wanted = f"a whole number of at least {minimum}"
-    return declare(default, Setting(help, wanted=wanted, check=check, parse=int, metavar="N", **more))
+    more = {"parse": int, "metavar": "N"} | more
+    return declare(default, Setting(help, wanted=wanted, check=check, **more))
 
 
-def positive(help: str, *, metavar: str, **more: Any) -> Any:
-    """Declare a field that takes a finite number above 0."""
+def positive(
+    help: str, *, metavar: str = "NUMBER", default: float | None = None, zero: bool = False, **more: Any
+) -> Any:
+    """Declare a field that takes a finite number above 0 (or from 0, with `zero`)."""
 
     def check(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError
+        if not value and not zero:
             raise ValueError
         return float(value)
 
-    return declare(
-        None, Setting(help, wanted="a number above 0", check=check, parse=float, metavar=metavar, **more)
-    )
+    wanted = "a number of at least 0" if zero else "a number above 0"
+    return declare(default, Setting(help, wanted=wanted, check=check, parse=float, metavar=metavar, **more))
 
 
 def parse_fraction(word: str) -> float:
@@ -164,7 +168,9 @@ def parse_fraction(word: str) -> float:
     return float(word.removesuffix("%")) / (100 if word.endswith("%") else 1)
 
 
-def fraction(help: str, *, metavar: str = "FRACTION", zero: bool = False, **more: Any) -> Any:
+def fraction(
+    help: str, *, metavar: str = "FRACTION", default: float | None = None, zero: bool = False, **more: Any
+) -> Any:
     """Declare a field that takes a fraction above 0 (or from 0, with `zero`) and up to 1."""
 
     def check(value: Any) -> float:
@@ -175,7 +181,9 @@ def fraction(help: str, *, metavar: str = "FRACTION", zero: bool = False, **more
         return float(value)
 
     wanted = f"a fraction {'from' if zero else 'above'} 0 and up to 1 (100%), such as 0.125 or 12.5%"
-    return declare(None, Setting(help, wanted=wanted, check=check, parse=parse_fraction, metavar=metavar, **more))
+    return declare(
+        default, Setting(help, wanted=wanted, check=check, parse=parse_fraction, metavar=metavar, **more)
+    )
 
 
 def choice(help: str, choices: Sequence[str], *, default: str | None = None, metavar: str = "", **more: Any) -> Any:

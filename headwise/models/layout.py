@@ -55,6 +55,15 @@ class AttentionLayout:
             return self.kv_lora_rank + (self.qk_rope_head_dim or 0)
         return self.num_key_value_heads * (self.head_dim + self.v_head_dim)
 
+    def num_parameters(self, hidden_size: int) -> int:
+        """Return the number of weights in the query, key, value and output projections of this layer.
+
+        Args:
+            hidden_size: width of the residual stream.
+        """
+        queries_and_output = self.num_attention_heads * (self.head_dim + self.v_head_dim)
+        return (queries_and_output + self.cache_elements_per_token) * hidden_size
+
     def with_groups(self, num_key_value_heads: int) -> AttentionLayout:
         """The same layer with another number of key-value heads."""
         return replace(self, num_key_value_heads=num_key_value_heads)
