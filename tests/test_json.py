@@ -1,4 +1,4 @@
-"""docs/json.md and what --json prints say the same."""
+"""docs/reference/json.md and what --json prints say the same."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from headwise.recipes.run import Uptrained
 from headwise.records.push import Push
 from tests.convert.speaking import save_speaking
 
-PAGE = Path(__file__).parent.parent / "docs" / "json.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "json.md"
 TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
 
 

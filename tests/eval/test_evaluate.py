@@ -284,7 +284,7 @@ def test_the_documentation_names_every_key() -> None:
     assert set(keys(Evaluation)) | {"passed", "summary[]"} == documented
 
 
-DOCUMENTATION = Path(headwise.__file__).parents[1] / "docs" / "evaluation-json.md"
+DOCUMENTATION = Path(headwise.__file__).parents[1] / "docs" / "reference" / "evaluation-json.md"
 
 
 def keys(kind: Any, prefix: str = "") -> Any:

@@ -1,4 +1,4 @@
-"""Who computes: the rules of the table in docs/kernels.md."""
+"""Who computes: the rules of the table in docs/guide/kernels.md."""
 
 from __future__ import annotations
 
