@@ -68,7 +68,7 @@ def inspection(found: Inspection) -> None:
 def plan(planned: Plan) -> None:
     """What a conversion will do; nothing has been written."""
     copied, rewritten, dropped = (
-        sum(fate.fate == kind for fate in planned.fates) for kind in ("copy", "rewrite", "drop")
+        sum(action.action == kind for action in planned.actions) for kind in ("copy", "convert", "drop")
     )
     ui.say(f"Plan for {planned.model}", style="bold")
     ui.say()
@@ -83,11 +83,11 @@ def plan(planned: Plan) -> None:
     )
     ui.say()
     tensors: dict[tuple[Any, ...], list[str]] = {}
-    for fate in planned.fates:
-        pattern = re.sub(r"\.\d+(?=\.)", ".*", fate.name)
-        tensors.setdefault((pattern, fate.fate, _tensor(fate.before), _tensor(fate.after)), []).append(fate.name)
+    for action in planned.actions:
+        pattern = re.sub(r"\.\d+(?=\.)", ".*", action.name)
+        tensors.setdefault((pattern, action.action, _tensor(action.before), _tensor(action.after)), []).append(action.name)
     ui.table(
-        (">tensors", "name", "fate", "before", "after"),
+        (">tensors", "name", "action", "before", "after"),
         [(len(names), *key) for key, names in tensors.items()],
     )
     ui.say()

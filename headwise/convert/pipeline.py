@@ -24,8 +24,8 @@ from headwise.io.writer import Writer
 from headwise.models.architecture import find
 from headwise.models.stock_match import check_complete
 from headwise.progress import SILENT, Progress
-from headwise.records.card import make_card, make_record, source_name
-from headwise.records.manifest import hash_files
+from headwise.records.card import render_card
+from headwise.records.manifest import hash_files, make_manifest, source_name
 from headwise.records.push import Push, find_target, push_finished
 
 
@@ -221,7 +221,7 @@ def convert_model(
                 verification.append(found)
                 if not found.passed:
                     raise GateFailed(f"The result failed its verification: {found.failures}.")
-            record = make_record(
+            manifest = make_manifest(
                 plan,
                 checkpoint,
                 out=Path(out).name,
@@ -231,8 +231,8 @@ def convert_model(
                 device=where.type,
                 verification=verification[0].to_dict() if verification else None,
             )
-            writer.add_text("headwise.json", json.dumps(record, indent=2) + "\n")
-            writer.add_text("README.md", make_card(plan, record, checkpoint.folder / "README.md"))
+            writer.add_text("headwise.json", json.dumps(manifest, indent=2) + "\n")
+            writer.add_text("README.md", render_card(manifest, checkpoint.folder / "README.md"))
 
         writer.add_text("config.json", json.dumps(target.config, indent=2) + "\n")
         published = writer.publish(check)
@@ -251,7 +251,7 @@ def _carry_rest(checkpoint: Checkpoint, target: Target, writer: Writer, progress
         if tensor.source is not None:
             writer.copy(tensor.name, checkpoint)
         else:
-            writer.write(tensor.name, target.carry(tensor.name, checkpoint))
+            writer.write(tensor.name, target.transform_other(tensor.name, checkpoint))
         progress.advance(tensor.nbytes)
     for path in checkpoint.sidecars:
         writer.add_file(path, path.relative_to(checkpoint.folder).as_posix())

@@ -1,4 +1,4 @@
-"""What a conversion will do, decided from config and headers before any tensor is read."""
+"""Decide what a conversion does, from the config and the headers, before any tensor is read."""
 
 from __future__ import annotations
 
@@ -21,26 +21,46 @@ SAME_ARCHITECTURE = "every engine that loads the source: the architecture is the
 
 
 @dataclass(frozen=True)
-class Fate:
-    """What becomes of one tensor: "copy" (byte for byte), "rewrite" (computed) or "drop"."""
+class TensorAction:
+    """What the conversion does with one tensor.
+
+    Attributes:
+        name: of the output tensor, or of the dropped source tensor.
+        action: "copy" (byte for byte), "convert" (computed) or "drop".
+        before: dtype and shape in the source; None for a tensor that is new.
+        after: dtype and shape in the output; None for a dropped tensor.
+    """
 
     name: str
-    fate: str
+    action: str
     before: tuple[torch.dtype, tuple[int, ...]] | None
     after: tuple[torch.dtype, tuple[int, ...]] | None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion, decided: what `--dry-run` prints and `convert` executes.
+    """A decided conversion: `dry_run` returns it, the pipeline executes it.
 
     Attributes:
-        outputs: every tensor to write, in order; its `source` is the tensor it is copied from, or None.
-        fates: the same seen from both sides, the dropped source tensors at the end.
+        model: the source, as the user named it.
+        revision: the commit of a Hub repository; None for a local folder.
+        arguments: the settings in force, as headwise.json records them.
         config: the new config.json.
-        layouts_before, layouts_after: of every layer.
-        peak_memory, disk: forecasts, in bytes.
-        engines: what loads the result.
+        layouts_before: of every layer of the source.
+        layouts_after: of every layer of the output.
+        actions: what becomes of every tensor, dropped ones last.
+        outputs: every tensor to write, in order; its `source` is the tensor that it is a copy of, or None.
+        shards: the weight files.
+        cache_before: KV cache of the source.
+        cache_after: KV cache of the output.
+        bytes_before: weights of the source.
+        parameters_before: number of parameters of the source.
+        peak_memory: forecast in bytes.
+        sidecars: files copied beside the weights.
+        left_out: files of the source that are not copied.
+        engines: one line per engine: whether it loads the output, and why not.
+        warnings: lines that the user must not miss.
+        notes: lines about the decisions.
     """
 
     model: str
@@ -49,7 +69,7 @@ class Plan:
     config: dict[str, Any]
     layouts_before: tuple[AttentionLayout, ...]
     layouts_after: tuple[AttentionLayout, ...]
-    fates: tuple[Fate, ...]
+    actions: tuple[TensorAction, ...]
     outputs: tuple[OutputTensor, ...]
     shards: tuple[Shard, ...]
     cache_before: Cache
@@ -65,18 +85,22 @@ class Plan:
 
     @property
     def bytes_after(self) -> int:
+        """Bytes of the output's weights."""
         return sum(tensor.nbytes for tensor in self.outputs)
 
     @property
     def parameters_after(self) -> int:
+        """Number of parameters of the output."""
         return sum(math.prod(tensor.shape) for tensor in self.outputs)
 
     @property
     def disk(self) -> int:
+        """Bytes of the weight files, headers included."""
         return sum(shard.nbytes for shard in self.shards)
 
     def to_dict(self) -> dict[str, Any]:
-        hidden = ("config", "layouts_before", "layouts_after", "fates", "outputs", "shards")
+        """Return the plan as plain data."""
+        hidden = ("config", "layouts_before", "layouts_after", "actions", "outputs", "shards")
         return {
             **plain_fields(self, *hidden),
             "cache_before": asdict(self.cache_before),
@@ -89,8 +113,8 @@ class Plan:
                 for before, after in zip(self.layouts_before, self.layouts_after, strict=True)
             ],
             "tensors": [
-                {"name": f.name, "fate": f.fate, "before": _spell(f.before), "after": _spell(f.after)}
-                for f in self.fates
+                {"name": f.name, "action": f.action, "before": _spell(f.before), "after": _spell(f.after)}
+                for f in self.actions
             ],
             "shards": [{"file": s.file, "bytes": s.nbytes, "tensors": len(s.tensors)} for s in self.shards],
         }
@@ -104,11 +128,13 @@ def grouped_outputs(
     dtype: torch.dtype | None = None,
     computed: Collection[str] | None = None,
 ) -> list[OutputTensor]:
-    """The tensors of a conversion that keeps the architecture, in the source's order.
+    """Return the tensors of a conversion that keeps the architecture, in the source's order.
 
     Args:
+        checkpoint: the source.
+        arch: its row.
         config: the new config, which gives the attention tensors their shapes.
-        dtype: of all floating tensors; None keeps each as it is.
+        dtype: of all floating tensors; None keeps each tensor's own.
         computed: names that the conversion computes; None: all attention tensors.
     """
     layers = range(len(arch.layouts(config)))
@@ -138,13 +164,20 @@ def make_plan(
     warnings: Iterable[str] = (),
     notes: Iterable[str] = (),
 ) -> Plan:
-    """Put a decided conversion into a `Plan`.
+    """Return the plan of a decided conversion.
 
     Args:
+        checkpoint: the source.
+        arch: its row.
         outputs: every tensor to write (`grouped_outputs`, or an MLA conversion's own).
-        config, layouts: the new config, and the new layout of every layer.
-        arguments: what the user asked for, as it is to be shown and compared on `--resume`.
+        config: the new config.
+        layouts: the new layout of every layer.
+        arguments: the settings in force, which a resumed run has to repeat.
         peak_memory: forecast in bytes.
+        max_shard_size: the largest weight file.
+        engines: lines of the plan about engines.
+        warnings: lines that the user must not miss.
+        notes: lines about the decisions.
     """
     outputs = tuple(outputs)
     before = arch.layouts(checkpoint.config)
@@ -155,7 +188,7 @@ def make_plan(
         config=config,
         layouts_before=tuple(before),
         layouts_after=tuple(layouts),
-        fates=tuple(_fates(checkpoint, outputs)),
+        actions=tuple(_tensor_actions(checkpoint, outputs)),
         outputs=outputs,
         shards=tuple(plan_shards(outputs, max_shard_size)),
         cache_before=Cache.of(before, dtype_of(checkpoint.config)),
@@ -171,18 +204,18 @@ def make_plan(
     )
 
 
-def _fates(checkpoint: Checkpoint, outputs: Sequence[OutputTensor]) -> Iterator[Fate]:
+def _tensor_actions(checkpoint: Checkpoint, outputs: Sequence[OutputTensor]) -> Iterator[TensorAction]:
     def stored(name: str) -> tuple[torch.dtype, tuple[int, ...]] | None:
         entry = checkpoint.tensors.get(name)
         return (entry.dtype, entry.shape) if entry else None
 
     for tensor in outputs:
-        fate = "copy" if tensor.source else "rewrite"
-        yield Fate(tensor.name, fate, stored(tensor.source or tensor.name), (tensor.dtype, tensor.shape))
+        action = "copy" if tensor.source else "convert"
+        yield TensorAction(tensor.name, action, stored(tensor.source or tensor.name), (tensor.dtype, tensor.shape))
     kept = {tensor.source or tensor.name for tensor in outputs}
     for name in checkpoint.tensors:
         if name not in kept:
-            yield Fate(name, "drop", stored(name), None)
+            yield TensorAction(name, "drop", stored(name), None)
 
 
 def _spell(kind: tuple[torch.dtype, tuple[int, ...]] | None) -> dict[str, Any] | None:

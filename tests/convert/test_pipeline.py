@@ -128,9 +128,9 @@ def test_calibration_reads_a_text_file(model: Path, tmp_path: Path) -> None:
     """Both halves of the difference: calibrated and not, and one text and another."""
     other = tmp_path / "other.txt"
     other.write_text("0123456789 " * 400)
-    fates = {"none": {"calibrate": "none"}, "this": TEXT, "that": {**TEXT, "calibrate": str(other)}}
+    actions = {"none": {"calibrate": "none"}, "this": TEXT, "that": {**TEXT, "calibrate": str(other)}}
     found = {}
-    for name, options in fates.items():
+    for name, options in actions.items():
         convert_model(model, tmp_path / name, to="gqa", groups=2, refit="off", verify=False, **options)
         found[name] = tensors(tmp_path / name)["model.layers.0.self_attn.v_proj.weight"]
     assert not torch.equal(found["none"], found["this"]) and not torch.equal(found["this"], found["that"])
@@ -160,7 +160,7 @@ def test_a_model_without_tokenizer_can_only_go_without_text(tmp_path: Path) -> N
     silent = save_speaking(tmp_path / "model")
     for path in silent.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(HeadwiseError, match=r"no tokenizer.*--calibrate none"):
+    with pytest.raises(HeadwiseError, match=r"no tokenizer.*`calibrate` none"):
         convert_model(silent, tmp_path / "out", to="mqa", **TEXT)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     convert_model(silent, tmp_path / "out", to="mqa", **QUICK)
@@ -363,8 +363,8 @@ def test_a_dry_run_writes_nothing_and_says_what_will_be_done(model: Path, tmp_pa
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")}
     assert {shard.file: shard.nbytes for shard in plan.shards} == sizes
     before = tensors(model)
-    for fate in plan.fates:
-        assert (fate.fate == "copy") == torch.equal(written[fate.name].flatten(), before[fate.name].flatten())
+    for action in plan.actions:
+        assert (action.action == "copy") == torch.equal(written[action.name].flatten(), before[action.name].flatten())
 
 
 def test_the_config_is_read_alike_in_both_spellings(model: Path, tmp_path: Path) -> None:

@@ -122,8 +122,8 @@ def test_plan_says_what_the_stock_class_would_hold(model, groups):
     plan = plan_for(model, groups)
     stock = LlamaForCausalLM(LlamaConfig(**plan.config)).state_dict()
     assert {t.name: t.shape for t in plan.outputs} == {name: tuple(t.shape) for name, t in stock.items()}
-    fates = {fate.name: fate.fate for fate in plan.fates}
-    assert {n for n, fate in fates.items() if fate == "rewrite"} == {n for n in stock if "self_attn" in n}
+    actions = {action.name: action.action for action in plan.actions}
+    assert {n for n, action in actions.items() if action == "convert"} == {n for n in stock if "self_attn" in n}
     assert plan.bytes_before - plan.bytes_after == 3 * 2 * 32 * 4 * (8 - groups) * 2
     assert plan.parameters_after == sum(t.numel() for t in stock.values())
     assert plan.cache_before.bytes_per_token * groups == plan.cache_after.bytes_per_token * 8
@@ -136,12 +136,12 @@ def test_plan_says_what_the_stock_class_would_hold(model, groups):
 def test_only_what_is_computed_is_rewritten(model):
     keys = {f"model.layers.{n}.self_attn.k_proj.weight" for n in range(3)}
     plan = plan_for(model, 8, computed=keys)
-    assert {fate.name for fate in plan.fates if fate.fate == "rewrite"} == keys
+    assert {action.name for action in plan.actions if action.action == "convert"} == keys
 
 
 def test_another_dtype_rewrites_everything(model):
     plan = plan_for(model, 8, dtype=torch.float32)
-    assert {fate.fate for fate in plan.fates} == {"rewrite"}
+    assert {action.action for action in plan.actions} == {"convert"}
     assert plan.bytes_after == 2 * plan.bytes_before
 
 
@@ -153,7 +153,7 @@ def test_buffers_that_nobody_reads_are_dropped(model, tmp_path):
     save_file(tensors | {buffer: torch.ones(2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
     plan = plan_for(tmp_path, 4)
-    assert {fate.name for fate in plan.fates if fate.fate == "drop"} == {buffer}
+    assert {action.name for action in plan.actions if action.action == "drop"} == {buffer}
     assert buffer not in {tensor.name for tensor in plan.outputs}
 
 

@@ -1,0 +1,55 @@
+"""headwise.json: what it holds and what it leaves out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+from headwise.io.reader import open_checkpoint
+from headwise.records.manifest import command_of, make_manifest
+from tests.convert.test_plan import model, plan_for
+
+__all__ = ["model"]
+
+LAYERS = {
+    0: {"key_error": 0.1, "value_error": 0.5, "refit": {"before": 0.5, "after": 0.1, "steps": 30}},
+    1: {"key_error": 0.4, "value_error": 0.2, "groups": [[0, 1]]},
+}
+PASSED = {"passed": True, "checks": [{"name": "logits", "passed": True, "detail": "equal to 1e-7"}]}
+
+
+def record_of(model, layers=LAYERS, plan=None, **options):
+    hashes = {"b": "22", "a": "11"}
+    return make_manifest(
+        plan or plan_for(model, 4),
+        open_checkpoint(model),
+        out="out",
+        hashes=hashes,
+        files={},
+        layers=layers,
+        device="cpu",
+        **options,
+    )
+
+
+def test_record_holds_what_is_needed_to_repeat_the_conversion(model):
+    record = record_of(model, verification=PASSED)
+    assert json.loads(json.dumps(record)) == record
+    assert list(record["sha256"]) == ["a", "b"] and record["layers"]["1"]["groups"] == [[0, 1]]
+    assert record["source"]["files"].keys() == {path.name for path in model.glob("*.safetensors")}
+    assert record["cache"]["before"]["bytes_per_token"] == 2 * record["cache"]["after"]["bytes_per_token"]
+    assert str(model.parent) not in json.dumps(record), "where a user keeps files is not published"
+
+
+def test_the_command_repeats_every_decision(model):
+    plan = replace(plan_for(model, 4), model="org/name", revision="c0ffee")
+    assert (
+        command_of(plan, "a folder")
+        == "headwise convert org/name@c0ffee 'a folder' --to gqa --groups 4 --calibrate none"
+    )
+    measured = {"text": "builtin", "sequences": 8, "length": 512, "steps": 0, "seed": 3, "keep": None}
+    arguments = {"to": "mla", "rank": 16, "exact": True, "calibration": measured, "seed": 3}
+    assert command_of(replace(plan, arguments=arguments), "out", verified=False) == (
+        "headwise convert org/name@c0ffee out --to mla --rank 16 --exact --seed 3 "
+        "--calibrate builtin --calibration-tokens 4096 --refit off --no-verify"
+    )
