@@ -59,7 +59,7 @@ def inspect(**options: Any) -> None:
     if plot and "context" not in options:
         raise click.UsageError("--plot draws what --context N computes: give both.")
     found = inspect_model(**options)
-    show.inspection(found)
+    show.render_inspection(found)
     if plot:
         from headwise.eval.report.plots import draw_reach
 
@@ -86,7 +86,7 @@ def convert(**options: Any) -> None:
 
     with ui.progress() as progress:
         outcome: Any = convert_model(**options, progress=progress)
-    (show.plan if "dry_run" in options else show.outcome)(outcome)
+    (show.render_plan if "dry_run" in options else show.render_outcome)(outcome)
     ui.result(outcome)
 
 
@@ -108,7 +108,7 @@ def verify(**options: Any) -> None:
 
     with ui.progress() as progress:
         verification = verify_model(**options, progress=progress)
-    show.verification(verification)
+    show.render_verification(verification)
     ui.result(verification)
     if not verification.passed:
         raise GateFailed(f"{options['out']} failed its checks.")
@@ -132,7 +132,7 @@ def uptrain(**options: Any) -> None:
     with ui.progress() as progress:
         healed = uptrain_model(**options, command=shlex.join(["headwise", *sys.argv[1:]]), progress=progress)
     if healed is not None:
-        show.uptrained(healed)
+        show.render_uptrained(healed)
         ui.result(healed)
 
 
@@ -153,7 +153,7 @@ def evaluate(**options: Any) -> None:
         found = evaluate_model(options.pop("out"), options.pop("baseline", None), **options, progress=progress)
     if found is None:  # one of several processes, and not the one with the results
         return
-    show.evaluation(found)
+    show.render_evaluation(found)
     ui.result(found)
     if "fail_above" in options and not found.passed:
         failed = [gate.name for gate in found.gates if not gate.passed]
@@ -187,7 +187,7 @@ def bench(**options: Any) -> None:
         options["dtype"] = getattr(torch, options["dtype"])
     with ui.progress() as progress:
         measured = bench_model(options.pop("out"), options.pop("baseline"), **options, progress=progress)
-    show.bench(measured)
+    show.render_bench(measured)
     ui.result(measured)
 
 
@@ -242,7 +242,7 @@ def push(**options: Any) -> None:
 
     with ui.progress() as progress:
         pushed = push_model(**options, progress=progress)
-    show.push(pushed)
+    show.render_push(pushed)
     ui.result(pushed)
 
 
@@ -260,7 +260,7 @@ def demo(**options: Any) -> None:
 
     with ui.progress() as progress:
         outcome = demo(**options, progress=progress)
-    show.demo(outcome)
+    show.render_demo(outcome)
     ui.result(outcome)
 
 
@@ -318,7 +318,8 @@ def _recipe(name: str, evaluation: bool) -> tuple[Path, Any]:
     from headwise.eval import settings as measuring
     from headwise.recipes import settings as training
 
-    kind: Any = measuring if evaluation or measuring.is_evaluation(name) else training
+    trained = not Path(name).is_file() and (training.LIBRARY / f"{name}.yaml").is_file()
+    kind: Any = measuring if evaluation or (not trained and measuring.is_evaluation(name)) else training
     return kind.find(name), kind.load(name)
 
 

@@ -49,7 +49,7 @@ class Method:
 
 
 _METHODS = "headwise.convert.gqa.methods"
-_MERGE = "headwise.convert.gqa.merge"
+_POOLING = "headwise.convert.gqa.pooling"
 _GROUPING = "headwise.convert.gqa.grouping"
 _LATENT = "headwise.convert.mla.latent"
 _ROPE = "headwise.models.rope"
@@ -77,11 +77,11 @@ METHODS: tuple[Method, ...] = (
         "mean",
         "mean pooling",
         "Average the heads of a group.",
-        f"{_MERGE}:pool",
+        f"{_POOLING}:mean_head",
         "Ainslie et al. 2023, arXiv 2305.13245",
     ),
-    Method("merge", "first", "first head", "Take the first head of a group.", f"{_MERGE}:pool"),
-    Method("merge", "random", "random head", "Take any head of a group.", f"{_MERGE}:pool"),
+    Method("merge", "first", "first head", "Take the first head of a group.", f"{_POOLING}:first_head"),
+    Method("merge", "random", "random head", "Take any head of a group.", f"{_POOLING}:random_head"),
     Method(
         "latent",
         "optimal",
@@ -121,7 +121,7 @@ METHODS: tuple[Method, ...] = (
         "optimal",
         "least residual energy",
         "Search the equal-sized groups that lose least.",
-        f"{_GROUPING}:choose_groups",
+        f"{_GROUPING}:optimal_groups",
         needs=("moments",),
     ),
     Method(
@@ -129,7 +129,7 @@ METHODS: tuple[Method, ...] = (
         "contiguous",
         "neighbouring heads",
         "Heads that follow one another share, as the published methods have it.",
-        f"{_MERGE}:neighbours",
+        f"{_GROUPING}:contiguous_groups",
         "Ainslie et al. 2023, arXiv 2305.13245",
     ),
     Method("rope", "base", "given base", "Take the base of rope_theta.", f"{_ROPE}:rescale"),
@@ -171,14 +171,14 @@ METHODS: tuple[Method, ...] = (
 _TABLE = {(method.kind, method.name): method for method in METHODS}
 
 
-def names(kind: Kind) -> tuple[str, ...]:
+def method_names(kind: Kind) -> tuple[str, ...]:
     """Return the names of all methods of a kind, in the order of their entries."""
     if kind not in get_args(Kind):
         raise ValueError(f"no kind of method is named {kind!r}: {', '.join(get_args(Kind))}")
     return tuple(method.name for method in METHODS if method.kind == kind)
 
 
-def find(kind: Kind, name: str, *, field: str = "method") -> Method:
+def find_method(kind: Kind, name: str, *, field: str = "method") -> Method:
     """Return one method by its name.
 
     Args:
@@ -189,7 +189,7 @@ def find(kind: Kind, name: str, *, field: str = "method") -> Method:
     Raises:
         SettingError: there is no such method; the nearest name is suggested.
     """
-    legal = names(kind)
+    legal = method_names(kind)
     if name not in legal:
         close = get_close_matches(str(name), legal, 1)
         hint = f"Did you mean {close[0]!r}?" if close else None

@@ -63,7 +63,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     for verb in ("convert.pipeline.convert_model", "convert.verify.check.verify_model"):
         module, function = f"headwise.{verb}".rsplit(".", 1)
         monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{function: stand_in}))  # type: ignore[misc]
-    for kind in ("plan", "outcome", "verification"):
+    for kind in ("render_plan", "render_outcome", "render_verification"):
         monkeypatch.setattr(show, kind, lambda _: None, raising=False)
     return heard
 

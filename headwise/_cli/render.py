@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from headwise.records.push import Push
 
 
-def inspection(found: Inspection) -> None:
+def render_inspection(found: Inspection) -> None:
     """A model's attention, its cache, and what it can become."""
     about = [found.model_type, dtype_name(found.dtype)]
     if found.parameters:
@@ -65,7 +65,7 @@ def inspection(found: Inspection) -> None:
             ui.say(line)
 
 
-def plan(planned: Plan) -> None:
+def render_plan(planned: Plan) -> None:
     """What a conversion will do; nothing has been written."""
     copied, rewritten, dropped = (
         sum(action.action == kind for action in planned.actions) for kind in ("copy", "convert", "drop")
@@ -107,7 +107,7 @@ def plan(planned: Plan) -> None:
         ui.warn(warning)
 
 
-def outcome(done: ConvertResult) -> None:
+def render_outcome(done: ConvertResult) -> None:
     """A finished conversion, in a few lines for whoever watched; --verbose adds the layers."""
     planned = done.plan
     before, after = planned.cache_before.bytes_per_token, planned.cache_after.bytes_per_token
@@ -127,7 +127,7 @@ def outcome(done: ConvertResult) -> None:
         ui.note(f"Pushed it to {done.pushed.repo}: {done.pushed.url}")
 
 
-def push(pushed: Push) -> None:
+def render_push(pushed: Push) -> None:
     """What went to the Hub, or would go."""
     where = f"{pushed.repo}@{pushed.revision}" if pushed.revision else pushed.repo
     state = "private" if pushed.private else "public"
@@ -146,7 +146,7 @@ def push(pushed: Push) -> None:
         ui.warn("The folder is not verified.")
 
 
-def verification(checked: Verification) -> None:
+def render_verification(checked: Verification) -> None:
     """Every check with its outcome."""
     ui.table(
         ("check", "", "detail"),
@@ -154,7 +154,7 @@ def verification(checked: Verification) -> None:
     )
 
 
-def bench(measured: Bench) -> None:
+def render_bench(measured: Bench) -> None:
     """Parent and child side by side."""
     rows = [
         (
@@ -176,7 +176,7 @@ def bench(measured: Bench) -> None:
     ui.say(f"{measured.speedup:.2f} times the parent's tokens per second, {where}, on {measured.device}.")
 
 
-def evaluation(found: Evaluation) -> None:
+def render_evaluation(found: Evaluation) -> None:
     """The verdict, the figures behind it, and where the report is."""
     from headwise.eval import verdict
     from headwise.eval.report import tables
@@ -203,7 +203,7 @@ def evaluation(found: Evaluation) -> None:
         ui.detail(f"layer {layer.layer}: hidden {layer.hidden:.4f}, attention {layer.attention:.4f}")
 
 
-def uptrained(healed: Uptrained) -> None:
+def render_uptrained(healed: Uptrained) -> None:
     """What a training run did to the loss."""
     rows = [("before", healed.before), ("after", healed.after), ("parent", healed.parent)]
     ui.table(
@@ -221,7 +221,7 @@ def uptrained(healed: Uptrained) -> None:
     ui.note(f"Wrote {healed.out}.")
 
 
-def demo(measured: Demo) -> None:
+def render_demo(measured: Demo) -> None:
     """Every model of the demo against the parent."""
     parent = measured.parent
     ui.table(

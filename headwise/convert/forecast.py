@@ -5,7 +5,6 @@ The same command on the same kind of machine makes the same choice.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from headwise.convert.calibration.attention_stats import NUM_ATTENTION_QUERIES
 from headwise.convert.calibration.layer_stream import TOKENS_AT_ONCE
 from headwise.convert.refit.output_projection import FOLDS
 from headwise.convert.refit.regression import DEFAULT_STEPS, SEQUENCES_PER_STEP, forecast_flops
+from headwise.environment import free_memory
 from headwise.errors import HeadwiseError
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import Architecture
@@ -68,7 +68,7 @@ def refit_seconds(
     for i, layout in enumerate(target.layouts):
         if target.converted_names(i):
             flops += forecast_flops(
-                attention_parameters(layout, width),
+                layout.num_parameters(width),
                 layout.num_attention_heads,
                 layout.head_dim,
                 length,
@@ -78,7 +78,7 @@ def refit_seconds(
     return flops / rate
 
 
-def check_memory(nbytes: int, device: torch.device) -> None:
+def require_free_memory(nbytes: int, device: torch.device) -> None:
     """Raise HeadwiseError unless a conversion whose peak is forecast as `nbytes` fits into the memory that is free.
 
     Where the system does not say how much that is, and on other devices than the CPU, nothing is checked.
@@ -91,26 +91,6 @@ def check_memory(nbytes: int, device: torch.device) -> None:
             "Read less text (`calibration_tokens`) or none (`calibrate` none), ask for a smaller `rank` of MLA, or "
             "merge with `method` mean, which needs the least.",
         )
-
-
-def free_memory() -> int | None:
-    """Bytes of memory that may still be used, within the limits of a container; None where nobody says."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        known = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-        group = Path("/sys/fs/cgroup")
-        if (group / "memory.max").exists() and (most := (group / "memory.max").read_text().strip()) != "max":
-            known.append(int(most) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        return None
-    return max(0, min(known)) if known else None
-
-
-def attention_parameters(layout: Any, hidden_size: int) -> int:
-    """Return the number of weights of queries, keys, values and output of a layer."""
-    heads = layout.num_attention_heads
-    outer = heads * (layout.head_dim + layout.v_head_dim) * hidden_size
-    return outer + layout.cache_elements_per_token * hidden_size
 
 
 def peak_memory(checkpoint: Checkpoint, arch: Architecture, target: Any, calibration: Any) -> int:
@@ -130,11 +110,11 @@ def peak_memory(checkpoint: Checkpoint, arch: Architecture, target: Any, calibra
         carried = (tensor.name for tensor in target.outputs if tensor.source is None)
         return RESTING_BYTES + 3 * max((checkpoint.tensors[name].nbytes for name in carried), default=0)
     layouts = [target.layouts[i] for i in computed]
-    attention = 8 * max(attention_parameters(before[i], width) for i in computed)
+    attention = 8 * max(before[i].num_parameters(width) for i in computed)
     search = 0
     if any(layout.kv_lora_rank is not None for layout in layouts):
         # An MLA layer may be larger than its source layer, and both are in memory.
-        attention += 8 * max(attention_parameters(layout, width) for layout in layouts)
+        attention += 8 * max(layout.num_parameters(width) for layout in layouts)
         if not target.exact:
             # Complex matrices of its features: terms of a sum, and a factorisation.
             search = int(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from headwise.convert.positions.rope_range import Reach, reach
+from headwise.convert.positions.rope_range import RopeRange, rope_ranges
 from headwise.errors import HeadwiseError
 from headwise.format import plain_fields
 from headwise.io import hub
@@ -33,7 +33,7 @@ LATENTS = ((256, 64), (448, 64), (512, 64))
 
 
 @dataclass(frozen=True)
-class Option:
+class ReachableLayout:
     """One thing a model can become; `saved` is the share of the cache at the longest of `CONTEXTS`."""
 
     to: str
@@ -60,9 +60,9 @@ class Inspection:
     parameters_from: str | None
     layouts: tuple[AttentionLayout, ...]
     cache: Cache
-    options: tuple[Option, ...]
+    options: tuple[ReachableLayout, ...]
     mla: str | None
-    reach: tuple[Reach, ...] = ()
+    rope_ranges: tuple[RopeRange, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -119,24 +119,24 @@ def inspect_model(
         cache=cache,
         options=tuple(_options(layouts, arch.legal_groups(config), cache, dtype, mla is None)),
         mla=mla,
-        reach=tuple(reach(config, arch, context)) if context else (),
+        reach=tuple(rope_ranges(config, arch, context)) if context else (),
     )
 
 
 def _options(
     layouts: Sequence[AttentionLayout], legal: Sequence[int], cache: Cache, dtype: torch.dtype, mla: bool
-) -> Iterator[Option]:
+) -> Iterator[ReachableLayout]:
     for groups in legal:
         new = [layout.with_groups(groups) for layout in layouts]
         if new != list(layouts):
             after = Cache.of(new, dtype)
-            yield Option(new[0].kind, groups, None, None, after, _saved(cache, after))
+            yield ReachableLayout(new[0].kind, groups, None, None, after, _saved(cache, after))
     for rank, rope in LATENTS if mla else ():
         # The stock MLA class has no windows.
         new = [replace(x, kv_lora_rank=rank, qk_rope_head_dim=rope, sliding_window=None) for x in layouts]
         after = Cache.of(new, dtype)
         if after.bytes_per_token < cache.bytes_per_token:
-            yield Option("mla", None, rank, rope, after, _saved(cache, after))
+            yield ReachableLayout("mla", None, rank, rope, after, _saved(cache, after))
 
 
 def _saved(before: Cache, after: Cache) -> float:

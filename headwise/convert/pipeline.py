@@ -26,7 +26,7 @@ from headwise.models.stock_match import check_complete
 from headwise.progress import SILENT, Progress
 from headwise.records.card import render_card
 from headwise.records.manifest import hash_files, make_manifest, source_name
-from headwise.records.push import Push, find_target, push_finished
+from headwise.records.push import Push, check_repository, push_converted
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def convert_model(
         notes=[*target.notes, *measure.plan_notes(target, calibration, settings)],
     )
     if settings.push_to_hub:  # what would stop the push at the end stops the conversion before it begins
-        find_target(
+        check_repository(
             settings.push_to_hub,
             source_name(plan),
             private=settings.private,
@@ -185,7 +185,7 @@ def convert_model(
         )
     if settings.dry_run:
         return plan
-    forecast.check_memory(plan.peak_memory, where)
+    forecast.require_free_memory(plan.peak_memory, where)
 
     identity = {
         "source": checkpoint.fingerprint(),
@@ -238,7 +238,7 @@ def convert_model(
         published = writer.publish(check)
     pushed = None
     if settings.push_to_hub:
-        pushed = push_finished(published, settings.push_to_hub, settings.private, token, progress)
+        pushed = push_converted(published, settings.push_to_hub, settings.private, token, progress)
     progress.finish()
     return ConvertResult(published, plan, layers, verification[0] if verification else None, pushed)
 

@@ -19,7 +19,7 @@ from headwise.format import parse_bytes
 
 LAYOUTS = ("gqa", "mqa", "mha", "mla")
 MERGED, LOSSY = ("gqa", "mqa"), ("gqa", "mqa", "mla")
-ROPE_RULES = ("auto", *registry.names("rope"))
+ROPE_RULES = ("auto", *registry.method_names("rope"))
 DTYPES = ("bfloat16", "float16", "float32")
 SHARD_SIZE = "5GB"
 
@@ -44,7 +44,7 @@ def methods_of(to: str | None) -> tuple[str, ...]:
     """Return the names of the methods that can make a layout; none for a layout that is made exactly."""
     if to not in LOSSY:
         return ()
-    return registry.names("latent" if to == "mla" else "merge")
+    return registry.method_names("latent" if to == "mla" else "merge")
 
 
 def _check_refit(value: Any) -> str | int:
@@ -88,15 +88,15 @@ class ConvertSettings:
         "KV heads afterwards (GQA-8 has 8).", section="Attention", acts_with=("gqa",)
     )
     method: str | None = fields.choice(
-        f"How: {', '.join(registry.names('merge'))}; for mla: {', '.join(registry.names('latent'))} [optimal].",
-        (*registry.names("merge"), *registry.names("latent")),
+        f"How: {', '.join(registry.method_names('merge'))}; for mla: {', '.join(registry.method_names('latent'))} [optimal].",
+        (*registry.method_names("merge"), *registry.method_names("latent")),
         metavar="METHOD",
         section="Attention",
         acts_with=LOSSY,
     )
     grouping: str | None = fields.choice(
         "Which heads share [optimal; contiguous for the published methods].",
-        registry.names("grouping"),
+        registry.method_names("grouping"),
         section="Attention",
         acts_with=MERGED,
     )

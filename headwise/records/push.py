@@ -96,7 +96,7 @@ def push_model(
     doubt = _doubt(home, record, progress)
     if doubt and not unverified:
         raise HeadwiseError(f"{home} {doubt}.", "Convert it again, or pass --unverified to push it as it is.")
-    target = find_target(
+    target = check_repository(
         repo,
         str(record["source"]["model"]),
         revision=revision,
@@ -119,7 +119,7 @@ def push_model(
     return planned if dry_run else _upload(planned, target, create_pr, doubt, token, progress)
 
 
-def push_finished(folder: Path, repo: str, private: bool, token: str | None, progress: Progress) -> Push:
+def push_converted(folder: Path, repo: str, private: bool, token: str | None, progress: Progress) -> Push:
     """`push` at the end of a conversion; a failure says that the folder itself is complete."""
     try:
         return push_model(folder, repo, private=private, token=token, progress=progress)
@@ -129,7 +129,7 @@ def push_finished(folder: Path, repo: str, private: bool, token: str | None, pro
 
 
 @dataclass(frozen=True)
-class Target:
+class HubRepository:
     """A repository before the push. `private`: what it is or will be; `new_branch`: `revision` is not there yet;
     `head`: the commit that the new one will follow."""
 
@@ -142,7 +142,7 @@ class Target:
     head: str | None = None
 
 
-def find_target(
+def check_repository(
     repo: str,
     model: str,
     *,
@@ -152,7 +152,7 @@ def find_target(
     force: bool = False,
     token: str | None = None,
     need_token: bool = True,
-) -> Target:
+) -> HubRepository:
     """Look at a repository without changing it, and make sure that a push may go there.
 
     Args:
@@ -181,7 +181,7 @@ def find_target(
         except errors.GatedRepoError:
             raise
         except errors.RepositoryNotFoundError:
-            return Target(repo, revision, exists=False, private=private, new_branch=bool(revision), files=())
+            return HubRepository(repo, revision, exists=False, private=private, new_branch=bool(revision), files=())
         if private and not info.private:
             raise HeadwiseError(f"{repo} exists and is public.", "Name a new repository, or leave out --private.")
         new_branch, head = False, info.sha
@@ -198,7 +198,7 @@ def find_target(
                 f"{repo}{f'@{at}' if at else ''} holds {what}.",
                 "Name another repository or --revision, propose it with --create-pr, or replace it with --force.",
             )
-        return Target(repo, revision, True, bool(info.private), new_branch, files, head)
+        return HubRepository(repo, revision, True, bool(info.private), new_branch, files, head)
 
 
 def files_to_push(folder: Path) -> dict[str, int]:
@@ -247,7 +247,7 @@ def _is_other(repo: str, revision: str | None, token: str | None, files: Sequenc
 
 
 def _upload(
-    planned: Push, target: Target, create_pr: bool, doubt: str, token: str | None, progress: Progress
+    planned: Push, target: HubRepository, create_pr: bool, doubt: str, token: str | None, progress: Progress
 ) -> Push:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 

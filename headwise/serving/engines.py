@@ -18,7 +18,7 @@ SEVERITY = ("no", "wrong", "unread")
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineVerdict:
     """One line of the plan's table.
 
     `loads`: "yes"; "no": it stops with an error; "wrong": it loads and computes another function; "unread": its
@@ -36,7 +36,7 @@ def _table() -> dict[str, Any]:
     return yaml.safe_load(resources.files(__package__).joinpath("engines.yaml").read_text("utf-8"))
 
 
-def facts(config: Mapping[str, Any]) -> dict[str, Any]:
+def engine_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the rules look at, of a DeepseekV3 `config.json`."""
     direct = config.get("q_lora_rank") is None
     return {
@@ -51,25 +51,25 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def engines(config: Mapping[str, Any]) -> list[Engine]:
+def engine_verdicts(config: Mapping[str, Any]) -> list[EngineVerdict]:
     """Every engine of the table and whether it loads this config."""
-    known = facts(config)
+    known = engine_facts(config)
     found = []
     for engine in _table()["engines"]:
         broken = [rule for rule in engine["rules"] if known[rule["fact"]] not in rule["allowed"]]
         broken.sort(key=lambda rule: SEVERITY.index(rule["otherwise"]))
         reason = "; ".join(f"{rule['fact']} is {known[rule['fact']]}: {rule['reason']}" for rule in broken)
-        found.append(Engine(engine["name"], broken[0]["otherwise"] if broken else "yes", reason, engine["read"]))
+        found.append(EngineVerdict(engine["name"], broken[0]["otherwise"] if broken else "yes", reason, engine["read"]))
     return found
 
 
-def nearest_cache(cache: int) -> int:
+def nearest_cache_row(cache: int) -> int:
     """The cache row nearest to `cache` that MLA engines accept, or `cache` made even if none is near."""
     nearest = min(_table()["cache_rows"], key=lambda row: abs(row - cache))
     return nearest if abs(nearest - cache) <= NEAR * cache else cache // 2 * 2
 
 
-def splits(cache: int, rotary_dim: int, num_key_value_heads: int) -> list[tuple[int, int]]:
+def rank_splits(cache: int, rotary_dim: int, num_key_value_heads: int) -> list[tuple[int, int]]:
     """(rank, rope_dim) pairs worth trying for a cache: rope dims from a quarter of the source's to twice it."""
     dims = {max(rotary_dim * quarters // 8 * 2, 2) for quarters in (1, 2, 3, 4, 6, 8)}
     limit = min(rotary_dim * num_key_value_heads, cache // 2)

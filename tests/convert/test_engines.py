@@ -21,7 +21,7 @@ GOOD = dict(
 
 
 def answers(**changes):
-    return {engine.name: engine for engine in engines.engines({**GOOD, **changes})}
+    return {engine.name: engine for engine in engines.engine_verdicts({**GOOD, **changes})}
 
 
 def test_deepseeks_own_shape_loads_everywhere():
@@ -62,7 +62,7 @@ def test_rules(changes, engine, loads, word):
 
 
 def test_every_rule_is_well_formed():
-    known = engines.facts(GOOD)
+    known = engines.engine_facts(GOOD)
     for engine in engines._table()["engines"]:
         assert engine["read"]
         for rule in engine["rules"]:
@@ -74,11 +74,11 @@ def test_every_rule_is_well_formed():
     ("cache", "row"), [(300, 320), (512, 512), (550, 576), (640, 576), (64, 64), (129, 128), (1025, 1024)]
 )
 def test_nearest_cache(cache, row):
-    assert engines.nearest_cache(cache) == row
+    assert engines.nearest_cache_row(cache) == row
 
 
 def test_splits_fill_the_cache_with_legal_pairs():
-    pairs = engines.splits(160, 32, 8)
+    pairs = engines.rank_splits(160, 32, 8)
     assert (128, 32) in pairs and (96, 64) in pairs
     assert all(rank + rope == 160 and rope % 2 == 0 and rank > 0 for rank, rope in pairs)
-    assert all(rope <= 8 for _, rope in engines.splits(64, 8, 1))
+    assert all(rope <= 8 for _, rope in engines.rank_splits(64, 8, 1))

@@ -167,7 +167,7 @@ WRONG: dict[str, list[Any]] = {
 RIGHT: dict[str, list[Any]] = {
     "to": ["gqa", "mqa", "mha", "mla"],
     "groups": [1, 2],
-    "method": [*registry.names("merge"), *registry.names("latent")],
+    "method": [*registry.method_names("merge"), *registry.method_names("latent")],
     "grouping": ["optimal", "contiguous"],
     "rank": [4],
     "rope_dim": [4],
@@ -181,7 +181,7 @@ RIGHT: dict[str, list[Any]] = {
     "moments": ["folder"],
     "refit": ["auto", "off", 5],
     "context": [4096],
-    "rope": ["auto", *registry.names("rope")],
+    "rope": ["auto", *registry.method_names("rope")],
     "rope_theta": [1e6],
     "sliding_window": [0, 16],
     "window_layers": ["all", "alternate", "0,2-3"],

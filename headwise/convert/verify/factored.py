@@ -24,7 +24,7 @@ TOLERANCE = 1e-5
 EXACT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
-def evaluate(weights: LatentWeights, x: Tensor, o_bias: Tensor | None = None) -> Tensor:
+def latent_attention(weights: LatentWeights, x: Tensor, o_bias: Tensor | None = None) -> Tensor:
     """Causal attention of an MLA layer, written out: (batch, tokens, D) float64 -> the same shape."""
     inputs = x
     if weights.kv_down.shape[1] > x.shape[-1]:
@@ -56,7 +56,7 @@ def layers_compute_their_factors(
         path = f"{LAYERS.format(layer=layer)}.{ATTENTION}"
         x, said = attend(model.config, model, path, layer, model.tensors(checkpoint, layer), tokens)
         weights, o_bias = model.weights(checkpoint, layer)
-        worst = max(worst, _difference(said, evaluate(weights, x, o_bias)))
+        worst = max(worst, _difference(said, latent_attention(weights, x, o_bias)))
     which = ", ".join(map(str, chosen))
     return (
         worst < TOLERANCE,
@@ -106,7 +106,7 @@ def against_parent(
         tensors = {n: parent.read(n) for n in parent.tensors if n.startswith(prefix)}
         x, wanted = attend(parent.config, arch, path, layer, tensors, tokens)
         weights, o_bias = model.weights(checkpoint, layer)
-        ours = evaluate(weights, x, o_bias) / rule.factors["residual"]
+        ours = latent_attention(weights, x, o_bias) / rule.factors["residual"]
         worst = max(worst, _difference(ours, wanted))
     limit = EXACT_TOLERANCE.get(dtype, 3e-2)
     return worst < limit, f"exact: attention of the chosen layers within {worst:.1e} of the parent's"
