@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # Queries per sequence, evenly spread, that are measured. Both moments come from the same queries, so their
-# difference, a variance over queries, is positive semidefinite (docs/decisions/037).
+# difference, a variance over queries, is positive semidefinite (docs/decisions/0013).
 NUM_ATTENTION_QUERIES = 64
 
 

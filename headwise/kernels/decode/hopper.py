@@ -1,7 +1,7 @@
 """The decode kernel for Hopper: the same function as `portable.attend`, with its warps in two trades.
 
 Four warps do nothing but copy keys into a ring of shared-memory tiles; one or two groups of four warps compute.
-In one trade the same arithmetic is up to 14% slower (docs/decisions/020). Copies go by 128-byte row segments, so
+In one trade the same arithmetic is up to 14% slower (docs/decisions/0009). Copies go by 128-byte row segments, so
 that a thread keeps few addresses, and rows beyond the end arrive as zeros.
 """
 
