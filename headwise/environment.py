@@ -1,12 +1,16 @@
-"""What a bug report must say about the machine: versions, devices, and where the Hub's cache lies."""
+"""Describe the machine: package versions, devices, available memory."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = (
     "headwise",
@@ -21,10 +25,15 @@ PACKAGES = (
     "peft",
     "lm_eval",
 )
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
 def environment() -> dict[str, str]:
-    """Names to values, in reading order. Tokens and user names are not among them."""
+    """Return what a bug report needs: versions, platform, threads, devices, offline mode.
+
+    Returns:
+        Names to values, in reading order. Tokens and user names are not among them.
+    """
     import torch
 
     facts = {"python": platform.python_version(), "platform": platform.platform()}
@@ -39,7 +48,11 @@ def environment() -> dict[str, str]:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Of Python, and of those packages that are installed."""
+    """Return the versions of Python and of those packages that are installed.
+
+    Args:
+        packages: names of distributions.
+    """
     found = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -49,16 +62,53 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def free_memory() -> int:
-    """Return the bytes of main memory that a process may still take, within the limit of its container."""
+def available_memory(device: torch.device) -> int | None:
+    """Return the bytes of a device's memory that this process can still allocate.
+
+    Args:
+        device: for the CPU, the answer respects the memory limit of the process's control groups. Page cache counts
+            as available there.
+
+    Returns:
+        The bytes; None for devices that do not report them.
+    """
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
     import psutil
 
-    free: int = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
     try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        if limit != "max":
-            free = min(free, int(limit) - int(used))
-    except (OSError, ValueError):  # not in a control group, or in one of version 1
-        pass
-    return max(0, free)
+        membership = Path("/proc/self/cgroup").read_text()
+    except OSError:  # not Linux
+        membership = ""
+    return max(0, min([psutil.virtual_memory().available, *_group_memory(membership, _CONTROL_GROUPS)]))
+
+
+def _group_memory(membership: str, root: Path) -> Iterator[int]:
+    """Yield the bytes left in each control group above this process that has a limit.
+
+    Args:
+        membership: the content of /proc/self/cgroup, a line `id:controllers:path` for each hierarchy.
+        root: where the control groups are mounted.
+    """
+    for line in membership.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            top, limit, usage, cached = root, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, limit, usage = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cached = "total_inactive_file"
+        else:
+            continue
+        # In a container the path may be the host's; the container's own group is then mounted at the top.
+        group = top / path.lstrip("/")
+        for folder in [group, *group.parents][: len(group.relative_to(top).parts) + 1]:
+            try:
+                most, used = (int((folder / name).read_text()) for name in (limit, usage))
+                counters = dict(counter.split() for counter in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # no such group, or its limit is "max"
+                continue
+            yield most - used + int(counters.get(cached, 0))

@@ -1,29 +1,48 @@
-"""How library code tells of its work. The library itself prints nothing; whoever called it decides."""
+"""Report progress from library code, which itself prints nothing."""
 
 from __future__ import annotations
 
 
 class Progress:
-    """A silent listener. `ui.py` has the one that draws; a test may keep what it hears.
+    """Receive the progress of a job and ignore it; subclasses draw or record it.
 
-    A job runs through stages one after another; `stage` ends the one before it and `finish` the last. Advance
-    by whatever the stage counts in (layers, bytes, tokens, steps).
+    A job runs through stages one after another: `stage` ends the stage before it, `finish` ends the last one.
+    Each stage counts in one unit (layers, bytes, tokens, steps).
     """
 
     def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
-        """Begin a stage: what is done, how much of it there is (None: unknown), and in which unit."""
+        """Begin a stage.
+
+        Args:
+            name: what is done.
+            total: how much of it there is; None: unknown.
+            unit: what is counted.
+        """
 
     def advance(self, amount: int = 1, **fields: object) -> None:
-        """`amount` more is done; `fields` are figures worth showing beside it, such as layer=3."""
+        """Count work that is done.
+
+        Args:
+            amount: how much more is done, in the unit of the stage.
+            **fields: values to show beside the count, such as `layer=3`.
+        """
 
     def note(self, text: str) -> None:
-        """One line that whoever watches should read."""
+        """Report a line of information.
+
+        Args:
+            text: one line.
+        """
 
     def warn(self, text: str) -> None:
-        """One line that whoever watches must not miss."""
+        """Report a line that the user must not miss.
+
+        Args:
+            text: one line.
+        """
 
     def finish(self) -> None:
-        """The last stage is over."""
+        """End the last stage."""
 
 
 SILENT = Progress()
