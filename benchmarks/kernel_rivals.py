@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from headwise.kernels.decode import launch
+from headwise.kernels.decode.attend import launch_attend
+from headwise.kernels.decode.tiling import Card, card_of, choose_tiles
 from headwise.kernels.gqa_decode.triton import gqa_decode
 from headwise.kernels.mla_decode.triton import mla_decode
 
@@ -37,16 +38,16 @@ def ours(case: Case, x: Inputs) -> Tensor:
 
 def portable(case: Case, x: Inputs) -> Tensor:
     """The kernel for other cards, on this one."""
-    card = launch.card_of(0)
-    old = launch.Card((8, 0), card.multiprocessors, card.shared_memory)
+    card = card_of(0)
+    old = Card((8, 0), card.multiprocessors, card.shared_memory)
     rows = case.queries * case.heads // case.groups
-    config = launch.choose(old, rows, case.width, case.rope, case.width, bool(case.rope))
+    config = choose_tiles(old, rows, case.width, case.rope, case.width, bool(case.rope))
     if case.rope:
         q, cache, r = x["q"], x["cache"][:, :, None], case.width
         arguments = (q[..., :r], q[..., r:], cache[..., :r], cache[..., r:], None)
     else:
         arguments = (x["q"], None, x["k"], None, x["v"])
-    return launch.run(*arguments, SCALE, None, None, x["table"], None, config=config)[0]
+    return launch_attend(*arguments, SCALE, None, None, x["table"], None, config=config)[0]
 
 
 def eager(case: Case, x: Inputs) -> Tensor:

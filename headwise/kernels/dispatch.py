@@ -40,9 +40,9 @@ def triton_serves(q: Tensor, head: int, rope: int, value: int) -> bool:
 
 def hopper_serves(q: Tensor, value: int) -> bool:
     """Whether what the Triton kernels would run is the one written for Hopper."""
-    from headwise.kernels.decode import launch
+    from headwise.kernels.decode import tiling
 
-    return launch.hopper is not None and value % 64 == 0 and launch.card_of(q.device.index).capability[0] == 9
+    return tiling.hopper is not None and value % 64 == 0 and tiling.card_of(q.device.index).capability[0] == 9
 
 
 def refuse(operation: str, backend: str, why: str) -> HeadwiseError:

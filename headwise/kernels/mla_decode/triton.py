@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from headwise.kernels.decode.launch import attend
+from headwise.kernels.decode.attend import attend
 
 
 def mla_decode(

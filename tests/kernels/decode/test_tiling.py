@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headwise.kernels.decode.launch import Card, card_of, choose, choose_splits, chunks
+from headwise.kernels.decode.tiling import Card, card_of, choose_splits, choose_tiles, chunks
 
 HOPPER = Card((9, 0), 132, 232448)
 CARDS = [HOPPER, Card((8, 0), 108, 166912), Card((8, 9), 128, 101376), Card((12, 0), 170, 101376)]
@@ -34,7 +34,7 @@ def test_an_amd_card_is_no_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
     found = card_of.__wrapped__(0)
     assert (found.multiprocessors, found.shared_memory) == (304, 65536)
-    assert not choose(found, 32, 512, 64, 512, True).hopper
+    assert not choose_tiles(found, 32, 512, 64, 512, True).hopper
 
 
 def test_448_has_no_padding() -> None:
@@ -43,7 +43,7 @@ def test_448_has_no_padding() -> None:
 
 @given(st.sampled_from(CARDS), st.integers(1, 256), widths, st.integers(0, 8).map(lambda n: 16 * n), st.booleans())
 def test_tiles_fit_the_card(card: Card, rows: int, width: int, rope: int, latent: bool) -> None:
-    config = choose(card, rows, width, rope, width, latent)
+    config = choose_tiles(card, rows, width, rope, width, latent)
     assert config.rows & (config.rows - 1) == 0
     exact = card is HOPPER and width % 64 == 0
     assert exact or not config.hopper
@@ -58,12 +58,12 @@ def test_tiles_fit_the_card(card: Card, rows: int, width: int, rope: int, latent
 
 @given(st.integers(1, 5000), st.integers(1, 100_000))
 def test_splits_are_never_more_than_tiles(programs: int, keys: int) -> None:
-    config = choose(HOPPER, 32, 512, 64, 512, True)
+    config = choose_tiles(HOPPER, 32, 512, 64, 512, True)
     assert 1 <= choose_splits(programs, keys, config, 132) <= max(1, -(-keys // config.keys))
 
 
 def test_splits_fill_the_card() -> None:
-    config = choose(HOPPER, 32, 512, 64, 512, True)
+    config = choose_tiles(HOPPER, 32, 512, 64, 512, True)
     assert choose_splits(64, 8192, config, 132) == 2
     assert choose_splits(1, 32768, config, 132) == 128
     assert choose_splits(132, 8192, config, 132) == 1

@@ -1,6 +1,7 @@
-"""Compile the decode kernels for cards that are not here, and print what the compiler made of them as JSON.
+"""Compile the decode kernels for cards that this machine need not have, and print the resources they use as JSON.
 
-A program of its own, because Triton must not be in interpreter mode: `python tests/kernels/gates.py`.
+A separate program, because Triton must not be in interpreter mode:
+`python tests/kernels/decode/compile_kernels.py NAMES`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,27 +20,30 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from headwise.kernels.decode import hopper, portable
-from headwise.kernels.decode.launch import Card, choose, chunks
+from headwise.kernels.decode.tiling import Card, choose_tiles, chunks
 
 CARDS = {90: Card((9, 0), 132, 232448), 89: Card((8, 9), 128, 101376), 80: Card((8, 0), 108, 166912)}
-# capability, query rows, key, rotary and value width, MLA, page size
-SHAPES = [
-    (90, 32, 512, 64, 512, True, 0),
-    (90, 28, 448, 64, 448, True, 16),
-    (90, 9, 192, 64, 192, True, 0),
-    (90, 32, 128, 64, 128, True, 0),
-    (90, 128, 512, 64, 512, True, 0),
-    (90, 7, 64, 0, 64, False, 0),
-    (90, 4, 128, 0, 128, False, 16),
-    (90, 32, 208, 48, 208, True, 0),
-    (89, 14, 256, 32, 256, True, 16),
-    (80, 14, 512, 64, 512, True, 0),
-    (80, 5, 128, 0, 128, False, 16),
-]
+# Capability, query rows, key, rotary and value width, MLA, page size.
+SHAPES = {
+    "sm_90 MLA 32 heads 512+64": (90, 32, 512, 64, 512, True, 0),
+    "sm_90 MLA 28 heads 448+64, pages": (90, 28, 448, 64, 448, True, 16),
+    "sm_90 MLA 9 heads 192+64": (90, 9, 192, 64, 192, True, 0),
+    "sm_90 MLA 32 heads 128+64": (90, 32, 128, 64, 128, True, 0),
+    "sm_90 MLA 128 heads 512+64": (90, 128, 512, 64, 512, True, 0),
+    "sm_90 GQA groups of 7 x64": (90, 7, 64, 0, 64, False, 0),
+    "sm_90 GQA groups of 4 x128, pages": (90, 4, 128, 0, 128, False, 16),
+    "sm_90 MLA 32 heads 208+48": (90, 32, 208, 48, 208, True, 0),
+    "sm_89 MLA 14 heads 256+32, pages": (89, 14, 256, 32, 256, True, 16),
+    "sm_80 MLA 14 heads 512+64": (80, 14, 512, 64, 512, True, 0),
+    "sm_80 GQA groups of 5 x128, pages": (80, 5, 128, 0, 128, False, 16),
+}
 
 
-def compiled(capability, rows, head, rope, value, latent, page) -> Any:
-    config = choose(CARDS[capability], rows, head, rope, value, latent)
+def compile_kernel(
+    capability: int, rows: int, head: int, rope: int, value: int, latent: bool, page: int
+) -> tuple[Any, bool]:
+    """Return a compiled kernel, and whether it is the one for Hopper."""
+    config = choose_tiles(CARDS[capability], rows, head, rope, value, latent)
     kernel = hopper.attend if config.hopper else portable.attend
     constants: dict[str, Any] = dict(
         HEAD=chunks(head), ROPE=chunks(rope), VALUE=chunks(value), VALUE_IS_KEY=latent, ROWS=config.rows,
@@ -65,11 +70,11 @@ def compiled(capability, rows, head, rope, value, latent, page) -> Any:
         kernel, signature, {(names.index(name),): constant for name, constant in constants.items()}, attributes
     )
     options = dict(num_warps=config.warps, maxnreg=config.registers)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options), config.hopper
 
 
-def report(kernel: Any) -> dict[str, int]:
-    """Registers, bytes of stack (spills), shared memory and matrix instructions of one compiled kernel."""
+def measure(kernel: Any, on_hopper: bool) -> dict[str, int]:
+    """Return registers, bytes of stack (spills), shared memory and matrix instructions of a compiled kernel."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -78,6 +83,7 @@ def report(kernel: Any) -> dict[str, int]:
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     ptx = kernel.asm["ptx"]
     return {
+        "hopper": on_hopper,
         "registers": registers,
         "stack": stack,
         "shared": kernel.metadata.shared,
@@ -88,4 +94,4 @@ def report(kernel: Any) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps([report(compiled(*shape)) for shape in SHAPES]))
+    print(json.dumps({name: measure(*compile_kernel(*SHAPES[name])) for name in sys.argv[1:]}))

@@ -11,7 +11,8 @@ pytest.importorskip("triton")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headwise.kernels.decode import launch
+from headwise.kernels.decode.attend import launch_attend
+from headwise.kernels.decode.tiling import Card, card_of, choose_tiles
 from headwise.kernels.gqa_decode.reference import gqa_decode as reference
 
 gpu = pytest.mark.gpu
@@ -75,7 +76,7 @@ class Problem:
         v = None if self.values is None else self.paged(self.values)
         q_rope = self.q[..., self.head :] if self.rope else None
         k_rope = cache[..., self.head :] if self.rope else None
-        return launch.run(
+        return launch_attend(
             self.q[..., : self.head], q_rope, cache[..., : self.head], k_rope, v, SCALE,
             self.lengths, self.starts, self.table, self.window, **options,
         )  # fmt: skip
@@ -99,14 +100,14 @@ class Problem:
 
 
 @interpreted
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("num_splits", [1, 3])
 @pytest.mark.parametrize(
     "heads, groups, head, rope, value",
     [(9, 1, 48, 16, 48), (14, 1, 80, 32, 80), (6, 1, 64, 0, 64), (10, 2, 32, 0, 48)],
     ids=["mla 48+16", "mla 80+32", "mqa", "gqa of five"],
 )
-def test_shapes(heads, groups, head, rope, value, splits) -> None:
-    Problem(heads, groups, head, rope, value, [63, 100, 1, 0]).check(1e-5, splits=splits)
+def test_shapes(heads, groups, head, rope, value, num_splits) -> None:
+    Problem(heads, groups, head, rope, value, [63, 100, 1, 0]).check(1e-5, num_splits=num_splits)
 
 
 @interpreted
@@ -124,14 +125,14 @@ def test_a_long_cache_beside_short_ones(dtype) -> None:
     window=st.sampled_from([None, 1, 20]),
     padded=st.booleans(),
     latent=st.booleans(),
-    splits=st.integers(1, 4),
+    num_splits=st.integers(1, 4),
     dtype=st.sampled_from([torch.float32, torch.float16]),
 )
-def test_any_mask(lengths, queries, page, window, padded, latent, splits, dtype) -> None:
+def test_any_mask(lengths, queries, page, window, padded, latent, num_splits, dtype) -> None:
     shape = (3, 1, 32, 16, 32) if latent else (6, 2, 16, 0, 32)
     starts = [length // 3 for length in lengths] if padded else None
     where = dict(queries=queries, page=page, window=window, starts=starts)
-    Problem(*shape, lengths, **where, dtype=dtype, seed=len(lengths)).check(TOLERANCE[dtype], splits=splits)
+    Problem(*shape, lengths, **where, dtype=dtype, seed=len(lengths)).check(TOLERANCE[dtype], num_splits=num_splits)
 
 
 GPU_SHAPES = [
@@ -162,7 +163,7 @@ def test_on_the_card(shape, mask) -> None:
     dtype = torch.float16 if "three" in mask else torch.bfloat16
     problem = Problem(*shape, **GPU_MASKS[mask], dtype=dtype, device="cuda")
     problem.check(8e-3)
-    problem.check(8e-3, splits=1)
+    problem.check(8e-3, num_splits=1)
 
 
 @gpu
@@ -170,6 +171,6 @@ def test_on_the_card(shape, mask) -> None:
 @pytest.mark.parametrize("shape", GPU_SHAPES[::3], ids=str)
 def test_the_portable_kernel_on_the_card(shape) -> None:
     heads, groups, head, rope, value = shape
-    card = launch.Card((8, 0), 132, launch.card_of(0).shared_memory)
-    config = launch.choose(card, heads // groups, head, rope, value, bool(rope))
+    card = Card((8, 0), 132, card_of(0).shared_memory)
+    config = choose_tiles(card, heads // groups, head, rope, value, bool(rope))
     Problem(*shape, [3000, 63, 0], dtype=torch.bfloat16, device="cuda").check(8e-3, config=config)

@@ -1,0 +1,156 @@
+"""Launch the decode kernels as one custom operator of torch, with tiles and splits chosen for the device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headwise.errors import HeadwiseError
+from headwise.kernels.decode import portable
+from headwise.kernels.decode.tiling import Config, card_of, choose_splits, choose_tiles, chunks, hopper
+
+NO_WINDOW = 2**30
+
+
+@torch.library.custom_op("headwise::attend", mutates_args=())
+def attend(
+    q: Tensor,
+    q_rope: Tensor | None,
+    k: Tensor,
+    k_rope: Tensor | None,
+    v: Tensor | None,
+    scale: float,
+    lengths: Tensor | None,
+    starts: Tensor | None,
+    block_table: Tensor | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Run `launch_attend` with the tiles of `choose_tiles`, as one operator that torch.compile does not enter.
+
+    Args:
+        q: as of `launch_attend`, and so are the others.
+        q_rope: rotary part of the queries.
+        k: keys.
+        k_rope: rotary keys.
+        v: values.
+        scale: of the scores.
+        lengths: tokens in the cache of each sequence.
+        starts: first visible token of each sequence.
+        block_table: pages of each sequence.
+        window: sliding window in tokens.
+
+    Returns:
+        Output and log-sum-exp.
+
+    Raises:
+        HeadwiseError: the card is older than sm_80.
+    """
+    if q.is_cuda and card_of(q.device.index).capability < (8, 0):
+        name = torch.cuda.get_device_name(q.device)
+        raise HeadwiseError(
+            f"{name} is too old for the decode kernels, which need compute capability 8.0.",
+            "Set HEADWISE_KERNELS=reference.",
+        )
+    return launch_attend(q, q_rope, k, k_rope, v, scale, lengths, starts, block_table, window)
+
+
+@attend.register_fake
+def _(
+    q: Tensor, q_rope: Tensor | None, k: Tensor, k_rope: Tensor | None, v: Tensor | None, *_masks: Any
+) -> tuple[Tensor, Tensor]:
+    value = k if v is None else v
+    return q.new_empty(*q.shape[:3], value.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def launch_attend(
+    q: Tensor,
+    q_rope: Tensor | None,
+    k: Tensor,
+    k_rope: Tensor | None,
+    v: Tensor | None,
+    scale: float,
+    lengths: Tensor | None,
+    starts: Tensor | None,
+    block_table: Tensor | None,
+    window: int | None,
+    config: Config | None = None,
+    num_splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch the decode kernel, and the merge of its splits.
+
+    Args:
+        q: (batch, queries, heads, head_dim).
+        q_rope: (batch, queries, heads, rope_dim); None: no rotary part.
+        k: (batch, capacity, groups, head_dim), or (pages, page_size, groups, head_dim) with a block table.
+        k_rope: as `k`, one group, rope_dim numbers.
+        v: as `k`, v_head_dim numbers; None: the value is `k`.
+        scale: of the scores.
+        lengths: (batch) int32, tokens in the cache; None: capacity.
+        starts: (batch) int32, first visible token; None: 0.
+        block_table: (batch, max_pages) int32, the page of each run of page_size tokens.
+        window: sliding window in tokens, the token itself counted.
+        config: the tiles; None: `choose_tiles`.
+        num_splits: of the keys; None: `choose_splits`.
+
+    Returns:
+        The output (batch, queries, heads, v_head_dim) in the type of `q`, and the float32 log-sum-exp
+        (batch, queries, heads).
+    """
+    batch, queries, heads, head_dim = q.shape
+    groups = k.shape[2]
+    value_dim = head_dim if v is None else v.shape[3]
+    rope_dim = 0 if k_rope is None else k_rope.shape[3]
+    per_group = heads // groups
+    page = 0 if block_table is None else k.shape[1]
+    capacity = k.shape[1] if block_table is None else block_table.shape[1] * page
+    card = card_of(q.device.index if q.is_cuda else None)
+    if config is None:
+        config = choose_tiles(card, queries * per_group, head_dim, rope_dim, value_dim, v is None)
+    row_tiles = -(-queries * per_group // (config.rows * config.consumers))
+    if num_splits is None:
+        longest = min(capacity, (window or capacity) + queries - 1)
+        num_splits = choose_splits(batch * groups * row_tiles, longest, config, card.multiprocessors)
+
+    rows = batch * queries * heads
+    out = torch.empty(batch, queries, heads, value_dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q.device)
+    parts, part_lse = out, lse
+    if num_splits > 1:
+        parts = torch.empty(num_splits, rows, value_dim, dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(num_splits, rows, dtype=torch.float32, device=q.device)
+    v = k if v is None else v
+    strides = (
+        *q.stride()[:3],
+        *(q_rope.stride()[:3] if q_rope is not None else (0, 0, 0)),
+        *k.stride()[:3],
+        *(k_rope.stride()[:2] if k_rope is not None else (0, 0)),
+        *v.stride()[:3],
+        block_table.stride(0) if block_table is not None else 0,
+        *(rows * value_dim, queries * heads * value_dim, heads * value_dim, value_dim),
+        *(rows, queries * heads, heads),
+    )
+    arguments = (
+        q, q_rope, k, k_rope, v, lengths, starts, block_table, parts, part_lse,
+        scale * math.log2(math.e), *strides, queries, per_group, capacity, window or NO_WINDOW,
+    )  # fmt: skip
+    options: dict[str, Any] = dict(
+        HEAD=chunks(head_dim), ROPE=chunks(rope_dim), VALUE=chunks(value_dim), VALUE_IS_KEY=v is k,
+        ROWS=config.rows, KEYS=config.keys, PAGE=page, STAGES=config.stages, num_warps=config.warps,
+    )  # fmt: skip
+    grid = (num_splits, groups * row_tiles, batch)
+    if config.hopper:
+        hopper.attend[grid](*arguments, **options, CONSUMERS=config.consumers, maxnreg=config.registers)
+    else:
+        portable.attend[grid](*arguments, **options)
+    if num_splits > 1:
+        # With few rows each row is spread over several programs, so that a batch of one occupies the whole card.
+        width = 128 if rows * -(-value_dim // 512) < 2 * card.multiprocessors else 1 << (value_dim - 1).bit_length()
+        early = {"launch_pdl": True} if config.hopper else {}
+        portable.merge[(rows, -(-value_dim // width))](
+            parts, part_lse, out, lse, num_splits, rows, value_dim,
+            SPLITS=min(16, 1 << (num_splits - 1).bit_length()), WIDTH=width, EARLY=config.hopper, **early,
+        )  # fmt: skip
+    return out, lse

@@ -1,0 +1,142 @@
+"""Choose the tiles and the number of splits of the decode kernels, from widths and the device alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+try:
+    from headwise.kernels.decode import hopper as hopper
+except ImportError:  # Gluon's interface changes between Triton releases; the portable kernel runs everywhere.
+    hopper = None  # type: ignore[assignment]
+
+# Work of a split that does not grow with its keys (start-up, first copies, epilogue), in key tiles.
+SPLIT_OVERHEAD = 2
+
+
+@dataclass(frozen=True)
+class Card:
+    """The properties of a device that the choice of tiles depends on.
+
+    Attributes:
+        capability: CUDA compute capability (major, minor).
+        multiprocessors: their number.
+        shared_memory: bytes that one program may use.
+    """
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """The tile sizes and launch options of the kernel.
+
+    Attributes:
+        hopper: whether the kernel is `hopper.attend`; otherwise it is `portable.attend`.
+        rows: query rows of a tile.
+        keys: keys of a tile.
+        warps: warps of a program.
+        stages: tiles of keys that are copied ahead.
+        consumers: groups of warps that take `rows` query rows each (Hopper).
+        resident: programs that share a multiprocessor.
+        registers: the limit of each thread's registers; None: the compiler's choice.
+    """
+
+    hopper: bool
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    consumers: int = 1
+    resident: int = 1
+    registers: int | None = None
+
+
+@cache
+def card_of(index: int | None) -> Card:
+    """Return the properties of a CUDA device.
+
+    Args:
+        index: of the device; None: the CPU, for which a small fictitious card serves Triton's interpreter.
+    """
+    if index is None:
+        return Card((8, 0), 4, 166912)
+    properties: Any = torch.cuda.get_device_properties(index)
+    # AMD has numbers of its own: its 9.0 and 9.4 are not Hopper, and run the portable kernel.
+    amd = torch.version.hip is not None
+    return Card(
+        (8, 0) if amd else (properties.major, properties.minor),
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+    )
+
+
+def chunks(width: int) -> tuple[tuple[int, int], ...]:
+    """Return (start, power of two) pieces that cover a width: 448 -> (0, 256), (256, 128), (384, 64)."""
+    pieces: list[tuple[int, int]] = []
+    start = 0
+    while start < width:
+        piece = 1 << ((width - start).bit_length() - 1)
+        pieces.append((start, piece))
+        start += piece
+    return tuple(pieces)
+
+
+@cache
+def choose_tiles(card: Card, rows: int, head_dim: int, rope_dim: int, value_dim: int, value_is_key: bool) -> Config:
+    """Choose the tiles for query rows that read one group of keys.
+
+    Args:
+        card: the device.
+        rows: query rows, which is query tokens times heads per group.
+        head_dim: numbers of a key without its rotary part.
+        rope_dim: numbers of the rotary key; 0: none.
+        value_dim: numbers of a value.
+        value_is_key: whether the value is the key itself (MLA), which is then copied once.
+    """
+    row_bytes = 2 * (head_dim + rope_dim + (0 if value_is_key else value_dim))
+    query_bytes = 2 * (head_dim + rope_dim)
+    power = 1 << (rows - 1).bit_length()
+    if card.capability[0] == 9 and hopper is not None and value_dim % 64 == 0:
+        tile = min(32, max(8, power))
+        while tile * value_dim > 32 * 512:
+            tile //= 2
+        # Measured order of preference: more rows to a tile of keys, then longer tiles, then a third stage.
+        for consumers in (2, 1) if rows > tile else (1,):
+            for keys in (128, 64) if tile >= 16 else (64,):
+                stages = 3 if keys * row_bytes <= 49152 else 2
+                shared = stages * keys * row_bytes + consumers * tile * (query_bytes + 2 * keys) + 2048
+                if shared <= card.shared_memory:
+                    two = tile == 8 and 2 * shared <= card.shared_memory
+                    return Config(True, tile, keys, 4, stages, consumers, 2 if two else 1, 128 if two else None)
+    tile = min(32 if value_dim > 256 else 64, max(16, power))
+    keys = 64 if row_bytes <= 512 else 32
+    while keys > 16 and 2 * keys * row_bytes + tile * query_bytes > card.shared_memory:
+        keys //= 2
+    return Config(False, tile, keys, 8 if tile * value_dim >= 32 * 256 else 4, 2)
+
+
+def choose_splits(num_programs: int, num_keys: int, config: Config, multiprocessors: int) -> int:
+    """Choose the number of splits of the keys with the shortest time.
+
+    The time is the number of waves of programs, times the tiles of one split.
+
+    Args:
+        num_programs: programs of one split (batch times groups times row tiles).
+        num_keys: of the longest sequence.
+        config: the tiles.
+        multiprocessors: of the device.
+    """
+    tiles = max(1, -(-num_keys // config.keys))
+    slots = multiprocessors * config.resident
+
+    def cost(splits: int) -> float:
+        waves = -(-num_programs * splits // slots)
+        return waves * (-(-tiles // splits) + SPLIT_OVERHEAD) + (1 if splits > 1 else 0)
+
+    return min(range(1, min(tiles, max(1, 32 * slots // num_programs), 256) + 1), key=cost)

@@ -1,0 +1,28 @@
+"""The compiled kernel for Hopper keeps its budget of registers, spills, shared memory and instructions."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.kernels.decode.budgets import Budget, check_budget, compile_shapes
+
+BUDGETS = {
+    "sm_90 MLA 32 heads 512+64": Budget(255, 0, 189000, "wgmma", 68),
+    "sm_90 MLA 28 heads 448+64, pages": Budget(255, 16, 168500, "wgmma", 60),
+    "sm_90 MLA 9 heads 192+64": Budget(255, 0, 143700, "wgmma", 56),
+    "sm_90 MLA 32 heads 128+64": Budget(255, 0, 168600, "wgmma", 40),
+    "sm_90 MLA 128 heads 512+64": Budget(168, 88, 230500, "wgmma", 136),
+    "sm_90 GQA groups of 7 x64": Budget(128, 0, 51400, "wgmma", 8),
+    "sm_90 GQA groups of 4 x128, pages": Budget(128, 0, 101600, "wgmma", 16),
+}
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, dict[str, int]]:
+    return compile_shapes(BUDGETS)
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_budget(reports: dict[str, dict[str, int]], name: str) -> None:
+    assert reports[name]["hopper"]
+    check_budget(reports[name], BUDGETS[name])
