@@ -29,8 +29,10 @@ class Method:
         summary: one sentence for help pages.
         paper: author, year and arXiv number; None for a method without a publication.
         needs: what the method makes use of: "moments" (second moments of the attention input, from calibration
-            text), "text" (the calibration text itself).
+            text), "text" (the calibration text itself), "rope" (rotary positions in every layer).
         function: where the implementation is, as "module:name".
+        planes: of a latent method: which rotary planes every KV head keeps (`mla/frequencies.py`); None: the method
+            takes any list of frequencies.
     """
 
     kind: Kind
@@ -40,6 +42,7 @@ class Method:
     function: str
     paper: str | None = None
     needs: tuple[str, ...] = ()
+    planes: str | None = None
 
     def load(self) -> Callable[..., Any]:
         """Import and return the implementation."""
@@ -51,7 +54,7 @@ class Method:
 _METHODS = "headwise.convert.gqa.methods"
 _POOLING = "headwise.convert.gqa.pooling"
 _GROUPING = "headwise.convert.gqa.grouping"
-_LATENT = "headwise.convert.mla.latent"
+_MLA = "headwise.convert.mla"
 _ROPE = "headwise.models.rope"
 
 METHODS: tuple[Method, ...] = (
@@ -87,7 +90,7 @@ METHODS: tuple[Method, ...] = (
         "optimal",
         "score-weighted alternating least squares",
         "Least expected error of scores and outputs; output matrices are solved for.",
-        f"{_LATENT}:convert",
+        f"{_MLA}.alternating:alternating_least_squares",
         needs=("moments", "text"),
     ),
     Method(
@@ -95,9 +98,9 @@ METHODS: tuple[Method, ...] = (
         "transmla",
         "RoRoPE, FreqFold and joint PCA",
         "TransMLA's algorithm.",
-        f"{_LATENT}:convert",
+        f"{_MLA}.published:transmla",
         "Meng et al. 2025, arXiv 2502.07864",
-        needs=("moments",),
+        needs=("moments", "rope"),
     ),
     *(
         Method(
@@ -105,15 +108,16 @@ METHODS: tuple[Method, ...] = (
             name,
             "partial RoPE and joint SVD",
             f"MHA2MLA's algorithm: each KV head keeps the planes {choice}.",
-            f"{_LATENT}:convert",
+            f"{_MLA}.published:partial_rope",
             "Ji et al. 2025, arXiv 2502.14837",
-            needs=("moments",),
+            needs=("moments", "rope"),
+            planes=planes,
         )
-        for name, choice in (
-            ("partial-rope", "of the largest 2-norm"),
-            ("partial-rope-high", "of the highest frequencies"),
-            ("partial-rope-low", "of the lowest frequencies"),
-            ("partial-rope-uniform", "at equal distances"),
+        for name, planes, choice in (
+            ("partial-rope", "norm", "of the largest 2-norm"),
+            ("partial-rope-high", "high", "of the highest frequencies"),
+            ("partial-rope-low", "low", "of the lowest frequencies"),
+            ("partial-rope-uniform", "uniform", "at equal distances"),
         )
     ),
     Method(

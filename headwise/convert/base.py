@@ -1,7 +1,7 @@
-"""What a conversion makes: the new config, the tensors of the output, and how one layer becomes another.
+"""The protocol of a conversion target: the new config, the output tensors, and how one layer is converted.
 
-`pipeline.py` carries out any `Target` in the same way: stream the parent if something must be measured, convert
-layer by layer, copy the rest.
+`pipeline.py` carries out any `Target` in the same way: measure the parent if the method needs it, convert layer by
+layer, copy the rest.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ class Target(Protocol):
     """A decided conversion.
 
     Attributes:
-        config, auto_class: the new config.json and the stock class that loads it.
-        parent_config: the source's config with the positions that `config` has, the function to come close to.
-        layouts: of every layer, afterwards.
+        config: the new config.json.
+        auto_class: the name of the transformers auto class that loads the output.
+        parent_config: the source's config with the positions of `config`: the function to approximate.
+        layouts: of every layer of the output.
         outputs: every tensor of the output.
-        exact: the output computes the parent's function.
-        calibrated: converting a layer makes use of measured moments.
-        fitted: the output matrices of a converted layer are solved for on the calibration text.
-        notes, warnings, engines: for the plan.
+        exact: whether the output computes the parent's function.
+        calibrated: whether converting a layer makes use of measured moments.
+        fitted: whether the output matrices of a converted layer are solved for on the calibration text.
+        notes: lines of the plan about the decisions.
+        warnings: lines of the plan that the user must not miss.
+        engines: one line per serving engine.
     """
 
     config: dict[str, Any]
@@ -46,34 +49,64 @@ class Target(Protocol):
     warnings: list[str]
     engines: list[str]
 
-    def computed(self, layer: int) -> tuple[str, ...]:
-        """Names of the output tensors that converting this layer gives; empty if it is only copied."""
+    def converted_names(self, layer: int) -> tuple[str, ...]:
+        """Return the names of the output tensors that converting a layer gives; none if the layer is only
+        copied."""
 
     def convert_layer(
         self, layer: int, weights: LayerWeights, record: LayerRecord | None
     ) -> tuple[Any, dict[str, Any]]:
-        """One converted layer, in the target's own float64 form, and its report.
+        """Convert one layer.
 
-        `weights` are where `record` is; so is the result.
+        Args:
+            layer: its index.
+            weights: of the source, on the device of `record`.
+            record: what was measured on the layer; None if nothing was.
+
+        Returns:
+            The converted layer in the target's own float64 form, on the same device, and its report.
         """
 
-    def tensors(self, layer: int, made: Any, record: LayerRecord | None) -> dict[str, Tensor]:
-        """The output tensors of a converted layer, rounded once to what `outputs` says."""
+    def export_layer(self, layer: int, converted: Any, record: LayerRecord | None) -> dict[str, Tensor]:
+        """Return the output tensors of a converted layer, rounded once to the dtypes of `outputs`.
 
-    def module(self, layer: int, made: Any, device: torch.device, length: int) -> Refittable:
-        """A converted layer as a float32 module for sequences of `length`, to be refitted."""
+        Args:
+            layer: its index.
+            converted: the first result of `convert_layer`.
+            record: what was measured on the layer; None if nothing was.
+        """
 
-    def carry(self, name: str, checkpoint: Checkpoint) -> Tensor:
-        """An output tensor outside the converted attention that is not a plain copy."""
+    def trainable_layer(self, layer: int, converted: Any, device: torch.device, length: int) -> Refittable:
+        """Return a converted layer as a float32 module.
+
+        Args:
+            layer: its index.
+            converted: the first result of `convert_layer`.
+            device: of the module.
+            length: tokens in the sequences that it is called with.
+        """
+
+    def transform_other(self, name: str, checkpoint: Checkpoint) -> Tensor:
+        """Return an output tensor outside the converted attention that is not a byte-for-byte copy.
+
+        Args:
+            name: of the output tensor.
+            checkpoint: the source.
+        """
 
 
 @dataclass(frozen=True)
 class Refittable:
-    """An attention module that can be trained, and the way back.
+    """An attention module that can be trained, and the way back to output tensors.
 
-    `projection` is its last step, from heads to output. `export` gives the output tensors of what the module has
-    become. `arguments` is what the module is called with besides its input, where that differs from what the
-    parent's is called with. `learning_rate` is the peak of the refit, relative to each weight's size.
+    Attributes:
+        attention: the module.
+        projection: its last step, from the concatenated heads to the output.
+        parameters: those of its parameters that may change.
+        export: returns the output tensors of the module in its present state.
+        arguments: the arguments of the module besides its input, where they differ from those of the parent's
+            module.
+        learning_rate: peak of the refit, relative to each weight's size.
     """
 
     attention: nn.Module

@@ -1,6 +1,6 @@
-"""Stage 1: every converted attention layer learns, alone, what its parent's answers are (mathematics, section 4c).
+"""Regress every converted attention layer on its parent's output, one layer at a time (mathematics, section 4c).
 
-`convert --refit` with another beginning: the layers come from a folder that is converted already.
+The same as the refit of `convert`, but the layers come from a folder that is converted already.
 """
 
 from __future__ import annotations
@@ -13,30 +13,33 @@ import torch
 from torch import Tensor
 
 from headwise.convert.calibration.layer_stream import LayerStream
-from headwise.convert.mla.target import LEARNING_RATE as LATENT_LEARNING_RATE
-from headwise.convert.mla.target import to_device
 from headwise.convert.refit.output_projection import solve_output_projection
 from headwise.convert.refit.regression import LEARNING_RATE, refit
 from headwise.errors import HeadwiseError
 from headwise.models.architecture import Architecture
-from headwise.models.stock import empty_model, layer_arguments
+from headwise.models.stock import empty_model, layer_arguments, move_to_device
 from headwise.progress import SILENT, Progress
 from headwise.recipes.settings import Layerwise
 from headwise.train.student import ModelFolder, Student
 
 
 def check_layerwise(student: ModelFolder, teacher: ModelFolder, record: Mapping[str, Any] | None) -> None:
-    """Refuse two models whose layers do not answer each other.
+    """Refuse a teacher whose layers are not comparable with the student's.
+
+    Args:
+        student: the folder that is trained.
+        teacher: the parent.
+        record: the headwise.json of the student's folder.
 
     Raises:
-        HeadwiseError: they differ in layers or width, or in their positions.
+        HeadwiseError: the teacher has MLA layers, or the conversion changed positions.
     """
     if not isinstance(teacher.stock, Architecture):
-        raise HeadwiseError("layerwise needs a teacher with MHA, GQA or MQA layers, and this one has MLA.")
-    moved = sorted({"context", "sliding_window"} & set((record or {}).get("arguments", {})))
-    if moved:
+        raise HeadwiseError("layerwise needs a teacher with MHA, GQA or MQA layers, and this one has MLA layers.")
+    changed = sorted({"context", "sliding_window"} & set((record or {}).get("arguments", {})))
+    if changed:
         raise HeadwiseError(
-            f"layerwise would teach the layers to undo --{moved[0].replace('_', '-')}.", "Use the recipe distill."
+            f"layerwise would train the layers to undo the conversion's {changed[0]}.", "Use the recipe distill."
         )
 
 
@@ -50,10 +53,19 @@ def train_layers(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> dict[int, dict[str, Any]]:
-    """Refit every attention layer of `student` in place; the reports.
+    """Refit every attention layer of a student in place.
 
     Args:
-        blocks: (sequences, length) of text.
+        student: the model in training.
+        teacher: the parent.
+        layerwise: the settings.
+        blocks: text, (sequences, length).
+        device: where a layer is trained.
+        seed: of the batches.
+        progress: gets every layer's errors.
+
+    Returns:
+        For each layer, the errors of the output solution and of the refit.
     """
     assert isinstance(teacher.stock, Architecture)
     latent, stock = student.folder.latent, student.folder.stock
@@ -64,16 +76,16 @@ def train_layers(
     if latent is not None:
         skeleton = empty_model(student.folder.checkpoint.config, latent.auto_class)
         arguments = layer_arguments(skeleton, latent.module, blocks.shape[1], torch.float32)
-    progress.stage("Layer by layer", total=len(student.folder.attention), unit="layers")
+    progress.stage("Layer by layer", total=len(student.folder.attention_paths), unit="layers")
     reports = {}
     for record in stream.records(keep_activations=True, attention_stats=False):
-        attention = student.network.get_submodule(student.folder.attention[record.index]).to(device)
+        attention = student.network.get_submodule(student.folder.attention_paths[record.index]).to(device)
         parameters = [p for name, p in attention.named_parameters() if name != "o_proj.bias"]
         wanted = [p.requires_grad for p in parameters]
         assert record.outputs is not None
         record.outputs *= scale
         if arguments is not None:
-            record.arguments = to_device(arguments[record.index], device)
+            record.arguments = move_to_device(arguments[record.index], device)
         solved = solve_output_projection(
             attention, attention.get_submodule(projection), record, spare=True, device=device
         )
@@ -82,7 +94,7 @@ def train_layers(
             parameters,
             record,
             steps=layerwise.steps,
-            learning_rate=LEARNING_RATE if latent is None else LATENT_LEARNING_RATE,
+            learning_rate=LEARNING_RATE,
             seed=seed,
             device=device,
         )

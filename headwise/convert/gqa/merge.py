@@ -1,12 +1,12 @@
-"""Fewer (or more) key-value heads for one attention layer: mathematics, sections 1 to 3.
+"""Change the number of KV heads of one attention layer: mathematics, sections 1 to 3.
 
-A group of g key-value heads becomes one. The published baselines pool: the group's key and value rows are
-averaged, or one member's are taken, and queries and outputs stay as they are. The other methods answer which rows
-the group should share, and by which map each member's row comes back from them,
+A group of g KV heads becomes one. The pooling methods take one member's key and value rows or average them, and
+leave queries and outputs as they are. The other methods find the rows that the group shares and the maps that bring
+each member's rows back from them,
 
     rows_j  ~  maps_j @ shared.
 
-The maps then disappear into the queries (`q <- maps^H q`) or into the output matrix (`o <- o maps`), so the
+The maps are then absorbed by the queries (`q <- maps^H q`) or by the output matrix (`o <- o maps`), so the
 converted layer is an ordinary grouped layer.
 """
 
@@ -18,23 +18,29 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from headwise.convert.gqa.grouping import choose_groups, components
-from headwise.convert.gqa.methods import METHODS, lost, phased
-from headwise.convert.gqa.subspace import Space, all_spaces, root_mean_square, row_energies, see
-from headwise.models.layout import LayerWeights, planes, rows
-
-# Methods that pool the checkpoint's own rows.
-POOLS = ("mean", "first", "random")
+from headwise import registry
+from headwise.convert.gqa.grouping import num_components
+from headwise.convert.gqa.methods import MergeMethod, expected_cost
+from headwise.convert.gqa.pooling import PoolingMethod
+from headwise.convert.gqa.subspace import (
+    MergeSubspace,
+    expected_rms,
+    merge_subspaces,
+    row_energies,
+    times_moment,
+)
+from headwise.models.layout import LayerWeights, from_planes, to_planes
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What merging a layer is expected to cost.
+    """The expected error of a merged layer.
 
-    `key_error` is the expected squared error of the attention scores and `value_error` that of the layer's
-    output for given attention weights, each relative to the energy of what is approximated (0: exact; None: a
-    pooling without calibration, which measures nothing). `groups` lists the source key-value heads that each new
-    head stands for.
+    Attributes:
+        groups: the source KV heads that each new head replaces.
+        key_error: expected squared error of the attention scores, relative to their energy. 0: exact; None: a
+            pooling without calibration, which measures nothing.
+        value_error: the same of the layer's output, for given attention weights.
     """
 
     groups: tuple[tuple[int, ...], ...]
@@ -42,7 +48,7 @@ class MergeReport:
     value_error: float | None
 
 
-def merge(
+def merge_heads(
     weights: LayerWeights,
     num_key_value_heads: int,
     *,
@@ -52,85 +58,76 @@ def merge(
     value_moment: Tensor | None = None,
     seed: int = 0,
 ) -> tuple[LayerWeights, MergeReport]:
-    """The layer with another number of key-value heads.
+    """Return the layer with another number of KV heads.
 
-    More heads are exact replicas. The same number returns the layer untouched. Fewer are merged.
+    More heads are exact replicas. The same number returns the layer unchanged. Fewer are merged.
 
     Args:
         weights: the source layer, float64.
-        num_key_value_heads: a divisor of the layer's own number, or a multiple that divides its query heads.
-        method: one of `methods.METHODS` or `POOLS`.
-        grouping: "optimal" chooses which heads share by least residual energy, "contiguous" takes neighbours.
-        moment: E[x x^T] of the attention input, (inputs, inputs), with the constant 1 appended where the layer
-            has biases; None stands for the identity.
-        value_moment: the same of inputs averaged by the layer's attention, which is what values are read
-            through. None stands for `moment`.
-        seed: for the method "random".
-
-    Raises:
-        ValueError: the head count is not reachable from the layer's own.
-    """
-    source = weights.layout.num_key_value_heads
-    heads = weights.layout.num_attention_heads
-    identity = tuple((j,) for j in range(source))
-    if num_key_value_heads == source:
-        return weights, MergeReport(identity, 0.0, 0.0)
-    if num_key_value_heads > source:
-        if num_key_value_heads % source or heads % num_key_value_heads:
-            raise ValueError(f"{source} key-value heads cannot be replicated to {num_key_value_heads}")
-        return replicate(weights, num_key_value_heads // source), MergeReport(identity, 0.0, 0.0)
-    if num_key_value_heads < 1 or source % num_key_value_heads:
-        raise ValueError(f"{source} key-value heads cannot be merged into {num_key_value_heads}")
-
-    size = source // num_key_value_heads
-    regroup = grouping == "optimal" and num_key_value_heads > 1
-    groups = neighbours(source, size)
-    spaces: list[Space] = []
-    if regroup or moment is not None or method not in POOLS:
-        spaces = all_spaces(weights, moment, value_moment)
-    if regroup:
-        groups = choose_groups([space.energy(components(source, size)) for space in spaces], size)
-    named = tuple(map(tuple, groups))
-    if method not in POOLS:
-        merged, errors = _merge(weights, spaces, groups, method, moment)
-        return merged, MergeReport(named, *errors)
-    pooled = _pool_layer(weights, groups, method, seed)
-    if moment is None:
-        return pooled, MergeReport(named, None, None)
-    after = all_spaces(pooled, moment, value_moment)
-    return pooled, MergeReport(named, *_pooling_errors(spaces, after, groups))
-
-
-def neighbours(heads: int, size: int) -> list[list[int]]:
-    """Groups of heads that follow one another."""
-    return [list(range(j, j + size)) for j in range(0, heads, size)]
-
-
-def pool(heads: Tensor, groups: Sequence[Sequence[int]], method: str, seed: int = 0) -> Tensor:
-    """One head for every group: the mean of its members (Ainslie et al. 2023, arXiv 2305.13245), the first or any.
-
-    Args:
-        heads: (G, ...), a layer's key rows, value rows, biases or norm weights, in any floating dtype.
-        method: one of `POOLS`.
+        num_key_value_heads: a divisor of the layer's own number, or a multiple of it that divides its query heads.
+        method: the name of a merge method in the registry.
+        grouping: the name of a grouping method in the registry.
+        moment: (inputs, inputs) E[x x^T] of the attention input, with the constant 1 appended where the layer has
+            biases; None stands for the identity.
+        value_moment: the same of inputs averaged by the layer's attention, which the values multiply. None stands
+            for `moment`.
+        seed: for methods that draw random numbers.
 
     Returns:
-        (groups, ...), float64.
+        The converted layer, float64, and its expected error.
+
+    Raises:
+        ValueError: the layer's heads cannot become this many.
+        SettingError: there is no method or grouping of that name.
     """
-    if method == "random":
-        generator = torch.Generator().manual_seed(seed)
-        picks = torch.randint(len(groups[0]), (len(groups),), generator=generator, device="cpu").tolist()
-        return heads[[group[pick] for group, pick in zip(groups, picks, strict=True)]].to(torch.float64)
-    if method == "first":
-        return heads[[group[0] for group in groups]].to(torch.float64)
-    found = torch.zeros(len(groups), *heads.shape[1:], dtype=torch.float64, device=heads.device)
-    for mean, group in zip(found, groups, strict=True):
-        for j in group:
-            mean += heads[j]
-    return found.div_(len(groups[0]))
+    source, heads = weights.layout.num_key_value_heads, weights.layout.num_attention_heads
+    each = tuple((j,) for j in range(source))
+    if num_key_value_heads == source:
+        return weights, MergeReport(each, 0.0, 0.0)
+    if num_key_value_heads > source:
+        if num_key_value_heads % source or heads % num_key_value_heads:
+            raise ValueError(
+                f"{source} KV heads of {heads} query heads cannot be repeated to {num_key_value_heads}: give a "
+                f"multiple of {source} that divides {heads}"
+            )
+        return replicate_heads(weights, num_key_value_heads // source), MergeReport(each, 0.0, 0.0)
+    if num_key_value_heads < 1 or source % num_key_value_heads:
+        raise ValueError(
+            f"{source} KV heads cannot be merged into {num_key_value_heads}: give a divisor of {source}"
+        )
+
+    how, partition = (
+        registry.find_method("merge", method),
+        registry.find_method("grouping", grouping, field="grouping"),
+    )
+    pooled, searched = "moments" not in how.needs, bool(partition.needs) and num_key_value_heads > 1
+    size = source // num_key_value_heads
+    before: list[MergeSubspace] = []
+    if searched or moment is not None or not pooled:
+        before = merge_subspaces(weights, moment, value_moment)
+    energies = [subspace.energy(num_components(source, size)) for subspace in before] if searched else []
+    groups: list[list[int]] = [list(range(source))]
+    if num_key_value_heads > 1:
+        groups = partition.load()(source, size, energies)
+    del energies
+    members = tuple(map(tuple, groups))
+    if not pooled:
+        merged, errors = _merge(weights, before, groups, how.load(), moment)
+        return merged, MergeReport(members, *errors)
+    layer = _pool_layer(weights, groups, how.load(), seed)
+    if moment is None:
+        return layer, MergeReport(members, None, None)
+    after = merge_subspaces(layer, moment, value_moment)
+    return layer, MergeReport(members, *_pooling_errors(before, after, groups))
 
 
-def replicate(weights: LayerWeights, times: int) -> LayerWeights:
-    """Every key-value head `times` times over: the same function, bit for bit (mathematics, section 3)."""
+def replicate_heads(weights: LayerWeights, times: int) -> LayerWeights:
+    """Repeat every KV head: the same function, bit for bit (mathematics, section 3).
+
+    Args:
+        weights: the source layer.
+        times: the number of replicas of each head, the head itself included.
+    """
     layout = weights.layout.with_groups(weights.layout.num_key_value_heads * times)
     k_norm = None if weights.k_norm is None else weights.k_norm.repeat_interleave(times, 0)
     return replace(
@@ -142,19 +139,21 @@ def replicate(weights: LayerWeights, times: int) -> LayerWeights:
     )
 
 
-def _pool_layer(weights: LayerWeights, groups: Sequence[Sequence[int]], method: str, seed: int) -> LayerWeights:
-    """The layer with pooled keys and values, and every query head beside the key-value head it reads."""
-    queries = _queries(groups, weights.layout.queries_per_group)
+def _pool_layer(
+    weights: LayerWeights, groups: Sequence[Sequence[int]], pool: PoolingMethod, seed: int
+) -> LayerWeights:
+    """The layer with pooled keys and values, and the query heads in the order of their groups."""
+    queries = _query_heads(groups, weights.layout.queries_per_group)
     moved = queries != list(range(len(queries)))
     k_norm = weights.k_norm
     if k_norm is not None:
-        k_norm = pool(k_norm, groups, method, seed) if weights.norm_scope == "all" else k_norm[: len(groups)]
+        k_norm = pool(k_norm, groups, seed) if weights.norm_scope == "all" else k_norm[: len(groups)]
     return replace(
         weights,
         layout=weights.layout.with_groups(len(groups)),
         q=weights.q[queries] if moved else weights.q,
-        k=pool(weights.k, groups, method, seed),
-        v=pool(weights.v, groups, method, seed),
+        k=pool(weights.k, groups, seed),
+        v=pool(weights.v, groups, seed),
         o=weights.o[queries] if moved else weights.o,
         q_norm=weights.q_norm[queries] if moved and weights.q_norm is not None else weights.q_norm,
         k_norm=k_norm,
@@ -162,47 +161,48 @@ def _pool_layer(weights: LayerWeights, groups: Sequence[Sequence[int]], method: 
 
 
 def _pooling_errors(
-    before: Sequence[Space], after: Sequence[Space], groups: Sequence[Sequence[int]]
+    before: Sequence[MergeSubspace], after: Sequence[MergeSubspace], groups: Sequence[Sequence[int]]
 ) -> tuple[float, float]:
-    """The relative errors of keys and values in which every head reads its group's rows as its own."""
+    """The relative errors of keys and values if every head takes its group's rows in place of its own."""
     order, size = [j for group in groups for j in group], len(groups[0])
     errors = _Errors()
     for old, new in zip(before, after, strict=True):
-        rows, seen = (
-            a[:, order] - b.repeat_interleave(size, 1) for a, b in ((old.rows, new.rows), (old.seen, new.seen))
+        difference, difference_moment = (
+            a[:, order] - b.repeat_interleave(size, 1)
+            for a, b in ((old.rows, new.rows), (old.rows_moment, new.rows_moment))
         )
-        apart = (old.costs[:, order] * (rows @ seen.mH).mT).sum().real
-        errors.add(old, float(apart))
+        cost = (old.costs[:, order] * (difference @ difference_moment.mH).mT).sum().real
+        errors.add(old, float(cost))
     return errors.relative
 
 
 class _Errors:
-    """Expected costs of errors in keys and in values, and of losing them altogether."""
+    """Expected costs of errors in keys and in values, relative to the cost of replacing the rows by zero."""
 
     def __init__(self) -> None:
-        self._lost, self._total = [0.0, 0.0], [0.0, 0.0]
+        self._cost, self._total = [0.0, 0.0], [0.0, 0.0]
 
-    def add(self, space: Space, lost: float) -> None:
-        side = int(space.kind == "value")
-        self._lost[side] += lost
-        self._total[side] += float((space.costs * space.own.mT).sum().real)
+    def add(self, subspace: MergeSubspace, cost: float) -> None:
+        side = int(subspace.kind == "value")
+        self._cost[side] += cost
+        self._total[side] += subspace.total_energy
 
     @property
     def relative(self) -> tuple[float, float]:
-        keys, values = (a / b if b else 0.0 for a, b in zip(self._lost, self._total, strict=True))
+        keys, values = (a / b if b else 0.0 for a, b in zip(self._cost, self._total, strict=True))
         return keys, values
 
 
 def _merge(
     weights: LayerWeights,
-    spaces: Sequence[Space],
+    subspaces: Sequence[MergeSubspace],
     groups: Sequence[Sequence[int]],
-    method: str,
+    method: MergeMethod,
     moment: Tensor | None,
 ) -> tuple[LayerWeights, tuple[float, float]]:
     """The grouped layer: shared rows as keys and values, maps absorbed by queries and outputs.
 
-    Group by group, so that what is in memory besides the layer and the result stays small.
+    One group at a time, so that little is in memory besides the layer and the result.
     """
     layout, r = weights.layout, weights.layout.rotary_dim
     reads = layout.queries_per_group
@@ -210,51 +210,44 @@ def _merge(
     k = weights.k.new_empty(len(groups), *weights.k.shape[1:])
     v = weights.v.new_empty(len(groups), *weights.v.shape[1:])
     errors = _Errors()
-    for space in spaces:
-        forgone = 0.0
+    for subspace in subspaces:
+        cost = 0.0
         for new, group in enumerate(groups):
-            gram, costs = space.gram(group), space.costs[:, group]
-            mix, maps = _mix(space, group, gram, method)
-            forgone += float(lost(gram, costs, mix, maps))
-            shared = mix.flatten(-2, -1) @ space.rows[:, group].flatten(1, 2)
+            gram, costs = subspace.gram(group), subspace.costs[:, group]
+            mix, maps = method(gram, subspace.balanced_cost[:, group], sign_only=subspace.sign_only)
+            cost += float(expected_cost(gram, costs, mix, maps))
+            shared = mix.flatten(-2, -1) @ subspace.rows[:, group].flatten(1, 2)
             maps = maps.repeat_interleave(reads, 1)
-            old = _queries([group], reads)
+            old = _query_heads([group], reads)
             at = slice(new * len(old), (new + 1) * len(old))
-            if space.kind == "rotary":
-                k[new, :r] = rows(shared[:, 0])
-                q[at, :r] = rows(maps[:, :, 0].conj().transpose(0, 1) * planes(weights.q[old], r))
-            elif space.kind == "value":
+            if subspace.kind == "rotary":
+                k[new, :r] = from_planes(shared[:, 0])
+                q[at, :r] = from_planes(maps[:, :, 0].conj().transpose(0, 1) * to_planes(weights.q[old], r))
+            elif subspace.kind == "value":
                 v[new] = shared[0]
                 torch.matmul(weights.o[old], maps[0], out=o[at])
-            elif space.fixed:
+            elif subspace.sign_only:
                 k[new, r:] = shared[:, 0]
                 q[at, r:] = maps[:, :, 0].transpose(0, 1) * weights.q[old][:, r:]
             else:
                 k[new, r:], q[at, r:] = shared[0], maps[0].mT @ weights.q[old][:, r:]
-        errors.add(space, forgone)
+        errors.add(subspace, cost)
 
-    queries = _queries(groups, reads)
+    queries = _query_heads(groups, reads)
     q_norm = None if weights.q_norm is None else weights.q_norm[queries]
     k_norm = None if weights.k_norm is None else weights.k_norm[: len(groups)]
     if weights.k_norm is not None and weights.norm_scope == "all":
-        # The members' weights were folded into the rows. Their root-mean-square comes out again, so that the norm
-        # sees rows as it did before, and makes up for what the mean lost in size.
+        # The members' weights were folded into the rows. Their root-mean-square is taken out again, so that the
+        # norm gets rows of the former size, and it makes up for the size that the mean lost.
         k_norm = torch.stack([weights.k_norm[group].square().mean(0).sqrt() for group in groups])
         k = k / k_norm.clamp_min(torch.finfo(k.dtype).tiny)[:, :, None]
-        k_norm = k_norm * root_mean_square(row_energies(k, see(k, moment)), "all")
+        k_norm = k_norm * expected_rms(row_energies(k, times_moment(k, moment)), "all")
     merged = replace(
         weights, layout=layout.with_groups(len(groups)), q=q, k=k, v=v, o=o, q_norm=q_norm, k_norm=k_norm
     )
     return merged, errors.relative
 
 
-def _mix(space: Space, group: Sequence[int], gram: Tensor, method: str) -> tuple[Tensor, Tensor]:
-    weight = space.balanced[:, group]
-    if space.fixed:
-        return phased(gram, weight if method == "optimal" else torch.ones_like(weight))
-    return METHODS[method](gram, weight)
-
-
-def _queries(groups: Sequence[Sequence[int]], reads: int) -> list[int]:
+def _query_heads(groups: Sequence[Sequence[int]], reads: int) -> list[int]:
     """The query heads that read the members of these groups, in their order."""
     return [j * reads + i for group in groups for j in group for i in range(reads)]

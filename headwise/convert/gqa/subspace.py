@@ -1,7 +1,7 @@
-"""The rows of a layer that may be mixed with each other, and what errors in them cost: mathematics, section 2.
+"""The rows of a layer that a merge may mix with each other, and what errors in them cost: mathematics, section 2.
 
 Keys live in one complex plane per rotary frequency, because complex maps of a plane are those that commute with
-RoPE; position-free key rows and values are plain real vectors.
+RoPE. Position-free key rows and values are plain real vectors.
 """
 
 from __future__ import annotations
@@ -13,163 +13,215 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from headwise.convert.gqa.methods import root, solve
-from headwise.models.layout import LayerWeights, planes
+from headwise.convert.linalg import single_threaded_lapack, sqrt_and_pinv
+from headwise.models.layout import LayerWeights, to_planes
 
-# The coarser dtype in which heads are compared with each other before they are merged.
-COARSE = {torch.float64: torch.float32, torch.complex128: torch.complex64}
+# The precision in which heads are compared with each other, before they are grouped.
+COARSE_DTYPE = {torch.float64: torch.float32, torch.complex128: torch.complex64}
 
 
 @dataclass(frozen=True)
-class Space:
-    """Rows of all key-value heads that may be mixed with each other, and what an error in them costs.
+class MergeSubspace:
+    """Rows of all KV heads that may be mixed with each other, and what an error in them costs.
 
-    `rows` (batch, G, n, inputs): batch entries never mix (one per rotary plane); `seen` is `rows @ moment` of the
-    inputs, so that `rows seen^H` are second moments. `costs` (batch, G, n, n): an error e in head j is expected
-    to cost `e^H costs_j e`. `fixed` marks batch entries under a query-key norm, where only a sign (a phase, if
-    `free`) may be given to a head.
+    Attributes:
+        kind: "rotary", "position-free" or "value".
+        rows: (batch, G, n, inputs). Entries of the batch never mix: there is one per rotary plane.
+        rows_moment: `rows @ moment` of the inputs, so that `rows @ rows_moment^H` are second moments.
+        costs: (batch, G, n, n): an error e in head j is expected to cost `e^H costs_j e`.
+        sign_only: the rows are under a query-key norm: a head may be given a sign, and nothing else.
+        phase_allowed: (batch,) the entries in which it may be given a phase instead; None where none may.
     """
 
     kind: str
     rows: Tensor
-    seen: Tensor
+    rows_moment: Tensor
     costs: Tensor
-    fixed: bool = False
-    free: Tensor | None = None
+    sign_only: bool = False
+    phase_allowed: Tensor | None = None
 
     @cached_property
-    def own(self) -> Tensor:
+    def head_gram(self) -> Tensor:
         """E[row_j row_j^H] of every head, (batch, G, n, n)."""
         heads = range(self.rows.shape[1])
-        return torch.stack([self.rows[:, j] @ self.seen[:, j].mH for j in heads], 1)
+        return torch.stack([self.rows[:, j] @ self.rows_moment[:, j].mH for j in heads], 1)
 
     @cached_property
-    def balanced(self) -> Tensor:
-        """The costs with every head counted by the root of its energy instead of its energy.
+    def balanced_cost(self) -> Tensor:
+        """The costs with every head weighted by the square root of its energy, (batch, G, n, n).
 
-        What a layer's scores and outputs are worth to the model does not grow with their square: by energy alone
-        a loud head takes the shared rows for itself. Halving the exponent lowered the damage on every real model
-        tried (docs/results/heads.md).
+        The damage to the model grows more slowly than the squared error of a layer's scores and outputs: weighting
+        by energy lets high-norm heads dominate the shared rows. Halving the exponent lowered the damage on every
+        real model tried (docs/results/heads.md).
         """
-        energy = (self.costs * self.own.mT).sum((-2, -1)).real
-        silent = energy <= 0
-        return self.costs / energy.masked_fill(silent, 1).sqrt()[..., None, None]
+        energy = (self.costs * self.head_gram.mT).sum((-2, -1)).real
+        absent = energy <= 0
+        return self.costs / energy.masked_fill(absent, 1).sqrt()[..., None, None]
+
+    @property
+    def total_energy(self) -> float:
+        """The expected cost of replacing all rows by zero."""
+        return float((self.costs * self.head_gram.mT).sum().real)
 
     def gram(self, group: Sequence[int]) -> Tensor:
-        """E[row_i row_j^H] over the members of a group, (batch, g, n, g, n)."""
-        batch, _, n, _ = self.rows.shape
-        found = self.own.new_empty(batch, len(group), n, len(group), n)
-        for i, a in enumerate(group):
-            found[:, i, :, i] = self.own[:, a]
-            for j, b in enumerate(group[:i]):
-                found[:, i, :, j] = self.rows[:, a] @ self.seen[:, b].mH
-                found[:, j, :, i] = found[:, i, :, j].mH
-        return self._real(found.flatten(3, 4).flatten(1, 2)).reshape(found.shape)
+        """Return E[row_i row_j^H] over the members of a group, (batch, g, n, g, n).
 
-    def energy(self, components: int | None = None) -> Tensor:
-        """E[(R_i row_i)(R_j row_j)^H] over all heads, (batch, G, n, G, n), with R^H R the balanced costs.
-
-        Of heads with more rows than `components`, that many leading principal components stand for all.
+        Args:
+            group: the members, as indices of KV heads.
         """
-        weight, _ = root(self.balanced)
-        if components is not None and components < weight.shape[-1]:
-            basis = solve(torch.linalg.eigh, weight @ self.own @ weight.mH)[1][..., -components:]
+        batch, _, n, _ = self.rows.shape
+        gram = self.head_gram.new_empty(batch, len(group), n, len(group), n)
+        for i, a in enumerate(group):
+            gram[:, i, :, i] = self.head_gram[:, a]
+            for j, b in enumerate(group[:i]):
+                gram[:, i, :, j] = self.rows[:, a] @ self.rows_moment[:, b].mH
+                gram[:, j, :, i] = gram[:, i, :, j].mH
+        return self._drop_forbidden_phases(gram.flatten(3, 4).flatten(1, 2)).reshape(gram.shape)
+
+    def energy(self, num_components: int | None = None) -> Tensor:
+        """Return E[(R_i row_i)(R_j row_j)^H] over all heads, with R^H R the balanced costs.
+
+        Args:
+            num_components: the number of leading principal components that stand for a head with more rows than
+                that; None keeps all rows.
+
+        Returns:
+            (batch, G, n, G, n), computed in half the precision of the rows.
+        """
+        weight, _ = sqrt_and_pinv(self.balanced_cost)
+        if num_components is not None and num_components < weight.shape[-1]:
+            weighted_gram = weight @ self.head_gram @ weight.mH
+            basis = single_threaded_lapack(torch.linalg.eigh, weighted_gram)[1][..., -num_components:]
             weight = basis.mH @ weight
-        dtype = COARSE[self.rows.dtype]
+        dtype = COARSE_DTYPE[self.rows.dtype]
 
         def weighted(every: Tensor) -> Tensor:
             parts = [(weight[:, j] @ every[:, j]).to(dtype) for j in range(every.shape[1])]
             return torch.cat(parts, 1)
 
         stack = weighted(self.rows)
-        gram = stack @ (stack if self.seen is self.rows else weighted(self.seen)).mH
+        gram = stack @ (stack if self.rows_moment is self.rows else weighted(self.rows_moment)).mH
         heads = self.rows.shape[1]
-        return self._real(gram.to(self.rows.dtype)).unflatten(2, (heads, -1)).unflatten(1, (heads, -1))
+        gram = self._drop_forbidden_phases(gram.to(self.rows.dtype))
+        return gram.unflatten(2, (heads, -1)).unflatten(1, (heads, -1))
 
-    def _real(self, gram: Tensor) -> Tensor:
-        """Without imaginary parts where only a sign may be given."""
-        if not (self.fixed and self.free is not None):
+    def _drop_forbidden_phases(self, gram: Tensor) -> Tensor:
+        """Remove the imaginary parts where a head may be given a sign only."""
+        if not (self.sign_only and self.phase_allowed is not None):
             return gram
-        return torch.where(self.free[:, None, None], gram, gram.real.to(gram.dtype))
+        return torch.where(self.phase_allowed[:, None, None], gram, gram.real.to(gram.dtype))
 
 
-def all_spaces(weights: LayerWeights, moment: Tensor | None, value_moment: Tensor | None) -> list[Space]:
+def merge_subspaces(
+    weights: LayerWeights, moment: Tensor | None, value_moment: Tensor | None
+) -> list[MergeSubspace]:
+    """Return the subspaces of a layer: those of its keys, then that of its values.
+
+    Args:
+        weights: the layer, float64.
+        moment: (inputs, inputs) E[x x^T] of the attention input; None stands for the identity.
+        value_moment: the same of inputs averaged by the attention; None stands for `moment`.
+    """
     return [
-        *key_spaces(weights, moment),
-        value_space(weights, moment if value_moment is None else value_moment),
+        *key_subspaces(weights, moment),
+        value_subspace(weights, moment if value_moment is None else value_moment),
     ]
 
 
-def key_spaces(weights: LayerWeights, moment: Tensor | None) -> list[Space]:
-    """One space of complex planes for the rotary rows, one of real vectors for the position-free rows.
+def key_subspaces(weights: LayerWeights, moment: Tensor | None) -> list[MergeSubspace]:
+    """Return one subspace of complex planes for the rotary key rows, one of vectors for the position-free ones.
 
-    The cost of a key error is the energy of the queries that read it: `e_h = E|q_{h,f}|^2`, summed over the
-    query heads of the key-value head (mathematics, section 2). Under a query-key norm, rows are taken as the
-    norm leaves them: divided by their expected root-mean-square.
+    The cost of a key error is the energy of the queries that multiply it: `e_h = E|q_{h,f}|^2`, summed over the
+    query heads of the KV head (mathematics, section 2). Under a query-key norm, rows are taken as they leave the
+    norm: divided by their expected root-mean-square.
+
+    Args:
+        weights: the layer, float64.
+        moment: (inputs, inputs) E[x x^T] of the attention input; None stands for the identity.
     """
     layout, r = weights.layout, weights.layout.rotary_dim
     groups, reads = layout.num_key_value_heads, layout.queries_per_group
     q, k = weights.q, weights.k
-    q_seen = see(q, moment)
-    reading = row_energies(q, q_seen)  # of every query row, (H, head_dim)
+    q_moment = times_moment(q, moment)
+    query_energy = row_energies(q, q_moment)  # of every query row, (H, head_dim)
     normed = weights.k_norm is not None
     if weights.q_norm is not None:
-        reading = reading * (weights.q_norm / root_mean_square(reading, weights.norm_scope)).square()
+        query_energy = query_energy * (weights.q_norm / expected_rms(query_energy, weights.norm_scope)).square()
     if weights.k_norm is not None:
-        k = k / root_mean_square(row_energies(k, see(k, moment)), weights.norm_scope)[:, :, None]
+        k = k / expected_rms(row_energies(k, times_moment(k, moment)), weights.norm_scope)[:, :, None]
         if weights.norm_scope == "all":
             k = weights.k_norm[:, :, None] * k
         else:
-            reading = weights.k_norm.repeat_interleave(reads, 0).square() * reading
-    reading = reading.unflatten(0, (groups, reads)).sum(1)
-    k_seen = see(k, moment)
+            query_energy = weights.k_norm.repeat_interleave(reads, 0).square() * query_energy
+    query_energy = query_energy.unflatten(0, (groups, reads)).sum(1)
+    k_moment = times_moment(k, moment)
 
-    found = []
+    subspaces = []
     if r:
-        in_planes = planes(k, r).transpose(0, 1).unsqueeze(2)
-        seen = in_planes if k_seen is k else planes(k_seen, r).transpose(0, 1).unsqueeze(2)
-        cost = reading[:, :r].unflatten(1, (2, -1)).sum(1).T[:, :, None, None].to(in_planes.dtype)
-        free = _equal_on_planes(weights) if normed else None
-        found.append(Space("rotary", in_planes, seen, cost, fixed=normed, free=free))
+        rows = to_planes(k, r).transpose(0, 1).unsqueeze(2)
+        rows_moment = rows if k_moment is k else to_planes(k_moment, r).transpose(0, 1).unsqueeze(2)
+        costs = query_energy[:, :r].unflatten(1, (2, -1)).sum(1).T[:, :, None, None].to(rows.dtype)
+        phase_allowed = _equal_on_planes(weights) if normed else None
+        subspaces.append(
+            MergeSubspace("rotary", rows, rows_moment, costs, sign_only=normed, phase_allowed=phase_allowed)
+        )
     if r < layout.head_dim and normed:
-        # The norm's weight forbids mixing rows: each row is a space of its own, up to a sign.
-        apart, seen = (rest[:, r:].transpose(0, 1).unsqueeze(2) for rest in (k, k_seen))
-        found.append(Space("position-free", apart, seen, reading[:, r:].T[:, :, None, None], fixed=True))
+        # The norm's weight forbids mixing rows: each row is a subspace of its own, up to a sign.
+        rows, rows_moment = (rest[:, r:].transpose(0, 1).unsqueeze(2) for rest in (k, k_moment))
+        costs = query_energy[:, r:].T[:, :, None, None]
+        subspaces.append(MergeSubspace("position-free", rows, rows_moment, costs, sign_only=True))
     elif r < layout.head_dim:
-        cost = q[:, r:] @ q_seen[:, r:].mT
-        cost = cost.unflatten(0, (groups, reads)).sum(1)[None]
-        found.append(Space("position-free", k[None, :, r:], k_seen[None, :, r:], cost))
-    return found
+        costs = q[:, r:] @ q_moment[:, r:].mT
+        costs = costs.unflatten(0, (groups, reads)).sum(1)[None]
+        subspaces.append(MergeSubspace("position-free", k[None, :, r:], k_moment[None, :, r:], costs))
+    return subspaces
 
 
-def value_space(weights: LayerWeights, moment: Tensor | None) -> Space:
-    """Values, whose errors cost what the output matrices make of them: `sum_h W_o[h]^T W_o[h]`."""
+def value_subspace(weights: LayerWeights, moment: Tensor | None) -> MergeSubspace:
+    """Return the subspace of the values, whose errors cost `sum_h W_o[h]^T W_o[h]`.
+
+    Args:
+        weights: the layer, float64.
+        moment: (inputs, inputs) E[x x^T] of the inputs that the attention averages; None stands for the identity.
+    """
     layout = weights.layout
-    cost = (weights.o.mT @ weights.o).unflatten(0, (layout.num_key_value_heads, layout.queries_per_group)).sum(1)
+    gram = weights.o.mT @ weights.o
+    costs = gram.unflatten(0, (layout.num_key_value_heads, layout.queries_per_group)).sum(1)
     v = weights.v[None]
-    return Space("value", v, v if moment is None else see(weights.v, moment)[None], cost[None])
+    return MergeSubspace("value", v, v if moment is None else times_moment(weights.v, moment)[None], costs[None])
 
 
-def root_mean_square(energies: Tensor, scope: str | None) -> Tensor:
-    """Expected root-mean-square an RMSNorm divides by, from the energies of its rows (heads, rows).
+def expected_rms(energies: Tensor, scope: str | None) -> Tensor:
+    """Return the expected root-mean-square by which an RMSNorm divides.
 
-    (heads, 1), or (1, 1) for the scope "all".
+    Args:
+        energies: (heads, rows) E|row x|^2.
+        scope: "head" for a norm of one head at a time, "all" for one of all heads.
+
+    Returns:
+        (heads, 1), or (1, 1) for the scope "all".
     """
     mean = energies.mean(-1, keepdim=True) if scope == "head" else energies.mean().reshape(1, 1)
     return mean.clamp_min(torch.finfo(mean.dtype).tiny).sqrt()
 
 
-def see(rows: Tensor, moment: Tensor | None) -> Tensor:
+def times_moment(rows: Tensor, moment: Tensor | None) -> Tensor:
+    """Multiply rows (..., inputs) by a moment of the inputs; None stands for the identity."""
     return rows if moment is None else rows @ moment
 
 
-def row_energies(rows: Tensor, seen: Tensor) -> Tensor:
-    """E|row x|^2 of every row, (heads, rows)."""
-    return torch.einsum("hri,hri->hr", rows, seen)
+def row_energies(rows: Tensor, rows_moment: Tensor) -> Tensor:
+    """Return E|row x|^2 of every row, (heads, rows).
+
+    Args:
+        rows: (heads, rows, inputs).
+        rows_moment: the same times the moment of the inputs.
+    """
+    return torch.einsum("hri,hri->hr", rows, rows_moment)
 
 
 def _equal_on_planes(weights: LayerWeights) -> Tensor:
-    """Planes on which every norm weight is the same for both rows: there a rotation passes through the norm."""
+    """Planes (rotary_dim / 2,) on which both rows have the same norm weight: there the norm permits a rotation."""
     half = weights.layout.rotary_dim // 2
     equal = torch.ones(half, dtype=torch.bool, device=weights.q.device)
     for norm in (weights.q_norm, weights.k_norm):

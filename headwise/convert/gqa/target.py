@@ -1,35 +1,45 @@
-"""What a conversion makes: the new config, the tensors of the output, and how one layer becomes another.
-
-`pipeline.py` carries out any `Target` in the same way: stream the parent if something must be measured, convert
-layer by layer, copy the rest.
-"""
+"""The grouped target: the same architecture with another number of KV heads, or with none changed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from headwise import registry
 from headwise.convert.base import Refittable
 from headwise.convert.calibration.layer_stream import LayerRecord
-from headwise.convert.gqa.merge import POOLS, merge, neighbours, pool
+from headwise.convert.gqa.grouping import contiguous_groups
+from headwise.convert.gqa.merge import merge_heads
 from headwise.convert.plan import SAME_ARCHITECTURE, grouped_outputs
 from headwise.convert.settings import ConvertSettings
-from headwise.errors import HeadwiseError
+from headwise.errors import SettingError
 from headwise.io.reader import Checkpoint
-from headwise.models.architecture import Architecture, find
+from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.layout import AttentionLayout, LayerWeights
 from headwise.models.stock import empty_model, load_into
 
 
 class GroupedTarget:
-    """The same architecture with another number of key-value heads (or none changed: `groups` is None).
+    """The same architecture with another number of KV heads.
 
-    Repeating heads and pooling neighbours leave queries and outputs as they are. Unless something is `measured`
-    on the layers, such keys and values are carried, one tensor at a time, and everything else is copied.
+    Repeating heads and pooling contiguous groups leave queries and outputs as they are. Unless the settings have
+    the layers measured, such keys and values are transformed one tensor at a time, and everything else is copied.
+
+    Args:
+        checkpoint: the source.
+        arch: its row.
+        config: the new config.json.
+        parent_config: the source's config with the positions of `config`.
+        settings: the method, the grouping and the seed.
+        groups: KV heads of every layer afterwards; None changes none.
+        dtype: of the output; None keeps each tensor's own.
+
+    Raises:
+        SettingError: `groups` cannot be made from the heads of a layer, or the method is unknown.
     """
 
     def __init__(
@@ -43,73 +53,82 @@ class GroupedTarget:
         groups: int | None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        # A window may have turned the model into another type of the same tensors.
-        self.source, self.arch, self.config = checkpoint, find(config, checkpoint.tensors), config
+        # A window may have changed the model type; the tensors are the same.
+        self.source, self.arch, self.config = checkpoint, find_architecture(config, checkpoint.tensors), config
         self.parent_config = parent_config
         self.auto_class = self.arch.auto_class
-        self.method, self.seed = settings.method or "optimal", settings.seed
+        self.method, self.seed = registry.find_method("merge", settings.method or "optimal"), settings.seed
         self.grouping = settings.grouping or "contiguous"
         self.layouts = self.arch.layouts(config)
-        self._before = before = arch.layouts(checkpoint.config)
-        self._changed = [
-            groups is not None and old.num_key_value_heads != new.num_key_value_heads
-            for old, new in zip(before, self.layouts, strict=True)
-        ]
-        for layer, (old, new) in enumerate(zip(before, self.layouts, strict=True)):
+        self._before = arch.layouts(checkpoint.config)
+        pairs = list(zip(self._before, self.layouts, strict=True))
+        for layer, (old, new) in enumerate(pairs):
             _check_reachable(old, new, layer)
-        self.exact = all(
-            new.num_key_value_heads >= old.num_key_value_heads
-            for old, new in zip(before, self.layouts, strict=True)
-        )
-        self.calibrated = not self.exact and self.method in ("optimal", "aligned")
-        self.fitted = not self.exact and self.method == "optimal"
-        pools = self.method in POOLS and self.grouping == "contiguous"
-        # Name of every key and value tensor that needs no other, and its layer.
-        self._apart: dict[str, int] = {}
+        self._changed = [
+            groups is not None and old.num_key_value_heads != new.num_key_value_heads for old, new in pairs
+        ]
+        self.exact = all(new.num_key_value_heads >= old.num_key_value_heads for old, new in pairs)
+        self.calibrated = not self.exact and "moments" in self.method.needs
+        self.fitted = not self.exact and "text" in self.method.needs
+        # The layer of every key and value tensor that is transformed without its layer's other tensors.
+        self._tensorwise: dict[str, int] = {}
+        pools = not self.method.needs and self.grouping == "contiguous"
         if self.arch.fusion == "none" and not settings.measured and (pools or self.exact):
-            self._apart = {
-                name: i
-                for i, new in enumerate(self._changed)
-                if new
-                for name in _keys_and_values(self.arch, config, i)
+            self._tensorwise = {
+                name: layer
+                for layer, changed in enumerate(self._changed)
+                if changed
+                for name in _keys_and_values(self.arch, config, layer)
             }
-        computed = self._apart.keys() or [name for layer in range(len(before)) for name in self.computed(layer)]
-        self.outputs = grouped_outputs(checkpoint, self.arch, config, dtype=dtype, computed=computed)
+        converted = self._tensorwise.keys() or {
+            n for layer in range(len(pairs)) for n in self.converted_names(layer)
+        }
+        self.outputs = grouped_outputs(checkpoint, self.arch, config, dtype=dtype, computed=converted)
         self._dtypes = {tensor.name: tensor.dtype for tensor in self.outputs}
         self.engines = [SAME_ARCHITECTURE]
         self.warnings: list[str] = []
-        self.notes = list(self._notes(before)) if not self.exact else []
+        self.notes: list[str] = []
+        if self.calibrated and self.arch.norms is not None:
+            self.notes.append(
+                f"{self.arch.model_type} normalizes queries and keys: before they are merged, keys can be given a "
+                "sign per plane (a rotation where the norm's weights are equal) and no scale. Values have no such "
+                "limit."
+            )
 
-    def computed(self, layer: int) -> tuple[str, ...]:
-        return self.arch.tensor_names(self.config, layer) if self._changed[layer] and not self._apart else ()
+    def converted_names(self, layer: int) -> tuple[str, ...]:
+        """See `Target`."""
+        return self.arch.tensor_names(self.config, layer) if self._changed[layer] and not self._tensorwise else ()
 
     def convert_layer(
         self, layer: int, weights: LayerWeights, record: LayerRecord | None
     ) -> tuple[LayerWeights, dict[str, Any]]:
+        """See `Target`."""
         moments = {}
         if record is not None:
             inputs = weights.q.shape[2]
-            known = {"moment": record.moment, "value_moment": record.value_moment}
-            moments = {name: m[:inputs, :inputs] for name, m in known.items() if m is not None}
-        merged, report = merge(
+            measured = {"moment": record.moment, "value_moment": record.value_moment}
+            moments = {name: m[:inputs, :inputs] for name, m in measured.items() if m is not None}
+        converted, report = merge_heads(
             weights,
             self.layouts[layer].num_key_value_heads,
-            method=self.method,
+            method=self.method.name,
             grouping=self.grouping,
             **moments,
             seed=self.seed + layer,
         )
-        return merged, asdict(report)
+        return converted, asdict(report)
 
-    def tensors(self, layer: int, made: LayerWeights, record: LayerRecord | None) -> dict[str, Tensor]:
-        tensors = self.arch.write_layer(self.config, layer, made, torch.float64)
+    def export_layer(self, layer: int, converted: LayerWeights, record: LayerRecord | None) -> dict[str, Tensor]:
+        """See `Target`."""
+        tensors = self.arch.write_layer(self.config, layer, converted, torch.float64)
         return {name: tensor.to(self._dtypes[name]) for name, tensor in tensors.items()}
 
-    def module(self, layer: int, made: LayerWeights, device: torch.device, length: int) -> Refittable:
+    def trainable_layer(self, layer: int, converted: LayerWeights, device: torch.device, length: int) -> Refittable:
+        """See `Target`."""
         model = empty_model(self.config, self.auto_class)
         prefix = f"{self.arch.layers[0].format(layer=layer)}.{self.arch.attention}."
-        tensors = self.arch.write_layer(self.config, layer, made, torch.float32)
-        # What no conversion touches, such as an output bias, is part of the function all the same.
+        tensors = self.arch.write_layer(self.config, layer, converted, torch.float32)
+        # Tensors that no conversion changes, such as an output bias, are part of the function all the same.
         other = [n for n in self.source.tensors if n.startswith(prefix) and n not in tensors]
         load_into(model, {**{n: self.source.read(n) for n in other}, **tensors}, device)
         attention = model.get_submodule(f"{self.arch.module.format(layer=layer)}.{self.arch.attention}").to(device)
@@ -121,30 +140,25 @@ class GroupedTarget:
         projection = attention.get_submodule(self.arch.projections["o"])
         return Refittable(attention, projection, list(free.values()), export)
 
-    def carry(self, name: str, checkpoint: Checkpoint) -> Tensor:
+    def transform_other(self, name: str, checkpoint: Checkpoint) -> Tensor:
+        """See `Target`."""
         tensor = checkpoint.read(name)
-        if name in self._apart:
-            tensor = self._regroup(tensor, self._apart[name])
+        if name in self._tensorwise:
+            tensor = self._regroup(tensor, self._tensorwise[name])
         return tensor.to(self._dtypes[name])
 
     def _regroup(self, tensor: Tensor, layer: int) -> Tensor:
+        """Repeat or pool the heads of one key or value tensor (rows of all heads, ...)."""
         old, new = (layouts[layer].num_key_value_heads for layouts in (self._before, self.layouts))
         heads = tensor.unflatten(0, (old, -1))
         if new > old:
             return heads.repeat_interleave(new // old, 0).flatten(0, 1)
-        return pool(heads, neighbours(old, old // new), self.method, self.seed + layer).flatten(0, 1)
-
-    def _notes(self, before: list[AttentionLayout]) -> Iterator[str]:
-        if self.arch.norms is not None and self.method in ("optimal", "aligned"):
-            yield (
-                f"{self.arch.model_type} normalises queries and keys: heads can be turned onto each other only by "
-                "a sign per plane (a rotation where the norm's weights are equal), and not rescaled. Values keep "
-                "their full freedom."
-            )
+        pooled: Tensor = self.method.load()(heads, contiguous_groups(old, old // new), self.seed + layer)
+        return pooled.flatten(0, 1)
 
 
 def _keys_and_values(arch: Architecture, config: dict[str, Any], layer: int) -> list[str]:
-    """The tensors of a layer with rows for each key-value head, in an architecture that does not fuse them."""
+    """The tensors of a layer with rows for each KV head, in an architecture that does not fuse them."""
     parts = [arch.projections["k"], arch.projections["v"]]
     if arch.norms is not None and arch.norms.scope == "all":
         parts.append(arch.norms.k)
@@ -153,12 +167,18 @@ def _keys_and_values(arch: Architecture, config: dict[str, Any], layer: int) -> 
 
 
 def _check_reachable(old: AttentionLayout, new: AttentionLayout, layer: int) -> None:
+    """Raise SettingError unless equal groups of the old heads, or equal numbers of replicas, make the new ones."""
     a, b = old.num_key_value_heads, new.num_key_value_heads
     if a % b and b % a:
-        heads = old.num_attention_heads
-        legal = [g for g in range(1, heads + 1) if heads % g == 0 and (a % g == 0 or g % a == 0)]
-        raise HeadwiseError(
+        raise SettingError(
+            "groups",
             f"Layer {layer} has {a} key-value heads, which cannot become {b}: heads are merged or repeated in "
             "equal groups.",
-            f"Reachable: {', '.join(map(str, legal))}.",
+            f"Give one of {', '.join(map(str, _reachable(a, old.num_attention_heads)))}.",
         )
+
+
+def _reachable(num_key_value_heads: int, num_attention_heads: int) -> Sequence[int]:
+    """The numbers of KV heads that a layer can have."""
+    divisors = [g for g in range(1, num_attention_heads + 1) if num_attention_heads % g == 0]
+    return [g for g in divisors if num_key_value_heads % g == 0 or g % num_key_value_heads == 0]

@@ -1,78 +1,38 @@
-"""The best features and the best readings of them, in turn: the error that a latent attention layer is expected
-to make, and alternating least squares on it (mathematics, section 4).
+"""Alternating least squares for the MLA factorization: latent features and per-head readouts (mathematics, section
+4).
 
-Pure. Every key row of the source is a complex number that turns with its frequency: a rotary plane z with w and
-its conjugate with -w, a position-free row with 0. A feature of the MLA layer is the same: a rotary key plane (and
-its conjugate) or a latent. With E over keys and attention distances D taken independently,
-
-    E[(a e^{-i w D}) conj(b e^{-i w' D})] = E[a conj(b)] m(w - w'),   m(w) = E[e^{-i w D}],
-
-so second moments and the characteristic function m of the distances give every expectation needed. In these the
-error is quadratic in the readings for given features, and quadratic in the features for given readings.
+The expected error of an MLA layer is quadratic in the readouts for given features, and quadratic in the features
+for given readouts (features.py has the expectations).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from headwise.convert.gqa.methods import solve
-from headwise.models.layout import LayerWeights, planes, rows
+from headwise.convert.linalg import solve_from_right
+from headwise.convert.mla.components import initial_features
+from headwise.convert.mla.features import Features, LayerStatistics, pair_map, phase_table
+from headwise.models.layout import LayerWeights
 
-# Added to the unit diagonal of every normal equation: features may be redundant. It is what rounding to bfloat16
-# does to a feature (2^-16 / 12); with less, readings grow until that rounding is what they read.
+# Added to the unit diagonal of every normal equation, because features may be redundant. It is the energy that
+# rounding to bfloat16 adds to a feature (2^-16 / 12). With less, readouts grow until they amplify that rounding.
 RIDGE = 1e-6
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """What calibration knows of a layer's attention inputs x, each with a constant 1 appended.
+class Readout:
+    """How heads reconstruct the source's rows from the features, and the expected error of that.
 
-    - `inputs` (n, n): E[x x^T] over tokens.
-    - `keys` (n, n): the same over keys, weighted by the attention they get (mean over heads).
-    - `values` (n, n): E[m m^T] over queries, m the attention-weighted mean of the inputs that a head reads.
-    - `distances` (H, length): attention weight by distance, rows summing to one.
-    """
-
-    inputs: Tensor
-    keys: Tensor
-    values: Tensor
-    distances: Tensor
-
-
-@dataclass(frozen=True)
-class Features:
-    """What is cached: `turning` (P / 2, n) complex rows with `frequencies` (P / 2,), `latent` (R, n) real rows."""
-
-    turning: Tensor
-    frequencies: Tensor
-    latent: Tensor
-
-    @property
-    def rows(self) -> Tensor:
-        """(P + R, n) real: real parts, imaginary parts, latents."""
-        return torch.cat([rows(self.turning), self.latent])
-
-    @property
-    def pairs(self) -> Tensor:
-        """(P + R, P + R) complex: what makes turning rows, their conjugates and latents of `rows`."""
-        return _pairs(2 * len(self.frequencies), len(self.latent), 1.0, self.latent.device)
-
-    @property
-    def turns(self) -> Tensor:
-        return torch.cat([self.frequencies, -self.frequencies, self.latent.new_zeros(len(self.latent))])
-
-
-@dataclass(frozen=True)
-class Readings:
-    """How heads see the source's rows in the features, and what that is expected to cost.
-
-    `keys` (H, key rows, features) complex: head h takes its key rows to be `keys[h] @ features`.
-    `values` (G, v_head_dim, R). `score_errors` (H,): expected squared error of a head's scores. `errors`: that
-    of the layer's output, by scores and by values.
+    Attributes:
+        keys: (H, key rows, features) complex: head h reconstructs its key rows as `keys[h] @ features`.
+        values: (G, v_head_dim, R).
+        score_errors: (H,) expected squared error of a head's scores.
+        errors: expected squared error of the layer's output, caused by scores and by values.
     """
 
     keys: Tensor
@@ -81,154 +41,213 @@ class Readings:
     errors: tuple[float, float]
 
 
-class Layer:
-    """One source layer prepared for the iteration; weights have an input column for the constant.
+class LatentObjective:
+    """The expected error of one layer as a function of features and readouts.
 
-    Products with inputs are taken in real rows and turned into conjugate pairs afterwards: a quarter of the work.
+    Products with inputs are taken in real rows and changed to conjugate pairs afterwards: a quarter of the work.
+
+    Args:
+        weights: the source layer, float64, with an input column for the constant.
+        frequencies: (F,) radians per token of the source's rotary planes.
+        statistics: of its attention inputs.
+        scale: the factor on the source's scores.
     """
 
-    def __init__(self, weights: LayerWeights, frequencies: Tensor, statistics: Statistics, scale: float) -> None:
+    def __init__(
+        self, weights: LayerWeights, frequencies: Tensor, statistics: LayerStatistics, scale: float
+    ) -> None:
         layout, half, device = weights.layout, weights.layout.rotary_dim // 2, weights.q.device
         self.queries_per_group = layout.queries_per_group
         self.group_of = torch.arange(layout.num_attention_heads, device=device) // layout.queries_per_group
         self.statistics, self.k, self.v = statistics, weights.k, weights.v
         free = layout.head_dim - layout.rotary_dim
-        self.turns = torch.cat([frequencies[:half], -frequencies[:half], frequencies.new_zeros(free)])
+        self.rotary_frequencies = torch.cat([frequencies[:half], -frequencies[:half], frequencies.new_zeros(free)])
         # Half the sum of products over pairs is the product of the real rows: hence the square root.
-        self.pairs = _pairs(layout.rotary_dim, free, math.sqrt(2), device)
-        self.query_moment = _paired(weights.q @ statistics.inputs @ weights.q.mT, self.pairs, self.pairs)
+        self.to_pairs = pair_map(layout.rotary_dim, free, math.sqrt(2), device)
+        self.query_moment = _in_pairs(weights.q @ statistics.inputs @ weights.q.mT, self.to_pairs, self.to_pairs)
         self.output = torch.einsum("hia,hib->hab", weights.o, weights.o)
-        # A score error moves the output by as much as the values under attention differ from their mean.
+        # A score error changes the output by as much as the values under attention differ from their mean.
         within = self.v @ (statistics.keys - statistics.values) @ self.v.mT
         self.spread = torch.einsum("hab,hba->h", self.output, within[self.group_of]).clamp_min(0)
         # A score is half the sum over rows and their conjugates.
         self.scale = scale / 2
         self.value_gram = self.v @ statistics.values @ self.v.mT
-        self.key_gram = self._seen(
+        self.key_gram = self._score_moment(
             self.k @ statistics.keys @ self.k.mT,
             self.k @ statistics.values @ self.k.mT,
-            (self.pairs, self.turns),
-            (self.pairs, self.turns),
+            (self.to_pairs, self.rotary_frequencies),
+            (self.to_pairs, self.rotary_frequencies),
         )
 
-    def kernel(self, a: Tensor, b: Tensor) -> Tensor:
-        """(H, a, b): m(a - b) of every head."""
+    @property
+    def energies(self) -> tuple[float, float]:
+        """The errors of a readout that reconstructs nothing, by scores and by values."""
+        return self._key_error(self._score_energy(self.key_gram)), self._value_error(self.value_gram)
+
+    def phase_kernel(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the characteristic function of every head's distances at all differences of two frequency lists.
+
+        Args:
+            a: (A,) radians per token.
+            b: (B,) radians per token.
+
+        Returns:
+            (H, A, B) complex: m(a - b).
+        """
         (ua, ia), (ub, ib) = a.unique(return_inverse=True), b.unique(return_inverse=True)
         distances = self.statistics.distances.to(torch.complex128)
-        turned = distances[:, None] * turn(ua, distances.shape[1])
-        return (turned @ turn(ub, distances.shape[1]).mH)[:, ia][:, :, ib]
+        weighted = distances[:, None] * phase_table(ua, distances.shape[1])
+        return (weighted @ phase_table(ub, distances.shape[1]).mH)[:, ia][:, :, ib]
 
-    def _seen(self, moment: Tensor, mean: Tensor, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
-        """(H, a, b): moments of real rows (G or none, a, b) as softmax sees them.
+    def solve_readout(
+        self, features: Features, keys: Tensor | None = None, values: Tensor | None = None
+    ) -> Readout:
+        """Solve for the readout of least expected error.
 
-        That is: under every head's distances, and without what a query's mean over its keys contributes, which
-        shifts all its scores alike. `a` and `b` hold the pairs and the turns of either side.
+        Args:
+            features: what is read.
+            keys: the key part of a given readout; None solves for it.
+            values: the value part of a given readout; None solves for it.
         """
-        (pairs_a, turns_a), (pairs_b, turns_b) = a, b
-        seen, unseen = _paired(moment, pairs_a, pairs_b), _paired(mean, pairs_a, pairs_b)
-        if seen.ndim == 3:
-            seen, unseen = seen[self.group_of], unseen[self.group_of]
-        zero = turns_a.new_zeros(1)
-        means = self.kernel(turns_a, zero) @ self.kernel(turns_b, zero).mH
-        return seen * self.kernel(turns_a, turns_b) - unseen * means
-
-    def read(self, features: Features, keys: Tensor | None = None, values: Tensor | None = None) -> Readings:
-        """Readings of the features (None: the best there are) with what they are expected to cost."""
         count, real = 2 * len(features.frequencies), features.rows
-        ours, theirs = (self.pairs, self.turns), (features.pairs, features.turns)
+        ours = (self.to_pairs, self.rotary_frequencies)
+        theirs = (features.to_pairs, features.rotary_frequencies)
         by_key, by_mean = self.statistics.keys @ real.T, self.statistics.values @ real.T
-        gram = self._seen(real @ by_key, real @ by_mean, theirs, theirs)
-        cross = self._seen(self.k @ by_key, self.k @ by_mean, ours, theirs)
-        keys = solve_right(gram, cross) if keys is None else keys
+        gram = self._score_moment(real @ by_key, real @ by_mean, theirs, theirs)
+        cross = self._score_moment(self.k @ by_key, self.k @ by_mean, ours, theirs)
+        keys = solve_from_right(gram, cross, RIDGE) if keys is None else keys
         shared = keys @ cross.mH
-        left = self.key_gram - shared - shared.mH + keys @ gram @ keys.mH
+        key_rest = self.key_gram - shared - shared.mH + keys @ gram @ keys.mH
 
         value_gram, value_cross = real[count:] @ by_mean[:, count:], self.v @ by_mean[:, count:]
-        values = solve_right(value_gram, value_cross) if values is None else values
+        values = solve_from_right(value_gram, value_cross, RIDGE) if values is None else values
         shared = values @ value_cross.mT
-        value_left = self.value_gram - shared - shared.mT + values @ value_gram @ values.mT
-        scores = self._score_energy(left)
-        return Readings(keys, values, scores, (self._key_error(scores), self._value_error(value_left)))
+        value_rest = self.value_gram - shared - shared.mT + values @ value_gram @ values.mT
+        scores = self._score_energy(key_rest)
+        return Readout(keys, values, scores, (self._key_error(scores), self._value_error(value_rest)))
+
+    def solve_features(self, features: Features, readout: Readout) -> Features:
+        """Solve for the features of least expected error under a given readout.
+
+        The solution holds for every input x separately, so no moment of x enters. The logarithm of `_key_error` is
+        replaced by its tangent, which lies above it: what lowers the tangent lowers the logarithm.
+
+        Args:
+            features: the present features, for their frequencies.
+            readout: how heads read them.
+        """
+        frequencies, count = features.rotary_frequencies, len(features.frequencies)
+        queries = readout.keys.mH @ self.query_moment
+        weight = (self.scale**2 * self.spread / (1 + readout.score_errors))[:, None, None]
+        normal = (weight * (queries @ readout.keys) * self.phase_kernel(frequencies, frequencies).conj()).sum(0)
+        wanted = weight * queries * self.phase_kernel(self.rotary_frequencies, frequencies).mT
+        wanted = wanted.unflatten(0, (-1, self.queries_per_group)).sum(1)
+        wanted = wanted @ self.to_pairs
+        parts = (wanted.real, wanted.imag)
+        cross = torch.complex(*(torch.einsum("gnf,gfi->ni", part, self.k) for part in parts))
+        output = self.output.unflatten(0, (-1, self.queries_per_group)).sum(1)
+        normal[2 * count :, 2 * count :] += torch.einsum("gar,gab,gbs->rs", readout.values, output, readout.values)
+        cross[2 * count :] += torch.einsum("gar,gab,gbi->ri", readout.values, output, self.v)
+        solution = solve_from_right(normal, cross.mH, RIDGE).mH
+        return Features(solution[:count], features.frequencies, solution[2 * count :].real)
+
+    def _score_moment(
+        self, by_key: Tensor, by_mean: Tensor, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """The moments of real rows (G or none, a, b) that count for a softmax, (H, a, b) complex.
+
+        They are taken under every head's distances, without the part that a query's mean over its keys contributes:
+        that part shifts all scores of the query alike. `a` and `b` hold the pair map and the frequencies of a side.
+        """
+        (to_pairs_a, frequencies_a), (to_pairs_b, frequencies_b) = a, b
+        total, mean = _in_pairs(by_key, to_pairs_a, to_pairs_b), _in_pairs(by_mean, to_pairs_a, to_pairs_b)
+        if total.ndim == 3:
+            total, mean = total[self.group_of], mean[self.group_of]
+        zero = frequencies_a.new_zeros(1)
+        phases = self.phase_kernel(frequencies_a, zero) @ self.phase_kernel(frequencies_b, zero).mH
+        return total * self.phase_kernel(frequencies_a, frequencies_b) - mean * phases
 
     def _score_energy(self, gram: Tensor) -> Tensor:
         return self.scale**2 * torch.einsum("hab,hba->h", self.query_moment, gram).real.clamp_min(0)
 
     def _key_error(self, scores: Tensor) -> float:
-        # Small errors of scores act in proportion to their square; large ones cannot do more than move
-        # attention elsewhere altogether.
+        # Small errors of scores act in proportion to their square. Large ones can at most move all attention.
         return float((self.spread * scores.log1p()).sum())
 
     def _value_error(self, gram: Tensor) -> float:
         return float(torch.einsum("hab,hba->", self.output, gram[self.group_of]).clamp_min(0))
 
+
+@dataclass(frozen=True)
+class LatentProblem:
+    """What a latent method is given for one layer.
+
+    Attributes:
+        weights: the source layer, float64, with an input column for the constant.
+        frequencies: (F,) radians per token of its rotary planes.
+        rope_frequencies: (P / 2,) radians per token of the MLA layer's rotary planes.
+        rank: of the latent.
+        statistics: of its attention inputs.
+        objective: the expected error.
+        foldings: numbers of neighbouring frequencies to try as one.
+        num_iterations: alternations of least squares.
+    """
+
+    weights: LayerWeights
+    frequencies: Tensor
+    rope_frequencies: Tensor
+    rank: int
+    statistics: LayerStatistics
+    objective: LatentObjective
+    foldings: Sequence[int] = (1,)
+    num_iterations: int = 0
+
+
+@dataclass(frozen=True)
+class LatentSolution:
+    """What a latent method returns.
+
+    Attributes:
+        features: what the MLA layer caches.
+        readout: how its heads read them.
+        folding: the number of neighbouring frequencies that were taken as one.
+        errors: the relative expected error after each alternation; empty for a method without alternations.
+    """
+
+    features: Features
+    readout: Readout
+    folding: int = 1
+    errors: tuple[float, ...] = ()
+
     @property
-    def energies(self) -> tuple[float, float]:
-        """What the errors of `read` would be with no features at all."""
-        return self._key_error(self._score_energy(self.key_gram)), self._value_error(self.value_gram)
-
-    def improve(self, features: Features, readings: Readings) -> Features:
-        """Better features for given readings: pointwise in x, so that no moment of x enters.
-
-        The logarithm of `_key_error` is replaced by its tangent, which lies above it: what lowers the one lowers
-        the other.
-        """
-        turns, count = features.turns, len(features.frequencies)
-        asked = readings.keys.mH @ self.query_moment
-        weight = (self.scale**2 * self.spread / (1 + readings.score_errors))[:, None, None]
-        normal = (weight * (asked @ readings.keys) * self.kernel(turns, turns).conj()).sum(0)
-        wanted = weight * asked * self.kernel(self.turns, turns).mT
-        wanted = wanted.unflatten(0, (-1, self.queries_per_group)).sum(1)
-        wanted = wanted @ self.pairs
-        target = torch.complex(*(torch.einsum("gnf,gfi->ni", part, self.k) for part in (wanted.real, wanted.imag)))
-        output = self.output.unflatten(0, (-1, self.queries_per_group)).sum(1)
-        normal[2 * count :, 2 * count :] += torch.einsum(
-            "gar,gab,gbs->rs", readings.values, output, readings.values
-        )
-        target[2 * count :] += torch.einsum("gar,gab,gbi->ri", readings.values, output, self.v)
-        best = solve_right(normal, target.mH).mH
-        return Features(best[:count], features.frequencies, best[2 * count :].real)
+    def error(self) -> float:
+        """The expected squared error of the layer's output."""
+        return sum(self.readout.errors)
 
 
-def alternate(layer: Layer, features: Features, iterations: int) -> tuple[Features, Readings, list[float]]:
-    """Alternating least squares from given features; also the relative error after each step."""
-    readings = layer.read(features)
-    total = sum(layer.energies) or 1.0
-    errors = [sum(readings.errors) / total]
-    for _ in range(iterations):
-        features = layer.improve(features, readings)
-        readings = layer.read(features)
-        errors.append(sum(readings.errors) / total)
-    return features, readings, errors
+LatentMethod = Callable[[LatentProblem], LatentSolution]
 
 
-def _pairs(rotary: int, free: int, free_scale: float, device: torch.device) -> Tensor:
-    """Half-split real rows -> rotary planes, their conjugates, and `free_scale` times the position-free rows."""
-    eye = torch.eye(rotary // 2, dtype=torch.complex128, device=device)
-    turning = torch.cat([torch.cat([eye, 1j * eye], 1), torch.cat([eye, -1j * eye], 1)])
-    return torch.block_diag(turning, free_scale * torch.eye(free, dtype=torch.complex128, device=device))
+def alternating_least_squares(problem: LatentProblem) -> LatentSolution:
+    """Solve in turn for features and readouts, from the score-weighted components of the best folding.
+
+    Args:
+        problem: one layer.
+    """
+    objective = problem.objective
+    total = sum(objective.energies) or 1.0
+    source = (problem.weights, problem.frequencies, problem.rope_frequencies, problem.rank, problem.statistics)
+    starts = [(folding, initial_features(*source, folding)) for folding in problem.foldings]
+    folding, features = min(starts, key=lambda start: sum(objective.solve_readout(start[1]).errors))
+    readout = objective.solve_readout(features)
+    errors = [sum(readout.errors) / total]
+    for _ in range(problem.num_iterations):
+        features = objective.solve_features(features, readout)
+        readout = objective.solve_readout(features)
+        errors.append(sum(readout.errors) / total)
+    return LatentSolution(features, readout, folding, tuple(errors))
 
 
-def _paired(moment: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return a @ moment.to(torch.complex128) @ b.mH
-
-
-def conjugate_pairs(rows: Tensor, rotary_dim: int) -> Tensor:
-    """Real rows (heads, head_dim, n) as rotary planes, their conjugates, and position-free rows times sqrt(2)."""
-    turning = planes(rows, rotary_dim)
-    free = math.sqrt(2) * rows[:, rotary_dim:].to(torch.complex128)
-    return torch.cat([turning, turning.conj(), free], dim=1)
-
-
-def turn(frequencies: Tensor, length: int) -> Tensor:
-    """(frequencies, length): e^{-i w D} for every distance D."""
-    distances = torch.arange(length, dtype=torch.float64, device=frequencies.device)
-    return torch.exp(-1j * frequencies[:, None] * distances)
-
-
-def solve_right(gram: Tensor, cross: Tensor) -> Tensor:
-    """X with `X @ gram ~ cross`, gram Hermitian and positive semidefinite, perhaps singular."""
-    size = gram.diagonal(dim1=-2, dim2=-1).real.clamp_min(1e-200).sqrt()
-    scaled = gram / size[..., :, None] / size[..., None, :]
-    scaled = scaled + RIDGE * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    right = (cross / size[..., None, :]).mH
-    return solve(lambda left: torch.linalg.solve(left, right), scaled).mH / size[..., None, :]
+def _in_pairs(moment: Tensor, to_pairs_a: Tensor, to_pairs_b: Tensor) -> Tensor:
+    """A real moment between the conjugate pairs of its rows."""
+    return to_pairs_a @ moment.to(torch.complex128) @ to_pairs_b.mH

@@ -8,35 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headwise import registry
 from headwise.convert.base import Refittable
 from headwise.convert.calibration.layer_stream import LayerRecord
-from headwise.convert.mla import latent
-from headwise.convert.mla.components import (
-    free_frequencies,
-    partial_frequencies,
-    plane_norms,
-    rotary_gains,
-)
-from headwise.convert.mla.shape import check_shape, choose_shape
-from headwise.convert.positions.context import rotations
+from headwise.convert.mla.exact import exact_mla, exact_mla_shape, latent_layout
+from headwise.convert.mla.features import layer_statistics, with_constant
+from headwise.convert.mla.frequencies import free_frequencies, partial_frequencies, plane_norms, rotary_gains
+from headwise.convert.mla.latent import approximate_mla
+from headwise.convert.mla.shape import check_shape, choose_shape, source_cache
+from headwise.convert.positions.context import rope_sets
 from headwise.convert.settings import ConvertSettings
-from headwise.errors import HeadwiseError
+from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import Checkpoint
-from headwise.io.writer import OutputTensor
 from headwise.models import deepseek, mla_source, rope
 from headwise.models.architecture import Architecture
 from headwise.models.config import named_dtype
-from headwise.models.layout import AttentionLayout, LatentWeights, LayerWeights
-from headwise.models.norm_free import ATTENTION, LAYERS, from_natural, natural_attention
-from headwise.models.stock import empty_model, layer_arguments
+from headwise.models.layout import LatentWeights, LayerWeights
+from headwise.models.norm_free import ATTENTION, LAYERS, from_norm_free_state, norm_free_attention
+from headwise.models.stock import empty_model, layer_arguments, move_to_device
 from headwise.serving import engines
 
-# Padding for engines whose prefill wants values as wide as queries (engines.yaml).
-PADDED_VALUE = 128
-# Peak learning rate of the refit, relative to each weight's size.
-LEARNING_RATE = 0.1
-# Layers that stand for the rest when frequencies are chosen.
-SAMPLED = 3
+# Padding for engines whose prefill needs values as wide as queries (engines.yaml).
+PADDED_V_HEAD_DIM = 128
+# The number of layers from which frequencies are chosen.
+NUM_SAMPLED_LAYERS = 3
+VERDICTS = {"yes": "loads", "no": "does not load", "wrong": "loads, and computes another function"}
 
 
 class LatentTarget:
@@ -45,12 +41,17 @@ class LatentTarget:
     Args:
         checkpoint: the source.
         arch: its row, also of the config below.
-        config: the source's config with the positions it is to have.
+        config: the source's config with the positions of the output.
         settings: the shape and the method.
         dtype: of the output; None: the source's.
+
+    Raises:
+        HeadwiseError: stock DeepSeek cannot express the model.
+        SettingError: the model cannot have the shape, or the method does not apply to it.
     """
 
     calibrated = True
+    auto_class = "AutoModelForCausalLM"
 
     def __init__(
         self,
@@ -61,223 +62,212 @@ class LatentTarget:
         *,
         dtype: torch.dtype | None = None,
     ) -> None:
-        method, exact = settings.method or "optimal", settings.exact
-        rank, rope_dim = settings.rank, settings.rope_dim
-        rope_frequencies = settings.rope_frequencies or "default"
         text = arch.text_config(config)
         self.dtype = dtype or named_dtype(text.get("dtype") or text.get("torch_dtype")) or torch.bfloat16
-        self.rule = mla_source.find(text, self.dtype)
+        self.rule = mla_source.find_mla_source(text, self.dtype)
         self.source, self.arch, self.parent_config = checkpoint, arch, config
-        self.method = method
-        # MHA2MLA's method by its choice of planes: partial-rope (by 2-norm), partial-rope-high, -low, -uniform.
-        self.partial = ""
-        if method.startswith("partial-rope"):
-            self.partial = method.removeprefix("partial-rope").lstrip("-") or "norm"
-        self.exact = exact
-        self.fitted = method == "optimal" and not exact
-        self.auto_class = "AutoModelForCausalLM"
-        stock = arch.stock_config(config)
-        before = arch.layouts(config)
-        still = next((i for i, layout in enumerate(before) if not layout.rotary_dim), None)
-        if method != "optimal" and still is not None and not exact:
-            raise HeadwiseError(
-                f"--method {method} is defined for layers that rotate their positions, and layer {still} does not.",
-                "Use --method optimal.",
-            )
-        self._before, self._hidden = before, stock.hidden_size
-        self._frequencies, factor = self._source_frequencies(config)
-        scale = self.rule.attention_scale or before[0].head_dim ** -0.5
-        self._scale = scale * factor**2
-        self._theta = float(rotations(config, arch)[0].parameters["rope_theta"])
+        self.method, self.exact = registry.find_method("latent", settings.method or "optimal"), settings.exact
+        self.fitted = not self.exact and "text" in self.method.needs
         self.notes: list[str] = []
         self.warnings: list[str] = []
+        stock = arch.stock_config(config)
+        self._before, self._hidden_size = arch.layouts(config), stock.hidden_size
+        self._check_rotary_layers()
+        self._frequencies, factor = self._source_frequencies()
+        scale = self.rule.attention_scale or self._before[0].head_dim ** -0.5
+        self._scale = scale * factor**2
 
-        if exact:
-            shapes = [latent.lift_shape(layout) for layout in before]
-            rank, rope_dim = max(r for r, _ in shapes), max(p for _, p in shapes)
-        elif settings.cache is not None:
-            rank, rope_dim = choose_shape(
-                before, self._hidden, settings.cache, whole_planes=bool(self.partial), notes=self.notes
-            )
-        assert rank is not None and rope_dim is not None  # ConvertSettings asks for one of the three
-        if not exact:
-            check_shape(before, self._hidden, rank, rope_dim)
-        self._grid = self._choose_frequencies(rope_dim, rope_frequencies)
-        scaled = rope.rope_type(rotations(config, arch)[0].parameters)
-        if scaled != "default" and not (exact or self.partial) and rope_frequencies == "default":
-            self.warnings.append(
-                f"The source turns by {scaled} frequencies, and rotary keys on the default grid by those of its "
-                f"base {self._theta:,.0f}, which only come near. --rope-frequencies free keeps the source's own."
-            )
+        parameters = rope_sets(config, arch)[0].parameters
+        self._theta = float(parameters["rope_theta"])
+        rank, rope_dim = self._choose_shape(settings)
+        self._grid = self._choose_frequencies(rope_dim, settings.rope_frequencies or "default")
+        self._warn_of_default_grid(rope.rope_type(parameters), settings.rope_frequencies or "default")
 
         biased = arch.has_bias(config)
-        o_bias = self._o_bias_name(0) in checkpoint.tensors
-        layout = latent.latent_layout(before[0], rank, rope_dim)
-        self.query_rank = deepseek.query_rank(layout, self._hidden) if biased else None
-        self.value_width = PADDED_VALUE if settings.pad_values and layout.v_head_dim < PADDED_VALUE else None
-        # What a config leaves out is the source class's default, which need not be DeepSeek's.
+        bias = biased or self._o_bias_name(0) in checkpoint.tensors
+        layout = latent_layout(self._before[0], rank, rope_dim)
+        self.q_lora_rank = deepseek.query_rank(layout, self._hidden_size) if biased else None
+        pads = settings.pad_values and layout.v_head_dim < PADDED_V_HEAD_DIM
+        self.v_head_dim = PADDED_V_HEAD_DIM if pads else None
+        # A field that the config leaves out has the default of the source's class, which may not be DeepSeek's.
         defaults = {name: getattr(stock, name) for name in ("hidden_act", "max_position_embeddings")}
-        self.config = deepseek.config(
-            {**defaults, **text, "intermediate_size": stock.intermediate_size, "num_hidden_layers": len(before)},
+        sizes = {"intermediate_size": stock.intermediate_size, "num_hidden_layers": len(self._before)}
+        self.config = deepseek.make_config(
+            {**defaults, **text, **sizes},
             layout,
             theta=self._theta,
             frequencies=self._grid,
-            attention_bias=biased or o_bias,
-            q_lora_rank=self.query_rank,
-            v_head_dim=self.value_width,
+            attention_bias=bias,
+            q_lora_rank=self.q_lora_rank,
+            v_head_dim=self.v_head_dim,
             dtype=str(self.dtype).removeprefix("torch."),
         )
-        self.layouts = [latent.latent_layout(old, rank, rope_dim) for old in before]
-        attention = [n for i in range(len(before)) for n in (*arch.tensor_names(config, i), self._o_bias_name(i))]
-        self._carried = {c.name: c for c in mla_source.plan_other(self.rule, checkpoint.tensors, attention)}
-        self._shapes = self._attention_shapes(layout, biased or o_bias)
-        self.outputs = self._all_outputs()
-        self.engines = [_say(engine) for engine in engines.engines(self.config)]
+        self.layouts = [latent_layout(old, rank, rope_dim) for old in self._before]
+        layers = range(len(self._before))
+        attention = [n for i in layers for n in (*arch.tensor_names(config, i), self._o_bias_name(i))]
+        copies = mla_source.plan_scaled_copies(self.rule, checkpoint.tensors, attention)
+        self._copies = {copy.name: copy for copy in copies}
+        self._shapes = deepseek.attention_shapes(
+            layout, self._hidden_size, bias=bias, v_head_dim=self.v_head_dim, q_lora_rank=self.q_lora_rank
+        )
+        self.outputs = mla_source.plan_outputs(copies, checkpoint.tensors, self._shapes, self.dtype)
+        self.engines = [_engine_line(verdict) for verdict in engines.engine_verdicts(self.config)]
 
-    def computed(self, layer: int) -> tuple[str, ...]:
+    def converted_names(self, layer: int) -> tuple[str, ...]:
+        """See `Target`."""
         prefix = f"{LAYERS.format(layer=layer)}.{ATTENTION}"
         return tuple(f"{prefix}.{name}" for name in self._shapes)
 
     def convert_layer(
         self, layer: int, weights: LayerWeights, record: LayerRecord | None
     ) -> tuple[LatentWeights, dict[str, Any]]:
-        own, grid = (f.to(weights.q.device) for f in (self._frequencies[layer], self._grid))
+        """See `Target`."""
+        frequencies, grid = (f.to(weights.q.device) for f in (self._frequencies[layer], self._grid))
+        layout = self.layouts[layer]
         if self.exact:
-            layout = self.layouts[layer]
-            made = latent.lift(
-                weights,
-                grid,
-                scale=self._scale,
-                rank=layout.kv_lora_rank,
-                rope_dim=layout.qk_rope_head_dim,
-            )
-            return made, {"key_error": 0.0, "value_error": 0.0}
+            shape = {"rank": layout.kv_lora_rank, "rope_dim": layout.qk_rope_head_dim}
+            return exact_mla(weights, grid, scale=self._scale, **shape), {"key_error": 0.0, "value_error": 0.0}
         measured: dict[str, Any] = {}
         if record is not None:
             measured = {**record.moments(), "distances": record.distances}
-        made, report = latent.convert(
+        converted, report = approximate_mla(
             weights,
-            own,
-            rank=self.layouts[layer].kv_lora_rank or 0,
+            frequencies,
+            rank=layout.kv_lora_rank or 0,
             rope_frequencies=grid,
             scale=self._scale,
-            method="partial-rope" if self.partial else self.method,
+            method=self.method.name,
             **measured,
         )
-        return made, {k: v for k, v in asdict(report).items() if k != "errors"}
+        return converted, {k: v for k, v in asdict(report).items() if k != "errors"}
 
-    def tensors(self, layer: int, made: LatentWeights, record: LayerRecord | None) -> dict[str, Tensor]:
-        return self._export(layer, made, self._o_bias(layer), record)
+    def export_layer(self, layer: int, converted: LatentWeights, record: LayerRecord | None) -> dict[str, Tensor]:
+        """See `Target`."""
+        return self._export(layer, converted, self._o_bias(layer), record)
 
-    def module(self, layer: int, made: LatentWeights, device: torch.device, length: int) -> Refittable:
-        attention = natural_attention(self.config, layer, made, self._o_bias(layer), device)
+    def trainable_layer(
+        self, layer: int, converted: LatentWeights, device: torch.device, length: int
+    ) -> Refittable:
+        """See `Target`."""
+        attention = norm_free_attention(self.config, layer, converted, self._o_bias(layer), device)
         model = empty_model(self.config, self.auto_class)
         arguments = layer_arguments(model, LAYERS, length, torch.float32)[layer]
         parameters = [p for name, p in attention.named_parameters() if name != "o_proj.bias"]
 
         def export(record: LayerRecord) -> dict[str, Tensor]:
-            return self._export(layer, *from_natural(attention.state_dict(), made), record)
+            return self._export(layer, *from_norm_free_state(attention.state_dict(), converted), record)
 
-        return Refittable(
-            attention, attention.o_proj, parameters, export, to_device(arguments, device), LEARNING_RATE
-        )
+        return Refittable(attention, attention.o_proj, parameters, export, move_to_device(arguments, device))
 
-    def carry(self, name: str, checkpoint: Checkpoint) -> Tensor:
-        carried = self._carried[name]
-        return carried.apply(checkpoint.read(carried.source), self.dtype)
+    def transform_other(self, name: str, checkpoint: Checkpoint) -> Tensor:
+        """See `Target`."""
+        copy = self._copies[name]
+        return copy.apply(checkpoint.read(copy.source), self.dtype)
 
     def _export(
-        self, layer: int, made: LatentWeights, o_bias: Tensor | None, record: LayerRecord | None
+        self, layer: int, converted: LatentWeights, o_bias: Tensor | None, record: LayerRecord | None
     ) -> dict[str, Tensor]:
         moment = None
         if record is not None:
-            inputs = made.q_nope.shape[2]
+            inputs = converted.q_nope.shape[2]
             moment = record.moment[:inputs, :inputs].cpu()
         return deepseek.attention_tensors(
-            made,
+            converted,
             f"{LAYERS.format(layer=layer)}.{ATTENTION}",
             residual=self.rule.factors["residual"],
             o_bias=o_bias,
-            v_head_dim=self.value_width,
-            q_lora_rank=self.query_rank,
+            v_head_dim=self.v_head_dim,
+            q_lora_rank=self.q_lora_rank,
             moment=moment,
             dtype=self.dtype,
         )
 
-    def _source_frequencies(self, config: dict[str, Any]) -> tuple[list[Tensor], float]:
-        """Per layer, radians per token of every plane, and the factor on queries and keys."""
-        sets = rotations(config, self.arch)
+    def _check_rotary_layers(self) -> None:
+        """Raise SettingError if the method needs RoPE in every layer and a layer has none."""
+        without = next((i for i, layout in enumerate(self._before) if not layout.rotary_dim), None)
+        if "rope" in self.method.needs and without is not None and not self.exact:
+            raise SettingError(
+                "method",
+                f"`method` {self.method.name} is defined for layers that rotate their positions, and layer "
+                f"{without} does not.",
+                "Give `method` optimal.",
+            )
+
+    def _source_frequencies(self) -> tuple[list[Tensor], float]:
+        """Per layer, radians per token of every plane; and the factor on queries and keys."""
+        sets = rope_sets(self.parent_config, self.arch)
         if len(sets) > 1:
-            raise HeadwiseError("Layers with different rotary frequencies cannot become one MLA config.")
+            raise HeadwiseError(
+                "Layers with different rotary frequencies cannot become one MLA config.",
+                "Convert to GQA: `to` gqa with `groups`.",
+            )
         kind = rope.rope_type(sets[0].parameters)
         if kind in rope.EXACT_WHEN_SHORT:
             raise HeadwiseError(
                 f"{kind} frequencies change with the length of the input, and an MLA model is written for one set.",
-                "Name another rule with --rope, or convert to GQA: --to gqa --groups N.",
+                "Give another rule as `rope`, or convert to GQA: `to` gqa with `groups`.",
             )
-        trained = self.arch.stock_config(config).max_position_embeddings
-        found, factor = rope.frequencies(sets[0].parameters, sets[0].rotary_dim, trained)
-        none = found[:0]
-        return [found if layout.rotary_dim else none for layout in self._before], factor
+        trained = self.arch.stock_config(self.parent_config).max_position_embeddings
+        frequencies, factor = rope.frequencies(sets[0].parameters, sets[0].rotary_dim, trained)
+        none = frequencies[:0]
+        return [frequencies if layout.rotary_dim else none for layout in self._before], factor
 
-    def _choose_frequencies(self, rope_dim: int, wanted: str) -> Tensor:
-        own = next(found for found in self._frequencies if len(found))
+    def _choose_shape(self, settings: ConvertSettings) -> tuple[int, int]:
+        """The rank and the rotary width that the settings give, checked."""
+        if settings.exact:
+            shapes = [exact_mla_shape(layout) for layout in self._before]
+            return max(rank for rank, _ in shapes), max(rope_dim for _, rope_dim in shapes)
+        rank, rope_dim = settings.rank, settings.rope_dim
+        if settings.cache is not None:
+            wanted = round(settings.cache * source_cache(self._before))
+            size = engines.nearest_cache_row(wanted)
+            if size not in (wanted, wanted - 1):
+                self.notes.append(
+                    f"The cache has {size} elements per token and layer, for which engines have kernels, in place "
+                    f"of {wanted}."
+                )
+            rope_dims = self._rope_dims(size)
+            rank, rope_dim = choose_shape(self._before, self._hidden_size, settings.cache, size, rope_dims)
+        assert rank is not None and rope_dim is not None  # ConvertSettings needs one of the three
+        check_shape(self._before, self._hidden_size, rank, rope_dim)
+        return rank, rope_dim
+
+    def _rope_dims(self, size: int) -> list[int]:
+        """The widths of the rotary key to choose from, for a cache row of `size`."""
+        first = next(layout for layout in self._before if layout.rotary_dim)
+        groups = first.num_key_value_heads
+        if self.method.planes:
+            return list(range(2 * groups, min(groups * first.rotary_dim, size // 2) + 1, 2 * groups))
+        return [rope_dim for _, rope_dim in engines.rank_splits(size, first.rotary_dim, groups)]
+
+    def _choose_frequencies(self, rope_dim: int, grid: str) -> Tensor:
+        """The frequencies of the rotary key, (rope_dim / 2,) radians per token, one list for all layers."""
+        own = next(frequencies for frequencies in self._frequencies if len(frequencies))
         if self.exact:
             return own.repeat(-(-rope_dim // (2 * len(own))))[: rope_dim // 2]
-        if wanted == "default" and not self.partial:
+        if grid == "default" and not self.method.planes:
             return deepseek.default_grid(self._theta, rope_dim)
-        read = [self._read(i) for i in self._sample()]
-        layers = [weights if weights.has_bias else latent.with_constant(weights) for weights in read]
-        known = [latent.statistics(weights) for weights in layers]
-        if self.partial:
-            norms = torch.stack([plane_norms(w, k) for w, k in zip(layers, known, strict=True)]).sum(0)
+        sampled = [self._read_layer(layer) for layer in self._sampled_layers()]
+        layers = [weights if weights.has_bias else with_constant(weights) for weights in sampled]
+        pairs = [(weights, layer_statistics(weights)) for weights in layers]
+        if self.method.planes:
+            norms = torch.stack([plane_norms(*pair) for pair in pairs]).sum(0)
+            groups = self._before[0].num_key_value_heads
             try:
-                return partial_frequencies(own, self._before[0].num_key_value_heads, rope_dim, self.partial, norms)
+                return partial_frequencies(own, groups, rope_dim, self.method.planes, norms)
             except ValueError as error:
-                raise HeadwiseError(f"--method {self.method}: {error}.") from error
-        gains = torch.stack([rotary_gains(w, own, k) for w, k in zip(layers, known, strict=True)]).sum(0)
+                raise SettingError("rope_dim", f"`method` {self.method.name}: {error}.") from error
+        gains = torch.stack([rotary_gains(weights, own, known) for weights, known in pairs]).sum(0)
         return free_frequencies(own, gains, rope_dim)
 
-    def _attention_shapes(self, layout: AttentionLayout, biased: bool) -> dict[str, tuple[int, ...]]:
-        """Name (inside the attention module) and shape of every attention tensor of a layer."""
-        heads, width = layout.num_attention_heads, self._hidden
-        rank, rope_dim = layout.kv_lora_rank or 0, layout.rotary_dim
-        value = self.value_width or layout.v_head_dim
-        nope = layout.head_dim - rope_dim
-        shapes: dict[str, tuple[int, ...]] = {
-            "kv_a_layernorm.weight": (rank,),
-            "kv_a_proj_with_mqa.weight": (rank + rope_dim, width),
-            "kv_b_proj.weight": (heads * (nope + value), rank),
-            "o_proj.weight": (width, heads * value),
-        }
-        if biased:
-            shapes |= {"kv_a_proj_with_mqa.bias": (rank + rope_dim,), "o_proj.bias": (width,)}
-        if self.query_rank is None:
-            return shapes | {"q_proj.weight": (heads * layout.head_dim, width)}
-        shapes |= {
-            "q_a_layernorm.weight": (self.query_rank,),
-            "q_a_proj.weight": (self.query_rank, width),
-            "q_b_proj.weight": (heads * layout.head_dim, self.query_rank),
-        }
-        return shapes | ({"q_a_proj.bias": (self.query_rank,)} if biased else {})
-
-    def _all_outputs(self) -> list[OutputTensor]:
-        """Carried tensors in the source's order, each layer's attention before the first of its other tensors."""
-        order = {name: i for i, name in enumerate(self.source.tensors)}
-        outputs = []
-        written: set[str] = set()
-        for carried in sorted(self._carried.values(), key=lambda c: (order[c.source], c.name)):
-            prefix = carried.name.split(".mlp.")[0].split(".input_layernorm")[0].split(".post_attention")[0]
-            if prefix.startswith("model.layers.") and prefix not in written:
-                written.add(prefix)
-                outputs += [
-                    OutputTensor(f"{prefix}.{ATTENTION}.{n}", self.dtype, s, None) for n, s in self._shapes.items()
-                ]
-            entry = self.source.tensors[carried.source]
-            plain = carried.factor == 1 and carried.part is None and entry.dtype == self.dtype
-            shape = carried.shape(entry.shape)
-            outputs.append(OutputTensor(carried.name, self.dtype, shape, carried.source if plain else None))
-        return outputs
+    def _warn_of_default_grid(self, rope_type: str, grid: str) -> None:
+        """Warn if the source's frequencies are scaled and those of the output are not."""
+        if rope_type != "default" and grid == "default" and not (self.exact or self.method.planes):
+            self.warnings.append(
+                f"The source rotates by {rope_type} frequencies. Rotary keys on the default grid rotate by those "
+                f"of its base {self._theta:,.0f}, which only approximate them. `rope_frequencies` free keeps the "
+                "source's own."
+            )
 
     def _o_bias_name(self, layer: int) -> str:
         return f"{self.arch.layers[0].format(layer=layer)}.{self.arch.attention}.{self.arch.projections['o']}.bias"
@@ -286,25 +276,19 @@ class LatentTarget:
         name = self._o_bias_name(layer)
         return self.source.read(name).double() if name in self.source.tensors else None
 
-    def _read(self, layer: int) -> LayerWeights:
+    def _read_layer(self, layer: int) -> LayerWeights:
         names = self.arch.tensor_names(self.parent_config, layer)
         return self.arch.read_layer(self.parent_config, layer, {name: self.source.read(name) for name in names})
 
-    def _sample(self) -> list[int]:
-        turning = [i for i, layout in enumerate(self._before) if layout.rotary_dim]
-        return sorted({turning[k * (len(turning) - 1) // (SAMPLED - 1)] for k in range(SAMPLED)})
+    def _sampled_layers(self) -> list[int]:
+        """Layers with RoPE at equal distances, the first and the last included."""
+        rotary = [i for i, layout in enumerate(self._before) if layout.rotary_dim]
+        return sorted(
+            {rotary[k * (len(rotary) - 1) // (NUM_SAMPLED_LAYERS - 1)] for k in range(NUM_SAMPLED_LAYERS)}
+        )
 
 
-def _say(engine: engines.Engine) -> str:
-    words = {"yes": "loads", "no": "does not load", "wrong": "loads, and computes another function"}
-    answer = words.get(engine.loads, "not known")
-    return f"{engine.name}: {answer}" + (f" ({engine.reason})" if engine.reason else "")
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """Tensors inside tuples and dictionaries, moved."""
-    if isinstance(value, dict):
-        return {k: to_device(v, device) for k, v in value.items()}
-    if isinstance(value, tuple):
-        return tuple(to_device(v, device) for v in value)
-    return value.to(device) if isinstance(value, Tensor) else value
+def _engine_line(verdict: engines.EngineVerdict) -> str:
+    """The line of the plan about one engine."""
+    reason = f" ({verdict.reason})" if verdict.reason else ""
+    return f"{verdict.name}: {VERDICTS.get(verdict.loads, 'not known')}{reason}"

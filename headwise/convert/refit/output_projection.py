@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from headwise.convert.calibration.layer_stream import TOKENS_AT_ONCE, LayerRecord
-from headwise.convert.gqa.methods import single_threaded_lapack
+from headwise.convert.linalg import single_threaded_lapack
 from headwise.convert.refit.regression import TINY, apply_attention, split_sequences
 
 # The weight of the present output matrices in tokens per input, and the folds of the cross-validation
-# (docs/decisions/037).
+# (docs/decisions/0013).
 PRIOR = 8
 FOLDS = 8
 

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.convert.mla import latent
-from headwise.convert.positions.context import rotations
+from headwise.convert.mla.exact import exact_mla_shape
+from headwise.convert.positions.context import rope_sets
 from headwise.io.reader import Checkpoint
 from headwise.models import deepseek, mla_source
-from headwise.models.architecture import Architecture, find
-from headwise.models.layout import LatentWeights, planes, rows
+from headwise.models.architecture import Architecture, find_architecture
+from headwise.models.layout import LatentWeights, to_planes, from_planes
 from headwise.models.norm_free import ATTENTION, LAYERS
 from headwise.models.protocol import LatentModel
-from headwise.models.stock import attend
+from headwise.models.stock import run_attention
 
 # The linear norm errs below 1e-8 for an ordinary token; an exact lift is rounded once to the folder's dtype.
 TOLERANCE = 1e-5
@@ -33,7 +33,7 @@ def latent_attention(weights: LatentWeights, x: Tensor, o_bias: Tensor | None = 
     turned = torch.polar(torch.ones_like(angles), angles).T  # (planes, tokens)
 
     def rotate(vectors: Tensor) -> Tensor:  # (..., P, tokens)
-        return rows(planes(vectors, vectors.shape[-2]) * turned)
+        return from_planes(to_planes(vectors, vectors.shape[-2]) * turned)
 
     columns = inputs.mT[:, None]  # (batch, 1, inputs, tokens)
     latent_rows = weights.kv_down @ inputs.mT  # (batch, R, tokens)
@@ -54,7 +54,7 @@ def layers_compute_their_factors(
     worst = 0.0
     for layer in chosen:
         path = f"{LAYERS.format(layer=layer)}.{ATTENTION}"
-        x, said = attend(model.config, model, path, layer, model.tensors(checkpoint, layer), tokens)
+        x, said = run_attention(model.config, model, path, layer, model.tensors(checkpoint, layer), tokens)
         weights, o_bias = model.weights(checkpoint, layer)
         worst = max(worst, _difference(said, latent_attention(weights, x, o_bias)))
     which = ", ".join(map(str, chosen))
@@ -78,7 +78,7 @@ def against_parent(
     Fields of the config that are named in `moved` may differ, and with them what attention computes.
     Of a model that was `trained` since, only the shape is the parent's.
     """
-    arch = find(parent.config, parent.tensors)
+    arch = find_architecture(parent.config, parent.tensors)
     before = arch.layouts(parent.config)
     if len(before) != len(model.layouts):
         return False, f"the parent has {len(before)} layers, and the folder {len(model.layouts)}"
@@ -88,14 +88,14 @@ def against_parent(
     if trained:
         return True, "the parent's shape and configuration; its weights were trained since"
     dtype = next(iter(checkpoint.tensors.values())).dtype
-    rule = mla_source.find(arch.text_config(parent.config), dtype)
+    rule = mla_source.find_mla_source(arch.text_config(parent.config), dtype)
     attention = [n for n in parent.tensors if f".{arch.attention}." in n]
-    for carried in mla_source.plan_other(rule, parent.tensors, attention):
+    for carried in mla_source.plan_scaled_copies(rule, parent.tensors, attention):
         if carried.name not in checkpoint.tensors or not torch.equal(
             carried.apply(parent.read(carried.source), dtype), checkpoint.read(carried.name)
         ):
             return False, f"{carried.name} is not what the parent's {carried.source} becomes"
-    largest = [max(sizes) for sizes in zip(*map(latent.exact_mla_shape, before), strict=True)]
+    largest = [max(sizes) for sizes in zip(*map(exact_mla_shape, before), strict=True)]
     shape = model.layouts[0]
     if moved or (shape.kv_lora_rank or 0) < largest[0] or shape.rotary_dim < largest[1]:
         return True, "outside attention, every tensor is what the parent's becomes"
@@ -104,7 +104,7 @@ def against_parent(
         path = f"{arch.module.format(layer=layer)}.{arch.attention}"
         prefix = f"{arch.layers[0].format(layer=layer)}.{arch.attention}."
         tensors = {n: parent.read(n) for n in parent.tensors if n.startswith(prefix)}
-        x, wanted = attend(parent.config, arch, path, layer, tensors, tokens)
+        x, wanted = run_attention(parent.config, arch, path, layer, tensors, tokens)
         weights, o_bias = model.weights(checkpoint, layer)
         ours = latent_attention(weights, x, o_bias) / rule.factors["residual"]
         worst = max(worst, _difference(ours, wanted))
@@ -117,8 +117,8 @@ def _changed_fields(
 ) -> list[str]:
     """What is carried over from the parent's config and is not the same."""
     text = arch.text_config(parent)
-    before = {key: text[key] for key in deepseek.CARRIED_KEYS if key in text}
-    before["rope_theta"] = float(rotations(parent, arch)[0].parameters["rope_theta"])
+    before = {key: text[key] for key in deepseek.COPIED_CONFIG_KEYS if key in text}
+    before["rope_theta"] = float(rope_sets(parent, arch)[0].parameters["rope_theta"])
     after = {**config, "rope_theta": float(config["rope_parameters"]["rope_theta"])}
     return [key for key, value in before.items() if key not in moved and after.get(key) != value]
 
