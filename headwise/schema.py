@@ -1,6 +1,8 @@
-"""A checked dataclass from a mapping of YAML. The checks are read off the dataclass's own type hints.
+"""Build checked dataclasses from YAML, from `a.b=c` assignments and from JSON records: the one loader.
 
-A wrong key is answered with the nearest right one, a wrong value with the path of its key.
+`build` reads the types off the dataclass. Where a field is declared with `headwise.fields`, the dataclass itself
+judges the value when it is made, so Python, YAML and the command line meet the same rules. Every error names the
+dotted path of the key and its value; a misspelt key gets the nearest known one as a hint.
 """
 
 from __future__ import annotations
@@ -11,120 +13,277 @@ import re
 import reprlib
 import types
 import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
+from headwise.errors import HeadwiseError, SettingError
 
-from headwise.errors import HeadwiseError
-
+MAX_BYTES = 1_000_000
+# Numbers beyond it become infinite somewhere.
 HUGE = 1e300
+SCALES = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "%": 0.01}
 
 T = TypeVar("T")
 
 
-class _Plain(yaml.SafeLoader):
-    """Plain values, and no aliases: with them, ten lines stand for a billion values."""
+def parse_yaml(text: str) -> Any:
+    """Return the plain value of a YAML text. Aliases are refused: ten lines of them can stand for a billion values.
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not allowed")
-        return super().compose_node(parent, index)
+    Raises:
+        ValueError: the text is not YAML; one line says why.
+    """
+    import yaml  # takes longer to import than `headwise --help` may
 
+    class PlainLoader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("aliases (*name) are not allowed")
+            return super().compose_node(parent, index)
 
-def parse(text: str) -> Any:
-    """A YAML value; ValueError in one line where there is none."""
     try:
-        return _Plain(text).get_single_data()
+        return PlainLoader(text).get_single_data()
     # Besides its own errors, the library lets through what its conversions of odd numbers, dates and tags raise.
     except Exception as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
-def build(kind: type[T], mapping: dict[str, Any], where: str, prefix: str = "") -> T:
-    """A dataclass from a mapping, each value checked against its field's type.
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds.
 
     Raises:
-        HeadwiseError: naming `where` and the dotted path of the key.
+        HeadwiseError: the file is too large, is not YAML, or holds something else.
     """
-    assert dataclasses.is_dataclass(kind)
-    fields = {item.name: item for item in dataclasses.fields(kind)}
+    if path.stat().st_size > MAX_BYTES:
+        raise HeadwiseError(f"{path} is larger than {MAX_BYTES:,} bytes, so it is not a recipe.")
+    try:
+        mapping = parse_yaml(path.read_bytes().decode())
+    except ValueError as error:
+        raise HeadwiseError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(mapping, dict):
+        raise HeadwiseError(f"{path} is not a recipe: its top level must be a mapping.")
+    return mapping
+
+
+def find_file(recipe: str | Path, library: Path) -> Path:
+    """Return the file of a recipe that is given by its path or by its name in a library folder.
+
+    Raises:
+        HeadwiseError: there is no such file; the hint lists the names of the library.
+    """
+    for path in (Path(recipe), library / f"{recipe}.yaml"):
+        if path.is_file():
+            return path
+    names = sorted(path.stem for path in library.glob("*.yaml"))
+    raise HeadwiseError(
+        f"There is no recipe {str(recipe)!r}.", f"{nearest(str(recipe), names)}The library has: {', '.join(names)}."
+    )
+
+
+def load_file(kind: type[T], path: Path, assignments: Sequence[str] = ()) -> T:
+    """Read a dataclass from a YAML file, with `a.b=c` assignments laid over it.
+
+    Args:
+        kind: the dataclass.
+        path: the file.
+        assignments: dotted keys with YAML values; later ones win.
+
+    Raises:
+        HeadwiseError: the file is not a YAML mapping.
+        SettingError: an assignment has the wrong form, a key is unknown or missing, or a value is not legal.
+    """
+    return build(kind, assign(read_mapping(path), assignments), str(path))
+
+
+def assign(mapping: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """Lay `a.b=c` assignments over a mapping, in place, and return it.
+
+    Args:
+        mapping: plain data.
+        assignments: dotted keys with YAML values; later ones win.
+
+    Raises:
+        SettingError: an assignment has no "=", its value is not YAML, or its key lies inside a plain value.
+    """
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise SettingError(key, f"{assignment} is not of the form a.b=c.", "For example: train.tokens=21M")
+        try:
+            value = parse_yaml(text)
+        except ValueError:
+            raise SettingError(key, f"{assignment}: {text!r} is not a YAML value.") from None
+        *parents, last = key.split(".")
+        place = mapping
+        for parent in parents:
+            if place.get(parent) is None:
+                place[parent] = {}
+            place = place[parent]
+            if not isinstance(place, dict):
+                raise SettingError(key, f"{assignment}: {parent} is a plain value and has no keys.")
+        place[last] = value
+    return mapping
+
+
+def build(kind: type[T], mapping: dict[str, Any], where: str = "") -> T:
+    """Return the dataclass of a mapping, every value checked.
+
+    Args:
+        kind: the dataclass; it may hold others, lists and mappings.
+        mapping: plain data. Numbers may be written as people write them: 21M, 3e-4, 5%.
+        where: the file, for error messages.
+
+    Raises:
+        SettingError: a key is unknown or missing, or a value is not legal; names the dotted path of the key.
+    """
+    try:
+        return _build(kind, mapping, "")
+    except SettingError as error:
+        place = f"{where}: " if where else ""
+        raise SettingError(error.field, f"{place}{error.message}", error.hint) from None
+
+
+def _build(kind: type[T], mapping: dict[str, Any], prefix: str) -> T:
+    fields = {item.name: item for item in dataclasses.fields(typing.cast(Any, kind)) if item.init}
     hints = typing.get_type_hints(kind)
     for key in mapping:
         if key not in fields:
-            raise HeadwiseError(
-                f"{where}: unknown key {prefix}{key}.",
-                f"{guess(str(key), fields, prefix)}Known here: {', '.join(fields)}.",
-            )
+            path = f"{prefix}{key}"
+            known = f"{nearest(str(key), fields, prefix)}Known here: {', '.join(fields)}."
+            raise SettingError(path, f"unknown key {path}.", known)
     for name, item in fields.items():
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if required and name not in mapping:
-            raise HeadwiseError(f"{where}: {prefix}{name} is missing.")
-    values = {key: _check(hints[key], value, where, f"{prefix}{key}") for key, value in mapping.items()}
-    return typing.cast(T, kind(**values))
+            raise SettingError(f"{prefix}{name}", f"{prefix}{name} is missing.")
+    values = {}
+    for key, value in mapping.items():
+        path = f"{prefix}{key}"
+        declared = "setting" in fields[key].metadata
+        values[key] = _plain(hints[key], value) if declared else _checked(hints[key], value, path)
+    try:
+        return kind(**values)
+    except SettingError as error:
+        raise _with_prefix(error, prefix, fields) from None
 
 
-def _check(hint: Any, value: Any, where: str, path: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+def _with_prefix(error: SettingError, prefix: str, fields: Iterable[str]) -> SettingError:
+    """Return the error of a section with the section's path before its fields."""
+
+    def add(text: str) -> str:
+        return re.sub(r"`(\w+)([.\w]*)`", lambda m: f"`{prefix if m[1] in fields else ''}{m[1]}{m[2]}`", text)
+
+    return SettingError(f"{prefix}{error.field}", add(error.message), error.hint and add(error.hint))
+
+
+def _plain(hint: Any, value: Any) -> Any:
+    """Return a value with its numbers as Python numbers, where the hint wants numbers; anything else as it is."""
+    hint, origin, arguments = _unwrapped(hint)
+    if hint in (int, float):
+        return _as_number(hint, value)
+    if origin in (list, tuple, Sequence) and isinstance(value, list):
+        return [_plain(arguments[0], item) for item in value]
+    if origin is dict and isinstance(value, dict):
+        return {key: _plain(arguments[1], item) for key, item in value.items()}
+    return value
+
+
+def _as_number(kind: type, value: Any) -> Any:
+    number = _number(value)
+    if number is None or (kind is int and number != int(number)):
+        return value
+    return kind(number)
+
+
+def _checked(hint: Any, value: Any, path: str) -> Any:
     if hint is Any:
         return value
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return _check(next(kind for kind in arguments if kind is not type(None)), value, where, path)
+    optional = types.NoneType in typing.get_args(hint)
+    if value is None and optional:
+        return None
+    hint, origin, arguments = _unwrapped(hint)
     if origin is Literal:
         if value in arguments:
             return value
-        raise wrong(where, path, f"one of {', '.join(map(str, arguments))}", value)
+        raise not_legal(path, value, f"one of {', '.join(map(str, arguments))}")
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise wrong(where, path, "a mapping", value)
-        return build(typing.cast(type, hint), value, where, f"{path}.")
+            raise not_legal(path, value, "a mapping")
+        return _build(typing.cast(type, hint), value, f"{path}.")
     if origin is dict:
         if not isinstance(value, dict):
-            raise wrong(where, path, "a mapping", value)
-        return {str(key): _check(arguments[1], item, where, f"{path}.{key}") for key, item in value.items()}
-    if origin is list:
-        if not isinstance(value, list):
-            raise wrong(where, path, "a list", value)
-        return [_check(arguments[0], item, where, f"{path}.{index}") for index, item in enumerate(value)]
-    return _scalar(hint, value, where, path)
-
-
-def _scalar(hint: Any, value: Any, where: str, path: str) -> Any:
-    number = _number(value)
-    if hint is int and number is not None and number == int(number):
-        return int(number)
-    if hint is float and number is not None:
-        return float(number)
-    if hint in (bool, str) and isinstance(value, hint):
+            raise not_legal(path, value, "a mapping")
+        return {str(key): _checked(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
+    if origin in (list, tuple):
+        if not isinstance(value, list | tuple):
+            raise not_legal(path, value, "a list")
+        return origin(_checked(arguments[0], item, f"{path}.{index}") for index, item in enumerate(value))
+    value = _as_number(hint, value) if hint in (int, float) else value
+    if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    wanted = {
-        int: "a whole number (21000000 or 21M)",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-    }[hint]
-    raise wrong(where, path, wanted, value)
+    wanted = {int: "a whole number (21000000 or 21M)", float: "a number", bool: "true or false", str: "a text"}
+    raise not_legal(path, value, wanted[hint])
+
+
+def _unwrapped(hint: Any) -> tuple[Any, Any, tuple[Any, ...]]:
+    """Return a type hint without its `| None`, its origin and its arguments."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
+    return hint, typing.get_origin(hint), typing.get_args(hint)
 
 
 def _number(value: Any) -> float | None:
-    """YAML reads 3e-4 as text and knows no 21M and no 5%; people write all of them."""
+    """Return the number of 21M, 5% or 3e-4, which YAML reads as text; None if it is not a finite number."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int | float):
         return value if -HUGE < value < HUGE else None
     match = re.fullmatch(r"([+-]?[\d.]+(?:e[+-]?\d+)?)([kMBT%]?)", value) if isinstance(value, str) else None
-    scale = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "%": 0.01}
     try:
-        return _number(float(match[1]) * scale[match[2]]) if match else None
+        return _number(float(match[1]) * SCALES[match[2]]) if match else None
     except ValueError:
         return None
 
 
-def wrong(where: str, path: str, wanted: str, value: Any) -> HeadwiseError:
-    return HeadwiseError(f"{where}: {path} must be {wanted}, got {reprlib.repr(value)}.")
+def parse_count(word: str) -> int:
+    """Return 21,000,000 for "21M".
+
+    Raises:
+        ValueError: the word is not a whole number.
+    """
+    number = _number(word)
+    if number is None or number != round(number):
+        raise ValueError
+    return round(number)
 
 
-def guess(key: str, known: Any, prefix: str = "") -> str:
+def not_legal(path: str, value: Any, wanted: str) -> SettingError:
+    """Return the error of a value that is not what its key wants."""
+    return SettingError(path, f"`{path}` is {reprlib.repr(value)}, which is not {wanted}.")
+
+
+def nearest(key: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return "Did you mean ...? " with the known key that is nearest, or nothing."""
     near = difflib.get_close_matches(key, list(known), n=1)
     return f"Did you mean {prefix}{near[0]}? " if near else ""
+
+
+def restore(kind: type[T], data: dict[str, Any]) -> T:
+    """Return the dataclass that `dataclasses.asdict` and JSON turned into `data`; headwise wrote it, so no checks.
+
+    Args:
+        kind: the dataclass; it may hold others and tuples.
+        data: its fields. Unknown keys are passed over and missing fields get their defaults, because the record may
+            be of another version.
+    """
+    hints = typing.get_type_hints(kind)
+    names = [item.name for item in dataclasses.fields(typing.cast(Any, kind))]
+    return kind(**{name: _restored(hints[name], data[name]) for name in names if name in data})
+
+
+def _restored(hint: Any, value: Any) -> Any:
+    hint, origin, arguments = _unwrapped(hint)
+    if value is None:
+        return None
+    if origin is tuple:
+        return tuple(_restored(arguments[0], item) for item in value)
+    return restore(typing.cast(type, hint), value) if dataclasses.is_dataclass(hint) else value

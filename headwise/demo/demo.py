@@ -1,4 +1,4 @@
-"""The demo: take key-value heads away from a real language model, by several methods, and measure the damage."""
+"""Run the demo: convert a language model to fewer key-value heads by several methods, and measure the loss."""
 
 from __future__ import annotations
 
@@ -10,31 +10,38 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headwise.demo.picture import Measurement, draw_costs
 from headwise.errors import HeadwiseError
+from headwise.io.source import EMBEDDED_MODEL, find_source
 from headwise.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MODEL = Path(__file__).parent / "model"
 BLOCK_LENGTH = 512
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is done: blocks of held-out text, the text and steps of a refit, and the tokens of an uptraining.
+    """The amount of work of a demo.
 
-    A refit with `convert`'s own defaults does better and takes several times as long.
+    A refit with the defaults of `convert` gives a lower loss and takes several times as long.
+
+    Attributes:
+        num_blocks: of held-out text.
+        calibration_tokens: of a calibration.
+        refit: steps of a refit.
+        uptraining_tokens: of the uptraining; 0: there is none.
     """
 
-    blocks: int
+    num_blocks: int
     calibration_tokens: int
     refit: int
     uptraining_tokens: int
 
 
 FULL, QUICK = Effort(24, 16_384, 16, 98_304), Effort(8, 8_192, 6, 0)
-# What the recipe distill is told for a minute on two cores; docs/results/uptraining.md has runs of real length.
+# Changes of the recipe distill for a minute on two cores; docs/results/uptraining.md has runs of real length.
 UPTRAINING = {
     "data.length": BLOCK_LENGTH,
     "data.heldout_blocks": 2,
@@ -47,8 +54,15 @@ UPTRAINING = {
 
 @dataclass(frozen=True)
 class Trial:
-    """One conversion of the demo: what to make, how, the arguments of `convert` that say so, and what it costs
-    in time, compared with the others. With `uptraining_tokens` it takes the one before it, and trains that."""
+    """One conversion of the demo.
+
+    Attributes:
+        target: attention layout, such as GQA-4.
+        method: of the conversion.
+        arguments: of `convert_model`.
+        cost: time, relative to the other trials.
+        uptraining_tokens: above 0, the trial uptrains the result of the trial before it instead.
+    """
 
     target: str
     method: str
@@ -58,19 +72,16 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """A model's cache, in bytes per token, and its loss on held-out text, in nats per token."""
+class DemoResult:
+    """The result of a demo.
 
-    target: str
-    method: str
-    cache_bytes: int
-    nats: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Demo:
-    """What `demo` measured, and the picture of it. `tokens` held-out tokens were predicted."""
+    Attributes:
+        model: the model that was converted.
+        tokens: held-out tokens that were predicted.
+        parent: its cache and loss.
+        measured: those of every conversion.
+        picture: the PNG.
+    """
 
     model: str
     tokens: int
@@ -79,6 +90,7 @@ class Demo:
     picture: Path
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain data."""
         return asdict(self) | {"picture": str(self.picture)}
 
 
@@ -86,25 +98,26 @@ def demo(
     out: str | Path = "headwise-demo",
     *,
     quick: bool = False,
-    model: str | Path = MODEL,
+    model: str | Path = EMBEDDED_MODEL,
     seed: int = 0,
     progress: Progress = SILENT,
-) -> Demo:
+) -> DemoResult:
     """Convert a model to fewer and fewer KV heads, method by method, and measure each on held-out text.
 
     Args:
         out: folder for the converted models, `demo.png` and `demo.json`; earlier results in it are replaced.
         quick: fewer targets, less text, a shorter refit.
-        model: the model to take apart; the embedded one unless said otherwise.
+        model: the model to convert.
         seed: of the calibration and the choice of text.
-        progress: hears of every model.
+        progress: gets a note for every model.
+
+    Raises:
+        HeadwiseError: the model has one KV head.
     """
     from transformers import AutoTokenizer
 
     from headwise.convert.inspect import inspect_model
     from headwise.convert.pipeline import convert_model
-    from headwise.demo.picture import draw
-    from headwise.io.source import locate
     from headwise.recipes.uptrain import uptrain_model
     from headwise.text.blocks import blocks_from
 
@@ -116,13 +129,13 @@ def demo(
     possible = {"gqa": lambda t: t.arguments["groups"] in legal, "mla": lambda t: inspection.mla is None}
     planned = [t for t in trials(first.num_key_value_heads, quick) if possible[t.arguments["to"]](t)]
     if not planned:
-        raise HeadwiseError(f"{model} has {first.num_key_value_heads} KV head: there is nothing to take away.")
+        raise HeadwiseError(f"{model} has {first.num_key_value_heads} KV head: fewer are not possible.")
 
-    source = locate(model, progress=progress).folder
+    source = find_source(model, progress=progress).folder
     progress.stage("Demo", total=1 + sum(trial.cost for trial in planned), unit="steps")
     progress.advance(0, now="the parent")
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    count = (QUICK if quick else FULL).blocks
+    count = (QUICK if quick else FULL).num_blocks
     blocks = blocks_from("builtin", tokenizer, split="heldout", length=BLOCK_LENGTH, count=count, seed=seed)
 
     def measure(folder: str | Path, target: str, method: str, start: float, cost: int = 1) -> Measurement:
@@ -131,7 +144,7 @@ def demo(
         progress.advance(cost)
         return Measurement(target, method, cache, nats, time.monotonic() - start)
 
-    parent_name = name(first.num_key_value_heads, first.num_attention_heads)
+    parent_name = target_name(first.num_key_value_heads, first.num_attention_heads)
     parent = measure(source, parent_name, "parent", time.monotonic())
     results = []
     moments, folder = out / "moments", Path(model)
@@ -140,7 +153,7 @@ def demo(
         start = time.monotonic()
         before = folder
         folder = out / f"{trial.target}-{trial.method}".lower().replace(" + ", "-")
-        now = _Within(progress, f"{trial.target} {trial.method}")
+        now = _NestedProgress(progress, f"{trial.target} {trial.method}")
         if trial.uptraining_tokens:
             settings = [f"{key}={value}" for key, value in UPTRAINING.items()]
             budget = trial.uptraining_tokens
@@ -156,47 +169,64 @@ def demo(
         convert_model(model, folder, **arguments, seed=seed, force=True, verify=False, progress=now)
         results.append(measure(folder, trial.target, trial.method, start, trial.cost))
 
-    done = Demo(str(model), blocks[:, 1:].numel(), parent, tuple(results), out / "demo.png")
-    draw(
+    result = DemoResult(str(model), blocks[:, 1:].numel(), parent, tuple(results), out / "demo.png")
+    draw_costs(
         parent,
         results,
-        done.picture,
+        result.picture,
         title="What a smaller KV cache costs, and what healing gives back",
         ylabel="nats per token on held-out Python source",
     )
-    (out / "demo.json").write_text(json.dumps(done.to_dict(), indent=2) + "\n", encoding="utf-8")
-    return done
+    (out / "demo.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return result
 
 
 def trials(num_key_value_heads: int, quick: bool = False) -> Iterator[Trial]:
-    """Half the KV heads, a quarter (also refitted), and one, by the mean and by the optimal merge; then MLA."""
+    """Yield the conversions of a demo: half the KV heads, a quarter, one (mean and optimal merge); then MLA.
+
+    Args:
+        num_key_value_heads: of the model.
+        quick: fewer targets, less text, a shorter refit.
+    """
     effort = QUICK if quick else FULL
     text = {"calibration_tokens": effort.calibration_tokens}
     counts = (num_key_value_heads // 2, 1) if quick else (num_key_value_heads // 2, num_key_value_heads // 4, 1)
     for groups in dict.fromkeys(count for count in counts if 0 < count < num_key_value_heads):
         target = {"to": "gqa", "groups": groups}
-        yield Trial(name(groups), "mean", {**target, "method": "mean", "calibrate": "none", "refit": "off"}, 1)
-        yield Trial(name(groups), "optimal", {**target, "refit": "off", **text}, 2)
+        yield Trial(
+            target_name(groups), "mean", {**target, "method": "mean", "calibrate": "none", "refit": "off"}, 1
+        )
+        yield Trial(target_name(groups), "optimal", {**target, "refit": "off", **text}, 2)
         if groups == num_key_value_heads // 4:
-            # Once, for what they show: they take longer than everything else together.
-            yield Trial(name(groups), "optimal + refit", {**target, "refit": effort.refit, **text}, 12)
+            # For one target only: these two take longer than all other trials together.
+            yield Trial(target_name(groups), "optimal + refit", {**target, "refit": effort.refit, **text}, 12)
             if effort.uptraining_tokens:
-                yield Trial(name(groups), "refit + uptrain", target, 16, effort.uptraining_tokens)
+                yield Trial(target_name(groups), "refit + uptrain", target, 16, effort.uptraining_tokens)
     shares = (0.25,) if quick else (0.3125, 0.25, 0.125)
     for share in shares if num_key_value_heads > 1 else ():
         target = {"to": "mla", "cache": share}
         yield Trial(f"MLA -{100 * (1 - share):.3g}%", "MLA", {**target, "refit": "off", **text}, 4)
 
 
-def name(num_key_value_heads: int, num_attention_heads: int = 0) -> str:
-    """ "MHA", "GQA-4" or "MQA"."""
+def target_name(num_key_value_heads: int, num_attention_heads: int = 0) -> str:
+    """Return "MHA", "GQA-4" or "MQA".
+
+    Args:
+        num_key_value_heads: of the layers.
+        num_attention_heads: of the layers; 0: not MHA.
+    """
     if num_key_value_heads == num_attention_heads:
         return "MHA"
     return "MQA" if num_key_value_heads == 1 else f"GQA-{num_key_value_heads}"
 
 
 def loss(folder: str | Path, blocks: Tensor) -> float:
-    """Nats per token of a saved model on blocks of tokens, in float32."""
+    """Return the nats per token of a saved model, computed in float32.
+
+    Args:
+        folder: the model.
+        blocks: held-out text, (blocks, length).
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -206,8 +236,8 @@ def loss(folder: str | Path, blocks: Tensor) -> float:
     return nats_per_token(model, blocks).nats
 
 
-class _Within(Progress):
-    """A conversion's progress as a remark beside the demo's own."""
+class _NestedProgress(Progress):
+    """Show the progress of a conversion as a field of the demo's progress."""
 
     def __init__(self, outer: Progress, label: str) -> None:
         self.outer, self.label = outer, label

@@ -1,34 +1,53 @@
-"""The picture of the demo: what a smaller cache costs, one line per method."""
+"""Draw the picture of the demo: loss against cache size, one line per method."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from headwise.format import size
 
-if TYPE_CHECKING:
-    from headwise.demo.demo import Measurement
-
 INK, PALE = "#1f2937", "#e5e7eb"
-# Told apart by people who do not see red from green; the rival is grey.
+# Distinct for readers with red-green colour blindness; the baseline is grey.
 COLOURS = ("#8a8a8a", "#c77700", "#0072b2", "#009e73", "#cc79a7", "#7a5195")
 
 
-def draw(parent: Measurement, measured: Sequence[Measurement], path: Path, *, title: str, ylabel: str) -> None:
-    """Write a PNG: nats per token (lower is better) against cache bytes per token (logarithmic).
+@dataclass(frozen=True)
+class Measurement:
+    """The cache and the loss of one model.
 
-    The damage is drawn on a square-root scale from the parent up, because methods lie two orders of magnitude
-    apart and all of them matter.
+    Attributes:
+        target: attention layout, such as GQA-4.
+        method: of the conversion.
+        cache_bytes: KV cache, bytes per token.
+        nats: loss on held-out text, nats per token.
+        seconds: of the conversion and the measurement.
+    """
+
+    target: str
+    method: str
+    cache_bytes: int
+    nats: float
+    seconds: float
+
+
+def draw_costs(
+    parent: Measurement, measured: Sequence[Measurement], path: Path, *, title: str, ylabel: str
+) -> None:
+    """Draw a PNG: nats per token (lower is better) against cache bytes per token (logarithmic).
+
+    The loss has a square-root scale from the parent up, because methods differ by two orders of magnitude.
 
     Args:
         parent: the unconverted model, drawn as a level line.
         measured: the converted models; those of one method are joined, methods keep the order of appearance.
         path: where the PNG goes.
-        title, ylabel: the sentence above and the words on the left.
+        title: the sentence above.
+        ylabel: the label of the loss axis.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -49,13 +68,13 @@ def draw(parent: Measurement, measured: Sequence[Measurement], path: Path, *, ti
     axes.set_xscale("log", base=2)
     axes.set_xlim(least * shrinkage**0.36, parent.cache_bytes * shrinkage**-0.02)
     heights = [0.0, *(height(point.nats) for point in measured)]
-    tall = max(heights) - min(heights) or 1.0
-    top = max(heights) + 0.05 * tall
-    axes.set_ylim(nats_at(min(heights) - 0.08 * tall), nats_at(top))
+    span = max(heights) - min(heights) or 1.0
+    top = max(heights) + 0.05 * span
+    axes.set_ylim(nats_at(min(heights) - 0.08 * span), nats_at(top))
 
     axes.plot([least, parent.cache_bytes], [parent.nats] * 2, color=INK, linewidth=1.2, dashes=(5, 4))
     axes.plot(parent.cache_bytes, parent.nats, color=INK, marker="o", markersize=6)
-    words: dict[str, Any] = {"fontsize": 10.5, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1.5}}
+    text_style: dict[str, Any] = {"fontsize": 10.5, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1.5}}
     axes.annotate(
         f"parent  {parent.nats:.2f}",
         (parent.cache_bytes, parent.nats),
@@ -64,16 +83,16 @@ def draw(parent: Measurement, measured: Sequence[Measurement], path: Path, *, ti
         ha="right",
         va="top",
         color=INK,
-        **words,
+        **text_style,
     )
     lines = _lines(measured)
-    labels = _apart({method: height(points[0].nats) for method, points in lines.items()}, 0.055 * tall)
+    labels = _apart({method: height(points[0].nats) for method, points in lines.items()}, 0.055 * span)
     for place, (method, points) in enumerate(lines.items()):
         colour = COLOURS[place % len(COLOURS)]
         xs, ys = [p.cache_bytes for p in points], [p.nats for p in points]
         axes.plot(xs, ys, color=colour, linewidth=2.2, marker="o", markersize=6, markeredgecolor="white", zorder=3)
         label = least * shrinkage**0.025, nats_at(labels[method])
-        if xs[0] > least:  # a line that begins elsewhere is led to
+        if xs[0] > least:  # a dotted line joins the label to a line that begins further right
             axes.plot([least, xs[0]], [label[1], ys[0]], color=colour, linewidth=1.2, dashes=(1, 2.5), zorder=2)
         axes.annotate(
             f"{method}  {ys[0]:.2f}",
@@ -82,11 +101,11 @@ def draw(parent: Measurement, measured: Sequence[Measurement], path: Path, *, ti
             va="center",
             color=colour,
             fontweight="bold",
-            **words,
+            **text_style,
         )
 
     _name_sizes(axes, parent, measured)
-    nats = _round_numbers(height, parent.nats, nats_at(top), 0.07 * tall)
+    nats = _round_numbers(height, parent.nats, nats_at(top), 0.07 * span)
     axes.set_yticks(nats, [f"{n:g}" for n in nats])
     axes.set_title(title, loc="left", color=INK, fontsize=13, fontweight="bold", pad=14)
     axes.set_ylabel(f"{ylabel}\n(square-root scale from the parent up)", color=INK, fontsize=10.5)
@@ -100,7 +119,7 @@ def draw(parent: Measurement, measured: Sequence[Measurement], path: Path, *, ti
 
 
 def _lines(measured: Sequence[Measurement]) -> dict[str, list[Measurement]]:
-    """The measurements of each method, smallest cache first."""
+    """Return the measurements of each method, smallest cache first."""
     methods = dict.fromkeys(point.method for point in measured)
     return {
         method: sorted((p for p in measured if p.method == method), key=lambda p: p.cache_bytes)
@@ -109,10 +128,10 @@ def _lines(measured: Sequence[Measurement]) -> dict[str, list[Measurement]]:
 
 
 def _name_sizes(axes: Any, parent: Measurement, measured: Sequence[Measurement]) -> None:
-    """One tick per cache size, named after what has it; of two that would overlap, the first stays."""
+    """Label each cache size with its layout; of two labels that would overlap, the first stays."""
     names: dict[int, str] = {}
     for point in (parent, *measured):
-        if all(max(point.cache_bytes, seen) > 1.5 * min(point.cache_bytes, seen) for seen in names):
+        if all(max(point.cache_bytes, other) > 1.5 * min(point.cache_bytes, other) for other in names):
             exact = point.cache_bytes < 20_000
             amount = f"{point.cache_bytes:,} B" if exact else size(point.cache_bytes)
             names[point.cache_bytes] = f"{point.target}\n{amount}"
@@ -121,7 +140,7 @@ def _name_sizes(axes: Any, parent: Measurement, measured: Sequence[Measurement])
 
 
 def _round_numbers(height: Any, low: float, high: float, gap: float) -> list[float]:
-    """Numbers above `low` up to `high` for the ticks, roundest first, whose heights are `gap` apart."""
+    """Return numbers above `low` up to `high` for the ticks, roundest first, at heights `gap` apart."""
     kept = [low]
     for step, end in ((1, high), (0.5, low + 5), (0.1, low + 1), (0.05, low + 0.5), (0.01, low + 0.1)):
         for number in np.arange(np.ceil(low / step) * step, min(high, end), step):
@@ -131,7 +150,7 @@ def _round_numbers(height: Any, low: float, high: float, gap: float) -> list[flo
 
 
 def _apart(heights: Mapping[str, float], gap: float) -> dict[str, float]:
-    """The same heights, pushed upwards until no two are nearer than `gap`."""
+    """Return the heights, moved up until no two are nearer than `gap`."""
     placed: dict[str, float] = {}
     floor = float("-inf")
     for name, height in sorted(heights.items(), key=lambda item: item[1]):

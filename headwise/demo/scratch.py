@@ -1,4 +1,4 @@
-"""A model from nothing: a byte-level BPE learned from the text, and a stock model with random weights."""
+"""Make a new model: a byte-level BPE learned from the text, and a stock model with random weights."""
 
 from __future__ import annotations
 
@@ -7,18 +7,27 @@ import random
 from pathlib import Path
 from typing import Any
 
-from headwise.errors import HeadwiseError
-from headwise.recipes.settings import Recipe
-from headwise.text import blocks as data
+from headwise.demo.settings import PretrainSettings
+from headwise.errors import SettingError
+from headwise.text.sources import documents
 
 END_OF_TEXT = "<|endoftext|>"
 _SAMPLE_CHARACTERS = 60_000_000
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, seed: int = 0, **options: Any) -> Any:
-    """A byte-level BPE over a random sample of `texts`, as a stock fast tokenizer (which gets `options`).
+    """Learn a byte-level BPE from a random sample of texts.
 
-    Digits stand alone and runs of spaces may join, so that numbers stay regular and indentation stays short.
+    Digits are tokens of their own and runs of spaces may join: numbers are regular and indentation is short.
+
+    Args:
+        texts: documents.
+        vocab_size: tokens of the vocabulary.
+        seed: of the sample.
+        options: of the tokenizer class.
+
+    Returns:
+        A stock fast tokenizer.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -49,7 +58,12 @@ def train_tokenizer(texts: list[str], vocab_size: int, seed: int = 0, **options:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Save it under the class name that transformers 4 and 5 both know."""
+    """Save a tokenizer under the class name that transformers 4 and 5 both load.
+
+    Args:
+        tokenizer: a stock fast tokenizer.
+        folder: where it goes.
+    """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -57,20 +71,30 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def new_tokenizer(recipe: Recipe) -> Any:
-    """The tokenizer that a recipe's `init` asks for, learned from the recipe's own text."""
-    assert recipe.init is not None
-    texts = [text for source in recipe.data.text for text in data.documents(source, "train")]
-    longest = recipe.init.config.get("max_position_embeddings", recipe.data.length)
-    return train_tokenizer(texts, recipe.init.vocab_size, recipe.seed, model_max_length=longest)
+def new_tokenizer(settings: PretrainSettings) -> Any:
+    """Learn the tokenizer of a pretraining from its text.
+
+    Args:
+        settings: of the pretraining.
+    """
+    texts = [text for source in settings.data.text for text in documents(source, "train")]
+    longest = settings.init.config.get("max_position_embeddings", settings.data.length)
+    return train_tokenizer(texts, settings.init.vocab_size, settings.train.seed, model_max_length=longest)
 
 
-def new_model(recipe: Recipe, tokenizer: Any) -> Any:
-    """The stock model that a recipe's `init` asks for, float32, random by the recipe's seed."""
+def new_model(settings: PretrainSettings, tokenizer: Any) -> Any:
+    """Make the stock model of a pretraining, float32, with random weights.
+
+    Args:
+        settings: of the pretraining.
+        tokenizer: the model's.
+
+    Raises:
+        SettingError: `init.config` is not a legal config.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-    assert recipe.init is not None
-    fields = dict(recipe.init.config)
+    fields = dict(settings.init.config)
     model_type = fields.pop("model_type", None)
     ends = tokenizer.eos_token_id
     try:
@@ -78,6 +102,6 @@ def new_model(recipe: Recipe, tokenizer: Any) -> Any:
             model_type, **fields, vocab_size=len(tokenizer), eos_token_id=ends, bos_token_id=None, pad_token_id=None
         )
     except ValueError as error:
-        raise HeadwiseError(f"init.config does not make a model: {error}") from None
-    set_seed(recipe.seed)
+        raise SettingError("init.config", f"init.config does not make a model: {error}") from None
+    set_seed(settings.train.seed)
     return AutoModelForCausalLM.from_config(config)

@@ -1,83 +1,93 @@
-"""Whether a recipe, a model and its teacher belong together: asked before anything is written."""
+"""Check that a recipe, a model and its teacher match, before anything is written."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from headwise.errors import HeadwiseError
+from headwise.errors import HeadwiseError, SettingError
 from headwise.io.tokenizer import load_tokenizer
 from headwise.recipes.layerwise import check_layerwise
-from headwise.recipes.settings import Data, Recipe
-from headwise.text.sources import shared
+from headwise.recipes.settings import UptrainRecipe
+from headwise.text.sources import Data, overlapping
 from headwise.train.student import ModelFolder
 
 _WRONG_PARENT = "Name the model that the folder was converted from."
 
 
 def check_text(data: Data) -> None:
-    """Refuse files that are not there, and a text that is both trained on and held out.
+    """Refuse missing files, and a text that is both trained on and held out.
+
+    Args:
+        data: the text of a recipe.
 
     Raises:
-        HeadwiseError: naming it.
+        HeadwiseError: a file is missing.
+        SettingError: the held-out text is trained on too.
     """
-    if (trained := shared(data.heldout, data.text)) is not None:
-        raise HeadwiseError(
-            f"data.heldout {data.heldout} is trained on too (data.text {trained}), so it would measure nothing.",
-            "Keep some text aside: --heldout FILE.",
+    if (trained := overlapping(data.heldout, data.text)) is not None:
+        raise SettingError(
+            "data.heldout",
+            f"data.heldout {data.heldout} is trained on too (data.text {trained}).",
+            "Hold some text out: give `heldout` another file.",
         )
 
 
-def check_fit(
-    recipe: Recipe,
+def check_compatible(
+    recipe: UptrainRecipe,
     student: ModelFolder,
     teacher: ModelFolder | None,
     tokenizer: Any,
     record: Mapping[str, Any] | None,
 ) -> None:
-    """Refuse a run that cannot end well.
+    """Refuse a recipe that does not match the model, and a teacher that does not match the student.
 
     Args:
-        tokenizer: the student's. record: its folder's headwise.json.
+        recipe: what is trained, and how.
+        student: the folder that is trained.
+        teacher: the parent, if there is one.
+        tokenizer: the student's.
+        record: the headwise.json of the student's folder.
 
     Raises:
-        HeadwiseError: the recipe does not fit the model, or the teacher not the student.
+        HeadwiseError: they do not match; the message names what differs.
     """
-    if recipe.init is not None:
-        raise HeadwiseError("This recipe makes a model of its own.", "python -m headwise.recipes.worker runs it.")
     check_text(recipe.data)
-    length, ours = recipe.data.length, student.text
-    longest = getattr(ours, "max_position_embeddings", None) or length
+    length, config = recipe.data.length, student.text
+    longest = getattr(config, "max_position_embeddings", None) or length
     if length > longest:
-        raise HeadwiseError(
+        raise SettingError(
+            "data.length",
             f"data.length is {length}, and the model has positions for {longest} tokens.",
-            f"Pass --set data.length={longest}, or convert it with --context first.",
+            f"Give data.length={longest}, or convert the model to a longer context first.",
         )
     if teacher is None:
         if recipe.needs_teacher:
-            raise HeadwiseError("This recipe needs the parent to learn from.", "Pass --teacher MODEL.")
+            raise SettingError("teacher", "This recipe needs the parent as a teacher.", "Give `teacher`.")
         return
-    theirs, source = teacher.text, teacher.checkpoint.source
-    if ours.vocab_size != theirs.vocab_size:
+    teacher_config, source = teacher.text, teacher.checkpoint.source
+    if config.vocab_size != teacher_config.vocab_size:
         raise HeadwiseError(
-            f"The model predicts {ours.vocab_size:,} tokens and its teacher {source} {theirs.vocab_size:,}.",
+            f"The model has a vocabulary of {config.vocab_size:,} tokens and its teacher {source} one of "
+            f"{teacher_config.vocab_size:,}.",
             _WRONG_PARENT,
         )
     if load_tokenizer(teacher.checkpoint.folder, source).get_vocab() != tokenizer.get_vocab():
         raise HeadwiseError(f"The model and its teacher {source} have different tokenizers.", _WRONG_PARENT)
-    inside = recipe.layerwise or recipe.loss.hidden_states or recipe.loss.attention_outputs
+    compares_layers = recipe.layerwise or recipe.loss.needs_activations
     for field in ("num_hidden_layers", "hidden_size"):
-        a, b = getattr(ours, field), getattr(theirs, field)
-        if inside and a != b:
+        a, b = getattr(config, field), getattr(teacher_config, field)
+        if compares_layers and a != b:
             raise HeadwiseError(
                 f"This recipe compares layers, and {field} is {a} here and {b} in the teacher {source}.",
-                "Use the recipe distill, which compares what the models say.",
+                "Use the recipe distill, which compares logits.",
             )
-    longest = getattr(theirs, "max_position_embeddings", None) or length
+    longest = getattr(teacher_config, "max_position_embeddings", None) or length
     if recipe.needs_teacher and length > longest:
-        raise HeadwiseError(
+        raise SettingError(
+            "data.length",
             f"data.length is {length}, and the teacher {source} has positions for {longest} tokens.",
-            f"Pass --set data.length={longest}.",
+            f"Give data.length={longest}.",
         )
     if recipe.layerwise:
         check_layerwise(student, teacher, record)

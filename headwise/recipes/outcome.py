@@ -1,4 +1,4 @@
-"""What a training run leaves behind: a stock folder, its record and its card."""
+"""Write the result of a training run: the stock folder, its record and its model card."""
 
 from __future__ import annotations
 
@@ -15,31 +15,43 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor
 
-from headwise import __version__, environment
+from headwise import __version__
 from headwise.convert.verify.check import check_folder
-from headwise.demo.demo import MODEL
 from headwise.errors import GateFailed, HeadwiseError
 from headwise.io.reader import Checkpoint, open_checkpoint
-from headwise.io.source import read_json
+from headwise.io.source import EMBEDDED_MODEL, read_json
 from headwise.io.writer import Writer
 from headwise.records.card import inherited, with_section, without_evaluation
 from headwise.records.manifest import RECORD, hash_files
 from headwise.train.student import ModelFolder, Student
 
 CARD, CURVES = "README.md", ("curve.csv", "curve.png")
+# Packages whose versions decide the numbers of a run.
+RECORDED_PACKAGES = ("headwise", "torch", "transformers", "accelerate", "tokenizers")
 SECTION = "Uptraining"
 
 
-def begin(writer: Writer, home: Path) -> None:
-    """Make the place of a run's checkpoints; empty, unless the run goes on."""
+def start_training_dir(writer: Writer, training_dir: Path) -> None:
+    """Make the folder of a run's checkpoints: empty, or as it is where the run is resumed.
+
+    Args:
+        writer: of the output folder; its journal remembers that training began.
+        training_dir: the folder.
+    """
     if "training" not in writer.notes:
-        shutil.rmtree(home, ignore_errors=True)
+        shutil.rmtree(training_dir, ignore_errors=True)
         writer.note("training", True)
-    home.mkdir(parents=True, exist_ok=True)
+    training_dir.mkdir(parents=True, exist_ok=True)
 
 
-def write_model(student: Student, state: Mapping[str, Tensor], folder: Path) -> None:
-    """The stock model of a checkpoint, one weight file, with its tokenizer."""
+def write_stock_model(student: Student, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the stock model of a checkpoint: one weight file, the config and the tokenizer.
+
+    Args:
+        student: the model in training.
+        state: its whole state dict, on the CPU.
+        folder: a folder that does not exist yet.
+    """
     source = student.folder.checkpoint
     folder.mkdir(parents=True)
     tensors = dict(student.export(state))
@@ -51,35 +63,45 @@ def write_model(student: Student, state: Mapping[str, Tensor], folder: Path) -> 
         shutil.copyfile(path, to)
 
 
-def add_files(writer: Writer, checkpoint: Checkpoint, home: Path) -> None:
-    """Everything beside the weights but the record and the card: as it was, and the curve of the run."""
+def add_files(writer: Writer, checkpoint: Checkpoint, training_dir: Path) -> None:
+    """Add the files beside the weights, except the record and the card.
+
+    Args:
+        writer: of the output folder.
+        checkpoint: the folder that was trained: its config and sidecars are copied.
+        training_dir: the run's folder with the curve.
+    """
     writer.add_file(checkpoint.folder / "config.json")
     for path in checkpoint.sidecars:
         writer.add_file(path, path.relative_to(checkpoint.folder).as_posix())
     for name in CURVES:
-        if (home / name).exists():
-            writer.add_file(home / name, f"uptraining{Path(name).suffix}")
+        if (training_dir / name).exists():
+            writer.add_file(training_dir / name, f"uptraining{Path(name).suffix}")
 
 
-def describe(
+def verify_and_write_metadata(
     writer: Writer, facts: Mapping[str, Any], before: Mapping[str, Any] | None, checkpoint: Checkpoint
 ) -> None:
-    """Check the unpublished folder, then write headwise.json and the card.
+    """Verify the unpublished folder, then write headwise.json and the model card.
 
     Args:
-        facts: of this run. before: the record of the folder that was trained.
+        writer: of the output folder.
+        facts: of this run, for the record.
+        before: the record of the folder that was trained.
+        checkpoint: the folder that was trained.
 
     Raises:
         GateFailed: the folder failed a check.
     """
-    record: dict[str, Any] = {"headwise": __version__, "arguments": {}, "source": {"model": name_of(checkpoint)}}
+    source = {"model": model_name(checkpoint)}
+    record: dict[str, Any] = {"headwise": __version__, "arguments": {}, "source": source}
     record |= before or {}
     record["uptraining"] = [*(before or {}).get("uptraining", []), dict(facts)]
-    found = check_folder(open_checkpoint(writer.folder), None, arguments=record["arguments"])
-    if not found.passed:
-        raise GateFailed(f"The result failed its verification: {found.failures}.")
+    verification = check_folder(open_checkpoint(writer.folder), None, arguments=record["arguments"])
+    if not verification.passed:
+        raise GateFailed(f"The result failed its verification: {verification.failures}.")
     record |= {
-        "verification": found.to_dict(),
+        "verification": verification.to_dict(),
         "sha256": dict(sorted(writer.hashes.items())),
         "files": dict(sorted(hash_files(writer.folder).items())),
     }
@@ -96,7 +118,7 @@ def _new_card(checkpoint: Checkpoint) -> str:
         tags=["headwise"],
         **inherited(None),
     )
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {name_of(checkpoint)}, uptrained\n"))
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {model_name(checkpoint)}, uptrained\n"))
 
 
 def _section(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -122,30 +144,45 @@ def _section(facts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def recorded_source(record: Mapping[str, Any] | None, checkpoint: Checkpoint) -> str | Path | None:
-    """The parent that a folder's record names: a repository, or a folder of that name beside it, in the working
-    directory or in this package, whose files are the recorded ones."""
+    """Return the parent that a folder's record names, where it can be found.
+
+    Args:
+        record: the folder's headwise.json, or None.
+        checkpoint: the folder.
+
+    Returns:
+        The repository and its commit, or a folder of the recorded name and files: beside the converted folder, in
+        the working directory, or the embedded model. None where there is none.
+    """
     source = (record or {}).get("source")
     if not isinstance(source, dict) or not isinstance(source.get("model"), str):
         return None
     if source.get("revision"):
         return f"{source['model']}@{source['revision']}"
-    places = [checkpoint.folder.parent / source["model"], Path(source["model"]), MODEL]
-    return next((place for place in places if _is_recorded(place, source.get("files"))), None)
+    folders = [checkpoint.folder.parent / source["model"], Path(source["model"]), EMBEDDED_MODEL]
+    return next((folder for folder in folders if _has_files(folder, source.get("files"))), None)
 
 
-def _is_recorded(folder: Path, files: Any) -> bool:
+def _has_files(folder: Path, files: Any) -> bool:
+    """Return whether a model folder has the recorded files."""
     if not isinstance(files, dict) or not (folder / "config.json").is_file():
         return False
     try:
-        found = open_checkpoint(folder).files
+        opened = open_checkpoint(folder).files
     except HeadwiseError:
         return False
-    states = {name: {"bytes": state.size, "header_sha256": state.header} for name, state in found.items()}
-    return states == files
+    return {name: {"bytes": state.size, "header_sha256": state.header} for name, state in opened.items()} == files
 
 
 def pretraining_tokens(*folders: ModelFolder | None) -> int | None:
-    """What a folder's training.json says that its model was trained on, where a folder has one."""
+    """Return the number of pretraining tokens from the first folder whose training.json has it.
+
+    Args:
+        folders: model folders, or None for those that there are not.
+
+    Returns:
+        The tokens; None where no folder has them.
+    """
     for folder in folders:
         path = folder.checkpoint.folder / "training.json" if folder else None
         if path is not None and path.is_file():
@@ -155,20 +192,19 @@ def pretraining_tokens(*folders: ModelFolder | None) -> int | None:
     return None
 
 
-def name_of(checkpoint: Checkpoint) -> str:
-    """The repository and its commit, or the last part of a local path: the rest of it is nobody's business."""
+def model_name(checkpoint: Checkpoint) -> str:
+    """Return the repository and its commit, or the last part of a local path: the rest may be private.
+
+    Args:
+        checkpoint: an opened folder.
+    """
     if checkpoint.revision:
         return f"{checkpoint.source.partition('@')[0]}@{checkpoint.revision}"
     return checkpoint.folder.resolve().name
 
 
 def hardware() -> str:
-    """What the run ran on."""
+    """Return the kind and number of devices of the run."""
     if torch.cuda.is_available():
         return f"{PartialState().num_processes} x {torch.cuda.get_device_name()}"
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    return environment.versions(("headwise", "torch", "transformers", "accelerate", "tokenizers"))

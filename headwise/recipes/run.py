@@ -1,8 +1,8 @@
-"""One run of `headwise uptrain`, from opened folders to a published one.
+"""Run one uptraining, from opened folders to a published one.
 
     folder -> student (-> layer by layer) (-> the Trainer) -> stock tensors -> verified folder
 
-Every process of a distributed run goes through it; the first one holds the output folder.
+Every process of a distributed run executes it; the first one writes the output folder.
 """
 
 from __future__ import annotations
@@ -21,41 +21,45 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from headwise.errors import HeadwiseError
+from headwise import environment
+from headwise.errors import SettingError
 from headwise.io.reader import open_checkpoint
 from headwise.io.tokenizer import load_tokenizer
 from headwise.io.workdir import WorkFolder
 from headwise.io.writer import OutputTensor, Writer
 from headwise.measure.loss import nats_per_token
-from headwise.progress import Progress
+from headwise.progress import SILENT, Progress
 from headwise.recipes import outcome
-from headwise.recipes.compatibility import check_fit
+from headwise.recipes.compatibility import check_compatible
 from headwise.recipes.layerwise import train_layers
-from headwise.recipes.settings import Recipe
+from headwise.recipes.settings import UptrainRecipe
 from headwise.records.manifest import read_record
-from headwise.text import blocks as data
 from headwise.text import packing
-from headwise.train.callbacks import check_reporters
-from headwise.train.checkpoints import Checkpoints, keep, put
+from headwise.text.blocks import blocks_from, training_blocks
+from headwise.train.callbacks import SignalStop, check_reporters
+from headwise.train.checkpoints import Checkpoints, load_tensors, save_tensors
 from headwise.train.curve_plot import draw_curve
-from headwise.train.guard import Stopper
-from headwise.train.memory_check import check_memory
+from headwise.train.memory import check_memory
 from headwise.train.student import ModelFolder, Student
-from headwise.train.teacher import Teacher, answers
-from headwise.train.trainer import Task, make_trainer, on_cpu, resume, with_answers
+from headwise.train.teacher import Teacher, cache_teacher_topk
+from headwise.train.trainer import Task, collate_topk, make_trainer, on_cpu, resume
 
 TRAINING = "training"
 
 
 @dataclass(frozen=True)
-class Uptrained:
-    """A finished run. Losses are nats per token on the held-out text.
+class UptrainResult:
+    """The result of an uptraining. Losses are nats per token on the held-out text.
 
     Attributes:
-        out: the folder.
-        before, parent: of the folder it started from, and of its teacher (None where there is none).
-        after: of the folder that was written.
-        tokens, seconds: of the training, end to end; `layers` has the layerwise stage's errors.
+        out: the folder that was written.
+        recipe: the name of the recipe.
+        before: loss of the folder that was trained.
+        after: loss of the folder that was written.
+        parent: loss of the teacher; None where there is none.
+        tokens: that the whole model was trained on.
+        seconds: of the training of the whole model.
+        layers: for each layer, the errors of the layerwise stage.
     """
 
     out: Path
@@ -68,15 +72,29 @@ class Uptrained:
     layers: dict[int, dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain data."""
         return asdict(self) | {"out": str(self.out)}
 
 
 class Run:
-    """One run, from opened folders to a published one."""
+    """One run, from opened folders to a published one.
+
+    Args:
+        recipe: what is trained, and how.
+        name: of the recipe, for the record.
+        folder: the folder that is trained.
+        teacher: the parent; None: the one that the folder's record names, where it can be found.
+        out: the folder to write.
+        command: for the record.
+        progress: gets the stages and figures of the first process.
+
+    Raises:
+        HeadwiseError: the parts do not match, or memory is too small.
+    """
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: UptrainRecipe,
         name: str,
         folder: ModelFolder,
         teacher: str | Path | None,
@@ -85,32 +103,46 @@ class Run:
         progress: Progress,
     ) -> None:
         self.recipe, self.name, self.folder, self.out = recipe, name, folder, out
-        self.command, self.progress = command, progress
+        self.command = command
         self.processes = PartialState(cpu=on_cpu())
-        self.main, self.device = self.processes.is_main_process, self.processes.device
-        if recipe.init is not None:
-            raise HeadwiseError(
-                "This recipe makes a model from nothing.", "python -m headwise.recipes.worker runs it."
-            )
+        self.is_main_process, self.device = self.processes.is_main_process, self.processes.device
+        self.progress = progress if self.is_main_process else SILENT
         self.record = read_record(folder.checkpoint.folder)
         parent = teacher if teacher is not None else outcome.recorded_source(self.record, folder.checkpoint)
         self.teacher = ModelFolder.of(open_checkpoint(parent, progress=progress)) if parent is not None else None
         self.tokenizer = load_tokenizer(folder.checkpoint.folder, folder.checkpoint.source)
-        check_fit(recipe, folder, self.teacher, self.tokenizer, self.record)
-        check_memory(folder, self.teacher, recipe)
+        check_compatible(recipe, folder, self.teacher, self.tokenizer, self.record)
+        if recipe.train is not None:
+            teacher_in_memory = self.teacher if recipe.needs_teacher_in_memory else None
+            check_memory(folder, teacher_in_memory, recipe.train, recipe.data.length)
         check_reporters(recipe.train.report_to if recipe.train else [])
-        self.home = WorkFolder(out).home / TRAINING
+        self.training_dir = WorkFolder(out).home / TRAINING
         self.before, self.parent = math.nan, None  # type: float, float | None
         self.heldout = torch.empty(0)
         self.layers: dict[int, dict[str, Any]] = {}
         self.steps, self.seconds = 0, 0.0
         self.text: Mapping[str, Any] = {}
 
-    def __call__(self, *, resume: bool, force: bool, max_shard_size: int | str) -> Uptrained | None:
+    def __call__(self, *, resume: bool, force: bool, max_shard_size: int | str) -> UptrainResult | None:
+        """Train, and write the folder.
+
+        Args:
+            resume: continue an interrupted run.
+            force: replace the folder, or begin again.
+            max_shard_size: of the largest weight file.
+
+        Returns:
+            The result; None on all processes but the first.
+
+        Raises:
+            Diverged: the loss is NaN or diverges; checkpoints are kept.
+            GateFailed: the written folder failed a check.
+            KeyboardInterrupt: a signal stopped the run; checkpoints are kept.
+        """
         outputs = [OutputTensor(e.name, e.dtype, e.shape, e.name) for e in self.folder.checkpoint.tensors.values()]
         with ExitStack() as stack:
             writer = None
-            if self.main:
+            if self.is_main_process:
                 writer = Writer(
                     self.out,
                     outputs,
@@ -121,30 +153,30 @@ class Run:
                     force=force,
                 )
                 stack.enter_context(writer)
-                outcome.begin(writer, self.home)
+                outcome.start_training_dir(writer, self.training_dir)
             self.processes.wait_for_everyone()
             self.progress.stage(f"reading {self.recipe.data.heldout}")
             self.heldout = self.heldout_blocks()
-            self._measure_ends(writer)
+            self._measure_before(writer)
             student = Student.load(self.folder, self.teacher)
             if self.recipe.layerwise is not None:
                 self._layer_by_layer(student, writer)
-            student.choose(self.recipe.train)
+            student.select_parameters(self.recipe.train)
             state = self._train(student) if self.recipe.train is not None else student.network.state_dict()
             if writer is None:
                 return None
             return self._publish(writer, student, state)
 
     def heldout_blocks(self) -> Tensor:
-        """The text that measures progress, int64 (blocks, length)."""
-        held = self.recipe.data
-        return data.blocks_from(
-            held.heldout, self.tokenizer, split="heldout", length=held.length, count=held.heldout_blocks
+        """Return the text that measures progress, int64 (blocks, length)."""
+        text = self.recipe.data
+        return blocks_from(
+            text.heldout, self.tokenizer, split="heldout", length=text.length, count=text.heldout_blocks
         )
 
     def training_blocks(self, tokens: int, seed: int) -> tuple[Any, Mapping[str, Any]]:
-        """The text that is trained on: see `data.training_blocks`."""
-        return data.training_blocks(self.recipe.data, self.tokenizer, tokens, seed)
+        """Return the text that is trained on: see `headwise.text.blocks.training_blocks`."""
+        return training_blocks(self.recipe.data, self.tokenizer, tokens, seed)
 
     def _identity(self) -> dict[str, Any]:
         teacher = self.teacher.checkpoint.fingerprint() if self.teacher else None
@@ -155,30 +187,31 @@ class Run:
             "torch": torch.__version__,
         }
 
-    def _measure_ends(self, writer: Writer | None) -> None:
-        """The loss before training, and the parent's; a resumed run remembers them."""
+    def _measure_before(self, writer: Writer | None) -> None:
+        """Measure the loss before training, and the parent's; a resumed run has them in its journal."""
         if writer is None:
             return
         if "nats" not in writer.notes:
             self.progress.stage("measuring")
-            ends = [self._nats(self.folder), self._nats(self.teacher) if self.teacher else None]
-            writer.note("nats", ends)
+            losses = [self._nats(self.folder), self._nats(self.teacher) if self.teacher else None]
+            writer.note("nats", losses)
         self.before, self.parent = writer.notes["nats"]
 
     def _nats(self, folder: ModelFolder) -> float:
-        """Nats per token of a folder's stock model on the held-out text."""
+        """Return the nats per token of a folder's stock model on the held-out text."""
         network = folder.load(torch.float32 if on_cpu() else torch.bfloat16).to(self.device)
         return nats_per_token(network, self.heldout).nats
 
     def _layer_by_layer(self, student: Student, writer: Writer | None) -> None:
         assert self.recipe.layerwise is not None and self.teacher is not None
-        done = self.home / "layers.safetensors"
-        if self.main and writer is not None and not done.exists():
-            wanted = self.recipe.layerwise.tokens
-            blocks, _ = self.training_blocks(wanted, self.recipe.seed + 1)
+        weights = self.training_dir / "layers.safetensors"
+        if self.is_main_process and writer is not None and not weights.exists():
+            tokens = self.recipe.layerwise.tokens
+            num_blocks = tokens // self.recipe.data.length
+            blocks, _ = self.training_blocks(tokens, self.recipe.seed + 1)
             if not isinstance(blocks, Tensor):
-                blocks = torch.stack(list(islice(blocks, wanted // self.recipe.data.length)))
-            blocks = blocks[: max(2, wanted // self.recipe.data.length)]
+                blocks = torch.stack(list(islice(blocks, num_blocks)))
+            blocks = blocks[: max(2, num_blocks)]
             self.layers = train_layers(
                 student,
                 self.teacher,
@@ -189,55 +222,56 @@ class Run:
                 progress=self.progress,
             )
             writer.note("layers", {str(layer): report for layer, report in self.layers.items()})
-            keep(student.network.state_dict(), student.attention_parameters(), done)
+            save_tensors(student.network.state_dict(), student.attention_parameters(), weights)
         elif writer is not None:
             self.layers = {int(layer): report for layer, report in writer.notes["layers"].items()}
         self.processes.wait_for_everyone()
-        put(student.network, done)
+        load_tensors(student.network, weights)
 
     def _train(self, student: Student) -> dict[str, Tensor]:
-        """The network's state dict after the Trainer has been at it."""
+        """Train the whole model, and return its state dict."""
         recipe, training = self.recipe, self.recipe.train
         assert training is not None
         tokens = training.budget(outcome.pretraining_tokens(self.teacher, self.folder))
         self.progress.stage(f"reading {', '.join(recipe.data.text)}")
         # Whole steps of text and no more: the order of rows follows their number.
-        wanted = math.ceil(tokens / training.batch_tokens) * training.batch_tokens
-        blocks, self.text = self.training_blocks(wanted, training.seed)
+        whole_steps = math.ceil(tokens / training.batch_tokens) * training.batch_tokens
+        blocks, self.text = self.training_blocks(whole_steps, training.seed)
         if isinstance(blocks, Tensor):
-            blocks = blocks[: wanted // recipe.data.length]
-        collate: Any = packing.collator(student.bare, self.tokenizer, recipe.data.separate_documents)
-        beside = None
+            blocks = blocks[: whole_steps // recipe.data.length]
+        collate: Any = packing.collator(student.base_model, self.tokenizer, recipe.data.separate_documents)
+        teacher = None
         if recipe.loss.needs_teacher and recipe.teacher.topk is not None:
             assert self.teacher is not None
             if not isinstance(blocks, Tensor):
-                raise HeadwiseError(
-                    "A teacher's answers are written for text that is read at once, and this text is streamed.",
+                raise SettingError(
+                    "teacher.topk",
+                    "`teacher.topk` needs text that is read at once, and this text is streamed.",
                     "Leave out teacher.topk, or give files.",
                 )
             topk = min(recipe.teacher.topk, self.teacher.text.vocab_size)
-            blocks = answers(
+            blocks = cache_teacher_topk(
                 self.teacher,
                 blocks,
                 collate,
                 topk=topk,
                 temperature=recipe.loss.temperature,
-                home=self.home,
+                cache_dir=self.training_dir,
                 progress=self.progress,
             )
-            collate = with_answers(collate)
+            collate = collate_topk(collate)
         elif recipe.loss.needs_teacher:
             assert self.teacher is not None
-            beside = Teacher(self.teacher, self.device, training.compile)
-        trained = {name: p.numel() for name, p in student.trained().items()}
+            teacher = Teacher(self.teacher, self.device, training.compile)
+        trained = {name: p.numel() for name, p in student.trained_parameters().items()}
         checkpoints = Checkpoints(
-            self.home,
+            self.training_dir,
             trained,
-            keep=training.keep,
-            export=lambda state, to: outcome.write_model(student, state, to),
+            num_kept=training.keep,
+            export=lambda state, to: outcome.write_stock_model(student, state, to),
             nbytes=self.folder.checkpoint.nbytes,
         )
-        if self.main:
+        if self.is_main_process:
             checkpoints.check_space()
         last = checkpoints.last
         if last is not None:
@@ -247,30 +281,31 @@ class Run:
             student.network,
             blocks,
             self.heldout,
-            recipe,
-            self.home,
+            training,
+            Task(recipe.loss, teacher, scales, student.attention_paths),
+            self.training_dir,
             self.progress,
-            task=Task(recipe.loss, beside, scales, student.attention),
+            length=recipe.data.length,
             collate=collate,
             checkpoints=checkpoints,
             tokens=tokens,
             figures={"parent": self.parent, "before": self.before},
         )
-        stopper = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Stopper))
+        stop = next(c for c in trainer.callback_handler.callbacks if isinstance(c, SignalStop))
         started = time.monotonic()
         try:
             resume(trainer, last)
         finally:
-            stopper.restore()
+            stop.restore()
         self.seconds, self.steps = time.monotonic() - started, trainer.state.global_step
-        if stopper.stopped and self.steps < trainer.state.max_steps:
+        if stop.stopped and self.steps < trainer.state.max_steps:
             raise KeyboardInterrupt
         return trainer.state_dict()
 
-    def _publish(self, writer: Writer, student: Student, state: dict[str, Tensor]) -> Uptrained:
+    def _publish(self, writer: Writer, student: Student, state: dict[str, Tensor]) -> UptrainResult:
         checkpoint = self.folder.checkpoint
         self.progress.stage("writing", total=checkpoint.nbytes, unit="bytes")
-        student.free()  # its memory is needed for what was written
+        student.release_memory()  # the check of the written folder needs it
         for name, tensor in student.export(state):
             if name not in writer.done:
                 writer.write(name, tensor)
@@ -279,37 +314,37 @@ class Run:
             if name not in writer.done:
                 writer.copy(name, checkpoint)
         checkpoint.check_unchanged()
-        found: dict[str, float] = {}
+        after = math.nan
 
         def check(folder: Path) -> None:
-            written = ModelFolder.of(open_checkpoint(folder))
-            found["after"] = self._nats(written)
-            outcome.describe(writer, self._facts(found["after"]), self.record, checkpoint)
+            nonlocal after
+            after = self._nats(ModelFolder.of(open_checkpoint(folder)))
+            outcome.verify_and_write_metadata(writer, self._facts(after), self.record, checkpoint)
 
-        if (curve := self.home / "curve.csv").exists():
+        if (curve := self.training_dir / "curve.csv").exists():
             draw_curve(curve, curve.with_suffix(".png"), parent=self.parent, title=f"Uptraining: {self.name}")
-        outcome.add_files(writer, checkpoint, self.home)
+        outcome.add_files(writer, checkpoint, self.training_dir)
         out = writer.publish(check)
         self.progress.finish()
         tokens = self.steps * self.recipe.train.batch_tokens if self.recipe.train else 0
-        after, seconds = found["after"], round(self.seconds, 1)
-        return Uptrained(out, self.name, self.before, after, self.parent, tokens, seconds, self.layers)
+        seconds = round(self.seconds, 1)
+        return UptrainResult(out, self.name, self.before, after, self.parent, tokens, seconds, self.layers)
 
     def _facts(self, after: float) -> dict[str, Any]:
-        """What headwise.json and the card say of this run."""
-        training, held = self.recipe.train, self.recipe.data
+        """Return what headwise.json and the model card hold of this run."""
+        training, text = self.recipe.train, self.recipe.data
         return {
             "command": self.command,
             "recipe": self.name,
             "settings": json.loads(json.dumps(asdict(self.recipe))),
-            "teacher": outcome.name_of(self.teacher.checkpoint) if self.teacher else None,
-            "text": {name: dict(found) for name, found in self.text.items()},
+            "teacher": outcome.model_name(self.teacher.checkpoint) if self.teacher else None,
+            "text": {name: dict(facts) for name, facts in self.text.items()},
             "tokens": self.steps * training.batch_tokens if training else 0,
             "layerwise": {str(layer): report for layer, report in self.layers.items()},
             "steps": self.steps,
             "seconds": round(self.seconds, 1),
             "hardware": outcome.hardware(),
-            "versions": outcome.versions(),
-            "heldout": {"text": held.heldout, "tokens": self.heldout[:, 1:].numel()},
+            "versions": environment.versions(outcome.RECORDED_PACKAGES),
+            "heldout": {"text": text.heldout, "tokens": self.heldout[:, 1:].numel()},
             "nats": {"parent": self.parent, "before": self.before, "after": after},
         }

@@ -1,4 +1,4 @@
-"""Text to rows of tokens: for calibration, training and measurement, deterministic by seed."""
+"""Make blocks of tokens from text, for calibration, training and measurement; a seed decides the order."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import numpy as np
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
-from headwise.recipes.settings import Data
 from headwise.text import sources
 from headwise.text.builtin import HELDOUT, SPLITS
 from headwise.text.packing import beginning_of_text, encode, pack
-from headwise.text.sources import documents
+from headwise.text.sources import Data, documents
 from headwise.text.stream import Stream
 
 __all__ = ["HELDOUT", "SPLITS", "blocks_from", "builtin_blocks", "documents", "training_blocks"]
@@ -23,7 +22,15 @@ __all__ = ["HELDOUT", "SPLITS", "blocks_from", "builtin_blocks", "documents", "t
 def builtin_blocks(
     tokenizer: Any, split: str = "calibration", length: int = 1024, count: int | None = None, seed: int = 0
 ) -> Tensor:
-    """Blocks of the builtin text, int64 (count, length); see `blocks_from`."""
+    """Return blocks of the builtin text, int64 (count, length).
+
+    Args:
+        tokenizer: a stock tokenizer.
+        split: see `blocks_from`.
+        length: tokens of a block.
+        count: number of blocks; None: all, in order.
+        seed: of the choice of blocks.
+    """
     return blocks_from("builtin", tokenizer, split=split, length=length, count=count, seed=seed)
 
 
@@ -36,30 +43,33 @@ def blocks_from(
     count: int | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Tokens of a text source, packed into blocks.
+    """Return the tokens of a text source, packed into blocks.
 
     Documents follow one another with the tokenizer's end-of-text token between them, and are cut wherever a
     block is full. Where the tokenizer begins a text with a BOS token, so does every document and every block.
 
     Args:
-        source: see `sources`.
+        source: see `headwise.text.sources`.
+        tokenizer: a stock tokenizer.
         split: of `builtin`: `train` and `calibration` (library source and its prose, in different orders),
             `heldout` (the modules in HELDOUT), `prose` (language reference and docstrings).
-        count: how many blocks, drawn over the whole source by `seed`. None: all there are, in order.
+        length: tokens of a block.
+        count: number of blocks, drawn from the whole source by `seed`; None: all, in order.
+        seed: of the choice of blocks.
 
     Returns:
         int64 (count, length).
 
     Raises:
-        HeadwiseError: unknown source or split, unreadable file, less text than asked for.
+        HeadwiseError: the source or split is unknown, a file cannot be read, or the text is too short.
     """
-    wanted = None if count is None else count * length
-    texts = documents(source, split, characters=None if wanted is None else 16 * wanted)
-    if wanted is not None:
-        # One long file would fill many blocks: draw pieces instead, so that few blocks still see much variety.
+    num_tokens = None if count is None else count * length
+    texts = documents(source, split, characters=None if num_tokens is None else 16 * num_tokens)
+    if num_tokens is not None:
+        # One long file would fill many blocks. Pieces of files give few blocks more variety.
         texts = [piece for text in texts for piece in _pieces(text, 16 * length)]
         random.Random(f"{split} {seed}").shuffle(texts)
-    encoded = _until(encode(texts, tokenizer, batch=1024 if wanted is None else 16), wanted)
+    encoded = _up_to(encode(texts, tokenizer, batch=1024 if num_tokens is None else 16), num_tokens)
     blocks = pack(encoded, length, begin=beginning_of_text(tokenizer))[:count]
     if len(blocks) < (count or 1):
         raise HeadwiseError(
@@ -72,35 +82,41 @@ def blocks_from(
 def training_blocks(
     data: Data, tokenizer: Any, tokens: int, seed: int = 0
 ) -> tuple[Any, Mapping[str, Mapping[str, int]]]:
-    """Whole documents in random order, packed: one pass over a recipe's text, or as much as holds `tokens`.
+    """Return whole documents in random order, packed: one pass over a recipe's text, or as much as holds `tokens`.
+
+    Args:
+        data: the text of a recipe.
+        tokenizer: a stock tokenizer.
+        tokens: number of tokens that are enough.
+        seed: of the order.
 
     Returns:
         int32 (blocks, length), and for each source the documents and characters in it and its times per pass.
-        Where one of the sources is too long to be read at once, a `Stream` of the same rows, and the times only.
+        Where a source is too long to be read at once, a `Stream` of rows instead, and the times only.
 
     Raises:
-        HeadwiseError: unknown source, unreadable file, not one block of text.
+        HeadwiseError: a source is unknown, a file cannot be read, or the text does not fill one block.
     """
     if any(map(sources.is_streamed, data.text)):
         return Stream(data.text, tokenizer, data.length, seed), {
             source: {"times": times} for source, times in data.text.items()
         }
     texts: list[str] = []
-    read = {}
+    facts = {}
     for source, times in data.text.items():
-        found = documents(source, "train")
-        read[source] = {"documents": len(found), "characters": sum(map(len, found)), "times": times}
-        texts += found * times
+        read = documents(source, "train")
+        facts[source] = {"documents": len(read), "characters": sum(map(len, read)), "times": times}
+        texts += read * times
     random.Random(f"train {seed}").shuffle(texts)
-    blocks = pack(_until(encode(texts, tokenizer), tokens), data.length, begin=beginning_of_text(tokenizer))
+    blocks = pack(_up_to(encode(texts, tokenizer), tokens), data.length, begin=beginning_of_text(tokenizer))
     if not len(blocks):
         named = ", ".join(data.text) or "none given"
         raise HeadwiseError(f"The recipe's text ({named}) does not fill one block of {data.length} tokens.")
-    return blocks, read
+    return blocks, facts
 
 
-def _until(encoded: Iterable[np.ndarray], tokens: int | None) -> Iterator[np.ndarray]:
-    """As many documents as hold that many tokens (None: all)."""
+def _up_to(encoded: Iterable[np.ndarray], tokens: int | None) -> Iterator[np.ndarray]:
+    """Yield documents until they hold that many tokens (None: all)."""
     for document in encoded:
         yield document
         if tokens is not None:
@@ -110,7 +126,7 @@ def _until(encoded: Iterable[np.ndarray], tokens: int | None) -> Iterator[np.nda
 
 
 def _pieces(text: str, characters: int) -> list[str]:
-    """A text cut at line ends into pieces of about that many characters."""
+    """Return a text cut at line ends into pieces of about that many characters."""
     pieces, start = [], 0
     while len(text) - start > characters:
         end = text.find("\n", start + characters) + 1 or len(text)

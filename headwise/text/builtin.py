@@ -1,4 +1,4 @@
-"""Text that needs no download: the standard library of the Python that runs, and the packages beside it.
+"""Provide text that needs no download: the running Python's standard library, and the packages installed with it.
 
 The modules in `HELDOUT` are for measuring only; no other split contains them, nor text copied from them.
 """
@@ -30,7 +30,7 @@ HELDOUT = (
 )
 SPLITS = ("train", "calibration", "heldout", "prose")
 
-# Installed beside the library but not of it, tests, tables, and the prose that is read on its own.
+# Folders that are not source of the library: other packages, tests, tables, and the language reference.
 _NOT_SOURCE = {
     "site-packages",
     "dist-packages",
@@ -44,7 +44,14 @@ _NOT_SOURCE = {
 
 
 def library_documents(split: str) -> list[str]:
-    """The texts of one of SPLITS of the standard library, in a fixed order."""
+    """Return the texts of a split of the standard library, in a fixed order.
+
+    Args:
+        split: one of SPLITS.
+
+    Raises:
+        HeadwiseError: there is no such split, or this Python has no readable library.
+    """
     if split not in SPLITS:
         raise HeadwiseError(f"There is no split {split!r} of the builtin text.", f"There are: {', '.join(SPLITS)}.")
     root = Path(sysconfig.get_path("stdlib"))
@@ -62,36 +69,49 @@ def library_documents(split: str) -> list[str]:
 
 
 def library_files() -> list[Path]:
-    """The Python files of the running standard library, held-out modules included, sorted."""
+    """Return the Python files of the running standard library, held-out modules included, sorted.
+
+    Raises:
+        HeadwiseError: this Python has no readable library.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     files = []
     for folder, inside, names in os.walk(root):
-        # Not even entered: an environment may have a hundred thousand files in site-packages.
+        # Skipped without a look inside: an environment may have a hundred thousand files in site-packages.
         inside[:] = [name for name in inside if name not in _NOT_SOURCE]
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     if not files:
         raise HeadwiseError(
-            f"This Python keeps no readable standard library in {root}.",
-            "Give text of your own instead of builtin.",
+            f"This Python has no readable standard library in {root}.",
+            "Give a text file instead of builtin.",
         )
     return sorted(files)
 
 
 def is_heldout(path: Path, root: Path) -> bool:
-    """Whether a file is one of the held-out modules, or by its name a test or a copy of one."""
+    """Return whether a file is a held-out module, or by its name a test or a copy of one.
+
+    Args:
+        path: the file.
+        root: the folder that names are relative to.
+    """
     names = {part.removesuffix(".py").removeprefix("test_") for part in path.relative_to(root).parts}
     return not names.isdisjoint(HELDOUT)
 
 
 def repeats_heldout(text: str) -> bool:
-    """Whether a tenth of a text's longer lines (and at least ten of them) stand in a held-out module too."""
+    """Return whether a tenth of a text's longer lines, and at least ten of them, occur in a held-out module.
+
+    Args:
+        text: a document.
+    """
     lines = _long_lines(text)
     shared = len(lines & _heldout_lines())
     return shared >= 10 and shared * 10 >= len(lines)
 
 
 def package_documents() -> list[str]:
-    """The Python files of the permissively licensed packages installed here, without copies of held-out modules."""
+    """Return the Python files of the permissively licensed packages here, without copies of held-out modules."""
     root = Path(sysconfig.get_path("purelib"))
     paths = [
         path
@@ -104,23 +124,23 @@ def package_documents() -> list[str]:
 
 
 def _topics() -> list[str]:
-    """The language reference that `help()` shows."""
+    """Return the language reference of `help()`."""
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions package it apart
+    except ImportError:  # some distributions package it separately
         return []
     return [text for _, text in sorted(topics.items())]
 
 
 def _docstrings(source: str) -> str:
-    """The longer docstrings of one module, one after another."""
+    """Return the longer docstrings of a module, one after another."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return ""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
-    return "\n\n".join(text for text in found if len(text) >= 200)
+    docstrings = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
+    return "\n\n".join(text for text in docstrings if len(text) >= 200)
 
 
 def _long_lines(text: str) -> set[str]:

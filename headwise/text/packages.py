@@ -1,4 +1,4 @@
-"""The installed packages whose licence lets anyone train on their source, as text."""
+"""Read the source of installed packages whose licence permits training on it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-# A package whose metadata names any licence beside these is left out: no judgement calls, no copyleft.
+# A package whose metadata names any other licence is left out.
 _SPDX = re.compile(r"(MIT|MIT-0|Apache-2\.0|BSD-[234]-Clause|0BSD|PSF-2\.0|Python-2\.0|ISC)")
 _CLASSIFIERS = {
     "MIT License",
@@ -20,14 +20,17 @@ _CLASSIFIERS = {
     "ISC License (ISCL)",
 }
 _FREE_TEXT = re.compile(r"(the )?(mit|((new|modified|simplified) )?bsd|apache|isc|psf)\b[a-z0-9 .,()-]*")
-_SOMEONE_ELSES = {"_vendor", "vendor", "vendored", "_vendored", "third_party", "extern", "externals", "_distutils"}
-_MOST_BYTES = 400_000  # beyond it a file is a table or was generated
+_VENDORED = {"_vendor", "vendor", "vendored", "_vendored", "third_party", "extern", "externals", "_distutils"}
+_MAX_BYTES = 400_000  # a larger file is a table or was generated
 
 
 def is_permissive(metadata: Any) -> bool:
-    """Whether a distribution's metadata names only MIT, BSD, Apache, PSF or ISC licences.
+    """Return whether a distribution's metadata names only MIT, BSD, Apache, PSF or ISC licences.
 
     The SPDX expression decides, else the classifiers, else a short licence field.
+
+    Args:
+        metadata: of the distribution, as importlib.metadata gives it.
     """
     expression = metadata.get("License-Expression")
     if expression:
@@ -45,27 +48,31 @@ def is_permissive(metadata: Any) -> bool:
 
 
 def permissive_sources() -> dict[str, list[Path]]:
-    """Every permissively licensed distribution that holds Python files, "name version" to those files, sorted."""
-    found: dict[str, list[Path]] = {}
+    """Return the Python files of every permissively licensed distribution, "name version" to files, sorted."""
+    sources: dict[str, list[Path]] = {}
     for distribution in importlib.metadata.distributions():
         if not is_permissive(distribution.metadata):
             continue
         files = {
             Path(str(distribution.locate_file(file)))
             for file in distribution.files or []
-            if file.suffix == ".py" and ".." not in file.parts and not _SOMEONE_ELSES & set(file.parts)
+            if file.suffix == ".py" and ".." not in file.parts and not _VENDORED & set(file.parts)
         }
         if files:
-            found[f"{distribution.metadata['Name']} {distribution.version}"] = sorted(files)
-    return dict(sorted(found.items()))
+            sources[f"{distribution.metadata['Name']} {distribution.version}"] = sorted(files)
+    return dict(sorted(sources.items()))
 
 
 def read_all(paths: list[Path]) -> Iterator[tuple[Path, str]]:
-    """The readable, UTF-8, not overlong ones among `paths` with their text, in their order."""
+    """Yield the files that are readable UTF-8 and not too large, with their text, in order.
+
+    Args:
+        paths: the files.
+    """
 
     def read(path: Path) -> str | None:
         try:
-            return path.read_text(encoding="utf-8") if path.stat().st_size <= _MOST_BYTES else None
+            return path.read_text(encoding="utf-8") if path.stat().st_size <= _MAX_BYTES else None
         except (OSError, UnicodeDecodeError):
             return None
 

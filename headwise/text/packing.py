@@ -1,8 +1,7 @@
-"""Documents to rows of tokens, and rows to batches in which no document sees another.
+"""Pack documents into rows of tokens, and rows into batches that mask attention between documents.
 
-Stock transformers keeps packed documents apart by their position ids: where these start anew, so does attention
-(`create_causal_mask` for eager, sdpa and flex; the cumulative lengths of flash attention). Nothing here builds a
-mask.
+Stock transformers separates packed documents by their position ids: attention starts anew where they do
+(`create_causal_mask` for eager, sdpa and flex; the cumulative lengths of flash attention). No mask is built here.
 """
 
 from __future__ import annotations
@@ -17,11 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headwise.errors import HeadwiseError
+from headwise.errors import HeadwiseError, SettingError
 
 
 def end_of_text(tokenizer: Any) -> int:
-    """The token that closes a document.
+    """Return the token that ends a document.
+
+    Args:
+        tokenizer: a stock tokenizer.
 
     Raises:
         HeadwiseError: the tokenizer has none.
@@ -34,13 +36,23 @@ def end_of_text(tokenizer: Any) -> int:
 
 
 def beginning_of_text(tokenizer: Any) -> int | None:
-    """The token that the tokenizer puts before every text, if it does."""
+    """Return the token that the tokenizer puts before every text, or None.
+
+    Args:
+        tokenizer: a stock tokenizer.
+    """
     bos = tokenizer.bos_token_id
     return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
 
 
 def encode(texts: Iterable[str], tokenizer: Any, batch: int = 1024) -> Iterator[np.ndarray]:
-    """Each text's tokens and an end-of-text token after them, int32; `batch` texts go to the tokenizer at once."""
+    """Yield each text's tokens and an end-of-text token, int32.
+
+    Args:
+        texts: the documents.
+        tokenizer: a stock tokenizer.
+        batch: texts in one call of the tokenizer.
+    """
     end = end_of_text(tokenizer)
     texts = iter(texts)
     while chunk := list(islice(texts, batch)):
@@ -50,9 +62,15 @@ def encode(texts: Iterable[str], tokenizer: Any, batch: int = 1024) -> Iterator[
 
 
 def pack(encoded: Iterable[np.ndarray], length: int, begin: int | None = None) -> Tensor:
-    """Documents one after another, cut where a row is full: int32 (rows, length); an unfilled last row is dropped.
+    """Pack documents one after another, cut where a row is full.
 
-    `begin` is put before each document and before each row.
+    Args:
+        encoded: tokens of the documents.
+        length: tokens of a row.
+        begin: token that is put before each document and before each row.
+
+    Returns:
+        int32 (rows, length); an unfilled last row is dropped.
     """
     opening = np.zeros(0, dtype=np.int32) if begin is None else np.array([begin], dtype=np.int32)
     pieces, room = [opening], length - len(opening)
@@ -74,55 +92,72 @@ def pack(encoded: Iterable[np.ndarray], length: int, begin: int | None = None) -
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows to what a causal language model is trained on.
+    """Turn rows into batches for a causal language model.
 
     Every token predicts the next one of its document: `labels` are -100 where a document or row begins. Losses
-    that are not cross-entropy read from them which positions count.
+    other than cross-entropy take from the labels which positions count.
+
+    Attributes:
+        end: the token that ends a document; None: a row is one text.
+        flat: all rows as one, (1, rows * length), the form in which flash attention separates documents: what
+            transformers' `DataCollatorWithFlattening` makes of the documents.
     """
 
     end: int | None
-    """The token that closes a document; None: a row is one text, whatever is in it."""
     flat: bool = False
-    """All rows as one, (1, rows * length), which is how flash attention wants packed documents."""
 
     def __call__(self, rows: list[Tensor]) -> dict[str, Tensor]:
-        """Rows (length,) to input_ids, labels and position_ids, int64 (rows, length)."""
+        """Return the batch of some rows.
+
+        Args:
+            rows: (length,) each.
+
+        Returns:
+            input_ids, labels and, where documents are separated, position_ids: int64 (rows, length).
+        """
         tokens = torch.stack(rows).long()
-        first = torch.zeros_like(tokens, dtype=torch.bool)
-        first[:, 0] = True
+        is_first = torch.zeros_like(tokens, dtype=torch.bool)
+        is_first[:, 0] = True
         if self.end is None:
-            return {"input_ids": tokens, "labels": tokens.masked_fill(first, -100)}
-        first[:, 1:] = tokens[:, :-1] == self.end
-        places = torch.arange(tokens.shape[1]).expand_as(tokens)
+            return {"input_ids": tokens, "labels": tokens.masked_fill(is_first, -100)}
+        is_first[:, 1:] = tokens[:, :-1] == self.end
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         batch = {
             "input_ids": tokens,
-            "labels": tokens.masked_fill(first, -100),
-            "position_ids": places - places.where(first, 0).cummax(1).values,
+            "labels": tokens.masked_fill(is_first, -100),
+            "position_ids": positions - positions.where(is_first, 0).cummax(1).values,
         }
         return {name: value.reshape(1, -1) for name, value in batch.items()} if self.flat else batch
 
 
 def collator(model: Any, tokenizer: Any, separate_documents: bool = True) -> Collator:
-    """The collator for a stock model, by what its attention understands.
+    """Return the collator for a stock model.
+
+    Args:
+        model: a stock model; its attention implementation decides the form of the batch.
+        tokenizer: a stock tokenizer.
+        separate_documents: mask attention between documents that share a row.
 
     Raises:
-        HeadwiseError: the model's class cannot keep documents apart.
+        SettingError: the model's class cannot mask attention between documents.
     """
     if not separate_documents:
         return Collator(None)
-    if not keeps_documents_apart(model):
-        raise HeadwiseError(
-            f"{type(model).__name__} lets documents that share a block see each other.",
-            "Pass --set data.separate_documents=false.",
+    if not separates_documents(model):
+        raise SettingError(
+            "data.separate_documents",
+            f"{type(model).__name__} does not mask attention between documents that share a block.",
+            "Give data.separate_documents=false.",
         )
     return Collator(end_of_text(tokenizer), flat="flash" in (model.config._attn_implementation or ""))
 
 
 @torch.no_grad()
-def keeps_documents_apart(model: Any) -> bool:
-    """Whether a document's logits are the same whatever was before it in the row; a few stock classes leak.
+def separates_documents(model: Any) -> bool:
+    """Return whether a document's logits are independent of the document before it; a few stock classes leak.
 
-    A model without weights yet (on the meta device) is taken at its word.
+    Args:
+        model: a stock model. On the meta device, without weights, its signature alone decides.
     """
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
@@ -130,11 +165,11 @@ def keeps_documents_apart(model: Any) -> bool:
         return True
     was_training = model.training
     model.eval()
-    places = torch.tensor([[0, 1, 2, 0, 1, 2]], device=model.device)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=model.device)
     logits = [
-        model(input_ids=torch.tensor([row]).to(places), position_ids=places, use_cache=False).logits[:, 3:]
+        model(input_ids=torch.tensor([row]).to(positions), position_ids=positions, use_cache=False).logits[:, 3:]
         for row in ([3, 4, 5, 6, 7, 8], [6, 7, 8, 6, 7, 8])
     ]
     model.train(was_training)
-    # Said so that weights without meaning (a process that is yet to get its own) do not count as a leak.
+    # In this form NaN does not count as a leak: a process may not have its weights yet.
     return not bool((logits[0] - logits[1]).abs().max() > 0.01 * logits[0].abs().max())

@@ -1,4 +1,4 @@
-"""Where text comes from: a source by its name, as a list of documents or, where it is too long for that, a stream.
+"""Read the documents of a text source: a list, or a stream where the source is too long to be read at once.
 
 A source is `builtin`, `packages`, a file (.txt, .jsonl or .parquet; `*` in its name stands for several), or
 `hf:DATASET` or `hf:DATASET:CONFIG` of the Hub. A document is a whole text file or the "text" of a row.
@@ -8,41 +8,98 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
+from headwise import fields
 from headwise.errors import HeadwiseError
+from headwise.fields import Setting, check_fields, declare
+from headwise.schema import not_legal
 from headwise.text import builtin
 
 STREAM_BYTES = 1 << 30  # rows of files up to this size together are read at once
 _ROWS = {".jsonl": "json", ".parquet": "parquet"}
-# Files that hold documents, but not as one text.
+# Files that hold documents, but neither plain text nor rows of text.
 _UNREAD = (".json", ".csv", ".tsv", ".gz", ".zst", ".zip")
 
 
-def documents(source: str, split: str = "train", characters: int | None = None) -> list[str]:
-    """The texts of a source, in a fixed order.
+def _check_sources(value: Any) -> dict[str, int]:
+    if not isinstance(value, Mapping):
+        raise ValueError
+    for source, times in value.items():
+        if isinstance(times, bool) or not isinstance(times, int) or times < 1:
+            raise not_legal(f"text.{source}", times, "a whole number of at least 1")
+    return {str(source): times for source, times in value.items()}
 
-    Args:
-        source: see the module.
-        split: of `builtin`, one of `builtin.SPLITS`.
-        characters: bounds what is read of a data set of the Hub.
+
+def _check_heldout_blocks(value: Any) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError
+    return value
+
+
+@dataclass(frozen=True)
+class Data:
+    """The text of a recipe, and how it is cut into blocks.
 
     Raises:
-        HeadwiseError: no such source, unreadable, a row without a "text".
+        SettingError: a value is not legal.
+    """
+
+    text: Mapping[str, int] = declare(
+        MISSING,
+        Setting(
+            "Source to the number of times it occurs in one pass.",
+            wanted="a mapping of sources to the number of times each is read",
+            check=_check_sources,
+        ),
+    )
+    length: int = fields.number("Tokens in a block.", minimum=2, default=1024)
+    separate_documents: bool = fields.flag(
+        "Mask attention between documents that share a block, and start each at position 0.", default=True
+    )
+    heldout: str = fields.text(
+        "Source that measures progress and is not trained on; of builtin, its held-out modules.",
+        default="builtin",
+        metavar="SOURCE",
+    )
+    heldout_blocks: int | None = fields.other(
+        "Blocks of the held-out text (null: all there are).",
+        default=64,
+        check=_check_heldout_blocks,
+        wanted="a whole number of at least 1, or null",
+        metavar="N",
+        parse=int,
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def documents(source: str, split: str = "train", characters: int | None = None) -> list[str]:
+    """Return the texts of a source, in a fixed order.
+
+    Args:
+        source: `builtin`, `packages`, a file, or `hf:DATASET`.
+        split: of `builtin`, one of `builtin.SPLITS`.
+        characters: about how many to read of a data set of the Hub; None: all.
+
+    Raises:
+        HeadwiseError: there is no such source, it cannot be read, or a row has no "text".
     """
     if source == "builtin":
         return builtin.library_documents(split)
     if source == "packages":
         return builtin.package_documents()
     if source.startswith("hf:"):
-        return list(_until(stream_documents(source, open_stream(source)), characters))
-    return [text for path in _files(source) for text in _file(path)]
+        return list(_up_to(stream_documents(source, open_stream(source)), characters))
+    return [text for path in _files(source) for text in _read_file(path)]
 
 
 def is_streamed(source: str) -> bool:
-    """Whether a source is read as training goes rather than before it."""
+    """Return whether a source is read during training, because it is too long to be read before."""
     if source.startswith("hf:"):
         return True
     if Path(source).suffix not in _ROWS:
@@ -50,20 +107,27 @@ def is_streamed(source: str) -> bool:
     return sum(path.stat().st_size for path in _files(source)) > STREAM_BYTES
 
 
-def shared(source: str, others: Iterable[str]) -> str | None:
-    """The first of `others` that holds text of `source`; the held-out part of `builtin` is in none.
+def overlapping(source: str, others: Iterable[str]) -> str | None:
+    """Return the first of `others` that holds text of `source`; the held-out part of `builtin` is in none.
+
+    Args:
+        source: a held-out source.
+        others: sources to train on.
 
     Raises:
-        HeadwiseError: there is no such file.
+        HeadwiseError: a file is missing.
     """
-    own, files = _own_files(source), {other: _own_files(other) for other in others}
+    files, files_of = _resolved_files(source), {other: _resolved_files(other) for other in others}
     if source == "builtin":
         return None
-    return next((other for other in files if other == source or own & files[other]), None)
+    return next((other for other in files_of if other == source or files & files_of[other]), None)
 
 
 def open_stream(source: str) -> Any:
-    """A `datasets.IterableDataset` with the one column "text"; its position can be saved and restored.
+    """Open a source as a `datasets.IterableDataset` with the column "text"; its position can be saved and restored.
+
+    Args:
+        source: files, or a data set of the Hub.
 
     Raises:
         HeadwiseError: the datasets package is missing, there is no such data set, or it has no column "text".
@@ -92,16 +156,24 @@ def open_stream(source: str) -> Any:
 
 
 def stream_documents(source: str, rows: Any) -> Iterator[str]:
-    """The texts of an open stream."""
+    """Yield the texts of an open stream.
+
+    Args:
+        source: its name, for error messages.
+        rows: as `open_stream` returns them.
+
+    Raises:
+        HeadwiseError: the stream breaks off.
+    """
     try:
         for row in rows:
             if row["text"]:
                 yield row["text"]
     except Exception as error:
-        raise HeadwiseError(f"The data set {source} cannot be read on: {error}") from error
+        raise HeadwiseError(f"The data set {source} cannot be read further: {error}") from error
 
 
-def _until(texts: Iterator[str], characters: int | None) -> Iterator[str]:
+def _up_to(texts: Iterator[str], characters: int | None) -> Iterator[str]:
     for text in texts:
         yield text
         if characters is not None:
@@ -111,9 +183,9 @@ def _until(texts: Iterator[str], characters: int | None) -> Iterator[str]:
 
 
 def _files(source: str) -> list[Path]:
-    """The file of that name, or those that its `*` stand for, sorted."""
-    found = sorted(map(Path, glob.glob(source, recursive=True))) if glob.has_magic(source) else []
-    for path in found or [Path(source)]:
+    """Return the file of that name, or the files that match its `*`, sorted."""
+    matches = sorted(map(Path, glob.glob(source, recursive=True))) if glob.has_magic(source) else []
+    for path in matches or [Path(source)]:
         if not source or not path.exists():
             raise HeadwiseError(
                 f"There is no text file {source or repr(source)}.",
@@ -126,16 +198,16 @@ def _files(source: str) -> list[Path]:
                 f"{path} is neither plain text nor rows of text.",
                 'Make it .jsonl (objects with a "text") or .parquet.',
             )
-    return found or [Path(source)]
+    return matches or [Path(source)]
 
 
-def _own_files(source: str) -> set[Path]:
-    """The files of a source that is files."""
+def _resolved_files(source: str) -> set[Path]:
+    """Return the files of a source; none for a source that is not a file."""
     elsewhere = source in ("builtin", "packages") or source.startswith("hf:")
     return set() if elsewhere else {path.resolve() for path in _files(source)}
 
 
-def _file(path: Path) -> list[str]:
+def _read_file(path: Path) -> list[str]:
     if path.suffix == ".parquet":
         return list(stream_documents(str(path), open_stream(str(path))))
     try:

@@ -1,8 +1,7 @@
-"""Training text too long to be read beforehand: rows made as training goes, in an order that a seed decides.
+"""Stream training text that is too long to be read before training, in an order that a seed decides.
 
-Documents are read in windows of some millions of characters and shuffled within them. A window's rows depend on
-nothing but the place in the source where it begins, the seed and the window's number, so that a run is resumed
-from that place, at the same row.
+Documents are read in windows of some millions of characters and shuffled within them. A window's rows depend only
+on its position in the source, the seed and its number. So a resumed run continues at the same row.
 """
 
 from __future__ import annotations
@@ -23,12 +22,14 @@ WINDOW_CHARACTERS = 1 << 24
 
 
 class Stream(IterableDataset[Tensor]):
-    """Rows of tokens, int32 (length,), without end: the sources are read again when they are through.
+    """Endless rows of tokens, int32 (length,): the sources are read again from their end on.
 
     Args:
         text: source to weight; a source of weight 2 is drawn from twice as often as one of weight 1.
+        tokenizer: a stock tokenizer.
         length: tokens in a row.
-        characters: what a window holds at least.
+        seed: of the order.
+        characters: least number in a window.
     """
 
     def __init__(
@@ -60,9 +61,12 @@ class Stream(IterableDataset[Tensor]):
                 row, skip = row + len(rows), 0
 
     def state_dict(self, rows: int) -> dict[str, Any]:
-        """Where the stream stood when `rows` rows of it had been trained on, as plain data.
+        """Return the position of the stream after a number of rows, as plain data.
 
-        A loader reads ahead, so the caller counts. Windows before that place are forgotten.
+        A loader reads ahead, so the caller counts. Windows before that position are forgotten.
+
+        Args:
+            rows: number of rows that were trained on.
         """
         while len(self._begun) > 1 and self._begun[1][0] <= rows:
             del self._begun[0]
@@ -72,25 +76,29 @@ class Stream(IterableDataset[Tensor]):
         return {**start, "rows": rows, "skip": rows - first}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there when iterated the next time."""
+        """Continue from a position at the next iteration.
+
+        Args:
+            state: as `state_dict` returns it.
+        """
         self._start = dict(state)
 
     def _windows(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        """Each window's place, and its rows."""
+        """Yield the position and the rows of each window."""
         begin, window = packing.beginning_of_text(self.tokenizer), self._start["window"]
         for passes in count(self._start["passes"]):
             source = self._open(passes)
             if passes == self._start["passes"] and self._start["source"] is not None:
                 source.load_state_dict(self._start["source"])
-            found, place = 0, source.state_dict()
+            num_rows, position = 0, source.state_dict()
             for texts in self._documents(source):
                 random.Random(f"{self.seed} {window}").shuffle(texts)
                 rows = packing.pack(packing.encode(texts, self.tokenizer), self.length, begin)
                 if len(rows):
-                    yield {"window": window, "passes": passes, "source": place}, rows
-                place = source.state_dict()
-                window, found = window + 1, found + len(rows)
-            if not found:
+                    yield {"window": window, "passes": passes, "source": position}, rows
+                position = source.state_dict()
+                window, num_rows = window + 1, num_rows + len(rows)
+            if not num_rows:
                 raise HeadwiseError(
                     f"The recipe's text ({', '.join(self.text)}) does not fill one row of {self.length} tokens."
                 )

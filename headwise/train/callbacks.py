@@ -1,10 +1,13 @@
-"""What listens to a training run: the curve on disk, and the clock."""
+"""Callbacks of a training run: the curve on disk, the time budget, the stop at divergence and at a signal."""
 
 from __future__ import annotations
 
 import csv
 import math
+import signal
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +16,31 @@ from transformers import TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 
 from headwise.errors import HeadwiseError
-from headwise.io.fs import plain_errors
+from headwise.io.fs import os_errors
 from headwise.progress import Progress
+from headwise.train.checkpoints import Checkpoints
 
-_TIMED_STEPS = 50  # the first half goes to compilation and warm caches, the second shows the pace
+# Steps that are timed for a time budget: the first half includes compilation, the second gives the pace.
+_TIMED_STEPS = 50
+# A loss has diverged when it is above twice the lowest loss so far, and by this many nats more.
+MARGIN = 1.0
 
 
-class Curve(TrainerCallback):
-    """The training curve: a line of CSV, and of progress, at each report.
+class Diverged(HeadwiseError):
+    """Training diverged; the last good checkpoint is kept."""
+
+    keeps_work = True
+
+
+class CurveCallback(TrainerCallback):
+    """Write the training curve: a line of CSV, and of progress, at each report.
 
     Args:
-        path: the CSV. A resumed run goes on in it after the step it resumes from.
+        path: the CSV. A resumed run continues it after the step that it resumes from.
         batch_tokens: tokens of one step, all processes together.
+        progress: gets the figures of every report.
         parent: the parent's nats per token on the held-out text, if there is a parent.
-        before: the model's own before training; None: the first held-out loss that is heard.
+        before: the model's own before training; None: the first held-out loss that is reported.
     """
 
     COLUMNS = ("step", "tokens", "seconds", "loss", "learning_rate", "heldout", "closed")
@@ -41,25 +55,28 @@ class Curve(TrainerCallback):
     ) -> None:
         self.path, self.batch_tokens, self.progress = path, batch_tokens, progress
         self.parent, self.before = parent, before
-        self.started, self.total, self.reported, self.resumed = time.time(), 0, 0, 0
+        self.started, self.max_steps = time.time(), 0
+        self.reported_tokens, self.resumed_tokens = 0, 0
         self.closed: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        kept: list[list[Any]] = _rows_until(self.path, state.global_step) if state.global_step else []
-        self.resumed = self.reported = state.global_step * self.batch_tokens
-        self.started = time.time() - (float(kept[-1][2]) if kept else 0.0)
+        """Begin the CSV, or cut it to the step that the run resumes from."""
+        rows: list[list[Any]] = _rows_until(self.path, state.global_step) if state.global_step else []
+        self.resumed_tokens = self.reported_tokens = state.global_step * self.batch_tokens
+        self.started = time.time() - (float(rows[-1][2]) if rows else 0.0)
         self._resumed_at = time.time()
-        if not kept and self.before is not None and math.isfinite(self.before):
+        if not rows and self.before is not None and math.isfinite(self.before):
             self.closed = gap_closed(self.before, self.parent, self.before)
-            kept = [[0, 0, "0.0", "", "", self.before, "" if self.closed is None else f"{self.closed:.4f}"]]
+            rows = [[0, 0, "0.0", "", "", self.before, "" if self.closed is None else f"{self.closed:.4f}"]]
         if state.is_world_process_zero:
-            self._write([self.COLUMNS, *kept], "w")
+            self._write([self.COLUMNS, *rows], "w")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # A curve has its end, however seldom the recipe measures.
+        """Measure after the last step, however seldom the recipe measures."""
         control.should_evaluate |= state.global_step >= state.max_steps
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Write a line for a report that has a training loss or a held-out loss."""
         if not state.is_world_process_zero or not {"loss", "eval_loss"} & set(logs):
             return
         tokens, now = state.global_step * self.batch_tokens, time.time()
@@ -69,45 +86,54 @@ class Curve(TrainerCallback):
         closed = "" if self.closed is None or "eval_loss" not in logs else f"{self.closed:.4f}"
         figures = [logs.get(key, "") for key in ("loss", "learning_rate", "eval_loss")]
         self._write([[state.global_step, tokens, f"{now - self.started:.1f}", *figures, closed]], "a")
-        if self.total != state.max_steps:  # the beginning, or a budget has shortened the run
-            self.total = state.max_steps
-            self.progress.stage("training", self.total * self.batch_tokens - self.reported, "tokens")
+        if self.max_steps != state.max_steps:  # the first report, or a time budget has shortened the run
+            self.max_steps = state.max_steps
+            self.progress.stage("training", self.max_steps * self.batch_tokens - self.reported_tokens, "tokens")
         shown = {name: logs[key] for key, name in (("loss", "loss"), ("eval_loss", "heldout")) if key in logs}
         if self.closed is not None:
             shown["gap closed"] = f"{self.closed:.1%}"
-        if tokens > self.resumed:
-            shown["tokens/s"] = f"{(tokens - self.resumed) / (now - self._resumed_at):,.0f}"
-        self.progress.advance(tokens - self.reported, **shown)
-        self.reported = tokens
+        if tokens > self.resumed_tokens:
+            shown["tokens/s"] = f"{(tokens - self.resumed_tokens) / (now - self._resumed_at):,.0f}"
+        self.progress.advance(tokens - self.reported_tokens, **shown)
+        self.reported_tokens = tokens
 
-    def _write(self, rows: Any, mode: str) -> None:
-        with plain_errors(self.path), self.path.open(mode, newline="", encoding="utf-8") as file:
+    def _write(self, rows: Sequence[Sequence[Any]], mode: str) -> None:
+        with os_errors(self.path), self.path.open(mode, newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows(rows)
 
 
-def gap_closed(now: float, parent: float | None, before: float | None) -> float | None:
-    """The share of the distance to the parent that is gone: 1 at the parent, more below it.
+def gap_closed(nats: float, parent: float | None, before: float | None) -> float | None:
+    """Return how much of the loss gap to the parent is closed: 0 before training, 1 at the parent.
 
-    None where there is no parent, or was no distance.
+    Args:
+        nats: the loss now, in nats per token.
+        parent: the parent's loss.
+        before: the loss before training.
+
+    Returns:
+        The fraction; None where there is no parent, or no gap.
     """
     if parent is None or before is None or before <= parent:
         return None
-    return (before - now) / (before - parent)
+    return (before - nats) / (before - parent)
 
 
 def _rows_until(path: Path, step: int) -> list[list[str]]:
-    """What a curve holds up to a step; what was reported after it is done again."""
+    """Return the rows of a curve up to a step; later steps are trained again."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return [row for row in list(csv.reader(file))[1:] if int(row[0]) <= step]
 
 
-def check_reporters(names: list[str]) -> list[str]:
-    """The names that Trainer's report_to gets.
+def check_reporters(names: Sequence[str]) -> list[str]:
+    """Return the names for the `report_to` of transformers' Trainer.
+
+    Args:
+        names: integrations, such as tensorboard.
 
     Raises:
-        HeadwiseError: Trainer knows none of that name, or its package is not installed.
+        HeadwiseError: the Trainer has no such integration, or its package is not installed.
     """
     installed = get_available_reporting_integrations()
     for name in names:
@@ -116,20 +142,27 @@ def check_reporters(names: list[str]) -> list[str]:
                 f"Training cannot report to {name!r} here: it is not installed, or Trainer does not know it.",
                 f"Installed are: {', '.join(installed) or 'none'}. For example: pip install tensorboard",
             )
-    return names
+    return list(names)
 
 
 class TimeBudget(TrainerCallback):
-    """Shortens a run, once its pace is known, to what fits into the seconds given."""
+    """Shorten a run, once its pace is known, to what fits into a number of seconds.
+
+    Args:
+        seconds: wall-clock time of the run.
+        progress: gets a note when the run is shortened.
+    """
 
     def __init__(self, seconds: float, progress: Progress) -> None:
         self.seconds, self.progress = seconds, progress
         self.started = self.warm = time.time()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock."""
         self.started = time.time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Set the number of steps once the timed steps are done."""
         if state.global_step not in (_TIMED_STEPS // 2, _TIMED_STEPS):
             return
         if torch.cuda.is_available():
@@ -148,3 +181,78 @@ class TimeBudget(TrainerCallback):
             state.max_steps = steps
             if state.is_world_process_zero:
                 self.progress.note(f"{pace:.2f} steps per second: {steps} steps fit into {self.seconds:.0f} s")
+
+
+class DivergenceGuard(TrainerCallback):
+    """Stop training when the loss is NaN or diverges, before a checkpoint of it is written.
+
+    Args:
+        checkpoints: of the run, to name the last good one.
+    """
+
+    def __init__(self, checkpoints: Checkpoints | None) -> None:
+        self._checkpoints, self._lowest = checkpoints, math.inf
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Report before every checkpoint: the Trainer logs before it saves."""
+        control.should_log |= control.should_save
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Check the reported loss and gradient norm.
+
+        Raises:
+            Diverged: one is not finite, or the loss has risen too far.
+        """
+        loss = logs.get("loss")
+        if loss is None:
+            return
+        broken = next((name for name in ("loss", "grad_norm") if not math.isfinite(logs.get(name, 0.0))), None)
+        if broken is None and loss <= 2 * self._lowest + MARGIN:
+            self._lowest = min(self._lowest, loss)
+            return
+        reason = f"its {broken.replace('_', ' ')} is {logs[broken]}" if broken else f"its loss rose to {loss:.3g}"
+        last = self._checkpoints.last if self._checkpoints else None
+        good = f"The last good checkpoint is {last}." if last else "There is no checkpoint from before."
+        raise Diverged(
+            f"Training diverged at step {state.global_step}: {reason}. {good}",
+            "Its folder `model` can be used or uptrained further. " * bool(last)
+            + "Lower train.learning_rate, and begin again with `force`.",
+        )
+
+
+class SignalStop(TrainerCallback):
+    """Stop after the current step at SIGTERM or SIGINT, with a checkpoint. A second signal interrupts at once."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._handlers: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take over the signals."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop all processes at the same step."""
+        if args.world_size > 1:
+            stopped = torch.tensor(float(self.stopped), device=args.device)
+            torch.distributed.all_reduce(stopped, torch.distributed.ReduceOp.MAX)
+            self.stopped = bool(stopped)
+        if self.stopped:
+            control.should_save = control.should_log = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Give the signals back."""
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the signals back to their handlers from before."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True

@@ -1,8 +1,8 @@
-"""Training on several processes: `headwise.recipes.worker` under accelerate, with one of the configurations here.
+"""Start training on several processes of this machine, through accelerate and one of the configurations of recipes.
 
-The same by hand, and over several machines:
+By hand, and over several machines, accelerate or torchrun start the command itself:
 
-    accelerate launch --config_file .../recipes/accelerate/fsdp2.yaml --num_processes 8 -m headwise.recipes.worker
+    accelerate launch --config_file .../recipes/accelerate/fsdp2.yaml --num_processes 8 -m headwise uptrain ...
 """
 
 from __future__ import annotations
@@ -14,40 +14,40 @@ from pathlib import Path
 
 import torch
 
-from headwise.errors import HeadwiseError
+from headwise.errors import SettingError
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
-KINDS = tuple(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-TRAIN = "headwise.recipes.worker"
+# The module that every process runs: it reads the arguments and calls `uptrain_model`.
+PROCESS_MODULE = "headwise._cli.worker"
 INTERRUPTED = 130
 
 
-def launch(kind: str, processes: int | None, arguments: Sequence[str]) -> int:
-    """Train on `processes` processes of this machine and wait for them.
+def launch_processes(kind: str, num_processes: int | None, arguments: Sequence[str]) -> int:
+    """Start processes that train, and wait for them.
 
     Args:
-        kind: one of KINDS: `single`, `ddp` or `fsdp2`.
-        processes: None: one for each accelerator.
-        arguments: what `python -m headwise.recipes.worker` is to get.
+        kind: one of `LAUNCH_KINDS`.
+        num_processes: None: one for each accelerator.
+        arguments: of PROCESS_MODULE.
 
     Returns:
         0, the exit code of the process that failed first, or 130 after SIGTERM or SIGINT.
 
     Raises:
-        HeadwiseError: no such kind, or the machine does not have that many accelerators.
+        SettingError: the machine does not have that many accelerators.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    options = launch_command_parser().parse_args(launch_arguments(kind, processes, arguments))
-    # It would repeat, with a traceback of its own, what the process that failed has said.
+    options = launch_command_parser().parse_args(launch_arguments(kind, num_processes, arguments))
+    # It would repeat the message of the process that failed, with a traceback of its own.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         launch_command(options)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        return failure.exitcode
+        return int(failure.exitcode)
     except SignalException:  # passed on to the processes, which have written a checkpoint
         return INTERRUPTED
     except subprocess.CalledProcessError as error:
@@ -55,18 +55,27 @@ def launch(kind: str, processes: int | None, arguments: Sequence[str]) -> int:
     return 0
 
 
-def launch_arguments(kind: str, processes: int | None, arguments: Sequence[str]) -> list[str]:
-    """What follows `accelerate launch`; see `launch`."""
-    if kind not in KINDS:
-        raise HeadwiseError(f"There is no launch {kind!r}.", f"There are: {', '.join(KINDS)}.")
-    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    count = processes if processes is not None else 1 if kind == "single" else max(devices, 1)
-    if count < 1 or (kind == "single" and count > 1):
-        raise HeadwiseError(f"{kind} cannot run {count} processes.", "Take --launch ddp or fsdp2 for several.")
-    if kind == "fsdp2" and not devices:
-        raise HeadwiseError("FSDP2 shards over accelerators, and this machine has none.", "Take --launch ddp.")
-    if count > devices > 0:
-        raise HeadwiseError(f"{count} processes need {count} accelerators, and this machine has {devices}.")
+def launch_arguments(kind: str, num_processes: int | None, arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of `accelerate launch`.
+
+    Args:
+        kind: one of `LAUNCH_KINDS`.
+        num_processes: None: one for each accelerator.
+        arguments: of PROCESS_MODULE.
+
+    Raises:
+        SettingError: the machine does not have that many accelerators.
+    """
+    num_devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    count = num_processes if num_processes is not None else 1 if kind == "single" else max(num_devices, 1)
+    if kind == "fsdp2" and not num_devices:
+        raise SettingError(
+            "launch", "`launch` fsdp2 shards over accelerators, and this machine has none.", "Give ddp."
+        )
+    if count > num_devices > 0:
+        raise SettingError(
+            "processes", f"{count} processes need {count} accelerators, and this machine has {num_devices}."
+        )
     config = ["--config_file", str(CONFIGS / f"{kind}.yaml"), "--num_processes", str(count)]
     port = [] if kind == "single" else ["--main_process_port", "0"]  # a free one
-    return [*config, *port, "-m", TRAIN, *arguments]
+    return [*config, *port, "-m", PROCESS_MODULE, *arguments]

@@ -1,132 +1,254 @@
-"""What training minimises. Pure: torch tensors in, one number out.
+"""Compute the training losses: torch tensors in, one number out.
 
-Losses on tokens are formed in pieces: each piece is brought to float32, its loss and its gradient are worked out
-and only the gradient is kept, in the precision of the logits. So two models' logits never exist in float32 whole.
+Losses over tokens are computed in chunks of logits: a chunk is converted to float32, its loss and its gradient are
+computed, and only the gradient is kept, in the precision of the logits. So the float32 logits of two models are
+never in memory as a whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Numbers of a piece of logits: 128 MiB in float32.
-PIECE = 1 << 25
+from headwise.train.settings import Loss
+
+# Elements of a chunk of logits: 128 MiB in float32.
+CHUNK = 1 << 25
 IGNORED = -100
 
 
-def forward_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher || student) of every token, times temperature squared (Hinton et al. 2015).
+@dataclass(frozen=True)
+class ModelOutputs:
+    """The outputs of a model on a batch.
+
+    Attributes:
+        logits: (batch, tokens, vocabulary).
+        hidden_states: the output of every layer, (batch, tokens, D) each; empty where not asked for.
+        attention_outputs: the output of every attention module, (batch, tokens, D) each; empty where not asked for.
+    """
+
+    logits: Tensor
+    hidden_states: Sequence[Tensor] = ()
+    attention_outputs: Sequence[Tensor] = ()
+
+
+def total_loss(
+    loss: Loss,
+    student: ModelOutputs,
+    labels: Tensor,
+    teacher: ModelOutputs | None = None,
+    teacher_topk: Sequence[Tensor] | None = None,
+    scales: tuple[float, float] = (1.0, 1.0),
+    *,
+    compiled: bool = False,
+) -> Tensor:
+    """Return the weighted sum of the terms of a loss, a mean over the predicted tokens.
 
     Args:
-        student, teacher: logits, float32 (tokens, vocabulary).
+        loss: the weights.
+        student: its outputs.
+        labels: (batch, tokens); IGNORED for a token that is not predicted, which the divergences leave out too.
+        teacher: the teacher's outputs, where it runs beside the student.
+        teacher_topk: instead, its most likely tokens and their log-probabilities, (batch, tokens, k) each.
+        scales: of the student's residual stream and attention outputs over the teacher's.
+        compiled: compile the loss of a chunk with torch.compile.
+
+    Returns:
+        A scalar, float32.
     """
-    return _kl(_log(teacher, temperature), _log(student, temperature)) * temperature**2
+    targets = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], 1).flatten()
+    predicted = (targets != IGNORED).float()
+    others = [targets]
+    if teacher_topk:
+        others += [tensor.flatten(0, 1) for tensor in teacher_topk]
+    elif teacher is not None:
+        others.append(teacher.logits.flatten(0, 1))
+    logits = student.logits.flatten(0, 1)
+    per_token = _per_token(loss, compiled)
+    total = over_tokens(per_token, logits, *others, weights=predicted / predicted.sum().clamp_min(1))
+    if teacher is not None and loss.hidden_states:
+        error = relative_error(student.hidden_states, teacher.hidden_states, scales[0])
+        total = total + loss.hidden_states * error
+    if teacher is not None and loss.attention_outputs:
+        error = relative_error(student.attention_outputs, teacher.attention_outputs, scales[1])
+        total = total + loss.attention_outputs * error
+    return total
+
+
+@cache  # torch.compile needs the same function at every step
+def _per_token(loss: Loss, compiled: bool) -> Callable[..., Tensor]:
+    def per_token(student: Tensor, labels: Tensor, *teacher: Tensor) -> Tensor:
+        total = torch.zeros(len(student), device=student.device)
+        if loss.cross_entropy:
+            total = total + loss.cross_entropy * cross_entropy(student, labels)
+        if loss.kl and len(teacher) == 2:
+            total = total + loss.kl * topk_kl(student, *teacher, temperature=loss.temperature)
+        elif loss.kl:
+            total = total + loss.kl * forward_kl(student, teacher[0], loss.temperature)
+        if loss.reverse_kl:
+            total = total + loss.reverse_kl * reverse_kl(student, teacher[0], loss.temperature)
+        if loss.jsd:
+            total = total + loss.jsd * jsd(student, teacher[0], loss.temperature)
+        return total
+
+    return torch.compile(per_token) if compiled else per_token
+
+
+def forward_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return KL(teacher || student) of every token, times temperature squared.
+
+    Args:
+        student: logits, float32 (tokens, vocabulary).
+        teacher: logits, float32 (tokens, vocabulary).
+        temperature: of both distributions.
+
+    Returns:
+        (tokens,) in nats. Source: Hinton et al. 2015 (arXiv 1503.02531).
+    """
+    return _kl(_log_softmax(teacher, temperature), _log_softmax(student, temperature)) * temperature**2
 
 
 def reverse_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(student || teacher) of every token, times temperature squared."""
-    return _kl(_log(student, temperature), _log(teacher, temperature)) * temperature**2
+    """Return KL(student || teacher) of every token, times temperature squared.
+
+    Args:
+        student: logits, float32 (tokens, vocabulary).
+        teacher: logits, float32 (tokens, vocabulary).
+        temperature: of both distributions.
+
+    Returns:
+        (tokens,) in nats.
+    """
+    return _kl(_log_softmax(student, temperature), _log_softmax(teacher, temperature)) * temperature**2
 
 
 def jsd(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Jensen-Shannon divergence of every token, times temperature squared: at most log 2 at temperature 1."""
-    s, t = _log(student, temperature), _log(teacher, temperature)
+    """Return the Jensen-Shannon divergence of every token, times temperature squared.
+
+    Args:
+        student: logits, float32 (tokens, vocabulary).
+        teacher: logits, float32 (tokens, vocabulary).
+        temperature: of both distributions.
+
+    Returns:
+        (tokens,) in nats; at most log 2 at temperature 1.
+    """
+    s, t = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
     middle = torch.logaddexp(s, t) - torch.log(torch.tensor(2.0, device=s.device, dtype=s.dtype))
     return 0.5 * (_kl(s, middle) + _kl(t, middle)) * temperature**2
 
 
 def topk_kl(student: Tensor, ids: Tensor, log_probabilities: Tensor, temperature: float = 1.0) -> Tensor:
-    """Forward KL over the teacher's k most likely tokens and one bucket for all the others.
+    """Return the forward KL over the teacher's k most likely tokens and one bucket for all other tokens.
 
-    A lower bound of the whole KL, and equal to it where k is the vocabulary.
+    It is a lower bound of the whole KL, and equal to it where k is the size of the vocabulary.
 
     Args:
         student: logits (tokens, vocabulary).
-        ids, log_probabilities: (tokens, k) of the teacher, at this temperature.
+        ids: the teacher's most likely tokens, (tokens, k).
+        log_probabilities: the teacher's, at this temperature, (tokens, k).
+        temperature: of both distributions.
+
+    Returns:
+        (tokens,) in nats.
     """
-    s = _log(student, temperature)
+    s = _log_softmax(student, temperature)
     t = log_probabilities.to(s.dtype)
-    named = s.gather(-1, ids.long())
-    rest_t, rest_s = _rest(t), _rest(named)
-    return (_kl(t, named) + rest_t.exp() * (rest_t - rest_s)) * temperature**2
+    s_topk = s.gather(-1, ids.long())
+    t_other, s_other = _log_remainder(t), _log_remainder(s_topk)
+    return (_kl(t, s_topk) + t_other.exp() * (t_other - s_other)) * temperature**2
 
 
 def cross_entropy(student: Tensor, labels: Tensor) -> Tensor:
-    """-log p(label) of every token; 0 where the label is ignored."""
+    """Return -log p(label) of every token; 0 where the label is IGNORED.
+
+    Args:
+        student: logits (tokens, vocabulary).
+        labels: (tokens,).
+    """
     return functional.cross_entropy(student, labels, ignore_index=IGNORED, reduction="none")
 
 
 def relative_error(student: Sequence[Tensor], teacher: Sequence[Tensor], scale: float = 1.0) -> Tensor:
-    """Mean over layers of the squared error as a share of the teacher's square.
+    """Return the mean over layers of the squared error relative to the teacher's square.
 
     Args:
-        student, teacher: one (batch, tokens, D) each per layer.
-        scale: what the student's are multiples of the teacher's by (an MLA student's residual stream is scaled).
+        student: one (batch, tokens, D) for each layer.
+        teacher: one (batch, tokens, D) for each layer.
+        scale: factor of the student's activations over the teacher's (an MLA student's residual stream is scaled).
     """
     errors = []
-    for ours, theirs in zip(student, teacher, strict=True):
-        wanted = theirs.float()
-        errors.append((ours.float() / scale - wanted).square().sum() / wanted.square().sum())
+    for actual, expected in zip(student, teacher, strict=True):
+        reference = expected.float()
+        errors.append((actual.float() / scale - reference).square().sum() / reference.square().sum())
     return torch.stack(errors).mean()
 
 
 def over_tokens(
-    per_token: Callable[..., Tensor], logits: Tensor, *others: Tensor, weights: Tensor, piece: int = PIECE
+    per_token: Callable[..., Tensor], logits: Tensor, *others: Tensor, weights: Tensor, chunk: int = CHUNK
 ) -> Tensor:
-    """The weighted sum of a loss over tokens, formed piece by piece.
+    """Return the weighted sum of a loss over tokens, computed chunk by chunk.
 
     Args:
-        per_token: (student logits float32, *others) -> (tokens,); pieces of `others` arrive as they are, but for
-            floating ones, which arrive in float32.
+        per_token: (student logits in float32, *others) -> (tokens,). It gets chunks; floating `others` are
+            converted to float32.
         logits: (tokens, vocabulary), in any precision; the gradient has the same.
+        others: tensors with one row for each token.
         weights: (tokens,) float32, of each token in the sum.
+        chunk: elements of `logits` that are in float32 at once.
+
+    Returns:
+        A scalar, float32.
     """
-    return _OverTokens.apply(per_token, piece, weights, logits, *others)
+    total: Tensor = _OverTokens.apply(per_token, chunk, weights, logits, *others)
+    return total
 
 
 class _OverTokens(torch.autograd.Function):
     @staticmethod
     def forward(
-        context: Any, per_token: Callable[..., Tensor], piece: int, weights: Tensor, logits: Tensor, *others: Tensor
+        context: Any, per_token: Callable[..., Tensor], chunk: int, weights: Tensor, logits: Tensor, *others: Tensor
     ) -> Tensor:
-        wanted = context.needs_input_grad[3]
-        gradient = torch.empty_like(logits) if wanted else None
+        needs_gradient = context.needs_input_grad[3]
+        gradient = torch.empty_like(logits) if needs_gradient else None
         total = torch.zeros((), device=logits.device, dtype=torch.float32)
-        rows = max(1, piece // logits.shape[-1])
-        for start in range(0, len(logits), rows):
-            here = slice(start, start + rows)
+        num_rows = max(1, chunk // logits.shape[-1])
+        for start in range(0, len(logits), num_rows):
+            rows = slice(start, start + num_rows)
             with torch.enable_grad():
-                student = logits[here].detach().float().requires_grad_(wanted)
-                beside = [other[here].float() if other.is_floating_point() else other[here] for other in others]
-                loss = (per_token(student, *beside) * weights[here]).sum()
+                student = logits[rows].detach().float().requires_grad_(needs_gradient)
+                beside = [other[rows].float() if other.is_floating_point() else other[rows] for other in others]
+                loss = (per_token(student, *beside) * weights[rows]).sum()
             if gradient is not None:
-                gradient[here] = torch.autograd.grad(loss, student)[0]
+                gradient[rows] = torch.autograd.grad(loss, student)[0]
             total += loss.detach()
         if gradient is not None:
             context.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(context: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(context: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = context.saved_tensors
-        # In place: it is as large as the logits, and nobody else reads it.
-        return (None, None, None, gradient.mul_(given[0]), *(None for _ in context.needs_input_grad[4:]))
+        # In place: the gradient is as large as the logits, and nothing else uses it.
+        return (None, None, None, gradient.mul_(upstream[0]), *(None for _ in context.needs_input_grad[4:]))
 
 
-def _log(logits: Tensor, temperature: float) -> Tensor:
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     return functional.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL of log-probabilities (tokens, vocabulary)."""
+    """Return the KL divergence of log-probabilities, (tokens, vocabulary) each."""
     return (p.exp() * (p - q)).sum(-1)
 
 
-def _rest(log_probabilities: Tensor) -> Tensor:
-    """Log of what some probabilities leave of 1; at least a rounding error, so that it is finite."""
-    left = -torch.expm1(torch.logsumexp(log_probabilities, -1))
-    return left.clamp_min(torch.finfo(left.dtype).eps).log()
+def _log_remainder(log_probabilities: Tensor) -> Tensor:
+    """Return the log of 1 minus the sum of some probabilities, at least a rounding error so that it is finite."""
+    remainder = -torch.expm1(torch.logsumexp(log_probabilities, -1))
+    return remainder.clamp_min(torch.finfo(remainder.dtype).eps).log()

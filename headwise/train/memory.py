@@ -1,39 +1,50 @@
-"""What training takes in memory, per process, from the shapes in two configs: before anything is loaded.
+"""Forecast the memory of a training run, per process, from configs and file headers: before anything is loaded.
 
-The numbers kept for the backward pass were counted on the stock classes: what autograd saves of a layer, in bytes
-per token, for many widths. Mixed precision keeps the residual stream and the norms in float32, and what enters a
-matrix product in bfloat16.
+The bytes that the backward pass needs were counted on the stock classes: what autograd saves of a layer, in bytes
+per token, for many widths. Mixed precision keeps the residual stream and the norms in float32, and the operands of
+matrix products in bfloat16.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+from headwise import environment
 from headwise.errors import HeadwiseError
 from headwise.format import size
+from headwise.train.losses import CHUNK
+from headwise.train.settings import Training
+from headwise.train.student import ModelFolder
 
 # A process that has imported torch, with its kernels loaded on the device.
 RESTING_BYTES = 1 << 30
-# Of the allocator: what it holds and cannot use.
+# Fraction that the allocator holds and cannot use.
 FRAGMENTATION = 0.03
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The sizes of a model that memory follows from.
+class ModelShape:
+    """The sizes of a model that decide its memory.
 
     Attributes:
-        parameters: all of them, tied ones once. embedding: of these, what is looked up and never multiplied.
-        intermediate: numbers of a token in the MLP, in all its experts together.
-        queries, outputs: numbers of all heads' queries and outputs in one token. Keys and values count as many:
-            they are expanded to every head wherever documents are kept apart by a mask.
-        latent: numbers of an MLA layer's latent, else 0.
+        num_parameters: all of them, tied ones once.
+        num_embedding_parameters: those of an input embedding that is not tied to the output projection.
+        intermediate: elements of a token in the MLP, in all its experts together.
+        queries: elements of a token's queries, all heads together. Its keys count as many: where a mask keeps
+            documents apart, keys are expanded to every head.
+        outputs: elements of a token's head outputs, all heads together. Its values count as many.
+        latent: elements of a token's latent in an MLA layer, else 0.
     """
 
-    parameters: int
-    embedding: int
+    num_parameters: int
+    num_embedding_parameters: int
     hidden_size: int
     num_hidden_layers: int
     vocab_size: int
@@ -43,8 +54,13 @@ class Shape:
     latent: int = 0
 
     @classmethod
-    def of(cls, text: Any, parameters: int) -> Shape:
-        """From a stock text config and the number of parameters in the files."""
+    def of(cls, text: Any, num_parameters: int) -> ModelShape:
+        """Return the shape of a stock text config.
+
+        Args:
+            text: the config of the language model.
+            num_parameters: as the files hold them.
+        """
         width, heads = text.hidden_size, text.num_attention_heads
         tied = getattr(text, "tie_word_embeddings", False)
         dense = getattr(text, "first_k_dense_replace", 0) >= text.num_hidden_layers
@@ -63,8 +79,8 @@ class Shape:
             head = getattr(text, "head_dim", None) or width // heads
             queries = outputs = heads * head
         return cls(
-            parameters=parameters,
-            embedding=0 if tied else text.vocab_size * width,
+            num_parameters=num_parameters,
+            num_embedding_parameters=0 if tied else text.vocab_size * width,
             hidden_size=width,
             num_hidden_layers=text.num_hidden_layers,
             vocab_size=text.vocab_size,
@@ -74,24 +90,34 @@ class Shape:
             latent=latent,
         )
 
-    @property
-    def layer(self) -> int:
-        """Parameters of one layer."""
-        ends = self.vocab_size * self.hidden_size + self.embedding
-        return (self.parameters - ends) // self.num_hidden_layers
+    @classmethod
+    def of_folder(cls, folder: ModelFolder) -> ModelShape:
+        """Return the shape of a folder's model, from its config and the headers of its files."""
+        num_parameters = sum(math.prod(entry.shape) for entry in folder.checkpoint.tensors.values())
+        return cls.of(folder.text, num_parameters)
 
-    def kept(self, half: int) -> int:
-        """Bytes that a layer keeps for a token's backward pass; `half` is 2 under bfloat16, else 4."""
-        stream = (26 if half == 2 else 24) * self.hidden_size
+    @property
+    def num_layer_parameters(self) -> int:
+        """Parameters of one layer."""
+        ends = self.vocab_size * self.hidden_size + self.num_embedding_parameters
+        return (self.num_parameters - ends) // self.num_hidden_layers
+
+    def saved_bytes_per_token(self, bytes_per_element: int) -> int:
+        """Return the bytes that a layer saves of one token for the backward pass.
+
+        Args:
+            bytes_per_element: of a matrix product's operands: 2 in bfloat16, else 4.
+        """
+        stream = (26 if bytes_per_element == 2 else 24) * self.hidden_size
         attention = 2 * (self.queries + self.outputs)
         if self.latent:  # heads are split, rotated, expanded and joined again
             attention += 3 * (self.queries + self.latent) // 2 + self.outputs
-        return stream + half * (4 * self.intermediate + attention)
+        return stream + bytes_per_element * (4 * self.intermediate + attention)
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """Bytes of one process at the peak of a step."""
+class MemoryForecast:
+    """Bytes of one process at the peak of a training step."""
 
     parameters: int
     gradients: int
@@ -99,87 +125,215 @@ class Forecast:
     teacher: int
     activations: int
     logits: int
-    rest: int
+    overhead: int
 
     @property
     def total(self) -> int:
+        """All of them together."""
         return sum(asdict(self).values())
 
 
-def forecast(
-    student: Shape,
+def forecast_memory(
+    student: ModelShape,
     *,
-    trained: int,
+    num_trained: int,
     tokens: int,
-    teacher: Shape | None = None,
-    half: bool = True,
+    teacher: ModelShape | None = None,
+    bf16: bool = True,
     checkpointing: bool = False,
-    sharded: int = 1,
-    replicas: int = 1,
-    piece: int = 1 << 25,
-) -> Forecast:
-    """The peak of one process.
+    num_shards: int = 1,
+    num_replicas: int = 1,
+    chunk: int = CHUNK,
+) -> MemoryForecast:
+    """Forecast the peak of one process.
 
     Args:
-        trained: parameters that get gradients.
-        tokens: what goes through the model at once.
+        student: the model that is trained.
+        num_trained: parameters that get gradients.
+        tokens: tokens of one forward pass.
         teacher: the model beside it, if there is one.
-        half: bfloat16 products and teacher (float32 otherwise, as on a CPU).
-        checkpointing: of activations, layer by layer.
-        sharded: processes over which FSDP2 spreads everything that lasts.
-        replicas: processes that hold whole copies (DDP, which gathers gradients in buckets as large as they are).
-        piece: numbers of logits that the loss brings to float32 at once.
+        bf16: matrix products and teacher in bfloat16 (float32 otherwise, as on a CPU).
+        checkpointing: gradient checkpointing, layer by layer.
+        num_shards: processes over which FSDP2 shards parameters, gradients, optimizer and teacher.
+        num_replicas: processes that hold whole copies. DDP gathers gradients in buckets as large as the gradients.
+        chunk: elements of logits that the loss converts to float32 at once.
+
+    Returns:
+        The forecast, in bytes.
     """
-    wide = 2 if half else 4
-    whole_layers = 2 * 4 * student.layer if sharded > 1 else 0  # one in use, one under way
-    ends = 4 * (student.vocab_size * student.hidden_size + student.embedding) if sharded > 1 else 0
-    # Products are of bfloat16 copies of the weights; kept for the backward pass unless they are made again.
-    copied = (student.layer if checkpointing else student.layer * student.num_hidden_layers) + (
-        student.vocab_size * student.hidden_size
-    )
-    copies = 2 * copied if half else 0
-    kept = student.kept(wide) * tokens
+    bytes_per_element = 2 if bf16 else 4
+    sharded = num_shards > 1
+    gathered_layers = 2 * 4 * student.num_layer_parameters if sharded else 0  # one in use, one on its way
+    ends = 4 * (student.vocab_size * student.hidden_size + student.num_embedding_parameters) if sharded else 0
+    # Matrix products use bfloat16 copies of the weights, saved for the backward pass unless they are made again.
+    num_copied = student.num_layer_parameters * (1 if checkpointing else student.num_hidden_layers)
+    num_copied += student.vocab_size * student.hidden_size
+    copies = 2 * num_copied if bf16 else 0
+    saved_of_layer = student.saved_bytes_per_token(bytes_per_element) * tokens
     if checkpointing:
-        saved = student.num_hidden_layers * 4 * student.hidden_size * tokens
-        activations = saved + int(1.5 * kept)
+        inputs = student.num_hidden_layers * 4 * student.hidden_size * tokens
+        activations = inputs + int(1.5 * saved_of_layer)
     else:
-        activations = student.num_hidden_layers * kept + kept // 2
-    numbers = tokens * student.vocab_size
-    # The student's, their gradient, the teacher's; then a piece of them in float32 with what its loss makes.
-    logits = (3 if teacher else 2) * wide * numbers + 4 * 10 * min(piece, numbers)
-    lasting = 0 if teacher is None else wide * teacher.parameters // sharded
-    if teacher is not None and sharded > 1:
-        lasting += 2 * wide * teacher.layer + wide * teacher.vocab_size * teacher.hidden_size
+        activations = student.num_hidden_layers * saved_of_layer + saved_of_layer // 2
+    num_logits = tokens * student.vocab_size
+    # The student's, their gradient, the teacher's; then a chunk in float32 with the intermediates of its loss.
+    logits = (3 if teacher else 2) * bytes_per_element * num_logits + 4 * 10 * min(chunk, num_logits)
+    resident = 0 if teacher is None else bytes_per_element * teacher.num_parameters // num_shards
+    if teacher is not None and sharded:
+        resident += 2 * bytes_per_element * teacher.num_layer_parameters
+        resident += bytes_per_element * teacher.vocab_size * teacher.hidden_size
     parts = {
-        "parameters": 4 * student.parameters // sharded + whole_layers + ends,
-        "gradients": 4 * trained // sharded * (2 if replicas > 1 else 1) + (whole_layers + ends) // 2,
-        "optimizer": 8 * trained // sharded,
-        "teacher": lasting,
+        "parameters": 4 * student.num_parameters // num_shards + gathered_layers + ends,
+        "gradients": 4 * num_trained // num_shards * (2 if num_replicas > 1 else 1) + (gathered_layers + ends) // 2,
+        "optimizer": 8 * num_trained // num_shards,
+        "teacher": resident,
         "activations": activations + copies,
         "logits": logits,
     }
-    return Forecast(**parts, rest=RESTING_BYTES + int(FRAGMENTATION * sum(parts.values())))
+    return MemoryForecast(**parts, overhead=RESTING_BYTES + int(FRAGMENTATION * sum(parts.values())))
 
 
-def refuse_unless_it_fits(found: Forecast, free: int, where: str, leaner: Mapping[str, Forecast]) -> None:
-    """Refuse what the memory will not hold.
+def require_memory(
+    forecast: MemoryForecast, free: int, place: str, alternatives: Mapping[str, MemoryForecast]
+) -> None:
+    """Refuse a run that does not fit into memory.
 
     Args:
-        free: bytes that are left.
-        where: on what.
-        leaner: what to add to the command, and the forecast with it.
+        forecast: of the run.
+        free: bytes that are free.
+        place: the device, for the message.
+        alternatives: changes of the settings, and the forecast with each.
 
     Raises:
-        HeadwiseError: naming both numbers, and the first of `leaner` that fits.
+        HeadwiseError: names both sizes, and the first alternative that fits.
     """
-    if found.total <= free:
+    if forecast.total <= free:
         return
-    parts = sorted(asdict(found).items(), key=lambda part: -part[1])[:3]
-    most = ", ".join(f"{name} {size(number)}" for name, number in parts)
-    fits = next(((words, other) for words, other in leaner.items() if other.total <= free), None)
+    largest = sorted(asdict(forecast).items(), key=lambda part: -part[1])[:3]
+    parts = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in largest)
+    fitting = next(((change, other) for change, other in alternatives.items() if other.total <= free), None)
     raise HeadwiseError(
-        f"Training needs about {size(found.total)} of memory ({most}), and {where} has {size(free)} free.",
-        f"With {fits[0]} it needs {size(fits[1].total)}."
-        if fits
-        else "Train on more GPUs with --launch fsdp2, or only a part: --set train.parameters=attention.",
+        f"Training needs about {size(forecast.total)} of memory ({parts}), and {place} has {size(free)} free.",
+        f"With {fitting[0]} it needs {size(fitting[1].total)}."
+        if fitting
+        else "Train on more GPUs with `launch` fsdp2, or train fewer weights: train.parameters=attention.",
     )
+
+
+def check_memory(student: ModelFolder, teacher: ModelFolder | None, training: Training, length: int) -> None:
+    """Refuse a run that the device of this process has too little memory for.
+
+    Args:
+        student: the folder that is trained.
+        teacher: the folder beside it in memory, if there is one.
+        training: the settings.
+        length: tokens of a block.
+
+    Raises:
+        HeadwiseError: names what the run needs, what is free, and what would fit.
+    """
+    processes = PartialState()
+    free = free_device_memory(processes.device, processes.num_processes)
+    if free is None:
+        return
+    on_cpu = processes.device.type == "cpu"
+    bf16 = not on_cpu and training.precision == "bf16"
+    sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+    def forecast(num_processes: int, sharded: bool, checkpointing: bool) -> MemoryForecast:
+        return forecast_run(
+            student,
+            teacher,
+            training,
+            length,
+            num_processes=num_processes,
+            sharded=sharded,
+            bf16=bf16,
+            checkpointing=checkpointing,
+        )
+
+    alternatives: dict[str, MemoryForecast] = {}
+    if not training.gradient_checkpointing:
+        change = "train.gradient_checkpointing=true"
+        alternatives[change] = forecast(processes.num_processes, sharded, True)
+    for more in () if on_cpu else (2, 4, 8, 16, 32, 64):
+        change = f"`launch` fsdp2, `processes` {more} and train.gradient_checkpointing=true"
+        alternatives[change] = forecast(more, True, True)
+    require_memory(
+        forecast(processes.num_processes, sharded, training.gradient_checkpointing),
+        free,
+        "this machine" if on_cpu else str(processes.device),
+        alternatives,
+    )
+
+
+def forecast_run(
+    student: ModelFolder,
+    teacher: ModelFolder | None,
+    training: Training,
+    length: int,
+    *,
+    num_processes: int = 1,
+    sharded: bool = False,
+    bf16: bool = True,
+    checkpointing: bool | None = None,
+) -> MemoryForecast:
+    """Forecast the peak of one process of a run.
+
+    Args:
+        student: the folder that is trained.
+        teacher: the folder beside it in memory, if there is one.
+        training: the settings.
+        length: tokens of a block.
+        num_processes: of the run.
+        sharded: whether FSDP2 shards the models over the processes.
+        bf16: whether matrix products are in bfloat16.
+        checkpointing: in place of `training.gradient_checkpointing`.
+
+    Returns:
+        The forecast, in bytes.
+    """
+    tokens = training.batch_tokens // num_processes
+    return forecast_memory(
+        ModelShape.of_folder(student),
+        num_trained=num_trained_parameters(student, training),
+        tokens=max(length, min(tokens, training.micro_batch_tokens or tokens)),
+        teacher=None if teacher is None else ModelShape.of_folder(teacher),
+        bf16=bf16,
+        checkpointing=training.gradient_checkpointing if checkpointing is None else checkpointing,
+        num_shards=num_processes if sharded else 1,
+        num_replicas=1 if sharded else num_processes,
+    )
+
+
+def num_trained_parameters(folder: ModelFolder, training: Training) -> int:
+    """Return the number of parameters that get gradients.
+
+    Args:
+        folder: the folder that is trained.
+        training: the settings.
+    """
+    if training.parameters == "all":
+        return ModelShape.of_folder(folder).num_parameters
+    width = folder.text.hidden_size
+    if training.lora is None:
+        return sum(layout.num_parameters(width) for layout in folder.layouts)
+    # Two thin matrices for each of four projections, the widest as wide as all heads.
+    return sum(
+        8 * training.lora.rank * max(width, layout.num_attention_heads * layout.head_dim)
+        for layout in folder.layouts
+    )
+
+
+def free_device_memory(device: torch.device, num_processes: int = 1) -> int | None:
+    """Return the bytes that a process may still take of its device, or its part of the main memory on a CPU.
+
+    Args:
+        device: of the process.
+        num_processes: processes that share the main memory.
+
+    Returns:
+        The bytes; None for devices that do not report them.
+    """
+    free = environment.available_memory(device)
+    return free // num_processes if free is not None and device.type == "cpu" else free

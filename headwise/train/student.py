@@ -1,10 +1,9 @@
-"""The model that is trained: a folder's stock model (MLA in natural coordinates), and the way back to its file.
+"""Load a folder's stock model for training (MLA norm-free), and export its stock tensors afterwards.
 
-The stock tensors of an MLA folder hold weights near 1e-9 (mathematics, section 4a), which no optimizer survives:
-while it is trained its latent norm is an identity and every weight has its natural size. So have the weights that
-write to the residual stream, which `convert` scales so that one epsilon suits all norms: they get their parent's
-size, and the norms its epsilon. `Student.export` gives the folder's own tensors again, by the same code that
-`convert` writes them with.
+The stock tensors of an MLA folder hold weights near 1e-9 (mathematics, section 4a), which are too small for an
+optimizer. During training the latent norm is an identity and every weight has the parent's scale. `convert` scales
+the weights that write to the residual stream so that one epsilon suits all norms; they get the parent's scale too,
+and the norms its epsilon. `Student.export` makes the folder's tensors again, with the code of `convert`.
 """
 
 from __future__ import annotations
@@ -21,38 +20,50 @@ from torch import Tensor, nn
 from headwise.errors import HeadwiseError
 from headwise.io.reader import Checkpoint
 from headwise.models import deepseek, mla_source
-from headwise.models.architecture import Architecture, find
+from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.layout import AttentionLayout, LatentWeights
-from headwise.models.norm_free import ATTENTION, from_natural, make_natural
+from headwise.models.norm_free import ATTENTION, from_norm_free_state, to_norm_free_module
 from headwise.models.protocol import LatentModel
 from headwise.models.stock import stock_config
-from headwise.recipes.settings import Lora, Training
+from headwise.train.settings import Lora, Training
 
-# What peft puts before every name of the model that it wraps.
-ADAPTED = "base_model.model."
-# Outside attention, what an MLA model writes to its residual stream with.
-WRITERS = ("model.embed_tokens.weight", ".mlp.down_proj.weight")
+# The prefix of every name in a model that peft has wrapped.
+PEFT_PREFIX = "base_model.model."
+# The weights outside attention that write to the residual stream of an MLA model.
+RESIDUAL_WRITERS = ("model.embed_tokens.weight", ".mlp.down_proj.weight")
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """An opened checkpoint and where things are in its stock class."""
+    """An opened checkpoint and the layout of its stock class.
+
+    Attributes:
+        checkpoint: the files.
+        stock: names and layouts of the stock class.
+    """
 
     checkpoint: Checkpoint
     stock: Architecture | LatentModel
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> ModelFolder:
+        """Return the folder of an opened checkpoint.
+
+        Raises:
+            HeadwiseError: the checkpoint is of an MLA model that headwise did not write, or of an unknown type.
+        """
         if "kv_lora_rank" in checkpoint.config:
             return cls(checkpoint, LatentModel.of(checkpoint.config))
-        return cls(checkpoint, find(checkpoint.config, checkpoint.tensors))
+        return cls(checkpoint, find_architecture(checkpoint.config, checkpoint.tensors))
 
     @property
     def latent(self) -> LatentModel | None:
+        """The MLA model of the folder, or None."""
         return self.stock if isinstance(self.stock, LatentModel) else None
 
     @property
     def layouts(self) -> list[AttentionLayout]:
+        """The layout of every attention layer."""
         if isinstance(self.stock, LatentModel):
             return self.stock.layouts
         return self.stock.layouts(self.checkpoint.config)
@@ -63,14 +74,18 @@ class ModelFolder:
         return stock_config(self.checkpoint.config).get_text_config()
 
     @property
-    def attention(self) -> list[str]:
+    def attention_paths(self) -> list[str]:
         """The path of every layer's attention module."""
         name = ATTENTION if isinstance(self.stock, LatentModel) else self.stock.attention
         return [f"{self.stock.module.format(layer=i)}.{name}" for i in range(len(self.layouts))]
 
     def load(self, dtype: torch.dtype) -> Any:
-        """The stock model with its weights, on the CPU."""
-        # Only the eager form knows soft-capped scores.
+        """Load the stock model with its weights, on the CPU.
+
+        Args:
+            dtype: of its weights.
+        """
+        # Only eager attention computes soft-capped scores.
         capped = {"attn_implementation": "eager"} if getattr(self.text, "attn_logit_softcapping", None) else {}
         network = getattr(transformers, self.stock.auto_class).from_pretrained(
             self.checkpoint.folder, dtype=dtype, trust_remote_code=False, **capped
@@ -84,23 +99,26 @@ class Student:
     """A model in training.
 
     Attributes:
-        network: float32; what is not to be trained is frozen.
-        stream: what the folder's residual stream is a multiple of this network's by.
+        folder: where it comes from.
+        network: the model in float32; parameters that are not trained are frozen.
+        residual_scale: factor of the folder's residual stream over this network's.
+        lora: the adapters that are trained, or None.
         templates: of an MLA model, every layer's weights without their values.
     """
 
     folder: ModelFolder
     network: Any
-    stream: float = 1.0
+    residual_scale: float = 1.0
     lora: Lora | None = None
     templates: list[LatentWeights] = field(default_factory=list)
 
     @classmethod
     def load(cls, folder: ModelFolder, parent: ModelFolder | None = None) -> Student:
-        """The folder's model, whole; `choose` makes it ready for training.
+        """Load a folder's model; `select_parameters` makes it ready for training.
 
         Args:
-            parent: what it was converted from, for the size of an MLA model's residual stream.
+            folder: the folder.
+            parent: the model that the folder was converted from, for the scale of an MLA model's residual stream.
 
         Raises:
             HeadwiseError: the folder holds an MLA model that headwise did not write.
@@ -108,47 +126,54 @@ class Student:
         network = folder.load(torch.float32)
         student = cls(folder, network)
         if folder.latent is not None:
-            student.stream = _stream_scale(folder, parent)
-            _scale_stream(network, student.stream)
-            for layer, path in enumerate(folder.attention):
+            student.residual_scale = _residual_scale(folder, parent)
+            _unscale_residual(network, student.residual_scale)
+            for layer, path in enumerate(folder.attention_paths):
                 latent, o_bias = _unit_latent(folder.latent, folder.checkpoint, layer)
-                latent = replace(latent, o=latent.o / student.stream)
-                make_natural(
-                    network.get_submodule(path), latent, None if o_bias is None else o_bias / student.stream
+                latent = replace(latent, o=latent.o / student.residual_scale)
+                to_norm_free_module(
+                    network.get_submodule(path), latent, None if o_bias is None else o_bias / student.residual_scale
                 )
                 student.templates.append(_without_values(latent))
         return student
 
-    def choose(self, training: Training | None) -> None:
-        """Decide which parameters are trained."""
+    def select_parameters(self, training: Training | None) -> None:
+        """Freeze the parameters that are not trained, and add adapters where the settings have them.
+
+        Args:
+            training: the settings; None: all parameters are trained.
+
+        Raises:
+            HeadwiseError: adapters need the peft package, or a linear projection in attention.
+        """
         self.network.requires_grad_(training is None or training.parameters == "all")
-        for path in self.folder.attention:
+        for path in self.folder.attention_paths:
             self.network.get_submodule(path).requires_grad_(True)
         if training is not None and training.lora is not None:
             self.lora = training.lora
-            self.network = _with_adapters(self.network, self.folder.attention, training.lora)
+            self.network = _with_adapters(self.network, self.folder.attention_paths, training.lora)
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that are trained, tied ones once."""
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that are trained by name, tied ones once."""
         return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
 
     @property
-    def bare(self) -> Any:
+    def base_model(self) -> Any:
         """The transformers model, without adapters around it."""
         return self.network.get_base_model() if self.lora else self.network
 
     @property
-    def attention(self) -> list[str]:
+    def attention_paths(self) -> list[str]:
         """The paths of the attention modules in `network`."""
-        return [f"{ADAPTED * (self.lora is not None)}{path}" for path in self.folder.attention]
+        return [f"{PEFT_PREFIX * (self.lora is not None)}{path}" for path in self.folder.attention_paths]
 
     def attention_parameters(self) -> list[str]:
-        """Names of all parameters of the attention modules."""
-        prefixes = tuple(f"{path}." for path in self.attention)
+        """Return the names of all parameters of the attention modules."""
+        prefixes = tuple(f"{path}." for path in self.attention_paths)
         return [name for name, _ in self.network.named_parameters() if name.startswith(prefixes)]
 
-    def free(self) -> None:
-        """Let go of the weights' memory; the names stay."""
+    def release_memory(self) -> None:
+        """Free the memory of the weights; the names stay."""
         if not any(hasattr(p, "full_tensor") for p in self.network.parameters()):
             self.network.to("meta")
         gc.collect()
@@ -156,29 +181,32 @@ class Student:
             torch.cuda.empty_cache()
 
     def export(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The folder's tensors, by name and in the folder's precision, from the network's.
+        """Yield the folder's tensors by name, in the folder's precision, from the network's.
 
         Args:
             state: the network's whole state dict, on the CPU.
 
+        Yields:
+            Name and tensor.
+
         Raises:
             HeadwiseError: the folder has no tensor for one that was trained.
         """
-        state = _merged(state, self.lora)
+        state = _merge_adapters(state, self.lora)
         entries = self.folder.checkpoint.tensors
         for layer, template in enumerate(self.templates):
-            prefix = self.folder.attention[layer]
+            prefix = self.folder.attention_paths[layer]
             yield from self._export_latent(state, f"{prefix}.", template)
             state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{prefix}.")}
         if not self.templates:
             from transformers.core_model_loading import revert_weight_conversion
 
-            state = revert_weight_conversion(self.bare, state)
-        tied = set(getattr(self.bare, "all_tied_weights_keys", None) or {})
+            state = revert_weight_conversion(self.base_model, state)
+        tied = set(getattr(self.base_model, "all_tied_weights_keys", None) or {})
         for name, tensor in state.items():
             if name in entries:
-                if self.templates and name.endswith(WRITERS):
-                    tensor = tensor.double() * self.stream
+                if self.templates and name.endswith(RESIDUAL_WRITERS):
+                    tensor = tensor.double() * self.residual_scale
                 yield name, tensor.detach().to("cpu", entries[name].dtype).contiguous()
             elif name not in tied:
                 raise HeadwiseError(
@@ -190,11 +218,11 @@ class Student:
         self, state: Mapping[str, Tensor], prefix: str, template: LatentWeights
     ) -> Iterator[tuple[str, Tensor]]:
         checkpoint = self.folder.checkpoint
-        learned, o_bias = from_natural(state, template, prefix)
+        learned, o_bias = from_norm_free_state(state, template, prefix)
         tensors = deepseek.attention_tensors(
             learned,
             prefix.rstrip("."),
-            residual=self.stream,
+            residual=self.residual_scale,
             o_bias=o_bias,
             q_lora_rank=checkpoint.config.get("q_lora_rank"),
             rms=1.0,
@@ -204,17 +232,22 @@ class Student:
             yield name, tensor.to(checkpoint.tensors[name].dtype)
 
     def scales(self, teacher: ModelFolder) -> tuple[float, float]:
-        """What this model's residual stream, and its attention's outputs, are multiples of the teacher's by."""
+        """Return the scale of this model's residual stream, and of its attention outputs, over the teacher's.
+
+        Args:
+            teacher: the parent's folder.
+        """
         if self.folder.latent is None or teacher.latent is not None:
             return 1.0, 1.0
         assert isinstance(teacher.stock, Architecture)
         text = teacher.stock.text_config(teacher.checkpoint.config)
-        whole = _stream_scale(self.folder, teacher)
-        return whole / self.stream, mla_source.find(text).factors["residual"] / self.stream
+        stream = _residual_scale(self.folder, teacher)
+        outputs = mla_source.find_mla_source(text).factors["residual"]
+        return stream / self.residual_scale, outputs / self.residual_scale
 
 
-def _stream_scale(folder: ModelFolder, parent: ModelFolder | None) -> float:
-    """What an MLA folder's residual stream is a multiple of its parent's by."""
+def _residual_scale(folder: ModelFolder, parent: ModelFolder | None) -> float:
+    """Return the scale of an MLA folder's residual stream over its parent's."""
     if folder.latent is None or parent is None or not isinstance(parent.stock, Architecture):
         return 1.0
     text = parent.stock.text_config(parent.checkpoint.config)
@@ -222,10 +255,10 @@ def _stream_scale(folder: ModelFolder, parent: ModelFolder | None) -> float:
 
 
 @torch.no_grad()
-def _scale_stream(network: Any, scale: float) -> None:
-    """Divide what is written to the residual stream by `scale`, and let the norms not notice."""
+def _unscale_residual(network: Any, scale: float) -> None:
+    """Divide the residual stream by `scale`, and the epsilon of the norms by its square: logits stay the same."""
     for name, parameter in network.named_parameters():
-        if name.endswith(WRITERS):
+        if name.endswith(RESIDUAL_WRITERS):
             parameter.div_(scale)
     for module in network.modules():
         if hasattr(module, "variance_epsilon"):
@@ -233,12 +266,12 @@ def _scale_stream(network: Any, scale: float) -> None:
 
 
 def _unit_latent(model: LatentModel, checkpoint: Checkpoint, layer: int) -> tuple[LatentWeights, Tensor | None]:
-    """A layer in natural coordinates whose latent has unit size, as `convert` measured it, and its output bias.
+    """Return a layer in the norm-free parametrization whose latent has unit size, and its output bias.
 
     One step size then suits the projections on both sides of the latent.
     """
     latent, o_bias = model.weights(checkpoint, layer)
-    size = deepseek.natural_rms()
+    size = deepseek.unscaled_latent_rms()
     latent = replace(latent, kv_down=latent.kv_down / size, k_up=latent.k_up * size, v_up=latent.v_up * size)
     if checkpoint.config.get("q_lora_rank") is None and latent.kv_down.shape[1] > latent.hidden_size:
         # An output bias alone: the stock class then has a zero bias on the latent and none on the queries.
@@ -269,13 +302,17 @@ def _with_adapters(network: Any, paths: list[str], lora: Lora) -> Any:
     return get_peft_model(network, config)
 
 
-def _merged(state: Mapping[str, Tensor], lora: Lora | None) -> dict[str, Tensor]:
-    """The state with its adapters multiplied out: W + alpha / rank B A (Hu et al. 2021, arXiv 2106.09685)."""
+def _merge_adapters(state: Mapping[str, Tensor], lora: Lora | None) -> dict[str, Tensor]:
+    """Return the state with its adapters merged: W + alpha / rank B A (Hu et al. 2021, arXiv 2106.09685).
+
+    Not by peft's `merge_and_unload`: checkpoints are exported while the adapters are in training, and under FSDP2
+    only the gathered state dict has whole weights.
+    """
     if lora is None:
         return dict(state)
     merged = {}
     for name, tensor in state.items():
-        plain = name.removeprefix(ADAPTED)
+        plain = name.removeprefix(PEFT_PREFIX)
         if ".lora_" in plain:
             continue
         if plain.endswith(".base_layer.weight"):

@@ -1,4 +1,4 @@
-"""The parent as a teacher: beside the student in the same process, or its most likely tokens on disk."""
+"""Run the parent as a teacher: beside the student in the same process, or from its top-k tokens on disk."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,54 +16,53 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from headwise.io.fs import check_space, plain_errors, sync
+from headwise.io.fs import check_space, os_errors, sync
 from headwise.progress import SILENT, Progress
+from headwise.train.losses import ModelOutputs
 from headwise.train.student import ModelFolder
 
-# Blocks a teacher reads at once while its answers are written down.
-BLOCKS_AT_ONCE = 8
-# The files of a teacher's answers.
-ANSWERS = {"ids": np.int32, "log_probabilities": np.float16}
+# Blocks in one forward pass of the teacher while its top-k tokens are cached.
+BLOCKS_PER_PASS = 8
+# The arrays of the cache, a file each, in the order that `losses.topk_kl` takes them.
+TOPK_ARRAYS = {"ids": np.int32, "log_probabilities": np.float16}
 
 
-@dataclass(frozen=True)
-class Said:
-    """What a model says to a batch: logits (batch, tokens, vocabulary); of every layer, where asked for, its output
-    and its attention's output, (batch, tokens, D) each."""
-
-    logits: Tensor
-    hidden_states: Sequence[Tensor] = ()
-    attention_outputs: Sequence[Tensor] = ()
-
-
-def ask(
+def forward_with_hooks(
     network: Any, inputs: dict[str, Tensor], *, hidden_states: bool = False, attention: Sequence[nn.Module] = ()
-) -> Said:
-    """Run a model, and listen to its layers.
+) -> ModelOutputs:
+    """Run a model and capture activations of its layers.
 
     Args:
-        network: the model, or what a library wrapped it in.
-        attention: its attention modules whose outputs are wanted.
+        network: the model, or a library's wrapper around it.
+        inputs: keyword arguments of the model, (batch, tokens) each.
+        hidden_states: capture the output of every layer but the last.
+        attention: attention modules whose outputs are captured.
     """
-    heard: dict[int, Tensor] = {}
+    captured: dict[int, Tensor] = {}
 
-    def listen(place: int) -> Callable[..., None]:
-        def keep(module: nn.Module, given: Any, output: Any) -> None:
-            heard.setdefault(place, output[0] if isinstance(output, tuple) else output)
+    def hook_for(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+            captured.setdefault(index, output[0] if isinstance(output, tuple) else output)
 
-        return keep
+        return hook
 
     with ExitStack() as hooks:
-        for place, module in enumerate(attention):
-            hooks.callback(module.register_forward_hook(listen(place)).remove)
-        said = network(**inputs, use_cache=False, output_hidden_states=hidden_states)
-    # The first is the embedding, the last has been through the final norm.
-    layers = said.hidden_states[1:-1] if hidden_states else ()
-    return Said(said.logits, layers, [heard[place] for place in range(len(attention))])
+        for index, module in enumerate(attention):
+            hooks.callback(module.register_forward_hook(hook_for(index)).remove)
+        outputs = network(**inputs, use_cache=False, output_hidden_states=hidden_states)
+    # The first is the embedding; the last is after the final norm.
+    layers = outputs.hidden_states[1:-1] if hidden_states else ()
+    return ModelOutputs(outputs.logits, layers, [captured[index] for index in range(len(attention))])
 
 
 class Teacher:
-    """The parent in the student's process: frozen, in bfloat16 (float32 on a CPU), compiled if the student is."""
+    """The parent in the student's process: frozen, in bfloat16, or in float32 on a CPU.
+
+    Args:
+        folder: the parent.
+        device: of the process.
+        compile: compile the model, as the student is.
+    """
 
     def __init__(self, folder: ModelFolder, device: torch.device, compile: bool = False) -> None:
         self.folder, self._compile = folder, compile
@@ -73,15 +71,19 @@ class Teacher:
         self.device = device
 
     def prepare(self, accelerator: Accelerator) -> None:
-        """Put it where the student is: sharded with FSDP2, whole on every device otherwise."""
+        """Move the teacher to the student's device: sharded with FSDP2, whole on every device otherwise.
+
+        Args:
+            accelerator: the Trainer's.
+        """
         plugin = getattr(accelerator.state, "fsdp_plugin", None)
         if plugin is not None and getattr(plugin, "fsdp_version", 1) == 2:
             from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-            chosen = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
+            policy = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
             self.network = fsdp2_prepare_model(accelerator, self.network)
             # Otherwise the plugin would look for the teacher's layer class in the student.
-            plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = chosen
+            plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = policy
         else:
             self.network.to(self.device)
         if self._compile:
@@ -90,100 +92,121 @@ class Teacher:
     @torch.no_grad()
     def __call__(
         self, inputs: dict[str, Tensor], *, hidden_states: bool = False, attention_outputs: bool = False
-    ) -> Said:
-        modules = [self.network.get_submodule(p) for p in self.folder.attention] if attention_outputs else []
-        return ask(self.network, inputs, hidden_states=hidden_states, attention=modules)
+    ) -> ModelOutputs:
+        """Return the teacher's outputs on a batch.
+
+        Args:
+            inputs: keyword arguments of the model, (batch, tokens) each.
+            hidden_states: also the output of every layer but the last.
+            attention_outputs: also the output of every attention module.
+        """
+        modules = [self.network.get_submodule(p) for p in self.folder.attention_paths] if attention_outputs else []
+        return forward_with_hooks(self.network, inputs, hidden_states=hidden_states, attention=modules)
 
 
-class Answers(Dataset[dict[str, Tensor]]):
-    """Blocks with a teacher's most likely tokens at every position, from memory-mapped files.
+class TeacherTopK(Dataset[dict[str, Tensor]]):
+    """Blocks with the teacher's top-k tokens at every position, from memory-mapped files.
 
     Each item is {"block": (length,), "ids": (length, k), "log_probabilities": (length, k)}.
+
+    Args:
+        blocks: (blocks, length).
+        folder: as `cache_teacher_topk` writes it.
     """
 
     def __init__(self, blocks: Tensor, folder: Path) -> None:
         self.blocks = blocks
-        self.ids, self.log_probabilities = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ANSWERS)
+        self.ids, self.log_probabilities = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in TOPK_ARRAYS)
 
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def __getitem__(self, place: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {
-            "block": self.blocks[place],
-            "ids": torch.from_numpy(self.ids[place].astype(np.int64)),
-            "log_probabilities": torch.from_numpy(self.log_probabilities[place].astype(np.float32)),
+            "block": self.blocks[index],
+            "ids": torch.from_numpy(self.ids[index].astype(np.int64)),
+            "log_probabilities": torch.from_numpy(self.log_probabilities[index].astype(np.float32)),
         }
 
 
-def answers(
+def cache_teacher_topk(
     folder: ModelFolder,
     blocks: Tensor,
-    inputs: Callable[[Sequence[Tensor]], dict[str, Tensor]],
+    collate: Callable[[Sequence[Tensor]], dict[str, Tensor]],
     *,
     topk: int,
     temperature: float,
-    home: Path,
+    cache_dir: Path,
     progress: Progress = SILENT,
-) -> Answers:
-    """The teacher's answers to all blocks, written once; every process writes its share.
+) -> TeacherTopK:
+    """Write the teacher's top-k tokens on all blocks to disk, once; every process writes its part.
 
     Args:
-        inputs: from blocks to what a model is called with.
-        home: where the folder of the answers goes, named after all that they depend on; one that is there already
-            is used.
+        folder: the teacher.
+        blocks: (blocks, length).
+        collate: from blocks to the keyword arguments of the model.
+        topk: number of tokens for each position.
+        temperature: of the log-probabilities.
+        cache_dir: parent of the cache folder, whose name is a hash of all that its content depends on. An existing
+            cache is used.
+        progress: gets the tokens that are done.
+
+    Returns:
+        The blocks with the cached tokens.
 
     Raises:
         HeadwiseError: they do not fit on the disk.
     """
     processes = PartialState()
-    facts = [folder.checkpoint.fingerprint(), tuple(blocks.shape), topk, temperature]
-    digest = hashlib.sha256(json.dumps(facts).encode())
+    key = [folder.checkpoint.fingerprint(), tuple(blocks.shape), topk, temperature]
+    digest = hashlib.sha256(json.dumps(key).encode())
     digest.update(np.ascontiguousarray(blocks.numpy()).data)
-    ready = home / f"teacher-{digest.hexdigest()[:16]}"
-    if not ready.exists():
-        work = ready.with_suffix(".unfinished")
+    complete = cache_dir / f"teacher-{digest.hexdigest()[:16]}"
+    if not complete.exists():
+        unfinished = complete.with_suffix(".unfinished")
         shape = (*blocks.shape, topk)
-        with plain_errors(work):
+        with os_errors(unfinished):
             if processes.is_main_process:
-                shutil.rmtree(work, ignore_errors=True)
-                check_space(home, sum(np.dtype(kind).itemsize for kind in ANSWERS.values()) * int(np.prod(shape)))
-                work.mkdir(parents=True)
-                for name, kind in ANSWERS.items():
-                    np.lib.format.open_memmap(work / f"{name}.npy", mode="w+", dtype=kind, shape=shape).flush()
+                shutil.rmtree(unfinished, ignore_errors=True)
+                element_bytes = sum(np.dtype(dtype).itemsize for dtype in TOPK_ARRAYS.values())
+                check_space(cache_dir, element_bytes * int(np.prod(shape)))
+                unfinished.mkdir(parents=True)
+                for name, dtype in TOPK_ARRAYS.items():
+                    path = unfinished / f"{name}.npy"
+                    np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
             processes.wait_for_everyone()
-            _write_answers(folder, blocks, inputs, topk, temperature, work, progress)
+            _write_topk(folder, blocks, collate, topk, temperature, unfinished, progress)
             processes.wait_for_everyone()
             if processes.is_main_process:
-                for name in ANSWERS:
-                    sync(work / f"{name}.npy")
-                work.rename(ready)
+                for name in TOPK_ARRAYS:
+                    sync(unfinished / f"{name}.npy")
+                unfinished.rename(complete)
         processes.wait_for_everyone()
-    return Answers(blocks, ready)
+    return TeacherTopK(blocks, complete)
 
 
 @torch.no_grad()
-def _write_answers(
+def _write_topk(
     folder: ModelFolder,
     blocks: Tensor,
-    inputs: Callable[[Sequence[Tensor]], dict[str, Tensor]],
+    collate: Callable[[Sequence[Tensor]], dict[str, Tensor]],
     topk: int,
     temperature: float,
-    work: Path,
+    to: Path,
     progress: Progress,
 ) -> None:
     processes = PartialState()
     teacher = Teacher(folder, processes.device)
     teacher.network.to(processes.device)
-    ids, log_probabilities = (np.load(work / f"{name}.npy", mmap_mode="r+") for name in ANSWERS)
-    mine = torch.arange(processes.process_index, len(blocks), processes.num_processes)
-    progress.stage("Teacher's answers", total=blocks.numel(), unit="tokens")
-    for places in mine.split(BLOCKS_AT_ONCE):
-        rows = inputs([blocks[place] for place in places])
-        logits = teacher({k: v.to(processes.device) for k, v in rows.items() if k != "labels"}).logits
-        for place, row in zip(places.tolist(), logits, strict=True):
+    ids, log_probabilities = (np.load(to / f"{name}.npy", mmap_mode="r+") for name in TOPK_ARRAYS)
+    indices = torch.arange(processes.process_index, len(blocks), processes.num_processes)
+    progress.stage("Caching the teacher's top-k tokens", total=blocks.numel(), unit="tokens")
+    for chunk in indices.split(BLOCKS_PER_PASS):
+        batch = collate([blocks[index] for index in chunk])
+        logits = teacher({k: v.to(processes.device) for k, v in batch.items() if k != "labels"}).logits
+        for index, row in zip(chunk.tolist(), logits, strict=True):
             best = (row.float() / temperature).log_softmax(-1).topk(topk)
-            ids[place], log_probabilities[place] = best.indices.cpu().numpy(), best.values.half().cpu().numpy()
-        progress.advance(len(places) * blocks.shape[1] * processes.num_processes)
+            ids[index], log_probabilities[index] = best.indices.cpu().numpy(), best.values.half().cpu().numpy()
+        progress.advance(len(chunk) * blocks.shape[1] * processes.num_processes)
     ids.flush()
     log_probabilities.flush()

@@ -1,10 +1,10 @@
-"""The one training loop: transformers' Trainer with our losses, schedule, checkpoints and measurement."""
+"""Train a network: transformers' Trainer with the losses, schedule, checkpoints and measurement of headwise."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,27 +16,27 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
-from headwise.errors import HeadwiseError
+from headwise.errors import SettingError
 from headwise.measure.loss import nats_per_token
 from headwise.progress import SILENT, Progress
-from headwise.recipes.settings import Loss, Recipe, Training
-from headwise.train.callbacks import Curve, TimeBudget
+from headwise.train.callbacks import CurveCallback, DivergenceGuard, SignalStop, TimeBudget
 from headwise.train.checkpoints import Checkpoints
-from headwise.train.guard import Guard, Stopper
-from headwise.train.objective import total_loss
-from headwise.train.teacher import ANSWERS, Teacher, ask
+from headwise.train.losses import total_loss
+from headwise.train.settings import Loss, Training
+from headwise.train.teacher import TOPK_ARRAYS, Teacher, forward_with_hooks
 
-# Checkpoints of a run whose recipe does not say how often, and the fewest steps between two of them.
-CHECKPOINTS, FEWEST_STEPS = 10, 50
-STREAM = "stream.json"
+# Number of checkpoints of a run whose recipe does not set `save_every`, and the fewest steps between two of them.
+DEFAULT_NUM_CHECKPOINTS, FEWEST_STEPS = 10, 50
+STREAM_STATE = "stream.json"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a network is trained to do.
+    """The loss of a training, and what it compares with.
 
     Attributes:
-        teacher: the parent beside it, where the loss needs one and its answers are not on disk.
+        loss: the weights of its terms.
+        teacher: the parent beside the network, where the loss needs it and its top-k tokens are not on disk.
         scales: of the network's residual stream and attention outputs over the teacher's.
         attention: the paths of the network's attention modules.
     """
@@ -48,7 +48,15 @@ class Task:
 
 
 class Trainer(transformers.Trainer):
-    """Stock Trainer that computes a `Task`'s loss and keeps `Checkpoints`."""
+    """Train with the loss of a `Task` and write `Checkpoints`.
+
+    Args:
+        arguments: of transformers' Trainer.
+        training: the settings.
+        task: the loss.
+        checkpoints: where they go; None: no checkpoints.
+        options: of transformers' Trainer.
+    """
 
     def __init__(
         self,
@@ -67,48 +75,60 @@ class Trainer(transformers.Trainer):
             task.teacher.prepare(self.accelerator)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
-        """The task's loss on a batch, a mean over its predicted tokens."""
+        """Return the task's loss on a batch, a mean over its predicted tokens.
+
+        Args:
+            model: the network, wrapped.
+            inputs: the batch: keyword arguments of the model, `labels`, and the teacher's top-k tokens.
+        """
         labels = inputs.pop("labels")
-        answers: dict[str, Tensor] = {name: inputs.pop(name) for name in ANSWERS if name in inputs}
+        topk = [inputs.pop(name) for name in TOPK_ARRAYS if name in inputs]
         loss, teacher = self.task.loss, self.task.teacher
-        inside: dict[str, bool] = {"hidden_states": bool(loss.hidden_states)}
+        hidden_states = bool(loss.hidden_states)
         network: Any = self.model
         attention = []
         if loss.attention_outputs:
             attention = [network.get_submodule(path) for path in self.task.attention]
-        theirs = teacher(inputs, **inside, attention_outputs=bool(attention)) if teacher else None
-        # Not the Trainer's own bf16: it would bring all logits to float32 at once.
-        # No cache: it would hold a bfloat16 copy of every weight, where activations are not kept.
+        expected = None
+        if teacher is not None:
+            expected = teacher(inputs, hidden_states=hidden_states, attention_outputs=bool(attention))
+        # Not the Trainer's own bf16: it would convert all logits to float32 at once.
+        # No cache: it would hold a bfloat16 copy of every weight, even with gradient checkpointing.
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._bf16, cache_enabled=False):
-            ours = ask(model, inputs, **inside, attention=attention)
-        return total_loss(loss, ours, labels, theirs, answers, self.task.scales, compiled=self.training.compile)
+            actual = forward_with_hooks(model, inputs, hidden_states=hidden_states, attention=attention)
+        return total_loss(loss, actual, labels, expected, topk, self.task.scales, compiled=self.training.compile)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The schedule reads `state.max_steps` anew at each step, so a budget may still shorten the run."""
+        """Return the schedule. It reads `state.max_steps` at each step, because a time budget may shorten the run.
+
+        Args:
+            num_training_steps: not used.
+            optimizer: to schedule; None: the Trainer's.
+        """
         if self.lr_scheduler is None:
-            over: Any = optimizer or self.optimizer
+            scheduled: Any = optimizer or self.optimizer
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                over,
+                scheduled,
                 lambda step: learning_rate((step + 0.5) / max(self.state.max_steps, 1), self.training),
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
-        """Nats per token on the held-out blocks, logged as eval_loss."""
+        """Measure nats per token on the held-out blocks, and log them as eval_loss."""
         metrics = {"eval_loss": self.measure(self.model)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def measure(self, network: Any) -> float:
-        """Nats per token of a network on the held-out blocks."""
+        """Return a network's nats per token on the held-out blocks."""
         blocks: Any = self.eval_dataset
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._bf16):
             return nats_per_token(network, blocks).nats
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The network's tensors on the CPU, gathered where they are sharded (empty on processes but the first)."""
+        """Return the network's tensors, gathered to the CPU of the first process; other processes get none."""
         if (self.is_fsdp_enabled and self.model_wrapped is not self.model) or _is_sharded(self.model):
             state = self.accelerator.get_state_dict(self.model)
         else:
@@ -116,17 +136,17 @@ class Trainer(transformers.Trainer):
         return {name: tensor.detach().cpu() for name, tensor in state.items()} if self.args.should_save else {}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The weights of a checkpoint: what is trained, in full precision, and the folder's own model beside it."""
+        """Write the weights of a checkpoint: the trained ones in full precision, and the stock model."""
         assert self.checkpoints is not None and output_dir is not None
         state = self.state_dict()
         if self.args.should_save:
             self.checkpoints.write_weights(Path(output_dir), state)
             if isinstance(stream := self.train_dataset, IterableDataset):
-                place = stream.state_dict(self.state.global_step * self._rows)  # type: ignore[attr-defined]
-                Path(output_dir, STREAM).write_text(json.dumps(place))
+                position = stream.state_dict(self.state.global_step * self._rows_per_step)  # type: ignore[attr-defined]
+                Path(output_dir, STREAM_STATE).write_text(json.dumps(position))
 
     @property
-    def _rows(self) -> int:
+    def _rows_per_step(self) -> int:
         """Rows of one optimizer step, all processes together."""
         args = self.args
         return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -140,16 +160,22 @@ class Trainer(transformers.Trainer):
         return str(self.checkpoints.staging if self.checkpoints is not None else self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Nothing: the weights are in the network before it is wrapped, which suits every kind of sharding."""
+        """Do nothing: the weights are loaded before the network is wrapped, which suits every kind of sharding."""
 
 
 def learning_rate(progress: float, training: Training) -> float:
-    """The learning rate at a share of the run, as a share of the peak."""
+    """Return the learning rate at a point of the run, as a fraction of the peak.
+
+    Args:
+        progress: fraction of the run that is done.
+        training: the settings.
+    """
     progress = min(progress, 1.0)
     if progress < training.warmup:
         return progress / training.warmup
     if training.schedule == "cosine":
-        height = 0.5 + 0.5 * math.cos(math.pi * (progress - training.warmup) / (1 - training.warmup))
+        after_warmup = (1 - training.warmup) or 1.0
+        height = 0.5 + 0.5 * math.cos(math.pi * (progress - training.warmup) / after_warmup)
     else:
         height = min(1.0, (1 - progress) / 0.2)
     return training.final_learning_rate + (1 - training.final_learning_rate) * height
@@ -159,43 +185,57 @@ def make_trainer(
     network: Any,
     blocks: Any,
     heldout: Tensor,
-    recipe: Recipe,
+    training: Training,
+    task: Task,
     work: Path,
     progress: Progress = SILENT,
     *,
-    task: Task | None = None,
+    length: int,
     collate: Callable[[list[Any]], dict[str, Tensor]],
     checkpoints: Checkpoints | None = None,
     tokens: int | None = None,
-    figures: dict[str, float | None] | None = None,
+    figures: Mapping[str, float | None] | None = None,
 ) -> Trainer:
-    """A Trainer over `blocks` (blocks, length); its curve goes to work/curve.csv as it runs.
+    """Make a Trainer over blocks of text; its curve goes to work/curve.csv as it runs.
 
     Args:
-        blocks: a tensor, `Answers`, or a stream of rows.
+        network: the model.
+        blocks: (blocks, length): a tensor, a `TeacherTopK`, or a stream of rows.
+        heldout: blocks that measure progress, int64 (blocks, length).
+        training: the settings.
+        task: the loss.
+        work: folder of the curve.
+        progress: gets the figures of every report.
+        length: tokens of a block.
         collate: from rows to a batch.
-        tokens: of the run, where the recipe alone does not say it.
+        checkpoints: where they go; None: no checkpoints.
+        tokens: of the run, where the settings alone do not give them.
         figures: `parent` and `before`, nats on the held-out text, for the curve.
+
+    Returns:
+        The Trainer; `resume` starts it.
+
+    Raises:
+        SettingError: `batch_tokens` does not divide into the processes, or the text does not fill one step.
     """
-    training = recipe.train
-    assert training is not None
     tokens = tokens or training.budget()
-    arguments = _arguments(training, recipe.data.length, work, tokens, checkpoints is not None)
-    rows = training.batch_tokens // recipe.data.length
+    arguments = _arguments(training, length, work, tokens, checkpoints is not None)
+    rows = training.batch_tokens // length
     if not isinstance(blocks, IterableDataset) and len(blocks) < rows:
-        # The Trainer leaves out a batch that is not full: it would take no step, and say nothing.
-        raise HeadwiseError(
-            f"The recipe's text fills {len(blocks)} rows of {recipe.data.length} tokens, and a step takes {rows}.",
-            f"Give more text, or --set train.batch_tokens={len(blocks) * recipe.data.length}.",
+        # The Trainer drops a batch that is not full: it would take no step, without an error.
+        raise SettingError(
+            "train.batch_tokens",
+            f"The recipe's text fills {len(blocks)} rows of {length} tokens, and a step takes {rows}.",
+            f"Give more text, or train.batch_tokens={len(blocks) * length}.",
         )
     callbacks: list[Any] = [
-        Curve(work / "curve.csv", training.batch_tokens, progress, **(figures or {})),
-        Guard(checkpoints),
+        CurveCallback(work / "curve.csv", training.batch_tokens, progress, **(figures or {})),
+        DivergenceGuard(checkpoints),
     ]
     if training.seconds is not None:
         callbacks.append(TimeBudget(training.seconds, progress))
     if checkpoints is not None:
-        callbacks.append(Stopper())
+        callbacks.append(SignalStop())
     trainer = Trainer(
         model=network,
         args=arguments,
@@ -204,53 +244,64 @@ def make_trainer(
         data_collator=collate,
         callbacks=callbacks,
         training=training,
-        task=task or Task(recipe.loss),
+        task=task,
         checkpoints=checkpoints,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
 
-def with_answers(collate: Callable[[list[Tensor]], dict[str, Tensor]]) -> Callable[[list[Any]], dict[str, Tensor]]:
-    """A collator of `Answers`' items."""
+def collate_topk(collate: Callable[[list[Tensor]], dict[str, Tensor]]) -> Callable[[list[Any]], dict[str, Tensor]]:
+    """Return a collator of the items of a `TeacherTopK`.
 
-    def both(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        batch = collate([row["block"] for row in rows])
-        for name in ANSWERS:
-            stacked = torch.stack([row[name] for row in rows])
+    Args:
+        collate: from blocks to a batch.
+    """
+
+    def collate_items(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        batch = collate([item["block"] for item in items])
+        for name in TOPK_ARRAYS:
+            stacked = torch.stack([item[name] for item in items])
             batch[name] = stacked.reshape(*batch["input_ids"].shape, -1)
         return batch
 
-    return both
+    return collate_items
 
 
 def resume(trainer: Trainer, checkpoint: Path | None) -> None:
-    """Train, from a checkpoint on if there is one."""
-    if checkpoint is not None and (checkpoint / STREAM).exists():
-        place = json.loads((checkpoint / STREAM).read_text())
-        trainer.train_dataset.load_state_dict(place)  # type: ignore[union-attr]
+    """Train, from a checkpoint on if there is one.
+
+    Args:
+        trainer: with the checkpoint's weights in its network.
+        checkpoint: the folder, or None.
+    """
+    if checkpoint is not None and (checkpoint / STREAM_STATE).exists():
+        position = json.loads((checkpoint / STREAM_STATE).read_text())
+        trainer.train_dataset.load_state_dict(position)  # type: ignore[union-attr]
         trainer.args.ignore_data_skip = True
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
 def _arguments(training: Training, length: int, work: Path, tokens: int, checkpoints: bool) -> TrainingArguments:
     processes = PartialState(cpu=on_cpu()).num_processes
-    share = training.batch_tokens // (length * processes)
-    micro = min(share, (training.micro_batch_tokens or training.batch_tokens) // length)
-    if micro < 1 or share % micro or share * length * processes != training.batch_tokens:
-        raise HeadwiseError(
+    rows = training.batch_tokens // (length * processes)
+    micro_rows = min(rows, (training.micro_batch_tokens or training.batch_tokens) // length)
+    if micro_rows < 1 or rows % micro_rows or rows * length * processes != training.batch_tokens:
+        raise SettingError(
+            "train.batch_tokens",
             f"train.batch_tokens {training.batch_tokens} does not divide into {processes} process(es) times whole "
-            f"micro-batches of {micro} blocks of {length} tokens.",
-            f"Make it a multiple of {length * processes * max(micro, 1)}.",
+            f"micro-batches of {micro_rows} blocks of {length} tokens.",
+            f"Make it a multiple of {length * processes * max(micro_rows, 1)}.",
         )
     every, steps = training.evaluate_every, math.ceil(tokens / training.batch_tokens)
-    save = training.save_every if training.save_every is not None else max(FEWEST_STEPS, steps // CHECKPOINTS)
+    default_every = max(FEWEST_STEPS, steps // DEFAULT_NUM_CHECKPOINTS)
+    save_every = training.save_every if training.save_every is not None else default_every
     arguments = TrainingArguments(
         output_dir=str(work),
         use_cpu=on_cpu(),
         max_steps=steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=share // micro,
+        per_device_train_batch_size=micro_rows,
+        gradient_accumulation_steps=rows // micro_rows,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
         adam_beta1=training.betas[0],
@@ -263,13 +314,13 @@ def _arguments(training: Training, length: int, work: Path, tokens: int, checkpo
         logging_nan_inf_filter=False,  # it waits for the device at each step
         eval_strategy="steps" if every else "no",
         eval_steps=every,
-        save_strategy="steps" if checkpoints and save else "no",
-        save_steps=save or 1,
+        save_strategy="steps" if checkpoints and save_every else "no",
+        save_steps=save_every or 1,
         dataloader_drop_last=True,
         dataloader_pin_memory=not on_cpu(),
         remove_unused_columns=False,
         disable_tqdm=True,
-        report_to=training.report_to or [],
+        report_to=list(training.report_to),
         seed=training.seed,
     )
     # One process trains on one GPU: the Trainer would take all of them, and multiply the batch by their number.
@@ -278,7 +329,7 @@ def _arguments(training: Training, length: int, work: Path, tokens: int, checkpo
 
 
 def _checkpointing(training: Training) -> dict[str, Any]:
-    """The arguments that turn on gradient checkpointing; releases differ in what they call it."""
+    """Return the arguments for gradient checkpointing; their name differs between releases of transformers."""
     if not training.gradient_checkpointing:
         return {}
     known = TrainingArguments.__dataclass_fields__
@@ -287,7 +338,7 @@ def _checkpointing(training: Training) -> dict[str, Any]:
 
 
 def on_cpu() -> bool:
-    """Whether training happens on the CPU."""
+    """Return whether training runs on the CPU."""
     return not torch.accelerator.is_available()
 
 

@@ -1,4 +1,4 @@
-"""`headwise.recipes.worker` under FSDP2 without accelerators: accelerate shards over gloo where it thinks of GPUs.
+"""`headwise._cli.worker` under FSDP2 without accelerators: accelerate shards over gloo where it thinks of GPUs.
 
 accelerate launch --config_file headwise/recipes/accelerate/fsdp2.yaml tests/recipes/fsdp2_on_cpu.py ...
 """
@@ -10,7 +10,7 @@ import accelerate.state
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 
-from headwise.recipes.worker import main
+from headwise._cli.worker import main
 from headwise.train import trainer
 
 begin = accelerate.state.PartialState.__init__

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from headwise.demo.demo import MODEL
+from headwise.io.source import EMBEDDED_MODEL
 from headwise.recipes.uptrain import uptrain_model
 from headwise.train import launch
 
@@ -33,7 +33,7 @@ train:
 def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with parent, child, recipe, and `one`: the child healed by one process."""
     home = tmp_path_factory.mktemp("scale")
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     torch.manual_seed(0)
     for name, groups in (("parent", 4), ("child", 2)):
         config = LlamaConfig(vocab_size=len(tokenizer), **SIZES, num_key_value_heads=groups)

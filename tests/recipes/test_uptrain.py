@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from headwise.train.callbacks import Diverged
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,11 +23,10 @@ from headwise.convert.verify.check import verify_model
 from headwise.errors import HeadwiseError
 from headwise.progress import Progress
 from headwise.recipes import run
-from headwise.recipes.settings import Data, Layerwise, Loss, Recipe, Teacher, Training
+from headwise.recipes.settings import Data, Layerwise, Loss, UptrainRecipe, Teacher, Training
 from headwise.recipes.uptrain import uptrain_model
 from headwise.train import checkpoints
-from headwise.train.guard import Diverged
-from tests.recipes import models
+from tests import small_parents as models
 
 STEPS, BATCH = 12, 256
 TRAINING = Training(
@@ -54,9 +54,9 @@ def no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(run, "draw_curve", lambda *_, **__: None)
 
 
-def recipe(home: Path, loss: Loss = DISTILL, train: Training | None = TRAINING, **more: Any) -> Recipe:
+def recipe(home: Path, loss: Loss = DISTILL, train: Training | None = TRAINING, **more: Any) -> UptrainRecipe:
     data = Data({str(home / "text.txt"): 1}, 32, heldout=str(home / "held.txt"), heldout_blocks=4)
-    return Recipe("a test", data, train, loss=loss, **more)
+    return UptrainRecipe("a test", data, train, loss=loss, **more)
 
 
 def curve(folder: Path) -> list[list[str]]:
@@ -210,7 +210,7 @@ def test_two_stages_and_the_first_alone(home: Path, tmp_path: Path, layout: str)
 def test_answers_on_disk_teach_what_a_teacher_beside_does(home: Path, tmp_path: Path) -> None:
     plan = recipe(home, Loss(kl=1.0), replace(TRAINING, tokens=5 * BATCH))
     for name, topk in {"beside": None, "whole": 2048, "few": 64}.items():
-        uptrain_model(home / "mqa", tmp_path / name, recipe=replace(plan, teacher=Teacher(topk)))
+        uptrain_model(home / "mqa", tmp_path / name, recipe=replace(plan, teacher=TeacherSettings(topk)))
     losses = {
         name: [float(row[2]) for row in curve(tmp_path / name) if row[2]] for name in ("beside", "whole", "few")
     }
@@ -225,7 +225,7 @@ def test_every_term_of_the_loss_runs(home: Path, tmp_path: Path) -> None:
     assert done is not None and done.tokens == 3 * BATCH
 
 
-def refusals(home: Path, tmp_path: Path) -> Iterator[tuple[Recipe, dict[str, Any], str]]:
+def refusals(home: Path, tmp_path: Path) -> Iterator[tuple[UptrainRecipe, dict[str, Any], str]]:
     good = recipe(home)
     yield good, {"teacher": models.parent(tmp_path / "wide", vocab_size=2050)}, "predicts 2,048 tokens"
     other = models.parent(tmp_path / "other")

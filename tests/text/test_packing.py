@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import AutoTokenizer, DataCollatorWithFlattening, DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
-from headwise.demo.demo import MODEL
 from headwise.errors import HeadwiseError
-from headwise.text.packing import Collator, collator, encode, keeps_documents_apart, pack
+from headwise.io.source import EMBEDDED_MODEL
+from headwise.text.packing import Collator, collator, encode, pack, separates_documents
 from tests import tiny_models
 
 END = 2
@@ -25,7 +25,7 @@ LEAKING = {"falcon", "qwen2_vl", "qwen2_5_vl"}
 
 @cache
 def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(MODEL)
+    return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
 
 
 def network(model_type: str) -> Any:
@@ -90,7 +90,7 @@ def test_every_token_predicts_the_next_of_its_document() -> None:
 def test_a_packed_document_has_the_logits_it_has_alone(model_type: str, attention: str) -> None:
     model = network(model_type)
     model.set_attn_implementation(attention)
-    assert keeps_documents_apart(model)
+    assert separates_documents(model)
     batch = Collator(END)([ROW])
     del batch["labels"]
     with torch.no_grad():
@@ -110,9 +110,21 @@ def test_flash_attention_is_told_where_documents_end() -> None:
     assert int(longest) == 10
 
 
+def test_a_flat_batch_is_what_transformers_makes_of_the_documents() -> None:
+    rows = [ROW, ROW.flip(0)]
+    documents = []
+    for row in rows:
+        ends = (row == END).nonzero().flatten() + 1
+        documents += [part.tolist() for part in row.tensor_split(ends) if len(part)]
+    expected = DataCollatorWithFlattening(return_tensors="pt")([{"input_ids": part} for part in documents])
+    batch = Collator(END, flat=True)(rows)
+    for name in ("input_ids", "labels", "position_ids"):
+        assert torch.equal(batch[name], expected[name]), name
+
+
 def test_a_class_that_cannot_keep_documents_apart_is_refused() -> None:
     model = network("falcon")
-    with pytest.raises(HeadwiseError, match=r"FalconForCausalLM lets documents .* see each other") as refused:
+    with pytest.raises(HeadwiseError, match=r"FalconForCausalLM does not mask attention") as refused:
         collator(model, tokenizer())
     assert refused.value.hint is not None and "data.separate_documents=false" in refused.value.hint
     assert collator(model, tokenizer(), separate_documents=False).end is None
@@ -121,4 +133,4 @@ def test_a_class_that_cannot_keep_documents_apart_is_refused() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("model_type", sorted(tiny_models.CONFIGS))
 def test_which_classes_keep_documents_apart(model_type: str) -> None:
-    assert keeps_documents_apart(network(model_type)) == (model_type not in LEAKING)
+    assert separates_documents(network(model_type)) == (model_type not in LEAKING)

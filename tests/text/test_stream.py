@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from headwise.demo.demo import MODEL
 from headwise.errors import HeadwiseError
-from headwise.recipes.settings import Data
+from headwise.io.source import EMBEDDED_MODEL
 from headwise.text import blocks as data
 from headwise.text import sources
+from headwise.text.sources import Data
 from headwise.text.stream import Stream
 
 datasets = pytest.importorskip("datasets")
@@ -24,7 +24,7 @@ datasets = pytest.importorskip("datasets")
 
 @cache
 def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(MODEL)
+    return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
 
 
 @pytest.fixture(autouse=True)

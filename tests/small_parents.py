@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headwise.convert.pipeline import convert_model
-from headwise.demo.demo import MODEL
+from headwise.io.source import EMBEDDED_MODEL
 
 SHAPE = {
     "hidden_size": 32,
@@ -27,7 +27,7 @@ SHAPE = {
 
 def parent(folder: Path, kind: str = "llama", **fields: Any) -> Path:
     """A random stock model in float32, with a tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **{"vocab_size": len(tokenizer), **SHAPE, **fields})
     model = AutoModelForCausalLM.from_config(config)

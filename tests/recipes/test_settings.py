@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from headwise.errors import HeadwiseError
-from headwise.recipes.settings import LIBRARY, load
+from headwise.recipes.settings import LIBRARY, load_uptrain_recipe
 
 RECIPE = """
 about: a test
@@ -25,44 +25,44 @@ def recipe(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in LIBRARY.glob("*.yaml")))
 def test_every_recipe_of_the_library_is_valid_and_says_when_to_use_it(name: str) -> None:
-    assert load(name).about.strip()
+    assert load_uptrain_recipe(name).about.strip()
     assert (LIBRARY / f"{name}.yaml").read_text().startswith("# ")
 
 
 def test_numbers_as_people_write_them(recipe: Path) -> None:
-    train = load(recipe).train
+    train = load_uptrain_recipe(recipe).train
     assert (train.tokens, train.learning_rate) == (21_000_000, 3e-4)
-    assert load(recipe, ["train.tokens=1.5B"]).train.tokens == 1_500_000_000
-    assert load(recipe, ["train.tokens=2k"]).train.tokens == 2000
+    assert load_uptrain_recipe(recipe, ["train.tokens=1.5B"]).train.tokens == 1_500_000_000
+    assert load_uptrain_recipe(recipe, ["train.tokens=2k"]).train.tokens == 2000
 
 
 def test_settings_are_laid_over_in_order(recipe: Path) -> None:
-    read = load(
+    read = load_uptrain_recipe(
         recipe,
         ["train.seed=1", "train.seed=2", "train.seconds=60", "data.text.packages=3", "train.compile=true"],
     )
     assert (read.train.seed, read.train.seconds, read.train.compile) == (2, 60.0, True)
     assert read.data.text == {"builtin": 1, "packages": 3}
-    assert load(recipe, ["data.text={x.txt: 2}"]).data.text == {"x.txt": 2}
-    assert load(recipe, ["train.seconds=null"]).train.seconds is None
+    assert load_uptrain_recipe(recipe, ["data.text={x.txt: 2}"]).data.text == {"x.txt": 2}
+    assert load_uptrain_recipe(recipe, ["train.seconds=null"]).train.seconds is None
 
 
 def test_settings_are_laid_over_a_recipe_that_was_read(recipe: Path) -> None:
-    read = load(recipe)
-    assert load(read) == read
+    read = load_uptrain_recipe(recipe)
+    assert load_uptrain_recipe(read) == read
     settings = ["layerwise.tokens=5", "train.lora.rank=4", "train.parameters=attention"]
-    assert load(read, settings) == load(recipe, settings)
+    assert load_uptrain_recipe(read, settings) == load_uptrain_recipe(recipe, settings)
 
 
 def test_a_setting_is_checked_like_the_file(recipe: Path) -> None:
     with pytest.raises(
         HeadwiseError, match=r"unknown key train\.learning_rat\..*Did you mean train\.learning_rate\?"
     ):
-        load(recipe, ["train.learning_rat=1"])
+        load_uptrain_recipe(recipe, ["train.learning_rat=1"])
     with pytest.raises(HeadwiseError, match="not of the form"):
-        load(recipe, ["train.seed"])
+        load_uptrain_recipe(recipe, ["train.seed"])
     with pytest.raises(HeadwiseError, match="about has no keys"):
-        load(recipe, ["about.x=1"])
+        load_uptrain_recipe(recipe, ["about.x=1"])
 
 
 @pytest.mark.parametrize(
@@ -86,16 +86,16 @@ def test_a_setting_is_checked_like_the_file(recipe: Path) -> None:
 )
 def test_a_wrong_value_is_named_by_its_path(recipe: Path, setting: str, message: str) -> None:
     with pytest.raises(HeadwiseError, match=message):
-        load(recipe, [setting])
+        load_uptrain_recipe(recipe, [setting])
 
 
 def test_a_missing_key_and_a_missing_recipe(tmp_path: Path) -> None:
     path = tmp_path / "short.yaml"
     path.write_text("about: x\ndata: {text: {}}\ntrain: {seed: 1}\n")
     with pytest.raises(HeadwiseError, match=r"train\.tokens is missing"):
-        load(path)
+        load_uptrain_recipe(path)
     with pytest.raises(HeadwiseError, match=r"no recipe 'pretrain-dmo'\. Did you mean pretrain-demo\?"):
-        load("pretrain-dmo")
+        load_uptrain_recipe("pretrain-dmo")
 
 
 @pytest.mark.parametrize("text", ["- a\n", "", "a: [", "!!python/object/apply:os.getcwd []"])
@@ -103,4 +103,4 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(HeadwiseError, match=r"bad\.yaml"):
-        load(path)
+        load_uptrain_recipe(path)

@@ -16,7 +16,7 @@ from headwise.recipes.outcome import write_model
 from headwise.recipes.settings import Lora, Training
 from headwise.train.student import ModelFolder, Student
 from headwise.train.teacher import ask
-from tests.recipes.models import converted, parent
+from tests.small_parents import converted, parent
 
 MLA = {"to": "mla", "rank": 12, "rope_dim": 4}
 BLOCKS = torch.randint(0, 2048, (4, 32), generator=torch.Generator().manual_seed(0))

@@ -24,7 +24,7 @@ def test_accelerate_understands_the_packaged_configurations(kind: str, asked: in
 
     words = launch.launch_arguments(kind, asked, ["distill", "OUT", "--set", "train.seed=1"])
     options, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
-    assert (options.module, options.training_script) == (True, "headwise.recipes.worker")
+    assert (options.module, options.training_script) == (True, "headwise._cli.worker")
     assert options.training_script_args == ["distill", "OUT", "--set", "train.seed=1"]
     assert (options.num_processes, options.mixed_precision) == (processes, "no")
     assert (options.multi_gpu, options.use_fsdp) == (kind == "ddp", kind == "fsdp2")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM
 
-from headwise.demo.demo import MODEL
 from headwise.errors import HeadwiseError
 from headwise.io.reader import open_checkpoint
-from headwise.recipes.settings import Data, Lora, Loss, Recipe, Training
+from headwise.io.source import EMBEDDED_MODEL
+from headwise.recipes.settings import Data, Lora, Loss, UptrainRecipe, Training
 from headwise.train import memory_check as memory
 from headwise.train.memory import Shape, forecast, refuse_unless_it_fits
 from headwise.train.student import ModelFolder
@@ -22,7 +22,7 @@ from headwise.train.student import ModelFolder
 LLAMA_7B = LlamaConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
 )
-RECIPE = Recipe("a test", Data({"builtin": 1}), Training(tokens=10**6, batch_tokens=8192), loss=Loss(kl=1.0))
+RECIPE = UptrainRecipe("a test", Data({"builtin": 1}), Training(tokens=10**6, batch_tokens=8192), loss=Loss(kl=1.0))
 
 # Two steps of distillation, and the growth of resident memory from before the models were made.
 RUN = r"""
@@ -125,7 +125,7 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would() -> None:
 
 
 def test_a_run_is_forecast_from_headers(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = ModelFolder.of(open_checkpoint(MODEL))
+    folder = ModelFolder.of(open_checkpoint(EMBEDDED_MODEL))
     assert memory.shape(folder).parameters == 4_541_184
     whole = memory.of_run(folder, folder, RECIPE)
     assert RECIPE.train is not None

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traini
 from headwise.demo import pretrain
 from headwise.errors import HeadwiseError
 from headwise.recipes import worker as train
-from headwise.recipes.settings import Data, Init, Recipe, Training
+from headwise.recipes.settings import Data, Init, UptrainRecipe, Training
 from headwise.text.packing import Collator
 from headwise.train.callbacks import TimeBudget
 from headwise.train.trainer import Trainer, learning_rate, make_trainer
@@ -61,7 +61,7 @@ def test_one_process_trains_on_one_of_several_gpus(tmp_path: Path, monkeypatch: 
     setup.__set_name__(TrainingArguments, "_setup_devices")
     monkeypatch.setattr(TrainingArguments, "_setup_devices", setup)
     network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY, vocab_size=32))
-    blocks, recipe = torch.zeros(40, 64, dtype=torch.long), Recipe("", Data({"t": 1}, 64), TRAINING)
+    blocks, recipe = torch.zeros(40, 64, dtype=torch.long), UptrainRecipe("", Data({"t": 1}, 64), TRAINING)
     trainer = make_trainer(network, blocks, blocks[:1], recipe, tmp_path, collate=Collator(None))
     assert isinstance(trainer, Trainer) and trainer.args.n_gpu == 1
     rows = next(iter(trainer.get_train_dataloader()))["input_ids"]
@@ -72,7 +72,7 @@ def test_from_nothing_twice_is_the_same_model(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(400)))
     init = Init(vocab_size=260, config=TINY)
-    recipe = Recipe("a test", Data({str(text): 1}, 64, heldout=str(text), heldout_blocks=2), TRAINING, init=init)
+    recipe = UptrainRecipe("a test", Data({str(text): 1}, 64, heldout=str(text), heldout_blocks=2), TRAINING, init=init)
     for name in ("one", "two"):
         record = pretrain.pretrain(recipe, tmp_path / name, command="typed")
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
@@ -97,7 +97,7 @@ def test_from_nothing_twice_is_the_same_model(tmp_path: Path) -> None:
 def test_refusals_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "text.txt"
     text.write_text("words and more words " * 200)
-    recipe = Recipe(
+    recipe = UptrainRecipe(
         "a test", Data({str(text): 1}, 64, heldout=str(text), heldout_blocks=2), TRAINING, init=Init(260, TINY)
     )
     with pytest.raises(HeadwiseError, match="exists already"):
