@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import headwise
-from headwise.eval.tasks.harness import OWN_TASKS, quiet
+from headwise.eval.tasks.harness import OWN_TASKS, silenced
 
 BOUND = 0.10
 
@@ -31,7 +31,7 @@ def lm_eval_alone(models: list[str], tasks: list[str], include: list[str], limit
     from lm_eval.tasks import TaskManager
 
     for model in models:
-        with quiet():
+        with silenced():
             tracker = EvaluationTracker(output_path=str(out))
             manager = TaskManager(include_path=[OWN_TASKS, *include], include_defaults=not include)
             found = lm_eval.simple_evaluate(

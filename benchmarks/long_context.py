@@ -35,19 +35,19 @@ UPTRAINED = ("plain", "ntk", "yarn", "base")
 
 def extended(config: dict[str, Any], length: int) -> dict[str, tuple[dict[str, Any], list[str]]]:
     """Config and notes of every rule; `plain` only claims the length."""
-    arch = architecture.find(config)
-    (layers,) = context.rotations(config, arch)
-    base = bound.smallest_base(layers.rotary_dim, length).always
+    arch = architecture.find_architecture(config)
+    (layers,) = context.rope_sets(config, arch)
+    base = bound.smallest_base(layers.rotary_dim, length).always_from
     made = {"plain": (config | {"max_position_embeddings": length}, ["no rule"])}
     for rule in rope.RULES:
         theta = base if rule == "base" else None
-        made[rule] = context.extend(config, arch, context=length, rule=rule, rope_theta=theta)
+        made[rule] = context.extend_context(config, arch, context=length, rule=rule, rope_theta=theta)
     return made
 
 
 def load(folder: Path, config: dict[str, Any], device: str) -> Any:
     """The model's weights under another config, in float32."""
-    stock = architecture.find(config).stock_config(config)
+    stock = architecture.find_architecture(config).stock_config(config)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, config=copy.deepcopy(stock), dtype=torch.float32)
     return model.to(device).eval()
 
@@ -57,8 +57,8 @@ def summary(curve: positions.PositionLoss, trained: int) -> dict[str, Any]:
 
 
 def retrieval(model: Any, tokenizer: Any, lengths: list[int], samples: int) -> dict[tuple[int, float], float]:
-    found = passkey.documents(tokenizer, lengths=lengths, samples=samples)
-    return passkey.grid(passkey.solve(model, tokenizer, found))
+    found = passkey.make_passkey_documents(tokenizer, lengths=lengths, samples=samples)
+    return passkey.passkey_shares(passkey.solve_passkeys(model, tokenizer, found))
 
 
 def say(text: str) -> None:
@@ -84,7 +84,7 @@ def main() -> None:
     width = trained // 4
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     heldout = data.builtin_blocks(tokenizer, "heldout", length, options.blocks)
-    windows = positions.overlapping(heldout, length, width)
+    windows = positions.overlapping_windows(heldout, length, width)
     say(f"{heldout.numel():,} held-out tokens, {len(windows)} windows of {length}")
     lengths = [trained // 2, trained, 2 * trained, length]
     configs = extended(config, length)
@@ -106,7 +106,7 @@ def main() -> None:
             grid = retrieval(model, tokenizer, lengths, options.samples)
         results[stage][name] = summary(curve, trained)
         results["passkey"][f"{name} {stage}"] = {f"{size} {depth}": share for (size, depth), share in grid.items()}
-        plots.passkey_grid(grid, options.out / f"passkey-{name}-{stage}.png", f"Passkey: {name}, {stage} training")
+        plots.plot_passkey_grid(grid, options.out / f"passkey-{name}-{stage}.png", f"Passkey: {name}, {stage} training")
         (options.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         say(
             f"{stage} {name}: {curve.before(trained):.4f} at {trained}, {curve.end:.4f} at {length}; "
@@ -117,9 +117,9 @@ def main() -> None:
     before = {}
     for rule in options.rules or configs:
         before[rule] = measure(load(options.model, configs[rule][0], options.device), rule, "before")
-    plots.loss_curves(before, options.out / "before.png", trained)
+    plots.plot_loss_by_position(before, options.out / "before.png", trained)
 
-    recipe = schema.load("long-context", [f"data.length={length}", *options.set])
+    recipe = schema.load_uptrain_recipe("long-context", [f"data.length={length}", *options.set])
     blocks, text = data.training_blocks(recipe.data, tokenizer, recipe.train.tokens, recipe.train.seed)
     results["text"] = text
     say(f"{len(blocks)} training blocks of {length}")
@@ -134,7 +134,7 @@ def main() -> None:
         model.eval()
         results.setdefault("seconds", {})[rule] = round(time.time() - started, 1)
         after[rule] = measure(model.to(options.device), rule, "after")
-    plots.loss_curves(after, options.out / "after.png", trained)
+    plots.plot_loss_by_position(after, options.out / "after.png", trained)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From what was measured to what was found: compared, corrected, judged."""
+"""Assemble the measurements of an evaluation: compare, correct, gate."""
 
 from __future__ import annotations
 
@@ -8,86 +8,117 @@ from typing import Any
 
 import torch
 
-from headwise.eval import compare as comparisons
-from headwise.eval.compare import Judged
-from headwise.eval.metrics import generation
-from headwise.eval.metrics.model_metrics import Alone
-from headwise.eval.pair import Run
-from headwise.eval.result import Acceptance, Cell, Diagnostics, Evaluation, Gate, Positions
-from headwise.eval.tasks import passkey
-from headwise.eval.tasks.samples import Results
+from headwise.eval.compare import GatedComparison, compare_perplexity, compare_tasks, correct, damage_gates
+from headwise.eval.metrics.generation import assess_generation
+from headwise.eval.metrics.model_metrics import ModelMetrics
+from headwise.eval.pair import EvalPair
+from headwise.eval.result import (
+    DraftAcceptance,
+    Evaluation,
+    Gate,
+    GenerationComparison,
+    PasskeyCell,
+    PositionComparison,
+)
+from headwise.eval.tasks.passkey import passkey_shares
+from headwise.eval.tasks.samples import TaskResults
+from headwise.measure.divergence import Divergence
 
 
 def assemble(
-    run: Run,
-    child: Alone,
-    parent: Alone | None,
-    diagnostics: Diagnostics | None,
-    acceptance: Acceptance | None,
+    pair: EvalPair,
+    child: ModelMetrics,
+    parent: ModelMetrics | None,
+    divergence: Divergence | None,
+    acceptance: DraftAcceptance | None,
     tokenizer: Any,
-    fail_above: float | None,
 ) -> Evaluation:
-    """Compare and judge what was measured."""
+    """Compare the measurements of child and parent and gate them.
+
+    Args:
+        pair: the pair that was measured.
+        child: figures of the child.
+        parent: figures of the parent; None without a baseline.
+        divergence: None if it was not measured.
+        acceptance: None if it was not measured.
+        tokenizer: decodes the continuations.
+
+    Returns:
+        The evaluation without `recipe`, `command`, `settings` and `versions`.
+    """
     start = time.perf_counter()
-    judged: list[Judged] = []
+    compared: list[GatedComparison] = []
     if child.nats:
-        nats, other = torch.tensor(child.nats), None if parent is None else torch.tensor(parent.nats)
-        judged.append(comparisons.compare_perplexity("heldout", nats, other, child.tokens))
+        parent_nats = None if parent is None else torch.tensor(parent.nats)
+        compared.append(compare_perplexity("heldout", torch.tensor(child.nats), parent_nats, child.tokens))
     if child.results is not None:
-        judged += comparisons.compare_tasks(child.results, parent.results if parent else None)
-    judged = comparisons.correct(judged)
-    gates: list[Gate] = []
-    if fail_above is not None:
-        gates += comparisons.damage_gates(judged, fail_above)
-    written = None
-    if child.written is not None and run.material.prompts is not None:
-        theirs = None if parent is None or parent.written is None else list(map(list, parent.written))
-        written = generation.judge(
-            run.material.prompts, list(map(list, child.written)), theirs, run.material.new_tokens, tokenizer
-        )
-        fine = f"No sign of loops or broken texts{', nor of another beginning than the parent' * bool(parent)}."
-        detail = " ".join(written.complaints) or fine
-        gates.append(Gate("generation", not written.complaints, detail))
-    fresh = "parent: tasks" in run.seconds
-    run.seconds["comparison"] = time.perf_counter() - start
+        compared += compare_tasks(child.results, parent.results if parent else None)
+    compared = correct(compared)
+    fail_above = pair.settings.fail_above
+    gates = [] if fail_above is None else list(damage_gates(compared, fail_above))
+    generation = _assess_generation(pair, child, parent, tokenizer)
+    if generation is not None:
+        gates.append(_generation_gate(generation))
+    parent_measured = "parent: tasks" in pair.seconds
+    pair.seconds["comparison"] = time.perf_counter() - start
     return Evaluation(
-        child=run.child.subject,
-        parent=None if run.baseline is None else run.baseline.subject,
+        child=pair.child.subject,
+        parent=None if pair.baseline is None else pair.baseline.subject,
         recipe=None,
         command="",
         settings={},
-        comparisons=tuple(one.comparison for one in judged),
-        seconds=run.seconds,
-        lm_eval_seconds=child.lm_eval_seconds + (parent.lm_eval_seconds if fresh and parent else 0),
+        comparisons=tuple(gated.comparison for gated in compared),
+        seconds=pair.seconds,
+        lm_eval_seconds=child.lm_eval_seconds + (parent.lm_eval_seconds if parent_measured and parent else 0),
         versions={},
-        positions=_positions(run, child, parent),
-        diagnostics=diagnostics,
-        generation=written,
+        positions=_compare_positions(pair, child, parent),
+        diagnostics=divergence,
+        generation=generation,
         acceptance=acceptance,
-        passkey=tuple(_passkey(child.results, parent.results if parent else None)),
+        passkey=tuple(_passkey_cells(child.results, parent.results if parent else None)),
         fail_above=fail_above,
         gates=tuple(gates),
         logs={
-            role: run.folder(role).relative_to(run.work).as_posix()
+            role: pair.folder(role).relative_to(pair.work).as_posix()
             for role in ("child", *(["parent"] if parent else []))
-            if run.harness is not None
+            if pair.harness is not None
         },
     )
 
 
-def _positions(run: Run, child: Alone, parent: Alone | None) -> Positions | None:
+def _assess_generation(
+    pair: EvalPair, child: ModelMetrics, parent: ModelMetrics | None, tokenizer: Any
+) -> GenerationComparison | None:
+    if child.written is None or pair.inputs.prompts is None:
+        return None
+    parent_written = None if parent is None or parent.written is None else list(map(list, parent.written))
+    return assess_generation(
+        pair.inputs.prompts, list(map(list, child.written)), parent_written, pair.inputs.new_tokens, tokenizer
+    )
+
+
+def _generation_gate(generation: GenerationComparison) -> Gate:
+    no_complaints = "No repetition and no early ends beyond the bounds."
+    if generation.parent is not None:
+        no_complaints = "No more repetition and early ends than the parent, and the first tokens agree."
+    return Gate("generation", not generation.complaints, " ".join(generation.complaints) or no_complaints)
+
+
+def _compare_positions(
+    pair: EvalPair, child: ModelMetrics, parent: ModelMetrics | None
+) -> PositionComparison | None:
     if child.curve is None:
         return None
-    other = run.baseline.context if run.baseline else None
-    return Positions(child.curve, parent.curve if parent else None, run.child.context, other)
+    parent_context = pair.baseline.context if pair.baseline else None
+    return PositionComparison(child.curve, parent.curve if parent else None, pair.child.context, parent_context)
 
 
-def _passkey(child: Results | None, parent: Results | None) -> Iterator[Cell]:
+def _passkey_cells(child: TaskResults | None, parent: TaskResults | None) -> Iterator[PasskeyCell]:
     grids = [
-        passkey.grid(results.samples["headwise_passkey"])
+        passkey_shares(results.samples["headwise_passkey"])
         if results and "headwise_passkey" in results.samples
         else {}
         for results in (child, parent)
     ]
     for (length, depth), share in grids[0].items():
-        yield Cell(length, depth, share, grids[1].get((length, depth)))
+        yield PasskeyCell(length, depth, share, grids[1].get((length, depth)))

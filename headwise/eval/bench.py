@@ -1,4 +1,4 @@
-"""Speed and memory of a converted model beside its parent: decode, prefill, cache, peak."""
+"""Time decoding and prefill of a converted model beside its parent, and measure cache and peak memory."""
 
 from __future__ import annotations
 
@@ -12,19 +12,34 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
+from headwise import compat
 from headwise.errors import HeadwiseError
 from headwise.format import size
-from headwise.io.source import locate
+from headwise.io.source import find_source
 from headwise.kernels.patch import disable, enable, enabled
 from headwise.progress import SILENT, Progress
 
-# Room for activations, logits and the allocator beside weights and cache, as a fraction of the memory allowed.
+# Share of the memory for activations, logits and the allocator, beside weights and cache.
 RESERVE = 0.04
+# Positions of the cache that warm-up and graph capture use.
+WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True)
-class Speed:
-    """One model at one batch. Times in seconds, sizes in bytes; `peak_bytes` is None on CPU."""
+class DecodeSpeed:
+    """Speed and memory of one model at one batch size.
+
+    Attributes:
+        model: the model as it was given.
+        batch: sequences decoded together.
+        context: tokens in the cache.
+        decode_tokens_per_second: tokens of all sequences.
+        seconds_per_step: median seconds of one decode step.
+        prefill_seconds: median seconds to prefill one sequence of `context` tokens.
+        cache_bytes: bytes of the KV cache.
+        weight_bytes: bytes of the parameters.
+        peak_bytes: peak GPU memory; None on a CPU.
+    """
 
     model: str
     batch: int
@@ -38,21 +53,30 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """Parent and child at the same batch, and each at the largest batch that fits `memory_bytes`."""
+class BenchResult:
+    """Speed of parent and child.
 
-    same_batch: list[Speed]
-    equal_memory: list[Speed]
+    Attributes:
+        same_batch: parent and child at the same batch size.
+        equal_memory: parent and child, each at the largest batch size that fits `memory_bytes`; empty if it was not
+            measured.
+        memory_bytes: memory that each model may use; None if `equal_memory` is empty.
+        device: where the models ran.
+    """
+
+    same_batch: list[DecodeSpeed]
+    equal_memory: list[DecodeSpeed]
     memory_bytes: int | None
     device: str
 
     @property
     def speedup(self) -> float:
-        """The child's decode throughput over the parent's, at equal memory when it was measured."""
+        """Return the child's decode throughput over the parent's, at equal memory if it was measured."""
         parent, child = self.equal_memory or self.same_batch
         return child.decode_tokens_per_second / parent.decode_tokens_per_second
 
     def to_dict(self) -> dict[str, Any]:
+        """Return plain data with the speedup."""
         return {**asdict(self), "speedup": self.speedup}
 
 
@@ -69,59 +93,87 @@ def bench_model(
     revision: str | None = None,
     token: str | None = None,
     progress: Progress = SILENT,
-) -> Bench:
-    """Load parent and child one after the other and measure both with the decode kernels enabled.
+) -> BenchResult:
+    """Load parent and child one after the other and time both with the decode kernels enabled.
 
     Args:
-        child, baseline: folders, or `org/name[@revision]`; `revision` is the baseline's.
+        child: a folder, or `org/name[@revision]`.
+        baseline: the parent, a folder or `org/name[@revision]`.
         context: tokens in the cache while decoding.
         batch: sequences decoded together.
-        memory: bytes of weights, cache and work that each model may use; None: no measurement at equal memory.
-        device: "cuda" or "cpu"; None: CUDA when it is there.
-        steps: decode steps timed (the median counts).
+        memory: bytes of weights, cache and activations that each model may use; None: no measurement at equal
+            memory.
+        device: "cpu", "cuda" or "cuda:N"; None: a GPU if there is one.
+        dtype: precision of the weights.
+        steps: number of timed decode steps; the median counts.
+        revision: branch, tag or commit of the baseline.
+        token: token of the Hub.
+        progress: receives the downloads.
+
+    Returns:
+        Speed and memory of both models.
 
     Raises:
         HeadwiseError: not even one sequence fits into `memory`.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    same, equal = [], []
+    same_batch, equal_memory = [], []
     for source, at in ((baseline, revision), (child, None)):
-        folder = locate(source, revision=at, token=token, progress=progress).folder
+        folder = find_source(source, revision=at, token=token, progress=progress).folder
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         model = model.to(device).eval()
-        same.append(measure(model, str(source), context, batch, steps))
+        same_batch.append(time_decoding(model, str(source), context, batch, steps))
         if memory is not None:
             fitting = largest_batch(model, str(source), context, memory)
-            equal.append(measure(model, str(source), context, fitting, steps))
+            equal_memory.append(time_decoding(model, str(source), context, fitting, steps))
         del model
-    return Bench(same, equal, memory, device)
+    return BenchResult(same_batch, equal_memory, memory, device)
 
 
 def largest_batch(model: PreTrainedModel, name: str, context: int, memory: int) -> int:
-    """How many sequences fit beside the weights: `memory` less a reserve for activations.
+    """Compute how many sequences fit into memory beside the weights and a reserve for activations.
+
+    Args:
+        model: a stock model.
+        name: name of the model for the error message.
+        context: tokens in the cache of a sequence.
+        memory: bytes that the model may use.
+
+    Returns:
+        The number of sequences, at least 1.
 
     Raises:
-        HeadwiseError: none fits.
+        HeadwiseError: not even one sequence fits.
     """
     with torch.no_grad():
-        sequence = _cache_bytes(_cache(model, 1, context))
-    weights = _weight_bytes(model)
-    batch = int((memory * (1 - RESERVE) - weights) // sequence)
+        sequence_bytes = _cache_bytes(_make_cache(model, 1, context))
+    weight_bytes = _weight_bytes(model)
+    batch = int((memory * (1 - RESERVE) - weight_bytes) // sequence_bytes)
     if batch < 1:
-        needed = (weights + sequence) / (1 - RESERVE)
+        needed = (weight_bytes + sequence_bytes) / (1 - RESERVE)
         raise HeadwiseError(
             f"{name} with one sequence of {context} tokens needs {size(needed)}, more than {size(memory)}.",
-            "Raise --memory or lower --context.",
+            "Raise `memory` or lower `context`.",
         )
     return batch
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, name: str, context: int, batch: int, steps: int = 16) -> Speed:
-    """Decode `steps` tokens for each of `batch` sequences on a full cache, and prefill one sequence.
+def time_decoding(model: PreTrainedModel, name: str, context: int, batch: int, steps: int = 16) -> DecodeSpeed:
+    """Time decode steps of a batch of sequences on a full cache, and the prefill of one sequence.
 
-    The cache is a static one filled with noise (what it holds does not change the work); on CUDA a step is one
-    graph, as in serving. The kernels are enabled for the measurement and the model is left as it was.
+    The cache is static and filled with noise, because its content does not change the work. On CUDA a step is one
+    graph, as in serving. The kernels are enabled during the measurement.
+
+    Args:
+        model: a stock model.
+        name: name of the model in the result.
+        context: tokens in the cache.
+        batch: sequences decoded together.
+        steps: number of timed steps; the median counts.
+
+    Returns:
+        Speed and memory.
     """
     was_enabled = enabled(model)
     enable(model)
@@ -130,20 +182,26 @@ def measure(model: PreTrainedModel, name: str, context: int, batch: int, steps: 
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        cache = _cache(model, batch, context + steps + 4)
-        for layer in _layers(cache):
-            layer.keys.normal_()
-            layer.values.normal_()
-            layer.cumulative_length.fill_(context)
+        cache = _make_cache(model, batch, context + steps + WARM_UP_TOKENS)
+        compat.fill_static_cache(cache, context)
         ids = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+        arguments = compat.cache_argument(model, cache)
 
         def step() -> None:
-            ids.copy_(model(ids, past_key_values=cache, logits_to_keep=1).logits.argmax(-1))
+            ids.copy_(model(ids, **arguments, logits_to_keep=1).logits.argmax(-1))
 
-        seconds = statistics.median(_timed(_recorded(step, model.device.type), steps, model.device.type))
+        seconds = statistics.median(_time(_capture(step, model.device.type), steps, model.device.type))
         peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None
-        return Speed(
-            name, batch, context, batch / seconds, seconds, prefill, _cache_bytes(cache), _weight_bytes(model), peak
+        return DecodeSpeed(
+            model=name,
+            batch=batch,
+            context=context,
+            decode_tokens_per_second=batch / seconds,
+            seconds_per_step=seconds,
+            prefill_seconds=prefill,
+            cache_bytes=_cache_bytes(cache),
+            weight_bytes=_weight_bytes(model),
+            peak_bytes=peak,
         )
     finally:
         if not was_enabled:
@@ -158,11 +216,11 @@ def _prefill_seconds(model: PreTrainedModel, context: int) -> float:
 
     repeats = 3 if model.device.type == "cuda" else 1
     prefill()
-    return statistics.median(_timed(prefill, repeats, model.device.type))
+    return statistics.median(_time(prefill, repeats, model.device.type))
 
 
-def _recorded(step: Callable[[], None], device: str) -> Callable[[], Any]:
-    """The step as a CUDA graph; on CPU the step itself."""
+def _capture(step: Callable[[], None], device: str) -> Callable[[], Any]:
+    """Capture a step as a CUDA graph; on a CPU return the step itself."""
     step()
     if device != "cuda":
         return step
@@ -177,7 +235,7 @@ def _recorded(step: Callable[[], None], device: str) -> Callable[[], Any]:
     return graph.replay
 
 
-def _timed(call: Callable[[], Any], repeats: int, device: str) -> list[float]:
+def _time(call: Callable[[], Any], repeats: int, device: str) -> list[float]:
     times = []
     for _ in range(repeats):
         if device == "cuda":
@@ -190,23 +248,17 @@ def _timed(call: Callable[[], Any], repeats: int, device: str) -> list[float]:
     return times
 
 
-def _cache(model: PreTrainedModel, batch: int, capacity: int) -> StaticCache:
-    """A static cache with its memory in place, shaped by a one-token forward pass of the model itself."""
-    shapes = StaticCache(config=model.config, max_cache_len=4)
-    model(torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=shapes)
+def _make_cache(model: PreTrainedModel, batch: int, capacity: int) -> StaticCache:
+    """Make a static cache with allocated memory; a one-token forward pass gives its shapes."""
+    shaped = StaticCache(config=model.config, max_cache_len=4)
+    model(torch.zeros(1, 1, dtype=torch.long, device=model.device), **compat.cache_argument(model, shaped))
     cache = StaticCache(config=model.config, max_cache_len=capacity)
-    for layer, shaped in zip(_layers(cache), _layers(shapes), strict=True):
-        keys, values = (t.new_empty(batch, t.shape[1], 1, t.shape[3]) for t in (shaped.keys, shaped.values))
-        layer.lazy_initialization(keys, values)
+    compat.allocate_static_cache(cache, shaped, batch)
     return cache
 
 
-def _layers(cache: StaticCache) -> list[Any]:
-    return cache.layers
-
-
 def _cache_bytes(cache: StaticCache) -> int:
-    return sum(t.nbytes for layer in _layers(cache) for t in (layer.keys, layer.values))
+    return sum(tensor.nbytes for tensor in compat.cache_tensors(cache))
 
 
 def _weight_bytes(model: PreTrainedModel) -> int:

@@ -1,4 +1,4 @@
-"""Every figure of the child beside its parent's, judged by pairs; and the gate on the headline figures."""
+"""Compare every figure of the child with its parent's, sample by sample, and gate the headline figures."""
 
 from __future__ import annotations
 
@@ -10,76 +10,109 @@ import torch
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
-from headwise.eval import stats as compare
-from headwise.eval.result import Comparison, Gate, Paired, Score
-from headwise.eval.stats import Difference
-from headwise.eval.tasks.samples import Figure, Results
+from headwise.eval.result import LEVEL, Comparison, Gate, Paired, Score
+from headwise.eval.stats import Difference, count_flips, holm, mcnemar, paired_mean, paired_ratio
+from headwise.eval.tasks.samples import TaskFigure, TaskResults
 from headwise.eval.verdict import gate_name
-
-LEVEL = 0.05
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A comparison with what its gate needs: `damage` is turned so that more is worse, in nats for perplexities."""
+class GatedComparison:
+    """A comparison with what its gate needs.
+
+    Attributes:
+        comparison: the figure of both models.
+        damage: loss of quality with its sampling error, in nats for perplexities; None without a parent or a
+            direction.
+    """
 
     comparison: Comparison
     damage: Difference | None = None
 
     def exceeds(self, fail_above: float) -> float:
-        """One-sided p-value of a damage above `fail_above`."""
+        """Compute the one-sided p-value of a damage of at most `fail_above`.
+
+        Args:
+            fail_above: damage that the gate allows: 0.01 is one point, or 1% of perplexity.
+        """
         assert self.damage is not None
-        is_log = self.comparison.metric.endswith("perplexity")
-        return self.damage.above(math.log1p(fail_above) if is_log else fail_above)
+        return self.damage.above(math.log1p(fail_above) if self.comparison.is_perplexity else fail_above)
 
 
-def compare_tasks(child: Results, parent: Results | None) -> list[Judged]:
-    """All figures of all tasks; a group's own figure comes before its parts'.
-
-    Raises:
-        HeadwiseError: the two were not asked the same.
-    """
-    found: list[Judged] = []
-    member = {task: group for group, tasks in child.groups.items() for task in tasks}
-    pooled = {group: _pool(group, child, parent) for group in child.groups}
-    for figure in child.figures.values():
-        group = member.get(figure.task)
-        own = pooled.get(group) if group else None
-        if own and not any(j.comparison.task == group for j in found):
-            found.append(judge(*own, headline=True))
-        main = own is None and figure is child.headline(figure.task)
-        found.append(judge(figure, _other(figure, parent), headline=main, group=group))
-    # The headline first within its task.
-    order = {task: place for place, task in enumerate(dict.fromkeys(j.comparison.task for j in found))}
-    found.sort(key=lambda j: (order[j.comparison.task], not j.comparison.headline))
-    return found
-
-
-def compare_perplexity(text: str, child: Tensor, parent: Tensor | None, tokens: int) -> Judged:
-    """Perplexity of held-out text.
+def compare_tasks(child: TaskResults, parent: TaskResults | None) -> list[GatedComparison]:
+    """Compare all figures of all tasks.
 
     Args:
-        text: a name for it.
-        child, parent: nats of each block, (blocks,).
-        tokens: predicted in each block.
+        child: results of the child.
+        parent: results of the parent; None without a baseline.
+
+    Returns:
+        The comparisons; a group's figure precedes those of its parts.
+
+    Raises:
+        HeadwiseError: child and parent have different questions.
+    """
+    compared: list[GatedComparison] = []
+    group_of = {task: group for group, tasks in child.groups.items() for task in tasks}
+    pooled = {group: _pool(group, child, parent) for group in child.groups}
+    for figure in child.figures.values():
+        group = group_of.get(figure.task)
+        group_figures = pooled.get(group) if group else None
+        if group_figures and not any(c.comparison.task == group for c in compared):
+            compared.append(compare_figure(*group_figures, headline=True))
+        headline = group_figures is None and figure is child.headline(figure.task)
+        compared.append(compare_figure(figure, _parent_figure(figure, parent), headline=headline, group=group))
+    # The headline is the first figure of its task.
+    order = {task: place for place, task in enumerate(dict.fromkeys(c.comparison.task for c in compared))}
+    compared.sort(key=lambda c: (order[c.comparison.task], not c.comparison.headline))
+    return compared
+
+
+def compare_perplexity(task: str, child: Tensor, parent: Tensor | None, tokens: int) -> GatedComparison:
+    """Compare the perplexity of a held-out text.
+
+    Args:
+        task: name of the text.
+        child: nats of each block, (blocks,).
+        parent: nats of each block, (blocks,); None without a baseline.
+        tokens: predicted tokens in each block.
     """
     sizes = torch.full_like(child, tokens, dtype=torch.float64)
 
-    def figure(nats: Tensor) -> Figure:
+    def perplexity(nats: Tensor) -> TaskFigure:
         mean = nats.double() / tokens
         error = float(mean.std()) / math.sqrt(len(mean)) if len(mean) > 1 else None
         value = math.exp(float(mean.mean()))
-        return Figure(
-            text, "perplexity", None, value, None if error is None else value * error, False, None, None,
-            tuple(str(block) for block in range(len(nats))), -nats.double(), sizes, log=True,
-        )  # fmt: skip
+        return TaskFigure(
+            task=task,
+            metric="perplexity",
+            filter=None,
+            value=value,
+            standard_error=None if error is None else value * error,
+            higher_is_better=False,
+            num_fewshot=None,
+            version=None,
+            keys=tuple(str(block) for block in range(len(nats))),
+            sums=-nats.double(),
+            weights=sizes,
+            log=True,
+        )
 
-    return judge(figure(child), None if parent is None else figure(parent), headline=True)
+    return compare_figure(perplexity(child), None if parent is None else perplexity(parent), headline=True)
 
 
-def judge(child: Figure, parent: Figure | None, *, headline: bool, group: str | None = None) -> Judged:
-    """Compare two figures over the same samples."""
-    plain = Comparison(
+def compare_figure(
+    child: TaskFigure, parent: TaskFigure | None, *, headline: bool, group: str | None = None
+) -> GatedComparison:
+    """Compare two figures over the same samples.
+
+    Args:
+        child: figure of the child.
+        parent: figure of the parent; None without a baseline.
+        headline: whether this is the main figure of the task.
+        group: group that contains the task.
+    """
+    comparison = Comparison(
         task=child.task,
         metric=child.metric,
         filter=child.filter,
@@ -93,122 +126,148 @@ def judge(child: Figure, parent: Figure | None, *, headline: bool, group: str | 
         parent=None if parent is None else Score(parent.value, parent.standard_error),
     )
     if parent is None or child.sums is None or parent.sums is None:
-        return Judged(plain)
+        return GatedComparison(comparison)
     assert child.weights is not None and parent.weights is not None
     binary = child.is_binary and parent.is_binary
     gained = lost = None
     if child.log:
-        found = compare.paired_ratio(-child.sums, -parent.sums, child.weights)
-        damage: Difference | None = found
-        test, p_value = "bootstrap", found.p_value()
+        difference = paired_ratio(-child.sums, -parent.sums, child.weights)
+        damage: Difference | None = difference
+        test, p_value = "bootstrap", difference.p_value()
     else:
-        even = bool((child.weights == child.weights[0]).all())
-        found = (
-            compare.paired_mean(child.sums / child.weights, parent.sums / parent.weights)
-            if even
-            else compare.paired_ratio(child.sums, parent.sums, child.weights)
+        equal_weights = bool((child.weights == child.weights[0]).all())
+        difference = (
+            paired_mean(child.sums / child.weights, parent.sums / parent.weights)
+            if equal_weights
+            else paired_ratio(child.sums, parent.sums, child.weights)
         )
-        found = replace(found, binary=binary)
-        known = child.is_share and child.higher_is_better is not None
-        damage = (-found if child.higher_is_better else found) if known else None
-        test, p_value = "t" if even else "bootstrap", found.p_value()
+        difference = replace(difference, binary=binary)
+        has_damage = child.is_share and child.higher_is_better is not None
+        damage = (-difference if child.higher_is_better else difference) if has_damage else None
+        test, p_value = "t" if equal_weights else "bootstrap", difference.p_value()
         if binary:
-            gained, lost = compare.flips(child.sums, parent.sums)
-            test, p_value = "mcnemar", compare.mcnemar(gained, lost)
-    low, high = found.interval()
+            gained, lost = count_flips(child.sums, parent.sums)
+            test, p_value = "mcnemar", mcnemar(gained, lost)
+    low, high = difference.interval()
     paired = Paired(
-        difference=found.estimate,
-        standard_error=found.standard_error,
+        difference=difference.estimate,
+        standard_error=difference.standard_error,
         low=low,
         high=high,
-        samples=found.samples,
+        samples=difference.samples,
         p_value=p_value,
         test=test,
         gained=gained,
         lost=lost,
     )
-    size = None if damage is None else math.expm1(damage.estimate) if child.log else damage.estimate
-    return Judged(replace(plain, paired=paired, damage=size), damage)
+    amount = None if damage is None else math.expm1(damage.estimate) if child.log else damage.estimate
+    return GatedComparison(replace(comparison, paired=paired, damage=amount), damage)
 
 
-def correct(judged: Sequence[Judged]) -> list[Judged]:
-    """Holm's correction over the headline figures."""
-    family = [j for j in judged if j.comparison.headline and j.comparison.paired]
-    adjusted = iter(compare.holm([j.comparison.paired.p_value for j in family if j.comparison.paired]))
+def correct(compared: Sequence[GatedComparison]) -> list[GatedComparison]:
+    """Apply Holm's correction to the headline figures.
+
+    Args:
+        compared: all figures.
+
+    Returns:
+        The same figures; those of the headlines have a `p_holm`.
+    """
+    headlines = [c.comparison.paired for c in compared if c.comparison.headline and c.comparison.paired]
+    adjusted = iter(holm([paired.p_value for paired in headlines]))
     corrected = []
-    for one in judged:
-        paired = one.comparison.paired
-        if one.comparison.headline and paired:
-            one = replace(one, comparison=replace(one.comparison, paired=replace(paired, p_holm=next(adjusted))))
-        corrected.append(one)
+    for gated in compared:
+        paired = gated.comparison.paired
+        if gated.comparison.headline and paired:
+            paired = replace(paired, p_holm=next(adjusted))
+            gated = replace(gated, comparison=replace(gated.comparison, paired=paired))
+        corrected.append(gated)
     return corrected
 
 
-def damage_gates(judged: Sequence[Judged], fail_above: float) -> Iterator[Gate]:
-    """Whether any headline figure lost more than `fail_above`: it fails only where the evidence says so at 5%, all
-    figures together (one-sided, Holm)."""
-    family = [j for j in judged if j.comparison.headline and j.damage is not None]
-    for one, p in zip(family, compare.holm([j.exceeds(fail_above) for j in family]), strict=True):
-        comparison, damage = one.comparison, one.damage
+def damage_gates(compared: Sequence[GatedComparison], fail_above: float) -> Iterator[Gate]:
+    """Gate every headline figure: it fails if its damage is significantly larger than `fail_above`.
+
+    The tests are one-sided, at 5% for all figures together (Holm).
+
+    Args:
+        compared: all figures.
+        fail_above: damage that is allowed: 0.01 is one point, or 1% of perplexity.
+
+    Yields:
+        A gate for each headline figure.
+    """
+    headlines = [c for c in compared if c.comparison.headline and c.damage is not None]
+    p_values = holm([c.exceeds(fail_above) for c in headlines])
+    for gated, p_value in zip(headlines, p_values, strict=True):
+        comparison, damage = gated.comparison, gated.damage
         assert damage is not None and comparison.damage is not None
-        least = damage.interval(1 - 2 * LEVEL)[0]
-        unit, one_unit = " points", " point"
-        if comparison.metric.endswith("perplexity"):
-            unit, one_unit, least = "%", "%", math.expm1(min(least, 700))
+        lower_bound = damage.interval(1 - 2 * LEVEL)[0]
+        unit, singular = " points", " point"
+        if comparison.is_perplexity:
+            unit, singular, lower_bound = "%", "%", math.expm1(min(lower_bound, 700))
         # Adding zero turns -0 into 0.
-        amount, bound = (f"{100 * share + 0:+.2f}{unit}" for share in (comparison.damage, least))
-        allowed = f"{100 * fail_above:g}{one_unit if fail_above == 0.01 else unit}"
+        amount, bound = (f"{100 * share + 0:+.2f}{unit}" for share in (comparison.damage, lower_bound))
+        allowed = f"{100 * fail_above:g}{singular if fail_above == 0.01 else unit}"
         yield Gate(
             name=gate_name(comparison),
-            passed=p >= LEVEL,
-            detail=f"Damage {amount}, at least {bound} with 95% confidence; {allowed} allowed (p = {p:.3g}).",
+            passed=p_value >= LEVEL,
+            detail=f"Damage {amount}, at least {bound} with 95% confidence; {allowed} allowed (p = {p_value:.3g}).",
         )
 
 
-def same_questions(child: Results, parent: Results) -> bool:
-    """Whether both were asked the same, sample by sample."""
-    keys = {at: figure.keys for at, figure in child.figures.items()}
-    return keys == {at: figure.keys for at, figure in parent.figures.items()}
+def same_questions(child: TaskResults, parent: TaskResults) -> bool:
+    """Return whether both models have the same questions and prompts, sample by sample.
+
+    Args:
+        child: results of the child.
+        parent: results of the parent.
+    """
+    keys = {place: figure.keys for place, figure in child.figures.items()}
+    return keys == {place: figure.keys for place, figure in parent.figures.items()}
 
 
-def _other(figure: Figure, parent: Results | None) -> Figure | None:
+def _parent_figure(figure: TaskFigure, parent: TaskResults | None) -> TaskFigure | None:
     if parent is None:
         return None
-    other = parent.figures.get((figure.task, figure.metric, figure.filter))
-    if other is None or other.keys != figure.keys:
+    counterpart = parent.figures.get((figure.task, figure.metric, figure.filter))
+    if counterpart is None or counterpart.keys != figure.keys:
         raise HeadwiseError(
-            f"Task {figure.task} asked parent and child different questions, so that they cannot be compared.",
-            "Its questions depend on chance or on the model; leave it out.",
+            f"Task {figure.task} has different questions for parent and child, so they cannot be compared.",
+            "Its questions depend on chance or on the model: leave out the task.",
         )
-    return other
+    return counterpart
 
 
-def _pool(group: str, child: Results, parent: Results | None) -> tuple[Figure, Figure | None] | None:
-    """A group's headline: all samples of its tasks together, in a figure that lm-eval makes of them so."""
+def _pool(
+    group: str, child: TaskResults, parent: TaskResults | None
+) -> tuple[TaskFigure, TaskFigure | None] | None:
+    """Return a group's headline: the first figure of lm-eval that equals the mean over the samples of all tasks."""
     for key, value in child.group_values.get(group, {}).items():
         metric, _, filter_name = key.partition(",")
         places = [(task, metric, None if filter_name == "none" else filter_name) for task in child.groups[group]]
-        heads = [child.figures[place] for place in places if place in child.figures]
-        if len(heads) < len(places) or any(head.sums is None for head in heads):
+        figures = [child.figures[place] for place in places if place in child.figures]
+        if len(figures) < len(places) or any(figure.sums is None for figure in figures):
             continue
-        pooled = _joined(group, heads)
+        pooled = _concatenate(group, figures)
         if math.isclose(value, pooled.value, rel_tol=1e-6):
-            others = [_other(head, parent) for head in heads] if parent else []
-            return pooled, _joined(group, [other for other in others if other]) if others else None
+            counterparts = [_parent_figure(figure, parent) for figure in figures] if parent else []
+            parent_figures = [figure for figure in counterparts if figure]
+            return pooled, _concatenate(group, parent_figures) if parent_figures else None
     return None
 
 
-def _joined(group: str, heads: Sequence[Figure]) -> Figure:
-    sums = torch.cat([head.sums for head in heads if head.sums is not None])
-    weights = torch.cat([head.weights for head in heads if head.weights is not None])
+def _concatenate(group: str, figures: Sequence[TaskFigure]) -> TaskFigure:
+    sums = torch.cat([figure.sums for figure in figures if figure.sums is not None])
+    weights = torch.cat([figure.weights for figure in figures if figure.weights is not None])
     error = float((sums / weights).std()) / math.sqrt(len(sums)) if len(sums) > 1 else None
     value = float(sums.sum() / weights.sum())
     return replace(
-        heads[0],
+        figures[0],
         task=group,
-        value=math.exp(-value) if heads[0].log else value,
-        standard_error=None if heads[0].log else error,
-        keys=tuple(key for head in heads for key in head.keys),
+        value=math.exp(-value) if figures[0].log else value,
+        standard_error=None if figures[0].log else error,
+        keys=tuple(key for figure in figures for key in figure.keys),
         sums=sums,
         weights=weights,
         version=None,

@@ -1,4 +1,4 @@
-"""The models of an evaluation: found, described, identified by content, loaded."""
+"""Find the models of an evaluation, describe them, identify them by their content, and load them."""
 
 from __future__ import annotations
 
@@ -12,111 +12,141 @@ from headwise.convert.inspect import inspect_model
 from headwise.errors import HeadwiseError
 from headwise.eval.result import Subject
 from headwise.format import layout_names
-from headwise.io.source import Source, locate
+from headwise.io.source import Source, find_source
 from headwise.io.tokenizer import load_tokenizer
-from headwise.models import architecture
+from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.protocol import LatentModel
 from headwise.progress import SILENT, Progress
 from headwise.records.manifest import hash_file
 
+# Text on which two tokenizers with the same vocabulary can still differ: spaces, digits, case, other scripts.
 PROBE = 'def f(x):\n\treturn [x**2 for x in range(10)]  # Übung, 測試 <s> </s>\n\n"It\'s 3.14."'
+# Files that change nothing that is measured.
+LICENCES = ("LICEN", "NOTICE", "COPYING", "USE_POLICY")
 
 
 @dataclass(frozen=True)
-class Model:
-    """A model's files and what is said of it."""
+class EvalModel:
+    """A model of an evaluation.
+
+    Attributes:
+        source: its files.
+        subject: its description for the report.
+    """
 
     source: Source
     subject: Subject
 
     @property
     def folder(self) -> str:
+        """Return the folder of the files."""
         return str(self.source.folder)
 
     @property
     def name(self) -> str:
-        """The repository, or the last part of a folder's path: the rest of it is nobody's business."""
+        """Return the repository, or the last part of the folder's path, which does not show private folders."""
         return self.source.name if self.source.revision else self.source.folder.resolve().name
 
     @property
     def context(self) -> int | None:
-        """The positions that the model knows, max_position_embeddings."""
+        """Return `max_position_embeddings`; None if config.json has none."""
         text = self.source.config.get("text_config") or self.source.config
         return text.get("max_position_embeddings") or text.get("n_positions")
 
     @property
-    def stock(self) -> architecture.Architecture | LatentModel | None:
-        """Where the decoder layers and their attention are; None where headwise does not know the type."""
+    def architecture(self) -> Architecture | LatentModel | None:
+        """Return where the decoder layers and their attention are; None for an unknown model type."""
         config = self.source.config
         if LatentModel.wrote(config):
             return LatentModel(config)
         try:
-            return architecture.find(config)
+            return find_architecture(config)
         except HeadwiseError:
             return None
 
+    def load_tokenizer(self) -> Any:
+        """Load the tokenizer.
 
-def find(model: str | Path, *, token: str | None = None, progress: Progress = SILENT) -> Model:
-    """Find a model and read what its config and headers say.
+        Raises:
+            HeadwiseError: there is no tokenizer.
+        """
+        return load_tokenizer(self.folder, self.subject.model)
+
+    def load(self, *, dtype: str, device: str, eager: bool = False) -> Any:
+        """Load the stock model for measurements.
+
+        Args:
+            dtype: "float32", "bfloat16", "float16" or "auto" (as config.json).
+            device: "cpu" or "cuda:N".
+            eager: whether the attention returns its weights.
+        """
+        from transformers import AutoModelForCausalLM
+
+        attention = {"attn_implementation": "eager"} if eager else {}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            self.folder, dtype=dtype, trust_remote_code=False, **attention
+        )
+        return loaded.to(device).eval()
+
+
+def find_model(model: str | Path, *, token: str | None = None, progress: Progress = SILENT) -> EvalModel:
+    """Find a model and read its config and its file headers.
+
+    Args:
+        model: a folder, or `org/name[@revision]`.
+        token: token of the Hub.
+        progress: receives the download.
 
     Raises:
         HeadwiseError: there is no such model.
     """
-    source = locate(model, token=token, progress=progress)
-    attention = cache = parameters = None
+    source = find_source(model, token=token, progress=progress)
+    attention = cache_bytes = parameters = None
     try:
-        found = inspect_model(source.folder)
-        attention, cache = layout_names(found.layouts), found.cache.bytes_per_token
-        parameters = found.parameters
-    except HeadwiseError:  # a type that headwise cannot convert can be evaluated all the same
+        inspection = inspect_model(source.folder)
+        attention, cache_bytes = layout_names(inspection.layouts), inspection.cache.bytes_per_token
+        parameters = inspection.parameters
+    except HeadwiseError:  # a model type that headwise cannot convert can still be evaluated
         pass
     subject = Subject(
         model=str(model),
         revision=source.revision,
         model_type=str(source.config.get("model_type")),
         attention=attention,
-        cache_bytes_per_token=cache,
+        cache_bytes_per_token=cache_bytes,
         parameters=parameters,
         sha256=content_hash(source),
     )
-    return Model(source, subject)
+    return EvalModel(source, subject)
 
 
 def content_hash(source: Source) -> str:
-    """SHA-256 over the names and contents of config, weights and tokenizer."""
+    """Compute the SHA-256 of names and contents of config, weights and tokenizer.
+
+    Args:
+        source: the files of a model.
+    """
     total = hashlib.sha256()
     paths = {source.folder / name for name in ("config.json", *source.weights)} | set(source.sidecars)
     for path in sorted(paths, key=lambda path: path.name):
-        if path.name.startswith(("LICEN", "NOTICE", "COPYING", "USE_POLICY")):
-            continue
-        total.update(f"{path.name}\0{_file_hash(path)}\n".encode())
+        if not path.name.startswith(LICENCES):
+            total.update(f"{path.name}\0{_file_hash(path)}\n".encode())
     return total.hexdigest()
 
 
 def _file_hash(path: Path) -> str:
-    # In the Hub's cache a large file is named by its hash, which the client has checked.
+    # The Hub's cache names a large file by its hash, which huggingface_hub has checked.
     real = path.resolve()
     if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name):
         return real.name
     return hash_file(path)
 
 
-def tokenizer_of(model: Model) -> Any:
-    """The tokenizer of a model; HeadwiseError where it has none."""
-    return load_tokenizer(model.folder, model.subject.model)
-
-
 def same_tokenizer(child: Any, parent: Any) -> bool:
-    """Whether two tokenizers make the same tokens of the same text."""
+    """Return whether two tokenizers have the same vocabulary and the same tokens for a probe text.
+
+    Args:
+        child: tokenizer of the child.
+        parent: tokenizer of the parent.
+    """
     return child.get_vocab() == parent.get_vocab() and child(PROBE)["input_ids"] == parent(PROBE)["input_ids"]
-
-
-def load(model: Model, *, dtype: str, device: str, eager: bool = False) -> Any:
-    """The stock model, ready to be measured; `eager` attention gives its weights."""
-    from transformers import AutoModelForCausalLM
-
-    attention = {"attn_implementation": "eager"} if eager else {}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        model.folder, dtype=dtype, trust_remote_code=False, **attention
-    )
-    return loaded.to(device).eval()

@@ -1,136 +1,172 @@
-"""One evaluation under way: the child, its parent (or what an earlier run kept of it), and both together."""
+"""Measure the pair of an evaluation: the child, its parent (or the parent's cached results), and both together."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from headwise import __version__, environment
-from headwise.eval import model as models
 from headwise.eval import processes
-from headwise.eval import settings as recipe
 from headwise.eval.compare import same_questions
-from headwise.eval.metrics.acceptance import acceptance
-from headwise.eval.metrics.inputs import Material
-from headwise.eval.metrics.model_metrics import Alone, Kept, measure
-from headwise.eval.model import Model
-from headwise.eval.result import Acceptance, Diagnostics
-from headwise.eval.settings import Recipe
-from headwise.eval.tasks.harness import Harness, Options
-from headwise.measure.divergence import diagnose
+from headwise.eval.metrics.acceptance import measure_acceptance
+from headwise.eval.metrics.inputs import EvalInputs
+from headwise.eval.metrics.model_metrics import ModelMetrics, ResultCache, measure_model
+from headwise.eval.model import EvalModel
+from headwise.eval.result import DraftAcceptance
+from headwise.eval.settings import EvalRecipe, EvalSettings
+from headwise.eval.tasks.harness import Harness
+from headwise.measure.divergence import Divergence, measure_divergence
 from headwise.progress import Progress
 
-PACKAGES = ("torch", "transformers", "lm_eval", "datasets", "numpy", "vllm")
+PACKAGES = ("torch", "transformers", "lm_eval", "datasets", "numpy", "scipy", "statsmodels", "vllm")
 
 
 @dataclass
-class Run:
-    """One evaluation under way."""
+class EvalPair:
+    """Child and parent of one evaluation, and how they are measured.
 
-    recipe: Recipe
-    options: Options
+    Attributes:
+        recipe: what is measured.
+        settings: resolved settings.
+        harness: the tasks; None without tasks.
+        inputs: text and prompts.
+        child: the converted model.
+        baseline: the parent; None without one.
+        work: the folder that becomes the report's folder.
+        progress: receives the stages.
+        seconds: wall clock by stage, filled by the measurements.
+    """
+
+    recipe: EvalRecipe
+    settings: EvalSettings
     harness: Harness | None
-    material: Material
-    child: Model
-    baseline: Model | None
+    inputs: EvalInputs
+    child: EvalModel
+    baseline: EvalModel | None
     work: Path
     progress: Progress
-    seconds: dict[str, float]
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def folder(self, role: str) -> Path:
-        """Where lm-eval's files of a model are: LM-EVAL'S OUTPUT PATH / MODEL."""
+        """Return the folder for the files of a model.
+
+        Args:
+            role: "child" or "parent".
+        """
         model = self.child if role == "child" else self.baseline
         assert model is not None
-        same = self.baseline is not None and self.baseline.name == self.child.name
-        return self.work / "lm-eval" / (model.name.replace("/", "__") + (f"-{role}" if same else ""))
+        same_name = self.baseline is not None and self.baseline.name == self.child.name
+        return self.work / "lm-eval" / (model.name.replace("/", "__") + (f"-{role}" if same_name else ""))
 
-    def alone(self, role: str, model: Model) -> Alone | None:
-        found = measure(model, role, self.harness, self.options, self.material, self.folder(role), self.progress)
-        if found is not None:
-            self.seconds |= {f"{role}: {stage}": seconds for stage, seconds in found.seconds.items()}
-        return found
+    def measure_child(self) -> ModelMetrics | None:
+        """Measure the child; None in a process that only computes its share of the tasks."""
+        return self._measure("child", self.child)
 
-    def parent(self, child: Alone | None, folders: Sequence[Path], cache: bool) -> tuple[Alone | None, bool]:
-        """The parent's figures, and whether they were kept from an earlier run."""
+    def measure_parent(self, child: ModelMetrics | None) -> tuple[ModelMetrics | None, bool]:
+        """Measure the parent or take its cached results.
+
+        Args:
+            child: figures of the child; None in a process that only computes its share of the tasks.
+
+        Returns:
+            The figures, None without a parent, and whether they come from the cache.
+        """
         if self.baseline is None:
             return None, False
-        kept = Kept(self._identity(self.baseline, folders))
+        cache = ResultCache(self._identity(self.baseline))
         into, tasks = self.folder("parent"), self.harness is not None
-        # Of several processes only the first has seen the child's questions.
-        found = self._taken(kept, child, into) if cache and processes.is_main() else None
-        reuse = found is not None
-        if processes.agreed(reuse) if tasks else reuse:
-            return found, True
-        found = self.alone("parent", self.baseline)
-        if found is not None and cache:
-            kept.put(into)
-        return found, False
+        # Of several processes only the first has the child's questions.
+        cached = self._cached(cache, child, into) if self.settings.cache and processes.is_main() else None
+        reuse = cached is not None
+        if processes.broadcast_decision(reuse) if tasks else reuse:
+            return cached, True
+        metrics = self._measure("parent", self.baseline)
+        if metrics is not None and self.settings.cache:
+            cache.store(into)
+        return metrics, False
 
-    def _taken(self, kept: Kept, child: Alone | None, into: Path) -> Alone | None:
-        """What was kept of the parent, if it was asked what the child was."""
-        found = kept.take(into, tasks=self.harness is not None)
-        ours, theirs = child and child.results, found and found.results
-        if ours and theirs and not same_questions(ours, theirs):
-            shutil.rmtree(into)
-            return None
-        return found
+    def measure_together(self) -> tuple[Divergence | None, DraftAcceptance | None]:
+        """Measure what needs both models in memory.
 
-    def together(self) -> tuple[Diagnostics | None, Acceptance | None]:
-        """What needs both models in memory."""
-        wanted, drafts = self.recipe.diagnostics, self.recipe.acceptance
-        if not self.recipe.together or self.baseline is None:
+        Returns:
+            Divergence and acceptance; None for a part that the recipe does not have, or without a parent.
+        """
+        if not self.recipe.needs_both_models or self.baseline is None:
             return None, None
-        how: dict[str, Any] = {"dtype": self.options.dtype, "device": self.options.device, "eager": True}
+        options: dict[str, Any] = {"dtype": self.settings.dtype, "device": self.settings.device, "eager": True}
         start = time.perf_counter()
-        ours, theirs = models.load(self.child, **how), models.load(self.baseline, **how)
-        found = accepted = None
-        if wanted and self.material.blocks is not None:
-            found = diagnose(
-                ours,
-                theirs,
-                self.material.blocks[: wanted.blocks],
-                layer_blocks=wanted.layer_blocks,
-                child_stock=self.child.stock,
-                parent_stock=self.baseline.stock,
+        child, parent = self.child.load(**options), self.baseline.load(**options)
+        divergence = None
+        if (part := self.recipe.diagnostics) is not None and self.inputs.blocks is not None:
+            divergence = measure_divergence(
+                child,
+                parent,
+                self.inputs.blocks[: part.blocks],
+                num_layer_blocks=part.layer_blocks,
+                child_architecture=self.child.architecture,
+                parent_architecture=self.baseline.architecture,
                 progress=self.progress,
             )
             self.seconds["diagnostics"] = time.perf_counter() - start
-        if drafts and self.material.prompts is not None:
-            start = time.perf_counter()
-            self.progress.stage("acceptance", total=drafts.prompts, unit="prompts")
-            try:
-                accepted = acceptance(
-                    ours,
-                    theirs,
-                    self.material.prompts[: drafts.prompts],
-                    new_tokens=drafts.new_tokens,
-                    draft_tokens=drafts.draft_tokens,
-                )
-            except ValueError as error:
-                self.progress.warn(f"transformers cannot use one of the two for assisted generation: {error}")
-            self.progress.advance(drafts.prompts)
-            self.seconds["acceptance"] = time.perf_counter() - start
-        return found, accepted
+        return divergence, self._measure_acceptance(child, parent)
 
-    def _identity(self, model: Model, folders: Sequence[Path]) -> dict[str, Any]:
-        """All that a model's figures depend on. Data that tasks download is checked question by question."""
+    def _measure_acceptance(self, child: Any, parent: Any) -> DraftAcceptance | None:
+        part = self.recipe.acceptance
+        if part is None or self.inputs.prompts is None:
+            return None
+        start = time.perf_counter()
+        self.progress.stage("acceptance", total=part.prompts, unit="prompts")
+        acceptance = None
+        try:
+            acceptance = measure_acceptance(
+                child,
+                parent,
+                self.inputs.prompts[: part.prompts],
+                new_tokens=part.new_tokens,
+                draft_tokens=part.draft_tokens,
+            )
+        except ValueError as error:
+            self.progress.warn(f"transformers cannot use one of the models in assisted generation: {error}")
+        self.progress.advance(part.prompts)
+        self.seconds["acceptance"] = time.perf_counter() - start
+        return acceptance
+
+    def _measure(self, role: str, model: EvalModel) -> ModelMetrics | None:
+        metrics = measure_model(
+            model, role, self.harness, self.settings, self.inputs, self.folder(role), self.progress
+        )
+        if metrics is not None:
+            self.seconds |= {f"{role}: {stage}": seconds for stage, seconds in metrics.seconds.items()}
+        return metrics
+
+    def _cached(self, cache: ResultCache, child: ModelMetrics | None, into: Path) -> ModelMetrics | None:
+        """Return the parent's cached results, if their questions are the child's."""
+        cached = cache.copy_to(into, tasks=self.harness is not None)
+        ours, theirs = child and child.results, cached and cached.results
+        if ours and theirs and not same_questions(ours, theirs):
+            shutil.rmtree(into)
+            return None
+        return cached
+
+    def _identity(self, model: EvalModel) -> dict[str, Any]:
+        """Return everything that the figures depend on; questions that tasks download are compared one by one."""
+        folders = self.settings.include_path
         files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
         return {
             "model": model.subject.sha256,
-            "recipe": recipe.settings_of(self.recipe),
-            "options": asdict(self.options),
-            "material": self.material.content_hash(),
+            "recipe": self.recipe.recorded(),
+            "options": self.settings.harness_options(),
+            "material": self.inputs.content_hash(),
             "tasks": {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
             "context": self.child.context,
-            "versions": versions(),
+            "versions": package_versions(),
         }
 
 
-def versions() -> dict[str, str]:
-    """Of what decides the figures."""
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that decide the figures."""
     return {"headwise": __version__} | environment.versions(PACKAGES)

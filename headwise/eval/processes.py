@@ -1,5 +1,6 @@
-"""The processes of `accelerate launch` or torchrun: each answers its share of the tasks' questions, and the first
-does everything else.
+"""Coordinate the processes of `accelerate launch` or torchrun.
+
+Each process answers a share of the tasks' requests; the first process does everything else.
 """
 
 from __future__ import annotations
@@ -14,33 +15,47 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+from headwise import compat
 from headwise.errors import HeadwiseError
 
-# The others wait while the first measures text and continuations.
-PATIENCE = timedelta(weeks=1)
+# The others wait while the first process measures text and continuations.
+TIMEOUT = timedelta(weeks=1)
+LOOK_AT_OUTPUT = (
+    "See the first failing process's output. If there is none, it was probably killed for lack of memory."
+)
+# Messages of gloo and NCCL when the connection to a process is lost.
+LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe")
 
 
-def count() -> int:
-    """How many there are."""
+def num_processes() -> int:
+    """Return the number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
-    """Whether this is the one that gets the results."""
+    """Return whether this process gets the results."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def join(device: str) -> None:
-    """Meet the others, over gloo where the device is the CPU: accelerate by itself, and so lm-eval, would not."""
-    if count() > 1:
+    """Connect the processes, over gloo if the device is the CPU, which neither accelerate nor lm-eval does.
+
+    Args:
+        device: where the models run.
+    """
+    if num_processes() > 1:
         from accelerate import PartialState
 
-        PartialState(cpu=device == "cpu", timeout=PATIENCE)
+        PartialState(cpu=device == "cpu", timeout=TIMEOUT)
 
 
-def agreed(decision: bool) -> bool:
-    """What the first process decided."""
-    if count() == 1:
+def broadcast_decision(decision: bool) -> bool:
+    """Return the decision of the first process in every process.
+
+    Args:
+        decision: the decision of this process.
+    """
+    if num_processes() == 1:
         return decision
     from accelerate.utils import broadcast_object_list
 
@@ -48,72 +63,77 @@ def agreed(decision: bool) -> bool:
     return decided
 
 
-def check_shares(tasks: Iterable[Any], limit: float | None) -> None:
-    """lm-eval fails in a process that no question is left for.
+def check_questions(tasks: Iterable[Any], limit: float | None) -> None:
+    """Check that every process gets a question of every task; lm-eval fails in a process without one.
 
     Args:
         tasks: lm-eval's tasks and groups.
-        limit: questions of each, or a share below 1.
+        limit: questions of each task, a number or a share below 1; None: all.
 
     Raises:
         HeadwiseError: a task has fewer questions than there are processes.
     """
-    from lm_eval.evaluator_utils import get_sample_size
-
-    if count() == 1:
+    if num_processes() == 1:
         return
     for task in tasks:
         if hasattr(task, "get_all_tasks"):
-            check_shares(task.get_all_tasks(), limit)
+            check_questions(task.get_all_tasks(), limit)
             continue
-        there = len(task.eval_docs)
-        asked = min(there, get_sample_size(task, limit) or there)
-        if asked < count():
+        num_questions = compat.lm_eval_num_questions(task, limit)
+        if num_questions < num_processes():
             raise HeadwiseError(
-                f"Task {task.task_name} asks {asked} questions, too few for {count()} processes.",
-                "Launch fewer of them, or raise --limit.",
+                f"Task {task.task_name} has {num_questions} questions, too few for {num_processes()} processes.",
+                "Launch fewer processes, or raise `limit`.",
             )
 
 
-def set_padding_aside(requests: list[Any]) -> None:
-    """A process with fewer requests than another repeats its last: on a copy, or these answers would count too."""
-    asked: Counter[int] = Counter()
+def copy_padding(requests: list[Any]) -> None:
+    """Replace padding requests by copies, in place.
+
+    A process with fewer requests than another one repeats its last request. On the original, the answers to the
+    padding would count too.
+
+    Args:
+        requests: lm-eval's requests of this process.
+    """
+    occurrences: Counter[int] = Counter()
     for place, request in enumerate(requests):
-        asked[id(request)] += 1
-        if asked[id(request)] > request.repeats:
+        occurrences[id(request)] += 1
+        if occurrences[id(request)] > request.repeats:
             requests[place] = replace(request, resps=[])
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """End as one and leave nothing behind: SIGTERM, by which launchers and schedulers end a process, is a Ctrl-C.
+def end_together() -> Iterator[None]:
+    """Treat SIGTERM as Ctrl-C and name the loss of another process, so that temporary files are removed.
+
+    Launchers and schedulers end a process by SIGTERM.
 
     Raises:
-        HeadwiseError: another process is gone.
+        HeadwiseError: another process ended.
     """
-    told: list[int] = []
+    received: list[int] = []
 
     def stop(number: int, _: Any) -> None:
-        told.append(number)
+        received.append(number)
         raise KeyboardInterrupt
 
-    hears = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if hears else None
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if in_main_thread else None
     try:
         yield
     except KeyboardInterrupt:
-        if told and count() > 1:
-            raise HeadwiseError("The launcher ended this process, as it does when another fails.", WHY) from None
+        if received and num_processes() > 1:
+            raise HeadwiseError(
+                "The launcher ended this process, as it does when another process fails.", LOOK_AT_OUTPUT
+            ) from None
         raise
     except RuntimeError as error:
-        if count() > 1 and any(words in str(error) for words in GONE):
-            raise HeadwiseError("Another process ended too early, and so this one ends too.", WHY) from error
+        if num_processes() > 1 and any(words in str(error) for words in LOST_CONNECTION):
+            raise HeadwiseError(
+                "Another process ended too early, so this process ends too.", LOOK_AT_OUTPUT
+            ) from error
         raise
     finally:
-        if hears:
+        if in_main_thread:
             signal.signal(signal.SIGTERM, before)
-
-
-WHY = "What the other one said is why. If it said nothing, it was killed, as a system short of memory does."
-# How gloo and NCCL say it.
-GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe")

@@ -1,19 +1,24 @@
-"""What an evaluation found, as data: made by `evaluate`, printed by the command, written by the report.
+"""The result of an evaluation: made by `evaluate_model`, printed by the command, written into the report.
 
-`Evaluation.to_dict()` is what `--json` prints and `report.json` holds: the fields below under their own names,
-tuples as lists, paths as text, plus two computed keys, `passed` and `summary`. `Evaluation.from_dict` reads it
-back. Differences are always child minus parent; `damage` turns them so that more is worse. A part that was not
-asked for or could not be measured is None (or empty), never a zero. `docs/evaluation-json.md` lists every key.
+`Evaluation.to_dict()` is the object that `--json` prints and `report.json` holds: the fields below under their own
+names, tuples as lists, paths as text, plus two computed keys, `passed` and `summary`. `Evaluation.from_dict` reads
+it back. Differences are always child minus parent; in `damage` a larger value is worse. A part that was not
+measured is None or empty, never zero. `docs/reference/evaluation-json.md` lists every key.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from headwise.eval.plain import restore
-from headwise.measure.curve import Curve
+from headwise.measure.divergence import Divergence
+from headwise.measure.positions import PositionLoss
+from headwise.schema import restore
+
+# A difference is significant if its p-value after Holm's correction is below this level.
+LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -21,13 +26,13 @@ class Subject:
     """A model that was evaluated.
 
     Attributes:
-        model: as it was given: a folder or a Hub repository.
-        revision: the commit, of a Hub repository.
-        model_type: as in config.json.
-        attention: in words: "GQA, 4 KV heads", "MLA 128+32"; None where headwise does not know the type.
-        cache_bytes_per_token: of KV cache, in the dtype of config.json; None likewise.
-        parameters: their number; None where it is not known.
-        sha256: of everything that decides what the model says (weights, config, tokenizer): 64 hex digits.
+        model: the folder or the Hub repository, as it was given.
+        revision: the commit of a Hub repository; None for a folder.
+        model_type: `model_type` of config.json.
+        attention: layout in words, such as "GQA, 4 KV heads" or "MLA 128+32"; None for an unknown model type.
+        cache_bytes_per_token: KV cache per token in the dtype of config.json; None for an unknown model type.
+        parameters: number of parameters; None if it is unknown.
+        sha256: hash of weights, config and tokenizer, 64 hex digits.
     """
 
     model: str
@@ -41,7 +46,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class Score:
-    """One model's figure, with the standard error of its sampling where there is one."""
+    """One figure of one model.
+
+    Attributes:
+        value: the figure.
+        standard_error: sampling error of the figure; None where lm-eval gives none.
+    """
 
     value: float
     standard_error: float | None
@@ -52,15 +62,17 @@ class Paired:
     """Child minus parent on the same samples.
 
     Attributes:
-        difference: of the two figures; for perplexities, of their logarithms (nats).
+        difference: difference of the two figures; for perplexities, difference of their logarithms (nats).
         standard_error: of the difference, from the differences of the samples.
-        low, high: the 95% interval of the difference: Student's t for means, studentised bootstrap over documents
-            for perplexities.
-        samples: pairs.
-        p_value: two-sided, of no difference: exact McNemar for figures of 0 and 1, else as the interval.
-        p_holm: the same after Holm's correction over the headline figures; None beside them.
+        low: lower end of the 95% interval of the difference: Student's t for means, studentised bootstrap over
+            documents for perplexities.
+        high: upper end of the same interval.
+        samples: number of pairs.
+        p_value: two-sided p-value of no difference: exact McNemar for figures of 0 and 1, else as the interval.
         test: "mcnemar", "t" or "bootstrap".
-        gained, lost: samples that only the child, only the parent gets right; None where there is no right.
+        p_holm: `p_value` after Holm's correction over the headline figures; None for other figures.
+        gained: samples that only the child gets right; None if the figure does not consist of 0 and 1.
+        lost: samples that only the parent gets right; None likewise.
     """
 
     difference: float
@@ -77,20 +89,23 @@ class Paired:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One figure of one task.
+    """One figure of one task, of the child and of the parent.
 
     Attributes:
         task: lm-eval's name, or "heldout" for the perplexity of held-out text.
         metric: lm-eval's name ("acc_norm", "exact_match"), or "perplexity".
         filter: lm-eval's filter; None for its default, "none".
-        headline: the task's main figure; these are corrected for their number and decide the gate.
-        group: of lm-eval, that the task is a part of; its own headline figure stands in place of its parts'.
-        higher_is_better: the direction; None where lm-eval does not say.
-        num_fewshot, version: of the task, as lm-eval has them.
-        child, parent: parent is None without a baseline.
-        paired: None without a baseline, or for a figure that is no mean over samples (F1, BLEU).
-        damage: how much worse the child is: lost points for accuracies (0.01 is one point), relative increase for
-            perplexities (0.01 is 1%). None without a baseline or a direction.
+        headline: whether this is the main figure of the task. Holm's correction and the gate use these figures.
+        group: lm-eval group that contains the task and has a headline figure of its own.
+        higher_is_better: direction of the figure; None where lm-eval gives none.
+        num_fewshot: examples in the prompt.
+        version: version of the task.
+        samples: number of questions or blocks.
+        child: figure of the child.
+        parent: figure of the parent; None without a baseline.
+        paired: None without a baseline, or for a figure that is not a mean over samples (F1, BLEU).
+        damage: loss of quality: points for accuracies (0.01 is one point), relative increase for perplexities (0.01
+            is 1%). None without a baseline or a direction.
     """
 
     task: str
@@ -107,94 +122,59 @@ class Comparison:
     paired: Paired | None = None
     damage: float | None = None
 
+    @property
+    def is_perplexity(self) -> bool:
+        """Return whether the figure is a perplexity, which is compared by its logarithm."""
+        return self.metric.endswith("perplexity")
+
+    @property
+    def is_significant(self) -> bool:
+        """Return whether the difference is significant at 5% after Holm's correction."""
+        return self.paired is not None and self.paired.p_holm is not None and self.paired.p_holm < LEVEL
+
+    def describe(self) -> str:
+        """Return both figures, their difference and its interval.
+
+        For example "arc_easy acc 43.1% -> 40.2% (-2.9 points, 95% -4.0 to -1.8)".
+        """
+        assert self.paired is not None and self.parent is not None
+        paired, label = self.paired, f"{self.task} {self.metric}"
+        if self.is_perplexity:
+            return (
+                f"{label} {self.parent.value:.4g} -> {self.child.value:.4g} "
+                f"({paired.difference:+.4f} nats, 95% {paired.low:+.4f} to {paired.high:+.4f})"
+            )
+        return (
+            f"{label} {self.parent.value:.1%} -> {self.child.value:.1%} "
+            f"({100 * paired.difference:+.1f} points, 95% {100 * paired.low:+.1f} to {100 * paired.high:+.1f})"
+        )
+
 
 @dataclass(frozen=True)
-class Positions:
-    """Loss by position, on the same tokens. `trained` is max_position_embeddings: the child's, the parent's."""
+class PositionComparison:
+    """Loss by position of child and parent on the same tokens.
 
-    child: Curve
-    parent: Curve | None
+    Attributes:
+        child: loss of the child.
+        parent: loss of the parent; None without a baseline.
+        trained: `max_position_embeddings` of the child.
+        parent_trained: `max_position_embeddings` of the parent.
+    """
+
+    child: PositionLoss
+    parent: PositionLoss | None
     trained: int | None
     parent_trained: int | None
 
 
 @dataclass(frozen=True)
-class Layer:
-    """How far the child's activations are from the parent's: min over c of ||c child - parent|| / ||parent||, over
-    all tokens. A factor counts for nothing because norms take it out; MLA folders scale their residual stream.
-
-    `hidden` is of the residual stream behind the layer, `attention` of what the layer's attention says; both on
-    each model's own inputs, so that errors of earlier layers are in them.
-    """
-
-    layer: int
-    hidden: float
-    attention: float
-
-
-@dataclass(frozen=True)
-class Head:
-    """A query head by its place."""
-
-    layer: int
-    head: int
-
-
-@dataclass(frozen=True)
-class Entropy:
-    """Attention entropy of every query head, as a share of the most it can be (0: one token, 1: all alike).
+class TextQuality:
+    """Quality of the greedy continuations of one model.
 
     Attributes:
-        child, parent: (layers, heads).
-        collapsed, uniform: heads of the child beyond the bounds where the parent's is not.
-        parent_collapsed, parent_uniform: heads of the parent beyond them.
-        collapsed_below, uniform_above: the bounds.
-        changed: heads whose entropy differs by more than `changed_by`.
-    """
-
-    child: tuple[tuple[float, ...], ...]
-    parent: tuple[tuple[float, ...], ...]
-    collapsed: tuple[Head, ...]
-    uniform: tuple[Head, ...]
-    parent_collapsed: tuple[Head, ...]
-    parent_uniform: tuple[Head, ...]
-    changed: tuple[Head, ...]
-    collapsed_below: float
-    uniform_above: float
-    changed_by: float
-
-
-@dataclass(frozen=True)
-class Diagnostics:
-    """Parent and child on the same tokens.
-
-    Attributes:
-        tokens: predictions compared.
-        kl: mean KL(parent || child) of the next-token distributions, nats.
-        kl_standard_error: over blocks of text.
-        kl_p99: the 99th percentile over tokens.
-        top1, top5: share of predictions with the same first token; mean share of the parent's five first tokens
-            among the child's five.
-        layers: errors of each layer; empty where the two differ in depth or width.
-        entropy: None where the stock class does not give attention weights, or the two differ in heads.
-    """
-
-    tokens: int
-    kl: float
-    kl_standard_error: float | None
-    kl_p99: float
-    top1: float
-    top5: float
-    layers: tuple[Layer, ...] = ()
-    entropy: Entropy | None = None
-
-
-@dataclass(frozen=True)
-class Writing:
-    """Greedy continuations of one model.
-
-    `repetition`: mean share of 4-grams that repeat an earlier one of the same continuation (Welleck et al. 2019,
-    arXiv 1908.04319, seq-rep-4). `early_end`: share of continuations that end the text before half their length.
+        repetition: mean share of 4-grams that occur earlier in the same continuation (seq-rep-4 of Welleck et al.
+            2019, arXiv 1908.04319).
+        early_end: share of continuations that end before half the requested length.
     """
 
     repetition: float
@@ -202,8 +182,14 @@ class Writing:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One prompt and its greedy continuations, as text."""
+class Continuation:
+    """One prompt and its greedy continuations, as text.
+
+    Attributes:
+        prompt: the prompt.
+        child: continuation by the child.
+        parent: continuation by the parent; None without a baseline.
+    """
 
     prompt: str
     child: str
@@ -211,39 +197,44 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Generation:
-    """What the models write.
+class GenerationComparison:
+    """Greedy continuations of child and parent after the same prompts.
 
     Attributes:
-        prompts, new_tokens: how many, and tokens asked for after each.
-        child, parent: parent is None without a baseline.
-        agreement: mean share of the first `agreement_tokens` tokens up to the first that differs; None likewise.
-        identical: share of continuations that are the same to the end; None likewise.
-        complaints: what is wrong, in sentences; empty is good.
-        samples: a few to read.
+        prompts: number of prompts.
+        new_tokens: tokens requested after each prompt.
+        child: quality of the child's continuations.
+        parent: quality of the parent's continuations; None without a baseline.
+        agreement: mean share of the first `agreement_tokens` tokens before the first difference; None without a
+            baseline.
+        agreement_tokens: number of tokens that `agreement` compares.
+        identical: share of continuations that are equal to the end; None without a baseline.
+        complaints: defects in sentences; empty if there are none.
+        samples: a few continuations to read.
     """
 
     prompts: int
     new_tokens: int
-    child: Writing
-    parent: Writing | None
+    child: TextQuality
+    parent: TextQuality | None
     agreement: float | None
     agreement_tokens: int
     identical: float | None
     complaints: tuple[str, ...]
-    samples: tuple[Sample, ...]
+    samples: tuple[Continuation, ...]
 
 
 @dataclass(frozen=True)
-class Acceptance:
-    """The child as the draft of its parent, in transformers' assisted generation.
+class DraftAcceptance:
+    """The child as draft model of its parent, in the assisted generation of transformers.
 
     Attributes:
-        prompts, new_tokens: how many, and tokens asked for after each.
-        draft_tokens: proposed at once.
-        rate: accepted tokens / proposed tokens.
-        tokens_per_step: tokens for each forward pass of the parent.
-        exact: share of outputs equal to the parent's own greedy output, token for token.
+        prompts: number of prompts.
+        new_tokens: tokens requested after each prompt.
+        draft_tokens: tokens drafted in one step.
+        rate: accepted tokens / drafted tokens.
+        tokens_per_step: tokens per forward pass of the parent.
+        exact: share of outputs that equal the parent's own greedy output, token for token.
     """
 
     prompts: int
@@ -255,8 +246,15 @@ class Acceptance:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """Share of passkeys retrieved at one length (tokens) and depth (share of the text before the key)."""
+class PasskeyCell:
+    """Share of passkeys retrieved at one length and depth.
+
+    Attributes:
+        length: tokens of the prompt with its answer.
+        depth: share of the filler text before the key.
+        child: share that the child retrieves.
+        parent: share that the parent retrieves; None without a baseline.
+    """
 
     length: int
     depth: float
@@ -266,7 +264,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Gate:
-    """One condition, whether it holds, and why, in a sentence."""
+    """One condition on the result.
+
+    Attributes:
+        name: name of the condition.
+        passed: whether the condition holds.
+        detail: the reason, in a sentence.
+    """
 
     name: str
     passed: bool
@@ -275,23 +279,29 @@ class Gate:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything.
+    """The whole result of `evaluate_model`.
 
     Attributes:
-        child, parent: parent is None without a baseline.
-        recipe: its name, or None where tasks were named instead.
-        command: the command line that repeats this.
-        settings: what was decided: tasks, num_fewshot, limit, batch_size, dtype, device, backend, seed, recipe.
-        comparisons: in the order of the recipe; each task's headline figure first, a group's before its parts'.
-        positions, diagnostics, generation, acceptance, passkey: None or empty where the recipe has none.
-        fail_above: of the gate; None: no gate was asked for.
-        gates: judged in any case; only with `fail_above` do they decide the exit code.
-        seconds: wall clock by stage, in the order of the work; "parent: tasks" is missing when reused is true.
-        lm_eval_seconds: of these, spent inside lm-eval.
-        reused: the parent's task results were kept from an earlier run.
-        versions: packages that took part.
+        child: the converted model.
+        parent: the model it is compared with; None without a baseline.
+        recipe: name of the recipe; None if only tasks were given.
+        command: command line that repeats the evaluation.
+        settings: tasks, num_fewshot, limit, batch_size, dtype, device, backend, seed, include_path and recipe.
+        comparisons: figures in the order of the recipe; the headline of a task first, a group before its parts.
+        seconds: wall clock by stage, in order; "parent: tasks" is missing if `reused` is true.
+        lm_eval_seconds: the part of `seconds` spent inside lm-eval.
+        versions: versions of the packages that decide the figures.
+        reused: whether the parent's results come from an earlier run.
+        positions: None if the recipe has no text.
+        diagnostics: None if the recipe has none, or without a baseline.
+        generation: None if the recipe has none.
+        acceptance: None if the recipe has none, or without a baseline.
+        passkey: empty if the recipe has no passkey task.
+        fail_above: damage that the gate allows; None without a gate.
+        gates: conditions; they decide the exit code only with `fail_above`.
         figures: name ("entropy", "positions", "passkey") -> PNG, relative to the report's folder.
-        logs: "child", "parent" -> folder with lm-eval's own result and sample files, relative likewise.
+        logs: "child", "parent" -> folder with lm-eval's result and sample files, relative to the report's folder.
+        schema_version: version of this format.
     """
 
     child: Subject
@@ -304,11 +314,11 @@ class Evaluation:
     lm_eval_seconds: float
     versions: dict[str, str]
     reused: bool = False
-    positions: Positions | None = None
-    diagnostics: Diagnostics | None = None
-    generation: Generation | None = None
-    acceptance: Acceptance | None = None
-    passkey: tuple[Cell, ...] = ()
+    positions: PositionComparison | None = None
+    diagnostics: Divergence | None = None
+    generation: GenerationComparison | None = None
+    acceptance: DraftAcceptance | None = None
+    passkey: tuple[PasskeyCell, ...] = ()
     fail_above: float | None = None
     gates: tuple[Gate, ...] = ()
     figures: dict[str, str] = field(default_factory=dict)
@@ -317,30 +327,68 @@ class Evaluation:
 
     @property
     def passed(self) -> bool:
-        """Whether every gate holds."""
+        """Return whether every gate holds."""
         return all(gate.passed for gate in self.gates)
 
     @property
     def headlines(self) -> tuple[Comparison, ...]:
-        """One figure for each task."""
-        return tuple(one for one in self.comparisons if one.headline)
+        """Return the main figure of each task."""
+        return tuple(comparison for comparison in self.comparisons if comparison.headline)
 
     @property
     def summary(self) -> tuple[str, ...]:
-        """The answer in a few sentences."""
-        from headwise.eval.report.summary import sentences
-
-        return tuple(sentences(self))
+        """Return the result in a few sentences."""
+        return tuple(_summary_sentences(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; see the module's docstring."""
+        """Return plain data; the docstring of the module describes it."""
         return dataclasses.asdict(self) | {"passed": self.passed, "summary": list(self.summary)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Evaluation:
-        """The evaluation that `to_dict` gave, also after a round through JSON (where NaN became None).
+        """Build an evaluation from the result of `to_dict`, also after a round trip through JSON.
+
+        Args:
+            data: result of `to_dict`; JSON turns NaN into None.
+
+        Returns:
+            The evaluation.
 
         Raises:
-            KeyError, TypeError: the data is no evaluation.
+            KeyError: a key is missing.
+            TypeError: a value has the wrong type.
         """
         return restore(cls, data)
+
+
+def _summary_sentences(evaluation: Evaluation) -> Iterator[str]:
+    """Yield sentences about the headline figures, the agreement with the parent and the gates."""
+    compared = [comparison for comparison in evaluation.headlines if comparison.paired is not None]
+    significant = [comparison for comparison in compared if comparison.is_significant]
+    if compared:
+        worse = [comparison.describe() for comparison in significant if (comparison.damage or 0) > 0]
+        better = [comparison.describe() for comparison in significant if (comparison.damage or 0) < 0]
+        num_others = len(compared) - len(worse) - len(better)
+        if worse:
+            yield f"Significantly worse: {'; '.join(worse)}."
+        if better:
+            yield f"Significantly better: {'; '.join(better)}."
+        if num_others:
+            yield f"No significant difference in {num_others} of {len(compared)} figures."
+    if (divergence := evaluation.diagnostics) is not None:
+        yield (
+            f"The child predicts the parent's next token in {divergence.top1:.1%} of {divergence.tokens:,} "
+            f"predictions (KL {divergence.kl:.4f} nats)."
+        )
+    if (drafts := evaluation.acceptance) is not None:
+        yield (
+            f"As a draft model of its parent, {drafts.rate:.1%} of its tokens are accepted: "
+            f"{drafts.tokens_per_step:.2f} tokens per forward pass of the parent."
+        )
+    after = evaluation.child.cache_bytes_per_token
+    before = evaluation.parent and evaluation.parent.cache_bytes_per_token
+    if after and before:
+        yield f"KV cache: {before:,} -> {after:,} bytes per token ({after / before:.1%})."
+    for gate in evaluation.gates:
+        if not gate.passed:
+            yield f"Gate {gate.name} fails: {gate.detail}"

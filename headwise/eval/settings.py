@@ -1,137 +1,458 @@
-"""Evaluation recipes: what `headwise eval` measures, as data. YAML in, checked dataclasses out.
+"""Everything that a user decides about an evaluation: defaults, legal values and contradictions, once.
 
-A part that a recipe leaves out is not measured. The YAML files lie in `recipes/` beside this file; their checks are
-those of the training recipes.
+`EvalSettings` holds the options of `evaluate_model` and of `headwise eval`. `EvalRecipe` holds what is measured, as
+data in a YAML file of `recipes/` beside this file or of the user; a part that a recipe leaves out is not measured.
+Both validate themselves and raise `SettingError`.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from headwise.errors import HeadwiseError
-from headwise.recipes import settings as schema
+from headwise import fields, schema
+from headwise.errors import SettingError
+from headwise.fields import check_fields, is_given, settings_of
+from headwise.format import plain
 
 LIBRARY = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = "quick"
+BACKENDS = ("hf", "vllm")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+# On a CPU the search for the largest batch that fits would take longer than the tasks.
+CPU_BATCH_SIZE = 16
+# Fields that compare with the parent.
+NEED_BASELINE = ("fail_above", "cache")
+
+
+def parse_limit(word: str) -> float:
+    """Return lm-eval's limit: 100 for "100", 0.1 for "0.1".
+
+    Args:
+        word: a word of the command line.
+
+    Raises:
+        ValueError: the word is not a number.
+    """
+    return float(word)
+
+
+def parse_batch_size(word: str) -> int | str:
+    """Return lm-eval's batch size: 8 for "8", and "auto" or "auto:4" as they are.
+
+    Args:
+        word: a word of the command line.
+
+    Raises:
+        ValueError: the word is neither.
+    """
+    return word if word.startswith("auto") else int(word)
+
+
+def parse_tasks(word: str) -> list[str]:
+    """Return ["a", "b"] for "a,b".
+
+    Args:
+        word: a word of the command line.
+
+    Raises:
+        ValueError: the word holds no name.
+    """
+    names = [name.strip() for name in word.split(",") if name.strip()]
+    if not names:
+        raise ValueError
+    return names
+
+
+def _check_limit(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError
+    if 0 < value < 1:
+        return float(value)
+    if value < 1 or value != int(value):
+        raise ValueError
+    return int(value)
+
+
+def _check_batch_size(value: Any) -> int | str:
+    if isinstance(value, str) and re.fullmatch(r"auto(:\d+(\.\d+)?)?", value):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError
+    return value
+
+
+def _check_names(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not all(isinstance(name, str) and name for name in value):
+        raise ValueError
+    return tuple(value)
+
+
+def _check_folders(value: Any) -> tuple[Path, ...]:
+    if isinstance(value, str | Path) or not all(isinstance(folder, str | Path) and str(folder) for folder in value):
+        raise ValueError
+    return tuple(Path(folder).expanduser() for folder in value)
+
+
+def _check_model(value: Any) -> str | Path:
+    if not isinstance(value, str | Path) or not str(value):
+        raise ValueError
+    return value
+
+
+def _check_shares(value: Any, *, zero: bool) -> tuple[float, ...]:
+    for share in value:
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ValueError
+        if not share and not zero:
+            raise ValueError
+    if not value:
+        raise ValueError
+    return tuple(map(float, value))
+
+
+def _limit(help: str, **more: Any) -> Any:
+    wanted = "a number of questions or a share below 1"
+    return fields.other(help, check=_check_limit, parse=parse_limit, wanted=wanted, metavar="N", **more)
+
+
+def _shares(help: str, default: Sequence[float], *, zero: bool) -> Any:
+    return fields.other(
+        help,
+        check=lambda value: _check_shares(value, zero=zero),
+        parse=lambda word: [fields.parse_fraction(part) for part in word.split(",")],
+        wanted=f"a list of fractions {'from' if zero else 'above'} 0 and up to 1",
+        metavar="FRACTIONS",
+        default=tuple(default),
+    )
 
 
 @dataclass(frozen=True)
-class Text:
-    """Text whose perplexity is measured, in blocks."""
+class _Part:
+    """A part of a recipe; it checks its fields when it is made."""
 
-    text: str = "builtin"
-    """builtin, a .txt or .jsonl file, or hf:DATASET."""
-    split: str = "heldout"
-    """Of builtin."""
-    length: int = 512
-    """Tokens in a block, or the model's context where that is shorter."""
-    blocks: int = 48
-    stretches: int = 16
-    """Points of the curve of loss by position."""
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
-class Positions:
-    """Loss by position up to the child's whole context, in windows that let each token stand at each stretch."""
+class PerplexityPart(_Part):
+    """The text of the perplexity, in blocks."""
 
-    text: str = "builtin"
-    split: str = "heldout"
-    stretches: int = 16
-    windows: int = 24
-
-
-@dataclass(frozen=True)
-class Passkey:
-    """The grid of task headwise_passkey, whose lengths are shares of the child's context."""
-
-    lengths: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])
-    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
-    samples: int = 10
+    text: str = fields.text("builtin, a .txt or .jsonl file, or hf:DATASET.", metavar="SOURCE", default="builtin")
+    split: str = fields.text("The part of builtin.", metavar="SPLIT", default="heldout")
+    length: int = fields.number("Tokens in a block; the model's context, if that is shorter.", default=512)
+    blocks: int = fields.number("Number of blocks.", default=48)
+    stretches: int = fields.number("Points of the curve of loss by position.", default=16)
 
 
 @dataclass(frozen=True)
-class Diagnostics:
-    """Parent and child on the same tokens of the recipe's `perplexity` text."""
+class PositionsPart(_Part):
+    """Loss by position up to the child's context, on windows that put each token into each interval once."""
 
-    blocks: int = 16
-    """How many of its blocks: their next-token distributions."""
-    layer_blocks: int = 2
-    """How many of these: errors by layer and attention entropy."""
+    text: str = fields.text("builtin, a .txt or .jsonl file, or hf:DATASET.", metavar="SOURCE", default="builtin")
+    split: str = fields.text("The part of builtin.", metavar="SPLIT", default="heldout")
+    stretches: int = fields.number("Points of the curve.", default=16)
+    windows: int = fields.number("Number of windows.", default=24)
 
 
 @dataclass(frozen=True)
-class Generation:
+class PasskeyPart(_Part):
+    """The grid of the task headwise_passkey."""
+
+    lengths: tuple[float, ...] = _shares(
+        "Lengths of the prompts, as shares of the child's context.", (0.25, 0.5, 1.0), zero=False
+    )
+    depths: tuple[float, ...] = _shares(
+        "Shares of the filler text before the key.", (0.0, 0.25, 0.5, 0.75, 1.0), zero=True
+    )
+    samples: int = fields.number("Prompts at each point of the grid.", default=10)
+
+
+@dataclass(frozen=True)
+class DiagnosticsPart(_Part):
+    """Child and parent on the same tokens of the recipe's `perplexity` text."""
+
+    blocks: int = fields.number("Number of blocks whose next-token distributions are compared.", default=16)
+    layer_blocks: int = fields.number(
+        "Number of these blocks whose layer outputs and attention entropy are compared.", default=2
+    )
+
+
+@dataclass(frozen=True)
+class GenerationPart(_Part):
     """Greedy continuations of held-out text."""
 
-    prompts: int = 16
-    prompt_tokens: int = 64
-    new_tokens: int = 48
+    prompts: int = fields.number("Number of prompts.", default=16)
+    prompt_tokens: int = fields.number("Tokens in a prompt.", default=64)
+    new_tokens: int = fields.number("Tokens to write after each prompt.", default=48)
 
 
 @dataclass(frozen=True)
-class Acceptance:
-    """The child as a draft for its parent, on the first prompts of `generation`."""
+class AcceptancePart(_Part):
+    """The child as draft model of its parent, on the first prompts of `generation`."""
 
-    prompts: int = 8
-    new_tokens: int = 48
-    draft_tokens: int = 4
+    prompts: int = fields.number("Number of prompts.", default=8)
+    new_tokens: int = fields.number("Tokens to write after each prompt.", default=48)
+    draft_tokens: int = fields.number("Tokens that the child drafts in one step.", default=4)
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A whole evaluation."""
+class EvalRecipe:
+    """What an evaluation measures.
+
+    Attributes:
+        about: one sentence for `headwise recipes list`.
+        tasks: tasks of lm-eval or of this package.
+        online: more tasks, which download their questions; they run with the option `online` only.
+        num_fewshot: examples in each prompt; None: the number that each task sets.
+        limit: questions of each task, a number or a share below 1; None: all.
+        perplexity: None: not measured.
+        positions: None: not measured.
+        passkey: grid of the passkey task; None: the task's own.
+        diagnostics: None: not measured.
+        generation: None: not measured.
+        acceptance: None: not measured.
+
+    Raises:
+        SettingError: a value is not legal, or a part needs another one that is missing.
+    """
 
     about: str
     tasks: list[str] = field(default_factory=list)
-    """Of lm-eval, or of this package."""
     online: list[str] = field(default_factory=list)
-    """More tasks, that download their questions: measured with --online."""
-    num_fewshot: int | None = None
-    """Examples in each prompt; null: each task's own number."""
-    limit: float | None = None
-    """Questions of each task: a number, or a share below 1."""
-    perplexity: Text | None = None
-    positions: Positions | None = None
-    passkey: Passkey | None = None
-    diagnostics: Diagnostics | None = None
-    generation: Generation | None = None
-    acceptance: Acceptance | None = None
+    num_fewshot: int | None = fields.number("Examples in each prompt.", minimum=0)
+    limit: float | None = _limit("Questions of each task.")
+    perplexity: PerplexityPart | None = None
+    positions: PositionsPart | None = None
+    passkey: PasskeyPart | None = None
+    diagnostics: DiagnosticsPart | None = None
+    generation: GenerationPart | None = None
+    acceptance: AcceptancePart | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name, needed in (("diagnostics", "perplexity"), ("acceptance", "generation")):
+            if getattr(self, name) is not None and getattr(self, needed) is None:
+                raise SettingError(name, f"`{name}` uses the text of `{needed}`, which is missing.")
 
     @property
-    def together(self) -> bool:
-        """Whether parent and child must be in memory at once."""
+    def needs_both_models(self) -> bool:
+        """Return whether child and parent must be in memory at the same time."""
         return self.diagnostics is not None or self.acceptance is not None
 
+    def recorded(self) -> dict[str, Any]:
+        """Return the values that decide the figures: everything but the description."""
+        return {name: value for name, value in plain(asdict(self)).items() if name != "about"}
 
-def load(recipe: str | Path) -> Recipe:
-    """Read a recipe, by the name of one in the library or a YAML file.
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What an evaluation does.
+
+    A field that is None was not given; the recipe, the tasks or the device decide then.
 
     Raises:
-        HeadwiseError: no such recipe, not YAML, unknown key, value of the wrong type, parts that need others.
+        SettingError: a value is not legal or contradicts another one.
     """
-    path = find(recipe)
-    checked = schema.build(Recipe, schema.read(path), str(path))
-    if checked.diagnostics and not checked.perplexity:
-        raise HeadwiseError(f"{path}: diagnostics reads the text of perplexity, which is missing.")
-    if checked.acceptance and not checked.generation:
-        raise HeadwiseError(f"{path}: acceptance takes the prompts of generation, which is missing.")
-    return checked
+
+    baseline: str | Path | None = fields.other(
+        "The parent, measured in the same run.",
+        check=_check_model,
+        parse=str,
+        wanted="a folder or a Hub repository",
+        metavar="MODEL",
+        section="Options",
+    )
+    # What to measure
+    recipe: str | Path | None = fields.other(
+        "quick, standard, long-context or a FILE [quick].",
+        check=_check_model,
+        parse=str,
+        wanted="the name of a recipe or a YAML file",
+        metavar="RECIPE",
+        section="What to measure",
+    )
+    tasks: tuple[str, ...] = fields.other(
+        "Tasks of lm-eval.",
+        check=_check_names,
+        parse=parse_tasks,
+        wanted="a list such as hellaswag,arc_easy",
+        metavar="NAMES",
+        section="What to measure",
+        default=(),
+    )
+    online: bool = fields.flag(
+        "Also the recipe's tasks that download their questions (RULER).", section="What to measure"
+    )
+    include_path: tuple[Path, ...] = fields.other(
+        "A folder with tasks of yours; may be repeated.",
+        check=_check_folders,
+        parse=Path,
+        wanted="a list of folders",
+        metavar="DIR",
+        section="What to measure",
+        multiple=True,
+        default=(),
+    )
+    num_fewshot: int | None = fields.number(
+        "Examples in each prompt [each task's own].", minimum=0, section="What to measure"
+    )
+    limit: float | None = _limit("Questions of each task [all].", section="What to measure")
+    fail_above: float | None = fields.fraction(
+        "Exit with code 1 if a loss of quality is significantly larger.", zero=True, section="What to measure"
+    )
+    # How to run it
+    batch_size: int | str | None = fields.other(
+        f"lm-eval's [{CPU_BATCH_SIZE} on a CPU, auto on a GPU].",
+        check=_check_batch_size,
+        parse=parse_batch_size,
+        wanted="a number of at least 1, auto or auto:N",
+        metavar="N",
+        section="How to run it",
+    )
+    backend: str = fields.choice("What runs the tasks [hf].", BACKENDS, default="hf", section="How to run it")
+    dtype: str | None = fields.choice("Precision [float32 on a CPU, else auto].", DTYPES, section="How to run it")
+    cache: bool = fields.flag("Measure the parent again.", default=True, flag="--no-cache", section="How to run it")
+    # Output
+    report: Path | None = fields.folder("The report's folder [NAME-eval].", metavar="DIR", section="Output")
+    force: bool = fields.flag("Replace that folder.", section="Output")
+    seed: int = fields.number("Of everything random [0].", minimum=0, default=0)
+    device: str | None = fields.text("cpu, cuda or cuda:N [a GPU if there is one].", metavar="DEVICE")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in NEED_BASELINE:
+            if is_given(self, name) and self.baseline is None:
+                raise SettingError(
+                    name, f"`{name}` is {getattr(self, name)!r}, which needs a parent: give `baseline`."
+                )
+
+    @property
+    def recipe_name(self) -> str | Path | None:
+        """Return the recipe in force: the given one, the default, or None if only tasks were given."""
+        return self.recipe or (None if self.tasks else DEFAULT_RECIPE)
+
+    def choose_recipe(self) -> EvalRecipe:
+        """Load the recipe and add the given tasks and options to it.
+
+        Raises:
+            HeadwiseError: there is no such recipe.
+            SettingError: a value of the recipe is not legal, or `online` adds nothing to it.
+        """
+        name = self.recipe_name
+        recipe = load_eval_recipe(name) if name is not None else EvalRecipe(about="Tasks by name.")
+        if self.online and not recipe.online:
+            place = "without a recipe there are none" if name is None else f"the recipe {name} has none"
+            raise SettingError(
+                "online",
+                f"`online` is True, which adds a recipe's tasks that download their questions, but {place}.",
+                "Leave out `online`.",
+            )
+        online = recipe.online if self.online else []
+        return replace(
+            recipe,
+            tasks=list(dict.fromkeys([*recipe.tasks, *online, *self.tasks])),
+            num_fewshot=recipe.num_fewshot if self.num_fewshot is None else self.num_fewshot,
+            limit=recipe.limit if self.limit is None else self.limit,
+        )
+
+    def resolve(self, recipe: EvalRecipe, device: str) -> EvalSettings:
+        """Return the settings with every value that a recipe and a device decide.
+
+        Args:
+            recipe: result of `choose_recipe`.
+            device: where the models run, such as "cpu" or "cuda:1".
+
+        Returns:
+            Settings whose `batch_size`, `dtype` and `device` are not None.
+        """
+        on_cpu = device == "cpu"
+        return replace(
+            self,
+            num_fewshot=recipe.num_fewshot,
+            limit=recipe.limit,
+            batch_size=self.batch_size or (CPU_BATCH_SIZE if on_cpu else "auto"),
+            dtype=self.dtype or ("float32" if on_cpu else "auto"),
+            device=device,
+        )
+
+    def harness_options(self) -> dict[str, Any]:
+        """Return the options of lm-eval, under its names."""
+        names = ("num_fewshot", "limit", "batch_size", "backend", "dtype", "device", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    def recorded(self, recipe: EvalRecipe) -> dict[str, Any]:
+        """Return what the report keeps of the settings.
+
+        Args:
+            recipe: result of `choose_recipe`.
+        """
+        return {
+            **self.harness_options(),
+            "tasks": recipe.tasks,
+            "include_path": [str(folder) for folder in self.include_path],
+            "recipe": recipe.recorded(),
+        }
+
+    def command(self, child: str | Path) -> str:
+        """Return the command line that repeats the evaluation.
+
+        Args:
+            child: the model that was evaluated.
+        """
+        words = ["headwise", "eval", str(child)]
+        values = {name: getattr(self, name) for name in settings_of(self)} | {"recipe": self.recipe_name}
+        for name, (declared, setting) in settings_of(self).items():
+            if name in ("force", "cache") or (name == "backend" and values[name] == declared.default):
+                continue
+            flag, value = f"--{name.replace('_', '-')}", values[name]
+            if setting.is_flag:
+                words += [flag] if value else []
+            elif setting.multiple:
+                words += [word for item in value for word in (flag, str(item))]
+            elif name == "tasks":
+                words += [flag, ",".join(value)] if value else []
+            elif value is not None:
+                words += [flag, f"{value:.6g}" if isinstance(value, float) else str(value)]
+        return shlex.join(words)
 
 
-def find(recipe: str | Path) -> Path:
-    """The file of an evaluation recipe given by name or path."""
-    return schema.find(recipe, LIBRARY)
+def load_eval_recipe(recipe: str | Path) -> EvalRecipe:
+    """Read an evaluation recipe.
+
+    Args:
+        recipe: the name of a recipe in the library, or a YAML file.
+
+    Raises:
+        HeadwiseError: there is no such recipe, or it is not YAML.
+        SettingError: a key is unknown or missing, or a value is not legal.
+    """
+    return schema.load_file(EvalRecipe, find_eval_recipe(recipe))
 
 
-def is_evaluation(recipe: str) -> bool:
-    """Whether a name is that of an evaluation recipe alone, or a file holds one: it says what to measure, and not
-    what to train on."""
+def find_eval_recipe(recipe: str | Path) -> Path:
+    """Return the file of an evaluation recipe.
+
+    Args:
+        recipe: the name of a recipe in the library, or a YAML file.
+
+    Raises:
+        HeadwiseError: there is no such recipe.
+    """
+    return schema.find_file(recipe, LIBRARY)
+
+
+def is_eval_recipe(recipe: str) -> bool:
+    """Return whether a recipe is an evaluation recipe: a name of the library, or a file without training data.
+
+    Args:
+        recipe: a name or a YAML file.
+    """
     if not Path(recipe).is_file():
-        return not (schema.LIBRARY / f"{recipe}.yaml").is_file() and (LIBRARY / f"{recipe}.yaml").is_file()
-    return "data" not in schema.read(Path(recipe))
-
-
-def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """What decides the figures: everything but the description."""
-    return {name: value for name, value in asdict(recipe).items() if name != "about"}
+        return (LIBRARY / f"{recipe}.yaml").is_file()
+    return "data" not in schema.read_mapping(Path(recipe))

@@ -1,9 +1,9 @@
-"""PURE: is a difference between two models on the same samples real? Paired statistics, in float64.
+"""Test whether a difference between two models on the same samples is significant. Paired statistics in float64.
 
-A mean of paired differences is judged by Student's t, a ratio of sums (nats per token over documents of unlike
-length) by the studentised bootstrap over documents (Efron & Tibshirani 1993, An Introduction to the Bootstrap,
-12.5), flips between right and wrong by the exact form of McNemar's test, and several tasks together by Holm's
-step-down procedure (1979).
+Means of paired differences use Student's t. Ratios of sums (nats per token over documents of different length) use
+the studentised bootstrap over documents (Efron & Tibshirani 1993, An Introduction to the Bootstrap, 12.5). Changes
+between right and wrong use the exact McNemar test (1947), and several tasks together Holm's step-down correction
+(1979). The distributions are those of scipy, the correction is that of statsmodels.
 """
 
 from __future__ import annotations
@@ -11,26 +11,51 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from headwise.errors import HeadwiseError
+
 RESAMPLES = 2000
-# Numbers drawn at once while resampling: bounds memory, not the result.
-_AT_ONCE = 1 << 22
+# Random numbers drawn at once by the bootstrap: bounds memory, does not change the result.
+_DRAWN_AT_ONCE = 1 << 22
+
+
+def require_packages() -> None:
+    """Check that the packages of the statistics are installed.
+
+    Raises:
+        HeadwiseError: scipy or statsmodels is not installed.
+    """
+    missing = [name for name in ("scipy", "statsmodels") if find_spec(name) is None]
+    if missing:
+        raise HeadwiseError(
+            f"The statistics of an evaluation need {' and '.join(missing)}, which is not installed.",
+            "pip install 'headwise[eval]'",
+        )
+
+
+def _distributions() -> Any:
+    """Return scipy.stats, whose import takes a second."""
+    from scipy import stats
+
+    return stats
 
 
 @dataclass(frozen=True)
 class Difference:
-    """An estimated difference and how far off it may be.
+    """An estimated difference and its sampling error.
 
     Attributes:
         estimate: child minus parent.
         standard_error: of the estimate; infinite for a single sample.
-        samples: pairs behind it.
-        pivots: errors of resampled estimates in units of their own standard errors, sorted; None: the errors follow
-            Student's t with `samples - 1` degrees of freedom.
-        binary: whether each sample is right or wrong, so that equal pairs leave room for others not yet seen.
+        samples: number of pairs.
+        pivots: errors of resampled estimates in units of their own standard errors, sorted, (resamples,); None: the
+            errors follow Student's t with `samples - 1` degrees of freedom.
+        binary: whether each sample is right or wrong. Equal pairs then still allow a difference on other samples.
     """
 
     estimate: float
@@ -44,11 +69,18 @@ class Difference:
         return replace(self, estimate=-self.estimate, pivots=pivots)
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Bounds that hold the true difference in `level` of all repetitions."""
+        """Compute the confidence interval of the true difference.
+
+        Args:
+            level: share of repetitions whose interval contains the true difference.
+
+        Returns:
+            The lower and the upper bound.
+        """
         if self.standard_error == 0:
-            # The largest share of flips that is likely to show none (Clopper & Pearson 1934), either way.
-            unseen = 1 - (1 - level) ** (1 / self.samples) if self.binary else 0.0
-            return self.estimate - unseen, self.estimate + unseen
+            # Upper bound of Clopper & Pearson (1934) on the share of changed samples when none was observed.
+            unobserved = float(_distributions().beta.ppf(level, 1, self.samples)) if self.binary else 0.0
+            return self.estimate - unobserved, self.estimate + unobserved
         if math.isinf(self.standard_error):
             return -math.inf, math.inf
         tail = (1 - level) / 2
@@ -60,123 +92,140 @@ class Difference:
         return self.estimate - low * self.standard_error, self.estimate + high * self.standard_error
 
     def above(self, threshold: float = 0.0) -> float:
-        """One-sided p-value: how likely an estimate this large is if the true difference is `threshold` or less."""
+        """Compute the one-sided p-value of a true difference of at most `threshold`.
+
+        Args:
+            threshold: the largest true difference of the null hypothesis.
+        """
         excess = self.estimate - threshold
         if self.standard_error == 0:
-            # All pairs differ by the same: what is left of the evidence is their number, as in a sign test.
+            # All pairs differ by the same amount, so only their number is evidence, as in a sign test.
             return 0.5**self.samples if excess > 0 else 1.0
         if self.pivots is None:
             return t_tail(excess / self.standard_error, self.samples - 1)
-        larger = int((self.pivots >= excess / self.standard_error).sum())
-        return (1 + larger) / (1 + len(self.pivots))
+        num_larger = int((self.pivots >= excess / self.standard_error).sum())
+        return (1 + num_larger) / (1 + len(self.pivots))
 
     def p_value(self) -> float:
-        """Two-sided p-value of no difference."""
+        """Compute the two-sided p-value of no difference."""
         return 1.0 if self.estimate == 0 else min(1.0, 2 * min(self.above(), (-self).above()))
 
 
 def paired_mean(child: Tensor, parent: Tensor) -> Difference:
-    """Difference of two means over the same samples.
+    """Estimate the difference of two means over the same samples.
 
     Args:
-        child, parent: one figure for each sample, (samples,), in the same order.
+        child: figure of each sample, (samples,).
+        parent: figure of each sample, (samples,), in the same order.
+
+    Returns:
+        The difference, whose errors follow Student's t.
     """
     differences = child.double() - parent.double()
-    count = len(differences)
-    error = float(differences.std()) / math.sqrt(count) if count > 1 else math.inf
-    return Difference(float(differences.mean()), error, count)
+    samples = len(differences)
+    error = float(differences.std()) / math.sqrt(samples) if samples > 1 else math.inf
+    return Difference(float(differences.mean()), error, samples)
 
 
 def paired_ratio(
     child: Tensor, parent: Tensor, weights: Tensor, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Difference:
-    """Difference of two ratios sum(x) / sum(weights) over the same documents, such as nats per token.
+    """Estimate the difference of two ratios sum(x) / sum(weights) over the same documents, such as nats per token.
 
     Args:
-        child, parent: one sum for each document, (documents,).
-        weights: what it was summed over (tokens, words), (documents,); positive.
-        resamples: of the bootstrap.
-        seed: of the resampling.
+        child: sum of each document, (documents,).
+        parent: sum of each document, (documents,), in the same order.
+        weights: number of summed items (tokens, words), (documents,); positive.
+        resamples: number of bootstrap resamples.
+        seed: random seed of the bootstrap.
+
+    Returns:
+        The difference, whose errors follow the bootstrap distribution.
     """
     differences, weights = child.double() - parent.double(), weights.double()
-    count = len(differences)
+    documents = len(differences)
     estimate = float(differences.sum() / weights.sum())
     residuals = differences - estimate * weights
-    if count < 2:
-        return Difference(estimate, math.inf, count, torch.zeros(1, dtype=torch.float64))
-    scale = math.sqrt(count / (count - 1))
+    if documents < 2:
+        return Difference(estimate, math.inf, documents, torch.zeros(1, dtype=torch.float64))
+    scale = math.sqrt(documents / (documents - 1))
     error = scale * float(residuals.square().sum().sqrt() / weights.sum())
-    # Equal differences leave rounding alone in the residuals, whose ratio to itself would be noise.
+    # With equal differences the residuals are rounding errors, and ratios of rounding errors are noise.
     if error <= 1e-12 * float(differences.abs().sum() / weights.sum()):
-        return Difference(estimate, 0.0, count)
+        return Difference(estimate, 0.0, documents)
     columns = torch.stack([residuals, weights, residuals**2, residuals * weights, weights**2], 1)
     generator = torch.Generator().manual_seed(seed)
-    found = []
-    for part in torch.zeros(resamples).split(max(1, _AT_ONCE // count)):
-        drawn = torch.randint(count, (len(part), count), generator=generator)
+    pivots = []
+    for part in torch.zeros(resamples).split(max(1, _DRAWN_AT_ONCE // documents)):
+        drawn = torch.randint(documents, (len(part), documents), generator=generator)
         total, size, square, cross, size_square = (column[drawn].sum(1) for column in columns.T)
-        off = total / size
-        spread = (square - 2 * off * cross + off**2 * size_square).clamp_min(0).sqrt() * scale / size
-        found.append(torch.where(spread > 0, off / spread, 0.0))
-    return Difference(estimate, error, count, torch.cat(found).sort().values)
+        errors = total / size
+        spread = (square - 2 * errors * cross + errors**2 * size_square).clamp_min(0).sqrt() * scale / size
+        pivots.append(torch.where(spread > 0, errors / spread, 0.0))
+    return Difference(estimate, error, documents, torch.cat(pivots).sort().values)
 
 
-def flips(child: Tensor, parent: Tensor) -> tuple[int, int]:
-    """Samples that only the child gets right (gained) and that only the parent does (lost)."""
+def count_flips(child: Tensor, parent: Tensor) -> tuple[int, int]:
+    """Count the samples that only one of two models gets right.
+
+    Args:
+        child: 0 or 1 for each sample, (samples,).
+        parent: 0 or 1 for each sample, (samples,), in the same order.
+
+    Returns:
+        Gained (only the child is right) and lost (only the parent is right).
+    """
     child, parent = child > 0.5, parent > 0.5
     return int((child & ~parent).sum()), int((parent & ~child).sum())
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided p-value of McNemar's test in its exact, binomial form: flips fall either way with probability 1/2.
+    """Compute the two-sided p-value of the exact McNemar test (1947).
 
-    Twice the smaller tail, at most 1 (McNemar 1947; without the normal approximation).
+    Args:
+        gained: samples that only the child gets right.
+        lost: samples that only the parent gets right.
+
+    Returns:
+        The p-value of equal chances of both changes.
     """
-    total, least = gained + lost, min(gained, lost)
-    ways = term = 1
-    for k in range(least):
-        term = term * (total - k) // (k + 1)
-        ways += term
-    return min(1.0, 2 * ways / 2**total)
+    if gained == lost:
+        return 1.0
+    return float(_distributions().binomtest(gained, gained + lost).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number, in the given order: reject those below alpha, and the chance that any
-    true hypothesis is among them is at most alpha."""
-    adjusted = [0.0] * len(p_values)
-    largest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
+    """Correct p-values for their number by Holm's step-down procedure (1979).
 
+    Args:
+        p_values: one p-value for each hypothesis.
 
-def t_tail(t: float, dof: int) -> float:
-    """P(T > t) for Student's t with a whole number of degrees of freedom.
-
-    The finite sums of Abramowitz & Stegun 26.7.3 and 26.7.4. Its absolute error is rounding, about 1e-15.
+    Returns:
+        Corrected p-values in the same order. If those below alpha are rejected, the probability that a true
+        hypothesis is among them is at most alpha.
     """
-    if dof < 1:
-        return 0.5
-    angle = math.atan2(abs(t), math.sqrt(dof))
-    odd = dof % 2
-    k = torch.arange(1, max(1, dof // 2), dtype=torch.float64)
-    terms = (2 * k / (2 * k + 1) if odd else (2 * k - 1) / (2 * k)) * math.cos(angle) ** 2
-    series = 1 + float(terms.cumprod(0).sum()) if dof > 1 else 0.0
-    inside = math.sin(angle) * series
-    if odd:
-        inside = 2 / math.pi * (angle + math.cos(angle) * inside)
-    return (1 - math.copysign(inside, t)) / 2
+    if not p_values:
+        return []
+    from statsmodels.stats.multitest import multipletests
+
+    return [float(p) for p in multipletests(p_values, method="holm")[1]]
 
 
-def t_quantile(probability: float, dof: int) -> float:
-    """The t with P(T <= t) = probability, by bisection."""
-    if probability < 0.5:
-        return -t_quantile(1 - probability, dof)
-    low, high = 0.0, 1.0
-    while t_tail(high, dof) > 1 - probability:
-        low, high = high, 2 * high
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, dof) > 1 - probability else (low, middle)
-    return (low + high) / 2
+def t_tail(t: float, degrees: int) -> float:
+    """Compute P(T > t) for Student's t.
+
+    Args:
+        t: the quantile.
+        degrees: degrees of freedom; below 1 the result is 0.5.
+    """
+    return float(_distributions().t.sf(t, degrees)) if degrees >= 1 else 0.5
+
+
+def t_quantile(probability: float, degrees: int) -> float:
+    """Compute the t with P(T <= t) = probability for Student's t.
+
+    Args:
+        probability: between 0 and 1.
+        degrees: degrees of freedom, at least 1.
+    """
+    return float(_distributions().t.ppf(probability, degrees))

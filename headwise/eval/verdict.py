@@ -1,4 +1,4 @@
-"""What an evaluation means for whoever has to decide, in one sentence."""
+"""Reduce an evaluation to a verdict of one or two sentences for the person who decides."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headwise.eval.report.summary import significant
 from headwise.eval.result import Comparison, Evaluation
 
-# A loss, or what the samples leave open of one, that is called small: one point or one percent.
+# A damage, or the upper end of its interval, is small up to one point or one percent.
 SMALL = 0.01
-BROKEN = "not usable as it is."
+BROKEN = "the output is broken."
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`tone` is "good", "open" (the data do not decide), "bad", or "plain" (nothing was compared)."""
+    """The verdict on a child.
+
+    Attributes:
+        tone: "good", "open" (the samples do not decide), "bad", or "plain" (nothing was compared).
+        text: one or two sentences.
+    """
 
     tone: str
     text: str
@@ -25,85 +29,108 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Damage:
-    """How much worse the child is, and the 95% interval of that: in points, or relative for perplexities."""
+    """Loss of quality of one figure with its 95% interval: points, or a relative increase for perplexities.
+
+    Attributes:
+        value: the loss; negative for a gain.
+        low: lower end of the interval.
+        high: upper end of the interval.
+    """
 
     value: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, one: Comparison) -> Damage | None:
-        """None where there is nothing to compare with, or no direction."""
-        pair = one.paired
-        if pair is None or one.higher_is_better is None:
+    def of(cls, comparison: Comparison) -> Damage | None:
+        """Compute the damage of a figure.
+
+        Args:
+            comparison: the figure of both models.
+
+        Returns:
+            None without a parent or a direction.
+        """
+        paired = comparison.paired
+        if paired is None or comparison.higher_is_better is None:
             return None
-        sign = -1 if one.higher_is_better else 1
-        ends = sorted((sign * pair.low, sign * pair.high))
-        values = [sign * pair.difference, *ends]
-        if is_perplexity(one):
+        sign = -1 if comparison.higher_is_better else 1
+        values = [sign * paired.difference, *sorted((sign * paired.low, sign * paired.high))]
+        if comparison.is_perplexity:
             values = [math.expm1(value) for value in values]
         return cls(*values)
 
 
-def is_perplexity(one: Comparison) -> bool:
-    """Whether a figure is a perplexity, compared by its logarithm."""
-    return one.metric.endswith("perplexity")
+_Damaged = tuple[Comparison, Damage]
 
 
-def judge(found: Evaluation) -> Verdict:
-    """The verdict."""
-    if found.parent is None:
-        alone = "No parent was measured, so these figures stand alone: name it with --baseline."
-        broken = found.generation.complaints if found.generation else ()
-        if broken:
-            return Verdict("bad", f"{_capital(BROKEN)} {' '.join(broken)} {alone}")
-        return Verdict("plain", alone)
-    tone, text = _judge(found)
-    before, after = found.parent.cache_bytes_per_token, found.child.cache_bytes_per_token
+def verdict_of(evaluation: Evaluation) -> Verdict:
+    """Reduce an evaluation to its verdict.
+
+    Args:
+        evaluation: the whole result.
+
+    Returns:
+        Tone and text.
+    """
+    if evaluation.parent is None:
+        no_parent = "No parent was measured, so the figures are compared with nothing: give `baseline`."
+        complaints = evaluation.generation.complaints if evaluation.generation else ()
+        if complaints:
+            return Verdict("bad", f"{_capital(BROKEN)} {' '.join(complaints)} {no_parent}")
+        return Verdict("plain", no_parent)
+    tone, text = _compared(evaluation)
+    before, after = evaluation.parent.cache_bytes_per_token, evaluation.child.cache_bytes_per_token
     if before and after and before != after:
         return Verdict(tone, f"With {100 * after / before:.3g}% of the parent's KV cache: {text}")
     return Verdict(tone, _capital(text))
 
 
-def _judge(found: Evaluation) -> tuple[str, str]:
-    pairs = [(one, damage) for one in found.headlines if (damage := Damage.of(one)) is not None]
-    worse = [(one, damage) for one, damage in pairs if significant(one) and damage.value > 0]
-    if found.generation and found.generation.complaints:
-        most = [f"Its {_most(worse)}."] if worse else []
-        return "bad", " ".join((BROKEN, *found.generation.complaints, *most, _advice(found)))
-    names = {gate.name for gate in found.gates if not gate.passed}
-    failed = [(one, damage) for one, damage in pairs if gate_name(one) in names]
-    if failed and found.fail_above is not None:
-        gate = f"the gate of {100 * found.fail_above:g}% {_share(failed, pairs)}".rstrip()
-        return "bad", f"it fails {gate}; {_most(failed)}. {_advice(found)}"
+def _compared(evaluation: Evaluation) -> tuple[str, str]:
+    pairs = [(c, damage) for c in evaluation.headlines if (damage := Damage.of(c)) is not None]
+    worse = [(c, damage) for c, damage in pairs if c.is_significant and damage.value > 0]
+    if evaluation.generation and evaluation.generation.complaints:
+        largest = [f"{_capital(_largest(worse))}."] if worse else []
+        return "bad", " ".join((BROKEN, *evaluation.generation.complaints, *largest, _advice(evaluation)))
+    names = {gate.name for gate in evaluation.gates if not gate.passed}
+    failed = [(c, damage) for c, damage in pairs if gate_name(c) in names]
+    if failed and evaluation.fail_above is not None:
+        gate = f"the gate of {100 * evaluation.fail_above:g}% {_share(failed, pairs)}".rstrip()
+        return "bad", f"the child fails {gate}; {_largest(failed)}. {_advice(evaluation)}"
     if worse:
         share = f" {_share(worse, pairs)}".rstrip()
         if max(damage.high for _, damage in worse) <= SMALL:
-            return "open", f"a small loss{share} that is no accident; {_most(worse)}."
-        return "bad", f"a real loss{share}; {_most(worse)}. {_advice(found)}"
+            return "open", f"a small but significant loss{share}; {_largest(worse)}."
+        return "bad", f"a significant loss{share}; {_largest(worse)}. {_advice(evaluation)}"
     if not pairs:
-        return _agreement(found)
-    # Right and wrong answers alike leave room for others; a perplexity that is the same to the last bit does not.
+        return _agreement(evaluation)
+    # Equal accuracies do not prove equality on other questions; a perplexity that is equal to the last bit does.
     if all(damage.value == 0 for _, damage in pairs) and any(damage == Damage(0, 0, 0) for _, damage in pairs):
-        return "good", "in every figure exactly what its parent is."
-    one, damage = max(pairs, key=lambda pair: pair[1].high)
-    bound = f"{amount(one, damage.high)} in {name(one)}"
+        return "good", "every figure equals the parent's."
+    comparison, damage = max(pairs, key=lambda pair: pair[1].high)
+    bound = f"{format_amount(comparison, damage.high)} in {figure_name(comparison)}"
     if damage.high <= SMALL:
-        return "good", f"no loss beyond noise, and none above {bound} is likely."
-    return "open", f"no loss beyond noise, but one of up to {bound} is not ruled out: measure more samples."
+        return "good", f"no significant loss, and a loss above {bound} is unlikely."
+    return "open", (
+        f"no significant loss, but the samples do not rule out a loss of up to {bound}: measure more samples."
+    )
 
 
-def _most(worse: Sequence[tuple[Comparison, Damage]]) -> str:
-    one, damage = max(worse, key=lambda pair: pair[1].value)
-    return f"{name(one)} is {amount(one, damage.value)} worse (95% interval {span(one, damage)})"
+def _largest(worse: Sequence[_Damaged]) -> str:
+    comparison, damage = max(worse, key=lambda pair: pair[1].value)
+    return (
+        f"{figure_name(comparison)} is {format_amount(comparison, damage.value)} worse "
+        f"(95% interval {format_interval(damage)})"
+    )
 
 
 def _share(some: Sequence[Any], pairs: Sequence[Any]) -> str:
     return f"in {len(some)} of {len(pairs)} figures" if len(pairs) > 1 else ""
 
 
-def _advice(found: Evaluation) -> str:
-    before, after = found.parent and found.parent.cache_bytes_per_token, found.child.cache_bytes_per_token
+def _advice(evaluation: Evaluation) -> str:
+    before = evaluation.parent and evaluation.parent.cache_bytes_per_token
+    after = evaluation.child.cache_bytes_per_token
     more = ", or keep more cache" if before and after and after < before else ""
     return f"Train it with `headwise uptrain`{more}."
 
@@ -112,29 +139,49 @@ def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _agreement(found: Evaluation) -> tuple[str, str]:
-    if found.diagnostics is None:
+def _agreement(evaluation: Evaluation) -> tuple[str, str]:
+    if evaluation.diagnostics is None:
         return "plain", "nothing was compared."
-    return "plain", f"it agrees with its parent on {found.diagnostics.top1:.1%} of the next tokens."
+    return (
+        "plain",
+        f"the child predicts the parent's next token in {evaluation.diagnostics.top1:.1%} of predictions.",
+    )
 
 
-def gate_name(one: Comparison) -> str:
-    """What the gate on a figure is called."""
-    return f"{one.task} {one.metric}"
+def gate_name(comparison: Comparison) -> str:
+    """Return the name of the gate on a figure, such as "arc_easy acc_norm".
+
+    Args:
+        comparison: the figure.
+    """
+    return f"{comparison.task} {comparison.metric}"
 
 
-def name(one: Comparison) -> str:
-    """A figure in words: "arc_easy" or "held-out perplexity"."""
-    task = "held-out" if one.task == "heldout" else one.task
-    return f"{task} perplexity" if is_perplexity(one) else task
+def figure_name(comparison: Comparison) -> str:
+    """Return the name of a figure for readers: "arc_easy" or "held-out perplexity".
+
+    Args:
+        comparison: the figure.
+    """
+    task = "held-out" if comparison.task == "heldout" else comparison.task
+    return f"{task} perplexity" if comparison.is_perplexity else task
 
 
-def amount(one: Comparison, value: float) -> str:
-    """ "2.9 points" or "3.1%"."""
+def format_amount(comparison: Comparison, value: float) -> str:
+    """Return a damage with its unit: "2.9 points" or "3.1%".
+
+    Args:
+        comparison: the figure, which decides the unit.
+        value: the damage.
+    """
     digits = f"{abs(100 * value):.2g}" if abs(value) < 0.01 else f"{abs(100 * value):.1f}"
-    return f"{digits}%" if is_perplexity(one) else f"{digits} points"
+    return f"{digits}%" if comparison.is_perplexity else f"{digits} points"
 
 
-def span(one: Comparison, damage: Damage) -> str:
-    """The interval of a damage: "1.8 to 4.0"."""
+def format_interval(damage: Damage) -> str:
+    """Return the interval of a damage, such as "1.8 to 4.0".
+
+    Args:
+        damage: the damage.
+    """
     return f"{100 * damage.low:.1f} to {100 * damage.high:.1f}"

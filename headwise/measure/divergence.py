@@ -1,7 +1,7 @@
-"""Parent and child on the same tokens: their next-token distributions, and what happens layer by layer.
+"""Compare a child with its parent on the same tokens: next-token distributions, layer outputs, attention entropy.
 
-Both models are in memory; of their activations only those of one layer are, at any time. The layers are run one by
-one on what the models themselves hand them (masks, rotary tables), parent and child in step.
+Both models are in memory, but only the activations of one layer at a time. The layers of both run in step, each on
+the masks and rotary tables that the stock model computes.
 """
 
 from __future__ import annotations
@@ -15,21 +15,69 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.eval.result import Diagnostics, Entropy, Head, Layer
+from headwise.measure.entropy import AttentionEntropy, compare_entropy, relative_entropy
 from headwise.models.norm_free import ATTENTION
-from headwise.models.stock import Stop, recorded
+from headwise.models.stock import StopForward, capture_layer_calls
 from headwise.progress import SILENT, Progress
 
-# Positions whose distributions are compared at once: bounds memory for large vocabularies.
-POSITIONS = 256
-# An entropy below the first share of the most possible: one token gets nearly all; above the second: all get alike.
-COLLAPSED, UNIFORM = 0.02, 0.98
-CHANGED = 0.1
+# Positions compared at once: bounds the memory that large vocabularies need.
+POSITIONS_AT_ONCE = 256
+# torch.quantile accepts at most 2**24 elements.
+QUANTILE_LIMIT = 10_000_000
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One layer at work: its output and its attention's, (1, T, D), and its attention weights, (heads, T, T)."""
+class LayerError:
+    """Relative error of one layer of the child, on the inputs that each model computes itself.
+
+    The error is min over scalars c of ||c child - parent|| / ||parent||, over all tokens. The factor c is free
+    because norms remove it; MLA folders scale their residual stream. Errors of earlier layers are included.
+
+    Attributes:
+        layer: index of the layer.
+        hidden: error of the residual stream behind the layer.
+        attention: error of the attention output.
+    """
+
+    layer: int
+    hidden: float
+    attention: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Differences of child and parent on the same tokens.
+
+    Attributes:
+        tokens: number of predictions compared.
+        kl: mean KL(parent || child) of the next-token distributions, nats.
+        kl_standard_error: standard error of `kl` over blocks of text; None for one block.
+        kl_p99: 99th percentile of the KL divergence over tokens, nats.
+        top1: share of predictions with the same most likely token.
+        top5: mean share of the parent's five most likely tokens that are among the child's five.
+        layers: errors of each layer; empty where the models differ in depth or width.
+        entropy: None where the stock class returns no attention weights, or the models differ in heads.
+    """
+
+    tokens: int
+    kl: float
+    kl_standard_error: float | None
+    kl_p99: float
+    top1: float
+    top5: float
+    layers: tuple[LayerError, ...] = ()
+    entropy: AttentionEntropy | None = None
+
+
+@dataclass(frozen=True)
+class LayerOutputs:
+    """Outputs of one decoder layer on one block.
+
+    Attributes:
+        hidden: residual stream behind the layer, (1, T, D).
+        attention: attention output, (1, T, D).
+        weights: attention probabilities, (heads, T, T); None where the stock class returns none.
+    """
 
     hidden: Tensor
     attention: Tensor
@@ -37,139 +85,130 @@ class Seen:
 
 
 @torch.inference_mode()
-def diagnose(
+def measure_divergence(
     child: Any,
     parent: Any,
     blocks: Tensor,
     *,
-    layer_blocks: int,
-    child_stock: Any = None,
-    parent_stock: Any = None,
+    num_layer_blocks: int,
+    child_architecture: Any = None,
+    parent_architecture: Any = None,
     progress: Progress = SILENT,
-) -> Diagnostics:
+) -> Divergence:
     """Compare two models on blocks of tokens.
 
     Args:
-        child, parent: loaded with eager attention.
-        blocks: (blocks, length).
-        layer_blocks: how many of them are also followed through the layers.
-        child_stock, parent_stock: where the layers are (`Model.stock`); None: they are not looked at.
+        child: the converted model, loaded with eager attention.
+        parent: the original model, loaded with eager attention.
+        blocks: token ids, (blocks, length).
+        num_layer_blocks: number of blocks whose layer outputs are compared too.
+        child_architecture: where the child's layers and attention are; None: layers are not compared.
+        parent_architecture: where the parent's layers and attention are; None: layers are not compared.
+        progress: receives the stage "parent and child".
+
+    Returns:
+        The differences.
     """
-    progress.stage("parent and child", total=len(blocks) + layer_blocks, unit="blocks")
-    divergence, first, five = [], [], []
+    progress.stage("parent and child", total=len(blocks) + num_layer_blocks, unit="blocks")
+    kl_parts, top1_parts, top5_parts = [], [], []
     for block in blocks.split(1):
-        ours, theirs = (
+        child_logits, parent_logits = (
             model(input_ids=block.to(model.device), use_cache=False).logits[0, :-1] for model in (child, parent)
         )
-        for own, other in zip(ours.split(POSITIONS), theirs.to(ours.device).split(POSITIONS), strict=True):
-            a, b = own.float().log_softmax(-1), other.float().log_softmax(-1)
-            # Rounding can leave a divergence of like distributions a hair below zero.
-            divergence.append((b.exp() * (b - a)).sum(-1).clamp_min(0).cpu())
-            top, parents_top = own.topk(5).indices, other.topk(5).indices
-            first.append((top[:, 0] == parents_top[:, 0]).cpu())
-            five.append((parents_top[:, :, None] == top[:, None]).any(-1).double().mean(-1).cpu())
+        for q, p in zip(
+            child_logits.split(POSITIONS_AT_ONCE),
+            parent_logits.to(child_logits.device).split(POSITIONS_AT_ONCE),
+            strict=True,
+        ):
+            log_q, log_p = q.float().log_softmax(-1), p.float().log_softmax(-1)
+            # Rounding can make the divergence of equal distributions slightly negative.
+            kl_parts.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0).cpu())
+            child_top, parent_top = q.topk(5).indices, p.topk(5).indices
+            top1_parts.append((child_top[:, 0] == parent_top[:, 0]).cpu())
+            top5_parts.append((parent_top[:, :, None] == child_top[:, None]).any(-1).double().mean(-1).cpu())
         progress.advance(1)
-    kl = torch.cat(divergence).double()
-    by_block = kl.unflatten(0, (len(blocks), -1)).mean(1)
-    layers: tuple[Layer, ...] = ()
+    kl = torch.cat(kl_parts).double()
+    kl_by_block = kl.unflatten(0, (len(blocks), -1)).mean(1)
+    layers: tuple[LayerError, ...] = ()
     entropy = None
-    if child_stock is not None and parent_stock is not None:
-        layers, entropy = _layers(child, parent, child_stock, parent_stock, blocks[:layer_blocks], progress)
-    return Diagnostics(
+    if child_architecture is not None and parent_architecture is not None:
+        layers, entropy = _compare_layers(
+            (child, child_architecture), (parent, parent_architecture), blocks[:num_layer_blocks], progress
+        )
+    return Divergence(
         tokens=len(kl),
         kl=float(kl.mean()),
-        kl_standard_error=float(by_block.std()) / math.sqrt(len(blocks)) if len(blocks) > 1 else None,
-        kl_p99=float(kl.quantile(0.99)) if len(kl) < 10_000_000 else float(kl.sort().values[int(0.99 * len(kl))]),
-        top1=float(torch.cat(first).double().mean()),
-        top5=float(torch.cat(five).mean()),
+        kl_standard_error=float(kl_by_block.std()) / math.sqrt(len(blocks)) if len(blocks) > 1 else None,
+        kl_p99=float(kl.quantile(0.99))
+        if len(kl) < QUANTILE_LIMIT
+        else float(kl.sort().values[int(0.99 * len(kl))]),
+        top1=float(torch.cat(top1_parts).double().mean()),
+        top5=float(torch.cat(top5_parts).mean()),
         layers=layers,
         entropy=entropy,
     )
 
 
-def walk(model: Any, stock: Any, block: Tensor) -> Iterator[Seen]:
-    """A model's decoder layers at work on one block (1, T), one after another."""
-    stack = model.get_submodule(stock.module.rpartition(".")[0])
-    with recorded(stack) as stubs, suppress(Stop):
+def iter_layer_outputs(model: Any, architecture: Any, block: Tensor) -> Iterator[LayerOutputs]:
+    """Run the decoder layers of a model on one block, one layer after another.
+
+    Args:
+        model: a stock model.
+        architecture: where its decoder layers and their attention are.
+        block: token ids, (1, T).
+
+    Yields:
+        The outputs of each layer.
+    """
+    stack = model.get_submodule(architecture.module.rpartition(".")[0])
+    with capture_layer_calls(stack) as stubs, suppress(StopForward):
         model.base_model(input_ids=block.to(model.device), use_cache=False)
     hidden = stubs[0].hidden
     for stub in stubs:
-        kept: dict[str, Any] = {}
-
-        def keep(module: Any, args: Any, output: Any, kept: dict[str, Any] = kept) -> None:
-            kept["output"], kept["weights"] = output[0], output[1]
-
-        attention = stub.layer.get_submodule(getattr(stock, "attention", ATTENTION))
-        handle = attention.register_forward_hook(keep)
+        attention = stub.layer.get_submodule(getattr(architecture, "attention", ATTENTION))
+        captured: list[tuple[Tensor, Tensor | None]] = []
+        handle = attention.register_forward_hook(
+            lambda module, args, output, captured=captured: captured.append((output[0], output[1]))
+        )
         try:
             output = stub.layer(hidden, *stub.args, **stub.kwargs)
         finally:
             handle.remove()
         hidden = output[0] if isinstance(output, tuple) else output
-        weights = kept["weights"]
-        yield Seen(hidden, kept["output"], None if weights is None else weights[0])
+        attention_output, weights = captured[-1]
+        yield LayerOutputs(hidden, attention_output, None if weights is None else weights[0])
 
 
-def head_entropy(weights: Tensor) -> Tensor:
-    """Mean attention entropy of each head as a share of the most it can be.
-
-    Args:
-        weights: (heads, queries, keys), causal.
-
-    Returns:
-        (heads,): the mean over queries of H(p) / log(number of keys that the query may see). Queries that see few
-        keys are left out: there every head is sharp.
-    """
-    weights = weights.double()
-    length = weights.shape[-1]
-    entropy = -torch.special.xlogy(weights, weights).sum(-1)
-    # A window shows a query fewer keys than there are before it.
-    visible = torch.arange(1, length + 1, device=weights.device).minimum((weights > 0).any(0).sum(-1).clamp_min(2))
-    start = min(16, length // 2)
-    return (entropy / visible.double().log().clamp_min(math.log(2)))[:, start:].mean(-1)
-
-
-def _layers(
-    child: Any, parent: Any, child_stock: Any, parent_stock: Any, blocks: Tensor, progress: Progress
-) -> tuple[tuple[Layer, ...], Entropy | None]:
-    wide = [model.config.get_text_config() for model in (child, parent)]
-    if len({(c.num_hidden_layers, c.hidden_size) for c in wide}) > 1:
+def _compare_layers(
+    child: tuple[Any, Any], parent: tuple[Any, Any], blocks: Tensor, progress: Progress
+) -> tuple[tuple[LayerError, ...], AttentionEntropy | None]:
+    """Compare layer outputs and attention entropy of two (model, architecture) pairs."""
+    configs = [model.config.get_text_config() for model, _ in (child, parent)]
+    if len({(config.num_hidden_layers, config.hidden_size) for config in configs}) > 1:
         return (), None
-    depth = wide[0].num_hidden_layers
-    squares = torch.zeros(2, depth, 3, dtype=torch.float64)
-    entropies: list[list[Tensor]] = [[], []]
+    depth = configs[0].num_hidden_layers
+    # Per output and layer: <child, parent>, ||child||^2, ||parent||^2.
+    products = torch.zeros(2, depth, 3, dtype=torch.float64)
+    child_entropies: list[Tensor] = []
+    parent_entropies: list[Tensor] = []
     for block in blocks.split(1):
-        pairs = zip(walk(child, child_stock, block), walk(parent, parent_stock, block), strict=True)
-        for layer, (own, other) in enumerate(pairs):
-            for row, (a, b) in enumerate(((own.hidden, other.hidden), (own.attention, other.attention))):
+        pairs = zip(iter_layer_outputs(*child, block), iter_layer_outputs(*parent, block), strict=True)
+        for layer, (ours, theirs) in enumerate(pairs):
+            outputs = ((ours.hidden, theirs.hidden), (ours.attention, theirs.attention))
+            for row, (a, b) in enumerate(outputs):
                 a, b = a.double(), b.to(a.device).double()
-                squares[row, layer] += torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()]).cpu()
-            if own.weights is not None and other.weights is not None:
-                for side, seen in zip(entropies, (own.weights, other.weights), strict=True):
-                    side.append(head_entropy(seen).cpu())
+                products[row, layer] += torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()]).cpu()
+            if ours.weights is not None and theirs.weights is not None:
+                child_entropies.append(relative_entropy(ours.weights).cpu())
+                parent_entropies.append(relative_entropy(theirs.weights).cpu())
         progress.advance(1)
-    inner, own_square, other_square = squares.unbind(-1)
-    errors = (1 - inner.square() / (own_square * other_square).clamp_min(1e-300)).clamp_min(0).sqrt().tolist()
-    layers = tuple(Layer(i, hidden, attention) for i, (hidden, attention) in enumerate(zip(*errors, strict=True)))
-    if len(entropies[0]) < depth * len(blocks) or entropies[0][0].shape != entropies[1][0].shape:
+    inner, child_square, parent_square = products.unbind(-1)
+    errors = (1 - inner.square() / (child_square * parent_square).clamp_min(1e-300)).clamp_min(0).sqrt().tolist()
+    layers = tuple(LayerError(i, *pair) for i, pair in enumerate(zip(*errors, strict=True)))
+    if len(child_entropies) < depth * len(blocks) or child_entropies[0].shape != parent_entropies[0].shape:
         return layers, None
-    ours, theirs = (torch.stack(side).unflatten(0, (len(blocks), depth)).mean(0) for side in entropies)
-    return layers, _entropy(ours, theirs)
-
-
-def _entropy(child: Tensor, parent: Tensor) -> Entropy:
-    def heads(mask: Tensor) -> tuple[Head, ...]:
-        return tuple(Head(layer, head) for layer, head in mask.nonzero().tolist())
-
-    return Entropy(
-        child=tuple(map(tuple, child.tolist())),
-        parent=tuple(map(tuple, parent.tolist())),
-        collapsed=heads((child < COLLAPSED) & (parent >= COLLAPSED)),
-        uniform=heads((child > UNIFORM) & (parent <= UNIFORM)),
-        parent_collapsed=heads(parent < COLLAPSED),
-        parent_uniform=heads(parent > UNIFORM),
-        changed=heads((child - parent).abs() > CHANGED),
-        collapsed_below=COLLAPSED,
-        uniform_above=UNIFORM,
-        changed_by=CHANGED,
+    child_mean, parent_mean = (
+        torch.stack(entropies).unflatten(0, (len(blocks), depth)).mean(0)
+        for entropies in (child_entropies, parent_entropies)
     )
+    return layers, compare_entropy(child_mean, parent_mean)

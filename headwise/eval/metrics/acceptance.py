@@ -1,74 +1,96 @@
-"""Speculative acceptance: the child drafts, its parent decides (Leviathan et al. 2022, arXiv 2211.17192).
+"""Measure speculative acceptance: the child drafts, its parent verifies (Leviathan et al. 2022, arXiv 2211.17192).
 
-Greedy assisted generation of transformers writes what the parent alone would write; the share of drafted tokens
-that it keeps is how often the child is right where it matters, and what it is worth as a draft model.
+Greedy assisted generation of transformers writes the parent's own output. The share of drafted tokens that the
+parent accepts is the child's accuracy on that output, and its value as a draft model.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from headwise.eval.metrics.generation import make_greedy
-from headwise.eval.result import Acceptance
-
-
-@dataclass
-class _Steps:
-    """What the parent is shown while it decides: for each forward pass, the drafted tokens and their place."""
-
-    drafts: list[tuple[int, list[int]]] = field(default_factory=list)
-    prompt: int = 0
-
-    def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        shown = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        before = kwargs["past_key_values"].get_seq_length()
-        # The parent has seen all but the last decided token; the first time, nothing.
-        start = max(before + 1, self.prompt)
-        self.drafts.append((start, shown[0, start - before :].tolist()))
+from headwise.eval.result import DraftAcceptance
 
 
 @torch.inference_mode()
-def acceptance(child: Any, parent: Any, prompts: Tensor, *, new_tokens: int, draft_tokens: int) -> Acceptance:
-    """Draft for each prompt, and compare with what the parent writes by itself.
+def measure_acceptance(
+    child: Any, parent: Any, prompts: Tensor, *, new_tokens: int, draft_tokens: int
+) -> DraftAcceptance:
+    """Generate with the child as draft model and count the accepted tokens.
 
     Args:
-        child, parent: on one device, with the same tokens.
-        prompts: (prompts, length).
+        child: the draft model; its generation config is replaced.
+        parent: the model that verifies, on the same device, with the same tokenizer; its generation config is
+            replaced.
+        prompts: token ids, (prompts, length).
+        new_tokens: tokens to write after each prompt.
+        draft_tokens: tokens that the child drafts in one step.
 
     Raises:
-        ValueError: transformers cannot take one of the two for assisted generation.
+        ValueError: transformers cannot use one of the models in assisted generation.
     """
     make_greedy(parent, new_tokens)
     make_greedy(child, new_tokens)
     child.generation_config.num_assistant_tokens = draft_tokens
     child.generation_config.num_assistant_tokens_schedule = "constant"
     child.generation_config.assistant_confidence_threshold = 0.0
-    accepted = drafted = written = steps = exact = 0
+    num_accepted = num_drafted = num_written = num_steps = num_exact = 0
     for prompt in prompts.to(parent.device).split(1):
         mask, length = torch.ones_like(prompt), prompt.shape[1]
-        own = parent.generate(prompt, attention_mask=mask)[0].tolist()
-        watch = _Steps(prompt=length)
-        handle = parent.register_forward_pre_hook(watch, with_kwargs=True)
+        greedy = parent.generate(prompt, attention_mask=mask)[0].tolist()
+        inputs: list[list[int]] = []
+        handle = parent.register_forward_pre_hook(
+            lambda module, args, kwargs, inputs=inputs: inputs.append(_input_ids(args, kwargs)), with_kwargs=True
+        )
         try:
             text = parent.generate(prompt, attention_mask=mask, assistant_model=child)[0].tolist()
         finally:
             handle.remove()
-        for start, draft in watch.drafts:
-            kept = text[start : start + len(draft)]  # nothing is decided about what comes after the end
-            drafted += len(kept)
-            accepted += next((i for i, (a, b) in enumerate(zip(draft, kept, strict=False)) if a != b), len(kept))
-        steps += len(watch.drafts)
-        written += len(text) - length
-        exact += text == own
-    return Acceptance(
+        # The first forward pass contains the prompt, every later one the last token that was decided.
+        drafts = [tokens[length if step == 0 else 1 :] for step, tokens in enumerate(inputs)]
+        accepted, drafted = count_accepted(text[length:], drafts)
+        num_accepted += accepted
+        num_drafted += drafted
+        num_steps += len(drafts)
+        num_written += len(text) - length
+        num_exact += text == greedy
+    return DraftAcceptance(
         prompts=len(prompts),
         new_tokens=new_tokens,
         draft_tokens=draft_tokens,
-        rate=accepted / max(drafted, 1),
-        tokens_per_step=written / max(steps, 1),
-        exact=exact / len(prompts),
+        rate=num_accepted / max(num_drafted, 1),
+        tokens_per_step=num_written / max(num_steps, 1),
+        exact=num_exact / len(prompts),
     )
+
+
+def count_accepted(text: list[int], drafts: list[list[int]]) -> tuple[int, int]:
+    """Count the drafted tokens that a text contains at their place.
+
+    Each step writes the accepted tokens of its draft and one token of the verifying model. Drafted tokens behind
+    the end of the text were not decided and do not count.
+
+    Args:
+        text: the tokens that were written.
+        drafts: drafted tokens of each step, in order.
+
+    Returns:
+        The number of accepted tokens and the number of decided drafted tokens.
+    """
+    num_accepted = num_drafted = start = 0
+    for draft in drafts:
+        decided = text[start : start + len(draft)]
+        pairs = zip(draft, decided, strict=False)
+        accepted = next((i for i, (drafted, token) in enumerate(pairs) if drafted != token), len(decided))
+        num_drafted += len(decided)
+        num_accepted += accepted
+        start += accepted + 1
+    return num_accepted, num_drafted
+
+
+def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    tokens: list[int] = (kwargs["input_ids"] if "input_ids" in kwargs else args[0])[0].tolist()
+    return tokens

@@ -1,44 +1,62 @@
-"""What a model writes: greedy continuations, and whether they repeat, break off, or part from the parent's.
+"""Write greedy continuations and assess them: repetition, early ends, and agreement with the parent.
 
-A divergence of next-token distributions averages over good contexts; a model can be close there and still fall
-into a loop once it reads its own words. So the words themselves are looked at.
+A divergence of next-token distributions is an average over contexts of the corpus. A model can have a small
+divergence and still repeat itself on its own output, so the output is assessed too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from headwise.eval.result import Generation, Sample, Writing
+from headwise.eval.result import LEVEL, Continuation, GenerationComparison, TextQuality
 from headwise.eval.stats import paired_mean
 
-BATCH = 8
+BATCH_SIZE = 8
 NGRAM = 4
-SHOWN = 3
-# How many tokens of a continuation should be the parent's: after the first that differs all may.
+NUM_SHOWN = 3
+# Tokens of a continuation that are compared with the parent's; later ones differ after the first difference.
 AGREEMENT_TOKENS = 8
-# Beyond these a model is called broken, where the interval says so at 95%: more of the text repeats than the
-# parent's, more continuations break off, and hardly any begins as the parent's does.
+# The output is defective if it is significantly beyond these bounds: more repetition than the parent, more early
+# ends than the parent, less agreement with the parent.
 MORE_REPETITION, MORE_EARLY_ENDS, LEAST_AGREEMENT = 0.2, 0.1, 0.3
-# Without a parent to compare with, only the plainly broken is called so.
+# Bounds without a parent.
 MOST_REPETITION, MOST_EARLY_ENDS = 0.9, 0.75
-LOOPS = "It repeats itself: {} of its four-token phrases came before in the same text"
-BREAKS_OFF = "It breaks off: {} of its texts end before half their length"
+REPEATS = "The output repeats itself: {} of its 4-grams occur earlier in the same text"
+ENDS_EARLY = "The output ends early: {} of the continuations have less than half of the requested length"
 
 
-def prompts_of(tokenizer: Any, count: int, length: int, seed: int) -> Tensor:
-    """Beginnings to continue, from held-out modules: (count, length)."""
+def select_prompts(tokenizer: Any, count: int, length: int, seed: int) -> Tensor:
+    """Select beginnings to continue from held-out modules.
+
+    Args:
+        tokenizer: tokenizer of the models.
+        count: number of prompts.
+        length: tokens in a prompt.
+        seed: random seed of the choice.
+
+    Returns:
+        Token ids, (count, length).
+    """
     from headwise.text.blocks import blocks_from
 
-    # Neighbouring blocks are of one piece of text: every fourth, for variety.
+    # Neighbouring blocks are one piece of text: every fourth block gives more variety.
     return blocks_from("builtin", tokenizer, split="heldout", length=length, count=4 * count, seed=seed)[::4]
 
 
 def make_greedy(model: Any, new_tokens: int) -> list[int]:
-    """Have `generate` take the likeliest token and nothing else; returns the tokens that end a text."""
+    """Set the generation config of a model to plain greedy decoding.
+
+    Args:
+        model: a stock model; its generation config is replaced.
+        new_tokens: tokens to write.
+
+    Returns:
+        The tokens that end a text.
+    """
     from transformers import GenerationConfig
 
     ends = model.generation_config.eos_token_id
@@ -51,101 +69,120 @@ def make_greedy(model: Any, new_tokens: int) -> list[int]:
 
 
 @torch.inference_mode()
-def continuations(model: Any, prompts: Tensor, new_tokens: int) -> list[list[int]]:
-    """Greedy continuations, each up to and with the token that ends its text."""
+def write_continuations(model: Any, prompts: Tensor, new_tokens: int) -> list[list[int]]:
+    """Write greedy continuations.
+
+    Args:
+        model: a stock model; its generation config is replaced.
+        prompts: token ids, (prompts, length).
+        new_tokens: tokens to write after each prompt.
+
+    Returns:
+        The new tokens after each prompt, up to and including the token that ends the text.
+    """
     ends = make_greedy(model, new_tokens)
-    found = []
-    for batch in prompts.to(model.device).split(BATCH):
-        written = model.generate(batch, attention_mask=torch.ones_like(batch))[:, batch.shape[1] :]
-        found += [_cut(row, ends) for row in written.tolist()]
-    return found
+    continuations = []
+    for batch in prompts.to(model.device).split(BATCH_SIZE):
+        output = model.generate(batch, attention_mask=torch.ones_like(batch))[:, batch.shape[1] :]
+        continuations += [_cut(row, ends) for row in output.tolist()]
+    return continuations
 
 
-def judge(
+def assess_generation(
     prompts: Tensor,
     child: Sequence[list[int]],
     parent: Sequence[list[int]] | None,
     new_tokens: int,
     tokenizer: Any,
-) -> Generation:
-    """Compare what the child wrote with what the parent wrote after the same prompts."""
+) -> GenerationComparison:
+    """Assess the continuations of the child and compare them with the parent's.
+
+    Args:
+        prompts: token ids, (prompts, length).
+        child: continuations of the child.
+        parent: continuations of the parent after the same prompts; None without a baseline.
+        new_tokens: tokens that were requested after each prompt.
+        tokenizer: decodes the samples to read.
+    """
     agreement = identical = None
-    if parent is not None:
-        same = [_common(a, b) for a, b in zip(child, parent, strict=True)]
-        shares = torch.tensor([min(1.0, n / _length(b)) for n, b in zip(same, parent, strict=True)])
-        agreement, identical = (
-            float(shares.double().mean()),
-            _mean(a == b for a, b in zip(child, parent, strict=True)),
-        )
-        complaints = tuple(_compared(child, parent, shares, new_tokens))
+    if parent is None:
+        complaints = tuple(_complaints_alone(child, new_tokens))
     else:
-        complaints = tuple(_by_itself(child, new_tokens))
-    return Generation(
+        pairs = list(zip(child, parent, strict=True))
+        shares = torch.tensor([min(1.0, _common_prefix(a, b) / _compared_length(b)) for a, b in pairs])
+        agreement = float(shares.double().mean())
+        identical = _mean(a == b for a, b in pairs)
+        complaints = tuple(_complaints_compared(child, parent, shares, new_tokens))
+    return GenerationComparison(
         prompts=len(child),
         new_tokens=new_tokens,
-        child=_writing(child, new_tokens),
-        parent=None if parent is None else _writing(parent, new_tokens),
+        child=_quality(child, new_tokens),
+        parent=None if parent is None else _quality(parent, new_tokens),
         agreement=agreement,
         agreement_tokens=AGREEMENT_TOKENS,
         identical=identical,
         complaints=complaints,
         samples=tuple(
-            Sample(
+            Continuation(
                 tokenizer.decode(prompts[i]),
                 tokenizer.decode(child[i]),
                 None if parent is None else tokenizer.decode(parent[i]),
             )
-            for i in range(min(SHOWN, len(child)))
+            for i in range(min(NUM_SHOWN, len(child)))
         ),
     )
 
 
 def repetition(tokens: Sequence[int]) -> float:
-    """Share of 4-grams that occurred before in the same text (Welleck et al. 2019, seq-rep-4)."""
+    """Compute the share of 4-grams that occur earlier in the same text (seq-rep-4, Welleck et al. 2019).
+
+    Args:
+        tokens: the text.
+    """
     grams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _compared(
+def _complaints_compared(
     child: Sequence[list[int]], parent: Sequence[list[int]], shares: Tensor, new_tokens: int
 ) -> Iterator[str]:
-    rows = (
-        (LOOPS, repetition, MORE_REPETITION),
-        (BREAKS_OFF, lambda row: _is_early(row, new_tokens), MORE_EARLY_ENDS),
+    rules: tuple[tuple[str, Callable[[list[int]], float], float], ...] = (
+        (REPEATS, repetition, MORE_REPETITION),
+        (ENDS_EARLY, lambda row: _is_early(row, new_tokens), MORE_EARLY_ENDS),
     )
-    for fault, measure, bound in rows:
-        own, other = (torch.tensor([float(measure(row)) for row in rows]) for rows in (child, parent))
-        if paired_mean(own, other).above(bound) < 0.05:
-            yield f"{fault.format(f'{own.mean():.0%}')}, {other.mean():.0%} of its parent's."
-    if (-paired_mean(shares, torch.zeros_like(shares))).above(-LEAST_AGREEMENT) < 0.05:
+    for defect, measure, bound in rules:
+        ours, theirs = (torch.tensor([float(measure(row)) for row in rows]) for rows in (child, parent))
+        if paired_mean(ours, theirs).above(bound) < LEVEL:
+            yield f"{defect.format(f'{ours.mean():.0%}')}, {theirs.mean():.0%} in the parent's."
+    if (-paired_mean(shares, torch.zeros_like(shares))).above(-LEAST_AGREEMENT) < LEVEL:
         same = AGREEMENT_TOKENS * float(shares.mean())
-        yield f"It leaves its parent's words at once: they part after {same:.1f} of {AGREEMENT_TOKENS} tokens."
+        yield (f"The output leaves the parent's at once: {same:.1f} of the first {AGREEMENT_TOKENS} tokens agree.")
 
 
-def _by_itself(rows: Sequence[list[int]], new_tokens: int) -> Iterator[str]:
-    own = _writing(rows, new_tokens)
-    if own.repetition > MOST_REPETITION:
-        yield f"{LOOPS.format(f'{own.repetition:.0%}')}."
-    if own.early_end > MOST_EARLY_ENDS:
-        yield f"{BREAKS_OFF.format(f'{own.early_end:.0%}')}."
+def _complaints_alone(rows: Sequence[list[int]], new_tokens: int) -> Iterator[str]:
+    quality = _quality(rows, new_tokens)
+    if quality.repetition > MOST_REPETITION:
+        yield f"{REPEATS.format(f'{quality.repetition:.0%}')}."
+    if quality.early_end > MOST_EARLY_ENDS:
+        yield f"{ENDS_EARLY.format(f'{quality.early_end:.0%}')}."
 
 
-def _writing(rows: Sequence[list[int]], new_tokens: int) -> Writing:
-    return Writing(_mean(map(repetition, rows)), _mean(_is_early(row, new_tokens) for row in rows))
+def _quality(rows: Sequence[list[int]], new_tokens: int) -> TextQuality:
+    return TextQuality(_mean(map(repetition, rows)), _mean(_is_early(row, new_tokens) for row in rows))
 
 
 def _is_early(row: Sequence[int], new_tokens: int) -> bool:
     return len(row) < new_tokens / 2
 
 
-def _length(row: Sequence[int]) -> int:
+def _compared_length(row: Sequence[int]) -> int:
     return max(1, min(AGREEMENT_TOKENS, len(row)))
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    pairs = zip(one, other, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return the number of tokens before the first difference."""
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
 def _cut(row: list[int], ends: Sequence[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""What every model of an evaluation reads: text, and the arguments of tasks that make their own questions."""
+"""Build the inputs that every model of an evaluation gets: text, prompts, and the arguments of generated tasks."""
 
 from __future__ import annotations
 
@@ -9,63 +9,85 @@ from typing import Any
 from torch import Tensor
 
 from headwise.eval.metrics import generation
-from headwise.eval.settings import Recipe
-from headwise.measure.positions import overlapping
+from headwise.eval.settings import EvalRecipe
+from headwise.measure.positions import overlapping_windows
 from headwise.text.blocks import blocks_from
 
 RULER_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
+UNLIMITED = 1 << 20
 
 
 @dataclass(frozen=True)
-class Material:
-    """The text that every model reads: blocks for perplexity, windows for loss by position, beginnings to continue.
+class EvalInputs:
+    """Token ids that every model gets.
 
-    A stretch is so many positions of the curve; 0: no curve.
+    Attributes:
+        blocks: text of the perplexity, (blocks, length); None: not measured.
+        windows: text of the loss by position, (windows, length); None: measured on `blocks`.
+        prompts: beginnings to continue, (prompts, length); None: not measured.
+        width: positions in an interval of the loss by position; 0: not measured.
+        new_tokens: tokens to write after each prompt.
     """
 
     blocks: Tensor | None = None
     windows: Tensor | None = None
     prompts: Tensor | None = None
-    stretch: int = 0
+    width: int = 0
     new_tokens: int = 0
 
     @property
-    def empty(self) -> bool:
+    def is_empty(self) -> bool:
+        """Return whether there is nothing to measure besides the tasks."""
         return self.blocks is None and self.windows is None and self.prompts is None
 
     def content_hash(self) -> str:
-        total = hashlib.sha256(f"{self.stretch} {self.new_tokens}".encode())
+        """Compute the SHA-256 of all inputs."""
+        total = hashlib.sha256(f"{self.width} {self.new_tokens}".encode())
         for part in (self.blocks, self.windows, self.prompts):
             total.update(b"" if part is None else f"{tuple(part.shape)}".encode() + part.numpy().tobytes())
         return total.hexdigest()
 
 
-def make_material(chosen: Recipe, tokenizer: Any, context: int | None, seed: int) -> Material:
-    """Text for everything but the tasks."""
+def make_inputs(recipe: EvalRecipe, tokenizer: Any, context: int | None, seed: int) -> EvalInputs:
+    """Build the inputs of everything but the tasks.
+
+    Args:
+        recipe: what is measured.
+        tokenizer: of child and parent.
+        context: `max_position_embeddings` of the child; None if it is unknown.
+        seed: random seed of the choice of text.
+    """
     blocks = windows = prompts = None
-    stretch = 0
-    if (text := chosen.perplexity) is not None:
+    width = 0
+    if (text := recipe.perplexity) is not None:
         length = min(text.length, context or text.length)
         blocks = blocks_from(text.text, tokenizer, split=text.split, length=length, count=text.blocks, seed=seed)
-        stretch = length // text.stretches if length % text.stretches == 0 else 0
-    if (by := chosen.positions) is not None and context is not None:
-        stretch = max(1, context // by.stretches)
-        length = stretch * by.stretches
-        count = -(-by.windows // by.stretches) + 1
-        held = blocks_from(by.text, tokenizer, split=by.split, length=length, count=count, seed=seed)
-        windows = overlapping(held, length, stretch)[: by.windows]
-    if (writing := chosen.generation) is not None:
-        prompts = generation.prompts_of(
-            tokenizer, writing.prompts, min(writing.prompt_tokens, (context or 1 << 20) // 2), seed
+        width = length // text.stretches if length % text.stretches == 0 else 0
+    if (positions := recipe.positions) is not None and context is not None:
+        width = max(1, context // positions.stretches)
+        length = width * positions.stretches
+        count = -(-positions.windows // positions.stretches) + 1
+        stream = blocks_from(
+            positions.text, tokenizer, split=positions.split, length=length, count=count, seed=seed
         )
-    return Material(blocks, windows, prompts, stretch, writing.new_tokens if writing else 0)
+        windows = overlapping_windows(stream, length, width)[: positions.windows]
+    if (writing := recipe.generation) is not None:
+        length = min(writing.prompt_tokens, (context or UNLIMITED) // 2)
+        prompts = generation.select_prompts(tokenizer, writing.prompts, length, seed)
+    return EvalInputs(blocks, windows, prompts, width, writing.new_tokens if writing else 0)
 
 
-def task_arguments(chosen: Recipe, context: int | None, seed: int) -> dict[str, Any]:
-    """Arguments of the tasks that make their own questions: passkey, cloze and RULER."""
-    found: dict[str, Any] = {"seed": seed}
-    if chosen.passkey is not None:
-        found |= {"depths": chosen.passkey.depths, "samples": chosen.passkey.samples}
-        found |= {"lengths": [int(share * (context or 0)) for share in chosen.passkey.lengths]}
-        found |= {"max_seq_lengths": [length for length in RULER_LENGTHS if length <= (context or 0)]}
-    return found
+def task_arguments(recipe: EvalRecipe, context: int | None, seed: int) -> dict[str, Any]:
+    """Build the arguments of the tasks that generate their own questions: passkey, cloze and RULER.
+
+    Args:
+        recipe: what is measured.
+        context: `max_position_embeddings` of the child; None if it is unknown.
+        seed: random seed of the questions.
+    """
+    arguments: dict[str, Any] = {"seed": seed}
+    if recipe.passkey is not None:
+        arguments |= {"depths": list(recipe.passkey.depths), "samples": recipe.passkey.samples}
+        arguments |= {"lengths": [int(share * (context or 0)) for share in recipe.passkey.lengths]}
+        arguments |= {"max_seq_lengths": [length for length in RULER_LENGTHS if length <= (context or 0)]}
+    return arguments

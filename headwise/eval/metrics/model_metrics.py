@@ -1,6 +1,7 @@
-"""What is measured of one model by itself: tasks, perplexity, loss by position, continuations.
+"""Measure one model by itself: tasks, perplexity, loss by position, continuations.
 
-It all lies in one folder (lm-eval's own files and `alone.json`), so that a parent's can be kept and read again.
+Everything lies in one folder, lm-eval's own files and `metrics.json`, so that the results of a parent can be kept
+and read again.
 """
 
 from __future__ import annotations
@@ -12,112 +13,137 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from headwise.eval import model as models
 from headwise.eval import processes
-from headwise.eval.metrics.generation import continuations
-from headwise.eval.metrics.inputs import Material
-from headwise.eval.model import Model
-from headwise.eval.plain import restore
-from headwise.eval.tasks import samples
-from headwise.eval.tasks.harness import Harness, Options
-from headwise.measure.curve import Curve
+from headwise.eval.metrics.generation import write_continuations
+from headwise.eval.metrics.inputs import EvalInputs
+from headwise.eval.model import EvalModel
+from headwise.eval.settings import EvalSettings
+from headwise.eval.tasks.harness import Harness
+from headwise.eval.tasks.samples import TaskResults, read_results
 from headwise.measure.loss import token_nats
-from headwise.measure.positions import curve_of
+from headwise.measure.positions import PositionLoss, average_by_position
 from headwise.progress import Progress
+from headwise.schema import restore
 
+METRICS = "metrics.json"
 # Tokens in one forward pass.
 TOKENS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
-class Alone:
-    """One model's figures.
+class ModelMetrics:
+    """Figures of one model.
 
     Attributes:
-        nats: of each block of text; `tokens` are predicted in each.
-        curve: loss by position, of the windows or else of the blocks.
-        written: greedy continuations.
-        seconds: by stage.
-        lm_eval_seconds: of these, inside lm-eval.
+        nats: sum of nats of each block of text.
+        tokens: predicted tokens in each block.
+        curve: loss by position, of the windows if there are any, else of the blocks.
+        written: greedy continuations, as token ids; None: not measured.
+        seconds: wall clock by stage.
+        lm_eval_seconds: the part of `seconds` spent inside lm-eval.
+        results: figures of the tasks; None without tasks.
     """
 
     nats: tuple[float, ...] = ()
     tokens: int = 0
-    curve: Curve | None = None
+    curve: PositionLoss | None = None
     written: tuple[tuple[int, ...], ...] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     lm_eval_seconds: float = 0.0
-    results: samples.Results | None = None
+    results: TaskResults | None = None
 
 
-def measure(
-    model: Model, name: str, harness: Harness | None, options: Options, material: Material, into: Path,
+def measure_model(
+    model: EvalModel,
+    role: str,
+    harness: Harness | None,
+    settings: EvalSettings,
+    inputs: EvalInputs,
+    into: Path,
     progress: Progress,
-) -> Alone | None:  # fmt: skip
-    """Measure a model, leave everything in a new folder, and read it from there.
+) -> ModelMetrics | None:
+    """Measure a model, write everything into a new folder, and read it from there.
+
+    Args:
+        model: the model.
+        role: "child" or "parent", for the stages of `progress`.
+        harness: the tasks; None without tasks.
+        settings: resolved settings.
+        inputs: text and prompts.
+        into: the folder to make.
+        progress: receives the stages.
 
     Returns:
-        None in a process that only helps with the tasks.
+        The figures; None in a process that only computes its share of the tasks.
     """
     seconds: dict[str, float] = {}
-    inside, start = 0.0, time.perf_counter()
+    lm_eval_seconds, start = 0.0, time.perf_counter()
     into.mkdir(parents=True)
     if harness is not None:
-        inside = harness.run(model.folder, model.name, options, into, progress, f"{name}: tasks")
+        lm_eval_seconds = harness.run(model.folder, model.name, settings, into, progress, f"{role}: tasks")
         seconds["tasks"] = time.perf_counter() - start
-        _free()
+        _free_memory()
     if not processes.is_main():
         return None
-    found = Alone(lm_eval_seconds=inside, seconds=seconds)
-    if not material.empty:
+    metrics = ModelMetrics(lm_eval_seconds=lm_eval_seconds, seconds=seconds)
+    if not inputs.is_empty:
         start = time.perf_counter()
-        loaded = models.load(model, dtype=options.dtype, device=options.device)
-        found = Alone(**{**found.__dict__, **_read(loaded, material, name, progress)})
+        loaded = model.load(dtype=str(settings.dtype), device=str(settings.device))
+        metrics = replace(metrics, **_measure_inputs(loaded, inputs, role, progress))
         seconds["text"] = time.perf_counter() - start
         del loaded
-        _free()
-    plain = {key: value for key, value in asdict(found).items() if key != "results"}
-    (into / "alone.json").write_text(json.dumps(plain), encoding="utf-8")
-    return read(into, tasks=harness is not None)
+        _free_memory()
+    plain = {key: value for key, value in asdict(metrics).items() if key != "results"}
+    (into / METRICS).write_text(json.dumps(plain), encoding="utf-8")
+    return read_metrics(into, tasks=harness is not None)
 
 
-def read(folder: Path, *, tasks: bool) -> Alone:
-    """What `measure` left in a folder."""
-    found = restore(Alone, json.loads((folder / "alone.json").read_text(encoding="utf-8")))
-    return Alone(**{**found.__dict__, "results": samples.read(folder) if tasks else None})
+def read_metrics(folder: Path, *, tasks: bool) -> ModelMetrics:
+    """Read what `measure_model` wrote into a folder.
+
+    Args:
+        folder: the folder.
+        tasks: whether it holds results of tasks.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: a file is not JSON.
+    """
+    metrics = restore(ModelMetrics, json.loads((folder / METRICS).read_text(encoding="utf-8")))
+    return replace(metrics, results=read_results(folder) if tasks else None)
 
 
-def _read(model: Any, material: Material, name: str, progress: Progress) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    texts = [text for text in (material.blocks, material.windows) if text is not None]
+def _measure_inputs(model: Any, inputs: EvalInputs, role: str, progress: Progress) -> dict[str, Any]:
+    measured: dict[str, Any] = {}
+    texts = [text for text in (inputs.blocks, inputs.windows) if text is not None]
     for text in texts:
-        progress.stage(f"{name}: text", total=len(text), unit="blocks")
+        progress.stage(f"{role}: text", total=len(text), unit="blocks")
         rows = max(1, TOKENS_AT_ONCE // text.shape[1])
         parts = []
         for batch in text.split(rows):
             parts.append(token_nats(model, batch, batch_size=rows))
             progress.advance(len(batch))
         nats = torch.cat(parts)
-        if text is material.blocks:
-            found |= {"nats": tuple(nats.double().sum(1).tolist()), "tokens": nats.shape[1]}
-        if material.stretch and text is texts[-1]:
-            found["curve"] = curve_of(nats, material.stretch)
-    if material.prompts is not None:
-        progress.stage(f"{name}: continuations", total=len(material.prompts), unit="prompts")
-        written = continuations(model, material.prompts, material.new_tokens)
-        progress.advance(len(written))
-        found["written"] = tuple(map(tuple, written))
-    return found
+        if text is inputs.blocks:
+            measured |= {"nats": tuple(nats.double().sum(1).tolist()), "tokens": nats.shape[1]}
+        if inputs.width and text is texts[-1]:
+            measured["curve"] = average_by_position(nats, inputs.width)
+    if inputs.prompts is not None:
+        progress.stage(f"{role}: continuations", total=len(inputs.prompts), unit="prompts")
+        continuations = write_continuations(model, inputs.prompts, inputs.new_tokens)
+        progress.advance(len(continuations))
+        measured["written"] = tuple(map(tuple, continuations))
+    return measured
 
 
-class Kept:
-    """Results kept from earlier runs, each under a hash of all that they depend on.
+class ResultCache:
+    """Results of earlier runs, each under a hash of everything that they depend on.
 
     Args:
         identity: plain data: content of the model, tasks, settings, versions.
@@ -125,24 +151,36 @@ class Kept:
 
     def __init__(self, identity: dict[str, Any]) -> None:
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-        home = os.environ.get("HEADWISE_CACHE") or os.path.join(
+        root = os.environ.get("HEADWISE_CACHE") or os.path.join(
             os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "headwise"
         )
-        self.folder = Path(home) / "eval" / key
+        self.folder = Path(root) / "eval" / key
 
-    def take(self, into: Path, *, tasks: bool) -> Alone | None:
-        """The kept results, copied into a new folder; None where there are none that can be read."""
+    def copy_to(self, into: Path, *, tasks: bool) -> ModelMetrics | None:
+        """Copy the cached results into a new folder and read them.
+
+        Args:
+            into: the folder to make.
+            tasks: whether results of tasks are needed.
+
+        Returns:
+            The figures; None if there are no readable results, and then `into` does not exist.
+        """
         if not self.folder.is_dir():
             return None
         shutil.copytree(self.folder, into)
         try:
-            return read(into, tasks=tasks)
-        except Exception:  # of an interrupted or a strange writer: measured anew
+            return read_metrics(into, tasks=tasks)
+        except Exception:  # an interrupted run or another program wrote it: measure again
             shutil.rmtree(into)
             return None
 
-    def put(self, folder: Path) -> None:
-        """Keep a folder's content, in place of what was kept before."""
+    def store(self, folder: Path) -> None:
+        """Keep the content of a folder and replace what was cached before.
+
+        Args:
+            folder: the folder that `measure_model` made.
+        """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.folder.parent) as scratch:
             new = Path(scratch) / "new"
@@ -152,7 +190,7 @@ class Kept:
             new.replace(self.folder)
 
 
-def _free() -> None:
+def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

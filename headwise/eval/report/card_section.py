@@ -1,4 +1,4 @@
-"""Put an evaluation into the model card of the folder that was evaluated, for readers and for the Hub."""
+"""Write the figures of an evaluation into the model card of the evaluated folder, for readers and for the Hub."""
 
 from __future__ import annotations
 
@@ -16,22 +16,32 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, eval_result_
 
 from headwise.errors import HeadwiseError
 from headwise.eval.model import content_hash
-from headwise.eval.report import report, tables
+from headwise.eval.report import tables
+from headwise.eval.report.report import figures_table, limits, read_report
 from headwise.eval.result import Comparison, Evaluation
-from headwise.eval.verdict import is_perplexity, judge, name
-from headwise.io.source import files_of
+from headwise.eval.verdict import figure_name, verdict_of
+from headwise.io.source import source_in_folder
 from headwise.records.card import EVALUATION, with_section
+
+TASK_FIELDS = ("dataset_path", "dataset_name", "test_split", "validation_split")
 
 
 @dataclass(frozen=True)
 class CardUpdate:
-    """What was written: the card, how many figures its `model-index` holds, and the files of `.eval_results`."""
+    """What `update_card` wrote.
+
+    Attributes:
+        card: the model card.
+        figures: number of figures in its `model-index`.
+        eval_results: files in `.eval_results`.
+    """
 
     card: Path
     figures: int
     eval_results: tuple[Path, ...]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
         return {
             "card": str(self.card),
             "figures": self.figures,
@@ -42,13 +52,16 @@ class CardUpdate:
 def update_card(
     folder: str | Path, report_folder: str | Path, *, eval_results: Sequence[tuple[str, str, str]] = ()
 ) -> CardUpdate:
-    """Write a report's figures into a folder's README.md: a section of the text, and `model-index` of its data.
+    """Write the figures of a report into a folder's README.md: a section of the text and `model-index` of the data.
 
     Args:
-        folder: the model that was evaluated, unchanged since.
-        report_folder: what `headwise eval` wrote.
-        eval_results: (task, dataset on the Hub, its task id): figures to write as `.eval_results/TASK.yaml` too,
-            which the Hub shows with the model and with the benchmark, whose eval.yaml names the task ids.
+        folder: the model that was evaluated, unchanged since then.
+        report_folder: the folder that `evaluate_model` wrote.
+        eval_results: (task, dataset on the Hub, its task id): figures to write into `.eval_results/TASK.yaml` too.
+            The Hub shows them with the model and with the benchmark, whose eval.yaml lists the task ids.
+
+    Returns:
+        The files and the number of figures.
 
     Raises:
         HeadwiseError: there is no card or no report, they are of two models, or a task is not in the report.
@@ -57,100 +70,118 @@ def update_card(
     path = home / "README.md"
     if not path.is_file():
         raise HeadwiseError(f"{home} has no README.md.", "Name the folder that `headwise convert` wrote.")
-    found = report.read_report(report_folder)
-    if content_hash(files_of(str(home), home)) != found.child.sha256:
+    evaluation = read_report(report_folder)
+    if content_hash(source_in_folder(str(home), home)) != evaluation.child.sha256:
         raise HeadwiseError(
-            f"{report_folder} is a report of {found.child.model} as it was then, not of {home} as it is now.",
+            f"{report_folder} is the report of {evaluation.child.model} at that time, not of {home} as it is now.",
             f"Measure it: headwise eval {home} --baseline MODEL",
         )
-    entries = [_entry(found, *wanted) for wanted in eval_results]
+    entries = [_eval_result(evaluation, *benchmark) for benchmark in eval_results]
     try:
         card = ModelCard(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise HeadwiseError(f"The front matter of {path} cannot be read: {str(error).splitlines()[0]}.") from None
-    configs = _task_configs(found, Path(report_folder).expanduser())
-    figures = [_figure(one, configs.get(one.task, {})) for one in found.headlines]
+    configs = _task_configs(evaluation, Path(report_folder).expanduser())
+    figures = [_model_index_entry(c, configs.get(c.task, {})) for c in evaluation.headlines]
     card.data["model_name"] = home.resolve().name
     card.data["eval_results"] = figures or None
-    _replace(path, with_section(str(card), EVALUATION, section(found), before="Errors"))
-    written = []
+    _replace(path, with_section(str(card), EVALUATION, evaluation_section(evaluation), before="Errors"))
+    files = []
     for task, entry in entries:
         file = home / ".eval_results" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', task)}.yaml"
         file.parent.mkdir(exist_ok=True)
         _replace(file, yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
-        written.append(file)
-    return CardUpdate(path, len(figures), tuple(written))
+        files.append(file)
+    return CardUpdate(path, len(figures), tuple(files))
 
 
-def section(found: Evaluation) -> str:
-    """The card's section: the verdict, the main figures, the agreement, the command, the limits."""
-    lines = [f"**{judge(found).text}**", ""]
-    if found.comparisons:
-        lines += [*report.figures_table(found, headlines=True), ""]
-        if found.parent is not None:
-            lines += ["Child minus parent on the same samples; bold stands at 5% after Holm's correction.", ""]
-    alike = [
-        f"{label}: {number} ({meaning})" for label, number, meaning in tables.agreement(found) if "KV" not in label
+def evaluation_section(evaluation: Evaluation) -> str:
+    """Render the section of a model card: verdict, main figures, agreement, command, limits.
+
+    Args:
+        evaluation: the whole result.
+
+    Returns:
+        Markdown without the heading.
+    """
+    lines = [f"**{verdict_of(evaluation).text}**", ""]
+    if evaluation.comparisons:
+        lines += [*figures_table(evaluation, headlines=True), ""]
+        if evaluation.parent is not None:
+            lines += [
+                "Child minus parent on the same samples; bold: significant at 5% after Holm's correction.",
+                "",
+            ]
+    agreement = [
+        f"- {label}: {number} ({explanation})"
+        for label, number, explanation in tables.agreement_rows(evaluation)
+        if "KV" not in label
     ]
-    lines += [f"- {line}" for line in alike] + [""] * bool(alike)
-    lines += ["```", _published(found), "```", "", "What it does not say:", ""]
-    return "\n".join([*lines, *(f"- {limit}" for limit in report.limits(found))])
+    lines += agreement + [""] * bool(agreement)
+    lines += ["```", _public_command(evaluation), "```", "", "Limits of these figures:", ""]
+    return "\n".join([*lines, *(f"- {limit}" for limit in limits(evaluation))])
 
 
-def _published(found: Evaluation) -> str:
-    """The command, without where a user keeps files: a folder is named by the last part of its path."""
-    subjects = [found.child, *([found.parent] if found.parent else [])]
+def _public_command(evaluation: Evaluation) -> str:
+    """Return the command with every local folder shortened to the last part of its path."""
+    subjects = [evaluation.child, *([evaluation.parent] if evaluation.parent else [])]
     folders = {subject.model for subject in subjects if subject.revision is None}
-    words = shlex.split(found.command)
+    words = shlex.split(evaluation.command)
     return shlex.join(Path(word).name if word in folders or Path(word).is_absolute() else word for word in words)
 
 
-def _figure(one: Comparison, config: dict[str, Any]) -> EvalResult:
-    """An entry of `model-index`."""
+def _model_index_entry(comparison: Comparison, config: dict[str, Any]) -> EvalResult:
+    task, shots = comparison.task, comparison.num_fewshot
+    if comparison.is_perplexity:
+        task = figure_name(comparison).removesuffix(" perplexity")
     return EvalResult(
         task_type="text-generation",
         task_name="Text generation",
-        dataset_type=str(config.get("dataset_path") or one.task),
-        dataset_name=name(one).removesuffix(" perplexity") if is_perplexity(one) else one.task,
+        dataset_type=str(config.get("dataset_path") or comparison.task),
+        dataset_name=task,
         dataset_config=config.get("dataset_name"),
         dataset_split=config.get("test_split") or config.get("validation_split"),
-        metric_type=one.metric,
-        metric_name=f"{one.metric} ({one.num_fewshot}-shot)" if one.num_fewshot is not None else one.metric,
-        metric_value=round(one.child.value, 6),
+        metric_type=comparison.metric,
+        metric_name=f"{comparison.metric} ({shots}-shot)" if shots is not None else comparison.metric,
+        metric_value=round(comparison.child.value, 6),
     )
 
 
-def _entry(found: Evaluation, task: str, dataset: str, task_id: str) -> tuple[str, EvalResultEntry]:
-    """An entry of `.eval_results`, in percent as the benchmarks have them."""
-    one = next((one for one in found.headlines if one.task == task), None)
-    if one is None:
-        there = ", ".join(one.task for one in found.headlines)
-        raise HeadwiseError(f"The report has no task {task!r}, but {there or 'none at all'}.")
-    if found.settings.get("limit"):
+def _eval_result(evaluation: Evaluation, task: str, dataset: str, task_id: str) -> tuple[str, EvalResultEntry]:
+    """Return an entry of `.eval_results`, in percent as benchmarks list it."""
+    comparison = next((c for c in evaluation.headlines if c.task == task), None)
+    if comparison is None:
+        tasks = ", ".join(c.task for c in evaluation.headlines)
+        raise HeadwiseError(f"The report has no task {task!r}; its tasks: {tasks or 'none'}.")
+    if evaluation.settings.get("limit"):
         raise HeadwiseError(
-            "The report was made from a part of the samples (--limit), which is no benchmark's result.",
-            "Measure without --limit, or leave out --eval-result.",
+            f"The report used a part of the samples (`limit` {evaluation.settings['limit']}), so {task} is not the "
+            "result of a benchmark.",
+            "Evaluate without `limit`, or leave out `eval_results`.",
         )
-    if is_perplexity(one) or not 0 <= one.child.value <= 1:
-        raise HeadwiseError(f"{task} is measured by {one.metric}, which is no share that a benchmark could list.")
-    harness = found.versions.get("lm_eval") or found.versions.get("lm-eval")
-    notes = f"{one.metric}, {one.num_fewshot or 0}-shot" + (f", lm-eval {harness}" if harness else "")
-    return task, EvalResultEntry(dataset, task_id, round(100 * one.child.value, 2), notes=notes)
+    if comparison.is_perplexity or not 0 <= comparison.child.value <= 1:
+        raise HeadwiseError(
+            f"{task} has the metric {comparison.metric}, which is not a share from 0 to 1 as benchmarks list it."
+        )
+    harness = evaluation.versions.get("lm_eval") or evaluation.versions.get("lm-eval")
+    shots = comparison.num_fewshot or 0
+    notes = f"{comparison.metric}, {shots}-shot" + (f", lm-eval {harness}" if harness else "")
+    return task, EvalResultEntry(dataset, task_id, round(100 * comparison.child.value, 2), notes=notes)
 
 
-def _task_configs(found: Evaluation, folder: Path) -> dict[str, dict[str, Any]]:
-    """What lm-eval's own result file says of each task's data; nothing where the logs are not there."""
-    logs = found.logs.get("child")
+def _task_configs(evaluation: Evaluation, folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the dataset of each task from lm-eval's result files; empty without the files."""
+    logs = evaluation.logs.get("child")
     configs: dict[str, dict[str, Any]] = {}
     for file in sorted((folder / logs).rglob("results_*.json")) if logs else ():
         content = json.loads(file.read_text(encoding="utf-8"))
-        configs |= {task: _words(config) for task, config in content.get("configs", {}).items()}
+        configs |= {task: _task_fields(config) for task, config in content.get("configs", {}).items()}
     return configs
 
 
-def _words(config: Any) -> dict[str, str]:
+def _task_fields(config: Any) -> dict[str, str]:
     def pairs() -> Iterator[tuple[str, str]]:
-        for key in ("dataset_path", "dataset_name", "test_split", "validation_split"):
+        for key in TASK_FIELDS:
             if isinstance(config.get(key), str):
                 yield key, config[key]
 
@@ -158,7 +189,7 @@ def _words(config: Any) -> dict[str, str]:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(text, encoding="utf-8", newline="")
-    os.replace(fresh, path)
+    """Write a file completely or not at all."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8", newline="")
+    os.replace(new, path)

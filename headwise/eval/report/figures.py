@@ -1,6 +1,6 @@
-"""The figures of a report, drawn once and written twice: as SVG in the page's own colours, and as PNG.
+"""Draw the figures of a report, as SVG in the colours of the page and as PNG.
 
-They are 300 points wide, so that their words are as large as the text beside them on a phone.
+They are 300 points wide, so that their labels are as large as the text beside them on a phone.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from headwise.eval.report.summary import significant
-from headwise.eval.result import Comparison, Curve, Evaluation, Head
-from headwise.eval.verdict import Damage, is_perplexity, name
+from headwise.eval.result import Comparison, Evaluation
+from headwise.eval.verdict import Damage, figure_name
+from headwise.measure.divergence import LayerError
+from headwise.measure.entropy import AttentionEntropy, HeadIndex
+from headwise.measure.positions import PositionLoss
 
 WIDTH = 4.2  # inches of 72 points
 STYLE: Any = {
@@ -32,7 +34,7 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours by what they are for. Child and parent are told apart also without seeing red from green."""
+    """Colours by their use; readers who do not distinguish red and green can still distinguish child and parent."""
 
     ink: str = "#1f2430"
     muted: str = "#6b7280"
@@ -45,57 +47,72 @@ class Palette:
 
 
 LIGHT = Palette()
-# Colours that mean nothing, to be found again in the SVG and replaced by the page's variables.
+# Placeholder colours, which `render_svg` replaces by the variables of the page.
 MARKED = Palette(**{field: f"#0000{number:02x}" for number, field in enumerate(vars(LIGHT), start=16)})
 Draw = Callable[[Palette], Figure]
 
 
-def drawings(found: Evaluation) -> dict[str, tuple[Draw, str]]:
-    """Name -> how to draw it, and its caption; only what the evaluation has data for."""
-    made: dict[str, tuple[Draw, str]] = {}
-    rows = [(one, damage) for one in found.headlines if (damage := Damage.of(one)) is not None and _scaled(one)]
+def make_drawings(evaluation: Evaluation) -> dict[str, tuple[Draw, str]]:
+    """Select the figures that an evaluation has data for.
+
+    Args:
+        evaluation: the whole result.
+
+    Returns:
+        Name -> the function that draws the figure, and its caption.
+    """
+    drawings: dict[str, tuple[Draw, str]] = {}
+    rows = [(c, damage) for c in evaluation.headlines if (damage := Damage.of(c)) is not None and _has_scale(c)]
     if rows:
-        made["differences"] = (
-            lambda palette: _differences(rows, found.fail_above, palette),
+        drawings["differences"] = (
+            lambda palette: _differences(rows, evaluation.fail_above, palette),
             "Child against parent on the same samples, in points, for perplexities in percent. Bars are 95% "
-            "intervals; hollow marks are differences that chance explains, after Holm's correction.",
+            "intervals; hollow marks are differences that are not significant after Holm's correction.",
         )
-    if (places := found.positions) is not None:
-        made["positions"] = (
-            lambda palette: _positions(places.child, places.parent, places.trained, palette),
-            f"Loss by position, each point the mean over {places.child.width} positions of the same text. "
+    if (positions := evaluation.positions) is not None:
+        drawings["positions"] = (
+            lambda palette: _positions(positions.child, positions.parent, positions.trained, palette),
+            f"Loss by position. Each point is the mean over {positions.child.width} positions of the same text. "
             "Lower is better.",
         )
-    seen = found.diagnostics
-    if seen is not None and seen.layers:
-        made["layers"] = (
-            lambda palette: _layers(seen.layers, palette),
-            "Distance of the child's activations from the parent's, relative to their size. Errors of earlier "
-            "layers are in it.",
+    divergence = evaluation.diagnostics
+    if divergence is not None and divergence.layers:
+        drawings["layers"] = (
+            lambda palette: _layers(divergence.layers, palette),
+            "Relative error of the child's activations against the parent's, errors of earlier layers included.",
         )
-    if seen is not None and (entropy := seen.entropy) is not None:
-        made["entropy"] = (
+    if divergence is not None and (entropy := divergence.entropy) is not None:
+        drawings["entropy"] = (
             lambda palette: _entropy(entropy, palette),
-            "Attention entropy of every head as a share of the most it can be: 0 looks at one token, 1 at all "
-            f"alike. Marked: below {entropy.collapsed_below:g} (▼, collapsed) and above "
-            f"{entropy.uniform_above:g} (▲, uniform).",
+            "Relative attention entropy of every head: 0 is attention to one token, 1 is uniform attention. "
+            f"Marks: ▼ below {entropy.collapsed_below:g} (collapsed), ▲ above {entropy.uniform_above:g} (uniform).",
         )
-    if found.passkey:
-        made["passkey"] = (
-            lambda palette: _passkey(found, palette),
-            "Share of passkeys found, by length of the text and depth of the key in it.",
+    if evaluation.passkey:
+        drawings["passkey"] = (
+            lambda palette: _passkey(evaluation, palette),
+            "Share of retrieved passkeys by length of the prompt and depth of the key.",
         )
-    return made
+    return drawings
 
 
-def png(draw: Draw, path: Path) -> None:
-    """Write a figure in light colours."""
+def write_png(draw: Draw, path: Path) -> None:
+    """Write a figure in light colours as PNG.
+
+    Args:
+        draw: draws the figure.
+        path: the file to write.
+    """
     with rc_context(STYLE):
         draw(LIGHT).savefig(path, dpi=160)
 
 
-def svg(draw: Draw, label: str) -> str:
-    """A figure as an SVG element that takes its colours and its font from the page around it."""
+def render_svg(draw: Draw, label: str) -> str:
+    """Render a figure as an SVG element with the colours and the font of the page around it.
+
+    Args:
+        draw: draws the figure.
+        label: prefix of the ids in the element, unique on the page.
+    """
     buffer = io.StringIO()
     with rc_context({**STYLE, "svg.hashsalt": label}):
         draw(MARKED).savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
@@ -106,27 +123,29 @@ def svg(draw: Draw, label: str) -> str:
     for field, colour in vars(MARKED).items():
         text = text.replace(colour, f"var(--{field})")
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", text)
-    # Ids are of one page now, on which every figure has its own axes_1.
+    # Every figure has ids such as axes_1, which must be unique on the page.
     text = re.sub(r'\bid="', f'id="{label}-', text)
     return re.sub(r'(url\(#|href="#)', rf"\g<1>{label}-", text)
 
 
-def _scaled(one: Comparison) -> bool:
-    assert one.parent is not None
-    return is_perplexity(one) or all(0 <= score.value <= 1 for score in (one.child, one.parent))
+def _has_scale(comparison: Comparison) -> bool:
+    """Return whether a figure can be drawn in points or percent."""
+    assert comparison.parent is not None
+    scores = (comparison.child, comparison.parent)
+    return comparison.is_perplexity or all(0 <= score.value <= 1 for score in scores)
 
 
 def _figure(height: float, palette: Palette, columns: int = 1, **grid: Any) -> tuple[Figure, list[Any]]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor=palette.paper)
     FigureCanvasAgg(figure)
-    made = figure.subplots(1, columns, squeeze=False, **grid)[0]
-    for axes in made:
+    subplots = figure.subplots(1, columns, squeeze=False, **grid)[0]
+    for axes in subplots:
         axes.set_facecolor("none")
         axes.tick_params(colors=palette.muted, labelcolor=palette.ink)
         axes.spines[:].set_visible(False)
         axes.spines["bottom"].set(visible=True, color=palette.line)
         axes.set_axisbelow(True)
-    return figure, list(made)
+    return figure, list(subplots)
 
 
 def _differences(rows: Sequence[tuple[Comparison, Damage]], fail_above: float | None, palette: Palette) -> Figure:
@@ -138,23 +157,23 @@ def _differences(rows: Sequence[tuple[Comparison, Damage]], fail_above: float | 
             "gate", (-100 * fail_above, 1), xycoords=("data", "axes fraction"), color=palette.bad, ha="right",
             xytext=(-3, -8), textcoords="offset points", fontsize=9,
         )  # fmt: skip
-    for place, (one, damage) in enumerate(rows):
-        real = significant(one)
-        colour = palette.muted if not real else palette.bad if damage.value > 0 else palette.good
+    for place, (comparison, damage) in enumerate(rows):
+        significant = comparison.is_significant
+        colour = palette.muted if not significant else palette.bad if damage.value > 0 else palette.good
         low, middle, high = (-100 * value for value in (damage.high, damage.value, damage.low))
         axes.plot([low, high], [place, place], color=colour, linewidth=1.8, solid_capstyle="butt")
-        face = colour if real else palette.paper
+        face = colour if significant else palette.paper
         axes.plot(middle, place, "o", markersize=5.5, color=colour, markerfacecolor=face)
-    reach = max(max(abs(damage.low), abs(damage.high)) for _, damage in rows) * 100 or 1.0
-    reach = 1.15 * max(reach, 100 * (fail_above or 0))
-    axes.set(xlim=(-reach, reach), ylim=(len(rows) - 0.4, -0.6))
-    axes.set_yticks(range(len(rows)), [_short(name(one)) for one, _ in rows])
+    limit = max(max(abs(damage.low), abs(damage.high)) for _, damage in rows) * 100 or 1.0
+    limit = 1.15 * max(limit, 100 * (fail_above or 0))
+    axes.set(xlim=(-limit, limit), ylim=(len(rows) - 0.4, -0.6))
+    axes.set_yticks(range(len(rows)), [_shorten(figure_name(comparison)) for comparison, _ in rows])
     axes.grid(axis="x", color=palette.line, linewidth=0.7)
     axes.set_xlabel("← worse\u2003\u2003better →", color=palette.muted)
     return figure
 
 
-def _positions(child: Curve, parent: Curve | None, trained: int | None, palette: Palette) -> Figure:
+def _positions(child: PositionLoss, parent: PositionLoss | None, trained: int | None, palette: Palette) -> Figure:
     figure, (axes,) = _figure(2.6, palette)
     lines = [("child", child, palette.child, 2.0)]
     if parent is not None:
@@ -174,7 +193,7 @@ def _positions(child: Curve, parent: Curve | None, trained: int | None, palette:
     return figure
 
 
-def _layers(layers: Sequence[Any], palette: Palette) -> Figure:
+def _layers(layers: Sequence[LayerError], palette: Palette) -> Figure:
     figure, (axes,) = _figure(2.6, palette)
     numbers = [layer.layer for layer in layers]
     lines = (("attention", "attention output", palette.child), ("hidden", "hidden state behind", palette.parent))
@@ -190,7 +209,7 @@ def _layers(layers: Sequence[Any], palette: Palette) -> Figure:
     return figure
 
 
-def _entropy(entropy: Any, palette: Palette) -> Figure:
+def _entropy(entropy: AttentionEntropy, palette: Palette) -> Figure:
     depth, heads = len(entropy.child), len(entropy.child[0])
     height = min(5.5, max(1.9, 0.9 + 1.6 * depth / heads))
     figure, both = _figure(height, palette, columns=2, sharey=True)
@@ -215,19 +234,19 @@ def _entropy(entropy: Any, palette: Palette) -> Figure:
     return figure
 
 
-def _mark(axes: Any, heads: Sequence[Head], marker: str, colour: str) -> None:
+def _mark(axes: Any, heads: Sequence[HeadIndex], marker: str, colour: str) -> None:
     places = [(head.head, head.layer) for head in heads]
     if places:
         axes.plot(*zip(*places, strict=True), marker, color=colour, markersize=4, linestyle="none")
 
 
-def _passkey(found: Evaluation, palette: Palette) -> Figure:
-    lengths = sorted({cell.length for cell in found.passkey})
-    depths = sorted({cell.depth for cell in found.passkey})
-    sides = ["parent", "child"] if all(cell.parent is not None for cell in found.passkey) else ["child"]
+def _passkey(evaluation: Evaluation, palette: Palette) -> Figure:
+    lengths = sorted({cell.length for cell in evaluation.passkey})
+    depths = sorted({cell.depth for cell in evaluation.passkey})
+    sides = ["parent", "child"] if all(cell.parent is not None for cell in evaluation.passkey) else ["child"]
     figure, both = _figure(1.1 + 0.32 * len(depths), palette, columns=len(sides), sharey=True)
     for axes, side in zip(both, sides, strict=True):
-        at = {(cell.length, cell.depth): getattr(cell, side) for cell in found.passkey}
+        at = {(cell.length, cell.depth): getattr(cell, side) for cell in evaluation.passkey}
         values = [[at[length, depth] for length in lengths] for depth in depths]
         axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
         for row, line in enumerate(values):
@@ -237,7 +256,7 @@ def _passkey(found: Evaluation, palette: Palette) -> Figure:
         axes.set_xticks(range(len(lengths)), [_thousands(length) for length in lengths])
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         axes.set_title(side, color=palette.ink, fontsize=10, loc="left")
-        axes.set_xlabel("text (tokens)", color=palette.muted)
+        axes.set_xlabel("prompt (tokens)", color=palette.muted)
         axes.spines["bottom"].set_visible(False)
     both[0].set_ylabel("depth of the key", color=palette.muted)
     return figure
@@ -247,7 +266,7 @@ def _legend(axes: Any, palette: Palette) -> None:
     axes.legend(frameon=False, labelcolor=palette.ink, fontsize=9, handlelength=1.4)
 
 
-def _short(text: str, most: int = 20) -> str:
+def _shorten(text: str, most: int = 20) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 

@@ -1,4 +1,4 @@
-"""A report's folder: refused where it exists, made beside it, published by one rename."""
+"""Make the folder of a report: refuse an existing one, write beside it, publish by one rename."""
 
 from __future__ import annotations
 
@@ -14,30 +14,42 @@ REPORT = "report.json"
 
 
 def check_report(out: Path, force: bool) -> None:
-    """Refuse a report's folder that exists, unless it may be replaced.
+    """Refuse a folder that exists, unless it is a report that may be replaced.
+
+    Args:
+        out: the report's folder.
+        force: whether a report may be replaced; no other folder ever is.
 
     Raises:
-        HeadwiseError: it is there, or it holds no report: `force` must never cost anybody another folder.
+        HeadwiseError: the folder exists and is not replaced.
     """
     if not os.path.lexists(out):
         return
     if not force:
-        raise HeadwiseError(f"{out} exists.", "Pass --report with another folder, or --force to replace it.")
+        raise HeadwiseError(f"{out} exists.", "Give `report` another folder, or `force` to replace this one.")
     if out.is_symlink() or not (out / REPORT).is_file():
         raise HeadwiseError(
-            f"{out} holds no report, so --force does not replace it.", "Pass --report with another."
+            f"{out} holds no report, so `force` does not replace it.", "Give `report` another folder."
         )
 
 
 @contextmanager
 def published(out: Path, force: bool) -> Iterator[Path]:
-    """A folder to work in that becomes `out` at the end, if all goes well and something was written."""
+    """Yield a folder to work in, which becomes `out` at the end if it holds a report.
+
+    Args:
+        out: the report's folder.
+        force: whether a report may be replaced.
+
+    Raises:
+        HeadwiseError: `out` exists by now and is not replaced.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         work = Path(scratch) / "new"
         work.mkdir()
         yield work
-        if not (work / REPORT).is_file():  # a process that only helped
+        if not (work / REPORT).is_file():  # a process that only computed its share of the tasks
             return
         check_report(out, force)
         old = Path(scratch) / "old"

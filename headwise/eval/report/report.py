@@ -1,32 +1,37 @@
-"""The report of an evaluation: report.html for people, report.md for repositories, report.json for programs.
+"""Write the report of an evaluation: report.html for readers, report.md for repositories, report.json for programs.
 
-The page is one file: its figures are in it, and it asks for nothing over the network.
+The page is one file: it contains its figures and loads nothing over the network.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from headwise.errors import HeadwiseError
-from headwise.eval.report import figures as drawn
 from headwise.eval.report import tables
+from headwise.eval.report.figures import make_drawings, render_svg, write_png
+from headwise.eval.report.publish import REPORT
 from headwise.eval.result import Evaluation, Subject
-from headwise.eval.verdict import judge
+from headwise.eval.verdict import verdict_of
 from headwise.format import clean, duration, plain
 
-NAMES = ("report.html", "report.md", "report.json")
+NAMES = ("report.html", "report.md", REPORT)
 TEMPLATE = Path(__file__).parent / "report.html"
 
 
-def write_report(found: Evaluation, folder: str | Path) -> Evaluation:
+def write_report(evaluation: Evaluation, folder: str | Path) -> Evaluation:
     """Write the report and its figures into a folder, which is made if it does not exist.
 
+    Args:
+        evaluation: the whole result.
+        folder: the report's folder.
+
     Returns:
-        the evaluation with the names of its figures, as report.json holds it.
+        The evaluation with the names of its figures, as report.json holds it.
 
     Raises:
         HeadwiseError: the folder holds a report already.
@@ -36,25 +41,32 @@ def write_report(found: Evaluation, folder: str | Path) -> Evaluation:
     if existing:
         raise HeadwiseError(f"{home} holds a report already: {existing[0]}.", "Name another folder.")
     home.mkdir(parents=True, exist_ok=True)
-    drawings = drawn.drawings(found)
-    found = replace(found, figures={**found.figures, **{name: f"{name}.png" for name in drawings}})
+    drawings = make_drawings(evaluation)
+    evaluation = replace(evaluation, figures={**evaluation.figures, **{name: f"{name}.png" for name in drawings}})
     for name, (draw, _) in drawings.items():
-        drawn.png(draw, home / f"{name}.png")
-    (home / "report.md").write_text(markdown(found), encoding="utf-8")
-    (home / "report.html").write_text(page(found), encoding="utf-8")
-    # Last: whoever finds it finds all.
-    (home / "report.json").write_text(json.dumps(plain(found), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    return found
+        write_png(draw, home / f"{name}.png")
+    (home / "report.md").write_text(render_markdown(evaluation), encoding="utf-8")
+    (home / "report.html").write_text(render_page(evaluation), encoding="utf-8")
+    # The last file, so that a folder with report.json is complete.
+    text = json.dumps(plain(evaluation), indent=2, allow_nan=False) + "\n"
+    (home / REPORT).write_text(text, encoding="utf-8")
+    return evaluation
 
 
 def read_report(path: str | Path) -> Evaluation:
-    """The evaluation in a report's folder, or in its report.json.
+    """Read the evaluation of a report.
+
+    Args:
+        path: the report's folder, or its report.json.
+
+    Returns:
+        The evaluation.
 
     Raises:
-        HeadwiseError: there is none, or it is not sound.
+        HeadwiseError: there is no report, or it cannot be read.
     """
     file = Path(path).expanduser()
-    file = file / "report.json" if file.is_dir() else file
+    file = file / REPORT if file.is_dir() else file
     try:
         return Evaluation.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -63,151 +75,175 @@ def read_report(path: str | Path) -> Evaluation:
         raise HeadwiseError(f"{file} is not a report of `headwise eval`: {type(error).__name__} {error}.") from None
 
 
-def page(found: Evaluation) -> str:
-    """The report as one HTML page."""
+def render_page(evaluation: Evaluation) -> str:
+    """Render the report as one HTML page.
+
+    Args:
+        evaluation: the whole result.
+    """
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=_readable
     )
     environment.filters |= {"code": _code, "breakable": _breakable}
-    made = {
-        name: {"svg": drawn.svg(draw, name), "caption": caption}
-        for name, (draw, caption) in drawn.drawings(found).items()
+    drawings = {
+        name: {"svg": render_svg(draw, name), "caption": caption}
+        for name, (draw, caption) in make_drawings(evaluation).items()
     }
     names = ("differences", "positions", "layers", "entropy", "passkey")
-    said = found.generation
+    generation = evaluation.generation
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=title(found),
-        subtitle=subtitle(found),
-        verdict=judge(found),
-        agreement=list(tables.agreement(found)),
-        rows=list(tables.figures(found)),
-        compared=found.parent is not None,
-        gates=found.gates,
-        figures={name: made.get(name) for name in names},
-        flagged=list(tables.flagged(found)),
-        writing=list(tables.writing(found)),
-        samples=said.samples if said else (),
-        command=found.command,
-        facts=list(facts(found)),
-        limits=list(limits(found)),
+        title=_title(evaluation),
+        subtitle=_subtitle(evaluation),
+        verdict=verdict_of(evaluation),
+        agreement=list(tables.agreement_rows(evaluation)),
+        rows=list(tables.figure_rows(evaluation)),
+        compared=evaluation.parent is not None,
+        gates=evaluation.gates,
+        figures={name: drawings.get(name) for name in names},
+        flagged=list(tables.flagged_heads(evaluation)),
+        generation=list(tables.generation_rows(evaluation)),
+        samples=generation.samples if generation else (),
+        command=evaluation.command,
+        facts=list(_facts(evaluation)),
+        limits=list(limits(evaluation)),
     )
 
 
-def markdown(found: Evaluation) -> str:
-    """The report as Markdown, with its figures as files beside it."""
-    captions = {name: caption for name, (_, caption) in drawn.drawings(found).items()}
+def render_markdown(evaluation: Evaluation) -> str:
+    """Render the report as Markdown, with its figures as files beside it.
 
-    def figure(*names: str) -> Iterator[str]:
+    Args:
+        evaluation: the whole result.
+    """
+    captions = {name: caption for name, (_, caption) in make_drawings(evaluation).items()}
+
+    def figures(*names: str) -> Iterator[str]:
         for name in names:
             if name in captions:
                 yield from (f"![{name}]({name}.png)", "", captions[name], "")
 
-    lines = [f"# {title(found)}", "", subtitle(found), "", f"**{judge(found).text}**", ""]
-    lines += _table(("", "", ""), tables.agreement(found), right=(1,))
-    if found.comparisons:
-        lines += ["", "## What was lost", "", *figure("differences"), *figures_table(found)]
-    if found.gates:
-        rows = [(gate.name, "holds" if gate.passed else "**fails**", gate.detail) for gate in found.gates]
+    lines = [f"# {_title(evaluation)}", "", _subtitle(evaluation), "", f"**{verdict_of(evaluation).text}**", ""]
+    lines += _table(("", "", ""), tables.agreement_rows(evaluation), right=(1,))
+    if evaluation.comparisons:
+        lines += ["", "## Quality loss", "", *figures("differences"), *figures_table(evaluation)]
+    if evaluation.gates:
+        rows = [(gate.name, "holds" if gate.passed else "**fails**", gate.detail) for gate in evaluation.gates]
         lines += ["", "## Gates", "", *_table(("gate", "", ""), rows)]
-    where = [*figure("positions", "layers", "entropy"), *(f"{a}: {b}.\n" for a, b in tables.flagged(found))]
-    where += figure("passkey")
-    if where:
-        lines += ["", "## Where it differs", "", *where]
-    if found.generation:
+    places = [*figures("positions", "layers", "entropy")]
+    places += [f"{label}: {heads}.\n" for label, heads in tables.flagged_heads(evaluation)]
+    places += figures("passkey")
+    if places:
+        lines += ["", "## Where child and parent differ", "", *places]
+    if evaluation.generation:
         heads = ("greedy continuations", "parent", "child")
-        lines += ["", "## What it writes", "", *_table(heads, tables.writing(found), right=(1, 2))]
-    lines += ["", "## How it was measured", "", "```", found.command, "```", ""]
-    lines += _table(("", ""), facts(found))
-    lines += ["", "## What it does not say", "", *(f"- {limit}" for limit in limits(found))]
+        lines += ["", "## Generated text", "", *_table(heads, tables.generation_rows(evaluation), right=(1, 2))]
+    lines += ["", "## Method", "", "```", evaluation.command, "```", ""]
+    lines += _table(("", ""), _facts(evaluation))
+    lines += ["", "## Limits", "", *(f"- {limit}" for limit in limits(evaluation))]
     return str(_readable("\n".join(lines) + "\n"))
 
 
-def figures_table(found: Evaluation, *, headlines: bool = False) -> list[str]:
-    """The tasks' figures as a Markdown table; only the main ones if `headlines`."""
-    rows = [row for row in tables.figures(found) if not (headlines and row.part)]
+def figures_table(evaluation: Evaluation, *, headlines: bool = False) -> list[str]:
+    """Render the figures of the tasks as a Markdown table.
+
+    Args:
+        evaluation: the whole result.
+        headlines: whether only the main figures are in it.
+
+    Returns:
+        The lines.
+    """
+    rows = [row for row in tables.figure_rows(evaluation) if not (headlines and row.part)]
     rows = [replace(row, figure=f"↳ {row.figure}") if row.part else row for row in rows]
-    if found.parent is None:
+    if evaluation.parent is None:
         return _table(("figure", "", "child"), [(r.figure, r.detail, r.child) for r in rows], right=(2,))
     heads = ("figure", "", "parent", "child", "difference", "95% interval", "flips", "p")
     cells = [
-        (row.figure, row.detail, row.parent, row.child, _strong(row), row.interval, row.flips, row.p)
+        (row.figure, row.detail, row.parent, row.child, _emphasized(row), row.interval, row.flips, row.p)
         for row in rows
     ]
     return _table(heads, cells, right=range(2, 8))
 
 
-def title(found: Evaluation) -> str:
-    """ "GQA, 4 KV heads, against MHA, 8 KV heads"."""
-    if found.parent is None:
-        return _called(found.child)
-    return f"{_called(found.child)}, against {_called(found.parent)}"
+def limits(evaluation: Evaluation) -> Iterator[str]:
+    """Yield sentences on what the figures do not show.
+
+    Args:
+        evaluation: the whole result.
+    """
+    if evaluation.parent is None:
+        yield "No parent was measured, so the figures do not show the loss of the conversion."
+    if evaluation.settings.get("limit"):
+        yield "The tasks used a part of their samples (`limit`): do not compare these figures with published ones."
+    if evaluation.comparisons:
+        yield "The figures are of these tasks and this text; other languages, lengths and domains can differ."
+    if any(comparison.paired for comparison in evaluation.comparisons):
+        yield "An interval covers the choice of samples, not the choice of prompts."
+    if evaluation.diagnostics is not None or evaluation.acceptance is not None:
+        yield (
+            "Agreement with the parent is not quality: after recovery fine-tuning a child can differ from its "
+            "parent and be as good."
+        )
+    if evaluation.positions is None or evaluation.parent is None:
+        return
+    trained, measured = evaluation.positions.trained, evaluation.positions.child.length
+    if trained and measured < trained:
+        yield f"Positions beyond {measured:,} tokens were not measured; the context of the config is {trained:,}."
 
 
-def subtitle(found: Evaluation) -> str:
-    """Which two models."""
+def _title(evaluation: Evaluation) -> str:
+    """Return "GQA, 4 KV heads, against MHA, 8 KV heads"."""
+    if evaluation.parent is None:
+        return _layout(evaluation.child)
+    return f"{_layout(evaluation.child)}, against {_layout(evaluation.parent)}"
+
+
+def _subtitle(evaluation: Evaluation) -> str:
+    """Return the names of the models."""
     return " against ".join(
         f"{subject.model}@{subject.revision[:12]}" if subject.revision else subject.model
-        for subject in _both(found)
+        for subject in _subjects(evaluation)
     )
 
 
-def facts(found: Evaluation) -> Iterator[tuple[str, str]]:
-    """What one must know to repeat it: label, value."""
-    for label, subject in zip(("child", "parent"), _both(found), strict=False):
+def _facts(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
+    """Yield what is needed to repeat the evaluation: label, value."""
+    for label, subject in zip(("child", "parent"), _subjects(evaluation), strict=False):
         yield f"{label}, SHA-256", f"{subject.sha256[:16]}…"
-    for key, value in found.settings.items():
+    for key, value in evaluation.settings.items():
         if text := _setting(value):
             yield key.replace("_", " "), text
-    yield "time", ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in found.seconds.items())
-    yield "versions", ", ".join(f"{name} {version}" for name, version in found.versions.items())
-
-
-def limits(found: Evaluation) -> Iterator[str]:
-    """What the figures cannot carry."""
-    if found.parent is None:
-        yield "No parent was measured: nothing here tells what the conversion cost."
-    if found.settings.get("limit"):
-        yield "Tasks were cut to a part of their samples (--limit): their figures are not comparable with others'."
-    if found.comparisons:
-        yield "It speaks of these tasks and this text; other languages, lengths and domains may fare otherwise."
-    if any(one.paired for one in found.comparisons):
-        yield "An interval tells how far the choice of samples can move a figure; it knows of no other prompts."
-    if found.diagnostics is not None or found.acceptance is not None:
-        yield "Agreement with the parent is not quality: a healed child may differ and be as good."
-    if found.positions is None or found.parent is None:
-        return
-    trained = found.positions.trained
-    reach = found.positions.child.width * len(found.positions.child.nats)
-    if trained and reach < trained:
-        yield f"Positions beyond {reach:,} tokens were not measured, of the {trained:,} that the config promises."
+    yield "time", ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in evaluation.seconds.items())
+    yield "versions", ", ".join(f"{name} {version}" for name, version in evaluation.versions.items())
 
 
 def _setting(value: Any) -> str:
-    """A setting in words; empty where there is none."""
+    """Return a setting in words; empty for a value that is not set."""
     if isinstance(value, dict):
-        inner = {key.replace("_", " "): _setting(item) for key, item in value.items() if not isinstance(item, list)}
-        return ", ".join(
-            f"{key} ({text})" if isinstance(value[key.replace(" ", "_")], dict) else f"{key} {text}"
-            for key, text in inner.items()
-            if text
-        )
+        words = []
+        for key, item in value.items():
+            text = "" if isinstance(item, list) else _setting(item)
+            if text:
+                label = key.replace("_", " ")
+                words.append(f"{label} ({text})" if isinstance(item, dict) else f"{label} {text}")
+        return ", ".join(words)
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return "" if value is None else str(value)
 
 
-def _both(found: Evaluation) -> list[Subject]:
-    return [found.child, *([found.parent] if found.parent else [])]
+def _subjects(evaluation: Evaluation) -> list[Subject]:
+    return [evaluation.child, *([evaluation.parent] if evaluation.parent else [])]
 
 
-def _called(subject: Subject) -> str:
+def _layout(subject: Subject) -> str:
     return subject.attention or subject.model_type
 
 
 def _readable(value: Any) -> Any:
-    """Text as it may stand on a page: control characters spelled out, line breaks kept."""
+    """Return text with its control characters escaped and its line breaks kept."""
     from markupsafe import Markup
 
     if not isinstance(value, str) or isinstance(value, Markup):
@@ -216,7 +252,7 @@ def _readable(value: Any) -> Any:
 
 
 def _code(text: str) -> Any:
-    """Words between backticks as code, all else as text."""
+    """Return text with the words in backquotes as HTML code."""
     from markupsafe import Markup, escape
 
     code = Markup("<code>{}</code>")
@@ -226,20 +262,19 @@ def _code(text: str) -> Any:
 
 
 def _breakable(text: str) -> Any:
-    """A name that may be broken behind its underscores."""
+    """Return a name with a possible line break behind each underscore."""
     from markupsafe import Markup, escape
 
     return Markup("_<wbr>").join(escape(part) for part in clean(text).split("_"))
 
 
-def _strong(row: tables.Row) -> str:
+def _emphasized(row: tables.FigureRow) -> str:
     return f"**{row.difference}**" if row.tone else row.difference
 
 
-def _table(heads: Sequence[str], rows: Any, right: Sequence[int] = ()) -> list[str]:
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
     rule = ["---:" if number in right else "---" for number in range(len(heads))]
-    lines = [heads, rule, *rows]
-    return ["| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines]
+    return ["| " + " | ".join(_cell(cell) for cell in line) + " |" for line in (heads, rule, *rows)]
 
 
 def _cell(text: str) -> str:

@@ -1,24 +1,37 @@
-"""The rows of a report's tables, as text: the same for the page, for Markdown and for the model card."""
+"""Build the rows of a report's tables as text, for the page, Markdown, the model card and the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from headwise.eval.report.summary import significant
 from headwise.eval.result import Comparison, Evaluation, Score
-from headwise.eval.verdict import Damage, is_perplexity, name
+from headwise.eval.verdict import Damage, figure_name
 from headwise.format import size
 
 LEGEND = (
     "Child minus parent on the same samples, in points (perplexity: percent). Flips: right only in the child (+), "
     "only in the parent (−). p: two-sided, after Holm's correction."
 )
+HEADS_SHOWN = 12
 
 
 @dataclass(frozen=True)
-class Row:
-    """One figure. `tone` is "bad", "good" or ""; `part` marks a group's parts and figures beside the main one."""
+class FigureRow:
+    """One figure as text.
+
+    Attributes:
+        figure: name of the figure.
+        detail: metric, filter, number of examples and samples.
+        parent: figure of the parent; empty without one.
+        child: figure of the child.
+        difference: child minus parent; empty without a parent.
+        interval: 95% interval of the difference.
+        flips: gained and lost samples.
+        p: corrected p-value.
+        tone: "bad" or "good" for a significant difference, else "".
+        part: whether the figure is a part of a group or another metric of the task above.
+    """
 
     figure: str
     detail: str
@@ -32,119 +45,155 @@ class Row:
     part: bool
 
 
-def figures(found: Evaluation) -> Iterator[Row]:
-    """The tasks' figures, the main one of each task first."""
-    for one in found.comparisons:
-        yield _row(one)
+def figure_rows(evaluation: Evaluation) -> Iterator[FigureRow]:
+    """Yield the figures of the tasks, the main figure of each task first.
+
+    Args:
+        evaluation: the whole result.
+    """
+    for comparison in evaluation.comparisons:
+        yield _row(comparison)
 
 
-def _row(one: Comparison) -> Row:
-    pair, damage = one.paired, Damage.of(one)
-    shots = f", {one.num_fewshot}-shot" if one.num_fewshot else ""
-    which = f" ({one.filter})" if one.filter else ""
-    beside = not one.headline and one.group is None  # another metric of the task above
+def _row(comparison: Comparison) -> FigureRow:
+    paired, damage = comparison.paired, Damage.of(comparison)
+    shots = f", {comparison.num_fewshot}-shot" if comparison.num_fewshot else ""
+    metric = f"{comparison.metric} ({comparison.filter})" if comparison.filter else comparison.metric
+    is_other_metric = not comparison.headline and comparison.group is None
     tone = ""
-    if damage is not None and significant(one):
+    if damage is not None and comparison.is_significant:
         tone = "bad" if damage.value > 0 else "good"
-    probability = None if pair is None else pair.p_value if pair.p_holm is None else pair.p_holm
-    return Row(
-        figure=f"{one.metric}{which}" if beside else name(one),
-        detail=f"{'' if beside else f'{one.metric}{which}{shots}, '}{one.samples:,} samples",
-        parent=value(one, one.parent),
-        child=value(one, one.child),
-        difference=_difference(one),
-        interval=_interval(one),
-        flips="" if pair is None or pair.gained is None else f"+{pair.gained} −{pair.lost}",
-        p="" if probability is None else "< 0.001" if probability < 0.001 else f"{probability:.3f}",
+    p_value = None if paired is None else paired.p_value if paired.p_holm is None else paired.p_holm
+    return FigureRow(
+        figure=metric if is_other_metric else figure_name(comparison),
+        detail=f"{'' if is_other_metric else f'{metric}{shots}, '}{comparison.samples:,} samples",
+        parent=_format_score(comparison, comparison.parent),
+        child=_format_score(comparison, comparison.child),
+        difference=_difference(comparison),
+        interval=_interval(comparison),
+        flips="" if paired is None or paired.gained is None else f"+{paired.gained} −{paired.lost}",
+        p="" if p_value is None else "< 0.001" if p_value < 0.001 else f"{p_value:.3f}",
         tone=tone,
-        part=not one.headline,
+        part=not comparison.headline,
     )
 
 
-def value(one: Comparison, score: Score | None) -> str:
-    """ "43.1%" or "5.920"."""
+def _format_score(comparison: Comparison, score: Score | None) -> str:
+    """Return "43.1%" or "5.920"."""
     if score is None:
         return ""
-    share = not is_perplexity(one) and 0 <= score.value <= 1
+    is_share = not comparison.is_perplexity and 0 <= score.value <= 1
     digits = 3 if abs(score.value) < 10 else 2 if abs(score.value) < 100 else 1
-    return f"{100 * score.value:.1f}%" if share else f"{score.value:,.{digits}f}"
+    return f"{100 * score.value:.1f}%" if is_share else f"{score.value:,.{digits}f}"
 
 
-def _difference(one: Comparison) -> str:
-    pair = one.paired
-    if pair is None:
+def _difference(comparison: Comparison) -> str:
+    paired = comparison.paired
+    if paired is None:
         return ""
-    if is_perplexity(one):
-        return signed(100 * (Damage.of(one) or Damage(0, 0, 0)).value, "%")
-    return signed(100 * pair.difference) if _is_share(one) else signed(pair.difference, digits=4)
+    if comparison.is_perplexity:
+        return format_signed(100 * (Damage.of(comparison) or Damage(0, 0, 0)).value, "%")
+    if _is_share(comparison):
+        return format_signed(100 * paired.difference)
+    return format_signed(paired.difference, digits=4)
 
 
-def _interval(one: Comparison) -> str:
-    pair = one.paired
-    if pair is None:
+def _interval(comparison: Comparison) -> str:
+    paired = comparison.paired
+    if paired is None:
         return ""
-    if is_perplexity(one) and (damage := Damage.of(one)) is not None:
-        return f"{signed(100 * damage.low)} to {signed(100 * damage.high)}"
-    scale, digits = (100, 1) if _is_share(one) else (1, 4)
-    return f"{signed(scale * pair.low, digits=digits)} to {signed(scale * pair.high, digits=digits)}"
+    if comparison.is_perplexity and (damage := Damage.of(comparison)) is not None:
+        return f"{format_signed(100 * damage.low)} to {format_signed(100 * damage.high)}"
+    scale, digits = (100, 1) if _is_share(comparison) else (1, 4)
+    low, high = (format_signed(scale * end, digits=digits) for end in (paired.low, paired.high))
+    return f"{low} to {high}"
 
 
-def _is_share(one: Comparison) -> bool:
-    scores = [score for score in (one.child, one.parent) if score is not None]
-    return not is_perplexity(one) and all(0 <= score.value <= 1 for score in scores)
+def _is_share(comparison: Comparison) -> bool:
+    scores = [score for score in (comparison.child, comparison.parent) if score is not None]
+    return not comparison.is_perplexity and all(0 <= score.value <= 1 for score in scores)
 
 
-def signed(number: float, unit: str = "", digits: int = 1) -> str:
-    """ "+3.1%", "−0.2" with a real minus sign, "0" where it is exactly that."""
+def format_signed(number: float, unit: str = "", digits: int = 1) -> str:
+    """Return a number with its sign: "+3.1%", "−0.2" with a minus sign, and "0" for exactly 0.
+
+    Args:
+        number: the number.
+        unit: text behind it.
+        digits: digits behind the decimal point.
+    """
     if number == 0:
         return f"0{unit}"
     return f"{number:+.{digits}f}{unit}".replace("-", "−")
 
 
-def agreement(found: Evaluation) -> Iterator[tuple[str, str, str]]:
-    """What, how much, and what that means: how alike parent and child are on the same text."""
-    before = found.parent and found.parent.cache_bytes_per_token
-    after = found.child.cache_bytes_per_token
+def agreement_rows(evaluation: Evaluation) -> Iterator[tuple[str, str, str]]:
+    """Yield the KV cache and the agreement of child and parent on the same text: label, number, explanation.
+
+    Args:
+        evaluation: the whole result.
+    """
+    before = evaluation.parent and evaluation.parent.cache_bytes_per_token
+    after = evaluation.child.cache_bytes_per_token
     if after:
-        was = f"{size(before)} before, {after / before:.1%} of it left" if before else ""
-        yield "KV cache per token", size(after), was
-    if (seen := found.diagnostics) is not None:
-        yield "same next token", f"{seen.top1:.2%}", f"of {seen.tokens:,} predictions"
-        yield "shared top five", f"{seen.top5:.2%}", "of the parent's five likeliest tokens"
-        error = "" if seen.kl_standard_error is None else f" ± {seen.kl_standard_error:.2g}"
-        yield "KL divergence", f"{seen.kl:.4f}{error}", f"nats per token; 99th percentile {seen.kl_p99:.3g}"
-    if (by := found.positions) is not None and by.trained and by.child.length >= by.trained:
-        start, end = by.child.length - by.child.width, by.child.length
-        other = f"; the parent's {by.parent.end:.3f}" if by.parent else ""
-        yield "loss at the far end", f"{by.child.end:.3f}", f"nats per token from {start:,} to {end:,}{other}"
-    if (drafts := found.acceptance) is not None:
+        yield (
+            "KV cache per token",
+            size(after),
+            f"{size(before)} before, {after / before:.1%} of it" if before else "",
+        )
+    if (divergence := evaluation.diagnostics) is not None:
+        yield "same next token", f"{divergence.top1:.2%}", f"of {divergence.tokens:,} predictions"
+        yield "shared top five", f"{divergence.top5:.2%}", "of the parent's five most likely tokens"
+        error = "" if divergence.kl_standard_error is None else f" ± {divergence.kl_standard_error:.2g}"
+        percentile = f"nats per token; 99th percentile {divergence.kl_p99:.3g}"
+        yield "KL divergence", f"{divergence.kl:.4f}{error}", percentile
+    if (positions := evaluation.positions) is not None:
+        child, parent = positions.child, positions.parent
+        if positions.trained and child.length >= positions.trained:
+            start, end = child.length - child.width, child.length
+            parent_loss = f"; the parent's {parent.end:.3f}" if parent else ""
+            yield (
+                "loss at the last positions",
+                f"{child.end:.3f}",
+                (f"nats per token from {start:,} to {end:,}{parent_loss}"),
+            )
+    if (drafts := evaluation.acceptance) is not None:
         yield (
             "accepted as a draft",
             f"{drafts.rate:.1%}",
-            f"{drafts.tokens_per_step:.2f} tokens per step of the parent; {drafts.exact:.1%} of outputs exact",
+            f"{drafts.tokens_per_step:.2f} tokens per parent forward pass; {drafts.exact:.1%} of outputs exact",
         )
 
 
-def writing(found: Evaluation) -> Iterator[tuple[str, str, str]]:
-    """What, of the parent, of the child: how greedy continuations read."""
-    said = found.generation
-    if said is None:
+def generation_rows(evaluation: Evaluation) -> Iterator[tuple[str, str, str]]:
+    """Yield the quality of the greedy continuations: label, parent, child.
+
+    Args:
+        evaluation: the whole result.
+    """
+    generation = evaluation.generation
+    if generation is None:
         return
-    for label, field in (("repeated 4-grams", "repetition"), ("ends too early", "early_end")):
-        parent = "" if said.parent is None else f"{getattr(said.parent, field):.1%}"
-        yield label, parent, f"{getattr(said.child, field):.1%}"
-    if said.agreement is not None:
-        yield f"agrees over the first {said.agreement_tokens} tokens", "", f"{said.agreement:.1%}"
-    if said.identical is not None:
-        yield "identical to the end", "", f"{said.identical:.1%}"
+    for label, field in (("repeated 4-grams", "repetition"), ("early ends", "early_end")):
+        parent = "" if generation.parent is None else f"{getattr(generation.parent, field):.1%}"
+        yield label, parent, f"{getattr(generation.child, field):.1%}"
+    if generation.agreement is not None:
+        label = f"agreement in the first {generation.agreement_tokens} tokens"
+        yield label, "", f"{generation.agreement:.1%}"
+    if generation.identical is not None:
+        yield "identical to the end", "", f"{generation.identical:.1%}"
 
 
-def flagged(found: Evaluation) -> Iterator[tuple[str, str]]:
-    """Heads that attend to one token or to all alike where the parent's do not, in words."""
-    entropy = found.diagnostics and found.diagnostics.entropy
+def flagged_heads(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
+    """Yield the heads that are collapsed or uniform in the child and not in the parent: label, list.
+
+    Args:
+        evaluation: the whole result.
+    """
+    entropy = evaluation.diagnostics and evaluation.diagnostics.entropy
     if not entropy:
         return
-    for label, heads in (("Collapsed", entropy.collapsed), ("Uniform", entropy.uniform)):
+    for label, heads in (("Collapsed heads", entropy.collapsed), ("Uniform heads", entropy.uniform)):
         if heads:
-            more = f" and {len(heads) - 12} more" if len(heads) > 12 else ""
-            yield label, ", ".join(f"layer {head.layer} head {head.head}" for head in heads[:12]) + more
+            more = f" and {len(heads) - HEADS_SHOWN} more" if len(heads) > HEADS_SHOWN else ""
+            yield label, ", ".join(f"layer {head.layer} head {head.head}" for head in heads[:HEADS_SHOWN]) + more

@@ -1,9 +1,8 @@
-"""Multiple-choice cloze of code and prose, made at run time from modules of the machine's own Python library.
+"""Generate multiple-choice cloze tasks of code and prose from modules of the Python standard library.
 
-The modules are the held-out ones, which no split that trains or calibrates contains. A question about code shows
-some lines and asks for the next; one about prose shows a docstring up to the middle of a sentence and asks for its
-end. The wrong answers are real lines and ends from the same module, alike in indentation and length, so that only
-their fit tells them apart.
+The modules are the held-out ones, which no split for training or calibration contains. A question about code shows
+some lines and requires the next one; a question about prose shows a docstring up to the middle of a sentence and
+requires its end. The wrong choices are real lines and ends from the same module, of similar indentation and length.
 """
 
 from __future__ import annotations
@@ -16,57 +15,77 @@ from typing import Any
 
 from headwise.text.builtin import library_documents
 
-CHOICES = 4
+NUM_CHOICES = 4
 CONTEXT_CHARACTERS = 500
 LINE_CHARACTERS = range(12, 100)
 SENTENCE_WORDS = range(8, 40)
-_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+_SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 _PROSE = re.compile(r"[A-Z][a-z ](?!.*(>>>| -- |\n +\S))", re.DOTALL)
 
 
-def code(count: int = 100, seed: int = 0, **_: Any) -> dict[str, Any]:
-    """The data of lm-eval's task headwise_cloze_code."""
-    return {"test": _dataset(questions(library_documents("heldout"), lines, count, seed))}
+def code_dataset(count: int = 100, seed: int = 0, **_: Any) -> dict[str, Any]:
+    """Build the data of lm-eval's task headwise_cloze_code.
+
+    Args:
+        count: most questions.
+        seed: random seed of the questions.
+
+    Returns:
+        The split "test".
+    """
+    return {"test": _dataset(make_cloze_questions(library_documents("heldout"), iter_code_lines, count, seed))}
 
 
-def prose(count: int = 100, seed: int = 0, **_: Any) -> dict[str, Any]:
-    """The data of lm-eval's task headwise_cloze_prose."""
-    return {"test": _dataset(questions(library_documents("heldout"), sentences, count, seed))}
+def prose_dataset(count: int = 100, seed: int = 0, **_: Any) -> dict[str, Any]:
+    """Build the data of lm-eval's task headwise_cloze_prose.
+
+    Args:
+        count: most questions.
+        seed: random seed of the questions.
+
+    Returns:
+        The split "test".
+    """
+    return {"test": _dataset(make_cloze_questions(library_documents("heldout"), iter_doc_sentences, count, seed))}
 
 
-def questions(
+def make_cloze_questions(
     modules: list[str], parts: Callable[[str], Iterator[tuple[str, str]]], count: int, seed: int
 ) -> list[dict[str, Any]]:
-    """As many questions from each module.
+    """Make the same number of questions from each module.
 
     Args:
         modules: Python source.
-        parts: gives (context, its true continuation) of a module, in order.
-        count: how many in all, at most.
-        seed: of what is asked and of the order of the choices.
+        parts: yields the pairs (context, true continuation) of a module, in order.
+        count: most questions in all.
+        seed: random seed of the questions and of the order of the choices.
 
     Returns:
-        `{"context", "choices", "answer"}` each; `answer` is the place of the true continuation.
+        `{"context", "choices", "answer"}` of each question; `answer` is the index of the true continuation.
     """
     rng = random.Random(seed)
-    found = []
+    questions = []
     for number, module in enumerate(modules):
         pairs = list(parts(module))
         ends = sorted(dict.fromkeys(end for _, end in pairs))
-        own = count * (number + 1) // len(modules) - count * number // len(modules)
-        for context, true in rng.sample(pairs, min(len(pairs), own)):
-            alike = sorted((other for other in ends if other != true), key=lambda end: _unlike(true, end))
-            wrong = rng.sample(alike[: 4 * CHOICES], min(len(alike), CHOICES - 1))
-            if len(wrong) < CHOICES - 1:
+        share = count * (number + 1) // len(modules) - count * number // len(modules)
+        for context, true in rng.sample(pairs, min(len(pairs), share)):
+            similar = sorted((end for end in ends if end != true), key=lambda end: _dissimilarity(true, end))
+            wrong = rng.sample(similar[: 4 * NUM_CHOICES], min(len(similar), NUM_CHOICES - 1))
+            if len(wrong) < NUM_CHOICES - 1:
                 continue
             choices = [true, *wrong]
             rng.shuffle(choices)
-            found.append({"context": context, "choices": choices, "answer": choices.index(true)})
-    return found
+            questions.append({"context": context, "choices": choices, "answer": choices.index(true)})
+    return questions
 
 
-def lines(module: str) -> Iterator[tuple[str, str]]:
-    """Lines of code with those before them; no comments, and nothing inside a string of several lines."""
+def iter_code_lines(module: str) -> Iterator[tuple[str, str]]:
+    """Yield lines of code with the lines before them; no comments and no lines inside a multi-line string.
+
+    Args:
+        module: Python source.
+    """
     quoted = {
         number
         for node in ast.walk(ast.parse(module))
@@ -82,8 +101,12 @@ def lines(module: str) -> Iterator[tuple[str, str]]:
         before += line
 
 
-def sentences(module: str) -> Iterator[tuple[str, str]]:
-    """Ends of sentences in docstrings, with what is before them in their paragraph; no lists and no examples."""
+def iter_doc_sentences(module: str) -> Iterator[tuple[str, str]]:
+    """Yield ends of sentences in docstrings with the paragraph before them; no lists and no examples.
+
+    Args:
+        module: Python source.
+    """
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(ast.parse(module)):
         if not isinstance(node, kinds) or not (text := ast.get_docstring(node)):
@@ -92,7 +115,7 @@ def sentences(module: str) -> Iterator[tuple[str, str]]:
             if not _PROSE.match(paragraph):
                 continue
             before = ""
-            for sentence in _SENTENCE.split(" ".join(paragraph.split())):
+            for sentence in _SENTENCE_BREAK.split(" ".join(paragraph.split())):
                 words = sentence.split(" ")
                 if len(words) in SENTENCE_WORDS:
                     middle = len(words) // 2
@@ -101,7 +124,7 @@ def sentences(module: str) -> Iterator[tuple[str, str]]:
                 before += sentence + " "
 
 
-def _unlike(true: str, other: str) -> tuple[int, int, str]:
+def _dissimilarity(true: str, other: str) -> tuple[int, int, str]:
     return abs(_indent(true) - _indent(other)), abs(len(true) - len(other)), other
 
 
@@ -109,7 +132,7 @@ def _indent(line: str) -> int:
     return len(line) - len(line.lstrip())
 
 
-def _dataset(found: list[dict[str, Any]]) -> Any:
+def _dataset(rows: list[dict[str, Any]]) -> Any:
     from datasets import Dataset
 
-    return Dataset.from_list(found)
+    return Dataset.from_list(rows)

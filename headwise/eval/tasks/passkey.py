@@ -1,7 +1,7 @@
-"""Passkey retrieval: a number is hidden in filler text, and the model must say it at the end.
+"""Generate the passkey task: a number hidden in filler text, which the model must retrieve at the end.
 
-The text of Mohtashami & Jaggi 2023 (arXiv 2305.16300), built at run time for any tokenizer. A document counts as
-solved when greedy decoding writes the whole number, which lm-eval's `loglikelihood` tests with one forward pass.
+The text is that of Mohtashami & Jaggi 2023 (arXiv 2305.16300), built at run time for any tokenizer. A document is
+solved if greedy decoding writes the whole number, which lm-eval's `loglikelihood` tests with one forward pass.
 """
 
 from __future__ import annotations
@@ -28,53 +28,59 @@ END = "\n\nWhat is the pass key? The pass key is"
 LENGTHS = (1024, 2048, 4096)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SAMPLES = 10
+# Two joined texts can have more tokens than both of them apart.
+SLACK_TOKENS = 8
 
 
-def documents(
+def make_passkey_documents(
     tokenizer: Any,
     lengths: Sequence[int] = LENGTHS,
     depths: Sequence[float] = DEPTHS,
     samples: int = SAMPLES,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Prompts on a grid of length and depth.
+    """Build prompts on a grid of length and depth.
 
     Args:
         tokenizer: measures the prompts.
-        lengths: tokens of prompt and answer together, at most.
-        depths: share of the filler that stands before the key.
-        samples: documents for each point of the grid, each with a key of its own.
-        seed: of the keys.
+        lengths: most tokens of prompt and answer together.
+        depths: shares of the filler text before the key.
+        samples: documents at each point of the grid, each with a key of its own.
+        seed: random seed of the keys.
 
     Returns:
-        `{"prompt", "key", "length", "depth"}` each; the prompt ends before the space that precedes the key.
+        `{"prompt", "key", "length", "depth"}` of each document; the prompt ends before the space that precedes the
+        key.
 
     Raises:
         HeadwiseError: a length is too short for the question alone.
     """
 
-    def tokens(text: str) -> int:
+    def num_tokens(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     rng = random.Random(seed)
-    found = []
+    documents = []
     for length in lengths:
-        # Five digits and slack for what two pieces of text share at their seams.
-        fixed = tokens(BEGIN + NEEDLE.format(key=88888) + END + " 88888") + 8
+        fixed = num_tokens(BEGIN + NEEDLE.format(key=88888) + END + " 88888") + SLACK_TOKENS
         if fixed >= length:
-            raise HeadwiseError(f"A passkey prompt needs {fixed} tokens, and a length of {length} was asked for.")
-        lines = int((length - fixed) / (tokens(" ".join(FILLER * 8)) + 1) * 8 * len(FILLER))
-        filler = [FILLER[i % len(FILLER)] for i in range(lines)]
+            raise HeadwiseError(
+                f"A passkey prompt of {length} tokens is too short: the question alone has {fixed} tokens.",
+                "Use a longer length.",
+            )
+        num_lines = int((length - fixed) / (num_tokens(" ".join(FILLER * 8)) + 1) * 8 * len(FILLER))
+        filler = [FILLER[i % len(FILLER)] for i in range(num_lines)]
         for depth in depths:
             for _ in range(samples):
                 key = str(rng.randint(10000, 99999))
-                place = round(depth * lines)
+                place = round(depth * num_lines)
                 text = [*filler[:place], NEEDLE.format(key=key), *filler[place:]]
-                found.append({"prompt": BEGIN + " ".join(text) + END, "key": key, "length": length, "depth": depth})
-    return found
+                prompt = BEGIN + " ".join(text) + END
+                documents.append({"prompt": prompt, "key": key, "length": length, "depth": depth})
+    return documents
 
 
-def dataset(
+def passkey_dataset(
     tokenizer: Any = None,
     pretrained: str | None = None,
     lengths: Sequence[int] = LENGTHS,
@@ -83,35 +89,68 @@ def dataset(
     seed: int = 0,
     **_: Any,
 ) -> dict[str, Any]:
-    """The lm-eval task's data; arguments come from its metadata, the model's own among them."""
+    """Build the data of lm-eval's task headwise_passkey.
+
+    Args:
+        tokenizer: a tokenizer or its folder; None: that of `pretrained`.
+        pretrained: the model that lm-eval runs.
+        lengths: most tokens of prompt and answer together.
+        depths: shares of the filler text before the key.
+        samples: documents at each point of the grid.
+        seed: random seed of the keys.
+
+    Returns:
+        The split "test".
+
+    Raises:
+        HeadwiseError: there is no tokenizer, or a length is too short.
+    """
     from datasets import Dataset
     from transformers import AutoTokenizer
 
     if tokenizer is None or isinstance(tokenizer, str):
         if (name := tokenizer or pretrained) is None:
             raise HeadwiseError(
-                "The passkey task measures its prompts in tokens and was given no tokenizer.",
-                'Pass one: --metadata \'{"tokenizer": "FOLDER"}\'',
+                "The passkey task has no tokenizer, which it needs to measure its prompts in tokens.",
+                'Add it to the metadata: {"tokenizer": "FOLDER"}',
             )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    return {"test": Dataset.from_list(documents(tokenizer, lengths, depths, samples, seed))}
+    return {"test": Dataset.from_list(make_passkey_documents(tokenizer, lengths, depths, samples, seed))}
 
 
 @torch.inference_mode()
-def solve(model: Any, tokenizer: Any, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What lm-eval logs for these documents, `{"doc", "acc"}` each, where lm-eval is not installed."""
+def solve_passkeys(model: Any, tokenizer: Any, documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Solve documents without lm-eval.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        documents: result of `make_passkey_documents`.
+
+    Returns:
+        `{"doc", "acc"}` of each document, as lm-eval logs it.
+    """
     device = next(model.parameters()).device
     samples = []
-    for doc in found:
-        given = len(tokenizer(doc["prompt"])["input_ids"])
-        tokens = torch.tensor(tokenizer(f"{doc['prompt']} {doc['key']}")["input_ids"], device=device)
+    for document in documents:
+        prompt_length = len(tokenizer(document["prompt"])["input_ids"])
+        text = f"{document['prompt']} {document['key']}"
+        tokens = torch.tensor(tokenizer(text)["input_ids"], device=device)
         logits = model(input_ids=tokens[None, :-1], use_cache=False).logits[0]
-        samples.append({"doc": doc, "acc": float(torch.equal(logits[given - 1 :].argmax(-1), tokens[given:]))})
+        solved = torch.equal(logits[prompt_length - 1 :].argmax(-1), tokens[prompt_length:])
+        samples.append({"doc": document, "acc": float(solved)})
     return samples
 
 
-def grid(samples: Iterable[dict[str, Any]]) -> dict[tuple[int, float], float]:
-    """Share solved for each (length, depth), from the samples that lm-eval logs."""
+def passkey_shares(samples: Iterable[dict[str, Any]]) -> dict[tuple[int, float], float]:
+    """Compute the share of solved documents at each point of the grid.
+
+    Args:
+        samples: samples that lm-eval logged, or the result of `solve_passkeys`.
+
+    Returns:
+        (length, depth) -> share.
+    """
     cells: dict[tuple[int, float], list[float]] = {}
     for sample in samples:
         place = (sample["doc"]["length"], sample["doc"]["depth"])

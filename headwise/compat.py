@@ -1,0 +1,147 @@
+"""Wrap every private API of a dependency in one function, with its range of versions and a test.
+
+Nothing here is imported from a dependency at import time, so this module is free of torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# ---------------------------------------------------------------------------------------------- transformers
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """Return the keyword argument that passes a KV cache to a model.
+
+    Versions: transformers 5.10 to 5.23 name it `past_key_values`, 5.24 and later `cache`.
+
+    Args:
+        model: a stock model.
+        cache: the KV cache.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in parameters else "past_key_values": cache}
+
+
+def allocate_static_cache(cache: Any, shaped: Any, batch: int) -> None:
+    """Allocate the memory of a static cache that no forward pass has used yet.
+
+    Versions: transformers 5.10 to 5.24, `StaticCache.layers` and `StaticLayer.lazy_initialization`.
+
+    Args:
+        cache: a new `StaticCache`.
+        shaped: a static cache of the same model after a forward pass; gives heads, head dimensions and dtypes.
+        batch: number of sequences.
+    """
+    for layer, example in zip(cache.layers, shaped.layers, strict=True):
+        keys, values = (t.new_empty(batch, t.shape[1], 1, t.shape[3]) for t in (example.keys, example.values))
+        layer.lazy_initialization(keys, values)
+
+
+def fill_static_cache(cache: Any, length: int) -> None:
+    """Fill a static cache with noise and set its length.
+
+    Versions: transformers 5.10 to 5.24, `StaticLayer.cumulative_length`.
+
+    Args:
+        cache: a `StaticCache` with allocated memory.
+        length: number of tokens that the cache then holds.
+    """
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+        layer.cumulative_length.fill_(length)
+
+
+def cache_tensors(cache: Any) -> list[Any]:
+    """Return the key and value tensors of all layers of a cache.
+
+    Versions: transformers 5.10 to 5.24, `Cache.layers`.
+
+    Args:
+        cache: a KV cache with allocated memory.
+    """
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+# --------------------------------------------------------------------------------------------------- lm-eval
+
+
+def lm_eval_num_questions(task: Any, limit: float | None) -> int:
+    """Return the number of questions that lm-eval takes from a task.
+
+    Versions: lm-eval 0.4.13, `lm_eval.evaluator_utils.get_sample_size` and `Task.eval_docs`.
+
+    Args:
+        task: a loaded task.
+        limit: number of questions, or a share below 1; None: all.
+    """
+    from lm_eval.evaluator_utils import get_sample_size
+
+    available = len(task.eval_docs)
+    return min(available, get_sample_size(task, limit) or available)
+
+
+def set_lm_eval_ranks(lm: Any) -> None:
+    """Make lm-eval distribute requests over all processes of accelerate, also on CPUs and on several hosts.
+
+    lm-eval distributes requests only if it finds several GPUs, and numbers the processes of each host from 0.
+
+    Versions: lm-eval 0.4.13, `HFLM._rank` and `HFLM._world_size`.
+
+    Args:
+        lm: a model of lm-eval.
+    """
+    if (accelerator := getattr(lm, "accelerator", None)) is not None:
+        lm._rank, lm._world_size = accelerator.process_index, accelerator.num_processes
+
+
+def on_lm_eval_answer(lm: Any, call: Callable[[], None]) -> None:
+    """Call a function after every answered request of lm-eval.
+
+    Versions: lm-eval 0.4.13, `lm_eval.api.model.CacheHook.add_partial` and `LM.set_cache_hook`.
+
+    Args:
+        lm: a model of lm-eval.
+        call: the function.
+    """
+    from lm_eval.api.model import CacheHook
+
+    class AnswerHook(CacheHook):
+        def add_partial(self, *_: Any) -> None:
+            call()
+
+    lm.set_cache_hook(AnswerHook(None))
+
+
+@contextmanager
+def silent_lm_eval_git() -> Iterator[None]:
+    """Suppress the error output of git, which lm-eval runs in a folder that may be outside a repository.
+
+    The output bypasses Python's streams, so redirecting them does not help.
+
+    Versions: lm-eval 0.4.13, `lm_eval.evaluator.get_git_commit_hash`.
+    """
+    from lm_eval import evaluator
+
+    original = evaluator.get_git_commit_hash
+
+    def silent() -> Any:
+        stderr = os.dup(2)
+        with open(os.devnull, "w") as devnull:
+            os.dup2(devnull.fileno(), 2)
+        try:
+            return original()
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+    evaluator.get_git_commit_hash = silent
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = original
