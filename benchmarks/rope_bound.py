@@ -18,4 +18,4 @@ print("\n| head dim | context | smallest base that holds | from here on all hold
 for dim in (64, 128):
     for context in (4096, 8192, 16_384, 32_768, 65_536, 131_072):
         found = smallest_base(dim, context)
-        print(f"| {dim} | {context:,} | {found.smallest:.3g} | {found.always:.3g} |")
+        print(f"| {dim} | {context:,} | {found.smallest:.3g} | {found.always_from:.3g} |")

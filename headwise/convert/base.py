@@ -50,8 +50,7 @@ class Target(Protocol):
     engines: list[str]
 
     def converted_names(self, layer: int) -> tuple[str, ...]:
-        """Return the names of the output tensors that converting a layer gives; none if the layer is only
-        copied."""
+        """Return the names of a layer's converted output tensors; none if the layer is only copied."""
 
     def convert_layer(
         self, layer: int, weights: LayerWeights, record: LayerRecord | None

@@ -65,7 +65,8 @@ def symmetric_sqrt(moment: Tensor) -> Tensor:
         moment: (..., n, n), Hermitian and positive semidefinite.
     """
     values, vectors = torch.linalg.eigh(moment)
-    return (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mH
+    root: Tensor = (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mH
+    return root
 
 
 def top_eigenpairs(matrix: Tensor, count: int, right: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""MHA, GQA and MQA: merge or repeat the KV heads of a layer."""

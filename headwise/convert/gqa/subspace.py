@@ -103,7 +103,8 @@ class MergeSubspace:
         gram = stack @ (stack if self.rows_moment is self.rows else weighted(self.rows_moment)).mH
         heads = self.rows.shape[1]
         gram = self._drop_forbidden_phases(gram.to(self.rows.dtype))
-        return gram.unflatten(2, (heads, -1)).unflatten(1, (heads, -1))
+        energy: Tensor = gram.unflatten(2, (heads, -1)).unflatten(1, (heads, -1))
+        return energy
 
     def _drop_forbidden_phases(self, gram: Tensor) -> Tensor:
         """Remove the imaginary parts where a head may be given a sign only."""

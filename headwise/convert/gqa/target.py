@@ -152,9 +152,10 @@ class GroupedTarget:
         old, new = (layouts[layer].num_key_value_heads for layouts in (self._before, self.layouts))
         heads = tensor.unflatten(0, (old, -1))
         if new > old:
-            return heads.repeat_interleave(new // old, 0).flatten(0, 1)
-        pooled: Tensor = self.method.load()(heads, contiguous_groups(old, old // new), self.seed + layer)
-        return pooled.flatten(0, 1)
+            changed: Tensor = heads.repeat_interleave(new // old, 0)
+        else:
+            changed = self.method.load()(heads, contiguous_groups(old, old // new), self.seed + layer)
+        return changed.flatten(0, 1)
 
 
 def _keys_and_values(arch: Architecture, config: dict[str, Any], layer: int) -> list[str]:

@@ -1,8 +1,7 @@
-"""Alternating least squares for the MLA factorization: latent features and per-head readouts (mathematics, section
-4).
+"""Alternating least squares for the MLA factorization: latent features and per-head readouts.
 
-The expected error of an MLA layer is quadratic in the readouts for given features, and quadratic in the features
-for given readouts (features.py has the expectations).
+Mathematics, section 4. The expected error of an MLA layer is quadratic in the readouts for given features, and
+quadratic in the features for given readouts (features.py has the expectations).
 """
 
 from __future__ import annotations

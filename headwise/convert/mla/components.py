@@ -102,7 +102,8 @@ def query_energy(weights: LayerWeights, statistics: LayerStatistics) -> Tensor:
         statistics: of the attention inputs.
     """
     energy = plane_energy(to_planes(weights.q, weights.layout.rotary_dim), statistics)
-    return energy.unflatten(0, (weights.layout.num_key_value_heads, -1)).sum(1)
+    total: Tensor = energy.unflatten(0, (weights.layout.num_key_value_heads, -1)).sum(1)
+    return total
 
 
 def plane_energy(stack: Tensor, statistics: LayerStatistics) -> Tensor:

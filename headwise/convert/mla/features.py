@@ -168,4 +168,6 @@ def pair_map(rotary_dim: int, num_free: int, free_scale: float, device: torch.de
     """
     eye = torch.eye(rotary_dim // 2, dtype=torch.complex128, device=device)
     rotary = torch.cat([torch.cat([eye, 1j * eye], 1), torch.cat([eye, -1j * eye], 1)])
-    return torch.block_diag(rotary, free_scale * torch.eye(num_free, dtype=torch.complex128, device=device))
+    free = free_scale * torch.eye(num_free, dtype=torch.complex128, device=device)
+    whole: Tensor = torch.block_diag(rotary, free)
+    return whole

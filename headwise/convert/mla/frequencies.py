@@ -73,7 +73,9 @@ def rotary_gains(weights: LayerWeights, frequencies: Tensor, statistics: LayerSt
     scaled = energy.sqrt()[:, :, None] * to_planes(weights.k, weights.layout.rotary_dim)
     stack = scaled.transpose(0, 1)
     energies = torch.linalg.eigvalsh(stack @ statistics.inputs.to(torch.complex128) @ stack.mH).flip(1)
-    return energies * (1 - mean_phase(statistics.distances.mean(0), frequencies).abs().square())[:, None]
+    kept = mean_phase(statistics.distances.mean(0), frequencies).abs().square()
+    gains: Tensor = energies * (1 - kept)[:, None]
+    return gains
 
 
 def free_frequencies(frequencies: Tensor, gains: Tensor, rope_dim: int) -> Tensor:

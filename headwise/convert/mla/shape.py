@@ -1,5 +1,4 @@
-"""Rank and rotary width of an MLA model: chosen for a share of the cache, or checked against what the source
-has."""
+"""Choose the rank and the rotary width of an MLA model for a share of the cache, or check given ones."""
 
 from __future__ import annotations
 

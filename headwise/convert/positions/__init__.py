@@ -1,0 +1,1 @@
+"""Positions: longer contexts by rescaled RoPE, and sliding windows."""

@@ -1,4 +1,4 @@
-"""A longer context for a model: its config with rescaled positions, checked against the stock class."""
+"""Extend a model's context: its config with rescaled positions, checked against the stock class."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from typing import Any
 
 import torch
 
-from headwise.convert.positions import rope_bound as bound
-from headwise.errors import HeadwiseError
+from headwise import registry
+from headwise.convert.positions.rope_bound import first_failure, recommend_rule
+from headwise.errors import HeadwiseError, SettingError
 from headwise.models import rope
 from headwise.models.architecture import Architecture, both_rope_spellings
 
 
 @dataclass(frozen=True)
-class Rotation:
-    """The layers of a model that share one set of frequencies.
+class RopeSet:
+    """The layers of a model that share one set of rotary frequencies.
 
     Attributes:
-        layer_type: the key of their `rope_parameters`; None where one set serves all layers.
+        layer_type: the key of their `rope_parameters`; None if one set serves all layers.
         parameters: transformers 5 `rope_parameters`, defaults filled in by the stock class.
-        rotary_dim: numbers of a head that turn.
-        window: the farthest any of these layers looks; None where one of them looks at everything.
+        rotary_dim: rotary dimensions of a head.
+        window: the largest sliding window of these layers, in tokens; None if one of them has no window.
     """
 
     layer_type: str | None
@@ -32,11 +33,16 @@ class Rotation:
 
     @property
     def where(self) -> str:
+        """The layers, for messages."""
         return f"{self.layer_type} layers" if self.layer_type else "all layers"
 
 
-def rotations(config: dict[str, Any], architecture: Architecture) -> list[Rotation]:
-    """The sets of frequencies of a model, one per layer type where the stock class keeps several.
+def rope_sets(config: dict[str, Any], architecture: Architecture) -> list[RopeSet]:
+    """Return the sets of frequencies of a model, one per layer type if the stock class keeps several.
+
+    Args:
+        config: the model's config.json.
+        architecture: its row.
 
     Raises:
         HeadwiseError: no layer has RoPE.
@@ -46,23 +52,23 @@ def rotations(config: dict[str, Any], architecture: Architecture) -> list[Rotati
     if not any(layout.rotary_dim for layout in layouts):
         raise HeadwiseError(
             f"{architecture.model_type} does not rotate its positions, so there is no RoPE to rescale.",
-            "Leave out --context; a longer context for this model needs training from its own recipe.",
+            "Leave out `context`; a longer context for this model needs training from its own recipe.",
         )
     parameters = stock.rope_parameters
     nested = {key: value for key, value in parameters.items() if isinstance(value, dict)}
-    kinds = getattr(stock, "layer_types", None) or [None] * len(layouts)
-    found = []
+    layer_types = getattr(stock, "layer_types", None) or [None] * len(layouts)
+    sets = []
     for key, own in (nested or {None: parameters}).items():
-        turning = [a for a, kind in zip(layouts, kinds, strict=True) if a.rotary_dim and key in (None, kind)]
-        if not turning:
+        rotary = [a for a, kind in zip(layouts, layer_types, strict=True) if a.rotary_dim and key in (None, kind)]
+        if not rotary:
             continue
-        windows = [layout.sliding_window for layout in turning]
+        windows = [layout.sliding_window for layout in rotary]
         window = None if None in windows else max(w for w in windows if w is not None)
-        found.append(Rotation(key, dict(own), turning[0].rotary_dim, window))
-    return found
+        sets.append(RopeSet(key, dict(own), rotary[0].rotary_dim, window))
+    return sets
 
 
-def extend(
+def extend_context(
     config: dict[str, Any],
     architecture: Architecture,
     *,
@@ -70,85 +76,90 @@ def extend(
     rule: str = "auto",
     rope_theta: float | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Rewrite how positions rotate.
+    """Rescale the rotary frequencies of a model for a longer context.
 
-    Layers that look no farther than the present context keep their frequencies where the stock class keeps them
-    apart (Gemma 3's sliding layers).
+    Layers whose window is within the present context keep their frequencies if the stock class holds theirs apart
+    (Gemma 3's sliding layers).
 
     Args:
         config: the source's config.json.
         architecture: its row.
-        context: tokens wanted.
-        rule: one of `rope.RULES`, or "auto".
+        context: the new context, in tokens.
+        rule: the name of a RoPE rule in the registry, or "auto".
         rope_theta: the new base; makes the rule `base`.
 
     Returns:
-        A new config in both spellings, checked against the stock class, and what to tell the user.
+        A new config in both spellings, checked against the stock class, and lines for the plan.
 
     Raises:
-        HeadwiseError: the request makes no sense for this model, or its stock class cannot express it.
+        SettingError: the rule does not apply to this model, or the context is not longer.
+        HeadwiseError: the model has no RoPE, or its stock class cannot express the rule.
     """
     if rope_theta is not None and rule == "auto":
         rule = "base"
-    if rule not in ("auto", *rope.RULES):
-        raise HeadwiseError(f"--rope {rule} is not a rule.", f"Choose from auto, {', '.join(rope.RULES)}.")
+    if rule != "auto":
+        registry.find_method("rope", rule, field="rope")
     if (rope_theta is not None) != (rule == "base"):
-        raise HeadwiseError(
-            "--rope base needs the new base." if rule == "base" else f"--rope-theta says nothing to --rope {rule}.",
-            "Give both: --rope base --rope-theta 1000000.",
+        problem = "needs the new base" if rule == "base" else f"takes no `rope_theta`, which is {rope_theta:g}"
+        raise SettingError(
+            "rope_theta", f"`rope` {rule} {problem}.", "Give both: `rope` base and `rope_theta` 1000000."
         )
-    sets = rotations(config, architecture)
+    sets = rope_sets(config, architecture)
     trained = architecture.stock_config(config).max_position_embeddings
     if context <= trained:
-        raise HeadwiseError(
-            f"--context {context} is not larger than the present max_position_embeddings: {trained}.",
-            f"Ask for more than {trained} tokens, or leave out --context.",
+        raise SettingError(
+            "context",
+            f"`context` {context} is not larger than the present max_position_embeddings: {trained}.",
+            f"Give more than {trained} tokens, or leave out `context`.",
         )
-    stretched = [r for r in sets if r.window is None or r.window > trained]
-    if not stretched and rule != "auto":
-        stretched = sets
+    rescaled = [s for s in sets if s.window is None or s.window > trained]
+    if not rescaled and rule != "auto":
+        rescaled = sets
     changed: dict[str | None, dict[str, Any]] = {}
     notes = [
-        f"{r.where} see at most {r.window:,} tokens: their frequencies stay" for r in sets if r not in stretched
+        f"{s.where} attend to at most {s.window:,} tokens: their frequencies stay"
+        for s in sets
+        if s not in rescaled
     ]
-    for rotation in stretched:
+    for rope_set in rescaled:
         chosen = rule
-        asked = {"rotary_dim": rotation.rotary_dim, "trained": trained, "context": context}
+        sizes = {"rotary_dim": rope_set.rotary_dim, "trained": trained, "context": context}
         try:
             if rule == "auto":
-                advice = bound.recommend(rotation.parameters, rotary_dim=rotation.rotary_dim, trained=trained)
+                advice = recommend_rule(rope_set.parameters, rotary_dim=rope_set.rotary_dim, trained=trained)
                 chosen = advice.rule
-                notes.append(f"auto chose {chosen} for {rotation.where}: {advice.reason}")
-            new_rope = rope.rescale(rotation.parameters, chosen, **asked, rope_theta=rope_theta)
+                notes.append(f"auto chose {chosen} for {rope_set.where}: {advice.reason}")
+            parameters = rope.rescale(rope_set.parameters, chosen, **sizes, rope_theta=rope_theta)
         except ValueError as error:
-            raise HeadwiseError(f"--rope {chosen} cannot extend this model: {error}.") from error
-        changed[rotation.layer_type] = new_rope
-        notes += _notes(rotation, new_rope, trained, context)
+            raise SettingError("rope", f"`rope` {chosen} cannot extend this model: {error}.") from error
+        changed[rope_set.layer_type] = parameters
+        notes += _notes(rope_set, parameters, trained, context)
     try:
         new = _write(config, architecture, changed, trained, context)
         verify_frequencies(new, architecture, context)
     except HeadwiseError as error:
-        kinds = " and ".join(sorted({rope.rope_type(own) for own in changed.values()}))
+        kinds = " and ".join(sorted({rope.rope_type(parameters) for parameters in changed.values()}))
         raise HeadwiseError(
             f"{architecture.model_type} cannot express {kinds} scaling: {error.message}",
-            error.hint or "Choose another --rope; ntk needs nothing but rope_theta.",
+            error.hint or "Choose another `rope`; ntk needs nothing but rope_theta.",
         ) from error
     return new, notes
 
 
-def _notes(rotation: Rotation, parameters: dict[str, Any], trained: int, context: int) -> list[str]:
+def _notes(rope_set: RopeSet, parameters: dict[str, Any], trained: int, context: int) -> list[str]:
+    """Lines for the plan about one set of layers."""
     kind = rope.rope_type(parameters)
-    turning, _ = rope.frequencies(parameters, rotation.rotary_dim, trained, context)
-    failure = bound.first_failure(turning, context)
-    before, after = rotation.parameters["rope_theta"], parameters["rope_theta"]
+    frequencies, _ = rope.frequencies(parameters, rope_set.rotary_dim, trained, context)
+    failure = first_failure(frequencies, context)
+    before, after = rope_set.parameters["rope_theta"], parameters["rope_theta"]
     verdict = f"holds to {context:,}" if failure is None else f"fails the bound from distance {failure:,}"
-    notes = [f"{rotation.where}: {kind}, base {before:.6g} -> {after:.6g}; {verdict}"]
+    notes = [f"{rope_set.where}: {kind}, base {before:.6g} -> {after:.6g}; {verdict}"]
     if kind not in rope.EXACT_WHEN_SHORT:
         notes.append(f"static scaling: inputs of up to {trained:,} tokens change too")
     if kind == "dynamic":
         notes.append(
-            f"dynamic scaling stretches beyond max_position_embeddings, so that stays {trained:,}; keys cached "
-            "before a stretch keep their old angles"
+            f"dynamic scaling starts beyond max_position_embeddings, so that stays {trained:,}; keys that were "
+            "cached before keep their old angles"
         )
     if kind == "longrope":
         notes.append(
@@ -164,13 +175,14 @@ def _write(
     trained: int,
     context: int,
 ) -> dict[str, Any]:
+    """A copy of the config with new `rope_parameters` per layer type, in both spellings."""
     stock = architecture.stock_config(config)
     new = copy.deepcopy(config)
     text = architecture.text_config(new)
     parameters = copy.deepcopy(stock.rope_parameters)
     for layer_type, own in changed.items():
         if architecture.old_rope_scaling:
-            own = _strict(own, architecture)
+            own = _without_refused_keys(own, architecture)
         if layer_type is None:
             parameters = own
         else:
@@ -185,37 +197,37 @@ def _write(
     return new
 
 
-def _strict(parameters: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
-    """Without what transformers 4 refuses in this type's `rope_scaling`, which transformers 5 reads first."""
+def _without_refused_keys(parameters: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """Drop the keys that transformers 4 refuses in this type's `rope_scaling`, which transformers 5 reads first."""
     kind = rope.rope_type(parameters)
-    room = {*(architecture.old_rope_scaling or ()), "rope_type", "rope_theta", "partial_rotary_factor"}
-    room.add("original_max_position_embeddings")
+    legal = {*(architecture.old_rope_scaling or ()), "rope_type", "rope_theta", "partial_rotary_factor"}
+    legal.add("original_max_position_embeddings")
     # The stock class derives these two of longrope by itself.
     derived = {"factor", "attention_factor"} if kind == "longrope" else set()
-    if lost := set(parameters) - room - derived:
+    if refused := set(parameters) - legal - derived:
         raise HeadwiseError(
-            f"its rope_scaling has no room for {', '.join(sorted(lost))}.",
+            f"its rope_scaling has no room for {', '.join(sorted(refused))}.",
             "Choose ntk, base or longrope.",
         )
-    return {key: value for key, value in parameters.items() if key in room} if kind != "default" else parameters
+    return {key: value for key, value in parameters.items() if key in legal} if kind != "default" else parameters
 
 
 def verify_frequencies(
     config: dict[str, Any], architecture: Architecture, context: int, tolerance: float = 1e-6
 ) -> float:
-    """Compare the stock class's frequencies with the pure functions', in both spellings and at both lengths.
+    """Compare the stock class's frequencies with those of `models/rope.py`, in both spellings and at both lengths.
 
     Args:
         config: a config.json in both spellings.
         architecture: its row.
-        context: the longest input to try, for the rules that look at the input's length.
+        context: the longest input to try, for the rules that depend on the input's length.
         tolerance: largest relative difference, a few roundings of float32.
 
     Returns:
-        The largest relative difference found.
+        The largest relative difference.
 
     Raises:
-        HeadwiseError: the stock class refuses the config or turns by other frequencies.
+        HeadwiseError: the stock class refuses the config or computes other frequencies.
     """
     worst = 0.0
     rotary = rotary_class(architecture.stock_config(config))
@@ -224,32 +236,38 @@ def verify_frequencies(
         read = copy.deepcopy(config)
         architecture.text_config(read).pop(spelling, None)
         stock = architecture.stock_config(read)
-        for rotation in rotations(config, architecture):
+        for rope_set in rope_sets(config, architecture):
             for length in (longest, context):
-                expected, scale = rope.frequencies(rotation.parameters, rotation.rotary_dim, longest, length)
-                found, found_scale = stock_frequencies(rotary, stock, rotation.layer_type, length)
-                if found.shape != expected.shape:
-                    raise _disagree(architecture, rotation, f"{len(found)} planes instead of {len(expected)}")
-                error = float(((found - expected) / expected).abs().max())
-                if error > tolerance or abs(found_scale - scale) > tolerance:
-                    raise _disagree(architecture, rotation, f"frequencies that differ by {error:.1e}")
+                expected, scale = rope.frequencies(rope_set.parameters, rope_set.rotary_dim, longest, length)
+                computed, computed_scale = stock_frequencies(rotary, stock, rope_set.layer_type, length)
+                if computed.shape != expected.shape:
+                    planes = f"{len(computed)} planes instead of {len(expected)}"
+                    raise _disagreement(architecture, rope_set, planes)
+                error = float(((computed - expected) / expected).abs().max())
+                if error > tolerance or abs(computed_scale - scale) > tolerance:
+                    raise _disagreement(architecture, rope_set, f"frequencies that differ by {error:.1e}")
                 worst = max(worst, error)
     return worst
 
 
-def _disagree(architecture: Architecture, rotation: Rotation, what: str) -> HeadwiseError:
-    return HeadwiseError(
-        f"for {rope.rope_type(rotation.parameters)} the stock {architecture.model_type} class has {what}."
-    )
+def _disagreement(architecture: Architecture, rope_set: RopeSet, difference: str) -> HeadwiseError:
+    kind = rope.rope_type(rope_set.parameters)
+    return HeadwiseError(f"for {kind} the stock {architecture.model_type} class has {difference}.")
 
 
 def stock_frequencies(
     rotary: type[torch.nn.Module], stock: Any, layer_type: str | None, length: int
 ) -> tuple[torch.Tensor, float]:
-    """What the stock class turns by when it reads an input of `length` tokens.
+    """Return the frequencies that the stock class computes for an input of `length` tokens.
+
+    Args:
+        rotary: the stock module of `rotary_class`.
+        stock: the stock config object.
+        layer_type: the key of the layers' `rope_parameters`; None if one set serves all layers.
+        length: tokens of the input.
 
     Returns:
-        (planes,) float64 and the factor on cosines and sines.
+        (planes,) float64 radians per token, and the factor on cosines and sines.
     """
     module = rotary(copy.deepcopy(stock))
     module(torch.zeros(1), torch.tensor([[length - 1]]), **({"layer_type": layer_type} if layer_type else {}))
@@ -258,7 +276,11 @@ def stock_frequencies(
 
 
 def rotary_class(stock: Any) -> type[torch.nn.Module]:
-    """The stock module that turns positions into angles."""
+    """Return the class of the stock module that computes rotary angles.
+
+    Args:
+        stock: the stock config object.
+    """
     from transformers import AutoModel
 
     small = copy.deepcopy(stock)

@@ -1,6 +1,6 @@
-"""Sliding windows: which layers of a model look only so far back, as its config says it. No weight changes.
+"""Set or remove the sliding window of a model's layers in its config; no weight changes.
 
-What a stock class can express is read off its config class: `sliding_window` alone is one window for all layers,
+The fields of the stock config class show what it can express: `sliding_window` alone is one window for all layers,
 `layer_types` beside it is a choice per layer.
 """
 
@@ -10,7 +10,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from headwise.errors import HeadwiseError
+from headwise.errors import HeadwiseError, SettingError
 from headwise.models import architecture as architectures
 from headwise.models.architecture import Architecture, both_rope_spellings
 from headwise.models.layout import AttentionLayout
@@ -23,10 +23,17 @@ CAUSAL_LM = {"mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM
 
 
 def parse_layers(text: str, num_hidden_layers: int) -> list[int]:
-    """`all`, `alternate` (every second layer, the first one included), or a list such as `0,2,5-7`.
+    """Parse a choice of layers.
+
+    Args:
+        text: `all`, `alternate` (every second layer, the first one included), or a list such as `0,2,5-7`.
+        num_hidden_layers: of the model.
+
+    Returns:
+        Ascending layer indices.
 
     Raises:
-        HeadwiseError: not a list, or a layer that does not exist.
+        SettingError: the text is not a list, or a layer does not exist.
     """
     if text == "all":
         return list(range(num_hidden_layers))
@@ -36,66 +43,78 @@ def parse_layers(text: str, num_hidden_layers: int) -> list[int]:
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
         if not first.isdecimal() or (last and not last.isdecimal()):
-            raise HeadwiseError(
-                f"--window-layers {text} is neither all, alternate nor a list of layers.",
+            raise SettingError(
+                "window_layers",
+                f"`window_layers` {text} is neither all, alternate nor a list of layers.",
                 "Write it as 0,2,5-7.",
             )
         chosen.update(range(int(first), int(last or first) + 1))
     if not chosen or max(chosen) >= num_hidden_layers:
-        raise HeadwiseError(f"--window-layers {text} leaves the {num_hidden_layers} layers, which count from 0.")
+        raise SettingError(
+            "window_layers",
+            f"`window_layers` {text} names a layer that does not exist.",
+            f"The model has {num_hidden_layers} layers; the first one is 0.",
+        )
     return sorted(chosen)
 
 
 def with_window(
     config: dict[str, Any], architecture: Architecture, window: int | None, layers: str = "all"
 ) -> dict[str, Any]:
-    """A new config in which the chosen layers see `window` tokens and the others all of them.
+    """Return a config in which the chosen layers attend to `window` tokens and the others to all.
 
     Args:
         config: the source's config.json.
         architecture: its row.
-        window: tokens a layer sees, itself included; None removes every window.
-        layers: as `parse_layers` reads it.
+        window: tokens that a layer attends to, the query's own included; None removes every window.
+        layers: the choice of layers, as for `parse_layers`.
 
     Raises:
-        HeadwiseError: the window is no window, or no stock class holds this choice.
+        SettingError: the window is not within the context, or a layer does not exist.
+        HeadwiseError: no stock class can express this choice.
     """
     layouts = architecture.layouts(config)
     stock = architecture.stock_config(config)
     wanted = [] if window is None else parse_layers(layers, len(layouts))
     if window is None and not any(layout.sliding_window for layout in layouts):
-        raise HeadwiseError("--sliding-window none: no layer of this model has a window.")
+        raise SettingError(
+            "sliding_window",
+            "`sliding_window` 0 removes windows, and no layer of this model has a window.",
+            "Leave out `sliding_window`.",
+        )
     if window is not None and not 0 < window < stock.max_position_embeddings:
-        raise HeadwiseError(
-            f"--sliding-window {window} is not between 1 and the model's context, max_position_embeddings: "
+        raise SettingError(
+            "sliding_window",
+            f"`sliding_window` {window} is not between 1 and the model's context, max_position_embeddings: "
             f"{stock.max_position_embeddings}.",
-            "A window as long as the context changes nothing.",
+            "Give less: a window as long as the context changes nothing.",
         )
     new = copy.deepcopy(config)
     text = architecture.text_config(new)
     if not hasattr(stock, "sliding_window"):
         _stand_in(new, architecture, stock, "all" if len(wanted) == len(layouts) else "some")
-        stock = architectures.find(new).stock_config(new)
+        stock = architectures.find_architecture(new).stock_config(new)
     if hasattr(stock, "layer_types"):
         _refuse_moved_positions(architecture, stock, layouts, wanted)
         text["layer_types"] = [
             "sliding_attention" if layer in wanted else "full_attention" for layer in range(len(layouts))
         ]
     elif 0 < len(wanted) < len(layouts):
-        raise HeadwiseError(
-            f"the stock {architecture.model_type} class has one window for all layers, and --window-layers "
+        raise SettingError(
+            "window_layers",
+            f"the stock {architecture.model_type} class has one window for all layers, and `window_layers` "
             f"{layers} names {len(wanted)} of {len(layouts)}.",
-            "Use --window-layers all.",
+            "Give `window_layers` all.",
         )
-    # Some classes with layer_types build the mask of a window that no layer uses: they keep the number.
+    # Some classes with layer_types build the mask of a window even if no layer uses it: they keep the number.
     if window is not None or not hasattr(stock, "layer_types"):
         text["sliding_window"] = window
     if hasattr(stock, "use_sliding_window"):
         text["use_sliding_window"] = window is not None
     if hasattr(stock, "max_window_layers"):
-        # Readers without layer_types window the layers from this one on.
+        # Software that does not read layer_types applies the window from this layer on.
         text["max_window_layers"] = min(wanted, default=len(layouts))
-    result = architectures.find(new).layouts(new)
+    result = architectures.find_architecture(new).layouts(new)
     assert [layout.sliding_window for layout in result] == [
         window if layer in wanted else None for layer in range(len(layouts))
     ]
@@ -103,19 +122,19 @@ def with_window(
 
 
 def _stand_in(config: dict[str, Any], architecture: Architecture, stock: Any, choice: str) -> None:
-    """Turn `config` into one of the class that computes the same with windows."""
+    """Change `config` to the stock class that computes the same function and has windows."""
     other = STAND_INS.get(architecture.model_type)
     if other is None or architecture.text_key:
         raise HeadwiseError(
             f"the stock {architecture.wrapper or architecture.model_type} class has no sliding window.",
-            "Leave out --sliding-window.",
+            "Leave out `sliding_window`.",
         )
     for key in FORBIDDEN_BIASES:
         if getattr(stock, key, False):
             raise HeadwiseError(
                 f"config.json has {key}: true, and {other[choice]}, the stock class with windows for "
                 f"{architecture.model_type}, has no such bias.",
-                "Leave out --sliding-window.",
+                "Leave out `sliding_window`.",
             )
     config["model_type"] = other[choice]
     config["architectures"] = [CAUSAL_LM[other[choice]]]
@@ -128,11 +147,13 @@ def _stand_in(config: dict[str, Any], architecture: Architecture, stock: Any, ch
 def _refuse_moved_positions(
     architecture: Architecture, stock: Any, layouts: Sequence[AttentionLayout], wanted: Sequence[int]
 ) -> None:
+    """Raise SettingError if other layers would get windows in a class whose windows decide the rotary base."""
     present = [layer for layer, layout in enumerate(layouts) if layout.sliding_window]
     per_type = any(isinstance(value, dict) for value in stock.rope_parameters.values())
     if (architecture.rope_layer_types or per_type) and present != list(wanted):
-        raise HeadwiseError(
+        raise SettingError(
+            "window_layers",
             f"in {architecture.model_type} a layer's window decides how its positions rotate, so another choice of "
             "layers would change more than the window.",
-            f"Only --window-layers {','.join(map(str, present))}, those that have one now, can be changed.",
+            f"Give `window_layers` {','.join(map(str, present))}, the layers that have a window now.",
         )
