@@ -1,4 +1,4 @@
-"""The `headwise` command: parse, call, print. Nothing else."""
+"""Define the verbs of the `headwise` command. Each one takes its options, makes one call and renders the result."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ from typing import Any
 import click
 
 from headwise import __version__
-from headwise._cli import console as ui
-from headwise._cli import render as show
-from headwise._cli.app import Option, Parsed, Verbs, choice, flag, number, parsed
+from headwise._cli import console, render
+from headwise._cli.app import (
+    Option,
+    ParsedType,
+    Verbs,
+    check_options,
+    choice_option,
+    flag_option,
+    number_option,
+    parsed_option,
+)
 from headwise._cli.options import (
+    BASELINE,
     CONVERT,
     DEVICE,
     EVAL,
@@ -22,34 +31,37 @@ from headwise._cli.options import (
     OUT,
     SEED,
     SOURCE,
+    TOKEN,
     UPTRAIN,
-    benchmark,
+    parse_benchmark,
 )
 from headwise.convert.settings import ConvertSettings
 from headwise.errors import GateFailed
-from headwise.fields import settings_of
+from headwise.eval.settings import EvalSettings
 from headwise.format import parse_bytes
+from headwise.recipes.settings import UptrainSettings
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def cli() -> None:
-    """Change how a trained language model attends, and prove what changed.
+    """Change how a trained language model attends, and verify the result.
 
     MODEL is a folder or a Hub repository: org/name or org/name@revision.
     """
 
 
 @cli.command(
+    "inspect",
     params=[
         MODEL,
-        number("--context", "Does the RoPE base hold at this length?"),
+        number_option("--context", "Check the RoPE base at this context length."),
         Option("--plot", "Draw the bound that --context computes.", type=Path, metavar="PNG"),
         *SOURCE,
-    ]
+    ],
 )
-def inspect(**options: Any) -> None:
-    """Show how a model attends, what it caches, and what it can become.
+def _inspect(**options: Any) -> None:
+    """Show a model's attention, its KV cache, and the layouts it can be converted to.
 
     Reads the configuration and the file headers only.
     """
@@ -57,19 +69,19 @@ def inspect(**options: Any) -> None:
 
     plot = options.pop("plot", None)
     if plot and "context" not in options:
-        raise click.UsageError("--plot draws what --context N computes: give both.")
-    found = inspect_model(**options)
-    show.render_inspection(found)
+        raise click.UsageError("--plot draws the bound that --context computes: give both.")
+    inspection = inspect_model(**options)
+    render.render_inspection(inspection)
     if plot:
-        from headwise.eval.report.plots import draw_reach
+        from headwise.eval.report.plots import plot_model_bound
 
-        draw_reach(**options, path=plot)
-        ui.note(f"Drew {plot}.")
-    ui.result(found)
+        plot_model_bound(**options, path=plot)
+        console.note(f"Drew {plot}.")
+    console.print_json(inspection)
 
 
-@cli.command(params=[MODEL, OUT, *CONVERT])
-def convert(**options: Any) -> None:
+@cli.command("convert", params=CONVERT)
+def _convert(**options: Any) -> None:
     """Convert MODEL into a folder OUT that stock transformers loads.
 
     \b
@@ -77,106 +89,108 @@ def convert(**options: Any) -> None:
     headwise convert MODEL OUT --to mla --cache 12.5%
     headwise convert MODEL OUT --context 131072 --rope ntk
     """
-    ConvertSettings(**{k: v for k, v in options.items() if k in settings_of(ConvertSettings)})  # before torch
-    # torch's threads spin while they wait for one another. Where other programs want the cores that is lost twice:
-    # measured on two busy cores, a conversion finished in 44 CPU seconds that was not done after 58. Counts only
-    # before torch is imported.
+    check_options(ConvertSettings, options)
+    # The threads of torch spin while they wait for each other, which costs more where other programs use the cores:
+    # measured on two busy cores, a conversion of 44 CPU seconds was unfinished after 58. torch reads the variable
+    # when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from headwise.convert.pipeline import convert_model
 
-    with ui.progress() as progress:
-        outcome: Any = convert_model(**options, progress=progress)
-    (show.render_plan if "dry_run" in options else show.render_outcome)(outcome)
-    ui.result(outcome)
+    with console.progress() as progress:
+        result: Any = convert_model(**options, progress=progress)
+    (render.render_plan if "dry_run" in options else render.render_conversion)(result)
+    console.print_json(result)
 
 
 @cli.command(
+    "verify",
     params=[
         OUT,
         Option("--against", "The parent, to compare with.", metavar="MODEL"),
-        flag("--hashes", "Only compare tensors and files with the hashes in headwise.json."),
+        flag_option("--hashes", "Only compare tensors and files with the hashes in headwise.json."),
         *SOURCE,
-    ]
+    ],
 )
-def verify(**options: Any) -> None:
-    """Reload OUT with the stock classes and check its promises."""
+def _verify(**options: Any) -> None:
+    """Reload OUT with the stock classes and check it."""
     if "against" not in options and options.keys() & {"revision", "token"}:
-        raise click.UsageError("--revision and --token are the parent's: they need --against MODEL.")
+        raise click.UsageError("--revision and --token are for the parent: they need --against MODEL.")
     if options.keys() >= {"hashes", "against"}:
         raise click.UsageError("--hashes compares with headwise.json alone: leave out --against.")
     from headwise.convert.verify.check import verify_model
 
-    with ui.progress() as progress:
+    with console.progress() as progress:
         verification = verify_model(**options, progress=progress)
-    show.render_verification(verification)
-    ui.result(verification)
+    render.render_verification(verification)
+    console.print_json(verification)
     if not verification.passed:
         raise GateFailed(f"{options['out']} failed its checks.")
 
 
-@cli.command(params=UPTRAIN)
-def uptrain(**options: Any) -> None:
-    """Heal a converted MODEL by training it; write the result to OUT [MODEL-uptrained].
+@cli.command("uptrain", params=UPTRAIN)
+def _uptrain(**options: Any) -> None:
+    """Train a converted MODEL to recover its quality; write the result to OUT [MODEL-uptrained].
 
     \b
     headwise uptrain MODEL OUT --teacher PARENT --tokens 21M --text 'corpus/*.jsonl'
     headwise uptrain MODEL OUT --recipe two-stage --set train.learning_rate=1e-4
     headwise uptrain MODEL OUT --launch fsdp2 --processes 8
     """
-    if "processes" in options and "launch" not in options:
-        raise click.UsageError("--processes needs --launch.")
-    if "tokens" in options and "fraction" in options:
-        raise click.UsageError("--tokens and --fraction contradict each other: give one of them.")
+    check_options(UptrainSettings, options)
     from headwise.recipes.uptrain import uptrain_model
 
-    with ui.progress() as progress:
-        healed = uptrain_model(**options, command=shlex.join(["headwise", *sys.argv[1:]]), progress=progress)
-    if healed is not None:
-        show.render_uptrained(healed)
-        ui.result(healed)
+    with console.progress() as progress:
+        result = uptrain_model(**options, command=shlex.join(["headwise", *sys.argv[1:]]), progress=progress)
+    if result is not None:  # in the first of several processes
+        render.render_uptraining(result)
+        console.print_json(result)
 
 
-@cli.command("eval", params=[click.Argument(["out"]), *EVAL])
-def evaluate(**options: Any) -> None:
-    """Measure what OUT lost against its parent, and whether that is more than noise.
+@cli.command("eval", params=EVAL)
+def _eval(**options: Any) -> None:
+    """Measure the quality that OUT lost against its parent, with confidence intervals.
 
     \b
     headwise eval OUT --baseline MODEL
     headwise eval OUT --baseline MODEL --tasks hellaswag,arc_easy --fail-above 1%
     accelerate launch --num_processes 8 -m headwise eval OUT --baseline MODEL --recipe standard
     """
-    if options.keys() & {"fail_above", "cache"} and "baseline" not in options:
-        raise click.UsageError("--fail-above and --no-cache are about the parent: give --baseline MODEL.")
+    check_options(EvalSettings, options)
     from headwise.eval.evaluate import evaluate_model
 
-    with ui.progress() as progress:
-        found = evaluate_model(options.pop("out"), options.pop("baseline", None), **options, progress=progress)
-    if found is None:  # one of several processes, and not the one with the results
+    with console.progress() as progress:
+        evaluation = evaluate_model(options.pop("out"), options.pop("baseline", None), **options, progress=progress)
+    if evaluation is None:  # in the processes without the whole result
         return
-    show.render_evaluation(found)
-    ui.result(found)
-    if "fail_above" in options and not found.passed:
-        failed = [gate.name for gate in found.gates if not gate.passed]
-        raise GateFailed(f"{len(failed)} of {len(found.gates)} gates failed: {', '.join(failed)}.")
+    render.render_evaluation(evaluation)
+    console.print_json(evaluation)
+    if "fail_above" in options and not evaluation.passed:
+        failed = [gate.name for gate in evaluation.gates if not gate.passed]
+        raise GateFailed(f"{len(failed)} of {len(evaluation.gates)} gates failed: {', '.join(failed)}.")
 
 
 @cli.command(
+    "bench",
     params=[
         OUT,
-        Option("--baseline", "The parent, measured in the same run.", metavar="MODEL"),
-        number("--context", "Tokens in the cache [1024]."),
-        number("--batch", "Sequences at once [1]."),
-        parsed(
-            "--memory", parse_bytes, "a size such as 24GiB", "Also compare at the largest batch that fits.", "SIZE"
+        BASELINE,
+        number_option("--context", "Tokens in the cache [1024]."),
+        number_option("--batch", "Sequences decoded together [1]."),
+        parsed_option(
+            "--memory",
+            parse_bytes,
+            "a size such as 24GiB",
+            "Also compare at the largest batch that fits this memory.",
+            "SIZE",
         ),
-        number("--steps", "Decode steps to time [16]."),
-        choice("--dtype", ("bfloat16", "float16", "float32"), "Precision to measure in [bfloat16]."),
+        number_option("--steps", "Decode steps to time [16]."),
+        choice_option("--dtype", ("bfloat16", "float16", "float32"), "Precision of the weights [bfloat16]."),
         DEVICE,
         *SOURCE,
-    ]
+    ],
 )
-def bench(**options: Any) -> None:
-    """Time decoding of OUT and of its parent, with the fused kernels where they serve."""
+def _bench(**options: Any) -> None:
+    """Time decoding of OUT and of its parent, with the fused kernels where they can run."""
     if "baseline" not in options:
         raise click.UsageError("bench compares with a parent: give --baseline MODEL.")
     import torch
@@ -185,27 +199,28 @@ def bench(**options: Any) -> None:
 
     if "dtype" in options:
         options["dtype"] = getattr(torch, options["dtype"])
-    with ui.progress() as progress:
-        measured = bench_model(options.pop("out"), options.pop("baseline"), **options, progress=progress)
-    show.render_bench(measured)
-    ui.result(measured)
+    with console.progress() as progress:
+        result = bench_model(options.pop("out"), options.pop("baseline"), **options, progress=progress)
+    render.render_bench(result)
+    console.print_json(result)
 
 
 @cli.command(
+    "card",
     params=[
         OUT,
         click.Argument(["report"], type=Path),
         Option(
             "--eval-result eval_results",
-            "Also tell a benchmark on the Hub; may be repeated.",
-            type=Parsed("RESULT", benchmark, "TASK=DATASET:TASK_ID"),
+            "Also write the result of a benchmark on the Hub; may be repeated.",
+            type=ParsedType("RESULT", parse_benchmark, "TASK=DATASET:TASK_ID"),
             multiple=True,
             metavar="TASK=DATASET:ID",
         ),
-    ]
+    ],
 )
-def card(**options: Any) -> None:
-    """Put the REPORT of an evaluation into OUT's model card.
+def _card(**options: Any) -> None:
+    """Add the figures of REPORT, the folder of an evaluation, to OUT's model card.
 
     \b
     headwise card OUT OUT-eval
@@ -213,116 +228,126 @@ def card(**options: Any) -> None:
     """
     from headwise.eval.report.card_section import update_card
 
-    updated = update_card(options.pop("out"), options.pop("report"), **options)
-    ui.say(f"Wrote {updated.figures} figure{'s' * (updated.figures != 1)} into {updated.card}.")
-    for path in updated.eval_results:
-        ui.say(f"Wrote {path}.")
-    ui.result(updated)
+    update = update_card(options.pop("out"), options.pop("report"), **options)
+    console.print_line(f"Wrote {update.figures} figure{'s' * (update.figures != 1)} into {update.card}.")
+    for path in update.eval_results:
+        console.print_line(f"Wrote {path}.")
+    console.print_json(update)
 
 
 @cli.command(
+    "push",
     params=[
         click.Argument(["folder"], type=Path),
         click.Argument(["repo"]),
-        Option("--revision", "The branch, made if it is not there [main].", metavar="BRANCH"),
-        flag("--private", "Make a new repository private."),
-        flag("--create-pr", "Open a pull request."),
-        flag("--dry-run", "Look at both and change nothing."),
-        flag("--unverified", "Push what was not verified or has changed since."),
-        flag("--force", "Replace another model."),
-        SOURCE[1],
-    ]
+        Option("--revision", "The branch; made if it does not exist [main].", metavar="BRANCH"),
+        flag_option("--private", "Make a new repository private."),
+        flag_option("--create-pr", "Open a pull request."),
+        flag_option("--dry-run", "Check folder and repository, and change nothing."),
+        flag_option("--unverified", "Push a folder that is not verified, or has changed since."),
+        flag_option("--force", "Replace another model."),
+        TOKEN,
+    ],
 )
-def push(**options: Any) -> None:
+def _push(**options: Any) -> None:
     """Upload FOLDER to the Hub repository REPO (org/name), in one commit.
 
-    Run it again after an interruption: what has arrived is not sent twice.
+    After an interruption run it again: files that have arrived are not sent twice.
     """
     from headwise.records.push import push_model
 
-    with ui.progress() as progress:
-        pushed = push_model(**options, progress=progress)
-    show.render_push(pushed)
-    ui.result(pushed)
+    with console.progress() as progress:
+        push = push_model(**options, progress=progress)
+    render.render_push(push)
+    console.print_json(push)
 
 
 @cli.command(
+    "demo",
     params=[
-        Option("--out", "Where to put models, table and picture [headwise-demo].", type=Path, metavar="DIR"),
-        flag("--quick", "Fewer targets and tokens."),
-        Option("--model", "Another model than the embedded one.", metavar="MODEL"),
+        Option("--out", "Folder for models, table and picture [headwise-demo].", type=Path, metavar="DIR"),
+        flag_option("--quick", "Fewer targets and tokens."),
+        Option("--model", "A model in place of the embedded one.", metavar="MODEL"),
         SEED,
-    ]
+    ],
 )
-def demo(**options: Any) -> None:
-    """Shrink the KV cache of a real model and measure the damage."""
+def _demo(**options: Any) -> None:
+    """Shrink the KV cache of the embedded model and measure the loss of quality."""
     from headwise.demo.demo import demo
 
-    with ui.progress() as progress:
-        outcome = demo(**options, progress=progress)
-    show.render_demo(outcome)
-    ui.result(outcome)
+    with console.progress() as progress:
+        result = demo(**options, progress=progress)
+    render.render_demo(result)
+    console.print_json(result)
 
 
-@cli.command()
-def env() -> None:
+@cli.command("env")
+def _env() -> None:
     """Show versions and devices, for a bug report."""
     from headwise.environment import environment
 
     facts = environment()
-    ui.table((), facts.items())
-    ui.result(facts)
+    console.print_table((), facts.items())
+    console.print_json(facts)
 
 
-@cli.group()
-def recipes() -> None:
-    """The recipes for training and for evaluation: list, show, validate."""
+@cli.group("recipes")
+def _recipes() -> None:
+    """List, show and validate the recipes for training and for evaluation."""
 
 
-@recipes.command("list")
-def list_recipes() -> None:
-    """Name every recipe and what it is for."""
+@_recipes.command("list")
+def _list_recipes() -> None:
+    """List every recipe with its purpose."""
     from headwise.eval import settings as evaluation
     from headwise.recipes import settings as training
 
-    found = {
-        verb: {path.stem: kind.load(path).about.strip() for path in sorted(kind.LIBRARY.glob("*.yaml"))}
-        for verb, kind in (("uptrain", training), ("eval", evaluation))
+    recipes = {
+        verb: {path.stem: load(path).about.strip() for path in sorted(library.glob("*.yaml"))}
+        for verb, library, load in (
+            ("uptrain", training.LIBRARY, training.load_uptrain_recipe),
+            ("eval", evaluation.LIBRARY, evaluation.load_eval_recipe),
+        )
     }
-    ui.table(
-        ("recipe", "for", "about"), [(name, verb, about) for verb in found for name, about in found[verb].items()]
+    console.print_table(
+        ("recipe", "verb", "purpose"),
+        [(name, verb, about) for verb in recipes for name, about in recipes[verb].items()],
     )
-    ui.result(found)
+    console.print_json(recipes)
 
 
-RECIPE = [click.Argument(["recipe"]), flag("--eval evaluation", "Of two by this name, the one of `headwise eval`.")]
+RECIPE = [
+    click.Argument(["recipe"]),
+    flag_option("--eval evaluation", "Of two recipes with one name, take the one of `headwise eval`."),
+]
 
 
-@recipes.command("show", params=RECIPE)
-def show_recipe(recipe: str, evaluation: bool = False) -> None:
-    """Print a recipe as it stands in its file."""
-    path, loaded = _recipe(recipe, evaluation)
-    ui.say_block(path.read_text(encoding="utf-8"))
-    ui.result(loaded)
+@_recipes.command("show", params=RECIPE)
+def _show_recipe(recipe: str, evaluation: bool = False) -> None:
+    """Print the file of a recipe."""
+    path, loaded = _load_recipe(recipe, evaluation)
+    console.print_lines(path.read_text(encoding="utf-8"))
+    console.print_json(loaded)
 
 
-@recipes.command("validate", params=RECIPE)
-def validate_recipe(recipe: str, evaluation: bool = False) -> None:
+@_recipes.command("validate", params=RECIPE)
+def _validate_recipe(recipe: str, evaluation: bool = False) -> None:
     """Check a recipe: its keys, their types and values."""
-    ui.result(_recipe(recipe, evaluation)[1])
-    ui.say(f"{recipe} is valid.")
+    console.print_json(_load_recipe(recipe, evaluation)[1])
+    console.print_line(f"{recipe} is valid.")
 
 
-def _recipe(name: str, evaluation: bool) -> tuple[Path, Any]:
-    """A recipe of either kind: a name is looked up among the training recipes first, a file says what it is."""
-    from headwise.eval import settings as measuring
-    from headwise.recipes import settings as training
+def _load_recipe(name: str, evaluation: bool) -> tuple[Path, Any]:
+    """Return the file and the recipe of a name or file; of two recipes with one name, the one for training."""
+    from headwise.eval.settings import find_eval_recipe, is_eval_recipe, load_eval_recipe
+    from headwise.recipes.settings import LIBRARY, find_uptrain_recipe, load_uptrain_recipe
 
-    trained = not Path(name).is_file() and (training.LIBRARY / f"{name}.yaml").is_file()
-    kind: Any = measuring if evaluation or (not trained and measuring.is_evaluation(name)) else training
-    return kind.find(name), kind.load(name)
+    trains = not Path(name).is_file() and (LIBRARY / f"{name}.yaml").is_file()
+    if evaluation or (not trains and is_eval_recipe(name)):
+        return find_eval_recipe(name), load_eval_recipe(name)
+    return find_uptrain_recipe(name), load_uptrain_recipe(name)
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script."""
     cli(prog_name="headwise")

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import pytest
 
-from headwise.format import parse_bytes
+from headwise.format import duration, parse_bytes, size
 
 
 @pytest.mark.parametrize(
-    ("text", "size"),
+    ("num_bytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (4096, "4.1 kB"), (13.5e9, "13.5 GB"), (2.5e15, "2500 TB")],
+)
+def test_sizes(num_bytes: float, text: str) -> None:
+    assert size(num_bytes) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(1.25, "1.2 s"), (59, "59 s"), (75, "1:15"), (3700, "1:01:40")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
     [
         ("5GB", 5 * 10**9),
         ("500mb", 5 * 10**8),
@@ -20,8 +33,8 @@ from headwise.format import parse_bytes
         (7, 7),
     ],
 )
-def test_sizes(text: int | str, size: int) -> None:
-    assert parse_bytes(text) == size
+def test_sizes_are_parsed(text: int | str, num_bytes: int) -> None:
+    assert parse_bytes(text) == num_bytes
 
 
 @pytest.mark.parametrize("text", ["", "GB", "5iB", "5G", "-1GB", "0", "0GB", "five", "1e3GB"])

@@ -1,10 +1,11 @@
-"""How every verb behaves: help in sections, sentences instead of tracebacks, exit codes, quiet libraries."""
+"""Define how every verb behaves: sections in its help, one sentence for an error, exit codes, quiet libraries."""
 
 from __future__ import annotations
 
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from difflib import get_close_matches
@@ -13,56 +14,62 @@ from typing import Any
 import click
 import click.shell_completion
 
-from headwise._cli import console as ui
+from headwise._cli import console
 from headwise.convert.settings import methods_of
 from headwise.errors import HeadwiseError, SettingError
 from headwise.fields import Setting, settings_of
 from headwise.io.fs import REASONS
 
+# The messages of torch for a failed allocation, on the CPU and on a GPU.
+NO_MEMORY = ("can't allocate memory", "out of memory")
+MEMORY_HINT = "`--dry-run` forecasts the memory of a conversion; --resume continues from the work that is done."
+
 
 class Choice(click.Choice):
-    """A choice that guesses what was meant."""
+    """A choice whose error suggests the nearest legal value."""
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        """Return the error message for a value that is not among the choices."""
         close = get_close_matches(str(value), self.choices, 1)
-        meant = f" Did you mean {close[0]!r}?" if close else ""
-        return f"{value!r} is not one of {', '.join(self.choices)}.{meant}"
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        return f"{value!r} is not one of {', '.join(self.choices)}.{hint}"
 
 
-class Parsed(click.ParamType):
-    """A value read by a function that raises ValueError."""
+class ParsedType(click.ParamType):
+    """A value that a function reads from a word.
+
+    Args:
+        name: of the type, in upper case in the help.
+        parse: returns the value, or raises ValueError.
+        wanted: ends the sentence "'x' is not ...".
+    """
 
     def __init__(self, name: str, parse: Callable[[str], Any], wanted: str) -> None:
         self.name, self.parse, self.wanted = name, parse, wanted
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the parsed value, or fail with a usage error."""
         try:
             return self.parse(value)
         except ValueError:
             self.fail(f"{value!r} is not {self.wanted}.", param, ctx)
 
 
-class Option(click.Option):
-    """An option with its section of the help and the `--to` layouts it acts on (none: it does not matter).
+class SettingType(click.ParamType):
+    """The value of a field of a settings class.
 
-    `name` holds the spellings, and the parameter's name where it differs, separated by spaces.
+    A word that `Setting.parse` cannot read is passed on unchanged: the settings object refuses it, with the same
+    message as in Python.
+
+    Args:
+        setting: the field.
     """
-
-    def __init__(self, name: str, help: str, to: Sequence[str] = (), **more: Any) -> None:
-        self.section, self.to = "Options", to
-        super().__init__(name.split(), help=help, **{"default": None, **more})
-
-    def get_help_extra(self, ctx: click.Context) -> Any:
-        return {}  # the help text says the default and the range where they matter
-
-
-class Word(click.ParamType):
-    """A word that a settings object judges: what `parse` cannot read is passed on as it was typed."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.name = setting, setting.metavar
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the parsed value, or the word itself."""
         try:
             return self.setting.parse(value)
         except (ValueError, OverflowError):
@@ -71,10 +78,52 @@ class Word(click.ParamType):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[click.shell_completion.CompletionItem]:
+        """Return the legal values that begin with a word; of `--method`, those of the given `--to`."""
         legal = self.setting.choices
         if param.name == "method":
             legal = methods_of(ctx.params.get("to")) or legal
         return [click.shell_completion.CompletionItem(c) for c in legal if c.startswith(incomplete)]
+
+
+class Option(click.Option):
+    """An option with its section of the help.
+
+    Args:
+        names: the spellings, and the name of the parameter where it differs, separated by spaces.
+        help: one sentence.
+        section: the heading in the help.
+        **more: as click.Option.
+    """
+
+    def __init__(self, names: str, help: str, section: str = "Options", **more: Any) -> None:
+        self.section = section
+        super().__init__(names.split(), help=help, **{"default": None, **more})
+
+    def get_help_extra(self, ctx: click.Context) -> Any:
+        """Return nothing: the help text names the default and the range where they matter."""
+        return {}
+
+
+def flag_option(names: str, help: str, **more: Any) -> Option:
+    """Return an option without a value."""
+    return Option(names, help, is_flag=True, **more)
+
+
+def number_option(names: str, help: str, minimum: int = 1, **more: Any) -> Option:
+    """Return an option with a whole number of at least `minimum`."""
+    return Option(names, help, type=click.IntRange(min=minimum), metavar="N", **more)
+
+
+def choice_option(names: str, choices: Sequence[str], help: str, **more: Any) -> Option:
+    """Return an option with one of `choices`."""
+    return Option(names, help, type=Choice(list(dict.fromkeys(choices))), **more)
+
+
+def parsed_option(
+    names: str, parse: Callable[[str], Any], wanted: str, help: str, metavar: str, **more: Any
+) -> Option:
+    """Return an option whose value `parse` reads; `wanted` ends the sentence "'x' is not ..."."""
+    return Option(names, help, type=ParsedType(metavar, parse, wanted), metavar=metavar, **more)
 
 
 def options_of(kind: type) -> list[Option]:
@@ -83,13 +132,17 @@ def options_of(kind: type) -> list[Option]:
 
 
 def _option(name: str, default: Any, setting: Setting) -> Option:
-    spelling = flag_of(name, setting)
-    more: dict[str, Any] = {"is_flag": True, "flag_value": not default} if setting.is_flag else {}
-    if not setting.is_flag:
-        more = {"type": Word(setting), "metavar": setting.metavar, "multiple": setting.multiple}
-    option = Option(f"{spelling} {name}", setting.help, **more)
-    option.section = setting.section
-    return option
+    names = f"{flag_of(name, setting)} {name}"
+    if setting.is_flag:
+        return Option(names, setting.help, setting.section, is_flag=True, flag_value=not default)
+    return Option(
+        names,
+        setting.help,
+        setting.section,
+        type=SettingType(setting),
+        metavar=setting.metavar,
+        multiple=setting.multiple,
+    )
 
 
 def flag_of(name: str, setting: Setting | None = None) -> str:
@@ -97,8 +150,21 @@ def flag_of(name: str, setting: Setting | None = None) -> str:
     return (setting and setting.flag) or "--" + name.replace("_", "-")
 
 
+def check_options(kind: type, options: dict[str, Any]) -> None:
+    """Make a settings object of the options of a verb, so that a wrong value fails before the heavy imports.
+
+    Args:
+        kind: the settings class.
+        options: what was typed, by the name of the field; other names are passed over.
+
+    Raises:
+        SettingError: a value is not legal.
+    """
+    kind(**{name: value for name, value in options.items() if name in settings_of(kind)})
+
+
 def with_flags(text: str, command: click.Command | None) -> str:
-    """Put the flags of a command in place of the field names that a message of the library has in backquotes."""
+    """Replace the field names in backquotes, in a message of the library, with the flags of a command."""
     flags = {
         param.name: (param.opts or param.secondary_opts)[0]
         for param in (command.params if command else ())
@@ -107,38 +173,33 @@ def with_flags(text: str, command: click.Command | None) -> str:
     return re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), text)
 
 
-def section(name: str, *options: Option, to: Sequence[str] = ()) -> list[Option]:
-    """Put options under one heading of the help; `to` holds for those that say nothing else."""
-    for option in options:
-        option.section, option.to = name, option.to or to
-    return list(options)
-
-
 class Verb(click.Command):
-    """A command that knows --json, -q and -v and passes on only what was typed."""
+    """A command with --json, -q and -v, whose function gets only the options that were typed."""
 
     def __init__(self, name: str | None, **more: Any) -> None:
         super().__init__(name, **more)
-        # Not in place: two commands may share one list.
+        # A new list: two commands may share one.
         self.params = [
             *self.params,
-            Option("--json", "One JSON object on stdout, all else on stderr.", is_flag=True),
-            Option("-q --quiet", "No progress and no notes.", is_flag=True),
-            Option("-v --verbose", "More notes, and the libraries' own warnings.", is_flag=True),
+            flag_option("--json", "One JSON object on stdout, all else on stderr."),
+            flag_option("-q --quiet", "No progress and no notes."),
+            flag_option("-v --verbose", "More notes, and the warnings of libraries."),
         ]
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Configure the output, then call the function of the verb."""
         json, quiet, verbose = (bool(ctx.params.pop(name)) for name in ("json", "quiet", "verbose"))
-        ui.configure(json=json, quiet=quiet, verbose=verbose)
+        console.configure(json=json, quiet=quiet, verbose=verbose)
         if json:
             ctx.with_resource(redirect_stdout(sys.stderr))
-        _hush_libraries(verbose)
+        _quiet_libraries(verbose)
         global _running
         _running = ctx
         ctx.params = {name: value for name, value in ctx.params.items() if value is not None}
         return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options under the headings of their sections."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             if isinstance(param, click.Option) and (record := param.get_help_record(ctx)):
@@ -155,20 +216,22 @@ class Verbs(click.Group):
     group_class = type
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)  # in the order of a user's work, not of the alphabet
+        """Return the verbs in the order in which a user needs them."""
+        return list(self.commands)
 
     def main(self, *args: Any, standalone_mode: bool = True, **more: Any) -> Any:
+        """Run a command line and exit with its code."""
         run: Any = super().main
         if not standalone_mode:
             return run(*args, standalone_mode=False, **more)
-        ui.configure()
+        console.configure()
         try:
             code = run(*args, standalone_mode=False, **more) or 0
-        except (BrokenPipeError, SystemExit):  # the reader, such as `head`, has seen enough; rich and click exit
+        except (BrokenPipeError, SystemExit):  # a reader such as `head` closed the pipe; rich and click exit then
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             code = 0
         except BaseException as problem:
-            code = explain(problem)
+            code = report_error(problem)
         sys.exit(code)
 
 
@@ -176,83 +239,58 @@ class Verbs(click.Group):
 _running: click.Context | None = None
 
 
-def explain(problem: BaseException) -> int:
-    """Say what went wrong in a sentence, and return the exit code."""
+def report_error(problem: BaseException) -> int:
+    """Print an exception as one sentence, and return the exit code."""
     if isinstance(problem, click.Abort) and problem.__cause__:
-        problem = problem.__cause__  # an interrupted conversion says how to go on
+        problem = problem.__cause__  # the message of an interrupted conversion names --resume
     if os.environ.get("HEADWISE_DEBUG"):
-        ui.traceback(problem)
+        console.traceback(problem)
     match problem:
         case HeadwiseError():
             context = click.get_current_context(silent=True) or _running
             command = context.command if context else None
             hint = problem.hint
             if hint is None and isinstance(problem, SettingError) and context:
-                hint = f"`{context.command_path} --help` lists what it takes."
-            ui.error(with_flags(problem.message, command), with_flags(hint, command) if hint else None)
+                hint = _help_hint(context)
+            console.error(with_flags(problem.message, command), with_flags(hint, command) if hint else None)
             return problem.exit_code
         case click.exceptions.NoArgsIsHelpError():
             for line in problem.format_message().splitlines():
-                ui.note(line)
+                console.note(line)
         case click.UsageError():
-            verb = problem.ctx.command_path if problem.ctx else "headwise"
-            ui.error(problem.format_message(), f"`{verb} --help` lists what it takes.")
+            console.error(problem.format_message(), _help_hint(problem.ctx))
         case click.ClickException():
-            ui.error(problem.format_message())
+            console.error(problem.format_message())
         case click.Abort() | KeyboardInterrupt():
-            ui.error("Interrupted.")
+            console.error("Interrupted.")
             return 130
         case MemoryError():
-            ui.error("There is not enough memory.", OTHER_MEMORY)
+            console.error("There is not enough memory.", MEMORY_HINT)
         case RuntimeError() if any(words in str(problem) for words in NO_MEMORY):
-            ui.error(f"There is not enough memory: {str(problem).strip().splitlines()[0]}", OTHER_MEMORY)
+            console.error(f"There is not enough memory: {str(problem).strip().splitlines()[0]}", MEMORY_HINT)
         case OSError(filename=str(name), strerror=str(reason)):
-            ui.error(f"{name}: {reason}.")
+            console.error(f"{name}: {reason}.")
         case OSError(errno=int(number)) if number in REASONS:
-            # A library had the file open: which one it was, it does not say.
+            # A library had the file open, and its exception does not name the file.
             reason, hint = REASONS[number]
-            ui.error(f"A file cannot be read or written: {reason}.", hint)
+            console.error(f"A file cannot be read or written: {reason}.", hint)
         case _:
-            ui.error(
+            console.error(
                 f"headwise failed: {type(problem).__name__}: {problem}",
                 "This is a bug: run it again with HEADWISE_DEBUG=1 and report the traceback.",
             )
     return 2
 
 
-# How torch says it, on the CPU and on a GPU.
-NO_MEMORY = ("can't allocate memory", "out of memory")
-OTHER_MEMORY = "`--dry-run` forecasts what a conversion needs; what was done before is kept for --resume."
+def _help_hint(context: click.Context | None) -> str:
+    return f"`{context.command_path if context else 'headwise'} --help` lists the options."
 
 
-def _hush_libraries(verbose: bool) -> None:
-    """Our progress is the only one on the screen, and advice meant for a library's callers is not shown."""
-    ui.clean_logs()
+def _quiet_libraries(verbose: bool) -> None:
+    """Turn off the progress bars of libraries, and their advice to callers."""
+    console.clean_logs()
     if not verbose:
-        import warnings
-
         warnings.simplefilter("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def flag(name: str, help: str, **more: Any) -> Option:
-    """An option that is given or not."""
-    return Option(name, help, is_flag=True, **more)
-
-
-def number(name: str, help: str, minimum: int = 1, **more: Any) -> Option:
-    """An option that takes a whole number."""
-    return Option(name, help, type=click.IntRange(min=minimum), metavar="N", **more)
-
-
-def choice(name: str, choices: Sequence[str], help: str, **more: Any) -> Option:
-    """An option that takes one of `choices`."""
-    return Option(name, help, type=Choice(list(dict.fromkeys(choices))), **more)
-
-
-def parsed(name: str, parse: Callable[[str], Any], wanted: str, help: str, metavar: str) -> Option:
-    """An option whose value `parse` reads; `wanted` ends the sentence "'x' is not ..."."""
-    return Option(name, help, type=Parsed(metavar, parse, wanted), metavar=metavar)

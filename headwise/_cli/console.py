@@ -1,7 +1,7 @@
-"""The one output sink. Results go to stdout; everything else (progress, notes, errors) goes to stderr.
+"""Write results to stdout, and everything else (progress, notes, errors) to stderr: the one output sink.
 
-Text from a checkpoint may hold terminal control sequences, so every string passes through `clean` on its way
-out, and no string is ever read as rich markup.
+Text from a checkpoint may hold terminal control sequences. Every string therefore passes through `clean` before it
+is written, and no string is parsed as rich markup.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from headwise.progress import Progress
 if TYPE_CHECKING:  # rich takes longer to import than `headwise --help` may
     from rich.console import Console
 
-LONGEST = 1500  # characters of a message
-LINE_EVERY = 10.0  # seconds between two progress lines where there is no terminal
-# Seconds before a process other than the first of several says what is wrong: mostly the first says the same, and
-# the launcher ends the others with it.
+MAX_MESSAGE = 1500  # characters
+LINE_INTERVAL = 10.0  # seconds between two progress lines where there is no terminal
+# Seconds that a process other than the first waits before it prints an error. Most often the first process has the
+# same error, and the launcher then ends the others.
 OTHERS_WAIT = 20.0
 
 
@@ -66,29 +66,29 @@ _sink = _Sink()
 
 
 def configure(*, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
-    """Choose what is shown, on the streams of this moment.
+    """Choose what is shown, on the present stdout and stderr.
 
     Args:
-        json: stdout carries the one object given to `result` and nothing else.
+        json: stdout carries the one object given to `print_json` and nothing else.
         quiet: no progress and no notes; results, warnings and errors remain.
-        verbose: notes of detail are shown too.
+        verbose: details are shown too.
     """
     global _sink
     _sink = _Sink(json, quiet, verbose)
     for stream in (_sink.stdout, _sink.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character must not end the job
+        if hasattr(stream, "reconfigure"):  # a character that the terminal cannot show must not end the job
             stream.reconfigure(errors="backslashreplace")
 
 
 def clean_logs() -> None:
-    """Let libraries log clean text only: they quote what they find in a checkpoint as it stands."""
-    make = logging.getLogRecordFactory()
-    if getattr(make, "clean", False):
+    """Make libraries log clean text only: they quote strings of a checkpoint unchanged."""
+    factory = logging.getLogRecordFactory()
+    if getattr(factory, "clean", False):
         return
 
     def make_clean(*arguments: Any, **named: Any) -> logging.LogRecord:
-        record = make(*arguments, **named)
-        with suppress(Exception):  # a broken format is the logger's to report
+        record = factory(*arguments, **named)
+        with suppress(Exception):  # the logger reports a broken format
             record.msg, record.args = "\n".join(map(clean, record.getMessage().split("\n"))), ()
         return record
 
@@ -96,25 +96,25 @@ def clean_logs() -> None:
     logging.setLogRecordFactory(make_clean)
 
 
-def say(text: object = "", style: str = "") -> None:
-    """A line of the result for a reader (stdout; nothing under --json)."""
+def print_line(text: object = "", style: str = "") -> None:
+    """Print a line of the result for a reader (stdout; nothing with --json)."""
     if not _sink.json:
         _sink.out.print(clean(text), style=style, soft_wrap=True)
 
 
-def say_block(text: str) -> None:
-    """Lines of the result for a reader, as they stand (stdout; nothing under --json)."""
+def print_lines(text: str) -> None:
+    """Print lines of the result for a reader, unchanged (stdout; nothing with --json)."""
     for line in text.splitlines():
-        say(line)
+        print_line(line)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> None:
-    """A table of the result for a reader (stdout; nothing under --json).
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> None:
+    """Print a table of the result for a reader (stdout; nothing with --json).
 
     Args:
-        columns: headings, or none; one that starts with ">" is a column of numbers, aligned to the right.
+        columns: headings, or none; a heading that starts with ">" is of a column of numbers, aligned to the right.
         rows: as many cells each as there are columns.
-        title: a line above.
+        title: a line above the table.
     """
     if _sink.json:
         return
@@ -122,74 +122,78 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: st
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(
+    table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_header=bool(columns), header_style="bold"
     )
     for name in columns:
-        drawn.add_column(
+        table.add_column(
             clean(name.lstrip(">")), justify="right" if name.startswith(">") else "left", overflow="fold"
         )
     for row in rows:
-        drawn.add_row(*(Text(clean(cell)) for cell in row))
+        table.add_row(*(Text(clean(cell)) for cell in row))
     if title:
-        say(title, style="bold")
-    _sink.out.print(drawn)
+        print_line(title, style="bold")
+    _sink.out.print(table)
 
 
-def result(value: Any) -> None:
-    """The object of --json (stdout; nothing without the flag). `value` is plain data or has `to_dict()`."""
+def print_json(value: Any) -> None:
+    """Print the one object of --json (stdout; nothing without the flag).
+
+    Args:
+        value: plain data, or an object with `to_dict()`.
+    """
     if _sink.json:
         _sink.stdout.write(jsonlib.dumps(plain(value), indent=2, allow_nan=False) + "\n")
         _sink.stdout.flush()
 
 
 def note(text: object) -> None:
-    """A line about the work (stderr; hushed by --quiet)."""
+    """Print a line about the work (stderr; nothing with --quiet)."""
     if not _sink.quiet:
         _sink.err.print(clean(text), soft_wrap=True)
 
 
 def detail(text: object) -> None:
-    """A line that only --verbose shows (stderr)."""
+    """Print a line that only --verbose shows (stderr)."""
     if _sink.verbose:
         note(text)
 
 
 def warn(text: object) -> None:
-    """A line that must not be missed (stderr)."""
+    """Print a line that the user must not miss (stderr)."""
     _sink.err.print(f"Warning: {clean(text)}", style="yellow", soft_wrap=True)
 
 
 def error(message: str, hint: str | None = None) -> None:
-    """Why the command ends, and what to type instead (stderr)."""
+    """Print why the command ends, and what to do (stderr)."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(OTHERS_WAIT)
-    _sink.err.print(f"Error: {clean(_shortened(message))}", style="bold red", soft_wrap=True)
+    _sink.err.print(f"Error: {clean(_shorten(message))}", style="bold red", soft_wrap=True)
     if hint:
-        _sink.err.print(clean(_shortened(hint)), soft_wrap=True)
+        _sink.err.print(clean(_shorten(hint)), soft_wrap=True)
 
 
-def _shortened(text: str) -> str:
-    """A checkpoint decides how long the names in it are, and a sentence about them must stay one."""
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 200]} ... {text[-200:]}"
+def _shorten(text: str) -> str:
+    """Bound the length of a message: the names in a checkpoint may have any length."""
+    return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 200]} ... {text[-200:]}"
 
 
 def traceback(problem: BaseException) -> None:
-    """The traceback of `problem` (stderr)."""
+    """Print the traceback of an exception (stderr)."""
     for line in "".join(format_exception(problem)).splitlines():
         _sink.err.print(clean(line), soft_wrap=True)
 
 
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """Something that a long job can report to: bars on a terminal, plain lines elsewhere, silence if quiet."""
+    """Yield a listener for a long job: bars on a terminal, lines elsewhere, only warnings with --quiet."""
     if _sink.quiet:
         yield _OnlyWarnings()
     elif _sink.err.is_terminal and not _sink.err.is_dumb_terminal:
-        listener = _Bars()
-        with listener.bars:
-            yield listener
-            listener.finish()
+        bars = _Bars()
+        with bars.display:
+            yield bars
+            bars.finish()
     else:
         lines = _Lines()
         yield lines
@@ -197,13 +201,13 @@ def progress() -> Iterator[Progress]:
 
 
 class _OnlyWarnings(Progress):
-    """What --quiet leaves."""
+    """Print warnings and nothing else."""
 
     warn = staticmethod(warn)
 
 
 class _Lines(Progress):
-    """A line when a stage takes long and one when it ends."""
+    """Print a line every `LINE_INTERVAL` seconds of a stage, and one at its end."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -212,18 +216,18 @@ class _Lines(Progress):
     def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
         self.finish()
         self.name, self.total, self.unit, self.done = name, total, unit, 0
-        self.start = self.spoke = self.moved = self.clock()
+        self.start = self.last_line = self.last_advance = self.clock()
 
     def advance(self, amount: int = 1, **fields: object) -> None:
         self.done += amount
         now = self.clock()
-        self.moved = now if amount else self.moved
-        if now - self.spoke < LINE_EVERY:
+        self.last_advance = now if amount else self.last_advance
+        if now - self.last_line < LINE_INTERVAL:
             return
-        self.spoke = now
-        parts = [amount_done(self.done, self.total, self.unit), *_figures(fields)]
+        self.last_line = now
+        parts = [format_amount_done(self.done, self.total, self.unit), *_format_fields(fields)]
         if self.total and self.done:
-            left = (self.moved - self.start) * (self.total / self.done - 1) - (now - self.moved)
+            left = (self.last_advance - self.start) * (self.total / self.done - 1) - (now - self.last_advance)
             parts.append(f"{duration(max(left, 0))} left")
         else:
             parts.append(f"{duration(now - self.start)} so far")
@@ -231,8 +235,8 @@ class _Lines(Progress):
 
     def finish(self) -> None:
         if self.name:
-            took = duration(self.clock() - self.start)
-            note(f"{self.name}: {amount_done(self.done, None, self.unit)} in {took}")
+            elapsed = duration(self.clock() - self.start)
+            note(f"{self.name}: {format_amount_done(self.done, None, self.unit)} in {elapsed}")
         self.name = ""
 
     note = staticmethod(note)
@@ -240,17 +244,17 @@ class _Lines(Progress):
 
 
 class _Bars(Progress):
-    """One bar per stage; finished ones stay above as the record of the job."""
+    """Draw one bar per stage; the bars of finished stages stay above it."""
 
     def __init__(self) -> None:
-        from rich import progress as bars
+        from rich import progress
 
-        self.bars = bars.Progress(
-            bars.TextColumn("{task.description}", markup=False),
-            bars.BarColumn(bar_width=24),
-            bars.TextColumn("{task.fields[amount]}", markup=False),
-            bars.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            bars.TextColumn("{task.fields[figures]}", markup=False),
+        self.display = progress.Progress(
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(bar_width=24),
+            progress.TextColumn("{task.fields[amount]}", markup=False),
+            progress.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            progress.TextColumn("{task.fields[details]}", markup=False),
             console=_sink.err,
         )
         self.task: Any = None
@@ -258,28 +262,29 @@ class _Bars(Progress):
     def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
         self.finish()
         self.total, self.unit, self.done = total, unit, 0
-        self.task = self.bars.add_task(clean(name), total=total, amount=amount_done(0, total, unit), figures="")
+        amount = format_amount_done(0, total, unit)
+        self.task = self.display.add_task(clean(name), total=total, amount=amount, details="")
 
     def advance(self, amount: int = 1, **fields: object) -> None:
         self.done += amount
-        shown = amount_done(self.done, self.total, self.unit)
-        self.bars.update(self.task, advance=amount, amount=shown, figures=", ".join(_figures(fields)))
+        done = format_amount_done(self.done, self.total, self.unit)
+        self.display.update(self.task, advance=amount, amount=done, details=", ".join(_format_fields(fields)))
 
     def finish(self) -> None:
         if self.task is not None and self.total is None:
-            self.bars.update(self.task, total=self.done, completed=self.done)
+            self.display.update(self.task, total=self.done, completed=self.done)
         self.task = None
 
     note = staticmethod(note)
     warn = staticmethod(warn)
 
 
-def amount_done(done: int, total: int | None, unit: str) -> str:
-    """ "3/12 layers", "1.2/13.5 GB", or "12 layers" when the total is unknown."""
+def format_amount_done(done: int, total: int | None, unit: str) -> str:
+    """Return "3/12 layers", "1.2 GB of 13.5 GB", or "12 layers" where the total is unknown."""
     if unit == "bytes":
         return size(done) if total is None else f"{size(done)} of {size(total)}"
     return f"{done:,}{'' if total is None else f'/{total:,}'} {unit}".rstrip()
 
 
-def _figures(fields: Mapping[str, object]) -> list[str]:
+def _format_fields(fields: Mapping[str, object]) -> list[str]:
     return [f"{clean(k)} {v:.4g}" if isinstance(v, float) else clean(f"{k} {v}") for k, v in fields.items()]

@@ -1,4 +1,4 @@
-"""What the results of the verbs look like to a reader. Each function prints one kind of result through `ui`."""
+"""Print the results of the verbs for a reader. Each function prints one kind of result through the console."""
 
 from __future__ import annotations
 
@@ -6,156 +6,157 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from headwise._cli import console as ui
+from headwise._cli import console
 from headwise.format import dtype_name, layout_names, size
 
 if TYPE_CHECKING:
-    from headwise.convert.inspect import Inspection
+    from headwise.convert.inspect import Inspection, ReachableLayout
     from headwise.convert.pipeline import ConvertResult
     from headwise.convert.plan import Plan
-    from headwise.convert.verify.check import Verification
-    from headwise.demo.demo import Demo, Measurement
-    from headwise.eval.bench import Bench
+    from headwise.convert.verify.verification import Verification
+    from headwise.demo.demo import DemoResult
+    from headwise.demo.picture import Measurement
+    from headwise.eval.bench import BenchResult
     from headwise.eval.result import Evaluation
-    from headwise.models.layout import AttentionLayout, Cache
-    from headwise.recipes.run import Uptrained
+    from headwise.models.layout import AttentionLayout, CacheSize
+    from headwise.recipes.run import UptrainResult
     from headwise.records.push import Push
 
 
-def render_inspection(found: Inspection) -> None:
-    """A model's attention, its cache, and what it can become."""
-    about = [found.model_type, dtype_name(found.dtype)]
-    if found.parameters:
-        about.append(f"{_count(found.parameters)} parameters")
-    ui.say(f"{found.model}: {', '.join(about)}", style="bold")
-    ui.say()
+def render_inspection(inspection: Inspection) -> None:
+    """Print a model's attention, its cache, and the layouts that it can be converted to."""
+    about = [inspection.model_type, dtype_name(inspection.dtype)]
+    if inspection.parameters:
+        about.append(f"{_format_count(inspection.parameters)} parameters")
+    console.print_line(f"{inspection.model}: {', '.join(about)}", style="bold")
+    console.print_line()
     kinds: dict[AttentionLayout, list[int]] = {}
-    for layer, layout in enumerate(found.layouts):
+    for layer, layout in enumerate(inspection.layouts):
         kinds.setdefault(layout, []).append(layer)
-    ui.table(
+    console.print_table(
         ("layers", "attention", ">heads", ">KV heads", ">head dim", "RoPE", "window"),
         [
             (
-                ranges(layers),
+                format_ranges(layers),
                 layout.kind.upper(),
                 layout.num_attention_heads,
                 layout.num_key_value_heads,
                 layout.head_dim,
-                rope(layout),
+                _format_rotary(layout),
                 f"{layout.sliding_window:,}" if layout.sliding_window else "",
             )
             for layout, layers in kinds.items()
         ],
     )
-    ui.say()
-    contexts = list(found.cache.at)
-    ui.table(
-        ("can become", ">cache per token", *(f">at {c // 1024}K" for c in contexts), ">saved"),
+    console.print_line()
+    contexts = list(inspection.cache.at)
+    console.print_table(
+        ("possible layout", ">cache per token", *(f">cache at {c // 1024}K" for c in contexts), ">saved"),
         [
-            ("as it is", *cache(found.cache), ""),
-            *((option_name(o), *cache(o.cache), saving(o.saved)) for o in found.options),
+            ("unchanged", *_format_cache(inspection.cache), ""),
+            *((_option_name(o), *_format_cache(o.cache), format_saving(o.saved)) for o in inspection.options),
         ],
     )
-    if found.mla:
-        ui.say()
-        ui.say(f"Not MLA: {found.mla}")
-    for reach in found.reach:
-        ui.say()
-        for line in reach.lines():
-            ui.say(line)
+    if inspection.mla:
+        console.print_line()
+        console.print_line(f"MLA is not possible: {inspection.mla}")
+    for rope_range in inspection.rope_ranges:
+        console.print_line()
+        for line in rope_range.lines():
+            console.print_line(line)
 
 
-def render_plan(planned: Plan) -> None:
-    """What a conversion will do; nothing has been written."""
-    copied, rewritten, dropped = (
-        sum(action.action == kind for action in planned.actions) for kind in ("copy", "convert", "drop")
+def render_plan(plan: Plan) -> None:
+    """Print what a conversion will do."""
+    copied, converted, dropped = (
+        sum(action.action == kind for action in plan.actions) for kind in ("copy", "convert", "drop")
     )
-    ui.say(f"Plan for {planned.model}", style="bold")
-    ui.say()
-    ui.table(
+    console.print_line(f"Plan for {plan.model}", style="bold")
+    console.print_line()
+    console.print_table(
         ("", ">before", ">after", ">saved"),
         [
-            ("attention", layout_names(planned.layouts_before), layout_names(planned.layouts_after), ""),
-            *_cache_rows(planned.cache_before, planned.cache_after),
-            ("parameters", f"{planned.parameters_before:,}", f"{planned.parameters_after:,}", ""),
-            ("weights", size(planned.bytes_before), size(planned.bytes_after), ""),
+            ("attention", layout_names(plan.layouts_before), layout_names(plan.layouts_after), ""),
+            *_cache_rows(plan.cache_before, plan.cache_after),
+            ("parameters", f"{plan.parameters_before:,}", f"{plan.parameters_after:,}", ""),
+            ("weights", size(plan.bytes_before), size(plan.bytes_after), ""),
         ],
     )
-    ui.say()
+    console.print_line()
     tensors: dict[tuple[Any, ...], list[str]] = {}
-    for action in planned.actions:
+    for action in plan.actions:
         pattern = re.sub(r"\.\d+(?=\.)", ".*", action.name)
-        tensors.setdefault((pattern, action.action, _tensor(action.before), _tensor(action.after)), []).append(action.name)
-    ui.table(
+        key = (pattern, action.action, _format_tensor(action.before), _format_tensor(action.after))
+        tensors.setdefault(key, []).append(action.name)
+    console.print_table(
         (">tensors", "name", "action", "before", "after"),
         [(len(names), *key) for key, names in tensors.items()],
     )
-    ui.say()
-    ui.table(
+    console.print_line()
+    console.print_table(
         (),
         [
-            ("tensors", f"{copied} copied, {rewritten} rewritten, {dropped} dropped"),
-            ("files", f"{len(planned.shards)} of weights, {len(planned.sidecars)} copied beside them"),
-            ("disk", size(planned.disk)),
-            ("peak memory", size(planned.peak_memory)),
-            *(("loads in", engine) for engine in planned.engines),
-            *(("left out", name) for name in planned.left_out),
-            *(("note", note) for note in planned.notes),
+            ("tensors", f"{copied} copied, {converted} converted, {dropped} dropped"),
+            ("files", f"{len(plan.shards)} of weights, {len(plan.sidecars)} copied beside them"),
+            ("disk", size(plan.disk)),
+            ("peak memory", size(plan.peak_memory)),
+            *(("engine", engine) for engine in plan.engines),
+            *(("not copied", name) for name in plan.left_out),
+            *(("note", note) for note in plan.notes),
         ],
     )
-    for warning in planned.warnings:
-        ui.warn(warning)
+    for warning in plan.warnings:
+        console.warn(warning)
 
 
-def render_outcome(done: ConvertResult) -> None:
-    """A finished conversion, in a few lines for whoever watched; --verbose adds the layers."""
-    planned = done.plan
-    before, after = planned.cache_before.bytes_per_token, planned.cache_after.bytes_per_token
-    for layer, report in done.layers.items():
-        ui.detail(f"layer {layer}: {', '.join(f'{name} {value}' for name, value in _flat(report))}")
-    for warning in planned.warnings:
-        ui.warn(warning)
-    ui.note(f"{layout_names(planned.layouts_before)} -> {layout_names(planned.layouts_after)}")
+def render_conversion(result: ConvertResult) -> None:
+    """Print a finished conversion in a few lines; --verbose adds the layers."""
+    plan = result.plan
+    before, after = plan.cache_before.bytes_per_token, plan.cache_after.bytes_per_token
+    _detail_layers(result.layers)
+    for warning in plan.warnings:
+        console.warn(warning)
+    console.note(f"{layout_names(plan.layouts_before)} -> {layout_names(plan.layouts_after)}")
     if after < before:
-        ui.note(f"Cache per token: {size(before)} -> {size(after)}, {saving(1 - after / before)} saved")
-    if done.verification:
-        ui.note(f"Verified: {len(done.verification.checks)} checks passed.")
+        console.note(f"Cache per token: {size(before)} -> {size(after)}, {format_saving(1 - after / before)} saved")
+    if result.verification:
+        console.note(f"Verified: {len(result.verification.checks)} checks passed.")
     else:
-        ui.warn("Not verified.")
-    ui.note(f"Wrote {done.out} ({size(planned.disk)}).")
-    if done.pushed:
-        ui.note(f"Pushed it to {done.pushed.repo}: {done.pushed.url}")
+        console.warn("Not verified.")
+    console.note(f"Wrote {result.out} ({size(plan.disk)}).")
+    if result.pushed:
+        console.note(f"Pushed it to {result.pushed.repo}: {result.pushed.url}")
 
 
-def render_push(pushed: Push) -> None:
-    """What went to the Hub, or would go."""
-    where = f"{pushed.repo}@{pushed.revision}" if pushed.revision else pushed.repo
-    state = "private" if pushed.private else "public"
-    amount = size(sum(pushed.files.values()))
-    sent = [(name, size(nbytes)) for name, nbytes in pushed.files.items()]
-    ui.table(("file", ">size"), sent + [(name, "removed") for name in pushed.deleted])
-    ui.say()
-    if pushed.commit is None:
-        new = "a new" if pushed.creates_repository else "the"
-        ui.say(f"{amount} would go to {new} {state} repository {where}. Nothing was sent.")
-    elif not pushed.changed:
-        ui.say(f"{where} ({state}) holds exactly this already, so nothing was sent: {pushed.url}")
+def render_push(push: Push) -> None:
+    """Print what was uploaded to the Hub, or, after a dry run, what would be."""
+    repository = f"{push.repo}@{push.revision}" if push.revision else push.repo
+    state = "private" if push.private else "public"
+    amount = size(sum(push.files.values()))
+    uploaded = [(name, size(num_bytes)) for name, num_bytes in push.files.items()]
+    console.print_table(("file", ">size"), uploaded + [(name, "deleted") for name in push.deleted])
+    console.print_line()
+    if push.commit is None:
+        article = "a new" if push.creates_repository else "the"
+        console.print_line(f"{amount} would go to {article} {state} repository {repository}. Nothing was sent.")
+    elif not push.changed:
+        console.print_line(f"{repository} ({state}) holds exactly this already, so nothing was sent: {push.url}")
     else:
-        ui.say(f"Pushed {amount} to {where} ({state}): {pushed.pull_request or pushed.url}")
-    if not pushed.verified:
-        ui.warn("The folder is not verified.")
+        console.print_line(f"Pushed {amount} to {repository} ({state}): {push.pull_request or push.url}")
+    if not push.verified:
+        console.warn("The folder is not verified.")
 
 
-def render_verification(checked: Verification) -> None:
-    """Every check with its outcome."""
-    ui.table(
-        ("check", "", "detail"),
-        [(name, "passed" if passed else "FAILED", detail) for name, passed, detail in checked.checks],
+def render_verification(verification: Verification) -> None:
+    """Print every check with its outcome."""
+    console.print_table(
+        ("check", "outcome", "detail"),
+        [(name, "passed" if passed else "FAILED", detail) for name, passed, detail in verification.checks],
     )
 
 
-def render_bench(measured: Bench) -> None:
-    """Parent and child side by side."""
+def render_bench(result: BenchResult) -> None:
+    """Print the speed of parent and child."""
     rows = [
         (
             speed.model,
@@ -167,118 +168,136 @@ def render_bench(measured: Bench) -> None:
             size(speed.cache_bytes),
             size(speed.peak_bytes) if speed.peak_bytes else "",
         )
-        for speed in (*measured.same_batch, *measured.equal_memory)
+        for speed in (*result.same_batch, *result.equal_memory)
     ]
-    ui.table(("model", ">batch", ">context", ">tokens/s", ">a step", ">prefill", ">cache", ">peak"), rows)
-    where = "at the same batch"
-    if measured.equal_memory and measured.memory_bytes:
-        where = f"within {size(measured.memory_bytes)} each"
-    ui.say(f"{measured.speedup:.2f} times the parent's tokens per second, {where}, on {measured.device}.")
+    console.print_table(
+        ("model", ">batch", ">context", ">tokens/s", ">time per step", ">prefill", ">cache", ">peak memory"), rows
+    )
+    condition = "at the same batch size"
+    if result.equal_memory and result.memory_bytes:
+        condition = f"in {size(result.memory_bytes)} each"
+    console.print_line(
+        f"The child decodes {result.speedup:.2f} times the parent's tokens per second, {condition}, "
+        f"on {result.device}."
+    )
 
 
-def render_evaluation(found: Evaluation) -> None:
-    """The verdict, the figures behind it, and where the report is."""
-    from headwise.eval import verdict
+def render_evaluation(evaluation: Evaluation) -> None:
+    """Print the verdict and its figures; --verbose adds the layers."""
     from headwise.eval.report import tables
+    from headwise.eval.verdict import verdict_of
 
-    ui.say(verdict.judge(found).text, style="bold")
-    ui.say()
-    rows = [row for row in tables.figures(found) if not row.part]
-    if rows and found.parent is None:
-        ui.table(("figure", "of", ">value"), [(row.figure, row.detail, row.child) for row in rows])
+    console.print_line(verdict_of(evaluation).text, style="bold")
+    console.print_line()
+    rows = [row for row in tables.figure_rows(evaluation) if not row.part]
+    if rows and evaluation.parent is None:
+        console.print_table(("figure", "metric", ">value"), [(row.figure, row.detail, row.child) for row in rows])
     elif rows:
-        ui.table(
-            ("figure", "of", ">parent", ">child", ">difference", ">95% interval", ">flips", ">p"),
+        console.print_table(
+            ("figure", "metric", ">parent", ">child", ">difference", ">95% interval", ">flips", ">p"),
             [(r.figure, r.detail, r.parent, r.child, r.difference, r.interval, r.flips, r.p) for r in rows],
         )
-        ui.say(tables.LEGEND, style="dim")
-    if agreed := list(tables.agreement(found)):
-        ui.say()
-        ui.table((), agreed)
-    for label, heads in tables.flagged(found):
-        ui.say(f"{label}: {heads}.")
-    for gate in found.gates if found.fail_above is not None else ():
-        ui.say(f"Gate {gate.name} {'passed' if gate.passed else 'FAILED'}: {gate.detail}")
-    for layer in found.diagnostics.layers if found.diagnostics else ():
-        ui.detail(f"layer {layer.layer}: hidden {layer.hidden:.4f}, attention {layer.attention:.4f}")
+        console.print_line(tables.LEGEND, style="dim")
+    if agreement := list(tables.agreement_rows(evaluation)):
+        console.print_line()
+        console.print_table((), agreement)
+    for label, heads in tables.flagged_heads(evaluation):
+        console.print_line(f"{label}: {heads}.")
+    for gate in evaluation.gates if evaluation.fail_above is not None else ():
+        console.print_line(f"Gate {gate.name} {'passed' if gate.passed else 'FAILED'}: {gate.detail}")
+    for layer in evaluation.diagnostics.layers if evaluation.diagnostics else ():
+        console.detail(f"layer {layer.layer}: hidden {layer.hidden:.4f}, attention {layer.attention:.4f}")
 
 
-def render_uptrained(healed: Uptrained) -> None:
-    """What a training run did to the loss."""
-    rows = [("before", healed.before), ("after", healed.after), ("parent", healed.parent)]
-    ui.table(
-        ("", ">nats per token", ">above the parent"),
+def render_uptraining(result: UptrainResult) -> None:
+    """Print the loss before and after a training run; --verbose adds the layers."""
+    losses = [("before", result.before), ("after", result.after), ("parent", result.parent)]
+    console.print_table(
+        ("model", ">nats per token", ">above the parent"),
         [
-            (name, f"{nats:.4f}", "" if healed.parent in (None, nats) else f"{nats - healed.parent:+.4f}")
-            for name, nats in rows
+            (
+                name,
+                f"{nats:.4f}",
+                "" if result.parent is None or nats == result.parent else f"{nats - result.parent:+.4f}",
+            )
+            for name, nats in losses
             if nats is not None
         ],
     )
-    for layer, report in healed.layers.items():
-        ui.detail(f"layer {layer}: {', '.join(f'{name} {value}' for name, value in _flat(report))}")
-    if healed.tokens:
-        ui.note(f"{healed.tokens:,} tokens in {healed.seconds:,.0f} s.")
-    ui.note(f"Wrote {healed.out}.")
+    _detail_layers(result.layers)
+    if result.tokens:
+        console.note(f"Trained on {result.tokens:,} tokens in {result.seconds:,.0f} s.")
+    console.note(f"Wrote {result.out}.")
 
 
-def render_demo(measured: Demo) -> None:
-    """Every model of the demo against the parent."""
-    parent = measured.parent
-    ui.table(
-        ("attention", "method", ">cache per token", ">saved", ">nats per token", ">damage", ">seconds"),
-        [_measurement(point, parent) for point in (parent, *measured.measured)],
+def render_demo(result: DemoResult) -> None:
+    """Print every model of the demo beside the parent."""
+    parent = result.parent
+    console.print_table(
+        ("attention", "method", ">cache per token", ">saved", ">nats per token", ">above the parent", ">seconds"),
+        [_measurement_row(measurement, parent) for measurement in (parent, *result.measured)],
     )
-    ui.say()
-    ui.say(f"Measured on {measured.tokens:,} tokens of modules that the model never saw.")
-    ui.say(f"Picture: {measured.picture}")
+    console.print_line()
+    console.print_line(f"Measured on {result.tokens:,} held-out tokens.")
+    console.print_line(f"Picture: {result.picture}")
 
 
-def _measurement(point: Measurement, parent: Measurement) -> tuple[object, ...]:
-    own = point is parent
+def _measurement_row(measurement: Measurement, parent: Measurement) -> tuple[object, ...]:
+    is_parent = measurement is parent
     return (
-        point.target,
-        point.method,
-        f"{point.cache_bytes:,} B",
-        "" if own else f"{1 - point.cache_bytes / parent.cache_bytes:.1%}",
-        f"{point.nats:.3f}",
-        "" if own else f"{point.nats - parent.nats:+.3f}",
-        f"{point.seconds:.0f}",
+        measurement.target,
+        measurement.method,
+        f"{measurement.cache_bytes:,} B",
+        "" if is_parent else f"{1 - measurement.cache_bytes / parent.cache_bytes:.1%}",
+        f"{measurement.nats:.3f}",
+        "" if is_parent else f"{measurement.nats - parent.nats:+.3f}",
+        f"{measurement.seconds:.0f}",
     )
 
 
-def cache(held: Cache) -> list[str]:
-    """Bytes per token and at each context."""
-    return [size(held.bytes_per_token), *(size(total) for total in held.at.values())]
+def _detail_layers(layers: Mapping[int, Mapping[str, Any]]) -> None:
+    for layer, report in layers.items():
+        console.detail(f"layer {layer}: {', '.join(f'{name} {value}' for name, value in _flatten(report))}")
 
 
-def _cache_rows(before: Cache, after: Cache) -> Iterator[tuple[str, str, str, str]]:
+def _format_cache(cache: CacheSize) -> list[str]:
+    """Return the size per token and at each context."""
+    return [size(cache.bytes_per_token), *(size(total) for total in cache.at.values())]
+
+
+def _cache_rows(before: CacheSize, after: CacheSize) -> Iterator[tuple[str, str, str, str]]:
     rows = [("cache per token", before.bytes_per_token, after.bytes_per_token)]
     rows += [(f"cache at {context // 1024}K", total, after.at[context]) for context, total in before.at.items()]
     for name, old, new in rows:
-        yield name, size(old), size(new), "" if old == new else saving(1 - new / old)
+        yield name, size(old), size(new), "" if old == new else format_saving(1 - new / old)
 
 
-def saving(saved: float) -> str:
-    """0.75 -> "75.0%"; a cache that grows, -1.0 -> "2x"."""
+def format_saving(saved: float) -> str:
+    """Return "75.0%" for 0.75, and "2x" for -1.0, a cache that doubles."""
     return f"{saved:.1%}" if saved > 0 else f"{1 - saved:.3g}x"
 
 
-def option_name(option: Any) -> str:
-    """ "GQA-8", "MQA", or "MLA 512+64"."""
+def _option_name(option: ReachableLayout) -> str:
+    """Return "GQA-8", "MQA", or "MLA 512+64"."""
     if option.kv_lora_rank is not None:
         return f"MLA {option.kv_lora_rank}+{option.qk_rope_head_dim}"
     return f"GQA-{option.num_key_value_heads}" if option.to == "gqa" else option.to.upper()
 
 
-def rope(layout: AttentionLayout) -> str:
-    """How much of a head turns."""
+def _format_rotary(layout: AttentionLayout) -> str:
+    """Return how many dimensions of a head are rotary."""
     if layout.rotary_dim == 0:
         return "none"
     return "all" if layout.rotary_dim == layout.head_dim else f"{layout.rotary_dim} of {layout.head_dim}"
 
 
-def ranges(layers: Sequence[int], longest: int = 36) -> str:
-    """Layer numbers as ranges: [0, 1, 2, 5] -> "0-2, 5"; shortened to how many where that gets long."""
+def format_ranges(layers: Sequence[int], max_length: int = 36) -> str:
+    """Return layer numbers as ranges: [0, 1, 2, 5] -> "0-2, 5".
+
+    Args:
+        layers: ascending layer numbers.
+        max_length: of the text; a longer list is cut and begins with the number of layers.
+    """
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:
@@ -286,25 +305,27 @@ def ranges(layers: Sequence[int], longest: int = 36) -> str:
         else:
             runs.append([layer])
     text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return text if len(text) <= longest else f"{len(layers)} layers: {text[: longest - 12].rsplit(',', 1)[0]}, ..."
+    if len(text) <= max_length:
+        return text
+    return f"{len(layers)} layers: {text[: max_length - 12].rsplit(',', 1)[0]}, ..."
 
 
-def _flat(report: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _flatten(report: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, value in report.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name} ")
+            yield from _flatten(value, f"{prefix}{name} ")
         elif isinstance(value, float):
             yield f"{prefix}{name}", f"{value:.4g}"
         elif not isinstance(value, list | tuple):
             yield f"{prefix}{name}", str(value)
 
 
-def _count(number: int) -> str:
+def _format_count(number: int) -> str:
     for scale, unit in ((1e9, "billion"), (1e6, "million")):
         if number >= scale:
             return f"{number / scale:.3g} {unit}"
     return f"{number:,}"
 
 
-def _tensor(kind: Any) -> str:
-    return f"{dtype_name(kind[0])} {'x'.join(map(str, kind[1]))}" if kind else ""
+def _format_tensor(tensor: tuple[Any, tuple[int, ...]] | None) -> str:
+    return f"{dtype_name(tensor[0])} {'x'.join(map(str, tensor[1]))}" if tensor else ""

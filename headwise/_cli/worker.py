@@ -15,14 +15,14 @@ from pathlib import Path
 
 import transformers
 
-from headwise._cli import console as ui
+from headwise._cli import console
 from headwise.errors import HeadwiseError
 from headwise.recipes.settings import SHARD_SIZE
 from headwise.recipes.uptrain import uptrain_model
 from headwise.train.launch import INTERRUPTED, PROCESS_MODULE
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run_worker(arguments: Sequence[str] | None = None) -> int:
     """Train as the arguments say.
 
     Args:
@@ -44,13 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     options = vars(parser.parse_args(words))
     options["command"] = options["command"] or shlex.join(["python", "-m", PROCESS_MODULE, *words])
-    ui.configure()
+    console.configure()
     transformers.utils.logging.disable_progress_bar()
     try:
-        with ui.progress() as progress:
+        with console.progress() as progress:
             uptrain_model(options.pop("model"), options.pop("out"), **options, progress=progress)
     except HeadwiseError as error:
-        ui.error(error.message, error.hint)
+        console.error(error.message, error.hint)
         return error.exit_code
     except KeyboardInterrupt:  # the first process names what is kept
         return INTERRUPTED
@@ -58,4 +58,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_worker())

@@ -7,11 +7,11 @@ import torch
 from headwise.convert.base import Target
 from headwise.convert.gqa.target import GroupedTarget
 from headwise.convert.mla.target import LatentTarget
-from headwise.convert.positions.context import extend
+from headwise.convert.positions.context import extend_context
 from headwise.convert.positions.windows import with_window
 from headwise.convert.settings import ConvertSettings
 from headwise.io.reader import Checkpoint
-from headwise.models.architecture import Architecture, find
+from headwise.models.architecture import Architecture, find_architecture
 
 
 def choose_target(checkpoint: Checkpoint, arch: Architecture, settings: ConvertSettings) -> Target:
@@ -34,12 +34,12 @@ def choose_target(checkpoint: Checkpoint, arch: Architecture, settings: ConvertS
         for part in (config, arch.text_config(config)):
             part["dtype"] = part["torch_dtype"] = settings.dtype
     if settings.context is not None:
-        config, notes = extend(
+        config, notes = extend_context(
             config, arch, context=settings.context, rule=settings.rope or "auto", rope_theta=settings.rope_theta
         )
     if settings.sliding_window is not None:
         config = with_window(config, arch, settings.sliding_window or None, settings.window_layers or "all")
-    parent = find(config, checkpoint.tensors)
+    parent = find_architecture(config, checkpoint.tensors)
     target: Target
     if settings.to == "mla":
         target = LatentTarget(checkpoint, parent, config, settings, dtype=dtype)

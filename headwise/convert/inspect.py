@@ -18,14 +18,14 @@ from headwise.io.reader import read_headers
 from headwise.io.source import (
     INDEX,
     SINGLE,
-    files_of,
+    source_in_folder,
     find_folder,
     read_config,
     read_json,
 )
 from headwise.models import architecture, mla_source
 from headwise.models.config import dtype_of
-from headwise.models.layout import CONTEXTS, AttentionLayout, Cache, describe
+from headwise.models.layout import CONTEXTS, AttentionLayout, CacheSize, describe
 from headwise.models.protocol import LatentModel
 
 # Latent and rotary widths whose cache rows every engine that was tried can hold (docs: engines).
@@ -40,7 +40,7 @@ class ReachableLayout:
     num_key_value_heads: int | None
     kv_lora_rank: int | None
     qk_rope_head_dim: int | None
-    cache: Cache
+    cache: CacheSize
     saved: float
 
 
@@ -59,18 +59,18 @@ class Inspection:
     parameters: int | None
     parameters_from: str | None
     layouts: tuple[AttentionLayout, ...]
-    cache: Cache
+    cache: CacheSize
     options: tuple[ReachableLayout, ...]
     mla: str | None
     rope_ranges: tuple[RopeRange, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            **plain_fields(self, "layouts", "cache", "options", "reach"),
+            **plain_fields(self, "layouts", "cache", "options", "rope_ranges"),
             "layers": [describe(layout) for layout in self.layouts],
             "cache": asdict(self.cache),
             "options": [asdict(option) for option in self.options],
-            "reach": [one.to_dict() for one in self.reach],
+            "reach": [rope_range.to_dict() for rope_range in self.rope_ranges],
         }
 
 
@@ -99,14 +99,13 @@ def inspect_model(
             parameters=parameters,
             parameters_from=origin,
             layouts=tuple(layouts),
-            cache=Cache.of(layouts, dtype),
+            cache=CacheSize.of(layouts, dtype),
             options=(),
             mla="its attention is latent already",
-            reach=(),
         )
-    arch = architecture.find(config)
+    arch = architecture.find_architecture(config)
     layouts = arch.layouts(config)
-    cache = Cache.of(layouts, dtype)
+    cache = CacheSize.of(layouts, dtype)
     mla = _why_not_mla(arch.text_config(config), dtype)
     return Inspection(
         model=str(model),
@@ -119,33 +118,33 @@ def inspect_model(
         cache=cache,
         options=tuple(_options(layouts, arch.legal_groups(config), cache, dtype, mla is None)),
         mla=mla,
-        reach=tuple(rope_ranges(config, arch, context)) if context else (),
+        rope_ranges=tuple(rope_ranges(config, arch, context)) if context else (),
     )
 
 
 def _options(
-    layouts: Sequence[AttentionLayout], legal: Sequence[int], cache: Cache, dtype: torch.dtype, mla: bool
+    layouts: Sequence[AttentionLayout], legal: Sequence[int], cache: CacheSize, dtype: torch.dtype, mla: bool
 ) -> Iterator[ReachableLayout]:
     for groups in legal:
         new = [layout.with_groups(groups) for layout in layouts]
         if new != list(layouts):
-            after = Cache.of(new, dtype)
+            after = CacheSize.of(new, dtype)
             yield ReachableLayout(new[0].kind, groups, None, None, after, _saved(cache, after))
     for rank, rope in LATENTS if mla else ():
         # The stock MLA class has no windows.
         new = [replace(x, kv_lora_rank=rank, qk_rope_head_dim=rope, sliding_window=None) for x in layouts]
-        after = Cache.of(new, dtype)
+        after = CacheSize.of(new, dtype)
         if after.bytes_per_token < cache.bytes_per_token:
             yield ReachableLayout("mla", None, rank, rope, after, _saved(cache, after))
 
 
-def _saved(before: Cache, after: Cache) -> float:
+def _saved(before: CacheSize, after: CacheSize) -> float:
     return 1 - after.at[CONTEXTS[-1]] / before.at[CONTEXTS[-1]]
 
 
 def _why_not_mla(text_config: dict[str, Any], dtype: torch.dtype) -> str | None:
     try:
-        mla_source.find(text_config, dtype)
+        mla_source.find_mla_source(text_config, dtype)
     except HeadwiseError as error:
         return error.message
     return None
@@ -155,11 +154,11 @@ def _count_parameters(
     model: str, folder: Path, commit: str | None, token: str | None, dtype: torch.dtype
 ) -> tuple[int | None, str | None]:
     if commit is not None:
-        counted = hub.parameters(hub.split_revision(model)[0], commit, token)
+        counted = hub.count_parameters(hub.split_revision(model)[0], commit, token)
         if counted is not None:
             return counted, "headers"
     elif (folder / SINGLE).is_file() or any(folder.glob("model-*.safetensors")):
-        tensors = read_headers(files_of(model, folder)).tensors.values()
+        tensors = read_headers(source_in_folder(model, folder)).tensors.values()
         return sum(math.prod(entry.shape) for entry in tensors), "headers"
     metadata = read_json(folder, INDEX).get("metadata") if (folder / INDEX).is_file() else None
     known = metadata if isinstance(metadata, dict) else {}

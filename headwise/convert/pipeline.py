@@ -21,8 +21,8 @@ from headwise.errors import GateFailed, SettingError
 from headwise.fields import settings_of
 from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.io.writer import Writer
-from headwise.models.architecture import find
-from headwise.models.stock_match import check_complete
+from headwise.models.architecture import find_architecture
+from headwise.models.stock_match import check_source_complete
 from headwise.progress import SILENT, Progress
 from headwise.records.card import render_card
 from headwise.records.manifest import hash_files, make_manifest, source_name
@@ -153,8 +153,8 @@ def convert_model(
     checkpoint = open_checkpoint(
         model, revision=revision, token=token, allow_pickle=settings.allow_pickle, progress=progress
     )
-    arch = find(checkpoint.config, checkpoint.tensors)
-    check_complete(checkpoint, arch.auto_class)
+    arch = find_architecture(checkpoint.config, checkpoint.tensors)
+    check_source_complete(checkpoint, arch.auto_class)
     wanted = _device(settings.device)
     target = choose_target(checkpoint, arch, settings)
     calibration = measure.plan_calibration(checkpoint, arch, target, settings, wanted)

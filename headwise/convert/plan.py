@@ -14,7 +14,7 @@ from headwise.io.reader import Checkpoint
 from headwise.io.writer import OutputTensor, Shard, plan_shards
 from headwise.models.architecture import Architecture
 from headwise.models.config import dtype_of
-from headwise.models.layout import AttentionLayout, Cache, describe
+from headwise.models.layout import AttentionLayout, CacheSize, describe
 from headwise.models.stock_match import LEFTOVERS
 
 SAME_ARCHITECTURE = "every engine that loads the source: the architecture is the same"
@@ -72,8 +72,8 @@ class Plan:
     actions: tuple[TensorAction, ...]
     outputs: tuple[OutputTensor, ...]
     shards: tuple[Shard, ...]
-    cache_before: Cache
-    cache_after: Cache
+    cache_before: CacheSize
+    cache_after: CacheSize
     bytes_before: int
     parameters_before: int
     peak_memory: int
@@ -191,8 +191,8 @@ def make_plan(
         actions=tuple(_tensor_actions(checkpoint, outputs)),
         outputs=outputs,
         shards=tuple(plan_shards(outputs, max_shard_size)),
-        cache_before=Cache.of(before, dtype_of(checkpoint.config)),
-        cache_after=Cache.of(layouts, dtype_of(config)),
+        cache_before=CacheSize.of(before, dtype_of(checkpoint.config)),
+        cache_after=CacheSize.of(layouts, dtype_of(config)),
         bytes_before=checkpoint.nbytes,
         parameters_before=sum(math.prod(entry.shape) for entry in checkpoint.tensors.values()),
         peak_memory=peak_memory,

@@ -12,10 +12,10 @@ from headwise import __version__
 from headwise.environment import versions
 from headwise.errors import HeadwiseError
 from headwise.format import layout_names
-from headwise.io.fs import plain_errors
+from headwise.io.fs import os_errors
 from headwise.io.reader import CHUNK, Checkpoint, make_buffers
-from headwise.io.source import inside, read_json
-from headwise.models.layout import AttentionLayout, Cache
+from headwise.io.source import path_inside, read_json
+from headwise.models.layout import AttentionLayout, CacheSize
 from headwise.progress import SILENT, Progress
 
 RECORD = "headwise.json"
@@ -32,8 +32,8 @@ class DecidedConversion(Protocol):
     arguments: dict[str, Any]
     layouts_before: tuple[AttentionLayout, ...]
     layouts_after: tuple[AttentionLayout, ...]
-    cache_before: Cache
-    cache_after: Cache
+    cache_before: CacheSize
+    cache_after: CacheSize
     bytes_before: int
     parameters_before: int
 
@@ -123,7 +123,7 @@ def source_name(plan: DecidedConversion) -> str:
     return plan.model if plan.revision else Path(plan.model).resolve().name
 
 
-def _cache_bytes(cache: Cache) -> dict[str, Any]:
+def _cache_bytes(cache: CacheSize) -> dict[str, Any]:
     return {"bytes_per_token": cache.bytes_per_token, "at": {str(n): count for n, count in cache.at.items()}}
 
 
@@ -170,7 +170,7 @@ def hash_tensors(checkpoint: Checkpoint, progress: Progress = SILENT) -> dict[st
 def changed_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
     """Return the names of the recorded small files that changed or are missing."""
     recorded: Mapping[str, str] = record.get("files") or {}
-    paths = {name: inside(folder, name) for name in recorded}
+    paths = {name: path_inside(folder, name) for name in recorded}
     return [n for n, path in paths.items() if not path.is_file() or hash_file(path) != recorded[n]]
 
 
@@ -201,7 +201,7 @@ def check_hashes(checkpoint: Checkpoint, progress: Progress = SILENT) -> tuple[b
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
-    with plain_errors(path, "read"), open(path, "rb", buffering=0) as file:
+    with os_errors(path, "read"), open(path, "rb", buffering=0) as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

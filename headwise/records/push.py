@@ -12,7 +12,7 @@ from headwise import __version__
 from headwise.errors import HeadwiseError
 from headwise.io import hub
 from headwise.io.reader import open_checkpoint
-from headwise.io.source import inside, read_json
+from headwise.io.source import path_inside, read_json
 from headwise.progress import SILENT, Progress
 from headwise.records.manifest import RECORD, changed_files, changed_tensors, read_record
 
@@ -161,7 +161,7 @@ def check_repository(
     Raises:
         HeadwiseError: the name or the token is wrong, the Hub refuses, or the push would replace something else.
     """
-    repo, revision = hub.one_revision(repo, revision)
+    repo, revision = hub.resolve_revision(repo, revision)
     if not hub.NAME.fullmatch(repo):
         raise HeadwiseError(f"{repo!r} is not a repository name.", "Write it as org/name.")
     if create_pr and revision:
@@ -174,7 +174,7 @@ def check_repository(
         raise HeadwiseError(
             "There is no Hub token to push with.", "Log in with `hf auth login`, set HF_TOKEN or pass --token."
         )
-    with hub.explained(repo, revision, token):
+    with hub.hub_errors(repo, revision, token):
         api = _api(token)
         try:
             info = api.repo_info(repo)
@@ -205,7 +205,7 @@ def files_to_push(folder: Path) -> dict[str, int]:
     """Names and bytes of a folder's files; hidden ones stay here, but for the Hub's own `.eval_results`."""
     paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
-        name.as_posix(): inside(folder, name.as_posix()).stat().st_size
+        name.as_posix(): path_inside(folder, name.as_posix()).stat().st_size
         for name in paths
         if name.parts[0] == EVAL_RESULTS or not any(part.startswith(".") for part in name.parts)
     }
@@ -242,7 +242,7 @@ def _is_other(repo: str, revision: str | None, token: str | None, files: Sequenc
         return False
     if RECORD not in files:
         return True
-    source = read_json(hub.fetch(repo, revision, token, [RECORD]), RECORD).get("source")
+    source = read_json(hub.download_files(repo, revision, token, [RECORD]), RECORD).get("source")
     return not isinstance(source, dict) or source.get("model") != model
 
 
@@ -252,7 +252,7 @@ def _upload(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     repo, revision = target.repo, target.revision
-    with hub.explained(repo, revision, token):
+    with hub.hub_errors(repo, revision, token):
         api = _api(token)
         if not target.exists:
             api.create_repo(repo, private=target.private, exist_ok=True)

@@ -16,7 +16,7 @@ from headwise.convert.plan import grouped_outputs, make_plan
 from headwise.errors import HeadwiseError
 from headwise.io.reader import open_checkpoint
 from headwise.models import architecture
-from headwise.models.layout import AttentionLayout, Cache
+from headwise.models.layout import AttentionLayout, CacheSize
 
 SHARED = Path(__file__).parents[3] / "shared" / "configs"
 
@@ -35,7 +35,7 @@ def model(tmp_path_factory):
 
 def plan_for(model: Path, groups: int, **options):
     checkpoint = open_checkpoint(model)
-    arch = architecture.find(checkpoint.config, checkpoint.tensors)
+    arch = architecture.find_architecture(checkpoint.config, checkpoint.tensors)
     config = arch.with_groups(checkpoint.config, groups)
     outputs = grouped_outputs(checkpoint, arch, config, **options)
     return make_plan(
@@ -84,7 +84,7 @@ def test_why_not_mla(tmp_path):
 def test_a_window_bounds_the_cache():
     full = AttentionLayout(8, 2, 16, 16, 16)
     window = AttentionLayout(8, 2, 16, 16, 16, sliding_window=4096)
-    cache = Cache.of([full, window], torch.float16)
+    cache = CacheSize.of([full, window], torch.float16)
     assert cache.bytes_per_token == 2 * 64 * 2
     assert cache.at == {n: 64 * 2 * (n + 4096) for n in (8192, 32768, 131072)}
 
@@ -104,7 +104,7 @@ def test_inspect_with_an_index_and_no_weights(tmp_path, metadata, parameters):
 def test_inspect_of_a_bare_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(llama().to_dict()))
     found = inspect_model(tmp_path, context=4096)
-    assert found.parameters is None and found.reach[0].context == 4096
+    assert found.parameters is None and found.rope_ranges[0].context == 4096
     assert json.loads(json.dumps(found.to_dict()))["layers"][0]["kind"] == "mha"
 
 

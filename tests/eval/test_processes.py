@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from headwise._cli import console as ui
+from headwise._cli import console
 from headwise.errors import HeadwiseError
 from headwise.eval import processes
 from headwise.eval.evaluate import evaluate_model
@@ -182,9 +182,9 @@ def test_the_first_process_speaks_before_the_others(
 ) -> None:
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
-    for rank, waits in (("0", []), ("1", [ui.OTHERS_WAIT])):
+    for rank, waits in (("0", []), ("1", [console.OTHERS_WAIT])):
         monkeypatch.setenv("RANK", rank)
         assert processes.is_main() == (rank == "0")
-        ui.configure()
-        ui.error("No such model.")
+        console.configure()
+        console.error("No such model.")
         assert waited == waits and "No such model." in capsys.readouterr().err

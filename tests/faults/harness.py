@@ -25,7 +25,7 @@ from unittest import mock
 
 import torch
 
-from headwise._cli import console as ui
+from headwise._cli import console
 from headwise._cli.app import explain
 
 OPERATIONS = ("open", "read", "write", "fsync", "rename", "mkdir", "truncate", "remove", "memory")
@@ -252,9 +252,9 @@ def attempt(call: Callable[[], Any]) -> str | None:
         call()
     except BaseException as problem:
         with redirect_stderr(stream):
-            ui.configure(quiet=True)
+            console.configure(quiet=True)
             explain(problem)
-        ui.configure()
+        console.configure()
         said = stream.getvalue()
         assert said.startswith("Error: ") and "This is a bug" not in said, said
         return said

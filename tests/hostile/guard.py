@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from headwise._cli import console as ui
+from headwise._cli import console
 from headwise._cli.app import explain
 
 FORBIDDEN = (
@@ -86,7 +86,7 @@ class Guard:
         before = peak()
         value, kind = None, "done"
         with redirect_stdout(stdout), redirect_stderr(stderr), mock.patch("builtins.input", _asked(self)):
-            ui.configure(quiet=True)
+            console.configure(quiet=True)
             _install(self)
             signal.signal(signal.SIGPROF, _overtime)
             signal.setitimer(signal.ITIMER_PROF, self.seconds)
@@ -105,7 +105,7 @@ class Guard:
             finally:
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 _install(None)
-        ui.configure()
+        console.configure()
         said = stdout.getvalue() + stderr.getvalue()
         escapes = [*self.seen]
         if kind not in ("done", "refused"):

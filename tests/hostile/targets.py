@@ -19,14 +19,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from headwise._cli import console as ui
-from headwise._cli import render as show
-from headwise.convert.calibration.calibrate import Calibration, calibration_blocks
-from headwise.convert.pipeline import convert_model
+from headwise._cli import console, render
+from headwise.convert.calibration.calibrate import CalibrationPlan, calibration_blocks
 from headwise.convert.inspect import inspect_model
+from headwise.convert.pipeline import convert_model
 from headwise.convert.verify.check import verify_model
 from headwise.io.reader import make_buffers, open_checkpoint
-from headwise.recipes.settings import LIBRARY, load
+from headwise.recipes.settings import LIBRARY, load_uptrain_recipe
 from tests.convert.speaking import TEXT, save_speaking
 from tests.hostile.guard import Guard, Outcome
 from tests.hostile.mutations import ESCAPES, VALUES, WORDS, dumps, flip, garble, nested, tree
@@ -140,7 +139,7 @@ def _read_all(model: Path, **options: Any) -> Any:
 
 
 def _names(checkpoint: Any) -> None:
-    ui.table(("tensor",), [(name,) for name in checkpoint.tensors])
+    console.print_table(("tensor",), [(name,) for name in checkpoint.tensors])
 
 
 def header(prey: Prey, random: Random) -> Outcome:
@@ -246,8 +245,8 @@ def _configs() -> list[dict[str, Any]]:
 
 
 def _inspected(found: Any) -> None:
-    show.inspection(found)
-    ui.result(found)
+    render.render_inspection(found)
+    console.print_json(found)
 
 
 def config(prey: Prey, random: Random) -> Outcome:
@@ -289,8 +288,8 @@ def plan(prey: Prey, random: Random) -> Outcome:
     model = prey.lay(**{"config.json": dumps(whole).encode()})
 
     def shown(planned: Any) -> None:
-        show.plan(planned)
-        ui.result(planned)
+        render.render_plan(planned)
+        console.print_json(planned)
 
     return prey.judge(lambda: convert_model(model, prey.out, **options, calibrate="none", dry_run=True), shown)
 
@@ -309,7 +308,7 @@ def whole(prey: Prey, random: Random) -> Outcome:
             (model / name).write_bytes(flip(random, content))
     method = random.choice(["mean", "optimal"])
     return prey.judge(
-        lambda: convert_model(model, prey.out, to="gqa", groups=2, method=method, calibrate="none"), show.outcome
+        lambda: convert_model(model, prey.out, to="gqa", groups=2, method=method, calibrate="none"), render.render_conversion
     )
 
 
@@ -343,7 +342,7 @@ def tokenizer(prey: Prey, random: Random) -> Outcome:
 
     def call() -> Any:
         checkpoint = open_checkpoint(model)
-        return calibration_blocks(checkpoint, Calibration(TEXT["calibrate"], 2, 32, 0, 0))
+        return calibration_blocks(checkpoint, CalibrationPlan(TEXT["calibrate"], 2, 32, 0, 0))
 
     return prey.judge(call)
 
@@ -471,7 +470,7 @@ def recipe(prey: Prey, random: Random) -> Outcome:
         key = random.choice(["train.tokens", "train.betas", "data.text", "about", "a.b", ".", ""])
         settings = [f"{key}={random.choice([*WORDS, *odd])}"]
     model = prey.lay("config.json", **{"recipe.yaml": text.encode(errors="surrogatepass")})
-    return prey.judge(lambda: load(model / "recipe.yaml", settings), ui.result)
+    return prey.judge(lambda: load_uptrain_recipe(model / "recipe.yaml", settings), console.print_json)
 
 
 def converted(prey: Prey, random: Random) -> Outcome:
@@ -487,7 +486,7 @@ def converted(prey: Prey, random: Random) -> Outcome:
         (model / name).write_text(dumps(changed))
     else:
         (model / name).write_bytes(flip(random, prey.converted[name]))
-    return prey.judge(lambda: verify_model(model), show.verification)
+    return prey.judge(lambda: verify_model(model), render.render_verification)
 
 
 # How often each is chosen in the long run: the cheap parsers most.

@@ -122,9 +122,9 @@ def _config(out: Path) -> dict[str, object]:
 def test_laughing_recipes_stay_small(prey: Prey) -> None:
     laughs = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)]
     model = prey.lay("config.json", **{"recipe.yaml": "\n".join([*laughs, "about: *a39"]).encode()})
-    from headwise.recipes.settings import load
+    from headwise.recipes.settings import load_uptrain_recipe
 
-    outcome = prey.judge(lambda: load(model / "recipe.yaml"))
+    outcome = prey.judge(lambda: load_uptrain_recipe(model / "recipe.yaml"))
     assert "aliases" in outcome.said and not outcome.escapes
 
 
@@ -140,9 +140,9 @@ def test_a_header_of_a_hundred_megabytes(prey: Prey, filling: str) -> None:
 
 
 def test_what_a_library_logs_of_a_config_is_clean() -> None:
-    from headwise._cli import console as ui
+    from headwise._cli import console
 
-    ui.clean_logs()
+    console.clean_logs()
     heard: list[str] = []
     logger, handler = logging.getLogger("headwise.test"), logging.Handler()
     handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]

@@ -1,0 +1,108 @@
+"""What all verbs share: help, usage errors, exceptions as one sentence and an exit code."""
+
+from __future__ import annotations
+
+import subprocess
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import pytest
+
+from headwise._cli.app import with_flags
+from headwise.cli import cli
+from headwise.errors import HeadwiseError
+from tests.command_line import CONVERT, SCRIPT, library, run
+
+__all__ = ["library"]
+
+TO_MQA = [*CONVERT, "--to", "mqa"]
+
+
+def all_verbs(group: click.Group = cli, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    return [
+        verb
+        for name, command in group.commands.items()
+        for verb in (all_verbs(command, (*path, name)) if isinstance(command, click.Group) else [(*path, name)])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("typed", "suggestion"),
+    [(["convrt"], "convert"), (["convert", "--grops", "2"], "--groups"), (["recipes", "lst"], "list")],
+)
+def test_a_misspelt_word_gets_a_suggestion(typed: list[str], suggestion: str) -> None:
+    result = run(*typed)
+    assert result.exit_code == 2 and suggestion in result.stderr and "--help` lists the options." in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("verb", all_verbs(), ids=" ".join)
+def test_every_verb_has_help_with_each_option_once(verb: tuple[str, ...]) -> None:
+    result = run(*verb, "--help")
+    assert result.exit_code == 0
+    command: Any = cli
+    for name in verb:
+        command = command.commands[name]
+    assert command.help
+    listed = [line.strip().split("  ")[0].replace(",", " ").split() for line in result.stdout.splitlines()]
+    for param in command.params:
+        if isinstance(param, click.Option):
+            flag = (param.opts or param.secondary_opts)[-1]
+            assert sum(words[:1] != [] and words[0].startswith("-") and flag in words for words in listed) == 1, (
+                flag
+            )
+
+
+@pytest.mark.parametrize(
+    ("problem", "code", "message"),
+    [
+        (HeadwiseError("config.json has no heads.", "Give it some."), 2, "Give it some."),
+        (KeyboardInterrupt(), 130, "Interrupted"),
+        (PermissionError(13, "Permission denied", "/nowhere"), 2, "/nowhere: Permission denied."),
+        (OSError(5, "Input/output error"), 2, "the disk reports an error"),
+        (MemoryError(), 2, "not enough memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), 2, "not enough memory"),
+        (KeyError("q_proj"), 2, "HEADWISE_DEBUG=1"),
+    ],
+)
+def test_an_exception_becomes_a_sentence_and_a_code(
+    problem: BaseException, code: int, message: str, library: SimpleNamespace
+) -> None:
+    def fail(**_: Any) -> None:
+        raise problem
+
+    library.action = fail
+    result = run(*TO_MQA, HEADWISE_DEBUG="")
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert "Traceback" in run(*TO_MQA, HEADWISE_DEBUG="1").stderr
+
+
+def test_the_hint_of_an_interrupted_conversion_is_printed(library: SimpleNamespace) -> None:
+    from headwise.io.workdir import Interrupted
+
+    def interrupt(**_: Any) -> None:
+        raise Interrupted("Interrupted; the work is kept.", "Continue with `resume`.")
+
+    library.action = interrupt
+    result = run(*TO_MQA)
+    assert result.exit_code == 130 and "Continue with --resume." in result.stderr
+
+
+def test_flags_replace_the_field_names_of_a_message() -> None:
+    convert = cli.commands["convert"]
+    assert with_flags("`rope_dim` needs `rank`; `verify` and `moment`", convert) == (
+        "--rope-dim needs --rank; --no-verify and `moment`"
+    )
+    assert with_flags("`settings` is wrong", cli.commands["uptrain"]) == "--set is wrong"
+    assert with_flags("`rank`", None) == "`rank`"
+
+
+def test_a_closed_pipe_is_not_an_error() -> None:
+    with subprocess.Popen(
+        [*SCRIPT, "recipes", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 0

@@ -1,0 +1,86 @@
+"""The output sink: which stream gets what, clean text, progress as bars and as lines."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from headwise._cli import console
+from tests.command_line import CONVERT, config_folder, library, run, run_script
+
+__all__ = ["config_folder", "library"]
+
+
+def test_json_is_one_object_and_nothing_else_on_stdout(library: SimpleNamespace) -> None:
+    def report(**_: Any) -> Any:
+        library.progress.stage("Count", total=2, unit="layers")
+        library.progress.advance(2)
+        library.progress.warn("careful")
+        print("a library that prints")
+        return SimpleNamespace(to_dict=lambda: {"nats": float("nan"), "path": Path("x"), "shape": (1, 2)})
+
+    library.action = report
+    result = run(*CONVERT, "--to", "mqa", "--json")
+    assert json.loads(result.stdout) == {"nats": None, "path": "x", "shape": [1, 2]}
+    assert "Count: 2 layers" in result.stderr and "careful" in result.stderr and "prints" in result.stderr
+
+    quiet = run(*CONVERT, "--to", "mqa", "--json", "--quiet")
+    assert json.loads(quiet.stdout) == json.loads(result.stdout)
+    assert "Count" not in quiet.stderr and "careful" in quiet.stderr
+
+
+def test_names_from_a_checkpoint_cannot_control_the_terminal(config_folder: str) -> None:
+    config = Path(config_folder) / "config.json"
+    config.write_text(json.dumps({"model_type": "\x1b]0;owned\x07\u202e[red]evil"}))
+    result = run("inspect", config_folder)
+    assert result.exit_code == 2
+    assert "\x1b]" not in result.stderr and "\x07" not in result.stderr and "\u202e" not in result.stderr
+    assert "[red]evil" in result.stderr
+
+
+def test_no_color_is_honoured() -> None:
+    assert "\x1b[" in run_script("convrt", FORCE_COLOR="1", NO_COLOR="", TERM="xterm").stderr
+    assert "\x1b[" not in run_script("convrt", FORCE_COLOR="1", NO_COLOR="1", TERM="xterm").stderr
+
+
+def test_a_long_message_is_shortened(capsys: pytest.CaptureFixture[str]) -> None:
+    console.configure()
+    console.error("x" * 10_000)
+    assert len(capsys.readouterr().err) < 2 * console.MAX_MESSAGE
+
+
+def test_a_terminal_gets_bars_with_amount_and_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    screen.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    console.configure()
+    with console.progress() as progress:
+        progress.stage("Write", total=4_000, unit="bytes")
+        progress.advance(4_000, layer="[bold]3")
+    assert "Write" in screen.getvalue() and "4 kB of 4 kB" in screen.getvalue()
+    assert "layer [bold]3" in screen.getvalue()
+
+
+def test_lines_come_when_a_stage_is_long_and_when_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    console.configure()
+    now = [0.0]
+    lines = console._Lines(clock=lambda: now[0])
+    lines.stage("Calibrate", total=10, unit="layers")
+    for layer in range(10):
+        now[0] += 4
+        lines.advance(layer=layer)
+    lines.finish()
+    assert capsys.readouterr().err.splitlines() == [
+        "Calibrate: 3/10 layers, layer 2, 28 s left",
+        "Calibrate: 6/10 layers, layer 5, 16 s left",
+        "Calibrate: 9/10 layers, layer 8, 4.0 s left",
+        "Calibrate: 10 layers in 40 s",
+    ]

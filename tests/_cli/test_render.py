@@ -1,0 +1,29 @@
+"""Results as text for a reader."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from headwise._cli import console, render
+
+
+def test_layers_are_listed_as_ranges() -> None:
+    assert render.format_ranges([0, 1, 2, 5]) == "0-2, 5"
+    assert render.format_ranges(range(0, 80, 2)).startswith("40 layers: 0, 2")
+
+
+@pytest.mark.parametrize(("saved", "text"), [(0.75, "75.0%"), (0.001, "0.1%"), (0.0, "1x"), (-1.0, "2x")])
+def test_a_saving_is_a_share_or_a_factor(saved: float, text: str) -> None:
+    assert render.format_saving(saved) == text
+
+
+def test_the_loss_of_an_uptraining_is_compared_with_the_parent(capsys: pytest.CaptureFixture[str]) -> None:
+    console.configure(quiet=True)
+    result: Any = SimpleNamespace(before=3.5, after=3.25, parent=3.0, layers={}, tokens=10, seconds=1.0, out="out")
+    render.render_uptraining(result)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["before", "3.5000", "+0.5000"] in rows and ["after", "3.2500", "+0.2500"] in rows
+    assert ["parent", "3.0000"] in rows
