@@ -1,8 +1,7 @@
-"""Loss by position and passkey retrieval, against hand-made models."""
+"""Passkey retrieval, against hand-made models."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from headwise.errors import HeadwiseError
-from headwise.eval.report import plots
 from headwise.eval.tasks import passkey
-from headwise.measure import positions
-from headwise.models import rope
+from headwise.eval.tasks.passkey import make_passkey_documents, passkey_shares, solve_passkeys
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -26,43 +23,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
 
 
-class Counter(torch.nn.Module):
-    """Predicts the next token as the last plus one; surer of it until `good`, and not at all after."""
-
-    def __init__(self, good: int) -> None:
-        super().__init__()
-        self.anchor = torch.nn.Parameter(torch.zeros(()))
-        self.good = good
-
-    def forward(self, input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
-        sure = torch.nn.functional.one_hot((input_ids + 1) % 16, 16) * 5.0
-        sure[:, self.good :] = 0
-        return SimpleNamespace(logits=sure)
-
-
-def test_loss_by_position_shows_where_a_model_breaks() -> None:
-    tokens = torch.arange(400) % 16
-    blocks = positions.overlapping(tokens[None], length=64, stride=8)
-    assert blocks.shape == (43, 64)
-    curve = positions.loss_by_position(Counter(good=31), blocks, width=8)
-    sure = math.log(1 + 15 * math.exp(-5.0))
-    assert curve.nats[:4] == pytest.approx([sure] * 4, rel=1e-5)
-    assert curve.nats[4:] == pytest.approx([math.log(16)] * 4, rel=1e-5)
-    assert curve.before(32) == curve.nats[3] and curve.end == curve.nats[-1] and curve.length == 64
-    with pytest.raises(ValueError, match="no whole number"):
-        positions.loss_by_position(Counter(31), blocks, width=7)
-
-
-def test_each_token_stands_once_in_each_stretch() -> None:
-    windows = positions.overlapping(torch.arange(64)[None], length=16, stride=4)
-    for start in range(0, 16, 4):
-        seen = windows[:, start : start + 4].flatten()
-        assert len(seen.unique()) == len(seen)
-
-
 def test_passkey_prompts_fill_their_length_and_hide_the_key_at_its_depth() -> None:
     tokenizer = byte_tokenizer()
-    docs = passkey.documents(tokenizer, lengths=(600, 1000), depths=(0.0, 0.5, 1.0), samples=2)
+    docs = make_passkey_documents(tokenizer, lengths=(600, 1000), depths=(0.0, 0.5, 1.0), samples=2)
     assert len(docs) == 12
     for doc in docs:
         size = len(tokenizer(f"{doc['prompt']} {doc['key']}")["input_ids"])
@@ -71,18 +34,18 @@ def test_passkey_prompts_fill_their_length_and_hide_the_key_at_its_depth() -> No
         needle = passkey.NEEDLE.format(key=doc["key"])
         place = body.index(needle) / (len(body) - len(needle))
         assert place == pytest.approx(doc["depth"], abs=0.05)
-    assert docs == passkey.documents(tokenizer, lengths=(600, 1000), depths=(0.0, 0.5, 1.0), samples=2)
-    with pytest.raises(HeadwiseError, match="a length of 64 was asked for"):
-        passkey.documents(tokenizer, lengths=(64,))
+    assert docs == make_passkey_documents(tokenizer, lengths=(600, 1000), depths=(0.0, 0.5, 1.0), samples=2)
+    with pytest.raises(HeadwiseError, match="A passkey prompt of 64 tokens is too short"):
+        make_passkey_documents(tokenizer, lengths=(64,))
 
 
 def test_a_model_that_copies_the_key_solves_it() -> None:
     tokenizer = byte_tokenizer()
-    docs = passkey.documents(tokenizer, lengths=(400,), depths=(0.0, 1.0), samples=2)
+    docs = make_passkey_documents(tokenizer, lengths=(400,), depths=(0.0, 1.0), samples=2)
     model = Copier(tokenizer)
-    assert set(passkey.grid(passkey.solve(model, tokenizer, docs)).values()) == {1.0}
+    assert set(passkey_shares(solve_passkeys(model, tokenizer, docs)).values()) == {1.0}
     wrong = [doc | {"key": "00000"} for doc in docs]
-    assert set(passkey.grid(passkey.solve(model, tokenizer, wrong)).values()) == {0.0}
+    assert set(passkey_shares(solve_passkeys(model, tokenizer, wrong)).values()) == {0.0}
 
 
 class Copier(torch.nn.Module):
@@ -126,20 +89,8 @@ def test_lm_eval_runs_the_task_offline_and_agrees_with_solve(tmp_path: Path) -> 
     found = lm_eval.simple_evaluate(
         lm, tasks=["headwise_passkey"], task_manager=manager, log_samples=True, bootstrap_iters=0
     )
-    logged = passkey.grid(found["samples"]["headwise_passkey"])
-    docs = passkey.documents(tokenizer, (300, 400), (0.0, 1.0), 1)
-    assert logged == passkey.grid(passkey.solve(model, tokenizer, docs))
+    logged = passkey_shares(found["samples"]["headwise_passkey"])
+    docs = make_passkey_documents(tokenizer, (300, 400), (0.0, 1.0), 1)
+    assert logged == passkey_shares(solve_passkeys(model, tokenizer, docs))
     assert set(logged.values()) == {1.0}
     assert [s["doc"]["prompt"] for s in found["samples"]["headwise_passkey"]] == [doc["prompt"] for doc in docs]
-
-
-def test_figures_are_written(tmp_path: Path) -> None:
-    curves = {"base 10,000": rope.base_frequencies(1e4, 64)}
-    losses = {"plain": positions.PositionLoss((2.0, 2.1, 9.0), 8, 100)}
-    made = [
-        plots.bound_curve(curves, 100_000, tmp_path / "bound.png", trained=1024),
-        plots.loss_curves(losses, tmp_path / "loss.png", trained=16),
-        plots.passkey_grid({(512, 0.0): 1.0, (512, 1.0): 0.5}, tmp_path / "passkey.png"),
-    ]
-    for path in made:
-        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000

@@ -19,7 +19,7 @@ from headwise.errors import HeadwiseError
 from headwise.eval.model import content_hash
 from headwise.eval.report.card_section import update_card
 from headwise.eval.report.report import write_report
-from headwise.io.source import files_of
+from headwise.io.source import source_in_folder
 from headwise.records.card import without_evaluation
 from tests.convert.speaking import save_speaking
 from tests.eval.evaluations import alone, full
@@ -33,7 +33,7 @@ def made(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("made")
     save_speaking(home / "model")
     convert_model(home / "model", home / "out", to="gqa", groups=4, calibrate="none")
-    child = replace(full().child, sha256=content_hash(files_of("out", home / "out")))
+    child = replace(full().child, sha256=content_hash(source_in_folder("out", home / "out")))
     (home / "report" / "child").mkdir(parents=True)
     config = {
         "dataset_path": "allenai/ai2_arc",
@@ -104,14 +104,14 @@ def test_a_benchmark_is_told_when_asked(made, out):
 
 
 def test_a_report_without_a_parent_is_told_too(made, out, tmp_path):
-    child = replace(full().child, sha256=content_hash(files_of("out", out)))
+    child = replace(full().child, sha256=content_hash(source_in_folder("out", out)))
     write_report(replace(alone(), child=child), tmp_path / "alone")
     assert update_card(out, tmp_path / "alone").figures == 1
     assert "No parent was measured" in (out / "README.md").read_text()
 
 
 def test_a_part_of_the_samples_is_no_benchmark(made, out, tmp_path):
-    child = replace(full().child, sha256=content_hash(files_of("out", out)))
+    child = replace(full().child, sha256=content_hash(source_in_folder("out", out)))
     write_report(replace(alone(), child=child, settings={"limit": 10}), tmp_path / "part")
     with pytest.raises(HeadwiseError, match="from a part of the samples"):
         update_card(out, tmp_path / "part", eval_results=[("arc_easy", "allenai/ai2_arc", "ARC-Easy")])

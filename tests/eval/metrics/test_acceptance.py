@@ -1,0 +1,59 @@
+"""Speculative acceptance: equal models accept every draft, and the output stays the parent's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from headwise.eval.metrics.acceptance import count_accepted, measure_acceptance
+from headwise.eval.metrics.generation import write_continuations
+from tests.convert.speaking import save_speaking
+
+PROMPTS = torch.randint(1, 257, (6, 8), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_speaking(tmp_path_factory.mktemp("models") / "parent", max_position_embeddings=128)
+
+
+@pytest.fixture
+def model(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def test_a_model_accepts_all_of_its_own_drafts(model: Any, folder: Path) -> None:
+    twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    result = measure_acceptance(twin, model, PROMPTS[:3], new_tokens=10, draft_tokens=4)
+    assert result.rate == 1 and result.exact == 1
+    assert result.tokens_per_step == 5  # four accepted and one of the parent's own
+
+
+def test_a_strange_draft_is_refused_and_the_output_stays_exact(model: Any, folder: Path) -> None:
+    stranger = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        stranger.model.layers[1].mlp.down_proj.weight.normal_(generator=torch.Generator().manual_seed(5))
+    result = measure_acceptance(stranger, model, PROMPTS[:3], new_tokens=10, draft_tokens=4)
+    assert result.rate < 0.5 and result.exact == 1
+    assert result.tokens_per_step == pytest.approx(1 + 4 * result.rate, abs=0.6)
+
+
+def test_an_end_among_the_drafts_costs_no_acceptance(model: Any, folder: Path) -> None:
+    twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    written = write_continuations(model, PROMPTS[:1], 8)[0]
+    for one in (model, twin):
+        one.generation_config.eos_token_id = written[2]
+    result = measure_acceptance(twin, model, PROMPTS[:1], new_tokens=8, draft_tokens=4)
+    assert result.rate == 1 and result.exact == 1
+
+
+def test_accepted_tokens_are_counted_up_to_the_first_difference_and_the_end() -> None:
+    text = [1, 2, 3, 4, 5, 6, 7]
+    assert count_accepted(text, [[1, 2, 3], [5, 6, 7]]) == (6, 6)
+    # 1 is accepted, 2 is the verifying model's; 3 and 4 are accepted, 5 is the verifying model's.
+    assert count_accepted(text, [[1, 9, 3], [3, 4, 9], [6, 7, 8]]) == (5, 8)
+    assert count_accepted(text, [[], [9]]) == (0, 1)
