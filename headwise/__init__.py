@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from headwise.convert.inspect import inspect_model as inspect_model
     from headwise.convert.pipeline import convert_model as convert_model
     from headwise.convert.verify.check import verify_model as verify_model
-    from headwise.errors import GateError
+    from headwise.errors import GateFailed as GateFailed
     from headwise.errors import HeadwiseError as HeadwiseError
     from headwise.eval.bench import bench_model as bench_model
     from headwise.eval.evaluate import evaluate_model as evaluate_model
@@ -33,11 +33,11 @@ _MODULES = {
     "update_card": "headwise.eval.report.card_section",
     "push_model": "headwise.records.push",
     "HeadwiseError": "headwise.errors",
-    "GateError": "headwise.errors",
+    "GateFailed": "headwise.errors",
 }
 
 __all__ = [
-    "GateError",
+    "GateFailed",
     "HeadwiseError",
     "__version__",
     "bench_model",
