@@ -31,6 +31,8 @@ class LatentModel:
     config: dict[str, Any]
     auto_class: str = "AutoModelForCausalLM"
     module: str = LAYERS
+    attention: str = ATTENTION
+    layers: tuple[str, ...] = (LAYERS,)
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> LatentModel:

@@ -205,16 +205,16 @@ def test_layers_that_do_not_compute_their_weights_are_seen(home: Path, monkeypat
     """As if the stock class gave a query head another key-value head than headwise thinks."""
     from transformers.models.llama import modeling_llama
 
-    from headwise.models import stock as skeleton
+    from headwise.convert.verify import layer_inputs
 
-    real, empty = modeling_llama.repeat_kv, skeleton.empty_model
+    real, empty = modeling_llama.repeat_kv, layer_inputs.empty_model
 
     def eager(*arguments: Any) -> Any:
         model = empty(*arguments)
         model.config._attn_implementation = "eager"
         return model
 
-    monkeypatch.setattr(skeleton, "empty_model", eager)
+    monkeypatch.setattr(layer_inputs, "empty_model", eager)
     assert verify_model(home / "gqa").passed
     wrong = lambda states, times: real(states.flip(1) if times > 1 else states, times)  # noqa: E731
     monkeypatch.setattr(modeling_llama, "repeat_kv", wrong)

@@ -1,0 +1,131 @@
+"""Prove a folder of the parent's own class: its grouped attention, and what it shares with the parent."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headwise.convert.gqa.merge import merge_heads
+from headwise.convert.verify.layer_inputs import StockAttention, attention_inputs, check_tokens, relative_error
+from headwise.convert.verify.whole_model import compare_logits
+from headwise.io.reader import Checkpoint
+from headwise.models.architecture import Architecture, find_architecture
+
+# Float64 evaluations of the same weights differ by rounding; some stock classes round to float32 inside.
+TOLERANCE = 1e-5
+
+
+def check_groups(checkpoint: Checkpoint, arch: Architecture) -> tuple[bool, str]:
+    """Compare the stock grouped attention with the same heads repeated for every query head, in every layer."""
+    full = arch.legal_groups(checkpoint.config)[-1]
+    if full == arch.layouts(checkpoint.config)[0].num_key_value_heads:
+        return True, "every query head has its own keys and values"
+    lifted = arch.with_groups(checkpoint.config, full)
+    grouped, repeated = StockAttention(checkpoint.config, arch), StockAttention(lifted, arch)
+    tokens = check_tokens(checkpoint, arch.stock_config(checkpoint.config).vocab_size)
+    worst, worst_layer = 0.0, 0
+    for layer, x in attention_inputs(checkpoint, arch, tokens):
+        tensors = layer_tensors(checkpoint, arch, layer)
+        names = arch.tensor_names(checkpoint.config, layer)
+        weights, _ = merge_heads(arch.read_layer(checkpoint.config, layer, {n: tensors[n] for n in names}), full)
+        wide = {**tensors, **arch.write_layer(lifted, layer, weights, torch.float64)}
+        error = relative_error(grouped(layer, tensors, x), repeated(layer, wide, x))
+        if not error <= worst:
+            worst, worst_layer = error, layer
+    detail = (
+        f"attention of all {len(arch.layouts(checkpoint.config))} layers within {worst:.1e} of its heads repeated "
+        f"(layer {worst_layer}), limit {TOLERANCE:.0e}, in float64"
+    )
+    return worst < TOLERANCE, detail
+
+
+def layer_tensors(checkpoint: Checkpoint, arch: Architecture, layer: int) -> dict[str, Tensor]:
+    """Return all tensors of a layer's attention by name, those that no conversion changes included."""
+    prefix = f"{arch.layers[0].format(layer=layer)}.{arch.attention}."
+    return {name: checkpoint.read(name) for name in checkpoint.tensors if name.startswith(prefix)}
+
+
+def compare_grouped(
+    checkpoint: Checkpoint,
+    parent: Checkpoint,
+    arch: Architecture,
+    *,
+    compare: bool,
+    moved: Collection[str],
+    trained: bool,
+) -> tuple[bool, str]:
+    """Compare what is not attention with the parent's tensors, and an exact conversion with the parent's attention.
+
+    Args:
+        checkpoint: the folder.
+        parent: the model that it was converted from.
+        arch: the folder's stock class.
+        compare: compare the tensors outside the converted attention too.
+        moved: config fields of positions that the conversion changed on purpose; the parent is then compared with
+            the same positions.
+        trained: whether the folder was trained since; only its shape is then the parent's.
+    """
+    old = find_architecture(parent.config, parent.tensors)
+    before, after = old.layouts(parent.config), arch.layouts(checkpoint.config)
+    if len(before) != len(after):
+        return False, f"the parent has {len(before)} layers, and the folder {len(after)}"
+    fields = _changed_fields(old, parent.config, arch, checkpoint.config, moved)
+    if fields:
+        return False, f"config.json differs from the parent's in {', '.join(fields)}"
+    converted = {
+        name
+        for layer, (a, b) in enumerate(zip(before, after, strict=True))
+        if a.num_key_value_heads != b.num_key_value_heads
+        for name in arch.tensor_names(checkpoint.config, layer)
+    }
+    rest = [n for n in checkpoint.tensors if n not in converted]
+    lost = [n for n in rest if n not in parent.tensors]
+    changed = [
+        n
+        for n in rest
+        if compare
+        and not trained
+        and n in parent.tensors
+        and not torch.equal(parent.read(n).to(checkpoint.tensors[n].dtype), checkpoint.read(n))
+    ]
+    if lost or changed:
+        return False, f"outside the converted attention {', '.join([*lost, *changed][:3])} differ from the parent's"
+    if trained:
+        return True, "the parent's names and configuration; its weights were trained since"
+    if any(b.num_key_value_heads < a.num_key_value_heads for a, b in zip(before, after, strict=True)):
+        return True, f"{len(rest)} tensors outside the converted attention are the parent's"
+    attention = StockAttention(checkpoint.config, arch)
+    if moved:
+        lifted = [arch.with_groups(checkpoint.config, layout.num_key_value_heads) for layout in before]
+        reference = StockAttention(lifted[0], arch)
+    else:
+        reference = StockAttention(parent.config, old)
+    tokens = check_tokens(parent, old.stock_config(parent.config).vocab_size)
+    worst, worst_layer = 0.0, 0
+    for layer, x in attention_inputs(parent, old, tokens):
+        rounded = {
+            name: tensor.to(checkpoint.tensors[name].dtype)
+            for name, tensor in layer_tensors(parent, old, layer).items()
+        }
+        error = relative_error(
+            attention(layer, layer_tensors(checkpoint, arch, layer), x), reference(layer, rounded, x)
+        )
+        if not error <= worst:
+            worst, worst_layer = error, layer
+    agree, logits = (True, "") if moved else compare_logits(checkpoint, parent, arch, old, recomputed=False)
+    detail = (
+        f"attention of all layers within {worst:.1e} of the parent's (layer {worst_layer}), limit {TOLERANCE:.0e}"
+    )
+    return worst < TOLERANCE and agree, f"exact: {detail}{logits}"
+
+
+def _changed_fields(
+    old: Architecture, before: dict[str, Any], arch: Architecture, after: dict[str, Any], moved: Collection[str]
+) -> list[str]:
+    """Return the fields that both stock configs of the language model have and that differ."""
+    a, b = old.stock_config(before).to_dict(), arch.stock_config(after).to_dict()
+    free = {arch.num_key_value_heads, "dtype", "torch_dtype", "transformers_version", "architectures"}
+    return sorted(name for name in a.keys() & b.keys() - free - {*moved} if a[name] != b[name])

@@ -1,0 +1,105 @@
+"""Give every attention layer of a checkpoint the inputs that the model itself gives it on text.
+
+A check on random inputs tests a regime that the model never enters: on SmolLM2-135M the inputs of layer 0 have a
+twentieth of unit size, and unit-normal inputs leave the linear range of the latent norm (mathematics, section 7c).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headwise.convert.calibration.layer_stream import LayerStream
+from headwise.io.reader import Checkpoint
+from headwise.io.tokenizer import load_tokenizer
+from headwise.models.stock import empty_model, layer_arguments, load_into
+
+SEQUENCES, TOKENS = 2, 24
+# One sequence of prose and one of code; each is longer than TOKENS in every tokenizer.
+TEXTS = (
+    "The quality of a converted model shows in its predictions. A smaller cache holds fewer numbers for each "
+    "token, and every layer reads the outputs of the layers below, so an error in one layer reaches all others.",
+    "def moving_average(values, width):\n    total = sum(values[:width])\n    for i in range(width, len(values)):\n"
+    "        yield total / width\n        total += values[i] - values[i - width]\n",
+)
+
+
+def check_tokens(checkpoint: Checkpoint, vocab_size: int) -> Tensor:
+    """Return the token ids that a model is checked on, (SEQUENCES, TOKENS).
+
+    Args:
+        checkpoint: its tokenizer encodes prose and code; without one, the ids are random.
+        vocab_size: of the model; ids beyond it are replaced by random ones.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocab_size, (SEQUENCES, TOKENS), generator=generator)
+    if not any(path.name.startswith("tokenizer") for path in checkpoint.sidecars):
+        return tokens
+    try:
+        tokenizer = load_tokenizer(checkpoint.folder, checkpoint.source)
+        encoded = [tokenizer(text)["input_ids"][:TOKENS] for text in TEXTS]
+    except Exception:  # the tokenizer's files are checked elsewhere; random ids serve as well
+        return tokens
+    for row, ids in zip(tokens, encoded, strict=True):
+        known = torch.tensor([token for token in ids if token < vocab_size], dtype=torch.long)
+        row[: len(known)] = known
+    return tokens
+
+
+def attention_inputs(checkpoint: Checkpoint, stock: Any, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield every layer's index and the inputs of its attention, (SEQUENCES, TOKENS, D) float64.
+
+    Args:
+        checkpoint: the model.
+        stock: names of its stock class.
+        tokens: from `check_tokens`.
+    """
+    stream = LayerStream(checkpoint, stock, tokens)
+    for record in stream.records(keep_activations=True, attention_stats=False):
+        assert record.inputs is not None
+        yield record.index, record.inputs.double()
+
+
+class StockAttention:
+    """Evaluate the stock attention of single layers in float64.
+
+    Args:
+        config: config.json of the model.
+        stock: names of its stock class.
+    """
+
+    def __init__(self, config: dict[str, Any], stock: Any) -> None:
+        self._stock = stock
+        self._model = empty_model(config, stock.auto_class, torch.float64)
+        self._arguments: list[dict[str, Any]] | None = None
+
+    def __call__(self, layer: int, tensors: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+        """Return the outputs of one layer, (sequences, tokens, D) float64.
+
+        Args:
+            layer: its index.
+            tensors: of its attention, by the checkpoint's names.
+            inputs: (sequences, tokens, D) float64.
+        """
+        load_into(self._model, dict(tensors))
+        if self._arguments is None:
+            self._arguments = layer_arguments(self._model, self._stock.module, inputs.shape[1], torch.float64)
+        path = f"{self._stock.module.format(layer=layer)}.{self._stock.attention}"
+        attention = self._model.get_submodule(path)
+        with torch.no_grad():
+            output = attention(hidden_states=inputs, **self._arguments[layer])
+        for name, parameter in list(attention.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            setattr(attention.get_submodule(owner), leaf, torch.nn.Parameter(parameter.to("meta"), False))
+        return output[0] if isinstance(output, tuple) else output
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference over the norm of the expected values; infinite where only one is NaN."""
+    both = actual.isnan() & expected.isnan()
+    actual, expected = actual.masked_fill(both, 0), expected.masked_fill(both, 0)
+    error = float((actual - expected).norm() / expected.norm().clamp_min(1e-300))
+    return float("inf") if error != error else error

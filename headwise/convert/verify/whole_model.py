@@ -1,0 +1,101 @@
+"""Load whole models with stock classes: generate, look at the cache, compare logits with the parent's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headwise.convert.verify.layer_inputs import TOKENS, check_tokens, relative_error
+from headwise.io.reader import Checkpoint
+from headwise.models.layout import AttentionLayout
+from headwise.models.stock import empty_model
+
+# Weights up to this size are loaded whole.
+WHOLE_BYTES = 1 << 30
+# Largest difference of logits in float32 between models of equal weights. Weights that were computed anew
+# and rounded may differ by a multiple of the parent's own rounding.
+LOGITS_TOLERANCE, ROUNDINGS = 1e-4, 4.0
+
+
+def check_loading(
+    checkpoint: Checkpoint, stock: Any, layouts: Sequence[AttentionLayout], *, allow_nan: bool
+) -> tuple[bool, str]:
+    """Load a folder with `from_pretrained`, generate a few tokens, and compare the cache with the layouts.
+
+    Args:
+        checkpoint: the folder.
+        stock: names of its stock class.
+        layouts: of every layer.
+        allow_nan: whether logits may be NaN or infinite.
+    """
+    import transformers
+
+    model, info = getattr(transformers, stock.auto_class).from_pretrained(
+        checkpoint.folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+    )
+    wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
+    if wrong:
+        return False, f"from_pretrained reports {wrong}"
+    # A loaded model forgets the ties that its weights broke; one on the meta device knows them.
+    ties = empty_model(checkpoint.config, stock.auto_class).all_tied_weights_keys or {}
+    for name, target in ties.items():
+        if model.get_parameter(name).data_ptr() != model.get_parameter(target).data_ptr():
+            return False, f"{name} is not tied to {target}"
+    tokens = torch.arange(TOKENS)[None] % model.get_input_embeddings().num_embeddings
+    # Not the folder's generation_config.json: its beams, penalties and stop words are for users.
+    model.generation_config = transformers.GenerationConfig()
+    with torch.inference_mode():
+        generated = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4, do_sample=False, use_cache=True,
+            eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+    if not allow_nan and not all(bool(step.isfinite().all()) for step in generated.logits):
+        return False, "the logits are not finite"
+    cache = generated.past_key_values.layers
+    elements = [layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in cache]
+    if elements != [layout.cache_elements_per_token for layout in layouts]:
+        return False, f"after generate() the cache holds {elements} elements per token and layer"
+    return True, f"{type(model).__name__}.from_pretrained loads it whole and generates"
+
+
+def compare_logits(
+    checkpoint: Checkpoint, parent: Checkpoint, stock: Any, parent_stock: Any, *, recomputed: bool
+) -> tuple[bool, str]:
+    """Compare the logits of an exact conversion with its parent's, both whole in float32, on the same text.
+
+    Args:
+        checkpoint: the folder.
+        parent: the model that it was converted from.
+        stock: names of the folder's stock class.
+        parent_stock: names of the parent's.
+        recomputed: whether attention weights were computed anew and rounded to the folder's dtype. The limit is
+            then `ROUNDINGS` times what rounding to that dtype does to the parent's own logits.
+
+    Returns:
+        Whether they agree, and the end of a sentence about it; empty for models larger than `WHOLE_BYTES`.
+    """
+    if max(checkpoint.nbytes, parent.nbytes) > WHOLE_BYTES:
+        return True, ""
+    expected = _logits(parent, parent, parent_stock.auto_class, torch.float32)
+    error = relative_error(_logits(checkpoint, parent, stock.auto_class, torch.float32), expected)
+    limit = LOGITS_TOLERANCE
+    dtype = next(entry.dtype for entry in checkpoint.tensors.values() if entry.dtype.is_floating_point)
+    if recomputed and dtype != torch.float32:
+        limit = max(
+            limit, ROUNDINGS * relative_error(_logits(parent, parent, parent_stock.auto_class, dtype), expected)
+        )
+    return error < limit, f"; logits of the whole model within {error:.1e} of the parent's, limit {limit:.1e}"
+
+
+def _logits(source: Checkpoint, parent: Checkpoint, auto_class: str, dtype: torch.dtype) -> Tensor:
+    import transformers
+
+    model = getattr(transformers, auto_class).from_pretrained(source.folder, dtype=dtype, trust_remote_code=False)
+    tokens = check_tokens(parent, model.get_input_embeddings().num_embeddings)
+    with torch.inference_mode():
+        output = model(input_ids=tokens, use_cache=False)
+    logits: Tensor = output.logits.double()
+    return logits
