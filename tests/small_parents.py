@@ -41,8 +41,9 @@ def parent(folder: Path, kind: str = "llama", **fields: Any) -> Path:
 
 
 def converted(model: Path, out: Path, **arguments: Any) -> Path:
-    """What `convert` makes of it, without reading text."""
-    convert_model(model, out, **{"calibrate": "none", "refit": "off", "verify": False, **arguments})
+    """Convert it without reading text."""
+    defaults = {} if arguments.get("exact") else {"calibrate": "none", "refit": "off"}
+    convert_model(model, out, verify=False, **{**defaults, **arguments})
     return out
 
 

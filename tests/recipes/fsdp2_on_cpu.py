@@ -10,7 +10,7 @@ import accelerate.state
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 
-from headwise._cli.worker import main
+from headwise._cli.worker import run_worker
 from headwise.train import trainer
 
 begin = accelerate.state.PartialState.__init__
@@ -35,4 +35,4 @@ def train_and_look(self: Any, *arguments: Any, **options: Any) -> Any:
 if __name__ == "__main__":
     accelerate.state.PartialState.__init__ = as_accelerators  # type: ignore[method-assign]
     trainer.Trainer.train = train_and_look  # type: ignore[method-assign]
-    sys.exit(main())
+    sys.exit(run_worker())

@@ -70,7 +70,7 @@ def assert_same(case: Path, other: str) -> None:
 
 
 def test_two_processes_train_as_one_does(case: Path) -> None:
-    assert launch.launch("ddp", 2, words(case, "two")) == 0
+    assert launch.launch_processes("ddp", 2, words(case, "two")) == 0
     assert_same(case, "two")
 
 
@@ -87,7 +87,7 @@ def test_a_sharded_student_and_teacher_train_as_whole_ones_do(case: Path) -> Non
 
 @pytest.mark.full
 def test_a_mistake_is_told_once_with_its_exit_code(case: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert launch.launch("ddp", 2, [*words(case, "none"), "--set", "train.tokns=1"]) == 2
+    assert launch.launch_processes("ddp", 2, [*words(case, "none"), "--set", "train.tokns=1"]) == 2
     said = capfd.readouterr().err
     assert said.count("unknown key train.tokns") == 1 and "Traceback" not in said
     assert not (case / "none").exists()

@@ -1,13 +1,27 @@
-"""A recipe is checked before anything runs, and says where it is wrong."""
+"""Recipes and settings are checked before anything runs, and errors name what is wrong."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from headwise.errors import HeadwiseError
-from headwise.recipes.settings import LIBRARY, load_uptrain_recipe
+from headwise.errors import HeadwiseError, SettingError
+from headwise.recipes.settings import (
+    LIBRARY,
+    Data,
+    Layerwise,
+    Lora,
+    Loss,
+    TeacherSettings,
+    Training,
+    UptrainRecipe,
+    UptrainSettings,
+    load_uptrain_recipe,
+)
 
 RECIPE = """
 about: a test
@@ -61,27 +75,27 @@ def test_a_setting_is_checked_like_the_file(recipe: Path) -> None:
         load_uptrain_recipe(recipe, ["train.learning_rat=1"])
     with pytest.raises(HeadwiseError, match="not of the form"):
         load_uptrain_recipe(recipe, ["train.seed"])
-    with pytest.raises(HeadwiseError, match="about has no keys"):
+    with pytest.raises(HeadwiseError, match="about is a plain value and has no keys"):
         load_uptrain_recipe(recipe, ["about.x=1"])
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("train.tokens=many", r"train\.tokens must be a whole number .*got 'many'"),
-        ("train.tokens=1.5", r"train\.tokens must be a whole number"),
-        ("train.tokens=1.2.3M", r"train\.tokens must be a whole number"),
-        ("train.tokens=true", r"train\.tokens must be a whole number"),
-        ("train.learning_rate=fast", r"train\.learning_rate must be a number"),
-        ("train.compile=1", r"train\.compile must be true or false"),
-        ("train.schedule=linear", r"train\.schedule must be one of cosine, wsd"),
-        ("train.betas=0.9", r"train\.betas must be a list"),
-        ("train.betas=[0.9, x]", r"train\.betas\.1 must be a number"),
-        ("data.text=builtin", r"data\.text must be a mapping"),
-        ("data.text.builtin=often", r"data\.text\.builtin must be a whole number"),
-        ("data=3", r"data must be a mapping"),
-        ("about=3", r"about must be text"),
-        ("data.length=1", r"data\.length must be at least 2"),
+        ("train.tokens=many", r"`train\.tokens` is 'many', which is not a whole number"),
+        ("train.tokens=1.5", r"`train\.tokens` is 1\.5, which is not a whole number"),
+        ("train.tokens=1.2.3M", r"`train\.tokens` is '1\.2\.3M', which is not a whole number"),
+        ("train.tokens=true", r"`train\.tokens` is True, which is not a whole number"),
+        ("train.learning_rate=fast", r"`train\.learning_rate` is 'fast', which is not a number above 0"),
+        ("train.compile=1", r"`train\.compile` is 1, which is not True or False"),
+        ("train.schedule=linear", r"`train\.schedule` is 'linear', which is not one of cosine, wsd"),
+        ("train.betas=0.9", r"`train\.betas` is 0\.9, which is not a list of two numbers"),
+        ("train.betas=[0.9, x]", r"`train\.betas` is \[0\.9, 'x'\], which is not a list of two numbers"),
+        ("data.text=builtin", r"`data\.text` is 'builtin', which is not a mapping"),
+        ("data.text.builtin=often", r"`data\.text\.builtin` is 'often', which is not a whole number"),
+        ("data=3", r"`data` is 3, which is not a mapping"),
+        ("about=3", r"`about` is 3, which is not a text"),
+        ("data.length=1", r"`data\.length` is 1, which is not a whole number of at least 2"),
     ],
 )
 def test_a_wrong_value_is_named_by_its_path(recipe: Path, setting: str, message: str) -> None:
@@ -92,10 +106,10 @@ def test_a_wrong_value_is_named_by_its_path(recipe: Path, setting: str, message:
 def test_a_missing_key_and_a_missing_recipe(tmp_path: Path) -> None:
     path = tmp_path / "short.yaml"
     path.write_text("about: x\ndata: {text: {}}\ntrain: {seed: 1}\n")
-    with pytest.raises(HeadwiseError, match=r"train\.tokens is missing"):
+    with pytest.raises(HeadwiseError, match=r"`train\.tokens` is missing \(or `train\.fraction`\)"):
         load_uptrain_recipe(path)
-    with pytest.raises(HeadwiseError, match=r"no recipe 'pretrain-dmo'\. Did you mean pretrain-demo\?"):
-        load_uptrain_recipe("pretrain-dmo")
+    with pytest.raises(HeadwiseError, match=r"no recipe 'two-stge'\. Did you mean two-stage\?"):
+        load_uptrain_recipe("two-stge")
 
 
 @pytest.mark.parametrize("text", ["- a\n", "", "a: [", "!!python/object/apply:os.getcwd []"])
@@ -104,3 +118,90 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(HeadwiseError, match=r"bad\.yaml"):
         load_uptrain_recipe(path)
+
+
+GOOD = UptrainRecipe("a test", Data({"builtin": 1}), Training(tokens=8))
+
+
+@pytest.mark.parametrize(
+    ("make", "field", "message"),
+    [
+        (lambda: Training(tokens=0), "tokens", "`tokens` is 0, which is not a whole number of at least 1"),
+        (lambda: Training(fraction=0.0), "fraction", "`fraction` is 0.0, which is not a fraction above 0"),
+        (lambda: Training(), "tokens", r"`tokens` is missing \(or `fraction`\)"),
+        (lambda: Training(tokens=8, warmup=-0.1), "warmup", "`warmup` is -0.1"),
+        (lambda: Training(tokens=8, lora=Lora()), "lora", "`parameters` is all: make it attention"),
+        (lambda: Lora(rank=0), "rank", "`rank` is 0"),
+        (lambda: Loss(), "kl", "The loss has no term"),
+        (lambda: Loss(kl=-1.0), "kl", "`kl` is -1.0, which is not a number of at least 0"),
+        (lambda: Loss(kl=1.0, temperature=0.0), "temperature", "`temperature` is 0.0"),
+        (lambda: Layerwise(steps=0), "steps", "`steps` is 0"),
+        (lambda: TeacherSettings(0), "topk", "`topk` is 0"),
+        (lambda: replace(GOOD, train=None), "train", "trains nothing"),
+        (lambda: replace(GOOD, data="builtin"), "data", "`data` is 'builtin', which is not a Data"),
+        (
+            lambda: replace(GOOD, train=Training(tokens=8, compile=True), loss=Loss(attention_outputs=1.0)),
+            "train.compile",
+            "needs the modules that `train.compile` fuses",
+        ),
+        (
+            lambda: replace(GOOD, loss=Loss(hidden_states=1.0), teacher=TeacherSettings(4)),
+            "teacher.topk",
+            "`loss.hidden_states` needs the teacher beside the student",
+        ),
+        (
+            lambda: replace(GOOD, loss=Loss(jsd=1.0), teacher=TeacherSettings(4)),
+            "teacher.topk",
+            "`loss.jsd` needs the teacher's whole distribution",
+        ),
+        (lambda: UptrainSettings(tokens=8, fraction=0.5), "tokens", "contradict each other"),
+        (lambda: UptrainSettings(tokens=0), "tokens", "`tokens` is 0"),
+        (lambda: UptrainSettings(fraction=1.5), "fraction", "`fraction` is 1.5"),
+        (lambda: UptrainSettings(processes=2), "processes", "`processes` needs `launch`"),
+        (lambda: UptrainSettings(launch="dpp"), "launch", "`launch` is 'dpp', which is not one of single, ddp"),
+        (lambda: UptrainSettings(launch="ddp", processes=0), "processes", "`processes` is 0"),
+        (lambda: UptrainSettings(launch="single", processes=2), "processes", "`launch` single starts one"),
+        (lambda: UptrainSettings(recipe=GOOD, launch="ddp"), "launch", "read the recipe from its file"),
+        (lambda: UptrainSettings(recipe="layerwise", tokens=8), "tokens", "no `train` section"),
+        (lambda: UptrainSettings(heldout=""), "heldout", "`heldout` is ''"),
+        (lambda: UptrainSettings(max_shard_size="much"), "max_shard_size", "not a size such as 5GB"),
+        (lambda: UptrainSettings(settings="train.tokns=1"), "train.tokns", r"unknown key train\.tokns"),
+    ],
+)
+def test_wrong_settings_are_named_by_their_field(make: Callable[[], Any], field: str, message: str) -> None:
+    with pytest.raises(SettingError, match=message) as refused:
+        make()
+    assert refused.value.field == field
+
+
+def test_the_same_rule_from_yaml_has_the_path_of_the_section(recipe: Path) -> None:
+    with pytest.raises(SettingError, match=r"mine\.yaml: `train\.lora` .* `train\.parameters` is all") as refused:
+        load_uptrain_recipe(recipe, ["train.lora.rank=4"])
+    assert refused.value.field == "train.lora"
+
+
+def test_a_plan_is_the_recipe_with_everything_laid_over_it(recipe: Path) -> None:
+    settings = UptrainSettings(
+        recipe=recipe,
+        tokens=5,
+        text=["a.txt", "b \N{GRINNING FACE}.txt"],
+        heldout="c.txt",
+        settings=["train.seed=3"],
+    )
+    assert settings.name == "mine"
+    assert settings.plan.train is not None
+    assert (settings.plan.train.tokens, settings.plan.train.seed) == (5, 3)
+    assert settings.plan.data.text == {"a.txt": 1, "b \N{GRINNING FACE}.txt": 1}
+    assert settings.plan.data.heldout == "c.txt"
+    assert load_uptrain_recipe(recipe, settings.assignments) == settings.plan
+    assert UptrainSettings(recipe=GOOD).plan == GOOD
+    fraction = UptrainSettings(recipe=recipe, fraction=0.05).plan.train
+    assert fraction is not None and (fraction.tokens, fraction.fraction) == (None, 0.05)
+
+
+def test_the_budget_of_a_fraction() -> None:
+    training = Training(fraction=0.05)
+    assert training.budget(1001) == 51
+    assert replace(training, pretraining_tokens=100).budget(1001) == 5
+    with pytest.raises(SettingError, match="number of pretraining tokens is unknown"):
+        training.budget()

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from headwise.train.callbacks import Diverged
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,9 +22,10 @@ from headwise.convert.verify.check import verify_model
 from headwise.errors import HeadwiseError
 from headwise.progress import Progress
 from headwise.recipes import run
-from headwise.recipes.settings import Data, Layerwise, Loss, UptrainRecipe, Teacher, Training
+from headwise.recipes.settings import Data, Layerwise, Loss, TeacherSettings, Training, UptrainRecipe
 from headwise.recipes.uptrain import uptrain_model
 from headwise.train import checkpoints
+from headwise.train.callbacks import Diverged
 from tests import small_parents as models
 
 STEPS, BATCH = 12, 256
@@ -116,10 +116,11 @@ def test_a_run_that_is_killed_goes_on_as_if_nothing_had_happened(home: Path, tmp
 
     program = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from tests.recipes.test_uptrain import At, BATCH, TRAINING, recipe, replace, uptrain\n"
+        "from tests.recipes.test_uptrain import At, BATCH, TRAINING, recipe, replace, uptrain_model\n"
         "home, out = map(Path, sys.argv[1:])\n"
         "kill = At(7 * BATCH, lambda: os.kill(os.getpid(), signal.SIGKILL))\n"
-        "uptrain(home / 'mla', out, recipe=recipe(home, train=replace(TRAINING, save_every=5)), progress=kill)\n"
+        "plan = recipe(home, train=replace(TRAINING, save_every=5))\n"
+        "uptrain_model(home / 'mla', out, recipe=plan, progress=kill)\n"
     )
     out = tmp_path / "killed"
     died = subprocess.run([sys.executable, "-c", program, str(home), str(out)], capture_output=True, text=True)
@@ -207,7 +208,7 @@ def test_two_stages_and_the_first_alone(home: Path, tmp_path: Path, layout: str)
     assert both is not None and both.layers == alone.layers and both.tokens == 4 * BATCH
 
 
-def test_answers_on_disk_teach_what_a_teacher_beside_does(home: Path, tmp_path: Path) -> None:
+def test_topk_on_disk_trains_as_a_teacher_in_memory_does(home: Path, tmp_path: Path) -> None:
     plan = recipe(home, Loss(kl=1.0), replace(TRAINING, tokens=5 * BATCH))
     for name, topk in {"beside": None, "whole": 2048, "few": 64}.items():
         uptrain_model(home / "mqa", tmp_path / name, recipe=replace(plan, teacher=TeacherSettings(topk)))
@@ -227,7 +228,7 @@ def test_every_term_of_the_loss_runs(home: Path, tmp_path: Path) -> None:
 
 def refusals(home: Path, tmp_path: Path) -> Iterator[tuple[UptrainRecipe, dict[str, Any], str]]:
     good = recipe(home)
-    yield good, {"teacher": models.parent(tmp_path / "wide", vocab_size=2050)}, "predicts 2,048 tokens"
+    yield good, {"teacher": models.parent(tmp_path / "wide", vocab_size=2050)}, "vocabulary of 2,048 tokens"
     other = models.parent(tmp_path / "other")
     spoken = json.loads((other / "tokenizer.json").read_text())
     vocabulary = spoken["model"]["vocab"]
@@ -246,18 +247,22 @@ def refusals(home: Path, tmp_path: Path) -> Iterator[tuple[UptrainRecipe, dict[s
     )
     yield good, {"heldout": str(home / "text.txt")}, "trained on too"
     yield good, {"text": str(home)}, "is a folder"
-    yield good, {"heldout": ""}, "no text file ''"
+    yield good, {"heldout": ""}, "`heldout` is ''"
     (tmp_path / "rows.csv").write_text("a,b")
     yield good, {"text": ["builtin", str(tmp_path / "rows.csv")]}, "neither plain text nor rows"
-    yield good, {"launch": "ddp"}, "this has none"
-    yield good, {"tokens": 0}, "train.tokens must be above 0"
+    yield good, {"launch": "ddp"}, "read the recipe from its file"
+    yield good, {"tokens": 0}, "`tokens` is 0, which is not a whole number"
     yield good, {"text": [str(home / "*.txt")]}, r"held.txt is trained on too \(data.text"
     yield replace(good, data=Data({"none.txt": 1}, 32, heldout_blocks=4)), {}, "no text file none.txt"
-    yield replace(good, train=replace(TRAINING, tokens=None, fraction=0.05)), {}, "size is not stated"
+    yield (
+        replace(good, train=replace(TRAINING, tokens=None, fraction=0.05)),
+        {},
+        "number of pretraining tokens is unknown",
+    )
     yield replace(good, train=replace(TRAINING, batch_tokens=100)), {}, "does not divide"
     short = models.text(tmp_path / "short.txt", lines=4)
     yield good, {"text": str(short)}, r"fills \d rows of 32 tokens, and a step takes 8"
-    yield recipe(home, train=None, layerwise=Layerwise()), {"tokens": 5}, "no budget"
+    yield recipe(home, train=None, layerwise=Layerwise()), {"tokens": 5}, "no `train` section"
 
 
 def test_what_does_not_fit_is_refused_and_leaves_nothing(home: Path, tmp_path: Path) -> None:
@@ -269,7 +274,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(home: Path, tmp_path: P
             uptrain_model(home / "mqa", out, recipe=plan, **options)
         assert [path.name for path in tmp_path.iterdir()] == ["made"], message
     lonely = models.parent(made / "lonely")
-    with pytest.raises(HeadwiseError, match="Pass --teacher"):
+    with pytest.raises(HeadwiseError, match="needs the parent as a teacher"):
         uptrain_model(lonely, out, recipe=recipe(home))
     with pytest.raises(HeadwiseError, match="exists already"):
         uptrain_model(home / "mqa", lonely, recipe=recipe(home))

@@ -1,4 +1,4 @@
-"""The curve on disk and on the screen: what it holds, and that a resumed run goes on in it."""
+"""Callbacks: the curve on disk and in the progress, its continuation, time budget and divergence."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from matplotlib.image import imread
 
 from headwise.errors import HeadwiseError
 from headwise.progress import Progress
-from headwise.train.callbacks import Curve, check_reporters, gap_closed
-from headwise.train.curve_plot import draw_curve
+from headwise.train.callbacks import (
+    CurveCallback,
+    Diverged,
+    DivergenceGuard,
+    TimeBudget,
+    check_reporters,
+    gap_closed,
+)
 
 
 class Heard(Progress):
@@ -38,17 +43,17 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def run(curve: Curve, begin: int, reports: dict[int, dict[str, float]]) -> None:
+def run(curve: CurveCallback, begin: int, reports: dict[int, dict[str, float]]) -> None:
     curve.on_train_begin(None, state(begin), None)
     for step, logs in reports.items():
         curve.on_log(None, state(step), None, logs=logs)
 
 
-def test_a_curve_says_how_much_of_the_gap_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_curve_has_how_much_of_the_gap_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 100.0, 100.0, 100.0, 110.0, 120.0])
     monkeypatch.setattr(time, "time", lambda: next(clock))
     heard = Heard()
-    curve = Curve(tmp_path / "curve.csv", 1000, heard, parent=2.0)
+    curve = CurveCallback(tmp_path / "curve.csv", 1000, heard, parent=2.0)
     run(curve, 0, {0: {"eval_loss": 3.0}, 10: {"loss": 2.6, "learning_rate": 0.1}, 20: {"eval_loss": 2.25}})
 
     read = rows(tmp_path / "curve.csv")
@@ -63,7 +68,7 @@ def test_a_curve_says_how_much_of_the_gap_is_closed(tmp_path: Path, monkeypatch:
 
 
 def test_a_curve_has_both_its_ends(tmp_path: Path) -> None:
-    curve = Curve(tmp_path / "curve.csv", 1000, Heard(), parent=2.0, before=3.0)
+    curve = CurveCallback(tmp_path / "curve.csv", 1000, Heard(), parent=2.0, before=3.0)
     curve.on_train_begin(None, state(0), None)
     assert [(row["tokens"], row["heldout"], row["closed"]) for row in rows(curve.path)] == [("0", "3.0", "0.0000")]
     for step, measured in ((39, False), (40, True)):
@@ -74,8 +79,8 @@ def test_a_curve_has_both_its_ends(tmp_path: Path) -> None:
 
 def test_a_resumed_curve_goes_on_where_the_checkpoint_was(tmp_path: Path) -> None:
     path, heard = tmp_path / "curve.csv", Heard()
-    run(Curve(path, 10, Heard()), 0, {step: {"loss": 4.0 - step / 10} for step in (5, 10, 15)})
-    run(Curve(path, 10, heard), 10, {step: {"loss": 40.0} for step in (15, 20)})
+    run(CurveCallback(path, 10, Heard()), 0, {step: {"loss": 4.0 - step / 10} for step in (5, 10, 15)})
+    run(CurveCallback(path, 10, heard), 10, {step: {"loss": 40.0} for step in (15, 20)})
     read = rows(path)
     assert [row["step"] for row in read] == ["5", "10", "15", "20"]
     assert [row["loss"] for row in read] == ["3.5", "3.0", "40.0", "40.0"]
@@ -97,15 +102,33 @@ def test_a_reporter_that_is_not_there_is_refused() -> None:
         check_reporters(["tensorbord"])
 
 
-@pytest.mark.parametrize("measured", [True, False])
-def test_the_picture_shows_the_parent(tmp_path: Path, measured: bool) -> None:
-    path = tmp_path / "curve.csv"
-    reports: dict[int, dict[str, float]] = {step: {"loss": 3 / (1 + step)} for step in range(1, 30)}
-    if measured:
-        reports |= {step: {"eval_loss": 2 + 1 / (1 + step)} for step in (0, 15, 30)}
-    run(Curve(path, 10**5, Progress(), parent=2.0), 0, dict(sorted(reports.items())))
-    draw_curve(path, tmp_path / "with.png", parent=2.0, title="A title")
-    draw_curve(path, tmp_path / "without.png", title="A title")
-    one, other = imread(tmp_path / "with.png"), imread(tmp_path / "without.png")
-    assert one.shape == other.shape and one.std() > 0.02
-    assert bool((one != other).any()) == measured
+def test_a_time_budget_shortens_the_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0, 100.0, 105.0])  # made, begun, half-way through the timed steps, their end
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    said: list[str] = []
+    budget = TimeBudget(125.0, SimpleNamespace(note=said.append))  # type: ignore[arg-type]
+    arguments = SimpleNamespace(world_size=1)
+    state = SimpleNamespace(global_step=0, max_steps=1000, is_world_process_zero=True)
+    budget.on_train_begin(arguments, state, None)
+    for step in range(1, 60):
+        state.global_step = step
+        budget.on_step_end(arguments, state, None)
+    assert state.max_steps == 150  # 25 steps took 5 s, 20 s are left after step 50
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("logs", "reason"),
+    [
+        ({"loss": float("nan")}, "its loss is nan"),
+        ({"loss": 1.0, "grad_norm": float("inf")}, "its grad norm is inf"),
+        ({"loss": 3.2}, "its loss rose to 3.2"),
+    ],
+)
+def test_a_diverged_loss_stops_the_run(logs: dict[str, float], reason: str) -> None:
+    guard = DivergenceGuard(None)
+    guard.on_log(None, state(1), None, logs={"loss": 1.05})
+    guard.on_log(None, state(2), None, logs={"loss": 3.0})  # not above twice the lowest loss and one nat more
+    with pytest.raises(Diverged, match=reason) as stopped:
+        guard.on_log(None, state(3), None, logs=logs)
+    assert "no checkpoint from before" in stopped.value.message

@@ -23,7 +23,7 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
         folder.mkdir()
         (folder / "config.json").write_text("{}")
 
-    return Checkpoints(tmp_path / "training", {"weight": 4}, keep=1, export=export)
+    return Checkpoints(tmp_path / "training", {"weight": 4}, num_kept=1, export=export)
 
 
 def write(checkpoints: Checkpoints, step: int) -> None:

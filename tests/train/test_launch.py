@@ -1,4 +1,4 @@
-"""Training on several processes: what is launched, what is refused, and how its end is told."""
+"""Training on several processes: the arguments of accelerate, and what the machine cannot do."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from headwise.errors import HeadwiseError
 from headwise.train import launch
+from headwise.train.settings import LAUNCH_KINDS
 
 
 @pytest.fixture
@@ -35,9 +36,6 @@ def test_accelerate_understands_the_packaged_configurations(kind: str, asked: in
 @pytest.mark.usefixtures("devices")
 def test_what_the_machine_cannot_do_is_refused() -> None:
     for kind, processes, sentence in [
-        ("dpp", 2, "no launch 'dpp'"),
-        ("single", 2, "single cannot run 2 processes"),
-        ("ddp", 0, "ddp cannot run 0 processes"),
         ("fsdp2", 8, "8 processes need 8 accelerators, and this machine has 4"),
     ]:
         with pytest.raises(HeadwiseError, match=sentence):
@@ -49,3 +47,7 @@ def test_fsdp2_needs_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HeadwiseError, match="this machine has none"):
         launch.launch_arguments("fsdp2", 2, [])
     assert "ddp.yaml" in launch.launch_arguments("ddp", 2, [])[1]
+
+
+def test_every_kind_has_its_configuration() -> None:
+    assert {path.stem for path in launch.CONFIGS.glob("*.yaml")} == set(LAUNCH_KINDS)

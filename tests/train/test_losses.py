@@ -1,4 +1,4 @@
-"""Every loss against its definition, and the piecewise form against autograd over the whole."""
+"""Every loss against its definition, and the chunked form against autograd over the whole."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def test_a_certain_teacher_gives_finite_losses_and_gradients() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("piece", [1, 3 * VOCABULARY, 1 << 25])
-def test_pieces_add_up_to_the_whole(logits: tuple[Tensor, Tensor], piece: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("chunk", [1, 3 * VOCABULARY, 1 << 25])
+def test_chunks_add_up_to_the_whole(logits: tuple[Tensor, Tensor], chunk: int, dtype: torch.dtype) -> None:
     student, teacher = (x.to(dtype) for x in logits)
     labels = torch.randint(0, VOCABULARY, (TOKENS,))
     labels[3] = losses.IGNORED
@@ -90,8 +90,8 @@ def test_pieces_add_up_to_the_whole(logits: tuple[Tensor, Tensor], piece: int, d
         return value.detach(), leaf.grad
 
     whole, wanted = gradient(lambda s: (both(s.float(), teacher.float(), labels) * weights).sum())
-    pieces, found = gradient(lambda s: losses.over_tokens(both, s, teacher, labels, weights=weights, piece=piece))
-    torch.testing.assert_close(pieces, whole)
+    chunked, found = gradient(lambda s: losses.over_tokens(both, s, teacher, labels, weights=weights, chunk=chunk))
+    torch.testing.assert_close(chunked, whole)
     assert found.dtype == dtype
     torch.testing.assert_close(found, wanted, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""What training will take, against what it took."""
+"""The memory forecast against the memory of a run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,15 +15,16 @@ from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM
 from headwise.errors import HeadwiseError
 from headwise.io.reader import open_checkpoint
 from headwise.io.source import EMBEDDED_MODEL
-from headwise.recipes.settings import Data, Lora, Loss, UptrainRecipe, Training
-from headwise.train import memory_check as memory
-from headwise.train.memory import Shape, forecast, refuse_unless_it_fits
+from headwise.train import memory
+from headwise.train.memory import ModelShape, forecast_memory, require_memory
+from headwise.train.settings import Lora, Training
 from headwise.train.student import ModelFolder
 
 LLAMA_7B = LlamaConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
 )
-RECIPE = UptrainRecipe("a test", Data({"builtin": 1}), Training(tokens=10**6, batch_tokens=8192), loss=Loss(kl=1.0))
+TRAINING = Training(tokens=10**6, batch_tokens=8192)
+LENGTH = 1024
 
 # Two steps of distillation, and the growth of resident memory from before the models were made.
 RUN = r"""
@@ -62,24 +64,27 @@ def test_the_forecast_is_what_a_run_takes(checkpointing: bool) -> None:
     done = subprocess.run([sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, check=True)
     with torch.device("meta"):
         parameters = LlamaForCausalLM(config).num_parameters()
-    shape = Shape.of(config, parameters)
-    found = forecast(shape, trained=parameters, tokens=1024, teacher=shape, half=False, checkpointing=checkpointing)
-    assert int(done.stdout) == pytest.approx(found.total - found.rest, rel=0.25)
+    shape = ModelShape.of(config, parameters)
+    found = forecast_memory(
+        shape, num_trained=parameters, tokens=1024, teacher=shape, bf16=False, checkpointing=checkpointing
+    )
+    assert int(done.stdout) == pytest.approx(found.total - found.overhead, rel=0.25)
 
 
-@pytest.mark.parametrize("half", [2, 4])
+@pytest.mark.parametrize("bytes_per_element", [2, 4])
 @pytest.mark.parametrize("latent", [False, True])
-def test_what_a_layer_keeps_is_counted(latent: bool, half: int) -> None:
+def test_what_a_layer_saves_is_counted(latent: bool, bytes_per_element: int) -> None:
     fields = {"vocab_size": 64, "hidden_size": 96, "intermediate_size": 208, "num_attention_heads": 8}
     if latent:
         sizes = {"kv_lora_rank": 40, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12}
         fields |= sizes | {"num_key_value_heads": 8, "q_lora_rank": None, "first_k_dense_replace": 9}
-    made = [(DeepseekV3Config if latent else LlamaConfig)(**fields, num_hidden_layers=n) for n in (1, 2)]
-    counted = [_kept(config, 61, half == 2) for config in made]
-    assert (counted[1] - counted[0]) / 61 == pytest.approx(Shape.of(made[0], 10**5).kept(half), rel=0.1)
+    configs = [(DeepseekV3Config if latent else LlamaConfig)(**fields, num_hidden_layers=n) for n in (1, 2)]
+    counted = [_saved(config, 61, bytes_per_element == 2) for config in configs]
+    forecast = ModelShape.of(configs[0], 10**5).saved_bytes_per_token(bytes_per_element)
+    assert (counted[1] - counted[0]) / 61 == pytest.approx(forecast, rel=0.1)
 
 
-def _kept(config, tokens: int, amp: bool) -> int:
+def _saved(config, tokens: int, amp: bool) -> int:
     """Bytes of activations that autograd keeps, each once; weights and copies of weights have no axis of tokens."""
     from transformers import AutoModelForCausalLM
 
@@ -99,52 +104,58 @@ def _kept(config, tokens: int, amp: bool) -> int:
 
 
 def test_a_7b_student_beside_its_parent() -> None:
-    shape = Shape.of(LLAMA_7B, 6_738_415_616)
-    one = forecast(shape, trained=shape.parameters, tokens=4096, teacher=shape, checkpointing=True)
-    assert (one.parameters, one.gradients, one.optimizer) == tuple(n * shape.parameters for n in (4, 4, 8))
+    shape = ModelShape.of(LLAMA_7B, 6_738_415_616)
+    options: dict[str, Any] = {
+        "num_trained": shape.num_parameters,
+        "tokens": 4096,
+        "teacher": shape,
+        "checkpointing": True,
+    }
+    one = forecast_memory(shape, **options)
+    assert (one.parameters, one.gradients, one.optimizer) == tuple(n * shape.num_parameters for n in (4, 4, 8))
     assert 125e9 < one.total < 141e9
-    two = forecast(shape, trained=shape.parameters, tokens=4096, teacher=shape, checkpointing=True, sharded=2)
+    two = forecast_memory(shape, **options, num_shards=2)
     assert 0.5 * one.total < two.total < 0.58 * one.total
     # DDP keeps everything on each GPU, and the gradients twice.
-    ddp = forecast(shape, trained=shape.parameters, tokens=4096, teacher=shape, checkpointing=True, replicas=2)
-    assert ddp.total > one.total + 4 * shape.parameters
+    ddp = forecast_memory(shape, **options, num_replicas=2)
+    assert ddp.total > one.total + 4 * shape.num_parameters
 
 
 def test_a_run_that_does_not_fit_is_refused_with_what_would() -> None:
-    shape = Shape.of(LLAMA_7B, 6_738_415_616)
-    much = forecast(shape, trained=shape.parameters, tokens=16384, teacher=shape)
-    less = forecast(shape, trained=shape.parameters, tokens=16384, teacher=shape, checkpointing=True, sharded=4)
-    refuse_unless_it_fits(much, much.total, "cuda:0", {})
+    shape = ModelShape.of(LLAMA_7B, 6_738_415_616)
+    much = forecast_memory(shape, num_trained=shape.num_parameters, tokens=16384, teacher=shape)
+    less = forecast_memory(
+        shape, num_trained=shape.num_parameters, tokens=16384, teacher=shape, checkpointing=True, num_shards=4
+    )
+    require_memory(much, much.total, "cuda:0", {})
     with pytest.raises(
         HeadwiseError, match=r"needs about \d+ GB of memory \(.*optimizer.*\), and cuda:0 has 80 GB"
     ):
-        refuse_unless_it_fits(much, 80 * 10**9, "cuda:0", {})
+        require_memory(much, 80 * 10**9, "cuda:0", {})
     with pytest.raises(HeadwiseError) as refused:
-        refuse_unless_it_fits(much, 80 * 10**9, "cuda:0", {"--launch fsdp2": less})
+        require_memory(much, 80 * 10**9, "cuda:0", {"--launch fsdp2": less})
     assert refused.value.hint is not None and refused.value.hint.startswith("With --launch fsdp2 it needs ")
 
 
 def test_a_run_is_forecast_from_headers(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = ModelFolder.of(open_checkpoint(EMBEDDED_MODEL))
-    assert memory.shape(folder).parameters == 4_541_184
-    whole = memory.of_run(folder, folder, RECIPE)
-    assert RECIPE.train is not None
-    attention = replace(RECIPE, train=replace(RECIPE.train, parameters="attention"))
-    assert memory.trained_parameters(folder, attention) == 5 * 4 * 256 * 256
-    thin = replace(RECIPE, train=replace(RECIPE.train, parameters="attention", lora=Lora(rank=4)))
-    assert memory.trained_parameters(folder, thin) == 5 * 8 * 4 * 256
-    alone = memory.of_run(folder, None, RECIPE)
-    assert memory.of_run(folder, folder, thin).total < memory.of_run(folder, folder, attention).total < whole.total
+    assert ModelShape.of_folder(folder).num_parameters == 4_541_184
+    whole = memory.forecast_run(folder, folder, TRAINING, LENGTH)
+    attention = replace(TRAINING, parameters="attention")
+    assert memory.num_trained_parameters(folder, attention) == 5 * 4 * 256 * 256
+    thin = replace(attention, lora=Lora(rank=4))
+    assert memory.num_trained_parameters(folder, thin) == 5 * 8 * 4 * 256
+    totals = [memory.forecast_run(folder, folder, part, LENGTH).total for part in (thin, attention)]
+    assert totals[0] < totals[1] < whole.total
+    alone = memory.forecast_run(folder, None, TRAINING, LENGTH)
     assert alone.teacher == 0 and alone.total < whole.total
-    memory.check_memory(folder, folder, RECIPE)
-    monkeypatch.setattr(memory, "free_memory", lambda *_: 10**8)
+    memory.check_memory(folder, folder, TRAINING, LENGTH)
+    monkeypatch.setattr(memory, "free_device_memory", lambda *_: 10**8)
     with pytest.raises(HeadwiseError, match="this machine has 100 MB free"):
-        memory.check_memory(folder, folder, RECIPE)
+        memory.check_memory(folder, folder, TRAINING, LENGTH)
 
 
 def test_free_memory_is_shared_by_the_processes_of_a_cpu() -> None:
-    whole = memory.free_memory(torch.device("cpu"))
-    if whole is None:
-        pytest.skip("this system does not tell")
-    share = memory.free_memory(torch.device("cpu"), 4)
-    assert share is not None and share == pytest.approx(whole / 4, rel=0.2)
+    whole = memory.free_device_memory(torch.device("cpu"))
+    share = memory.free_device_memory(torch.device("cpu"), 4)
+    assert whole is not None and share is not None and share == pytest.approx(whole / 4, rel=0.2)
