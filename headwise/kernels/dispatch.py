@@ -1,4 +1,4 @@
-"""Who computes: the Triton kernels, torch's own attention, or the reference."""
+"""Choose the backend of a kernel call: the Triton kernels, torch's own attention, or the reference."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ from torch import Tensor
 
 from headwise.errors import HeadwiseError
 
-# Asked once, here: torch.compile cannot look for packages.
+# Found out once, at import: torch.compile cannot look for packages.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("auto", "triton", "sdpa", "reference")
 VARIABLE = "HEADWISE_KERNELS"
 
 
-def requested(backend: str | None) -> str:
-    """The backend asked for: the argument, else the environment variable HEADWISE_KERNELS, else "auto"."""
+def choose_backend(backend: str | None) -> str:
+    """Return a given backend, else that of the environment variable HEADWISE_KERNELS, else "auto".
+
+    Args:
+        backend: argument of a kernel function; None: not given.
+
+    Raises:
+        HeadwiseError: there is no backend of this name.
+    """
     name = backend or os.environ.get(VARIABLE) or "auto"
     if name not in BACKENDS:
         source = "backend" if backend else VARIABLE
@@ -25,26 +32,39 @@ def requested(backend: str | None) -> str:
     return name
 
 
-def triton_serves(q: Tensor, head: int, rope: int, value: int) -> bool:
-    """Whether the Triton kernels can compute this: half precision on CUDA, widths in multiples of 16.
+def supports_triton(q: Tensor, head_dim: int, rope_dim: int, value_dim: int) -> bool:
+    """Return whether the Triton kernels can run: half precision on CUDA, widths that are multiples of 16.
 
-    That the card is new enough is checked when they run: here torch.compile looks on, and cannot ask.
+    The age of the card is checked when the kernel runs: torch.compile traces this function and cannot read it.
 
     Args:
-        q: any of the query tensors (for its type and device).
-        head, rope, value: numbers per key in the key, the rotary key (0: none) and the value.
+        q: a query tensor, for its type and device.
+        head_dim: numbers of a key without its rotary part.
+        rope_dim: numbers of the rotary key; 0: none.
+        value_dim: numbers of a value.
     """
     half = q.dtype in (torch.float16, torch.bfloat16)
-    return HAS_TRITON and q.is_cuda and half and head % 16 == 0 and rope % 16 == 0 and value % 16 == 0
+    return HAS_TRITON and q.is_cuda and half and head_dim % 16 == 0 and rope_dim % 16 == 0 and value_dim % 16 == 0
 
 
-def hopper_serves(q: Tensor, value: int) -> bool:
-    """Whether what the Triton kernels would run is the one written for Hopper."""
+def uses_hopper_kernel(q: Tensor, value_dim: int) -> bool:
+    """Return whether the backend "triton" runs the kernel for Hopper.
+
+    Args:
+        q: a query tensor on CUDA.
+        value_dim: numbers of a value.
+    """
     from headwise.kernels.decode import tiling
 
-    return tiling.hopper is not None and value % 64 == 0 and tiling.card_of(q.device.index).capability[0] == 9
+    return tiling.hopper is not None and value_dim % 64 == 0 and tiling.card_of(q.device.index).capability[0] == 9
 
 
-def refuse(operation: str, backend: str, why: str) -> HeadwiseError:
-    """The error for a backend that was asked for by name and cannot serve."""
-    return HeadwiseError(f"{operation} cannot run on backend '{backend}': {why}.", "Use backend 'auto'.")
+def backend_error(operation: str, backend: str, reason: str) -> HeadwiseError:
+    """Return the error for a named backend that cannot run an operation.
+
+    Args:
+        operation: name of the kernel function.
+        backend: the given backend.
+        reason: what the backend needs.
+    """
+    return HeadwiseError(f"{operation} cannot run on backend '{backend}': {reason}.", "Use backend 'auto'.")

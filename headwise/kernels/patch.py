@@ -1,14 +1,14 @@
-"""Put the decode kernels into a stock transformers model, and take them out again.
+"""Put the decode kernels into a stock transformers model, and remove them again.
 
-Three of transformers' own extension points are enough, and no model code is copied:
+Three extension points of transformers are enough, and no model code is copied:
 
-- the attention interface: "headwise" is an attention function like "sdpa", and calls the one that the model had
-  before (sdpa, FlexAttention) for everything that is not decode;
-- the mask interface: for decode it hands the attention function each sequence's visible range, four-dimensional
-  so that it passes through `generate` untouched, in place of a (batch, 1, queries, capacity) mask;
-- `expand_kv`: stock DeepSeek attention keeps the latent cache compressed and expands all of it at every step
-  through this method. Here it hands the latents on unexpanded, and the attention function expands them only
-  for prefill.
+- the attention interface: "headwise" is an attention function like "sdpa". It calls the function that the model had
+  before (sdpa, FlexAttention) for everything except decode;
+- the mask interface: for decode it passes the visible range of each sequence to the attention function, in place of
+  a (batch, 1, queries, capacity) mask. The range has four dimensions, so that `generate` does not change it;
+- `expand_kv`: stock DeepSeek attention keeps the latent cache compressed, and expands all of it at every step
+  through this method. The replacement returns the latents unchanged, and the attention function expands them for
+  prefill only.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from headwise.kernels.mla_decode import mla_decode
 
 NAME = "headwise"
 MAX_QUERIES = 8
-# The attention implementation a model had before, kept on the model for `disable`.
+# Attribute of the model with its attention implementation before `enable`, for `disable`.
 BEFORE = "_headwise_attention_before"
 
 
 def enable(model: PreTrainedModel) -> PreTrainedModel:
-    """Let a stock model decode through these kernels: latent attention absorbed, grouped attention as it is.
+    """Make a stock model decode with these kernels: latent attention absorbed, grouped attention unchanged.
 
-    Works with `generate`, dynamic and static caches, left-padded batches, torch.compile and CUDA graphs. Training
-    and prefill go through the attention that the model was loaded with: sdpa, FlexAttention, any that was
-    registered with transformers. For "eager" and for FlashAttention sdpa serves. Which kernel serves decode is
-    `HEADWISE_KERNELS` (auto, triton, sdpa, reference); on CPU the reference does.
+    It works with `generate`, dynamic and static caches, left-padded batches, torch.compile and CUDA graphs.
+    Training and prefill use the attention that the model was loaded with: sdpa, FlexAttention, or one that was
+    registered with transformers. In place of "eager" and of FlashAttention they use sdpa. `HEADWISE_KERNELS` (auto,
+    triton, sdpa, reference) chooses the backend of decode; on a CPU it is the reference.
 
     Args:
         model: any model that transformers runs with `attn_implementation="sdpa"`.
@@ -49,10 +49,10 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
         The same model.
 
     Raises:
-        HeadwiseError: a model without sdpa support, or a latent up-projection that is no plain matrix
-            (quantised, or wrapped by an adapter).
+        HeadwiseError: the model does not support sdpa, or a latent up-projection is not a plain matrix
+            (it is quantized, or an adapter wraps it).
     """
-    dispatch.requested(None)
+    dispatch.choose_backend(None)
     if enabled(model):
         return model
     if not model._supports_sdpa:
@@ -65,7 +65,7 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
         if type(module.kv_b_proj) is not nn.Linear or module.kv_b_proj.bias is not None:
             raise HeadwiseError(
                 f"{name}.kv_b_proj is a {type(module.kv_b_proj).__name__}, which cannot be absorbed.",
-                "Merge the adapter or load the model unquantised, then enable the kernels.",
+                "Merge the adapter or load the model unquantized, then enable the kernels.",
             )
     before = model.config._attn_implementation
     model.set_attn_implementation(_registered(before))
@@ -76,7 +76,14 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def disable(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo `enable`: the model is stock again."""
+    """Undo `enable`.
+
+    Args:
+        model: the model; one without the kernels stays as it is.
+
+    Returns:
+        The same model.
+    """
     if enabled(model):
         model.set_attn_implementation(getattr(model, BEFORE))
         delattr(model, BEFORE)
@@ -86,11 +93,11 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _registered(before: str) -> str:
-    """The name under which transformers finds our decode, over the implementation of before for all else."""
+    """Register the attention function over another implementation, and return its name for transformers."""
     functions, masks = AttentionInterface(), AttentionMaskInterface()
-    # Eager attention is no registered function, and FlashAttention's asks the model's config for its own name.
-    kept = before in functions and before in masks and "flash" not in before
-    ordinary = before if kept else "sdpa"
+    # Eager attention is not registered, and FlashAttention's function needs its own name in the model's config.
+    usable = before in functions and before in masks and "flash" not in before
+    ordinary = before if usable else "sdpa"
     name = NAME if ordinary == "sdpa" else f"{NAME}_{ordinary}"
     AttentionInterface.register(name, partial(attention, functions[ordinary]))
     AttentionMaskInterface.register(name, partial(visible_range, masks[ordinary]))
@@ -98,12 +105,16 @@ def _registered(before: str) -> str:
 
 
 def enabled(model: PreTrainedModel) -> bool:
-    """Whether `enable` is in force."""
+    """Return whether the kernels are in a model.
+
+    Args:
+        model: any model.
+    """
     return hasattr(model, BEFORE)
 
 
 def _keep_latent(latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
-    """What `expand_kv` becomes: `attention` sees (batch, 1, tokens, rank) and (batch, 1, tokens, rope dim)."""
+    """Replace `expand_kv`: pass (batch, 1, tokens, rank) and (batch, 1, tokens, rope dim) to `attention`."""
     return latent, k_rope
 
 
@@ -120,12 +131,29 @@ def visible_range(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> Any:
-    """The mask of a step: for decode, (batch, 1, 1, 2) int32 [first visible key, keys]; else the ordinary one.
+    """Return the mask of a step: for decode the visible range, else the ordinary mask.
 
-    Decode is up to 8 new tokens after older ones, under a causal or sliding-window mask.
+    Decode means up to `MAX_QUERIES` new tokens after older ones, with a causal or sliding-window mask.
+
+    Args:
+        ordinary: the mask function of the implementation before; the other arguments are those of
+            `transformers.AttentionMaskInterface`.
+        batch_size: sequences.
+        q_length: new tokens.
+        kv_length: tokens of the cache.
+        q_offset: position of the first new token.
+        kv_offset: position of the first token of the cache.
+        mask_function: of the model.
+        attention_mask: (batch, tokens), 0 for padding; None: no padding.
+        local_size: sliding window in tokens; None: no window.
+        device: of the mask.
+        **options: for `ordinary`.
+
+    Returns:
+        For decode (batch, 1, 1, 2) int32 [first visible key, number of keys].
 
     Raises:
-        HeadwiseError: padding on the right or in the middle, which no range can express.
+        HeadwiseError: padding is on the right or in the middle, which a range cannot express.
     """
     plain = mask_function is causal_mask_function or local_size is not None
     if q_length > MAX_QUERIES or kv_length <= q_length or not plain or options.get("use_vmap"):
@@ -133,19 +161,19 @@ def visible_range(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
             local_size=local_size, device=device, **options,
         )  # fmt: skip
-    # The two sides lie apart in memory, so that no layer has to copy them.
+    # The two columns are contiguous in memory, so that no layer copies them.
     bounds = torch.zeros(2, batch_size, dtype=torch.int32, device=device).T[:, None, None]
     bounds[..., 1] = q_offset + q_length - kv_offset
     if attention_mask is not None:
-        if not _recording():
+        if not _is_recording():
             _check_left_padded(attention_mask[:, : int(q_offset + q_length)])
         first = attention_mask.to(torch.int32).argmax(-1).view(-1, 1, 1) - kv_offset
         bounds[..., 0] = first.clamp(min=0)
     return bounds
 
 
-def _recording() -> bool:
-    """Whether the values of tensors may not be looked at: a compiler or a CUDA graph is recording."""
+def _is_recording() -> bool:
+    """Return whether a compiler or a CUDA graph is recording, so that the values of tensors cannot be read."""
     return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
@@ -168,7 +196,22 @@ def attention(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, Any]:
-    """The attention function that transformers calls: the kernels for decode, the ordinary one for all else."""
+    """Attend with the kernels for decode, and with the ordinary function otherwise; transformers calls it.
+
+    Args:
+        ordinary: the attention function of the implementation before.
+        module: the attention module.
+        query: (batch, heads, queries, head_dim).
+        key: (batch, groups, tokens, head_dim), or the latents of `_keep_latent`.
+        value: (batch, groups, tokens, v_head_dim), or the rotary keys of `_keep_latent`.
+        attention_mask: the result of `visible_range`.
+        scaling: of the scores.
+        sliding_window: in tokens; None: no window.
+        **options: for `ordinary`.
+
+    Returns:
+        The output (batch, queries, heads, v_head_dim), and the weights or None.
+    """
     latent = module.__dict__.get("expand_kv") is _keep_latent
     decode = isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.int32
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
@@ -193,7 +236,7 @@ def attention(
 def _absorbed(
     module: Any, query: Tensor, latent: Tensor, k_rope: Tensor, scaling: float, limits: dict[str, Any]
 ) -> Tensor:
-    """(batch, S, heads, nope + rope) on the latent cache -> (batch, S, heads, v_head_dim)."""
+    """Attend with queries (batch, S, heads, nope + rope) to the latent cache: (batch, S, heads, v_head_dim)."""
     batch, tokens, heads, _ = query.shape
     rank, rope = latent.shape[-1], k_rope.shape[-1]
     nope = query.shape[-1] - rope
@@ -206,8 +249,8 @@ def _absorbed(
 
 
 def _as_mask(bounds: Tensor, queries: int, capacity: int, window: int | None) -> Tensor:
-    """A visible range as sdpa's boolean mask (batch, 1, queries, capacity)."""
+    """Return a visible range as sdpa's boolean mask (batch, 1, queries, capacity)."""
     key = torch.arange(capacity, device=bounds.device)
     last = bounds[..., 1:] - queries + torch.arange(queries, device=bounds.device)[:, None]
-    seen = (key <= last) & (key >= bounds[..., :1])
-    return seen if window is None else seen & (key > last - window)
+    visible = (key <= last) & (key >= bounds[..., :1])
+    return visible if window is None else visible & (key > last - window)

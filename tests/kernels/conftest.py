@@ -1,4 +1,4 @@
-"""What Triton's interpreter (chosen in tests/conftest.py where there is no GPU) needs."""
+"""Patch Triton's interpreter, which tests/conftest.py chooses where there is no GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
     patch_tensor = interpreter._patch_lang_tensor
 
     def patch_tensor_index(tensor, scope):
-        """Triton before 3.7 turns one-element arrays into range bounds in a way NumPy 2.4 refuses."""
+        """Replace the conversion of one-element arrays to range bounds: NumPy 2.4 refuses that of Triton before 3.7."""
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 

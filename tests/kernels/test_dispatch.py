@@ -1,4 +1,4 @@
-"""Who computes: the rules of the table in docs/guide/kernels.md."""
+"""The choice of the backend: the rules of the table in docs/guide/kernels.md."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from headwise.errors import HeadwiseError
 from headwise.kernels import gqa_decode, mla_decode
-from headwise.kernels.dispatch import requested
+from headwise.kernels.dispatch import choose_backend
 from headwise.kernels.gqa_decode import reference
 
 
@@ -16,23 +16,23 @@ def grouped():
     return [torch.randn(2, n, h, 16, generator=generator) for n, h in ((1, 6), (30, 2), (30, 2))]
 
 
-def test_the_argument_goes_before_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert requested(None) == "auto"
+def test_the_argument_overrides_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_backend(None) == "auto"
     monkeypatch.setenv("HEADWISE_KERNELS", "sdpa")
-    assert requested(None) == "sdpa"
-    assert requested("reference") == "reference"
+    assert choose_backend(None) == "sdpa"
+    assert choose_backend("reference") == "reference"
     monkeypatch.setenv("HEADWISE_KERNELS", "cuda")
     with pytest.raises(HeadwiseError, match=r"HEADWISE_KERNELS is 'cuda'"):
-        requested(None)
+        choose_backend(None)
 
 
-def test_the_cpu_is_served_by_the_reference() -> None:
+def test_the_reference_runs_on_a_cpu() -> None:
     q, k, v = grouped()
-    for got, expected in zip(gqa_decode(q, k, v), reference.gqa_decode(q, k, v), strict=True):
-        assert torch.equal(got, expected)
+    for actual, expected in zip(gqa_decode(q, k, v), reference.gqa_decode(q, k, v), strict=True):
+        assert torch.equal(actual, expected)
 
 
-def test_torch_serves_when_it_is_asked_and_can() -> None:
+def test_a_named_sdpa_runs_torchs_attention() -> None:
     q, k, v = grouped()
     out, lse = gqa_decode(q, k, v, with_lse=False, backend="sdpa")
     assert lse is None
@@ -40,7 +40,7 @@ def test_torch_serves_when_it_is_asked_and_can() -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "sdpa"])
-def test_a_backend_that_cannot_serve_says_why(backend: str) -> None:
+def test_a_named_backend_that_cannot_run_is_refused(backend: str) -> None:
     q, k, v = grouped()
     lengths = torch.tensor([30, 4], dtype=torch.int32)
     with pytest.raises(HeadwiseError, match=f"gqa_decode cannot run on backend '{backend}'"):
@@ -49,8 +49,8 @@ def test_a_backend_that_cannot_serve_says_why(backend: str) -> None:
         mla_decode(q, q, k[:, :, 0], k[:, :, 1], scale=1.0, backend=backend)
 
 
-def test_latents_are_attended_as_expanded_heads_would_be() -> None:
-    """Absorption is exact: latent attention equals attention on the keys and values it stands for."""
+def test_latent_attention_equals_attention_on_expanded_heads() -> None:
+    """Absorption is exact: latent attention equals attention on the expanded keys and values."""
     generator = torch.Generator().manual_seed(1)
 
     def noise(*shape: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A stock model with the kernels in it answers as it did without them."""
+"""A stock model with the kernels gives the same logits as without them."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_the_cache_is_never_expanded_in_decode(monkeypatch: pytest.MonkeyPatch) 
         model(ids[:, 19:], past_key_values=cache)
 
 
-def test_prefill_goes_through_the_attention_that_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefill_uses_the_attention_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def theirs(module, query, *arguments, **options):
@@ -118,7 +118,7 @@ def test_prefill_goes_through_the_attention_that_was_there(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("before", ["eager", "flash_attention_3"])
-def test_sdpa_serves_where_the_attention_before_cannot(before: str) -> None:
+def test_sdpa_replaces_an_attention_that_cannot_be_used(before: str) -> None:
     model = model_of("llama")
     model.config._attn_implementation_internal = before
     ids = prompts()["input_ids"][1:]
@@ -159,7 +159,7 @@ def test_padding_on_the_right_is_refused() -> None:
         model.generate(**inputs, max_new_tokens=2)
 
 
-def test_an_adapter_in_the_way_is_refused() -> None:
+def test_an_adapter_on_the_up_projection_is_refused() -> None:
     model = model_of("deepseek_v3")
     attention = model.model.layers[1].self_attn
     attention.kv_b_proj = torch.nn.Sequential(attention.kv_b_proj)
@@ -180,28 +180,28 @@ def test_enable_and_disable_leave_no_trace() -> None:
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-CARD = dict(COMMON, hidden_size=512, num_attention_heads=14, num_hidden_layers=4)
-ON_CARD = {
+GPU = dict(COMMON, hidden_size=512, num_attention_heads=14, num_hidden_layers=4)
+GPU_CONFIGS = {
     "latent": DeepseekV3Config(
-        **{**CARD, "hidden_size": 448},
+        **{**GPU, "hidden_size": 448},
         **{**LATENT, "num_key_value_heads": 14, "kv_lora_rank": 256, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64,
            "v_head_dim": 64, "first_k_dense_replace": 4},
     ),
-    "grouped": LlamaConfig(**{**CARD, "hidden_size": 896}, num_key_value_heads=2),
+    "grouped": LlamaConfig(**{**GPU, "hidden_size": 896}, num_key_value_heads=2),
 }  # fmt: skip
 
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("name", ON_CARD)
+@pytest.mark.parametrize("name", GPU_CONFIGS)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_bfloat16_on_the_card(name: str, cache: str) -> None:
+def test_bfloat16_on_a_gpu(name: str, cache: str) -> None:
     """With the kernels (compiled by transformers on a static cache) the error to float32 is no larger."""
     torch.manual_seed(0)
-    exact = AutoModelForCausalLM.from_config(copy.deepcopy(ON_CARD[name])).eval().cuda()
+    exact = AutoModelForCausalLM.from_config(copy.deepcopy(GPU_CONFIGS[name])).eval().cuda()
     model = copy.deepcopy(exact).bfloat16()
     inputs = {key: value.cuda() for key, value in prompts().items()}
-    # The same tokens for everybody: what is compared is the logits, not the path.
+    # The same tokens for all models: the logits are compared, not the generated path.
     options = dict(max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
     options |= {} if cache == "dynamic" else {"cache_implementation": "static"}
 
@@ -214,11 +214,11 @@ def test_bfloat16_on_the_card(name: str, cache: str) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("name", ON_CARD)
-def test_one_graph_on_the_card(name: str) -> None:
+@pytest.mark.parametrize("name", GPU_CONFIGS)
+def test_one_graph_on_a_gpu(name: str) -> None:
     """A decode step compiles without a break and replays as a CUDA graph."""
     torch.manual_seed(0)
-    model = enable(AutoModelForCausalLM.from_config(copy.deepcopy(ON_CARD[name])).eval().cuda().bfloat16())
+    model = enable(AutoModelForCausalLM.from_config(copy.deepcopy(GPU_CONFIGS[name])).eval().cuda().bfloat16())
     ids = prompts()["input_ids"].cuda()
     step = torch.compile(model, fullgraph=True, mode="reduce-overhead")
 

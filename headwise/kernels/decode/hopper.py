@@ -1,11 +1,11 @@
-"""The decode kernel for Hopper: the same function as `portable.attend`, with its warps in two trades.
+"""Decode on Hopper: the same function as `portable.attend`, with specialized warps.
 
-Four warps do nothing but copy keys into a ring of shared-memory tiles; one or two groups of four warps compute.
-In one trade the same arithmetic is up to 14% slower (docs/decisions/0009). Copies go by 128-byte row segments, so
-that a thread keeps few addresses, and rows beyond the end arrive as zeros.
+Four producer warps copy keys into a ring of shared-memory tiles; one or two groups of four consumer warps compute.
+Without the specialization the same arithmetic is up to 14% slower (docs/decisions/0009). Copies are 128-byte
+segments of rows, so that a thread holds few addresses, and rows beyond the end become zeros.
 """
 
-# Kernels are written in the part of Python that Triton compiles: no starred tuples, no ternaries on None.
+# Gluon compiles a part of Python only: no starred tuples, no conditional expressions on None.
 # ruff: noqa: B007, RUF005, SIM108
 # mypy: ignore-errors
 
@@ -29,7 +29,7 @@ def _shared(rows, width, dtype):
 
 @gluon.jit
 def _ring(CHUNKS: gl.constexpr, DEPTH: gl.constexpr, KEYS: gl.constexpr, dtype: gl.constexpr):
-    """DEPTH tiles (KEYS, width) for each chunk of columns."""
+    """Allocate DEPTH tiles (KEYS, width) for each chunk of columns."""
     tiles = ()
     for i in gl.static_range(len(CHUNKS)):
         tile = gl.allocate_shared_memory(dtype, [DEPTH, KEYS, CHUNKS[i][1]], _shared(KEYS, CHUNKS[i][1], dtype))
@@ -39,7 +39,7 @@ def _ring(CHUNKS: gl.constexpr, DEPTH: gl.constexpr, KEYS: gl.constexpr, dtype: 
 
 @gluon.jit
 def _fetch(ring, slot, rows, live, CHUNKS: gl.constexpr, COPY: gl.constexpr):
-    """Start copying one tile; dead rows are filled with zeros, whatever the cache holds there."""
+    """Start the copy of one tile; rows that are not live are filled with zeros."""
     for i in gl.static_range(len(CHUNKS)):
         column = CHUNKS[i][0] + gl.arange(0, CHUNKS[i][1], gl.SliceLayout(0, COPY))
         async_copy.async_copy_global_to_shared(
@@ -66,7 +66,7 @@ def _add_scores(score, ring, slot, queries, CHUNKS: gl.constexpr):
 
 
 PRODUCER_WARPS = gl.constexpr(4)
-# Registers of a copying thread, and of a computing one when two groups compute (384 threads share 64512).
+# Registers of a producer thread, and of a consumer thread with two groups of consumers (384 threads share 64512).
 PRODUCER_REGISTERS = gl.constexpr(40)
 CONSUMER_REGISTERS = gl.constexpr(232)
 
@@ -77,7 +77,7 @@ def _produce(
     HEAD: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr, VALUE_IS_KEY: gl.constexpr,
     KEYS: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Fill the rings with the keys low..high, tile by tile, as stages come free."""
+    """Fill the rings with the keys from `low` to `high`, tile by tile, as stages become free."""
     K, KRope, V, Table, k_batch, k_token, kr_batch, kr_token, v_batch, v_token = source
     k_ring, rope_ring, v_ring, full, empty = rings
     copy: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
@@ -102,7 +102,7 @@ def _produce(
         key += KEYS
         phase = gl.where(stage == STAGES - 1, phase ^ 1, phase)
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
-    # No copy may be under way when its memory goes to the next program.
+    # All copies must be complete before the next program gets the memory.
     async_copy.wait_group(0)
 
 
@@ -112,7 +112,7 @@ def _consume(
     HEAD: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
     STAGES: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
-    """ROWS query rows from `row_start` against the keys in the rings; stores their output and log-sum-exp."""
+    """Attend from ROWS query rows to the keys in the rings, and store output and log-sum-exp."""
     Q, QRope, Out, Lse, q_token, q_head, qr_token, qr_head, out_token, out_head, lse_token = rows_of
     queries, heads_per_group, group, first, length, window = mask
     k_ring, rope_ring, v_ring, full, empty = rings
@@ -146,7 +146,7 @@ def _consume(
     phase = 0
     for start in range(low, high, KEYS):
         mbarrier.wait(full.index(stage), phase)
-        # Copies are ordinary writes; the tensor cores read through the asynchronous proxy.
+        # Copies are ordinary writes, and the tensor cores read through the asynchronous proxy.
         fence_async_shared()
         score = gl.zeros([KEYS, ROWS], gl.float32, mma)
         score = _add_scores(score, k_ring, stage, q, HEAD)
@@ -155,8 +155,8 @@ def _consume(
         score = warpgroup_mma_wait(0, deps=(score,))
 
         key = start + gl.arange(0, KEYS, by_key)
-        seen = (key[:, None] <= last[None, :]) & (key[:, None] >= earliest[None, :]) & (key < high)[:, None]
-        score = gl.where(seen, score * scale, float("-inf"))
+        visible = (key[:, None] <= last[None, :]) & (key[:, None] >= earliest[None, :]) & (key < high)[:, None]
+        score = gl.where(visible, score * scale, float("-inf"))
         new_maximum = gl.maximum(maximum, gl.max(score, 0))
         finite = gl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         shrink = gl.exp2(maximum - finite)
@@ -173,7 +173,7 @@ def _consume(
         out = ()
         for i in gl.static_range(len(VALUE)):
             out = out + (warpgroup_mma_wait(0, deps=(pending[i],)),)
-        # One thread speaks for the group, so all of it must be done reading.
+        # One thread signals for the group, so all threads must have finished reading.
         gl.thread_barrier()
         mbarrier.arrive(empty.index(stage), count=1)
         phase = gl.where(stage == STAGES - 1, phase ^ 1, phase)
@@ -202,7 +202,7 @@ def attend(
     ROWS: gl.constexpr, KEYS: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    """As `portable.attend`, with CONSUMERS (1 or 2) groups of ROWS rows that share each tile of keys.
+    """Compute `portable.attend` with CONSUMERS (1 or 2) groups of ROWS rows that share each tile of keys.
 
     Every value chunk must be at least 64 wide, KEYS at least 64 and STAGES at least 2; four warps.
     """

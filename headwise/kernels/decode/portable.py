@@ -1,10 +1,10 @@
-"""The decode kernel for every card that Triton serves, and the merge of its splits.
+"""Decode on every card that Triton supports, and merge the splits.
 
-Both products are taken transposed (keys or value columns along M, query rows along N): a few query heads then
-fill the narrow side of the tensor-core tile exactly, where the usual orientation pads them to 64.
+Both products are transposed (keys or value columns along M, query rows along N). A few query heads then fill the
+narrow side of the tensor-core tile exactly; the usual orientation pads them to 64.
 """
 
-# Kernels are written in the part of Python that Triton compiles: no starred tuples, no ternaries on None.
+# Triton compiles a part of Python only: no starred tuples, no conditional expressions on None.
 # ruff: noqa: RUF005
 # mypy: ignore-errors
 
@@ -23,7 +23,7 @@ def _columns(rows, START: tl.constexpr, WIDTH: tl.constexpr, live):
 
 @triton.jit
 def _columns_across(rows, CHUNKS: tl.constexpr, live):
-    """The chunks of each row as columns: tiles (width, rows)."""
+    """Load the chunks of each row as columns: tiles (width, rows)."""
     tiles = ()
     for i in tl.static_range(len(CHUNKS)):
         column = CHUNKS[i][0] + tl.arange(0, CHUNKS[i][1])
@@ -49,10 +49,10 @@ def attend(
     HEAD: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, VALUE_IS_KEY: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One split of the keys for one tile of query rows: its normalised output and log-sum-exp.
+    """Attend from one tile of query rows to one split of the keys: normalized output and log-sum-exp.
 
-    Grid (splits, groups x row tiles, batch). A row is one (query token, head) pair that reads this group. Chunks
-    are tuples of (start, power-of-two width); `scale` already holds log2(e).
+    The grid is (splits, groups x row tiles, batch). A row is one (query token, head) pair of the group. Chunks are
+    tuples of (start, power-of-two width); `scale` includes log2(e).
     """
     split = tl.program_id(0)
     row_tiles = tl.cdiv(queries * heads_per_group, ROWS)
@@ -78,7 +78,7 @@ def attend(
     K += group * k_group
     V += group * v_group
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
-    # Summed over keys once, after the loop: a sum across warps in every step would cost a barrier.
+    # Summed over keys once, after the loop: a sum across warps in every step would need a barrier.
     weights = tl.zeros([KEYS, ROWS], tl.float32)
     out = ()
     for i in tl.static_range(len(VALUE)):
@@ -111,10 +111,10 @@ def attend(
             for i in tl.static_range(len(VALUE)):
                 values = values + (_columns(v_rows, tl.constexpr(VALUE[i][0]), tl.constexpr(VALUE[i][1]), live),)
 
-        seen = (key[:, None] <= last[None, :]) & (key[:, None] >= earliest[None, :]) & live[:, None]
-        score = tl.where(seen, score * scale, float("-inf"))
+        visible = (key[:, None] <= last[None, :]) & (key[:, None] >= earliest[None, :]) & live[:, None]
+        score = tl.where(visible, score * scale, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(score, 0))
-        # A row that has seen no key yet keeps -inf as its maximum; -inf - -inf would be NaN.
+        # The maximum of a row without a visible key so far is -inf, and -inf - -inf would be NaN.
         finite = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         shrink = tl.exp2(maximum - finite)
         weight = tl.exp2(score - finite[None, :])
@@ -133,7 +133,7 @@ def attend(
     out_rows = Out + split.to(tl.int64) * out_split + batch * out_batch + token * out_token + head * out_head
     _store_across(out_rows, out, inverse, VALUE, row_live)
     lse_rows = Lse + split.to(tl.int64) * lse_split + batch * lse_batch + token * lse_token + head
-    # log2 of zero keys is -inf, which is what the merge expects; ln 2 turns base 2 into base e.
+    # Without keys the result is -inf, as the merge expects; ln 2 converts base 2 to base e.
     tl.store(lse_rows, (maximum + tl.log2(total)) * 0.6931471805599453, mask=row_live)
 
 
@@ -142,9 +142,10 @@ def merge(
     Parts, PartLse, Out, Lse, splits, rows, width,
     SPLITS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Joins the splits of one row: Parts (splits, rows, width) float32, PartLse (splits, rows) -> Out, Lse.
+    """Merge the splits of one row: Parts (splits, rows, width) float32, PartLse (splits, rows) -> Out, Lse.
 
-    Grid (rows, ceil(width / WIDTH)). EARLY: launched before the kernel that writes Parts is done (Hopper).
+    The grid is (rows, ceil(width / WIDTH)). EARLY: the launch precedes the end of the kernel that writes Parts
+    (Hopper).
     """
     if EARLY:
         gdc_wait()
@@ -160,7 +161,7 @@ def merge(
     top = tl.max(highest, 0)
     finite = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros([SPLITS], tl.float32)
-    joined = tl.zeros([WIDTH], tl.float32)
+    merged = tl.zeros([WIDTH], tl.float32)
     for start in range(0, splits, SPLITS):
         split = start + tl.arange(0, SPLITS)
         live = split < splits
@@ -170,9 +171,9 @@ def merge(
             mask=live[:, None] & fits[None, :],
             other=0.0,
         )
-        joined += tl.sum(parts * weight[:, None], 0)
+        merged += tl.sum(parts * weight[:, None], 0)
         total += weight
     denominator = tl.sum(total, 0)
-    joined = joined / tl.where(denominator > 0, denominator, 1.0)
-    tl.store(Out + row * width + column, joined.to(Out.dtype.element_ty), mask=fits)
+    merged = merged / tl.where(denominator > 0, denominator, 1.0)
+    tl.store(Out + row * width + column, merged.to(Out.dtype.element_ty), mask=fits)
     tl.store(Lse + row, top + tl.log(denominator), mask=tl.program_id(1) == 0)

@@ -17,18 +17,18 @@ def gqa_decode(
     block_table: Tensor | None = None,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of the newest tokens of each sequence on everything cached before and with them.
+    """Attend from the newest tokens of each sequence to its cache, their own entries included.
 
-    With S query tokens, token s of sequence b stands at position `lengths[b] - S + s` and sees the keys from
-    `starts[b]` up to itself, of these only the last `window`. A token that sees no key gets zeros and a
-    log-sum-exp of minus infinity. Cache entries that no token sees are never read into the result, whatever
-    they hold.
+    With S query tokens, token s of sequence b has position `lengths[b] - S + s`. Its visible keys are those from
+    `starts[b]` up to itself, of these the last `window`. A token without visible keys gets zeros and a log-sum-exp
+    of minus infinity. Entries that are visible to no token do not change the result, even if they are NaN.
 
     Args:
         q: (batch, S, heads, head_dim), S from 1 to 8.
-        k, v: (batch, capacity, groups, head_dim and v_head_dim), the new tokens' entries included; with a block
-            table (pages, page_size, groups, ...). Head h reads group `h // (heads // groups)`.
-        scale: of the scores, 1 / sqrt(head_dim) when None.
+        k: (batch, capacity, groups, head_dim), the new tokens included; with a block table
+            (pages, page_size, groups, head_dim). Head h reads group `h // (heads // groups)`.
+        v: as `k`, v_head_dim numbers.
+        scale: of the scores; None: 1 / sqrt(head_dim).
         lengths: (batch) int32, tokens in the cache; None: capacity.
         starts: (batch) int32, first visible token (left padding); None: 0.
         block_table: (batch, max_pages) int32, the page of each run of page_size tokens.
@@ -49,17 +49,17 @@ def gqa_decode(
     first = torch.zeros_like(lengths) if starts is None else starts
 
     key = torch.arange(capacity, device=q.device)
-    at = (lengths[:, None] - tokens + torch.arange(tokens, device=q.device))[..., None]
-    seen = (key <= at) & (key >= first[:, None, None])
+    position = (lengths[:, None] - tokens + torch.arange(tokens, device=q.device))[..., None]
+    visible = (key <= position) & (key >= first[:, None, None])
     if window is not None:
-        seen &= key > at - window
-    touched = seen.any(1)[:, :, None, None]
-    k = torch.where(touched, k, 0).to(exact)
-    v = torch.where(touched, v, 0).to(exact)
+        visible &= key > position - window
+    used = visible.any(1)[:, :, None, None]
+    k = torch.where(used, k, 0).to(exact)
+    v = torch.where(used, v, 0).to(exact)
 
     grouped = q.to(exact).unflatten(2, (groups, heads // groups))
     scores = torch.einsum("bsgrd,btgd->bsgrt", grouped, k) * scale
-    scores = scores.masked_fill(~seen[:, :, None, None], -torch.inf)
+    scores = scores.masked_fill(~visible[:, :, None, None], -torch.inf)
     lse = torch.logsumexp(scores, -1)
     weights = torch.exp(scores - torch.where(lse.isinf(), 0, lse)[..., None])
     out = torch.einsum("bsgrt,btgd->bsgrd", weights, v)

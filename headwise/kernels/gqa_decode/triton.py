@@ -1,4 +1,4 @@
-"""Grouped-query decode on the shared kernel."""
+"""Grouped-query decode with the decode kernel."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def gqa_decode(
     block_table: Tensor | None = None,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.gqa_decode`; head dims that are multiples of 16."""
+    """Compute `reference.gqa_decode` with the kernel; head dims are multiples of 16."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return attend(q, None, k, None, v, scale, lengths, starts, block_table, window)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from headwise.kernels.dispatch import refuse, requested, triton_serves
+from headwise.kernels.dispatch import backend_error, choose_backend, supports_triton
 from headwise.kernels.mla_decode import reference
 
 
@@ -23,23 +23,38 @@ def mla_decode(
     window: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.mla_decode` by the fastest means at hand; torch's own attention has none for latent caches.
+    """Attend from the newest tokens of each sequence to the latent cache of MLA, on the fastest backend.
+
+    `headwise.kernels.mla_decode.reference` is the specification. torch has no attention on a latent cache.
 
     Args:
+        q_latent: (batch, S, heads, kv_lora_rank), the query without its rotary part, times `k_up`.
+        q_rope: (batch, S, heads, qk_rope_head_dim), rotated.
+        latent: (batch, capacity, kv_lora_rank), after the latent norm; with a block table
+            (pages, page_size, kv_lora_rank).
+        k_rope: as `latent`, qk_rope_head_dim numbers, rotated.
+        scale: of the scores.
+        lengths: (batch) int32, tokens in the cache; None: capacity.
+        starts: (batch) int32, first visible token (left padding); None: 0.
+        block_table: (batch, max_pages) int32, the page of each run of page_size tokens.
+        window: sliding window in tokens, the token itself counted.
         backend: "auto", "triton" or "reference"; None: HEADWISE_KERNELS, else "auto".
 
+    Returns:
+        The weighted latents (batch, S, heads, kv_lora_rank), and the log-sum-exp (batch, S, heads).
+
     Raises:
-        HeadwiseError: the backend asked for by name cannot serve these tensors.
+        HeadwiseError: the named backend cannot run with these tensors.
     """
-    name = requested(backend)
-    served = triton_serves(q_latent, q_latent.shape[-1], q_rope.shape[-1], q_latent.shape[-1])
-    where: dict[str, Any] = dict(lengths=lengths, starts=starts, block_table=block_table, window=window)
-    if name == "triton" and not served:
-        raise refuse("mla_decode", name, "it needs CUDA tensors of half precision and widths in multiples of 16")
+    name = choose_backend(backend)
+    has_triton = supports_triton(q_latent, q_latent.shape[-1], q_rope.shape[-1], q_latent.shape[-1])
+    masks: dict[str, Any] = dict(lengths=lengths, starts=starts, block_table=block_table, window=window)
+    if name == "triton" and not has_triton:
+        raise backend_error("mla_decode", name, "it needs half precision on CUDA and widths in multiples of 16")
     if name == "sdpa" and backend:
-        raise refuse("mla_decode", name, "torch has no attention on a latent cache")
-    if name != "reference" and served:
+        raise backend_error("mla_decode", name, "torch has no attention on a latent cache")
+    if name != "reference" and has_triton:
         from headwise.kernels.mla_decode import triton
 
-        return triton.mla_decode(q_latent, q_rope, latent, k_rope, scale=scale, **where)
-    return reference.mla_decode(q_latent, q_rope, latent, k_rope, scale=scale, **where)
+        return triton.mla_decode(q_latent, q_rope, latent, k_rope, scale=scale, **masks)
+    return reference.mla_decode(q_latent, q_rope, latent, k_rope, scale=scale, **masks)

@@ -20,17 +20,20 @@ def mla_decode(
     block_table: Tensor | None = None,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Decode on the latent cache itself (DeepSeek-V2, section 2.1.2: `k_up` absorbed in the query, `v_up` in `o`).
+    """Attend on the latent cache, with `k_up` absorbed in the query and `v_up` in `o` (DeepSeek-V2, section 2.1.2).
 
-    One group of keys [latent ; k_rope] that all heads read, whose value is the latent; masks, lengths and pages
-    as in `gqa_decode`.
+    All heads read one group of keys [latent ; k_rope], whose value is the latent.
 
     Args:
-        q_latent: (batch, S, heads, kv_lora_rank), the position-free query times `k_up`.
+        q_latent: (batch, S, heads, kv_lora_rank), the query without its rotary part, times `k_up`.
         q_rope: (batch, S, heads, qk_rope_head_dim), rotated.
         latent: (batch, capacity, kv_lora_rank), after the latent norm; with a block table (pages, page_size, ...).
         k_rope: as `latent`, (..., qk_rope_head_dim), rotated. Both may be views of one buffer.
-        scale: of the scores; the head dim it comes from is not visible here.
+        scale: of the scores. It has no default: the head dim does not follow from these shapes.
+        lengths: (batch) int32, tokens in the cache; None: capacity.
+        starts: (batch) int32, first visible token (left padding); None: 0.
+        block_table: (batch, max_pages) int32, the page of each run of page_size tokens.
+        window: sliding window in tokens, the token itself counted.
 
     Returns:
         The weighted latents (batch, S, heads, kv_lora_rank), to be multiplied by `v_up`, and the log-sum-exp.

@@ -1,4 +1,4 @@
-"""Absorbed MLA decode on the shared kernel."""
+"""Absorbed MLA decode with the decode kernel."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def mla_decode(
     block_table: Tensor | None = None,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.mla_decode`; rank and rotary width multiples of 16."""
+    """Compute `reference.mla_decode` with the kernel; rank and rotary width are multiples of 16."""
     latent, k_rope = latent[..., None, :], k_rope[..., None, :]
     return attend(q_latent, q_rope, latent, k_rope, None, scale, lengths, starts, block_table, window)

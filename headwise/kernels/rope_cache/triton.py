@@ -1,4 +1,4 @@
-"""Rotate, normalise and cache in one launch."""
+"""Rotate, normalize and cache in one launch."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Per program; every warp computes the angles anew, so more warps are more instructions.
+# Warps of a program. Every warp computes the angles again, so more warps mean more instructions.
 WARPS = 1
-TILE = 32
+HEAD_TILE = 32
 
 
 @triton.jit
 def _cos_sin(angle):
-    """Cosine and sine from one reduction to [-pi/4, pi/4] (Cody and Waite) and two polynomials (Cephes).
+    """Compute cosine and sine: reduction to [-pi/4, pi/4] (Cody and Waite), then two polynomials (Cephes).
 
-    Right to 1e-6 up to 10^6 radians. The library's two functions take ten times the instructions, which is more
-    than the memory traffic of the whole kernel costs.
+    The error is below 1e-6 up to 10^6 radians. The two functions of the library take ten times the instructions,
+    which would take longer than the memory traffic of the whole kernel.
     """
     quarter = tl.floor(angle * 0.6366197723675814 + 0.5)
     x = tl.fma(-quarter, 1.5703125, angle)
@@ -27,15 +27,15 @@ def _cos_sin(angle):
     sine = x + x * square * (-1.6666654611e-1 + square * (8.3321608736e-3 - square * 1.9515295891e-4))
     cosine = 4.166664568298827e-2 + square * (-1.388731625493765e-3 + square * 2.443315711809948e-5)
     cosine = 1.0 - 0.5 * square + square * square * cosine
-    turns = quarter.to(tl.int32)
-    odd = (turns & 1) == 1
+    quadrant = quarter.to(tl.int32)
+    odd = (quadrant & 1) == 1
     cos = tl.where(odd, sine, cosine)
     sin = tl.where(odd, cosine, sine)
-    return tl.where(((turns + 1) & 2) == 2, -cos, cos), tl.where((turns & 2) == 2, -sin, sin)
+    return tl.where(((quadrant + 1) & 2) == 2, -cos, cos), tl.where((quadrant & 2) == 2, -sin, sin)
 
 
 @triton.jit
-def _turn(real, imaginary, cos, sin, Out, plane, half, live):
+def _store_rotated(real, imaginary, cos, sin, Out, plane, half, live):
     tl.store(Out + plane, (real * cos - imaginary * sin).to(Out.dtype.element_ty), mask=live)
     tl.store(Out + half + plane, (imaginary * cos + real * sin).to(Out.dtype.element_ty), mask=live)
 
@@ -47,7 +47,10 @@ def _rope_cache(
     heads, rank, half, block_size, eps, attention_scaling,
     INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, RANK: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tokens, head tiles). The first program of a token also serves its key and latent."""
+    """Process one token and one tile of heads: grid (tokens, head tiles).
+
+    The first program of a token also writes its key and latent.
+    """
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(Slots + token)
     position = tl.load(Positions + token).to(tl.float32)
@@ -57,7 +60,7 @@ def _rope_cache(
     fits = plane < half
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     live = (head < heads)[:, None] & fits[None, :]
-    # Everything is asked for before anything is used: the kernel is all latency otherwise.
+    # All loads come before the first use, so that their latencies overlap.
     q = Q + token * q_token + head[:, None] * q_head + plane[None, :] * step
     real = tl.load(q, mask=live, other=0.0).to(tl.float32)
     imaginary = tl.load(q + partner, mask=live, other=0.0).to(tl.float32)
@@ -74,10 +77,12 @@ def _rope_cache(
     cos *= attention_scaling
     sin *= attention_scaling
     out = Out + (token * heads + head[:, None]) * 2 * half
-    _turn(real, imaginary, cos[None, :], sin[None, :], out, plane[None, :], half, live)
+    _store_rotated(real, imaginary, cos[None, :], sin[None, :], out, plane[None, :], half, live)
     block = slot // block_size
     offset = slot % block_size
-    _turn(real_k, imaginary_k, cos, sin, KRope + block * k_block + offset * k_row, plane, half, fits & cached)
+    _store_rotated(
+        real_k, imaginary_k, cos, sin, KRope + block * k_block + offset * k_row, plane, half, fits & cached
+    )
     wide = latent.to(tl.float32)
     wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / rank + eps)
     # The stock norm rounds before it multiplies by its weight.
@@ -99,10 +104,10 @@ def rope_cache(
     interleaved: bool = False,
     attention_scaling: float = 1.0,
 ) -> Tensor:
-    """As `reference.rope_cache`."""
+    """Compute `reference.rope_cache` with the kernel."""
     tokens, heads, width = q_rope.shape
     out = torch.empty(tokens, heads, width, dtype=q_rope.dtype, device=q_rope.device)
-    tile = min(TILE, 1 << (heads - 1).bit_length())
+    tile = min(HEAD_TILE, 1 << (heads - 1).bit_length())
     _rope_cache[(tokens, -(-heads // tile))](
         q_rope, compressed, norm_weight, positions, frequencies, latent_cache, k_rope_cache, slots, out,
         *q_rope.stride()[:2], compressed.stride(0), *latent_cache.stride()[:2], *k_rope_cache.stride()[:2],

@@ -17,7 +17,7 @@ from headwise.kernels.gqa_decode.reference import gqa_decode as reference
 
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's turn is without a GPU")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 SCALE = 0.1
 # Half precision rounds the probabilities and the output; the sums between them stay in float32.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -25,7 +25,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 
 @pytest.fixture(scope="module", autouse=True)
 def poisoned():
-    """Fresh memory is NaN, so that an element nobody wrote is seen."""
+    """Fill fresh memory with NaN, so that an element that no kernel wrote fails the test."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all()
     yield
@@ -33,7 +33,7 @@ def poisoned():
 
 
 class Problem:
-    """Random queries and a random cache; pages in random order when `page`; NaN wherever no query may look."""
+    """Random queries and a random cache; pages in random order with `page`; NaN in every invisible entry."""
 
     def __init__(self, heads, groups, head, rope, value, lengths, *, queries=1, page=0, window=None, starts=None,
                  dtype=torch.float32, device="cpu", seed=0):  # fmt: skip
@@ -159,7 +159,7 @@ GPU_MASKS = {
 @needs_gpu
 @pytest.mark.parametrize("mask", GPU_MASKS)
 @pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
-def test_on_the_card(shape, mask) -> None:
+def test_on_a_gpu(shape, mask) -> None:
     dtype = torch.float16 if "three" in mask else torch.bfloat16
     problem = Problem(*shape, **GPU_MASKS[mask], dtype=dtype, device="cuda")
     problem.check(8e-3)
@@ -169,7 +169,7 @@ def test_on_the_card(shape, mask) -> None:
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("shape", GPU_SHAPES[::3], ids=str)
-def test_the_portable_kernel_on_the_card(shape) -> None:
+def test_the_portable_kernel_on_a_gpu(shape) -> None:
     heads, groups, head, rope, value = shape
     card = Card((8, 0), 132, card_of(0).shared_memory)
     config = choose_tiles(card, heads // groups, head, rope, value, bool(rope))

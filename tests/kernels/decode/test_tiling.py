@@ -1,4 +1,4 @@
-"""Choosing tiles and splits: rules that hold for every shape, checked without a card."""
+"""The choice of tiles and splits: rules that hold for every shape."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def test_chunks_cover_a_width_exactly(width: int) -> None:
     assert all(piece & (piece - 1) == 0 for _, piece in pieces)
 
 
-def test_an_amd_card_is_no_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its generations are numbered anew: an MI300 says 9.4."""
+def test_an_amd_card_is_not_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AMD has numbers of its own: an MI300 is 9.4."""
     card = SimpleNamespace(major=9, minor=4, multi_processor_count=304, shared_memory_per_block_optin=65536)
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
-    found = card_of.__wrapped__(0)
-    assert (found.multiprocessors, found.shared_memory) == (304, 65536)
-    assert not choose_tiles(found, 32, 512, 64, 512, True).hopper
+    amd = card_of.__wrapped__(0)
+    assert (amd.multiprocessors, amd.shared_memory) == (304, 65536)
+    assert not choose_tiles(amd, 32, 512, 64, 512, True).hopper
 
 
-def test_448_has_no_padding() -> None:
+def test_chunks_of_448_have_no_padding() -> None:
     assert chunks(448) == ((0, 256), (256, 128), (384, 64))
 
 
@@ -62,7 +62,7 @@ def test_splits_are_never_more_than_tiles(programs: int, keys: int) -> None:
     assert 1 <= choose_splits(programs, keys, config, 132) <= max(1, -(-keys // config.keys))
 
 
-def test_splits_fill_the_card() -> None:
+def test_splits_fill_the_multiprocessors() -> None:
     config = choose_tiles(HOPPER, 32, 512, 64, 512, True)
     assert choose_splits(64, 8192, config, 132) == 2
     assert choose_splits(1, 32768, config, 132) == 128

@@ -1,4 +1,4 @@
-"""One launch does what norm, rotation and cache write do apart."""
+"""Reference and kernel of `rope_cache` against the stock modules of DeepSeek."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def problem(tokens=5, heads=3, rank=48, rope=16, block=4, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_the_reference_is_what_stock_deepseek_does(interleaved: bool) -> None:
+def test_the_reference_equals_stock_deepseek(interleaved: bool) -> None:
     q, compressed, weight, positions, frequencies, latent, k_rope, slots = problem()
-    got = reference(
+    actual = reference(
         q, compressed, weight, positions, frequencies, latent, k_rope, slots, eps=1e-6, interleaved=interleaved
     )
     norm = DeepseekV3RMSNorm(48, 1e-6)
@@ -40,21 +40,21 @@ def test_the_reference_is_what_stock_deepseek_does(interleaved: bool) -> None:
     expected_q, expected_k = rotate(
         q.transpose(0, 1)[None], compressed[:, 48:][None, None], angle.cos(), angle.sin()
     )
-    torch.testing.assert_close(got, expected_q[0].transpose(0, 1))
-    kept = slots >= 0
-    torch.testing.assert_close(latent.flatten(0, 1)[slots[kept]], norm(compressed[:, :48])[kept])
-    torch.testing.assert_close(k_rope.flatten(0, 1)[slots[kept]], expected_k[0, 0][kept])
+    torch.testing.assert_close(actual, expected_q[0].transpose(0, 1))
+    cached = slots >= 0
+    torch.testing.assert_close(latent.flatten(0, 1)[slots[cached]], norm(compressed[:, :48])[cached])
+    torch.testing.assert_close(k_rope.flatten(0, 1)[slots[cached]], expected_k[0, 0][cached])
     assert (latent.flatten(0, 1) == -7).all(-1).sum() == 20
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("heads, rank, rope", [(3, 48, 16), (1, 128, 24)])
-def test_the_kernel_is_the_reference(interleaved: bool, heads: int, rank: int, rope: int) -> None:
+def test_the_kernel_equals_the_reference(interleaved: bool, heads: int, rank: int, rope: int) -> None:
     pytest.importorskip("triton")
     from headwise.kernels.rope_cache.triton import rope_cache
 
     ours, theirs = problem(heads=heads, rank=rank, rope=rope), problem(heads=heads, rank=rank, rope=rope)
     options = dict(eps=1e-6, interleaved=interleaved, attention_scaling=1.3)
     torch.testing.assert_close(rope_cache(*ours, **options), reference(*theirs, **options), rtol=1e-4, atol=1e-4)
-    for got, expected in zip(ours[5:7], theirs[5:7], strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    for actual, expected in zip(ours[5:7], theirs[5:7], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
