@@ -1,4 +1,4 @@
-"""Which serving engines load a converted MLA model, and why (engines.yaml)."""
+"""Check which serving engines load a converted MLA model, by the rules of engines.yaml."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from typing import Any
 
 import yaml
 
-# Layer counts for which llama.cpp expects a direct query projection.
+# Numbers of layers for which llama.cpp expects a direct query projection.
 DIRECT_QUERY_DEPTHS = (26, 27, 48)
-# How far from what was asked for an engine's cache row may be and still be offered in its place.
+# Largest relative distance between a wanted cache row and the one that replaces it.
 NEAR = 0.2
 SEVERITY = ("no", "wrong", "unread")
 
 
 @dataclass(frozen=True)
 class EngineVerdict:
-    """One line of the plan's table.
+    """Whether one engine loads a model.
 
-    `loads`: "yes"; "no": it stops with an error; "wrong": it loads and computes another function; "unread": its
-    source was not read for this config. `read` names the version that the answer holds for.
+    Attributes:
+        name: of the engine.
+        loads: "yes"; "no": it stops with an error; "wrong": it loads the model and computes another function;
+            "unread": its source was not read for such a config.
+        reason: the rules that the config breaks; empty for "yes".
+        read: the version and files from which the rules were read.
     """
 
     name: str
@@ -33,11 +37,16 @@ class EngineVerdict:
 
 @cache
 def _table() -> dict[str, Any]:
-    return yaml.safe_load(resources.files(__package__).joinpath("engines.yaml").read_text("utf-8"))
+    table: dict[str, Any] = yaml.safe_load(resources.files(__package__).joinpath("engines.yaml").read_text("utf-8"))
+    return table
 
 
 def engine_facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the rules look at, of a DeepseekV3 `config.json`."""
+    """Return the facts of a config that the rules check.
+
+    Args:
+        config: the config.json of a DeepseekV3.
+    """
     direct = config.get("q_lora_rank") is None
     return {
         "cache_row": config["kv_lora_rank"] + config["qk_rope_head_dim"],
@@ -52,25 +61,43 @@ def engine_facts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def engine_verdicts(config: Mapping[str, Any]) -> list[EngineVerdict]:
-    """Every engine of the table and whether it loads this config."""
-    known = engine_facts(config)
-    found = []
+    """Check a config against the rules of every engine.
+
+    Args:
+        config: the config.json of a DeepseekV3.
+
+    Returns:
+        One verdict for each engine of the table; the most severe broken rule decides it.
+    """
+    facts = engine_facts(config)
+    verdicts = []
     for engine in _table()["engines"]:
-        broken = [rule for rule in engine["rules"] if known[rule["fact"]] not in rule["allowed"]]
+        broken = [rule for rule in engine["rules"] if facts[rule["fact"]] not in rule["allowed"]]
         broken.sort(key=lambda rule: SEVERITY.index(rule["otherwise"]))
-        reason = "; ".join(f"{rule['fact']} is {known[rule['fact']]}: {rule['reason']}" for rule in broken)
-        found.append(EngineVerdict(engine["name"], broken[0]["otherwise"] if broken else "yes", reason, engine["read"]))
-    return found
+        reason = "; ".join(f"{rule['fact']} is {facts[rule['fact']]}: {rule['reason']}" for rule in broken)
+        loads = broken[0]["otherwise"] if broken else "yes"
+        verdicts.append(EngineVerdict(engine["name"], loads, reason, engine["read"]))
+    return verdicts
 
 
-def nearest_cache_row(cache: int) -> int:
-    """The cache row nearest to `cache` that MLA engines accept, or `cache` made even if none is near."""
-    nearest = min(_table()["cache_rows"], key=lambda row: abs(row - cache))
-    return nearest if abs(nearest - cache) <= NEAR * cache else cache // 2 * 2
+def nearest_cache_row(size: int) -> int:
+    """Return the nearest cache row for which MLA engines have kernels, or `size` made even if none is near.
+
+    Args:
+        size: wanted elements per token and layer (kv_lora_rank + qk_rope_head_dim).
+    """
+    nearest: int = min(_table()["cache_rows"], key=lambda row: abs(row - size))
+    return nearest if abs(nearest - size) <= NEAR * size else size // 2 * 2
 
 
-def rank_splits(cache: int, rotary_dim: int, num_key_value_heads: int) -> list[tuple[int, int]]:
-    """(rank, rope_dim) pairs worth trying for a cache: rope dims from a quarter of the source's to twice it."""
+def rank_splits(size: int, rotary_dim: int, num_key_value_heads: int) -> list[tuple[int, int]]:
+    """Return the pairs (kv_lora_rank, qk_rope_head_dim) to try for a cache row.
+
+    Args:
+        size: elements of the row; each pair has this sum.
+        rotary_dim: of the source; the rotary widths lie between a quarter of it and twice it.
+        num_key_value_heads: of the source, whose rotary dimensions together are the upper limit.
+    """
     dims = {max(rotary_dim * quarters // 8 * 2, 2) for quarters in (1, 2, 3, 4, 6, 8)}
-    limit = min(rotary_dim * num_key_value_heads, cache // 2)
-    return [(cache - dim, dim) for dim in sorted(dims) if dim <= limit]
+    limit = min(rotary_dim * num_key_value_heads, size // 2)
+    return [(size - dim, dim) for dim in sorted(dims) if dim <= limit]

@@ -12,7 +12,7 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
     patch_tensor = interpreter._patch_lang_tensor
 
     def patch_tensor_index(tensor, scope):
-        """Replace the conversion of one-element arrays to range bounds: NumPy 2.4 refuses that of Triton before 3.7."""
+        """Convert one-element arrays to range bounds in a way that NumPy 2.4 accepts; Triton before 3.7 does not."""
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 

@@ -1,12 +1,14 @@
-"""The rules about engines: every one of them fires, and only where it should."""
+"""The rules about engines: each one applies where it should, and nowhere else."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 
 from headwise.serving import engines
 
-GOOD = dict(
+GOOD: dict[str, Any] = dict(
     kv_lora_rank=512,
     qk_rope_head_dim=64,
     q_lora_rank=None,
@@ -20,12 +22,12 @@ GOOD = dict(
 )
 
 
-def answers(**changes):
-    return {engine.name: engine for engine in engines.engine_verdicts({**GOOD, **changes})}
+def verdicts(**changes: Any) -> dict[str, engines.EngineVerdict]:
+    return {verdict.name: verdict for verdict in engines.engine_verdicts({**GOOD, **changes})}
 
 
-def test_deepseeks_own_shape_loads_everywhere():
-    assert {engine.loads for engine in answers().values()} == {"yes"}
+def test_deepseeks_own_shape_loads_everywhere() -> None:
+    assert {verdict.loads for verdict in verdicts().values()} == {"yes"}
 
 
 @pytest.mark.parametrize(
@@ -55,29 +57,29 @@ def test_deepseeks_own_shape_loads_everywhere():
         (dict(rms_norm_eps=1e-5, attention_bias=True), "vLLM", "no", "1e-6"),
     ],
 )
-def test_rules(changes, engine, loads, word):
-    answer = answers(**changes)[engine]
-    assert answer.loads == loads
-    assert word in answer.reason
+def test_rules(changes: dict[str, Any], engine: str, loads: str, word: str) -> None:
+    verdict = verdicts(**changes)[engine]
+    assert verdict.loads == loads
+    assert word in verdict.reason
 
 
-def test_every_rule_is_well_formed():
-    known = engines.engine_facts(GOOD)
+def test_every_rule_is_well_formed() -> None:
+    facts = engines.engine_facts(GOOD)
     for engine in engines._table()["engines"]:
         assert engine["read"]
         for rule in engine["rules"]:
             assert set(rule) == {"fact", "allowed", "otherwise", "reason"}
-            assert rule["fact"] in known and rule["otherwise"] in engines.SEVERITY
+            assert rule["fact"] in facts and rule["otherwise"] in engines.SEVERITY
 
 
 @pytest.mark.parametrize(
-    ("cache", "row"), [(300, 320), (512, 512), (550, 576), (640, 576), (64, 64), (129, 128), (1025, 1024)]
+    ("size", "row"), [(300, 320), (512, 512), (550, 576), (640, 576), (64, 64), (129, 128), (1025, 1024)]
 )
-def test_nearest_cache(cache, row):
-    assert engines.nearest_cache_row(cache) == row
+def test_nearest_cache_row(size: int, row: int) -> None:
+    assert engines.nearest_cache_row(size) == row
 
 
-def test_splits_fill_the_cache_with_legal_pairs():
+def test_splits_fill_the_cache_row() -> None:
     pairs = engines.rank_splits(160, 32, 8)
     assert (128, 32) in pairs and (96, 64) in pairs
     assert all(rank + rope == 160 and rope % 2 == 0 and rank > 0 for rank, rope in pairs)
