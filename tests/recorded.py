@@ -653,6 +653,16 @@ def worker(tree: Path, file: Path, folder: Path, fresh: bool) -> int:
     import transformers
     import transformers.models.deepseek_v3.modeling_deepseek_v3
 
+    place = subprocess.run(
+        [sys.executable, "-c", "import headwise; print(headwise.__file__)"],
+        env=environment(tree, folder),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    if not Path(place.stdout.strip() or "/").is_relative_to(tree):
+        print(f"`import headwise` finds {place.stdout or place.stderr}, and not {tree}.", file=sys.stderr)
+        return 2
     del sys.path[0]  # the folder of this script, which a command line does not have
     work = folder / "work"
     (work / "models").mkdir(parents=True)
@@ -660,21 +670,13 @@ def worker(tree: Path, file: Path, folder: Path, fresh: bool) -> int:
     shutil.copytree(tree / "headwise" / "demo" / "model", work / "models" / "demo")
     for path in work.rglob("*"):
         os.utime(path, (0, MODIFIED))  # the fingerprint of a checkpoint depends on it
-    place = subprocess.run(
-        [sys.executable, "-c", "import headwise; print(headwise.__file__)"],
-        env=environment(tree, folder),
-        cwd=work,
-        capture_output=True,
-        text=True,
-    )
-    if not Path(place.stdout.strip() or "/").is_relative_to(tree):
-        print(f"`import headwise` finds {place.stdout or place.stderr}, and not {tree}.", file=sys.stderr)
-        return 2
-    assert not any(name.partition(".")[0] == "headwise" for name in sys.modules)
     normal = Normalizer(tree, folder)
-    inputs = contents(work, known := {}, normal)
+    known: dict[str, tuple[int, int, int]] = {}
+    inputs = contents(work, known, normal)
+    assert "headwise" not in sys.modules, "a fork would run with modules that this process imported"
     runs: dict[str, Any] = {}
     for line in command_lines(work):
+        assert line not in runs, f"{line} stands twice in the list"
         # Copies that were changed since the last command line are no output of the next one.
         contents(work, known, normal)
         arguments = shlex.split(line)
@@ -683,7 +685,6 @@ def worker(tree: Path, file: Path, folder: Path, fresh: bool) -> int:
             code, out, err = run_fresh(arguments, work, environment(tree, folder))
         else:
             code, out, err = run_forked(arguments, work, folder)
-        assert line not in runs, f"{line} stands twice in the list"
         runs[line] = {
             "exit": code,
             "stdout": parsed(out, normal),
@@ -693,8 +694,8 @@ def worker(tree: Path, file: Path, folder: Path, fresh: bool) -> int:
         print(f"{time.monotonic() - start:5.1f} s  exit {code}  {line}", file=sys.stderr, flush=True)
     made_with = {"python": platform.python_version(), "machine": platform.machine()}
     made_with |= {library.__name__: library.__version__ for library in (torch, transformers, safetensors)}
-    content = {"made_with": made_with, "inputs": inputs, "runs": runs}
-    file.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    recording = {"made_with": made_with, "inputs": inputs, "runs": runs}
+    file.write_text(json.dumps(recording, indent=1, sort_keys=True) + "\n")
     return 0
 
 
