@@ -1,4 +1,4 @@
-"""The exceptions that users see as one sentence, with the exit code of each."""
+"""Exceptions for users: one sentence, a hint, and an exit code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class HeadwiseError(Exception):
     """
 
     exit_code = 2
-    # Whether a long job keeps its unfinished work: True where the cause lies outside of the job's input.
+    # Whether a long job keeps its unfinished work; True if the cause is outside of the input.
     keeps_work = False
 
     def __init__(self, message: str, hint: str | None = None) -> None:

@@ -1,8 +1,8 @@
 """Declare the fields of settings objects: default, legal values, help and the layouts a field acts with.
 
 A settings class is a frozen dataclass of such fields. `check_fields` validates them when the object is made, so
-Python, YAML and the command line meet the same rules and the same sentences. Messages name fields in backquotes;
-the command line puts its flags in their place. Nothing here imports more than the standard library.
+that Python, YAML and the command line have the same rules and messages. Messages name fields in backquotes, and the
+command line replaces the names with its flags. This module imports the standard library only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from headwise.errors import SettingError
 
 
 class Setting:
-    """What is known about one field besides its default.
+    """The rules and the description of one field.
 
     Attributes:
         help: one sentence for help pages.
@@ -60,24 +60,41 @@ class Setting:
 
 
 def declare(default: Any, setting: Setting) -> Any:
-    """Return a dataclass field with its setting."""
+    """Return a dataclass field with its setting.
+
+    Args:
+        default: of the field.
+        setting: its rules and description.
+    """
     return field(default=default, metadata={"setting": setting})
 
 
 def settings_of(kind: Any) -> dict[str, tuple[Field[Any], Setting]]:
-    """Return the declared fields of a settings class or object by name."""
+    """Return the declared fields by name.
+
+    Args:
+        kind: a settings class, or an object of one.
+    """
     return {f.name: (f, f.metadata["setting"]) for f in fields(kind) if "setting" in f.metadata}
 
 
 def is_given(settings: Any, name: str) -> bool:
-    """Return whether a field differs from its default."""
+    """Return whether a field differs from its default.
+
+    Args:
+        settings: a settings object.
+        name: of the field.
+    """
     declared = next(f for f in fields(settings) if f.name == name)
     value = getattr(settings, name)
     return value is not declared.default and value != declared.default
 
 
 def check_fields(settings: Any) -> None:
-    """Replace every field of a new settings object by its legal form.
+    """Replace every field of a new settings object with its legal form.
+
+    Args:
+        settings: a settings object, in its `__post_init__`.
 
     Raises:
         SettingError: a value is not legal; the message names the field, the value and what is legal.
@@ -96,7 +113,14 @@ def check_fields(settings: Any) -> None:
 
 
 def text(help: str, *, metavar: str, default: str | None = None, **more: Any) -> Any:
-    """Declare a field that takes any text."""
+    """Declare a field that takes any text.
+
+    Args:
+        help: one sentence for help pages.
+        metavar: the placeholder in help pages.
+        default: of the field.
+        **more: further arguments of `Setting`.
+    """
 
     def check(value: Any) -> str:
         if not isinstance(value, str) or not value:
@@ -107,7 +131,13 @@ def text(help: str, *, metavar: str, default: str | None = None, **more: Any) ->
 
 
 def folder(help: str, *, metavar: str, **more: Any) -> Any:
-    """Declare a field that takes the path of a folder; the object holds a `Path`."""
+    """Declare a field that takes the path of a folder; the object holds a `Path`.
+
+    Args:
+        help: one sentence for help pages.
+        metavar: the placeholder in help pages.
+        **more: further arguments of `Setting`.
+    """
 
     def check(value: Any) -> Path:
         if not isinstance(value, str | Path) or not str(value):
@@ -120,7 +150,13 @@ def folder(help: str, *, metavar: str, **more: Any) -> Any:
 
 
 def flag(help: str, *, default: bool = False, **more: Any) -> Any:
-    """Declare a field that is on or off; the flag on the command line switches the default."""
+    """Declare a field that is True or False; the flag on the command line inverts the default.
+
+    Args:
+        help: one sentence for help pages.
+        default: of the field.
+        **more: further arguments of `Setting`.
+    """
 
     def check(value: Any) -> bool:
         if not isinstance(value, bool):
@@ -131,7 +167,14 @@ def flag(help: str, *, default: bool = False, **more: Any) -> Any:
 
 
 def number(help: str, *, minimum: int = 1, default: int | None = None, **more: Any) -> Any:
-    """Declare a field that takes a whole number of at least `minimum`."""
+    """Declare a field that takes a whole number of at least `minimum`.
+
+    Args:
+        help: one sentence for help pages.
+        minimum: the smallest legal number.
+        default: of the field.
+        **more: further arguments of `Setting`.
+    """
 
     def check(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
@@ -146,7 +189,15 @@ def number(help: str, *, minimum: int = 1, default: int | None = None, **more: A
 def positive(
     help: str, *, metavar: str = "NUMBER", default: float | None = None, zero: bool = False, **more: Any
 ) -> Any:
-    """Declare a field that takes a finite number above 0 (or from 0, with `zero`)."""
+    """Declare a field that takes a finite number above 0 (or from 0, with `zero`).
+
+    Args:
+        help: one sentence for help pages.
+        metavar: the placeholder in help pages.
+        default: of the field.
+        zero: whether 0 is legal.
+        **more: further arguments of `Setting`.
+    """
 
     def check(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
@@ -162,6 +213,9 @@ def positive(
 def parse_fraction(word: str) -> float:
     """Return 0.125 for "12.5%" or "0.125".
 
+    Args:
+        word: of the command line.
+
     Raises:
         ValueError: the word is not a number.
     """
@@ -171,7 +225,15 @@ def parse_fraction(word: str) -> float:
 def fraction(
     help: str, *, metavar: str = "FRACTION", default: float | None = None, zero: bool = False, **more: Any
 ) -> Any:
-    """Declare a field that takes a fraction above 0 (or from 0, with `zero`) and up to 1."""
+    """Declare a field that takes a fraction above 0 (or from 0, with `zero`) and up to 1.
+
+    Args:
+        help: one sentence for help pages.
+        metavar: the placeholder in help pages.
+        default: of the field.
+        zero: whether 0 is legal.
+        **more: further arguments of `Setting`.
+    """
 
     def check(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -187,7 +249,15 @@ def fraction(
 
 
 def choice(help: str, choices: Sequence[str], *, default: str | None = None, metavar: str = "", **more: Any) -> Any:
-    """Declare a field that takes one of `choices`."""
+    """Declare a field that takes one of `choices`.
+
+    Args:
+        help: one sentence for help pages.
+        choices: the legal values.
+        default: of the field.
+        metavar: the placeholder in help pages.
+        **more: further arguments of `Setting`.
+    """
     legal = tuple(dict.fromkeys(choices))
 
     def check(value: Any) -> str:
@@ -203,6 +273,15 @@ def choice(help: str, choices: Sequence[str], *, default: str | None = None, met
 def other(
     help: str, *, check: Callable[[Any], Any], wanted: str, metavar: str, parse: Callable[[str], Any], **more: Any
 ) -> Any:
-    """Declare a field whose legal values a function of its own decides."""
+    """Declare a field whose legal values a function decides.
+
+    Args:
+        help: one sentence for help pages.
+        check: returns the legal form of a value, or raises ValueError.
+        wanted: ends the sentence "`field` is VALUE, which is not ...".
+        metavar: the placeholder in help pages.
+        parse: returns the value of a word of the command line, or raises ValueError.
+        **more: further arguments of `Setting`.
+    """
     default = more.pop("default", None)
     return declare(default, Setting(help, wanted=wanted, check=check, parse=parse, metavar=metavar, **more))

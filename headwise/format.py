@@ -1,4 +1,4 @@
-"""Turn values into text and plain JSON: sizes, durations, dtypes, layouts. The only place that does."""
+"""Turn values into text and plain JSON: sizes, durations, dtypes, layouts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (direction overrides
 
 
 def size(num_bytes: float) -> str:
-    """Bytes in decimal units: 13500000000 -> "13.5 GB"."""
+    """Return bytes in decimal units: 13500000000 -> "13.5 GB".
+
+    Args:
+        num_bytes: 0 or more.
+    """
     power = min(4, int(math.log10(max(num_bytes, 1)) / 3))
     value = num_bytes / 1000**power
     digits = f"{value:.0f}" if power == 0 or value >= 99.95 else f"{value:.3g}"
@@ -30,8 +34,11 @@ _BYTES = {"": 1, "B": 1} | {
 def parse_bytes(text: int | str) -> int:
     """Return the bytes of "5GB" (powers of ten), "24GiB" (powers of two) or a plain number.
 
+    Args:
+        text: a size; a number is returned unchanged.
+
     Raises:
-        ValueError: it is not a size above 0.
+        ValueError: the text is not a size above 0.
     """
     if isinstance(text, int):
         return text
@@ -43,7 +50,11 @@ def parse_bytes(text: int | str) -> int:
 
 
 def duration(seconds: float) -> str:
-    """12.3 -> "12 s", 75 -> "1:15", 3700 -> "1:01:40"."""
+    """Return a duration for a reader: 12.3 -> "12 s", 75 -> "1:15", 3700 -> "1:01:40".
+
+    Args:
+        seconds: 0 or more.
+    """
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -52,19 +63,31 @@ def duration(seconds: float) -> str:
 
 
 def dtype_name(dtype: object) -> str:
-    """Return "bfloat16" for torch.bfloat16."""
+    """Return "bfloat16" for torch.bfloat16.
+
+    Args:
+        dtype: of torch; typed as object, so that this module needs no torch.
+    """
     return str(dtype).removeprefix("torch.")
 
 
 def clean(text: object) -> str:
-    """`text` with everything that a terminal would obey or hide written as an escape."""
+    """Return text with an escape for every character that a terminal would execute or hide.
+
+    Args:
+        text: any object; its string is cleaned.
+    """
     return "".join(
         c if unicodedata.category(c) not in _UNSAFE else c.encode("unicode_escape").decode() for c in str(text)
     )
 
 
 def plain(value: Any) -> Any:
-    """Strict JSON: a number that is not finite becomes null, an object its own dictionary or its name."""
+    """Return a value as strict JSON.
+
+    Args:
+        value: any value. A number that is not finite becomes None, an object its `to_dict()` or its string.
+    """
     if hasattr(value, "to_dict"):
         value = value.to_dict()
     if isinstance(value, Mapping):
@@ -77,13 +100,18 @@ def plain(value: Any) -> Any:
 
 
 def plain_fields(value: Any, *hidden: str) -> dict[str, Any]:
-    """The fields of a dataclass that are JSON as they are."""
-    own = {f.name: getattr(value, f.name) for f in fields(value) if f.name not in hidden}
-    return {key: dtype_name(item) if type(item).__name__ == "dtype" else item for key, item in own.items()}
+    """Return the fields of a dataclass, with dtypes as names.
+
+    Args:
+        value: a dataclass.
+        *hidden: names of the fields to leave out.
+    """
+    shown = {f.name: getattr(value, f.name) for f in fields(value) if f.name not in hidden}
+    return {key: dtype_name(item) if type(item).__name__ == "dtype" else item for key, item in shown.items()}
 
 
 class _Layout(Protocol):
-    """What a name is made of; `headwise.models.layout.AttentionLayout` has it."""
+    """The part of `headwise.models.layout.AttentionLayout` that its name needs."""
 
     @property
     def kind(self) -> str: ...
@@ -96,7 +124,11 @@ class _Layout(Protocol):
 
 
 def layout_names(layouts: Sequence[_Layout]) -> str:
-    """The layouts of a model in a few words: "GQA, 8 KV heads"."""
+    """Return the name of a model's layouts, such as "GQA, 8 KV heads".
+
+    Args:
+        layouts: of the layers; each different name appears once.
+    """
     words = []
     for layout in dict.fromkeys(layouts):
         if layout.kv_lora_rank is not None:

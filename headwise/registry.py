@@ -1,7 +1,7 @@
-"""List the methods of a conversion: name, summary, paper and needs, without importing torch.
+"""List the methods of a conversion with their papers and needs, without importing torch.
 
 A method is one pure function and one entry here. The choices of the command line, the reference pages and the
-citations of model cards are made from these entries; the function is imported when `Method.load` is called.
+citations of model cards are made from these entries. `Method.load` imports the function.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Method:
         title: the name in the field.
         summary: one sentence for help pages.
         paper: author, year and arXiv number; None for a method without a publication.
-        needs: what the method makes use of: "moments" (second moments of the attention input, from calibration
+        needs: what the method uses: "moments" (second moments of the attention input, from calibration
             text), "text" (the calibration text itself), "rope" (rotary positions in every layer).
-        function: where the implementation is, as "module:name".
-        planes: of a latent method: which rotary planes every KV head keeps (`mla/frequencies.py`); None: the method
-            takes any list of frequencies.
+        function: the implementation, as "module:name".
+        planes: of a latent method: the rotary planes that every KV head keeps (`mla/frequencies.py`); None: the
+            method accepts any list of frequencies.
     """
 
     kind: Kind
@@ -62,7 +62,7 @@ METHODS: tuple[Method, ...] = (
         "merge",
         "optimal",
         "weighted PCA",
-        "Least expected error of scores and outputs, in closed form; output matrices are solved for.",
+        "Minimize the expected error of scores and outputs in closed form; then solve for the output matrices.",
         f"{_METHODS}:optimal",
         needs=("moments", "text"),
     ),
@@ -70,7 +70,7 @@ METHODS: tuple[Method, ...] = (
         "merge",
         "aligned",
         "generalized Procrustes",
-        "Turn heads onto each other, then take the mean.",
+        "Align the heads of a group with each other, then average them.",
         f"{_METHODS}:aligned",
         "Jin et al. 2024, arXiv 2412.20677",
         needs=("moments",),
@@ -83,13 +83,13 @@ METHODS: tuple[Method, ...] = (
         f"{_POOLING}:mean_head",
         "Ainslie et al. 2023, arXiv 2305.13245",
     ),
-    Method("merge", "first", "first head", "Take the first head of a group.", f"{_POOLING}:first_head"),
-    Method("merge", "random", "random head", "Take any head of a group.", f"{_POOLING}:random_head"),
+    Method("merge", "first", "first head", "Take the first head of each group.", f"{_POOLING}:first_head"),
+    Method("merge", "random", "random head", "Take a random head of each group.", f"{_POOLING}:random_head"),
     Method(
         "latent",
         "optimal",
         "score-weighted alternating least squares",
-        "Least expected error of scores and outputs; output matrices are solved for.",
+        "Minimize the expected error of scores and outputs; then solve for the output matrices.",
         f"{_MLA}.alternating:alternating_least_squares",
         needs=("moments", "text"),
     ),
@@ -97,7 +97,7 @@ METHODS: tuple[Method, ...] = (
         "latent",
         "transmla",
         "RoRoPE, FreqFold and joint PCA",
-        "TransMLA's algorithm.",
+        "TransMLA: rotate the rotary planes of all heads into one key, then reduce the rest by a joint PCA.",
         f"{_MLA}.published:transmla",
         "Meng et al. 2025, arXiv 2502.07864",
         needs=("moments", "rope"),
@@ -107,7 +107,7 @@ METHODS: tuple[Method, ...] = (
             "latent",
             name,
             "partial RoPE and joint SVD",
-            f"MHA2MLA's algorithm: each KV head keeps the planes {choice}.",
+            f"MHA2MLA: each KV head keeps the rotary planes {choice}.",
             f"{_MLA}.published:partial_rope",
             "Ji et al. 2025, arXiv 2502.14837",
             needs=("moments", "rope"),
@@ -124,7 +124,7 @@ METHODS: tuple[Method, ...] = (
         "grouping",
         "optimal",
         "least residual energy",
-        "Search the equal-sized groups that lose least.",
+        "Search groups of equal size with the least residual energy.",
         f"{_GROUPING}:optimal_groups",
         needs=("moments",),
     ),
@@ -132,16 +132,16 @@ METHODS: tuple[Method, ...] = (
         "grouping",
         "contiguous",
         "neighbouring heads",
-        "Heads that follow one another share, as the published methods have it.",
+        "Neighbouring heads share, as in the published methods.",
         f"{_GROUPING}:contiguous_groups",
         "Ainslie et al. 2023, arXiv 2305.13245",
     ),
-    Method("rope", "base", "given base", "Take the base of rope_theta.", f"{_ROPE}:rescale"),
+    Method("rope", "base", "given base", "Set the base to `rope_theta`.", f"{_ROPE}:rescale"),
     Method(
         "rope",
         "ntk",
         "NTK-aware base",
-        "Raise the base so that the slowest plane is interpolated.",
+        "Increase the base so that the slowest plane is interpolated.",
         f"{_ROPE}:rescale",
     ),
     Method(
@@ -152,12 +152,12 @@ METHODS: tuple[Method, ...] = (
         f"{_ROPE}:rescale",
         "Chen et al. 2023, arXiv 2306.15595",
     ),
-    Method("rope", "dynamic", "dynamic NTK", "Raise the base with the length of the input.", f"{_ROPE}:rescale"),
+    Method("rope", "dynamic", "dynamic NTK", "Increase the base with the length of the input.", f"{_ROPE}:rescale"),
     Method(
         "rope",
         "yarn",
         "YaRN",
-        "Interpolate slow planes, keep fast ones, sharpen the attention.",
+        "Interpolate slow planes, keep fast planes, and sharpen the attention.",
         f"{_ROPE}:rescale",
         "Peng et al. 2023, arXiv 2309.00071",
     ),
@@ -166,7 +166,7 @@ METHODS: tuple[Method, ...] = (
         "rope",
         "longrope",
         "LongRoPE",
-        "A factor for every plane, two sets by length.",
+        "Divide each frequency by a factor of its own, from two sets by length.",
         f"{_ROPE}:rescale",
         "Ding et al. 2024, arXiv 2402.13753",
     ),
@@ -176,9 +176,16 @@ _TABLE = {(method.kind, method.name): method for method in METHODS}
 
 
 def method_names(kind: Kind) -> tuple[str, ...]:
-    """Return the names of all methods of a kind, in the order of their entries."""
+    """Return the names of all methods of a kind, in the order of their entries.
+
+    Args:
+        kind: the step.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
     if kind not in get_args(Kind):
-        raise ValueError(f"no kind of method is named {kind!r}: {', '.join(get_args(Kind))}")
+        raise ValueError(f"`kind` is {kind!r}, which is not one of {', '.join(get_args(Kind))}")
     return tuple(method.name for method in METHODS if method.kind == kind)
 
 
@@ -187,15 +194,15 @@ def find_method(kind: Kind, name: str, *, field: str = "method") -> Method:
 
     Args:
         kind: the step.
-        name: what the user typed.
-        field: the setting that holds the name, for the error.
+        name: of the method.
+        field: the setting with the name, for the error.
 
     Raises:
-        SettingError: there is no such method; the nearest name is suggested.
+        SettingError: there is no such method; the hint is the nearest name.
     """
     legal = method_names(kind)
     if name not in legal:
         close = get_close_matches(str(name), legal, 1)
         hint = f"Did you mean {close[0]!r}?" if close else None
-        raise SettingError(field, f"{field} is {name!r}, which is not one of {', '.join(legal)}.", hint)
+        raise SettingError(field, f"`{field}` is {name!r}, which is not one of {', '.join(legal)}.", hint)
     return _TABLE[kind, name]
