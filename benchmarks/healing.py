@@ -141,7 +141,7 @@ def batch_tokens(percent: float) -> int:
 
 def recipe_of(task: Task, scale: float, text: str) -> Any:
     """The library's recipe with this benchmark's budget: what `--set` would do."""
-    from headwise.recipes.settings import Loss, load
+    from headwise.recipes.settings import Loss, load_uptrain_recipe
 
     name = "distill" if task.recipe == "two-stage" else task.recipe
     settings: dict[str, Any] = {"data.text": TEXTS[text], "data.heldout_blocks": 16}
@@ -153,7 +153,7 @@ def recipe_of(task: Task, scale: float, text: str) -> Any:
         settings |= {f"{'loss' if hasattr(Loss, key) else 'train'}.{key}": value for key, value in train.items()}
         batch, tokens = int(train["batch_tokens"]), max(1, int(scale * task.percent / 100 * PRETRAINING))
         settings |= {"train.tokens": -(-tokens // batch) * batch, "train.seed": task.seed, "train.save_every": 0}
-    return load(name, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+    return load_uptrain_recipe(name, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
 
 
 def work(place: str | None, home: Path, scale: float, text: str, device: str, tasks: Any, results: Any) -> None:
@@ -236,8 +236,8 @@ def read_text(home: Path, percent: float, scale: float, text: str) -> None:
     import numpy as np
     from transformers import AutoTokenizer
 
-    from headwise.recipes.settings import Data
     from headwise.text import blocks as data
+    from headwise.text.sources import Data
 
     tokens = max(64 * LENGTH, int(1.1 * scale * percent / 100 * PRETRAINING))
     wanted, read = {"text": text, "scale": scale, "tokens": tokens}, home / "text.json"

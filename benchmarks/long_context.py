@@ -22,13 +22,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import headwise
 from headwise.convert.positions import context
 from headwise.convert.positions import rope_bound as bound
+from headwise.environment import versions
 from headwise.eval.report import plots
 from headwise.eval.tasks import passkey
 from headwise.measure import positions
 from headwise.models import architecture, rope
-from headwise.recipes import settings as schema
-from headwise.recipes import worker as train
+from headwise.recipes.outcome import RECORDED_PACKAGES, hardware
+from headwise.recipes.settings import load_uptrain_recipe
 from headwise.text import blocks as data
+from headwise.text.packing import collator
+from headwise.train.trainer import Task, make_trainer, resume
 
 UPTRAINED = ("plain", "ntk", "yarn", "base")
 
@@ -90,8 +93,8 @@ def main() -> None:
     configs = extended(config, length)
     results: dict[str, Any] = {
         "command": " ".join(sys.argv),
-        "hardware": train.hardware(),
-        "versions": train.versions(),
+        "hardware": hardware(),
+        "versions": versions(RECORDED_PACKAGES),
         "trained": trained,
         "context": length,
         "notes": {rule: notes for rule, (_, notes) in configs.items()},
@@ -106,7 +109,9 @@ def main() -> None:
             grid = retrieval(model, tokenizer, lengths, options.samples)
         results[stage][name] = summary(curve, trained)
         results["passkey"][f"{name} {stage}"] = {f"{size} {depth}": share for (size, depth), share in grid.items()}
-        plots.plot_passkey_grid(grid, options.out / f"passkey-{name}-{stage}.png", f"Passkey: {name}, {stage} training")
+        plots.plot_passkey_grid(
+            grid, options.out / f"passkey-{name}-{stage}.png", f"Passkey: {name}, {stage} training"
+        )
         (options.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         say(
             f"{stage} {name}: {curve.before(trained):.4f} at {trained}, {curve.end:.4f} at {length}; "
@@ -119,7 +124,7 @@ def main() -> None:
         before[rule] = measure(load(options.model, configs[rule][0], options.device), rule, "before")
     plots.plot_loss_by_position(before, options.out / "before.png", trained)
 
-    recipe = schema.load_uptrain_recipe("long-context", [f"data.length={length}", *options.set])
+    recipe = load_uptrain_recipe("long-context", [f"data.length={length}", *options.set])
     blocks, text = data.training_blocks(recipe.data, tokenizer, recipe.train.tokens, recipe.train.seed)
     results["text"] = text
     say(f"{len(blocks)} training blocks of {length}")
@@ -130,7 +135,17 @@ def main() -> None:
         work = options.out / f"uptrain-{rule}"
         work.mkdir(exist_ok=True)
         started = time.time()
-        train.make_trainer(model, blocks, few, recipe, work).train()
+        trainer = make_trainer(
+            model,
+            blocks,
+            few,
+            recipe.train,
+            Task(recipe.loss),
+            work,
+            length=length,
+            collate=collator(model, tokenizer, recipe.data.separate_documents),
+        )
+        resume(trainer, None)
         model.eval()
         results.setdefault("seconds", {})[rule] = round(time.time() - started, 1)
         after[rule] = measure(model.to(options.device), rule, "after")

@@ -30,9 +30,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, TrainerCallback
 
-from headwise.recipes.settings import Data, Loss, Recipe, Training
 from headwise.text.packing import Collator
-from headwise.train.memory import Shape, forecast
+from headwise.train.memory import ModelShape, forecast_memory
+from headwise.train.settings import Loss, Training
 from headwise.train.teacher import Teacher
 from headwise.train.trainer import Task, make_trainer
 
@@ -124,18 +124,19 @@ class Clock(TrainerCallback):
         self.losses += [logs["loss"]] if "loss" in logs else []
 
 
-def ours(student: Any, teacher: Any, blocks: Tensor, recipe: Recipe, steps: int) -> dict[str, Any]:
+def ours(student: Any, teacher: Any, blocks: Tensor, training: Training, steps: int) -> dict[str, Any]:
     """`WARM + steps` steps of the trainer that recipes run on."""
     device = PartialState().device
-    made: Any = SimpleNamespace(load=lambda dtype: teacher, attention=[])
+    parent: Any = SimpleNamespace(load=lambda dtype: teacher, attention_paths=[])
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(
             student,
             blocks,
             blocks[:1],
-            recipe,
+            training,
+            Task(LOSS, Teacher(parent, device, training.compile)),
             Path(folder),
-            task=Task(LOSS, Teacher(made, device, bool(recipe.train and recipe.train.compile))),
+            length=blocks.shape[1],
             collate=Collator(None),
         )
         clock = Clock(steps)
@@ -144,10 +145,9 @@ def ours(student: Any, teacher: Any, blocks: Tensor, recipe: Recipe, steps: int)
     return {"seconds": clock.seconds / steps, "peak": peak(), "losses": [clock.losses[0], clock.losses[-1]]}
 
 
-def bare(student: Any, teacher: Any, blocks: Tensor, recipe: Recipe, steps: int) -> dict[str, Any]:
+def bare(student: Any, teacher: Any, blocks: Tensor, training: Training, steps: int) -> dict[str, Any]:
     """The same steps written out."""
-    training = recipe.train
-    assert training is not None and training.micro_batch_tokens is not None
+    assert training.micro_batch_tokens is not None
     device = next(student.parameters()).device
     if training.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
@@ -159,7 +159,7 @@ def bare(student: Any, teacher: Any, blocks: Tensor, recipe: Recipe, steps: int)
     optimizer = torch.optim.AdamW(
         student.parameters(), training.learning_rate, tuple(training.betas), weight_decay=0.1, fused=True
     )
-    rows = training.micro_batch_tokens // recipe.data.length
+    rows = training.micro_batch_tokens // blocks.shape[1]
     micros = training.batch_tokens // training.micro_batch_tokens
     batches = iter(blocks.pin_memory().split(rows) if device.type == "cuda" else blocks.split(rows))
     started, losses = 0.0, []
@@ -228,19 +228,14 @@ def main() -> None:
     processes = PartialState(cpu=not torch.cuda.is_available())
     device, shape = processes.device, SHAPES[options.shape]
     batch, micro = options.batch or shape["batch"], options.micro or shape["micro"]
-    recipe = Recipe(
-        "benchmark",
-        Data({"builtin": 1}, length=shape["length"]),
-        Training(
-            tokens=(WARM + options.steps) * batch,
-            batch_tokens=batch,
-            micro_batch_tokens=micro,
-            learning_rate=1e-5,
-            gradient_checkpointing=options.checkpointing,
-            compile=options.compile,
-            log_every=5,
-        ),
-        loss=LOSS,
+    training = Training(
+        tokens=(WARM + options.steps) * batch,
+        batch_tokens=batch,
+        micro_batch_tokens=micro,
+        learning_rate=1e-5,
+        gradient_checkpointing=options.checkpointing,
+        compile=options.compile,
+        log_every=5,
     )
     parent_config, student_config = configs(options.shape, options.student)
     generator = torch.Generator().manual_seed(0)
@@ -251,32 +246,32 @@ def main() -> None:
         generator=generator,
         dtype=torch.int32,
     )
-    half = device.type != "cpu"
+    bf16 = device.type != "cpu"
     measured: dict[str, list[dict[str, Any]]] = {}
-    before = 0 if half else resident("VmRSS")
+    before = 0 if bf16 else resident("VmRSS")
     for _ in range(options.rounds):
         for name, loop in (("ours", ours), ("bare", bare)):
             if name == "bare" and options.no_bare:
                 continue
-            teacher = make(parent_config, device, torch.bfloat16 if half else torch.float32).requires_grad_(False)
+            teacher = make(parent_config, device, torch.bfloat16 if bf16 else torch.float32).requires_grad_(False)
             student = make(student_config, device, torch.float32)
             numbers = [sum(p.numel() for p in model.parameters()) for model in (student, teacher)]
-            measured.setdefault(name, []).append(loop(student, teacher, blocks, recipe, options.steps))
+            measured.setdefault(name, []).append(loop(student, teacher, blocks, training, options.steps))
             del student, teacher
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     count = processes.num_processes
-    sharded = count if PartialState().distributed_type.name == "FSDP" else 1
-    expected = forecast(
-        Shape.of(student_config, numbers[0]),
-        trained=numbers[0],
+    num_shards = count if PartialState().distributed_type.name == "FSDP" else 1
+    expected = forecast_memory(
+        ModelShape.of(student_config, numbers[0]),
+        num_trained=numbers[0],
         tokens=min(micro, batch // count),
-        teacher=Shape.of(parent_config, numbers[1]),
-        half=half,
+        teacher=ModelShape.of(parent_config, numbers[1]),
+        bf16=bf16,
         checkpointing=options.checkpointing,
-        sharded=sharded,
-        replicas=1 if sharded > 1 else count,
+        num_shards=num_shards,
+        num_replicas=1 if num_shards > 1 else count,
     )
     if not processes.is_main_process:
         return
@@ -288,7 +283,7 @@ def main() -> None:
         print(f"  {name}: {rates[name]:>12,.0f} tokens/s, peak {(most - before) / 1e9:.2f} GB, loss {losses}")
     if "bare" in rates:
         print(f"  ours / bare: {rates['ours'] / rates['bare']:.3f}")
-    print(f"  forecast: {(expected.total - (0 if half else expected.rest)) / 1e9:.2f} GB")
+    print(f"  forecast: {(expected.total - (0 if bf16 else expected.overhead)) / 1e9:.2f} GB")
     if options.json:
         report = {"device": where, "processes": count, "torch": torch.__version__, "measured": measured}
         report |= {"options": {k: str(v) for k, v in vars(options).items()}, "forecast": asdict(expected)}

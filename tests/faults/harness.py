@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 
 from headwise._cli import console
-from headwise._cli.app import explain
+from headwise._cli.app import report_error
 
 OPERATIONS = ("open", "read", "write", "fsync", "rename", "mkdir", "truncate", "remove", "memory")
 # What each kind of operation may be refused with.
@@ -253,7 +253,7 @@ def attempt(call: Callable[[], Any]) -> str | None:
     except BaseException as problem:
         with redirect_stderr(stream):
             console.configure(quiet=True)
-            explain(problem)
+            report_error(problem)
         console.configure()
         said = stream.getvalue()
         assert said.startswith("Error: ") and "This is a bug" not in said, said

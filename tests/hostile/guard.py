@@ -23,7 +23,7 @@ from typing import Any
 from unittest import mock
 
 from headwise._cli import console
-from headwise._cli.app import explain
+from headwise._cli.app import report_error
 
 FORBIDDEN = (
     "subprocess.Popen",
@@ -97,7 +97,7 @@ class Guard:
                 kind = "overtime"
             except BaseException as problem:
                 kind = "refused"
-                code = explain(problem)
+                code = report_error(problem)
                 if "This is a bug" in stderr.getvalue():
                     kind = f"bug: {type(problem).__name__}"
                 elif code == 130:
