@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 
-from headwise.convert.pipeline import convert_model
 from headwise.convert.inspect import inspect_model
+from headwise.convert.pipeline import convert_model
 from headwise.convert.verify.check import verify_model
-from headwise.demo.demo import Demo, Measurement
+from headwise.demo.demo import DemoResult
+from headwise.demo.picture import Measurement
 from headwise.environment import environment
-from headwise.eval.bench import Bench, Speed
+from headwise.eval.bench import BenchResult, DecodeSpeed
 from headwise.eval.report.card_section import CardUpdate
 from headwise.format import plain
-from headwise.recipes.run import Uptrained
-from headwise.records.push import Push
+from headwise.recipes.run import UptrainResult
+from headwise.records.push import PushResult
 from tests.convert.speaking import save_speaking
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "json.md"
@@ -57,19 +58,19 @@ def printed(tmp_path_factory) -> dict[str, Any]:
     model = save_speaking(home / "model")
     asked = {"to": "gqa", "groups": 4, "calibrate": "none"}
     plan = convert_model(model, home / "out", **asked, dry_run=True)
-    speed = Speed("m", 1, 8, 1.0, 1.0, 1.0, 1, 1, None)
+    speed = DecodeSpeed("m", 1, 8, 1.0, 1.0, 1.0, 1, 1, None)
     measured = Measurement("GQA-4", "mean", 1, 1.0, 1.0)
-    pushed = Push(home, "org/name", None, {"config.json": 3}, ("old.safetensors",), True, True, False)
+    pushed = PushResult(home, "org/name", None, {"config.json": 3}, ("old.safetensors",), True, True, False)
     results = {
         "inspect": inspect_model(model, context=64),
         "convert --dry-run": plan,
         "convert": convert_model(model, home / "out", **asked),
-        "uptrain": Uptrained(home, "distill", 3.0, 2.0, None, 1, 1.0, {0: {"before": 0.1}}),
+        "uptrain": UptrainResult(home, "distill", 3.0, 2.0, None, 1, 1.0, {0: {"before": 0.1}}),
         "verify": verify_model(home / "out"),
-        "bench": Bench([speed], [speed, speed], 1, "cpu"),
+        "bench": BenchResult([speed], [speed, speed], 1, "cpu"),
         "card": CardUpdate(home, 1, (home,)),
         "push": pushed,
-        "demo": Demo("m", 1, measured, (measured,), home),
+        "demo": DemoResult("m", 1, measured, (measured,), home),
         "env": environment(),
     }
     return {verb: json.loads(json.dumps(plain(result), allow_nan=False)) for verb, result in results.items()}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from headwise.eval.result import Evaluation
     from headwise.models.layout import AttentionLayout, CacheSize
     from headwise.recipes.run import UptrainResult
-    from headwise.records.push import Push
+    from headwise.records.push import PushResult
 
 
 def render_inspection(inspection: Inspection) -> None:
@@ -128,7 +128,7 @@ def render_conversion(result: ConvertResult) -> None:
         console.note(f"Pushed it to {result.pushed.repo}: {result.pushed.url}")
 
 
-def render_push(push: Push) -> None:
+def render_push(push: PushResult) -> None:
     """Print what was uploaded to the Hub, or, after a dry run, what would be."""
     repository = f"{push.repo}@{push.revision}" if push.revision else push.repo
     state = "private" if push.private else "public"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from headwise.convert.calibration import calibrate as measure
 from headwise.convert.choose import choose_target
 from headwise.convert.layers import convert_layers, place
 from headwise.convert.plan import Plan, make_plan
+from headwise.convert.refit.joint import joint_notes, plan_joint, refit_jointly
 from headwise.convert.settings import SHARD_SIZE, ConvertSettings
 from headwise.convert.verify.check import Verification, check_folder
 from headwise.errors import GateFailed, SettingError
@@ -26,7 +27,7 @@ from headwise.models.stock_match import check_source_complete
 from headwise.progress import SILENT, Progress
 from headwise.records.card import render_card
 from headwise.records.manifest import hash_files, make_manifest, source_name
-from headwise.records.push import Push, check_repository, push_converted
+from headwise.records.push import PushResult, check_repository, push_converted
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class ConvertResult:
         out: the folder.
         plan: what was decided.
         layers: per converted layer, its expected errors and its refit.
+        refit: the stages of a joint refit.
         verification: None if it was not asked for.
         pushed: None if it was not asked for.
     """
@@ -44,14 +46,16 @@ class ConvertResult:
     out: Path
     plan: Plan
     layers: dict[int, dict[str, Any]] = field(default_factory=dict)
+    refit: list[dict[str, Any]] = field(default_factory=list)
     verification: Verification | None = None
-    pushed: Push | None = None
+    pushed: PushResult | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "out": str(self.out),
             "plan": self.plan.to_dict(),
             "layers": {str(i): report for i, report in self.layers.items()},
+            "refit": self.refit,
             "verification": self.verification.to_dict() if self.verification else None,
             "pushed": self.pushed.to_dict() if self.pushed else None,
         }
@@ -157,11 +161,16 @@ def convert_model(
     check_source_complete(checkpoint, arch.auto_class)
     wanted = _device(settings.device)
     target = choose_target(checkpoint, arch, settings)
+    joint = plan_joint(checkpoint, arch, target, settings, wanted)
+    if joint:
+        settings = replace(settings, refit="joint")
     calibration = measure.plan_calibration(checkpoint, arch, target, settings, wanted)
     where = place(target, calibration, wanted)
     recorded = settings.recorded()
     if calibration:
         recorded["calibration"] = calibration.described()
+    if joint:
+        recorded["joint"] = asdict(joint)
     plan = make_plan(
         checkpoint,
         arch,
@@ -173,7 +182,7 @@ def convert_model(
         max_shard_size=settings.max_shard_size,
         engines=target.engines,
         warnings=target.warnings,
-        notes=[*target.notes, *measure.plan_notes(target, calibration, settings)],
+        notes=[*target.notes, *measure.plan_notes(target, calibration, settings), *joint_notes(joint)],
     )
     if settings.push_to_hub:  # what would stop the push at the end stops the conversion before it begins
         check_repository(
@@ -208,8 +217,16 @@ def convert_model(
         _carry_rest(checkpoint, target, writer, progress)
         checkpoint.check_unchanged()
         verification: list[Verification] = []
+        stages: list[dict[str, Any]] = []
 
         def check(folder: Path) -> None:
+            if joint:
+                names = {n for i in range(len(target.layouts)) for n in target.converted_names(i)}
+                stages.extend(
+                    refit_jointly(
+                        writer, checkpoint, names, joint, seed=settings.seed, device=wanted, progress=progress
+                    )
+                )
             if settings.verify:
                 found = check_folder(
                     open_checkpoint(folder),
@@ -230,6 +247,7 @@ def convert_model(
                 layers=layers,
                 device=where.type,
                 verification=verification[0].to_dict() if verification else None,
+                refit=stages,
             )
             writer.add_text("headwise.json", json.dumps(manifest, indent=2) + "\n")
             writer.add_text("README.md", render_card(manifest, checkpoint.folder / "README.md"))
@@ -240,7 +258,7 @@ def convert_model(
     if settings.push_to_hub:
         pushed = push_converted(published, settings.push_to_hub, settings.private, token, progress)
     progress.finish()
-    return ConvertResult(published, plan, layers, verification[0] if verification else None, pushed)
+    return ConvertResult(published, plan, layers, stages, verification[0] if verification else None, pushed)
 
 
 def _carry_rest(checkpoint: Checkpoint, target: Target, writer: Writer, progress: Progress) -> None:

@@ -1,6 +1,6 @@
 """Render the model card (README.md) of a converted folder from its record, for readers and for the Hub.
 
-Nothing depends on the time or the machine, so a repeated conversion repeats the folder's bytes.
+The card does not depend on the time or the machine: a repeated conversion writes the same bytes.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from headwise.errors import SettingError
 from headwise.format import size
+from headwise.registry import Kind, Method, find_method
 
-# Fields inherited from the source's card: facts about the model that a conversion does not change.
+# Fields of the source's card that a conversion does not change.
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 MAX_CARD = 1_000_000
 EVALUATION = "Evaluation"  # the section of the measured figures
+# The words for the step of a method.
+STEPS: Mapping[Kind, str] = {"merge": "merge", "latent": "latent", "grouping": "grouping", "rope": "RoPE rule"}
 
 
 def render_card(manifest: Mapping[str, Any], source_card: Path | None = None) -> str:
@@ -27,7 +31,7 @@ def render_card(manifest: Mapping[str, Any], source_card: Path | None = None) ->
 
     Args:
         manifest: the content of headwise.json.
-        source_card: the source's README.md, whose licence and language are inherited.
+        source_card: the source's README.md, for its licence and language.
     """
     attention, source = manifest["attention"], manifest["source"]
     revision = source["revision"]
@@ -43,14 +47,16 @@ def render_card(manifest: Mapping[str, Any], source_card: Path | None = None) ->
     lines = [
         f"# {source['model']} with {attention['after']}",
         "",
-        f"Converted from {origin} by headwise {manifest['headwise']}. Stock transformers loads it; there is no",
-        "custom code. `headwise.json` holds the record of the conversion.",
+        f"Converted from {origin} by headwise {manifest['headwise']}. Stock transformers loads it without custom",
+        "code. `headwise.json` is the record of the conversion.",
         "",
+        *_method_lines(manifest),
         *_before_and_after(manifest),
         "",
         "## Errors",
         "",
         *_errors(manifest),
+        *_recovery(manifest.get("refit") or []),
         "",
         "## Checks",
         "",
@@ -84,12 +90,16 @@ def with_section(card: str, title: str, body: str, *, before: str = "") -> str:
 
 
 def without_evaluation(card: str) -> str:
-    """Return a card's text without the figures of earlier weights: the section and `model-index`."""
+    """Return a card's text without the figures of earlier weights: the section and `model-index`.
+
+    Args:
+        card: the whole README.md.
+    """
     with suppress(Exception):  # front matter that cannot be read holds no figures for the Hub
-        made = ModelCard(card)
-        if made.data.get("eval_results"):
-            made.data["eval_results"] = made.data["model_name"] = None
-            card = str(made)
+        parsed = ModelCard(card)
+        if parsed.data.get("eval_results"):
+            parsed.data["eval_results"] = parsed.data["model_name"] = None
+            card = str(parsed)
     lines = card.split("\n")
     headings = _headings(lines)
     first = next((place for place, title in headings if title == EVALUATION), len(lines))
@@ -98,8 +108,8 @@ def without_evaluation(card: str) -> str:
 
 
 def _headings(lines: Sequence[str]) -> list[tuple[int, str]]:
-    """Return line and title of each `## ` heading outside fences."""
-    found, fence = [], ""
+    """Return line number and title of each `## ` heading outside fences."""
+    headings, fence = [], ""
     for place, line in enumerate(lines):
         mark = re.match(r" {0,3}(`{3,}|~{3,})(.*)", line)
         if fence:
@@ -108,12 +118,16 @@ def _headings(lines: Sequence[str]) -> list[tuple[int, str]]:
         elif mark:
             fence = mark[1]
         elif line.startswith("## "):
-            found.append((place, line[3:].strip()))
-    return found
+            headings.append((place, line[3:].strip()))
+    return headings
 
 
 def inherited(source_card: Path | None) -> dict[str, Any]:
-    """Return the licence and language of the source's card; nothing if there is none or it cannot be read."""
+    """Return the licence and language of the source's card; nothing if there is none or it cannot be read.
+
+    Args:
+        source_card: the source's README.md.
+    """
     if source_card is None or not source_card.is_file() or source_card.stat().st_size > MAX_CARD:
         return {}
     try:
@@ -126,6 +140,44 @@ def inherited(source_card: Path | None) -> dict[str, Any]:
 
 def _is_words(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(word, str) for word in value))
+
+
+def methods_of_record(arguments: Mapping[str, Any], *, shrinks: bool) -> list[Method]:
+    """Return the methods of a conversion.
+
+    Args:
+        arguments: of headwise.json.
+        shrinks: whether a layer caches less than before; otherwise heads are copied, and no method merges them.
+
+    Returns:
+        The entries of the registry. A name that the registry does not have is left out.
+    """
+    names: list[tuple[Kind, Any]] = [("rope", arguments.get("rope"))]
+    if arguments.get("to") == "mla":
+        names.insert(0, ("latent", arguments.get("method")))
+    elif shrinks:
+        names.insert(0, ("merge", arguments.get("method")))
+        if arguments.get("to") != "mqa":  # with one KV head there is nothing to group
+            names.insert(1, ("grouping", arguments.get("grouping")))
+    methods = []
+    for kind, name in names:
+        with suppress(SettingError):
+            methods.append(find_method(kind, name))
+    return methods
+
+
+def _method_lines(manifest: Mapping[str, Any]) -> Iterator[str]:
+    methods = methods_of_record(manifest["arguments"], shrinks=manifest["attention"]["shrinks"])
+    if methods:
+        words = [f"{STEPS[m.kind]} `{m.name}` ({'; '.join(filter(None, (m.title, _cite(m))))})" for m in methods]
+        yield f"Method: {', '.join(words)}."
+        yield ""
+
+
+def _cite(method: Method) -> str:
+    """Return the paper with a link to arXiv, which the Hub turns into a tag."""
+    link = r"[arXiv \1](https://arxiv.org/abs/\1)"
+    return re.sub(r"arXiv (\d{4}\.\d{5})", link, method.paper or "")
 
 
 def _before_and_after(manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -150,13 +202,27 @@ def _errors(manifest: Mapping[str, Any]) -> Iterator[str]:
     if not errors:
         yield "Not measured." if manifest["attention"]["shrinks"] else "No layer was approximated."
         return
-    yield "Of each layer, relative to what it replaces (0 is exact)."
+    yield "Relative errors of the converted layers (0 is exact)."
     yield ""
     yield "| error | median layer | worst layer |"
     yield "|---|---|---|"
     for name, values in errors.items():
         worst = max(values, key=lambda layer: values[layer])
         yield f"| {name} | {median(values.values()):.4f} | {values[worst]:.4f} (layer {worst}) |"
+
+
+def _recovery(stages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the stages of a joint refit."""
+    if not stages:
+        return
+    yield ""
+    yield "Recovered on text sampled from the parent, attention weights only. Held-out loss in nats per token:"
+    yield ""
+    yield "| stage | steps | tokens | before | after |"
+    yield "|---|---|---|---|---|"
+    for stage in stages:
+        after = f"{stage['after']:.4f}" + ("" if stage["kept"] else " (undone)")
+        yield f"| {stage['stage']} | {stage['steps']:,} | {stage['tokens']:,} | {stage['before']:.4f} | {after} |"
 
 
 def _numbers(report: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -172,7 +238,7 @@ def _checks(verification: Mapping[str, Any] | None) -> Iterator[str]:
     if verification is None:
         yield "Not checked: the conversion ran with `--no-verify`."
         return
-    yield "Made with the stock classes before the folder was published."
+    yield "The folder was reloaded with the stock classes before it was published."
     yield ""
     for check in verification["checks"]:
         yield f"- {check['name']}: {'passed' if check['passed'] else 'FAILED'}. {check['detail']}".rstrip(". ")

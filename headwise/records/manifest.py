@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,22 +25,33 @@ PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy")
 
 
 class DecidedConversion(Protocol):
-    """What the record of a conversion holds of its plan (`headwise.convert.plan.Plan` has it all)."""
-
-    model: str
-    revision: str | None
-    arguments: dict[str, Any]
-    layouts_before: tuple[AttentionLayout, ...]
-    layouts_after: tuple[AttentionLayout, ...]
-    cache_before: CacheSize
-    cache_after: CacheSize
-    bytes_before: int
-    parameters_before: int
+    """The part of `headwise.convert.plan.Plan` that its record needs."""
 
     @property
-    def bytes_after(self) -> int: ...
+    def model(self) -> str: ...
     @property
-    def parameters_after(self) -> int: ...
+    def revision(self) -> str | None: ...
+    @property
+    def arguments(self) -> dict[str, Any]: ...
+    @property
+    def layouts_before(self) -> tuple[AttentionLayout, ...]: ...
+    @property
+    def layouts_after(self) -> tuple[AttentionLayout, ...]: ...
+    @property
+    def cache_before(self) -> CacheSize: ...
+    @property
+    def cache_after(self) -> CacheSize: ...
+    @property
+    def bytes_before(self) -> int: ...
+    @property
+    def parameters_before(self) -> int: ...
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the output's weights."""
+
+    @property
+    def parameters_after(self) -> int:
+        """Number of parameters of the output."""
 
 
 def make_manifest(
@@ -53,6 +64,7 @@ def make_manifest(
     layers: Mapping[int, Mapping[str, Any]],
     device: str,
     verification: Mapping[str, Any] | None = None,
+    refit: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Return the content of headwise.json.
 
@@ -61,10 +73,11 @@ def make_manifest(
         checkpoint: the source.
         out: the name of the output folder, for the command.
         hashes: SHA-256 of every output tensor's bytes.
-        files: SHA-256 of every other file except this record and the card.
+        files: SHA-256 of every other file, except this record and the card.
         layers: the report of every converted layer.
         device: the kind of device that layers were converted on.
         verification: the checks; None if none were made.
+        refit: the stages of a joint refit.
     """
     before, after = plan.layouts_before, plan.layouts_after
     return {
@@ -94,6 +107,7 @@ def make_manifest(
         "parameters": {"before": plan.parameters_before, "after": plan.parameters_after},
         "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},
         "layers": {str(layer): dict(report) for layer, report in layers.items()},
+        "refit": [dict(stage) for stage in refit],
         "verification": verification,
         "sha256": dict(sorted(hashes.items())),
         "files": dict(sorted(files.items())),
@@ -101,10 +115,16 @@ def make_manifest(
 
 
 def command_of(plan: DecidedConversion, out: str, *, verified: bool = True) -> str:
-    """Return the command that makes the folder again, with every default in force written out."""
+    """Return the command that repeats the conversion, with all defaults in force.
+
+    Args:
+        plan: the decided conversion.
+        out: the name of the output folder.
+        verified: whether the result was verified.
+    """
     model = f"{plan.model}@{plan.revision}" if plan.revision else source_name(plan)
-    words = ["headwise", "convert", model, out]
-    options = {key: value for key, value in plan.arguments.items() if key != "calibration"}
+    command = ["headwise", "convert", model, out]
+    options = {key: value for key, value in plan.arguments.items() if key not in ("calibration", "joint")}
     measured = plan.arguments.get("calibration")
     if measured:
         options["calibrate"] = measured["text"]
@@ -112,14 +132,20 @@ def command_of(plan: DecidedConversion, out: str, *, verified: bool = True) -> s
         options["refit"] = measured["steps"] or "off"
     elif options.get("to") in ("gqa", "mqa", "mla") and not options.get("exact"):
         options["calibrate"] = "none"
+    if plan.arguments.get("joint"):
+        options["refit"] = "joint"
     for key, value in options.items():
         flag = "--" + key.replace("_", "-")
-        words += [flag] if value is True else [flag, str(value)]
-    return shlex.join(words if verified else [*words, "--no-verify"])
+        command += [flag] if value is True else [flag, str(value)]
+    return shlex.join(command if verified else [*command, "--no-verify"])
 
 
 def source_name(plan: DecidedConversion) -> str:
-    """Return the repository, or the last part of a local path; the rest of a path is private."""
+    """Return the repository, or the last part of a local path: the rest may be private.
+
+    Args:
+        plan: the decided conversion.
+    """
     return plan.model if plan.revision else Path(plan.model).resolve().name
 
 
@@ -130,20 +156,29 @@ def _cache_bytes(cache: CacheSize) -> dict[str, Any]:
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return the content of headwise.json; None if there is no such file.
 
+    Args:
+        folder: a model folder.
+
     Raises:
-        HeadwiseError: it does not hold `arguments` and `sha256`.
+        HeadwiseError: the file has no `arguments` and `sha256`.
     """
     if not (folder / RECORD).exists():
         return None
     record = read_json(folder, RECORD)
     known = {"files": {}} | record
     if not all(isinstance(known.get(key), dict) for key in ("arguments", "sha256", "files")):
-        raise HeadwiseError(f"{folder / RECORD} has no arguments and sha256.", "Delete it to do without.")
+        raise HeadwiseError(
+            f"{folder / RECORD} has no arguments and sha256.", "Delete the file to continue without a record."
+        )
     return record
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of the small files: configuration, tokenizer, index, licence."""
+    """Return the SHA-256 of the small files by name: configuration, tokenizer, index, licence.
+
+    Args:
+        folder: a converted folder.
+    """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
         name: hash_file(path)
@@ -153,9 +188,14 @@ def hash_files(folder: Path) -> dict[str, str]:
 
 
 def hash_tensors(checkpoint: Checkpoint, progress: Progress = SILENT) -> dict[str, str]:
-    """Return the SHA-256 of every tensor's bytes."""
+    """Return the SHA-256 of every tensor's bytes by name.
+
+    Args:
+        checkpoint: an opened folder.
+        progress: gets one stage.
+    """
     progress.stage("Hashing", total=checkpoint.nbytes, unit="bytes")
-    found = {}
+    hashes = {}
     buffers = make_buffers(1)
     for name in checkpoint.tensors:
         digest = hashlib.sha256()
@@ -163,43 +203,64 @@ def hash_tensors(checkpoint: Checkpoint, progress: Progress = SILENT) -> dict[st
             content = chunk.numpy().data
             digest.update(content)
             progress.advance(len(content))
-        found[name] = digest.hexdigest()
-    return found
+        hashes[name] = digest.hexdigest()
+    return hashes
 
 
 def changed_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """Return the names of the recorded small files that changed or are missing."""
+    """Return the names of the recorded small files that changed or are missing.
+
+    Args:
+        folder: a converted folder.
+        record: its headwise.json.
+    """
     recorded: Mapping[str, str] = record.get("files") or {}
     paths = {name: path_inside(folder, name) for name in recorded}
     return [n for n, path in paths.items() if not path.is_file() or hash_file(path) != recorded[n]]
 
 
 def changed_tensors(checkpoint: Checkpoint, record: Mapping[str, Any], progress: Progress = SILENT) -> list[str]:
-    """Return the names of the tensors that changed, are missing or are new."""
-    recorded, found = record["sha256"], hash_tensors(checkpoint, progress)
-    return sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
+    """Return the names of the tensors that changed, are missing or are new.
+
+    Args:
+        checkpoint: an opened folder.
+        record: its headwise.json.
+        progress: gets one stage.
+    """
+    recorded, hashes = record["sha256"], hash_tensors(checkpoint, progress)
+    return sorted(name for name in recorded.keys() | hashes.keys() if recorded.get(name) != hashes.get(name))
 
 
 def check_hashes(checkpoint: Checkpoint, progress: Progress = SILENT) -> tuple[bool, str]:
     """Compare every tensor and every small file with the hashes in headwise.json.
 
+    Args:
+        checkpoint: an opened folder.
+        progress: gets one stage.
+
     Returns:
-        Whether all agree, and a sentence about it.
+        Whether all are equal, and a detail for the reader.
 
     Raises:
         HeadwiseError: there is no headwise.json to compare with.
     """
     record = read_record(checkpoint.folder)
     if record is None:
-        raise HeadwiseError(f"{checkpoint.folder} has no {RECORD}.", "Leave out `hashes` to check it without.")
+        raise HeadwiseError(
+            f"{checkpoint.folder} has no {RECORD}.", "Leave out `hashes` to check the folder without it."
+        )
     changed = changed_tensors(checkpoint, record, progress) + changed_files(checkpoint.folder, record)
     if changed:
-        return False, f"{', '.join(changed[:3])} ({len(changed)} in all) not as written"
-    return True, f"{len(record['sha256'])} tensors and {len(record.get('files') or {})} files are as written"
+        return False, f"{', '.join(changed[:3])} ({len(changed)} in all) changed"
+    return True, f"{len(record['sha256'])} tensors and {len(record.get('files') or {})} files are unchanged"
 
 
 def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes.
+
+    Args:
+        path: the file.
+    """
     digest = hashlib.sha256()
     with os_errors(path, "read"), open(path, "rb", buffering=0) as file:
         while chunk := file.read(CHUNK):

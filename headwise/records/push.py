@@ -1,4 +1,4 @@
-"""Push a converted folder to the Hub: checked first, uploaded file by file, published by one commit."""
+"""Push a converted folder to the Hub: check it, upload file by file, publish by one commit."""
 
 from __future__ import annotations
 
@@ -19,26 +19,31 @@ from headwise.records.manifest import RECORD, changed_files, changed_tensors, re
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-# Of what a repository held before, these must not outlive the push: transformers would load them in place of ours.
+# Files of an earlier push that the commit deletes: transformers would load them in place of the new weights.
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
-# What a repository may hold before it holds a model.
+# Files that a repository without a model may hold.
 EMPTY = {".gitattributes", ".gitignore", "README.md", "LICENSE"}
 EVAL_RESULTS = ".eval_results"
 
 
 @dataclass(frozen=True)
-class Push:
-    """A folder on the Hub.
+class PushResult:
+    """A finished push, or after a dry run a planned one.
 
     Attributes:
-        repo, revision: where; None is the main branch.
-        files: names and bytes of what the commit holds.
-        deleted: weight files of the repository that the commit removes.
-        verified: the folder's own record says so and its hashes are still right.
-        commit, url: None after a dry run.
-        pull_request: its address, where one was opened.
-        changed: whether the commit changed anything; False where the repository held just this already, which makes
-            no new commit and no pull request. None after a dry run.
+        folder: the folder that was pushed.
+        repo: the repository, `org/name`.
+        revision: the branch; None: the main branch.
+        files: bytes of every file of the commit, by name.
+        deleted: weight files of the repository that the commit deletes.
+        verified: whether the folder passed its verification and has not changed since.
+        creates_repository: whether the repository is new.
+        private: whether the repository is private.
+        commit: hash of the commit; None after a dry run.
+        url: address of the commit; None after a dry run.
+        pull_request: address of the pull request; None without one.
+        changed: whether the commit changed anything. False: the repository held exactly these files, so that there
+            is no new commit and no pull request. None after a dry run.
     """
 
     folder: Path
@@ -55,6 +60,7 @@ class Push:
     changed: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the push as plain data."""
         return asdict(self) | {"folder": str(self.folder), "deleted": list(self.deleted)}
 
 
@@ -70,32 +76,36 @@ def push_model(
     force: bool = False,
     token: str | None = None,
     progress: Progress = SILENT,
-) -> Push:
-    """Upload a folder that headwise made. Repeat it after an interruption: what has arrived is not sent again.
+) -> PushResult:
+    """Upload a folder that headwise wrote.
 
-    All files appear in the repository together, by one commit; weight files that the repository held before and the
-    folder does not are removed by the same commit.
+    One commit adds all files, and deletes the weight files of the repository that the folder does not have. After
+    an interruption the same call continues: files that have arrived are not sent again.
 
     Args:
-        folder: what `convert` or `uptrain` wrote.
+        folder: the folder that `convert_model` or `uptrain_model` wrote.
         repo: `org/name[@revision]`; it is made if it does not exist.
         revision: the branch; it is made from the main branch if it does not exist.
         private: make a new repository private; an existing public one is refused.
         create_pr: open a pull request instead of committing.
-        dry_run: look at folder and repository and change nothing.
+        dry_run: check folder and repository, and change nothing.
         unverified: push a folder that was not verified, or has changed since.
         force: replace another model.
         token: of the Hub; None: HF_TOKEN, or that of `hf auth login`.
+        progress: gets the stages.
+
+    Returns:
+        The push, or its plan under `dry_run`.
 
     Raises:
-        HeadwiseError: the folder is not fit to be pushed, or the Hub refuses.
+        HeadwiseError: the folder cannot be pushed, or the Hub refuses.
     """
-    home = Path(folder).expanduser()
-    record = _record(home)
-    files = files_to_push(home)
-    doubt = _doubt(home, record, progress)
-    if doubt and not unverified:
-        raise HeadwiseError(f"{home} {doubt}.", "Convert it again, or pass --unverified to push it as it is.")
+    path = Path(folder).expanduser()
+    record = _read_source_record(path)
+    files = files_to_push(path)
+    problem = _verification_problem(path, record, progress)
+    if problem and not unverified:
+        raise HeadwiseError(f"{path} {problem}.", "Convert it again, or give `unverified` to push it unchanged.")
     target = check_repository(
         repo,
         str(record["source"]["model"]),
@@ -106,32 +116,52 @@ def push_model(
         token=token,
         need_token=not dry_run,
     )
-    planned = Push(
-        folder=home,
+    planned = PushResult(
+        folder=path,
         repo=target.repo,
         revision=target.revision,
         files=files,
         deleted=tuple(n for n in target.files if n not in files and any(fnmatch(n, p) for p in WEIGHTS)),
-        verified=not doubt,
+        verified=not problem,
         creates_repository=not target.exists,
         private=target.private,
     )
-    return planned if dry_run else _upload(planned, target, create_pr, doubt, token, progress)
+    return planned if dry_run else _upload(planned, target, create_pr, problem, token, progress)
 
 
-def push_converted(folder: Path, repo: str, private: bool, token: str | None, progress: Progress) -> Push:
-    """`push` at the end of a conversion; a failure says that the folder itself is complete."""
+def push_converted(folder: Path, repo: str, private: bool, token: str | None, progress: Progress) -> PushResult:
+    """Push at the end of a conversion.
+
+    Args:
+        folder: the converted folder.
+        repo: `org/name[@revision]`.
+        private: make a new repository private.
+        token: of the Hub.
+        progress: gets the stages.
+
+    Raises:
+        HeadwiseError: as `push_model`; the hint is that the folder is complete.
+    """
     try:
         return push_model(folder, repo, private=private, token=token, progress=progress)
     except HeadwiseError as error:
-        again = f"{folder} is complete: `headwise push {folder} {repo}` sends it."
-        raise HeadwiseError(error.message, again) from error
+        hint = f"{folder} is complete: `headwise push {folder} {repo}` uploads it."
+        raise HeadwiseError(error.message, hint) from error
 
 
 @dataclass(frozen=True)
 class HubRepository:
-    """A repository before the push. `private`: what it is or will be; `new_branch`: `revision` is not there yet;
-    `head`: the commit that the new one will follow."""
+    """A repository before the push.
+
+    Attributes:
+        repo: `org/name`.
+        revision: the branch; None: the main branch.
+        exists: whether the repository exists.
+        private: whether it is private, or will be.
+        new_branch: whether `revision` does not exist yet.
+        files: names of the files of the branch.
+        head: the last commit of the branch.
+    """
 
     repo: str
     revision: str | None
@@ -153,26 +183,36 @@ def check_repository(
     token: str | None = None,
     need_token: bool = True,
 ) -> HubRepository:
-    """Look at a repository without changing it, and make sure that a push may go there.
+    """Check that a push to a repository is possible, without changing it.
 
     Args:
-        model: what the folder was made from, which a repository that holds a model must have been made from too.
+        repo: `org/name[@revision]`.
+        model: the source of the folder; a repository with a model must have the same source.
+        revision: the branch.
+        private: whether a new repository is to be private.
+        create_pr: whether the push opens a pull request.
+        force: whether the push may replace another model.
+        token: of the Hub.
+        need_token: whether a missing token is an error.
+
+    Returns:
+        The state of the repository.
 
     Raises:
-        HeadwiseError: the name or the token is wrong, the Hub refuses, or the push would replace something else.
+        HeadwiseError: the name or the token is wrong, the Hub refuses, or the push would replace another model.
     """
     repo, revision = hub.resolve_revision(repo, revision)
     if not hub.NAME.fullmatch(repo):
         raise HeadwiseError(f"{repo!r} is not a repository name.", "Write it as org/name.")
     if create_pr and revision:
         raise HeadwiseError(
-            f"A pull request goes to the main branch, not to {revision}.", "Leave out --create-pr or --revision."
+            f"A pull request goes to the main branch, not to {revision}.", "Leave out `create_pr` or `revision`."
         )
     from huggingface_hub import errors, get_token
 
     if need_token and not (token or get_token()):
         raise HeadwiseError(
-            "There is no Hub token to push with.", "Log in with `hf auth login`, set HF_TOKEN or pass --token."
+            "There is no Hub token to push with.", "Log in with `hf auth login`, set HF_TOKEN or give `token`."
         )
     with hub.hub_errors(repo, revision, token):
         api = _api(token)
@@ -183,7 +223,7 @@ def check_repository(
         except errors.RepositoryNotFoundError:
             return HubRepository(repo, revision, exists=False, private=private, new_branch=bool(revision), files=())
         if private and not info.private:
-            raise HeadwiseError(f"{repo} exists and is public.", "Name a new repository, or leave out --private.")
+            raise HeadwiseError(f"{repo} exists and is public.", "Name a new repository, or leave out `private`.")
         new_branch, head = False, info.sha
         if revision:
             try:
@@ -193,16 +233,23 @@ def check_repository(
         at = None if new_branch else revision
         files = tuple(api.list_repo_files(repo, revision=at))
         if not (force or create_pr or new_branch) and _is_other(repo, at, token, files, model):
-            what = f"another model than one made from {model}" if repo != model else "the model this was made from"
+            held = f"another model than one made from {model}" if repo != model else "the source of this model"
             raise HeadwiseError(
-                f"{repo}{f'@{at}' if at else ''} holds {what}.",
-                "Name another repository or --revision, propose it with --create-pr, or replace it with --force.",
+                f"{repo}{f'@{at}' if at else ''} holds {held}.",
+                "Name another repository or `revision`, open a pull request with `create_pr`, or replace it with "
+                "`force`.",
             )
         return HubRepository(repo, revision, True, bool(info.private), new_branch, files, head)
 
 
 def files_to_push(folder: Path) -> dict[str, int]:
-    """Names and bytes of a folder's files; hidden ones stay here, but for the Hub's own `.eval_results`."""
+    """Return the bytes of the files to push, by name.
+
+    Hidden files are not pushed, except those of the Hub's own `.eval_results`.
+
+    Args:
+        folder: the converted folder.
+    """
     paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
         name.as_posix(): path_inside(folder, name.as_posix()).stat().st_size
@@ -211,7 +258,7 @@ def files_to_push(folder: Path) -> dict[str, int]:
     }
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def _read_source_record(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise HeadwiseError(f"There is no folder {folder}.", "Name the folder that `headwise convert` wrote.")
     record = read_record(folder)
@@ -224,8 +271,8 @@ def _record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _doubt(folder: Path, record: Mapping[str, Any], progress: Progress) -> str:
-    """Why the folder cannot be called verified, as the rest of a sentence about it; empty if it can."""
+def _verification_problem(folder: Path, record: Mapping[str, Any], progress: Progress) -> str:
+    """Return why the folder is not verified, as the predicate of a sentence; "" if it is."""
     verification = record.get("verification")
     if not isinstance(verification, dict):
         return "was not verified"
@@ -237,7 +284,7 @@ def _doubt(folder: Path, record: Mapping[str, Any], progress: Progress) -> str:
 
 
 def _is_other(repo: str, revision: str | None, token: str | None, files: Sequence[str], model: str) -> bool:
-    """Whether a branch holds something that a conversion of `model` must not replace unasked."""
+    """Return whether a branch holds a model that was not converted from `model`."""
     if set(files) <= EMPTY:
         return False
     if RECORD not in files:
@@ -247,8 +294,8 @@ def _is_other(repo: str, revision: str | None, token: str | None, files: Sequenc
 
 
 def _upload(
-    planned: Push, target: HubRepository, create_pr: bool, doubt: str, token: str | None, progress: Progress
-) -> Push:
+    planned: PushResult, target: HubRepository, create_pr: bool, problem: str, token: str | None, progress: Progress
+) -> PushResult:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     repo, revision = target.repo, target.revision
@@ -260,7 +307,7 @@ def _upload(
             api.create_branch(repo, branch=revision, exist_ok=True)
         progress.stage("Uploading", total=sum(planned.files.values()), unit="bytes")
         added = []
-        # One at a time, so that there is progress to show; the client sends the parts of each in parallel.
+        # One file at a time, for the progress; the client sends the parts of a file in parallel.
         for name, size in planned.files.items():
             added.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(planned.folder / name)))
             api.preupload_lfs_files(repo, added[-1:], revision=revision, create_pr=create_pr)
@@ -269,12 +316,12 @@ def _upload(
             repo,
             [*added, *(CommitOperationDelete(path_in_repo=name) for name in planned.deleted)],
             commit_message="Upload a model converted by headwise",
-            commit_description=f"Pushed unverified: the folder {doubt}." if doubt else None,
+            commit_description=f"Pushed unverified: the folder {problem}." if problem else None,
             revision=revision,
             create_pr=create_pr,
         )
     progress.finish()
-    # The client makes no empty commit: it answers with the last one.
+    # The client makes no empty commit: it returns the last one.
     changed = commit.oid != target.head
     return replace(planned, commit=commit.oid, url=commit.commit_url, pull_request=commit.pr_url, changed=changed)
 

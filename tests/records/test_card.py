@@ -28,6 +28,43 @@ def test_card_shows_the_change_and_repeats_itself(model):
     assert "base_model" not in data, "a local folder is no repository"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            {"to": "gqa", "groups": 4, "method": "mean", "grouping": "contiguous"},
+            "Method: merge `mean` (mean pooling; Ainslie et al. 2023, "
+            "[arXiv 2305.13245](https://arxiv.org/abs/2305.13245)), grouping `contiguous` (neighbouring heads; "
+            "Ainslie et al. 2023, [arXiv 2305.13245](https://arxiv.org/abs/2305.13245)).",
+        ),
+        (
+            {"to": "gqa", "groups": 4, "method": "optimal", "grouping": "optimal"},
+            "Method: merge `optimal` (weighted PCA), grouping `optimal` (least residual energy).",
+        ),
+        (
+            {"to": "mqa", "method": "first", "grouping": "contiguous"},
+            "Method: merge `first` (first head).",
+        ),
+        (
+            {"to": "mla", "method": "transmla", "rope": "ntk", "context": 4096},
+            "Method: latent `transmla` (RoRoPE, FreqFold and joint PCA; Meng et al. 2025, "
+            "[arXiv 2502.07864](https://arxiv.org/abs/2502.07864)), RoPE rule `ntk` (NTK-aware base).",
+        ),
+        ({"to": "mla", "exact": True}, None),
+        ({"context": 4096, "rope": "auto"}, None),
+        ({"to": "gqa", "groups": 4, "method": "of a later version"}, None),
+    ],
+)
+def test_card_cites_the_methods(model, arguments, line):
+    text = render_card(record_of(model, plan=replace(plan_for(model, 4), arguments=arguments)))
+    assert [found for found in text.splitlines() if found.startswith("Method:")] == ([line] if line else [])
+
+
+def test_card_cites_no_merge_where_heads_are_copied(model):
+    arguments = {"to": "mha", "method": "mean", "grouping": "contiguous"}
+    assert "Method:" not in render_card(record_of(model, plan=replace(plan_for(model, 8), arguments=arguments)))
+
+
 def test_card_names_the_repository_it_came_from(model):
     plan = replace(plan_for(model, 4), model="org/name", revision="c0ffee")
     data = ModelCard(render_card(record_of(model, plan=plan))).data.to_dict()

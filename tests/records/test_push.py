@@ -1,4 +1,4 @@
-"""Pushing a folder with the real client, over HTTP: what is refused, what arrives, what an interruption leaves."""
+"""Push with the real client over HTTP: refusals, the files that arrive, and interruptions."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ QUICK: dict[str, Any] = {"to": "gqa", "groups": 2, "calibrate": "none", "max_sha
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("made")
+def converted(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("converted")
     save_speaking(home / "model")
     convert_model(home / "model", home / "out", **QUICK)
     return home
 
 
 @pytest.fixture
-def out(made, tmp_path) -> Path:
-    return shutil.copytree(made / "out", tmp_path / "out")
+def out(converted, tmp_path) -> Path:
+    return shutil.copytree(converted / "out", tmp_path / "out")
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_a_folder_arrives_whole_and_is_pulled_again(hub, out, tmp_path):
     assert arrived.pop(".gitattributes") and arrived == contents(out)
     assert (pushed.commit, pushed.url) == (remote.commit("main"), f"{hub.endpoint}/org/new/commit/{pushed.commit}")
     assert hub.count("POST .*/commit/main") == 1, "all files appear together"
-    # Everywhere a model is taken, with the commit on record.
+    # The repository can be converted again, and the record has the commit.
     again = convert_model("org/new@main", tmp_path / "again", to="mqa", calibrate="none")
     assert isinstance(again, ConvertResult) and again.plan.revision == pushed.commit
     record = json.loads((tmp_path / "again" / "headwise.json").read_text())
@@ -89,13 +89,13 @@ def test_nothing_is_sent_twice(hub, out):
     assert hub.count("PUT") == sent == len(shards(second.files))
     assert second.commit == hub.repositories["org/new"].commit("main") and not second.creates_repository
     assert second.changed is False
-    done = run("push", out, "org/new", "--create-pr", "--token", TOKEN)
-    assert done.exit_code == 0 and "holds exactly this already, so nothing was sent" in done.stdout
-    assert "Pushed" not in done.stdout
+    result = run("push", out, "org/new", "--create-pr", "--token", TOKEN)
+    assert result.exit_code == 0 and "holds exactly this already, so nothing was sent" in result.stdout
+    assert "Pushed" not in result.stdout
 
 
 @pytest.mark.parametrize("stage", ["upload", "commit"])
-def test_an_error_in_the_middle_is_said_and_the_next_run_goes_on(hub, out, stage):
+def test_an_error_in_the_middle_is_reported_and_the_next_run_continues(hub, out, stage):
     files = sorted(shards(contents(out)))
     # The client itself tries an upload six times; it is the second file that never succeeds.
     broken = {"upload": f"PUT /lfs/{sha256(out / files[1])}", "commit": "POST .*/commit/"}[stage]
@@ -103,12 +103,12 @@ def test_an_error_in_the_middle_is_said_and_the_next_run_goes_on(hub, out, stage
     with pytest.raises(HeadwiseError, match=r"answers 500.*Run the same command again"):
         push_model(out, "org/new", token=TOKEN)
     remote = hub.repositories["org/new"]
-    assert set(contents(remote.folder("main"))) == {".gitattributes"}, "half a model is never to be seen"
-    kept = len(list((hub.storage / "objects").iterdir()))
-    assert kept == {"upload": 1, "commit": len(files)}[stage]
+    assert set(contents(remote.folder("main"))) == {".gitattributes"}, "half a model is never visible"
+    uploaded = len(list((hub.storage / "objects").iterdir()))
+    assert uploaded == {"upload": 1, "commit": len(files)}[stage]
     before, hub.failures[broken] = hub.count("PUT"), 0
     push_model(out, "org/new", token=TOKEN)
-    assert hub.count("PUT") - before == len(files) - kept
+    assert hub.count("PUT") - before == len(files) - uploaded
     assert contents(out).items() <= contents(remote.folder("main")).items()
 
 
@@ -128,7 +128,7 @@ def test_the_default_storage_of_the_real_hub(hub, out, monkeypatch):
 def test_private_repositories(hub, out, tmp_path):
     assert push_model(out, "org/secret", private=True, token=TOKEN).private
     assert hub.repositories["org/secret"].private
-    assert push_model(out, "org/secret", token=TOKEN).private, "it stays what it is"
+    assert push_model(out, "org/secret", token=TOKEN).private, "an existing repository stays private"
     with pytest.raises(HeadwiseError, match="does not exist or is private"):
         convert_model("org/secret", tmp_path / "x", to="mqa")
     hub.repositories["org/open"] = Repository({"main": hub.storage / "empty"})
@@ -156,9 +156,9 @@ def test_a_pull_request_changes_no_branch(hub, out):
     assert "model.safetensors" not in contents(remote.folder("refs/pr/1"))
 
 
-def foreign(home: Path) -> Path:
-    """Another model in one file, which transformers would load in place of pushed shards."""
-    folder = home / "foreign"
+def foreign(parent: Path) -> Path:
+    """Write another model in one file, which transformers would load in place of the pushed shards."""
+    folder = parent / "foreign"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"other")
     (folder / "notes.md").write_text("kept")
@@ -167,7 +167,7 @@ def foreign(home: Path) -> Path:
 
 def test_another_model_is_replaced_only_by_force(hub, out):
     hub.repositories["org/other"] = Repository({"main": foreign(out.parent)})
-    with pytest.raises(HeadwiseError, match=r"holds another model than one made from model.*--force"):
+    with pytest.raises(HeadwiseError, match=r"holds another model than one made from model.*`force`"):
         push_model(out, "org/other", token=TOKEN)
     pushed = push_model(out, "org/other", force=True, token=TOKEN)
     arrived = contents(hub.repositories["org/other"].folder("main"))
@@ -175,9 +175,9 @@ def test_another_model_is_replaced_only_by_force(hub, out):
     assert arrived["notes.md"] == b"kept"
 
 
-def test_a_new_conversion_of_the_same_model_replaces_the_old(hub, out, made, tmp_path):
+def test_a_new_conversion_of_the_same_model_replaces_the_old(hub, out, converted, tmp_path):
     push_model(out, "org/new", token=TOKEN)
-    convert_model(made / "model", tmp_path / "mqa", to="mqa", calibrate="none")
+    convert_model(converted / "model", tmp_path / "mqa", to="mqa", calibrate="none")
     pushed = push_model(tmp_path / "mqa", "org/new", token=TOKEN)
     assert set(pushed.deleted) == shards(contents(out)) | {"model.safetensors.index.json"}
     assert shards(contents(hub.repositories["org/new"].folder("main"))) == {"model.safetensors"}
@@ -193,7 +193,7 @@ def test_a_dry_run_changes_nothing(hub, out):
     assert not hub.repositories and {method for method, _ in hub.requests} == {"GET"}
 
 
-def test_hidden_files_stay_here(hub, out):
+def test_hidden_files_are_not_pushed(hub, out):
     for name in (".git/config", ".cache/x", ".env", "logs/.hidden/x"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("secret")
@@ -235,9 +235,9 @@ def other_config(out: Path) -> None:
         (other_config, r"has changed since it was verified \(config\.json\)"),
     ],
 )
-def test_what_is_not_verified_is_not_pushed_unasked(hub, out, change, words):
+def test_an_unverified_folder_is_refused(hub, out, change, words):
     change(out)
-    with pytest.raises(HeadwiseError, match=words + ".*--unverified"):
+    with pytest.raises(HeadwiseError, match=words + ".*`unverified`"):
         push_model(out, "org/new", token=TOKEN)
     assert not hub.requests
     assert not push_model(out, "org/new", unverified=True, token=TOKEN).verified
@@ -261,61 +261,61 @@ def test_what_is_not_verified_is_not_pushed_unasked(hub, out, change, words):
         ("two revisions", ["out", "org/new@a", "--revision", "b", "--token", TOKEN]),
     ],
 )
-def test_bad_input_is_one_sentence(hub, made, monkeypatch, words, arguments):
-    monkeypatch.chdir(made)
-    done = run("push", *arguments)
-    said = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
-    assert done.exit_code == 2 and len(said) == 1 and words in said[0], done.stderr
-    assert "Traceback" not in done.stderr and "bug" not in done.stderr and done.stdout == ""
-    assert "hf_wrong" not in done.output and "hf_two" not in done.output
+def test_bad_input_is_one_sentence(hub, converted, monkeypatch, words, arguments):
+    monkeypatch.chdir(converted)
+    result = run("push", *arguments)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert result.exit_code == 2 and len(errors) == 1 and words in errors[0], result.stderr
+    assert "Traceback" not in result.stderr and "bug" not in result.stderr and result.stdout == ""
+    assert "hf_wrong" not in result.output and "hf_two" not in result.output
 
 
-def test_offline_is_said(hub, out, monkeypatch):
+def test_offline_is_reported(hub, out, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HeadwiseError, match="HF_HUB_OFFLINE is set"):
         push_model(out, "org/new", token=TOKEN)
     assert not hub.requests
 
 
-def test_the_clients_own_variables_hold(hub, made, tmp_path):
+def test_the_variables_of_the_client_apply(hub, converted, tmp_path):
     """In a process of its own, because the client reads them when it is imported."""
     words = "import sys; from headwise.cli import main; sys.argv[0] = 'headwise'; main()"
-    command = [sys.executable, "-c", words, "push", str(made / "out"), "org/new", "--json"]
-    kept = {
+    command = [sys.executable, "-c", words, "push", str(converted / "out"), "org/new", "--json"]
+    inherited = {
         key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()
     }
-    own = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run(command, env=kept | own, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["commit"] == hub.repositories["org/new"].commit("main")
-    assert TOKEN not in done.stdout + done.stderr
-    assert "Uploading" in done.stderr and "%|" not in done.stderr, "one progress, and it is ours"
+    client = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    result = subprocess.run(command, env=inherited | client, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["commit"] == hub.repositories["org/new"].commit("main")
+    assert TOKEN not in result.stdout + result.stderr
+    assert "Uploading" in result.stderr and "%|" not in result.stderr, "only the progress of headwise is shown"
 
 
-def test_convert_pushes_at_the_end_and_looks_before_it_begins(hub, made, tmp_path):
+def test_convert_pushes_at_the_end_and_checks_the_repository_first(hub, converted, tmp_path):
     options = ["--to", "mqa", "--calibrate", "none", "--push-to-hub", "org/new", "--token", TOKEN]
-    done = run("convert", made / "model", tmp_path / "a", *options, "--private", "--json")
-    assert done.exit_code == 0, done.stderr
-    assert json.loads(done.stdout)["pushed"]["commit"] == hub.repositories["org/new"].commit("main")
+    result = run("convert", converted / "model", tmp_path / "a", *options, "--private", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["pushed"]["commit"] == hub.repositories["org/new"].commit("main")
     assert hub.repositories["org/new"].private
-    early = run("convert", made / "model", tmp_path / "b", *options[:-1], "hf_wrong")
+    early = run("convert", converted / "model", tmp_path / "b", *options[:-1], "hf_wrong")
     assert early.exit_code == 2 and "refuses the token" in early.stderr and not (tmp_path / "b").exists()
     hub.failures["POST .*/commit/"] = 1
-    late = run("convert", made / "model", tmp_path / "c", *options)
+    late = run("convert", converted / "model", tmp_path / "c", *options)
     assert late.exit_code == 2 and "is complete: `headwise push" in late.stderr and (tmp_path / "c").exists()
-    clash = run("convert", made / "model", tmp_path / "d", *options, "--no-verify")
+    clash = run("convert", converted / "model", tmp_path / "d", *options, "--no-verify")
     assert clash.exit_code == 2 and "leave out --no-verify" in clash.stderr
 
 
-def test_the_token_is_nowhere(hub, made, tmp_path, monkeypatch, caplog):
+def test_the_token_is_never_written(hub, converted, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.DEBUG)
     options = ["--to", "mqa", "--calibrate", "none", "--push-to-hub", "org/new", "--token", TOKEN, "-v"]
     hub.failures["PUT"] = 2
-    said = run("convert", made / "model", tmp_path / "out", *options).output
-    said += run("push", tmp_path / "out", "org/new", "--token", TOKEN, "--json", HEADWISE_DEBUG="1").output
+    output = run("convert", converted / "model", tmp_path / "out", *options).output
+    output += run("push", tmp_path / "out", "org/new", "--token", TOKEN, "--json", HEADWISE_DEBUG="1").output
     hub.failures["POST"] = 20
-    said += run("push", tmp_path / "out", "org/new", "--token", TOKEN, HEADWISE_DEBUG="1").output
-    assert TOKEN not in said and TOKEN not in caplog.text and "answers 500" in said
-    # What the server stores is what a stranger downloads; the cache is what stays on this machine.
+    output += run("push", tmp_path / "out", "org/new", "--token", TOKEN, HEADWISE_DEBUG="1").output
+    assert TOKEN not in output and TOKEN not in caplog.text and "answers 500" in output
+    # The folder, the storage of the server, and the cache of the client.
     for folder in (tmp_path / "out", hub.storage, tmp_path / "cache"):
         assert not [name for name, content in contents(folder).items() if TOKEN.encode() in content]
