@@ -1,4 +1,4 @@
-"""Paired statistics, against published values, closed forms and their own promises."""
+"""Paired statistics, against printed tables, closed forms and error rates in simulations."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from headwise.eval import stats as compare
-from headwise.eval.stats import flips, holm, mcnemar, paired_mean, paired_ratio, t_quantile, t_tail
+from headwise.errors import HeadwiseError
+from headwise.eval import stats
+from headwise.eval.stats import (
+    count_flips,
+    holm,
+    mcnemar,
+    paired_mean,
+    paired_ratio,
+    require_packages,
+    t_quantile,
+    t_tail,
+)
 
 
 @pytest.mark.parametrize(
@@ -22,6 +32,63 @@ def test_student_t(dof: int, probability: float, t: float) -> None:
     assert t_quantile(1 - probability, dof) == pytest.approx(-t, abs=6e-5)
     assert t_tail(t, dof) == pytest.approx(1 - probability, abs=2e-5)
     assert t_tail(-t, dof) == pytest.approx(probability, abs=2e-5)
+
+
+def closed_form_tail(t: float, degrees: int) -> float:
+    """P(T > t) by the finite sums of Abramowitz & Stegun 26.7.3 and 26.7.4."""
+    angle = math.atan2(abs(t), math.sqrt(degrees))
+    odd = degrees % 2
+    k = torch.arange(1, max(1, degrees // 2), dtype=torch.float64)
+    terms = (2 * k / (2 * k + 1) if odd else (2 * k - 1) / (2 * k)) * math.cos(angle) ** 2
+    inside = math.sin(angle) * (1 + float(terms.cumprod(0).sum()) if degrees > 1 else 0.0)
+    if odd:
+        inside = 2 / math.pi * (angle + math.cos(angle) * inside)
+    return (1 - math.copysign(inside, t)) / 2
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 5, 10, 30, 99, 120, 1000, 5000])
+def test_student_t_equals_the_closed_form(degrees: int) -> None:
+    for t in (-40, -5, -1.96, -0.3, 0, 1e-3, 0.5, 1, 2, 3.3, 8, 30):
+        assert t_tail(t, degrees) == pytest.approx(closed_form_tail(t, degrees), abs=1e-12)
+    for probability in (0.025, 0.05, 0.4, 0.6, 0.95, 0.975):
+        quantile = t_quantile(probability, degrees)
+        assert closed_form_tail(quantile, degrees) == pytest.approx(1 - probability, abs=1e-12)
+
+
+@pytest.mark.parametrize("total", [1, 2, 7, 40, 151])
+def test_mcnemar_equals_twice_the_smaller_tail(total: int) -> None:
+    for gained in range(total + 1):
+        tail = sum(math.comb(total, k) for k in range(min(gained, total - gained) + 1))
+        assert mcnemar(gained, total - gained) == pytest.approx(min(1.0, 2 * tail / 2**total), rel=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 50])
+def test_holm_equals_the_definition(count: int) -> None:
+    p_values = (
+        torch.rand(count, generator=torch.Generator().manual_seed(count), dtype=torch.float64) ** 4
+    ).tolist()
+    adjusted, largest = [0.0] * count, 0.0
+    for rank, index in enumerate(sorted(range(count), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (count - rank) * p_values[index]))
+        adjusted[index] = largest
+    assert holm(p_values) == pytest.approx(adjusted, rel=1e-12)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 20, 1000])
+def test_the_bound_on_unobserved_flips_equals_the_closed_form(samples: int) -> None:
+    right = torch.ones(samples)
+    difference = replace(paired_mean(right, right), standard_error=0.0, binary=True)
+    for level in (0.9, 0.95):
+        high = 1 - (1 - level) ** (1 / samples)
+        assert difference.interval(level) == pytest.approx((-high, high), abs=1e-12)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_packages()
+    monkeypatch.setattr(stats, "find_spec", lambda name: None if name == "statsmodels" else True)
+    with pytest.raises(HeadwiseError, match="need statsmodels, which is not installed") as caught:
+        require_packages()
+    assert "headwise[eval]" in str(caught.value)
 
 
 def test_cauchy_is_t_with_one_degree() -> None:
@@ -39,7 +106,7 @@ def test_mcnemar_is_the_binomial_test(gained: int, lost: int, p: float) -> None:
 
 def test_flips_count_both_ways() -> None:
     child, parent = torch.tensor([1.0, 0, 1, 0, 1]), torch.tensor([1.0, 1, 0, 0, 0])
-    assert flips(child, parent) == (2, 1)
+    assert count_flips(child, parent) == (2, 1)
 
 
 def test_holm_by_hand() -> None:
@@ -58,14 +125,14 @@ def test_paired_mean_is_the_one_sample_t_test_on_differences() -> None:
     assert (-found).above(0.2) == pytest.approx(t_tail(0.3 / math.sqrt(0.05), 5))
 
 
-def test_the_same_is_exactly_the_same() -> None:
+def test_equal_samples_have_a_difference_of_exactly_0() -> None:
     nats, words = torch.rand(50, generator=torch.Generator().manual_seed(0)), torch.arange(1, 51)
     for found in (paired_mean(nats, nats), paired_ratio(nats, nats, words)):
         assert (found.estimate, found.standard_error, found.interval()) == (0, 0, (0, 0))
         assert found.p_value() == 1 and found.above() == 1 and found.above(0.01) == 1
 
 
-def test_one_sample_proves_nothing() -> None:
+def test_one_sample_is_no_evidence() -> None:
     for found in (
         paired_mean(torch.ones(1), torch.zeros(1)),
         paired_ratio(torch.ones(1), torch.zeros(1), torch.ones(1)),
@@ -73,7 +140,7 @@ def test_one_sample_proves_nothing() -> None:
         assert found.estimate == 1 and found.interval() == (-math.inf, math.inf) and found.above() > 0.05
 
 
-def test_where_all_pairs_differ_alike_their_number_counts() -> None:
+def test_equal_differences_are_judged_by_their_number() -> None:
     assert (paired_mean(torch.ones(4), torch.zeros(4))).above() == 1 / 16
     weights = torch.tensor([3.0, 5, 7])
     assert paired_ratio(3 * weights, 2 * weights, weights).above() == 1 / 8
@@ -97,11 +164,11 @@ def test_bootstrap_agrees_with_t_where_both_hold() -> None:
     assert (-by_bootstrap).interval() == pytest.approx(tuple(-x for x in reversed(by_bootstrap.interval())))
 
 
-def repeated(tasks: int, flip: float, samples: int, repetitions: int) -> float:
-    """How often a gate at 0% over `tasks` accuracies and a perplexity fires where nothing differs.
+def false_alarms(tasks: int, flip: float, samples: int, repetitions: int) -> float:
+    """Return the share of repetitions in which a gate at 0% over `tasks` accuracies and a perplexity fires.
 
-    Each repetition draws samples from a pool of paired outcomes and deals every pair to parent and child by a
-    coin, so that the two are alike whatever the pool.
+    Each repetition draws samples from a pool of paired outcomes and assigns every pair to parent and child at
+    random, so the true difference is 0.
     """
     generator = torch.Generator().manual_seed(1)
 
@@ -128,49 +195,46 @@ def repeated(tasks: int, flip: float, samples: int, repetitions: int) -> float:
     return fired / repetitions
 
 
-NOTHING_DIFFERS = pytest.mark.parametrize(
+NO_DIFFERENCE = pytest.mark.parametrize(
     ("tasks", "flip", "samples"), [(1, 0.1, 300), (3, 0.2, 200), (5, 0.05, 500)]
 )
 
 
-@NOTHING_DIFFERS
-def test_a_gate_at_five_percent_fires_in_five_percent_where_nothing_differs(
+@NO_DIFFERENCE
+def test_a_gate_at_five_percent_fires_in_five_percent_without_a_difference(
     tasks: int, flip: float, samples: int
 ) -> None:
-    assert 0.02 <= repeated(tasks, flip, samples, repetitions=200) <= 0.08
+    assert 0.02 <= false_alarms(tasks, flip, samples, repetitions=200) <= 0.08
 
 
 @pytest.mark.full
-@NOTHING_DIFFERS
+@NO_DIFFERENCE
 def test_the_same_over_many_repetitions(tasks: int, flip: float, samples: int) -> None:
-    assert 0.04 <= repeated(tasks, flip, samples, repetitions=3000) <= 0.06
+    assert 0.04 <= false_alarms(tasks, flip, samples, repetitions=3000) <= 0.06
 
 
-def test_the_gate_sees_a_damage_that_is_there() -> None:
+def test_the_gate_finds_a_real_damage() -> None:
     generator = torch.Generator().manual_seed(3)
     parent = torch.rand(1000, generator=generator) < 0.7
     child = parent & (torch.rand(1000, generator=generator) < 0.93)  # loses about 5 points
     damage = -paired_mean(child.double(), parent.double())
     assert damage.above(0.01) < 0.001 and damage.above(0.02) < 0.01
-    assert damage.above(0.08) > 0.5  # more than it lost: nothing to complain about
+    assert damage.above(0.08) > 0.5  # more than the child lost
 
 
-def test_resampling_needs_little_memory_and_is_repeatable() -> None:
+def test_resampling_needs_little_memory_and_is_repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.rand(300, generator=torch.Generator().manual_seed(1))
     once = paired_ratio(values, values.flip(0), torch.ones(300), resamples=100)
-    compare_at_once, compare._AT_ONCE = compare._AT_ONCE, 1000
-    try:
-        in_parts = paired_ratio(values, values.flip(0), torch.ones(300), resamples=100)
-    finally:
-        compare._AT_ONCE = compare_at_once
+    monkeypatch.setattr(stats, "_DRAWN_AT_ONCE", 1000)
+    in_parts = paired_ratio(values, values.flip(0), torch.ones(300), resamples=100)
     assert once.interval() == in_parts.interval()
 
 
-def test_answers_alike_leave_room_for_others() -> None:
+def test_equal_answers_allow_a_difference_on_other_questions() -> None:
     right = torch.tensor([1.0, 0.0] * 10)
     found = replace(paired_mean(right, right), binary=True)
     low, high = found.interval()
     assert high == -low == pytest.approx(1 - 0.05 ** (1 / 20))
-    # Were that the share of flips, twenty answers would show none with a chance of 5%.
+    # With that share of flips, twenty answers show none with a probability of 5%.
     assert (1 - high) ** 20 == pytest.approx(0.05)
     assert (-found).interval() == (low, high) and found.above(0.01) == 1
