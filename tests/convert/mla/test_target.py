@@ -1,4 +1,4 @@
-"""MLA folders from end to end: what an exact one computes, what a lossy one promises, and what verify sees."""
+"""MLA folders from end to end: exact ones compute the parent's logits, lossy ones have the promised cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from headwise.errors import HeadwiseError
 from headwise.io.workdir import Interrupted
 from headwise.models import deepseek
 from headwise.models.layout import AttentionLayout, LatentWeights
-from headwise.models.norm_free import from_natural, natural_attention
+from headwise.models.norm_free import from_norm_free_state, norm_free_attention
 from tests import tiny_models
 from tests.convert.speaking import TEXT, contents, save_speaking
 
@@ -31,7 +31,7 @@ PLAIN = {"mistral": {"sliding_window": None}, "qwen2": {"use_sliding_window": Fa
 TYPES = ["llama", "mistral", "qwen2", "phi3", "granite", "smollm3"]
 
 
-def made(result: Any) -> Any:
+def passed(result: Any) -> Any:
     """The result of a conversion whose own checks passed."""
     assert isinstance(result, ConvertResult) and result.verification
     assert result.verification.passed, result.verification.failures
@@ -55,11 +55,11 @@ def logits(model: Any) -> Tensor:
 
 
 def cached(model: Any) -> list[int]:
-    """Numbers per token of every layer of the cache after generating."""
-    said = model.generate(
+    """Cache elements per token of every layer, after generation."""
+    output = model.generate(
         tiny_models.tokens()[:1], max_new_tokens=3, do_sample=False, eos_token_id=None, return_dict_in_generate=True
     )
-    return [x.keys[0, :, 0].numel() + x.values[0, :, 0].numel() for x in said.past_key_values.layers]
+    return [x.keys[0, :, 0].numel() + x.values[0, :, 0].numel() for x in output.past_key_values.layers]
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -77,7 +77,7 @@ def test_an_exact_folder_computes_the_parents_logits(model_type: str, shared: st
     groups = {"mha": heads, "gqa": own, "mqa": 1}[shared]
     more = PLAIN.get(model_type, {}) | {"num_key_value_heads": groups}
     parent = tiny_models.save(model_type, tmp_path / "parent", **more)
-    result = made(convert_model(parent, tmp_path / "out", to="mla", exact=True, dtype="float32"))
+    result = passed(convert_model(parent, tmp_path / "out", to="mla", exact=True, dtype="float32"))
     child, source = load(tmp_path / "out"), load(parent)
     assert type(child) is DeepseekV3ForCausalLM
     assert relative(logits(child), logits(source)) < 1e-5
@@ -90,27 +90,27 @@ def test_an_exact_folder_computes_the_parents_logits(model_type: str, shared: st
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight key-value heads of 8 dims: 128 numbers a token and layer."""
+    """Eight KV heads of 8 dimensions: 128 cache elements per token and layer."""
     return save_speaking(tmp_path_factory.mktemp("source") / "model")
 
 
 @pytest.fixture(scope="module")
-def home(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exact and a lossy conversion of it."""
-    home = tmp_path_factory.mktemp("mla")
-    convert_model(model, home / "exact", to="mla", exact=True, verify=False)
-    convert_model(model, home / "lossy", to="mla", rank=24, rope_dim=8, calibrate="none", verify=False)
-    return home
+def folders(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exact and a lossy conversion of the model."""
+    folders = tmp_path_factory.mktemp("mla")
+    convert_model(model, folders / "exact", to="mla", exact=True, verify=False)
+    convert_model(model, folders / "lossy", to="mla", rank=24, rope_dim=8, calibrate="none", verify=False)
+    return folders
 
 
 @pytest.mark.parametrize("rope_frequencies", ["default", "free"])
 @pytest.mark.parametrize("method", ["optimal", "transmla"])
 @pytest.mark.parametrize("shape", [{"rank": 20, "rope_dim": 4}, {"cache": 0.25}], ids=["shape", "share"])
-def test_a_lossy_folder_caches_what_it_promised(
+def test_a_lossy_folder_has_the_promised_cache(
     model: Path, tmp_path: Path, shape: dict[str, Any], method: str, rope_frequencies: str
 ) -> None:
     options = {"method": method, "rope_frequencies": rope_frequencies, "calibrate": "none"}
-    result = made(convert_model(model, tmp_path / "out", to="mla", **shape, **options))
+    result = passed(convert_model(model, tmp_path / "out", to="mla", **shape, **options))
     wanted = 32 if "cache" in shape else 24
     assert cached(load(tmp_path / "out")) == [wanted] * 2
     assert [layout.cache_elements_per_token for layout in result.plan.layouts_after] == [wanted] * 2
@@ -124,18 +124,18 @@ def test_partial_rope_keeps_whole_planes_of_every_head(model: Path, tmp_path: Pa
     options = {"method": "partial-rope", "calibrate": "none"}
     plan = convert_model(model, tmp_path / "plan", to="mla", cache=0.5, dry_run=True, **options)
     assert isinstance(plan, Plan) and plan.config["qk_rope_head_dim"] % 16 == 0
-    made(convert_model(model, tmp_path / "out", to="mla", rank=32, rope_dim=16, **options))
+    passed(convert_model(model, tmp_path / "out", to="mla", rank=32, rope_dim=16, **options))
     assert cached(load(tmp_path / "out")) == [48] * 2
     with pytest.raises(HeadwiseError, match="8 KV heads needs a rope_dim that is a multiple of 16"):
         convert_model(model, tmp_path / "no", to="mla", rank=32, rope_dim=8, **options)
 
 
 @pytest.mark.parametrize("method", ["transmla", "partial-rope"])
-def test_layers_without_rope_are_not_for_the_published_methods(tmp_path: Path, method: str) -> None:
+def test_the_published_methods_refuse_layers_without_rope(tmp_path: Path, method: str) -> None:
     parent = tiny_models.save("smollm3", tmp_path / "parent")
     with pytest.raises(HeadwiseError, match="layer 1 does not"):
         convert_model(parent, tmp_path / "no", to="mla", rank=12, rope_dim=4, method=method, calibrate="none")
-    made(convert_model(parent, tmp_path / "out", to="mla", rank=12, rope_dim=4, calibrate="none"))
+    passed(convert_model(parent, tmp_path / "out", to="mla", rank=12, rope_dim=4, calibrate="none"))
 
 
 def test_a_larger_shape_comes_closer_and_the_full_one_reaches_the_parent(model: Path, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_larger_shape_comes_closer_and_the_full_one_reaches_the_parent(model: 
 
 def test_a_refit_lowers_the_error_on_text_it_did_not_learn_from(model: Path, tmp_path: Path) -> None:
     options = {"to": "mla", "rank": 24, "rope_dim": 8, **TEXT, "calibration_tokens": 32 * 96, "refit": 40}
-    result = made(convert_model(model, tmp_path / "a" / "out", **options))
+    result = passed(convert_model(model, tmp_path / "a" / "out", **options))
     for layer in (0, 1):
         solved, found = result.layers[layer]["output"], result.layers[layer]["refit"]
         assert solved["kept"] and solved["after"] < solved["before"]
@@ -164,7 +164,7 @@ def test_a_refit_lowers_the_error_on_text_it_did_not_learn_from(model: Path, tmp
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_natural_coordinates_and_back_give_the_same_tensors(home: Path, biased: bool) -> None:
+def test_the_norm_free_module_and_back_give_the_same_tensors(folders: Path, biased: bool) -> None:
     heads, rank, rope_dim, nope, value, hidden = 8, 24, 8, 8, 8, 48
     generator = torch.Generator().manual_seed(2)
 
@@ -172,7 +172,7 @@ def test_natural_coordinates_and_back_give_the_same_tensors(home: Path, biased: 
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     inputs = hidden + biased
-    made_of = LatentWeights(
+    latent = LatentWeights(
         layout=AttentionLayout(heads, heads, nope + rope_dim, value, rope_dim, None, rank, rope_dim),
         q_nope=random(heads, nope, inputs),
         q_rope=random(heads, rope_dim, inputs),
@@ -185,10 +185,10 @@ def test_natural_coordinates_and_back_give_the_same_tensors(home: Path, biased: 
         scale=0.3,
     )
     o_bias = random(hidden) if biased else None
-    module = natural_attention(config(home / "lossy"), 0, made_of, o_bias, torch.device("cpu"))
-    again, bias_again = from_natural(module.state_dict(), made_of)
+    module = norm_free_attention(config(folders / "lossy"), 0, latent, o_bias, torch.device("cpu"))
+    again, bias_again = from_norm_free_state(module.state_dict(), latent)
     options = {"q_lora_rank": hidden + 1 if biased else None, "dtype": torch.float64}
-    direct = deepseek.attention_tensors(made_of, "a", o_bias=o_bias, **options)
+    direct = deepseek.attention_tensors(latent, "a", o_bias=o_bias, **options)
     through = deepseek.attention_tensors(again, "a", o_bias=bias_again, **options)
     assert direct.keys() == through.keys()
     if biased:  # two factors are only determined up to a sign: their product is
@@ -201,7 +201,7 @@ def test_natural_coordinates_and_back_give_the_same_tensors(home: Path, biased: 
 
 def test_bfloat16_is_as_close_to_float64_as_the_parents_own(tmp_path: Path) -> None:
     parent = tiny_models.save("phi3", tmp_path / "parent", torch.bfloat16)
-    made(convert_model(parent, tmp_path / "out", to="mla", exact=True))
+    passed(convert_model(parent, tmp_path / "out", to="mla", exact=True))
     with tiny_models.float64_throughout():
         truth = logits(load(parent, torch.float64))
 
@@ -212,10 +212,10 @@ def test_bfloat16_is_as_close_to_float64_as_the_parents_own(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("rule", ["ntk", "base", "linear", "yarn", "llama3"])
-def test_a_longer_context_turns_as_the_rule_says(model: Path, tmp_path: Path, rule: str) -> None:
+def test_a_longer_context_has_the_frequencies_of_the_rule(model: Path, tmp_path: Path, rule: str) -> None:
     positions = {"context": 128, "rope": rule} | ({"rope_theta": 5e4} if rule == "base" else {})
     convert_model(model, tmp_path / "long", **positions, verify=False)
-    made(convert_model(model, tmp_path / "exact", to="mla", exact=True, **positions))
+    passed(convert_model(model, tmp_path / "exact", to="mla", exact=True, **positions))
     long = config(tmp_path / "long")
     assert config(tmp_path / "exact")["max_position_embeddings"] == long["max_position_embeddings"] == 128
     assert relative(logits(load(tmp_path / "exact")), logits(load(tmp_path / "long"))) < 1e-5
@@ -267,10 +267,10 @@ def change_mlp(tensors: Tensors) -> None:
         ("lossy", drop_up, {"tensors"}),
     ],
 )
-def test_verify_sees_changed_tensors(
-    model: Path, home: Path, tmp_path: Path, kind: str, change: Callable[[Tensors], None], checks: set[str]
+def test_verify_finds_changed_tensors(
+    model: Path, folders: Path, tmp_path: Path, kind: str, change: Callable[[Tensors], None], checks: set[str]
 ) -> None:
-    out = shutil.copytree(home / kind, tmp_path / "out")
+    out = shutil.copytree(folders / kind, tmp_path / "out")
     assert verify_model(out, model).passed
     tensors = load_file(out / "model.safetensors")
     change(tensors)
@@ -280,8 +280,8 @@ def test_verify_sees_changed_tensors(
 
 
 @pytest.mark.parametrize("kind", ["exact", "lossy"])
-def test_verify_sees_another_base(model: Path, home: Path, tmp_path: Path, kind: str) -> None:
-    out = shutil.copytree(home / kind, tmp_path / "out")
+def test_verify_finds_another_base(model: Path, folders: Path, tmp_path: Path, kind: str) -> None:
+    out = shutil.copytree(folders / kind, tmp_path / "out")
     changed = config(out)
     changed["rope_theta"] = changed["rope_parameters"]["rope_theta"] = 12000.0
     (out / "config.json").write_text(json.dumps(changed))
@@ -289,7 +289,7 @@ def test_verify_sees_another_base(model: Path, home: Path, tmp_path: Path, kind:
     assert "parent: config.json differs from the parent's in rope_theta" in found.failures
 
 
-def test_saved_moments_serve_instead_of_the_text(model: Path, tmp_path: Path) -> None:
+def test_saved_moments_replace_the_text(model: Path, tmp_path: Path) -> None:
     options = {"to": "mla", "rank": 24, "rope_dim": 8, "refit": "off", "verify": False}
     convert_model(model, tmp_path / "direct", save_moments=tmp_path / "moments", **TEXT, **options)
     convert_model(model, tmp_path / "reused", moments=tmp_path / "moments", **options)

@@ -12,7 +12,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from headwise.convert.positions import context
-from headwise.convert.positions import rope_range as reach
 from headwise.errors import HeadwiseError
 from headwise.models import architecture, rope
 from tests import tiny_models
@@ -22,16 +21,18 @@ LENGTH = 512
 
 def tiny(model_type: str, **overrides: Any) -> tuple[dict[str, Any], architecture.Architecture]:
     config = tiny_models.config_of(model_type, **overrides)
-    return config, architecture.find(config)
+    return config, architecture.find_architecture(config)
 
 
 def extended(config: dict[str, Any], rule: str, **options: Any) -> tuple[dict[str, Any], list[str]]:
     theta = 5e7 if rule == "base" else None
-    return context.extend(config, architecture.find(config), context=LENGTH, rule=rule, rope_theta=theta, **options)
+    return context.extend_context(
+        config, architecture.find_architecture(config), context=LENGTH, rule=rule, rope_theta=theta, **options
+    )
 
 
 @pytest.mark.parametrize("model_type", sorted(tiny_models.CONFIGS))
-def test_every_rule_on_every_row_is_what_the_stock_class_turns_by(model_type: str) -> None:
+def test_every_rule_on_every_row_gives_the_frequencies_of_the_stock_class(model_type: str) -> None:
     config, arch = tiny(model_type)
     before = copy.deepcopy(config)
     expressed = 0
@@ -58,13 +59,13 @@ def test_every_rule_on_every_row_is_what_the_stock_class_turns_by(model_type: st
         ("gpt_neox", {"hidden_size": 9 * 64, "max_position_embeddings": 128}),
     ],
 )
-def test_a_reloaded_model_turns_by_the_pure_frequencies(
+def test_a_reloaded_model_rotates_by_the_pure_frequencies(
     rule: str, model_type: str, overrides: dict[str, Any], tmp_path: Path
 ) -> None:
     """No code is shared with `verify_frequencies`: a whole model, from a file, in either spelling."""
     config, arch = tiny(model_type, **overrides)
     new, _ = extended(config, rule)
-    (layers,) = context.rotations(new, arch)
+    (layers,) = context.rope_sets(new, arch)
     for spelling in ("rope_parameters", "rope_scaling"):
         (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in new.items() if k != spelling}))
         stock = AutoConfig.from_pretrained(tmp_path)
@@ -79,7 +80,7 @@ def test_a_reloaded_model_turns_by_the_pure_frequencies(
         torch.testing.assert_close(base.rotary_emb.inv_freq.double(), long, rtol=1e-6, atol=0)
 
 
-def test_only_layers_that_see_farther_are_extended() -> None:
+def test_only_layers_with_a_longer_window_are_extended() -> None:
     config, _ = tiny("gemma3_text")
     new, notes = extended(config, "ntk")
     before, after = config["rope_parameters"], new["rope_parameters"]
@@ -103,7 +104,7 @@ def test_the_language_model_inside_a_wrapper_is_extended() -> None:
     assert new["text_config"]["max_position_embeddings"] == LENGTH
 
 
-def test_a_config_that_the_stock_class_reads_otherwise_is_caught() -> None:
+def test_a_config_with_other_frequencies_in_the_stock_class_is_refused() -> None:
     config, arch = tiny("llama")
     new, _ = extended(config, "yarn")
     for key, value in (("rope_theta", 7.0), ("rope_scaling", {"rope_type": "linear", "factor": 2.0})):
@@ -121,47 +122,38 @@ def test_scaled_sources_of_real_models_compose() -> None:
         "original_max_position_embeddings": 8192,
     }
     config, arch = tiny("llama", head_dim=128, max_position_embeddings=131072, rope_parameters=llama3)
-    new, notes = context.extend(config, arch, context=524288)
+    new, notes = context.extend_context(config, arch, context=524288)
     assert new["rope_parameters"] == llama3 | {"factor": 32.0}
     assert "auto chose llama3" in notes[0]
     with pytest.raises(HeadwiseError, match="only llama3 composes"):
-        context.extend(config, arch, context=524288, rule="ntk")
+        context.extend_context(config, arch, context=524288, rule="ntk")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"context": 128}, "--context 128 is not larger than the present max_position_embeddings: 128"),
+        ({"context": 128}, "`context` 128 is not larger than the present max_position_embeddings: 128"),
         ({"context": 64}, "is not larger"),
-        ({"context": 512, "rule": "base"}, "--rope base needs the new base"),
-        ({"context": 512, "rule": "ntk", "rope_theta": 1e6}, "--rope-theta says nothing to --rope ntk"),
+        ({"context": 512, "rule": "base"}, "`rope` base needs the new base"),
+        ({"context": 512, "rule": "ntk", "rope_theta": 1e6}, "`rope` ntk takes no `rope_theta`"),
         ({"context": 512, "rope_theta": 100.0}, "above the present 10000"),
-        ({"context": 512, "rule": "nkt"}, "--rope nkt is not a rule"),
+        ({"context": 512, "rule": "nkt"}, "`rope` is 'nkt', which is not one of base, ntk"),
     ],
 )
 def test_bad_requests(options: dict[str, Any], message: str) -> None:
     config, arch = tiny("llama")
     with pytest.raises(HeadwiseError, match=message):
-        context.extend(config, arch, **options)
+        context.extend_context(config, arch, **options)
 
 
 def test_a_rule_the_stock_class_cannot_hold_is_refused() -> None:
     config, arch = tiny("phi3")
     with pytest.raises(HeadwiseError, match="phi3 cannot express yarn scaling"):
-        context.extend(config, arch, context=512, rule="yarn")
+        context.extend_context(config, arch, context=512, rule="yarn")
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "mpt", "bloom"])
 def test_models_without_rope_are_refused(model_type: str) -> None:
     config = AutoConfig.for_model(model_type).to_dict()
     with pytest.raises(HeadwiseError):
-        context.extend(config, architecture.find(config), context=10**6)
-
-
-def test_reach_tells_each_set_of_layers_apart() -> None:
-    config, arch = tiny("gemma3_text", head_dim=64)
-    found = {r.layer_type: r for r in reach.reach(config, arch, 8192)}
-    assert found["sliding_attention"].context == config["sliding_window"]
-    assert found["full_attention"].context == 8192
-    assert found["full_attention"].to_dict()["holds"] == found["full_attention"].holds
-    assert any("static" in line for line in found["full_attention"].lines())
+        context.extend_context(config, architecture.find_architecture(config), context=10**6)

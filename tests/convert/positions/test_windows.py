@@ -12,7 +12,7 @@ import transformers
 from headwise.convert.positions import windows
 from headwise.errors import HeadwiseError
 from headwise.models import architecture
-from headwise.models.layout import Cache
+from headwise.models.layout import CacheSize
 from tests import tiny_models
 
 WINDOW = 4
@@ -22,15 +22,15 @@ BARE = {"llama": {"attention_bias": False}}
 def windowed(model_type: str, window: int | None, layers: str = "all") -> tuple[Any, Any, dict[str, Any]]:
     """The source model, the same weights under the new config, and that config."""
     model, config = tiny_models.build(model_type, **BARE.get(model_type, {}))
-    new = windows.with_window(config, architecture.find(config), window, layers)
-    arch = architecture.find(new)
+    new = windows.with_window(config, architecture.find_architecture(config), window, layers)
+    arch = architecture.find_architecture(new)
     stock = transformers.AutoConfig.for_model(**new)
     other = getattr(transformers, arch.auto_class).from_config(stock, attn_implementation="eager").eval()
     other.load_state_dict(model.state_dict())
     return model, other, new
 
 
-def reach_of_layers(model: Any) -> list[int]:
+def attended_tokens(model: Any) -> list[int]:
     """How many tokens the last position attends to, layer by layer."""
     with torch.no_grad():
         attentions = model(tiny_models.tokens(12), output_attentions=True).attentions
@@ -42,7 +42,7 @@ def expressible(layers: str) -> list[str]:
     for model_type in sorted(tiny_models.CONFIGS):
         config = tiny_models.config_of(model_type, **BARE.get(model_type, {}))
         try:
-            windows.with_window(config, architecture.find(config), WINDOW, layers)
+            windows.with_window(config, architecture.find_architecture(config), WINDOW, layers)
         except HeadwiseError:
             continue
         found.append(model_type)
@@ -52,9 +52,9 @@ def expressible(layers: str) -> list[str]:
 @pytest.mark.parametrize("model_type", expressible("all"))
 def test_all_layers(model_type: str) -> None:
     _, other, new = windowed(model_type, WINDOW)
-    assert set(reach_of_layers(other)) == {WINDOW}
-    layouts = architecture.find(new).layouts(new)
-    cache, per_token = Cache.of(layouts, torch.int8), sum(a.cache_elements_per_token for a in layouts)
+    assert set(attended_tokens(other)) == {WINDOW}
+    layouts = architecture.find_architecture(new).layouts(new)
+    cache, per_token = CacheSize.of(layouts, torch.int8), sum(a.cache_elements_per_token for a in layouts)
     assert cache.bytes_per_token == per_token
     assert set(cache.at.values()) == {per_token * WINDOW}
 
@@ -62,20 +62,20 @@ def test_all_layers(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", expressible("alternate"))
 def test_alternate_layers(model_type: str) -> None:
     _, other, _ = windowed(model_type, WINDOW, "alternate")
-    reach = reach_of_layers(other)
-    assert reach == [WINDOW if layer % 2 == 0 else 12 for layer in range(len(reach))]
+    attended = attended_tokens(other)
+    assert attended == [WINDOW if layer % 2 == 0 else 12 for layer in range(len(attended))]
 
 
 @pytest.mark.parametrize("model_type", ["mistral", "ministral", "qwen2", "gemma2", "starcoder2"])
 def test_the_inverse(model_type: str) -> None:
     config = tiny_models.config_of(model_type)
-    arch = architecture.find(config)
+    arch = architecture.find_architecture(config)
     if not any(layout.sliding_window for layout in arch.layouts(config)):
         config = windows.with_window(config, arch, WINDOW)
     new = windows.with_window(config, arch, None)
     stock = transformers.AutoConfig.for_model(**new)
     model = transformers.AutoModelForCausalLM.from_config(stock, attn_implementation="eager").eval()
-    assert set(reach_of_layers(model)) == {12}
+    assert set(attended_tokens(model)) == {12}
 
 
 def test_llama_as_mistral_computes_llama_with_a_mask() -> None:
@@ -94,7 +94,7 @@ def test_llama_as_mistral_computes_llama_with_a_mask() -> None:
 def test_the_source_config_is_not_touched() -> None:
     config = tiny_models.config_of("qwen2")
     before = copy.deepcopy(config)
-    windows.with_window(config, architecture.find(config), WINDOW, "1")
+    windows.with_window(config, architecture.find_architecture(config), WINDOW, "1")
     assert config == before
 
 
@@ -108,7 +108,7 @@ def test_layer_lists(text: str, layers: list[int]) -> None:
 
 @pytest.mark.parametrize("text", ["", "some", "1,,2", "-1", "3-1", "4", "0-4", "1.5"])
 def test_bad_layer_lists(text: str) -> None:
-    with pytest.raises(HeadwiseError, match="--window-layers"):
+    with pytest.raises(HeadwiseError, match="window_layers"):
         windows.parse_layers(text, 4)
 
 
@@ -127,4 +127,4 @@ def test_bad_layer_lists(text: str) -> None:
 def test_refusals(model_type: str, window: int | None, layers: str, message: str) -> None:
     config = tiny_models.config_of(model_type)
     with pytest.raises(HeadwiseError, match=message):
-        windows.with_window(config, architecture.find(config), window, layers)
+        windows.with_window(config, architecture.find_architecture(config), window, layers)

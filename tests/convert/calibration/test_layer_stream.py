@@ -1,0 +1,37 @@
+"""One layer at a time, against hooks on the stock model loaded whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import tiny_models
+from tests.convert.calibration.samples import hook_whole_model, stream
+from tests.convert.rows import ROWS, row
+
+
+@pytest.mark.parametrize("model_type", ROWS)
+def test_a_layer_at_a_time_gives_what_the_whole_model_gives(model_type, tmp_path, monkeypatch):
+    monkeypatch.setattr("headwise.convert.calibration.layer_stream.TOKENS_AT_ONCE", 20)
+    source = tiny_models.save(model_type, tmp_path / "model")
+    tokens = torch.randint(3, tiny_models.VOCABULARY, (3, 10), generator=torch.Generator().manual_seed(2))
+    arch, config, _, _ = row(model_type)
+    capped = getattr(arch.stock_config(config), "attn_logit_softcapping", None)
+    whole = hook_whole_model(source, arch, tokens, attn_implementation="eager" if capped else "sdpa")
+    records = stream(source, tokens, keep_activations=True)
+    assert [record.index for record in records] == list(range(len(whole)))
+    for record, here in zip(records, whole, strict=True):
+        x = torch.cat([here["x"], torch.ones(3, 10, 1)], -1).flatten(0, 1).double()
+        pairs = ((record.inputs, here["x"]), (record.outputs, here["y"]), (record.moment, x.T @ x / 30))
+        for found, wanted in pairs:
+            assert float((found - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
+        assert record.tokens == 30
+
+
+def test_layers_without_a_record_change_nothing(tmp_path):
+    source = tiny_models.save("gemma2", tmp_path / "model")
+    every = stream(source, tiny_models.tokens(), keep_activations=True)
+    (last,) = stream(source, tiny_models.tokens(), keep_activations=True, layers=[2])
+    assert last.index == 2
+    for name in ("inputs", "outputs", "moment", "value_moment", "distances"):
+        assert torch.equal(getattr(last, name), getattr(every[2], name))

@@ -1,0 +1,71 @@
+"""Where layers are converted, and conversions of the embedded model on a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from headwise.convert.calibration.calibrate import CalibrationPlan
+from headwise.convert.layers import place
+from headwise.convert.pipeline import convert_model
+from headwise.io.source import EMBEDDED_MODEL
+from tests.convert.devices import needs_gpu
+
+
+@pytest.mark.parametrize(
+    ("device", "measured", "calibrated", "exact", "wanted"),
+    [
+        ("cuda:1", True, True, False, "cuda:1"),
+        ("cuda:1", False, True, False, "cuda:1"),
+        ("cuda:1", False, True, True, "cpu"),
+        ("cuda:1", False, False, False, "cpu"),
+        ("mps", False, True, False, "cpu"),  # has no float64
+    ],
+)
+def test_where_layers_are_converted(
+    device: str, measured: bool, calibrated: bool, exact: bool, wanted: str
+) -> None:
+    target: Any = SimpleNamespace(calibrated=calibrated, exact=exact)
+    calibration = CalibrationPlan("builtin", 2, 32, 0, 0) if measured else None
+    assert place(target, calibration, torch.device(device)) == torch.device(wanted)
+
+
+def logits(folder: Path) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.arange(3, 131)[None] % model.config.vocab_size).logits
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("to", [{"to": "mla", "rank": 48, "rope_dim": 16}, {"to": "gqa", "groups": 1}], ids=str)
+def test_the_demo_model_becomes_the_same_on_a_gpu(to: dict[str, Any], tmp_path: Path) -> None:
+    """Without text, from text to fitted output matrices and a refit, and by moments that the CPU took."""
+    text = {"calibration_tokens": 8192, "refit": "off"}
+    ways: dict[str, tuple[dict[str, Any], float]] = {
+        "blind": ({"calibrate": "none"}, 1e-5),
+        "text": (text, 1e-3),
+        "refit": ({**text, "refit": 3}, 5e-2),  # where a gradient is next to nothing, rounding turns Adam's step
+        "moments": ({"moments": tmp_path / "moments", "refit": "off"}, 1e-5),
+    }
+    convert_model(
+        EMBEDDED_MODEL,
+        tmp_path / "taken",
+        **to,
+        **text,
+        save_moments=tmp_path / "moments",
+        device="cpu",
+        verify=False,
+    )
+    for way, (options, close) in ways.items():
+        for device in ("cpu", "cuda"):
+            out = tmp_path / f"{way}-{device}"
+            convert_model(EMBEDDED_MODEL, out, **to, **options, dtype="float32", device=device, verify=False)
+        ours, theirs = (logits(tmp_path / f"{way}-{device}") for device in ("cuda", "cpu"))
+        assert float((ours - theirs).norm() / theirs.norm()) < close, way
