@@ -12,8 +12,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import transformers
+from transformers.utils import logging as transformers_logging
 
 from headwise._cli import console
 from headwise.errors import HeadwiseError
@@ -45,7 +46,8 @@ def run_worker(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(words))
     options["command"] = options["command"] or shlex.join(["python", "-m", PROCESS_MODULE, *words])
     console.configure()
-    transformers.utils.logging.disable_progress_bar()
+    logging: Any = transformers_logging
+    logging.disable_progress_bar()
     try:
         with console.progress() as progress:
             uptrain_model(options.pop("model"), options.pop("out"), **options, progress=progress)

@@ -1,0 +1,1 @@
+"""The embedded model, the demo that converts it, and its pretraining."""

@@ -52,7 +52,8 @@ def train_tokenizer(texts: list[str], vocab_size: int, seed: int = 0, **options:
         show_progress=False,
     )
     tokenizer.train_from_iterator(sample, trainer, length=len(sample))
-    return PreTrainedTokenizerFast(
+    tokenizer_class: Any = PreTrainedTokenizerFast
+    return tokenizer_class(
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False, **options
     )
 
@@ -104,4 +105,5 @@ def new_model(settings: PretrainSettings, tokenizer: Any) -> Any:
     except ValueError as error:
         raise SettingError("init.config", f"init.config does not make a model: {error}") from None
     set_seed(settings.train.seed)
-    return AutoModelForCausalLM.from_config(config)
+    model_class: Any = AutoModelForCausalLM
+    return model_class.from_config(config)

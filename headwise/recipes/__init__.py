@@ -1,0 +1,1 @@
+"""Uptrain a converted model as a recipe describes."""

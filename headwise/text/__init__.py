@@ -1,0 +1,1 @@
+"""Turn documents into blocks of tokens."""

@@ -29,7 +29,7 @@ def end_of_text(tokenizer: Any) -> int:
         HeadwiseError: the tokenizer has none.
     """
     ends = (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id)
-    end = next((token for token in ends if token is not None), None)
+    end: int | None = next((token for token in ends if token is not None), None)
     if end is None:
         raise HeadwiseError("The tokenizer has no end-of-text token to put between documents.")
     return end

@@ -1,0 +1,1 @@
+"""Train a converted model: loop, losses, callbacks, checkpoints, teacher, memory forecast, launch."""

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
-from transformers.integrations import get_available_reporting_integrations
+from transformers import TrainerCallback, integrations
 
 from headwise.errors import HeadwiseError
 from headwise.io.fs import os_errors
@@ -135,7 +134,8 @@ def check_reporters(names: Sequence[str]) -> list[str]:
     Raises:
         HeadwiseError: the Trainer has no such integration, or its package is not installed.
     """
-    installed = get_available_reporting_integrations()
+    available: Any = integrations
+    installed: list[str] = available.get_available_reporting_integrations()
     for name in names:
         if name not in installed:
             raise HeadwiseError(

@@ -206,8 +206,8 @@ def over_tokens(
     Returns:
         A scalar, float32.
     """
-    total: Tensor = _OverTokens.apply(per_token, chunk, weights, logits, *others)
-    return total
+    apply: Callable[..., Tensor] = _OverTokens.apply
+    return apply(per_token, chunk, weights, logits, *others)
 
 
 class _OverTokens(torch.autograd.Function):

@@ -201,7 +201,7 @@ def _write_topk(
     ids, log_probabilities = (np.load(to / f"{name}.npy", mmap_mode="r+") for name in TOPK_ARRAYS)
     indices = torch.arange(processes.process_index, len(blocks), processes.num_processes)
     progress.stage("Caching the teacher's top-k tokens", total=blocks.numel(), unit="tokens")
-    for chunk in indices.split(BLOCKS_PER_PASS):
+    for chunk in torch.split(indices, BLOCKS_PER_PASS):
         batch = collate([blocks[index] for index in chunk])
         logits = teacher({k: v.to(processes.device) for k, v in batch.items() if k != "labels"}).logits
         for index, row in zip(chunk.tolist(), logits, strict=True):

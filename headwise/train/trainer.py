@@ -149,7 +149,8 @@ class Trainer(transformers.Trainer):
     def _rows_per_step(self) -> int:
         """Rows of one optimizer step, all processes together."""
         args = self.args
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        rows: int = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return rows
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         assert self.checkpoints is not None
@@ -195,6 +196,7 @@ def make_trainer(
     checkpoints: Checkpoints | None = None,
     tokens: int | None = None,
     figures: Mapping[str, float | None] | None = None,
+    trainer_class: type[Trainer] = Trainer,
 ) -> Trainer:
     """Make a Trainer over blocks of text; its curve goes to work/curve.csv as it runs.
 
@@ -211,6 +213,7 @@ def make_trainer(
         checkpoints: where they go; None: no checkpoints.
         tokens: of the run, where the settings alone do not give them.
         figures: `parent` and `before`, nats on the held-out text, for the curve.
+        trainer_class: what to make; a subclass has another loss.
 
     Returns:
         The Trainer; `resume` starts it.
@@ -236,7 +239,7 @@ def make_trainer(
         callbacks.append(TimeBudget(training.seconds, progress))
     if checkpoints is not None:
         callbacks.append(SignalStop())
-    trainer = Trainer(
+    trainer = trainer_class(
         model=network,
         args=arguments,
         train_dataset=blocks,

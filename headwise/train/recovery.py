@@ -1,0 +1,237 @@
+"""Recover the attention layers of a converted model together, on text sampled from the parent (mathematics, 7b).
+
+Two stages, each with transformers' Trainer. First a regression of all layers at once: every attention layer of the
+student gets the parent's own inputs of that layer and is trained on the parent's outputs. Then the KL divergence
+from the parent, end to end. Only attention is trained. A stage that raises the held-out loss is undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headwise.models.stock import empty_model, layer_arguments, move_to_device
+from headwise.progress import SILENT, Progress
+from headwise.train.optimizer import RelativeAdam
+from headwise.train.settings import Loss, Training
+from headwise.train.student import ModelFolder, Student
+from headwise.train.teacher import Teacher
+from headwise.train.trainer import Task, Trainer, make_trainer, resume
+
+# Peak learning rates, relative to the size of each weight (mathematics, section 7b).
+REGRESSION_RATE = 0.1
+KL_RATE = {"mla": 0.003, "gqa": 0.008}
+WARMUP = 0.1
+
+
+@dataclass(frozen=True)
+class JointPlan:
+    """How much of what a joint recovery does.
+
+    Attributes:
+        tokens: distinct tokens of text.
+        regression_steps: of the first stage.
+        kl_steps: of the second stage.
+        sequences: in one step.
+        length: tokens in a sequence.
+        heldout: sequences that only measure.
+    """
+
+    tokens: int
+    regression_steps: int
+    kl_steps: int
+    sequences: int = 12
+    length: int = 1024
+    heldout: int = 32
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of training text."""
+        return max(self.sequences, self.tokens // self.length)
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One stage of a joint recovery.
+
+    Attributes:
+        stage: "regression" or "kl".
+        steps: of the optimizer.
+        tokens: read, repeats included.
+        before: held-out loss before, nats per token.
+        after: held-out loss after.
+        kept: whether the stage's weights are used; False where the loss rose.
+    """
+
+    stage: str
+    steps: int
+    tokens: int
+    before: float
+    after: float
+    kept: bool
+
+
+class RegressionTrainer(Trainer):
+    """Train every attention layer on the teacher's inputs and outputs of that layer.
+
+    The gradient of a layer is computed inside the teacher's forward pass, so the graph of one layer is in memory.
+    """
+
+    def prepare_layers(self, student: Student, length: int) -> None:
+        """Find the attention modules of both models and the arguments of the student's.
+
+        Args:
+            student: the model in training.
+            length: tokens in a sequence.
+        """
+        assert self.task.teacher is not None
+        self._scale = self.task.scales[1]
+        self._student = [student.network.get_submodule(path) for path in student.attention_paths]
+        teacher = self.task.teacher
+        self._teacher = [teacher.network.get_submodule(path) for path in teacher.folder.attention_paths]
+        device = next(student.network.parameters()).device
+        stock = student.folder.stock
+        skeleton = empty_model(student.folder.checkpoint.config, stock.auto_class)
+        arguments = layer_arguments(skeleton, stock.module, length, torch.float32)
+        self._arguments = [move_to_device(each, device) for each in arguments]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
+        """Return the mean relative error of all layers; their gradients are accumulated.
+
+        Args:
+            model: the network; its own forward pass is not run.
+            inputs: the batch.
+        """
+        assert self.task.teacher is not None
+        tokens = self._prepare_inputs(inputs)["input_ids"]
+        errors: list[Tensor] = []
+        share = 1 / (len(self._student) * self.args.gradient_accumulation_steps)
+
+        def hook_for(index: int) -> Any:
+            def hook(module: nn.Module, arguments: Any, options: Mapping[str, Any], output: Any) -> None:
+                given = options["hidden_states"] if "hidden_states" in options else arguments[0]
+                expected = (output[0] if isinstance(output, tuple) else output).float() * self._scale
+                with (
+                    torch.enable_grad(),
+                    torch.autocast(tokens.device.type, torch.bfloat16, enabled=self._bf16, cache_enabled=False),
+                ):
+                    actual = self._student[index](hidden_states=given.float(), **self._arguments[index])
+                    actual = actual[0] if isinstance(actual, tuple) else actual
+                    error = (actual.float() - expected).square().mean() / expected.square().mean().clamp_min(1e-12)
+                    self.accelerator.backward(error * share)
+                errors.append(error.detach())
+
+            return hook
+
+        hooks = [
+            module.register_forward_hook(hook_for(index), with_kwargs=True)
+            for index, module in enumerate(self._teacher)
+        ]
+        try:
+            with torch.no_grad():
+                network: Any = self.task.teacher.network
+                network.base_model(input_ids=tokens, use_cache=False)
+        finally:
+            for handle in hooks:
+                handle.remove()
+        return torch.stack(errors).mean() / self.args.gradient_accumulation_steps
+
+
+def recover_jointly(
+    student: Student,
+    parent: ModelFolder,
+    blocks: Tensor,
+    heldout: Tensor,
+    plan: JointPlan,
+    work: Path,
+    *,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> list[StageReport]:
+    """Train the attention of a student in place.
+
+    Args:
+        student: loaded from its folder; its attention has closed-form weights.
+        parent: the model that it was converted from.
+        blocks: training text, int64 (sequences, length).
+        heldout: text that measures, int64 (sequences, length).
+        plan: steps of both stages.
+        work: a folder for the curves.
+        seed: of the order of the text.
+        progress: receives the figures of both stages.
+
+    Returns:
+        A report for each stage.
+
+    Raises:
+        SettingError: the text does not fill one step.
+    """
+    kind = "mla" if student.folder.latent is not None else "gqa"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = Teacher(parent, device)
+    reports = []
+    for stage, steps, rate in (
+        ("regression", plan.regression_steps, REGRESSION_RATE),
+        ("kl", plan.kl_steps, KL_RATE[kind]),
+    ):
+        if not steps:
+            continue
+        tokens = steps * plan.sequences * plan.length
+        training = Training(
+            tokens=tokens,
+            parameters="attention",
+            batch_tokens=plan.sequences * plan.length,
+            micro_batch_tokens=None if device.type == "cuda" else plan.length,
+            learning_rate=rate,
+            warmup=WARMUP,
+            weight_decay=0.0,
+            max_grad_norm=0.0,
+            save_every=0,
+            precision="bf16" if device.type == "cuda" else "float32",
+            seed=seed,
+        )
+        student.select_parameters(training)
+        task = Task(Loss(kl=1.0), teacher, student.scales(parent), student.attention_paths)
+        trainer = make_trainer(
+            student.network,
+            blocks,
+            heldout,
+            training,
+            task,
+            work,
+            progress,
+            length=plan.length,
+            collate=_collate,
+            trainer_class=RegressionTrainer if stage == "regression" else Trainer,
+        )
+        parameters = list(student.trained_parameters().values())
+        trainer.optimizer = RelativeAdam(parameters, lr=rate)
+        if isinstance(trainer, RegressionTrainer):
+            trainer.prepare_layers(student, plan.length)
+        start = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+        before = trainer.measure(student.network)
+        progress.stage("Regression of all layers" if stage == "regression" else "KL to the parent", total=steps)
+        resume(trainer, None)
+        after = trainer.measure(student.network)
+        kept = after < before  # False for NaN
+        if not kept:
+            with torch.no_grad():
+                for parameter, old in zip(parameters, start, strict=True):
+                    parameter.copy_(old)
+        reports.append(StageReport(stage, steps, tokens, before, after, kept))
+    return reports
+
+
+def as_records(reports: list[StageReport]) -> list[dict[str, Any]]:
+    """Return the reports as plain data, for headwise.json."""
+    return [asdict(report) for report in reports]
+
+
+def _collate(rows: list[Tensor]) -> dict[str, Tensor]:
+    tokens = torch.stack([row.long() for row in rows])
+    return {"input_ids": tokens, "labels": tokens.clone()}
