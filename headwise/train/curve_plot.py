@@ -1,4 +1,4 @@
-"""The picture of a training run."""
+"""Draw the curve of a training run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ INK, PALE, HELDOUT, TRAINING = "#1f2937", "#e5e7eb", "#0072b2", "#8a8a8a"
 
 
 def draw_curve(curve: Path, path: Path, *, parent: float | None = None, title: str = "") -> None:
-    """Write a PNG of a curve.csv: the held-out loss with the parent's as a line, and the training loss below.
+    """Draw a PNG of a curve.csv: the held-out loss with the parent's as a line, and the training loss below.
 
     Args:
-        curve: as `callbacks.Curve` writes it.
+        curve: as `callbacks.CurveCallback` writes it.
         path: where the PNG goes.
         parent: the parent's nats per token on the same held-out text.
         title: the sentence above.
@@ -36,28 +36,28 @@ def draw_curve(curve: Path, path: Path, *, parent: float | None = None, title: s
         if measured and parent is not None:
             axes.axhline(parent, color=INK, linewidth=1.2, dashes=(5, 4))
         if measured:
-            _name_lines(axes, points, parent)
-        _tidy(axes)
+            _label_lines(axes, points, parent)
+        _style_axes(axes)
     panels[0].set_title(title, loc="left", color=INK, fontsize=13, fontweight="bold", pad=12)
     panels[-1].set_xlabel("tokens (millions)", color=INK)
     figure.savefig(path)
 
 
 def _column(curve: Path, name: str) -> list[tuple[float, float]]:
-    """(tokens in millions, value) of every row that has one."""
+    """Return (tokens in millions, value) of every row that has a value."""
     with curve.open(newline="", encoding="utf-8") as file:
         return [(float(row["tokens"]) / 1e6, float(row[name])) for row in csv.DictReader(file) if row.get(name)]
 
 
-def _name_lines(axes: Any, points: list[tuple[float, float]], parent: float | None) -> None:
-    """Say at the right edge what the lines are."""
+def _label_lines(axes: Any, points: list[tuple[float, float]], parent: float | None) -> None:
+    """Label the lines at the right edge."""
     last = points[-1][1]
-    named = [(last, f"this model  {last:.4f}", HELDOUT)]
+    labels = [(last, f"this model  {last:.4f}", HELDOUT)]
     if parent is not None:
-        named.append((parent, f"parent  {parent:.4f}", INK))
-    upper = max(value for value, _, _ in named)
-    for value, text, colour in named:
-        # The two may be close: one name above its line, the other below.
+        labels.append((parent, f"parent  {parent:.4f}", INK))
+    upper = max(value for value, _, _ in labels)
+    for value, text, colour in labels:
+        # The lines may be close: one label is above its line, the other below.
         above = value == upper
         axes.annotate(
             text,
@@ -73,7 +73,7 @@ def _name_lines(axes: Any, points: list[tuple[float, float]], parent: float | No
     axes.margins(y=0.16)
 
 
-def _tidy(axes: Any) -> None:
+def _style_axes(axes: Any) -> None:
     axes.grid(axis="y", color=PALE, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, length=0)
