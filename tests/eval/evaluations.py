@@ -1,4 +1,4 @@
-"""Evaluations made up for the tests of what is made of them."""
+"""Invented evaluations for the tests of reports and verdicts."""
 
 from __future__ import annotations
 
@@ -6,24 +6,22 @@ import math
 from dataclasses import replace
 
 from headwise.eval.result import (
-    Acceptance,
-    Cell,
     Comparison,
-    Curve,
-    Diagnostics,
-    Entropy,
+    Continuation,
+    DraftAcceptance,
     Evaluation,
     Gate,
-    Generation,
-    Head,
-    Layer,
+    GenerationComparison,
     Paired,
-    Positions,
-    Sample,
+    PasskeyCell,
+    PositionComparison,
     Score,
     Subject,
-    Writing,
+    TextQuality,
 )
+from headwise.measure.divergence import Divergence, LayerError
+from headwise.measure.entropy import AttentionEntropy, HeadIndex
+from headwise.measure.positions import PositionLoss
 
 CHILD = Subject("out/gqa-4", None, "llama", "GQA, 4 KV heads", 8_192, 4_540_000, "ab" * 32)
 PARENT = Subject("org/parent", "c0ffee" * 6 + "abcd", "llama", "MHA, 8 KV heads", 16_384, 4_900_000, "cd" * 32)
@@ -54,15 +52,17 @@ def perplexity(nats: float, error: float, p: float = 0.0001) -> Comparison:
     )  # fmt: skip
 
 
-def entropy() -> Entropy:
+def entropy() -> AttentionEntropy:
     parent = tuple(tuple(0.2 + 0.6 * ((3 * layer + head) % 8) / 8 for head in range(8)) for layer in range(6))
     child = tuple(tuple(min(0.995, x + 0.1 * (head % 3)) for head, x in enumerate(row)) for row in parent)
-    heads = (Head(2, 5), Head(4, 1))
-    return Entropy(child, parent, (Head(1, 7),), heads, (), (Head(0, 0),), heads, 0.05, 0.95, 0.2)
+    heads = (HeadIndex(2, 5), HeadIndex(4, 1))
+    return AttentionEntropy(
+        child, parent, (HeadIndex(1, 7),), heads, (), (HeadIndex(0, 0),), heads, 0.05, 0.95, 0.2
+    )
 
 
 def full() -> Evaluation:
-    """Everything measured; a real loss."""
+    """Everything is measured; the loss is significant."""
     curve = [2.4 - 0.5 * math.log1p(step) / 3 for step in range(16)]
     return Evaluation(
         child=CHILD,
@@ -89,36 +89,39 @@ def full() -> Evaluation:
         seconds={"parent: tasks": 61.2, "child: tasks": 58.0, "diagnostics": 9.5},
         lm_eval_seconds=119.2,
         versions={"headwise": "0.1.0", "lm_eval": "0.4.13", "torch": "2.13.0"},
-        positions=Positions(
-            Curve(tuple(x + 0.05 for x in curve), 64, 65_536), Curve(tuple(curve), 64, 65_536), 2048, 2048
+        positions=PositionComparison(
+            PositionLoss(tuple(x + 0.05 for x in curve), 64, 65_536),
+            PositionLoss(tuple(curve), 64, 65_536),
+            2048,
+            2048,
         ),
-        diagnostics=Diagnostics(
+        diagnostics=Divergence(
             tokens=65_536,
             kl=0.0412,
             kl_standard_error=0.0008,
             kl_p99=0.61,
             top1=0.9123,
             top5=0.9345,
-            layers=tuple(Layer(i, 0.02 + 0.01 * i, 0.08 - 0.005 * i) for i in range(6)),
+            layers=tuple(LayerError(i, 0.02 + 0.01 * i, 0.08 - 0.005 * i) for i in range(6)),
             entropy=entropy(),
         ),
-        generation=Generation(
+        generation=GenerationComparison(
             16,
             64,
-            Writing(0.12, 0.02),
-            Writing(0.11, 0.01),
+            TextQuality(0.12, 0.02),
+            TextQuality(0.11, 0.01),
             0.83,
             32,
             0.44,
             (),
             (
-                Sample("def main():\n    ", "return 0\n\n\ndef other():\n    pass", "return 1"),
-                Sample("The ", "cat", "dog"),
+                Continuation("def main():\n    ", "return 0\n\n\ndef other():\n    pass", "return 1"),
+                Continuation("The ", "cat", "dog"),
             ),
         ),
-        acceptance=Acceptance(16, 64, 5, 0.871, 4.61, 1.0),
+        acceptance=DraftAcceptance(16, 64, 5, 0.871, 4.61, 1.0),
         passkey=tuple(
-            Cell(length, depth, 1.0 if length < 2048 else 0.4 + depth / 2, 1.0)
+            PasskeyCell(length, depth, 1.0 if length < 2048 else 0.4 + depth / 2, 1.0)
             for length in (512, 1024, 2048)
             for depth in (0.0, 0.5, 1.0)
         ),
@@ -131,7 +134,7 @@ def full() -> Evaluation:
 
 
 def unharmed() -> Evaluation:
-    """No loss beyond noise."""
+    """No significant loss."""
     rows = (perplexity(0.001, 0.002, 0.6), accuracy("arc_easy", 0.431, -0.001, 0.003, 0.8))
     return replace(full(), comparisons=rows, gates=())
 
@@ -150,3 +153,23 @@ def alone() -> Evaluation:
         full(), parent=None, comparisons=(row,), positions=None, diagnostics=None, acceptance=None, passkey=(),
         gates=(), generation=None,
     )  # fmt: skip
+
+
+def only(*comparisons: Comparison) -> Evaluation:
+    """The full evaluation with other figures and without gates."""
+    return replace(full(), comparisons=comparisons, gates=())
+
+
+def equal_answers() -> Comparison:
+    """Twenty questions with equal answers."""
+    comparison = accuracy("arc_easy", 0.4, 0.0, 0.0, 1.0)
+    assert comparison.paired is not None
+    return replace(comparison, samples=20, paired=replace(comparison.paired, low=-0.139, high=0.139))
+
+
+def broken() -> Evaluation:
+    """The generated text has a defect."""
+    base = full().generation
+    assert base is not None
+    generation = replace(base, complaints=("The output repeats itself: 61% of its 4-grams, 11% in the parent's.",))
+    return replace(unharmed(), generation=generation)

@@ -1,0 +1,63 @@
+"""Comparisons of child and parent by pairs, groups of tasks, and gates."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from headwise.errors import HeadwiseError
+from headwise.eval.compare import compare_perplexity, compare_tasks, correct, damage_gates, same_questions
+from tests.eval.lm_eval_files import ACC, write_results
+
+
+def test_pairs_and_gates(tmp_path: Path) -> None:
+    right = [1.0] * 80 + [0.0] * 20
+    worse = [1.0] * 55 + [0.0] * 45
+    child = write_results(tmp_path / "child", {"a": {"acc": worse}, "b": {"acc": right}})
+    parent = write_results(tmp_path / "parent", {"a": {"acc": right}, "b": {"acc": right}})
+    compared = correct(compare_tasks(child, parent))
+    first, second = (one.comparison for one in compared)
+    assert first.paired and first.paired.difference == -0.25 and first.damage == 0.25
+    assert (first.paired.gained, first.paired.lost, first.paired.test) == (0, 25, "mcnemar")
+    assert first.paired.p_holm == pytest.approx(2 * 2 * 0.5**25)
+    assert second.paired and second.paired.p_holm == 1 and second.damage == 0
+    assert [gate.passed for gate in damage_gates(compared, 0.1)] == [False, True]
+    assert [gate.passed for gate in damage_gates(compared, 0.2)] == [True, True]  # lost more, but not significantly
+
+
+def test_perplexity_is_compared_by_its_logarithm() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parent = 100 + 20 * torch.rand(30, generator=generator)
+    compared = compare_perplexity("heldout", parent * 1.02, parent, tokens=50)
+    one = compared.comparison
+    assert one.parent and one.parent.value == pytest.approx(math.exp(float(parent.mean()) / 50), rel=1e-5)
+    assert one.paired and one.paired.difference == pytest.approx(
+        math.log(one.child.value / one.parent.value), rel=1e-5
+    )
+    assert one.damage == pytest.approx(one.child.value / one.parent.value - 1, rel=1e-5)
+    assert compared.exceeds(0.01) < 0.05 < compared.exceeds(0.06)
+
+
+def test_a_group_has_the_headline_figure_of_its_tasks(tmp_path: Path) -> None:
+    tasks = {"a": {"acc": ACC}, "b": {"acc": [1.0, 0.0]}}
+    more = {"group_subtasks": {"all": ["some", "b"], "some": ["a"]}, "groups": {"all": {"acc,none": 5 / 8}}}
+    child = write_results(tmp_path / "child", tasks, **more)
+    comparisons = [one.comparison for one in compare_tasks(child, child)]
+    assert [(one.task, one.headline, one.group) for one in comparisons] == [
+        ("all", True, None), ("a", False, "all"), ("b", False, "all"),
+    ]  # fmt: skip
+    assert comparisons[0].samples == 8 and comparisons[0].child.value == 5 / 8
+    # lm-eval weights the group in another way, so its tasks have the headline figures.
+    other = write_results(tmp_path / "other", tasks, **more | {"groups": {"all": {"acc,none": 7 / 12}}})
+    assert [one.comparison.headline for one in compare_tasks(other, other)] == [True, True]
+
+
+def test_other_questions_are_refused(tmp_path: Path) -> None:
+    one = write_results(tmp_path / "one", {"a": {"acc": ACC}})
+    other = write_results(tmp_path / "other", {"a": {"acc": ACC[:-1]}})
+    assert same_questions(one, one) and not same_questions(one, other)
+    with pytest.raises(HeadwiseError, match="different questions"):
+        compare_tasks(one, other)
