@@ -1,4 +1,4 @@
-"""Decide a conversion's `Target` from its settings and the model: the layout, the positions, the refusals."""
+"""Choose the target of a conversion from its settings and the model."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def choose_target(checkpoint: Checkpoint, arch: Architecture, settings: ConvertS
 
     Args:
         checkpoint: the source.
-        arch: its row.
-        settings: what the user asked for.
+        arch: its architecture.
+        settings: of the conversion.
 
     Raises:
-        HeadwiseError: the request does not fit the model.
+        HeadwiseError: the conversion is not possible for this model.
     """
     dtype: torch.dtype | None = getattr(torch, settings.dtype) if settings.dtype else None
     config = checkpoint.config

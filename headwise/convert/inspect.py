@@ -1,4 +1,4 @@
-"""What a model is and what it can become, from its config, its index and the headers of its weights."""
+"""Inspect a model: its attention, its cache and the layouts it can be converted to, from config and headers."""
 
 from __future__ import annotations
 
@@ -18,23 +18,32 @@ from headwise.io.reader import read_headers
 from headwise.io.source import (
     INDEX,
     SINGLE,
-    source_in_folder,
     find_folder,
     read_config,
     read_json,
+    source_in_folder,
 )
 from headwise.models import architecture, mla_source
 from headwise.models.config import dtype_of
 from headwise.models.layout import CONTEXTS, AttentionLayout, CacheSize, describe
 from headwise.models.protocol import LatentModel
 
-# Latent and rotary widths whose cache rows every engine that was tried can hold (docs: engines).
+# Pairs (kv_lora_rank, qk_rope_head_dim) with cache rows that engines support (serving/engines.yaml).
 LATENTS = ((256, 64), (448, 64), (512, 64))
 
 
 @dataclass(frozen=True)
 class ReachableLayout:
-    """One thing a model can become; `saved` is the share of the cache at the longest of `CONTEXTS`."""
+    """A layout that a model can be converted to.
+
+    Attributes:
+        to: the value of `to` for the conversion.
+        num_key_value_heads: of a grouped layout; None for MLA.
+        kv_lora_rank: of MLA; else None.
+        qk_rope_head_dim: of MLA; else None.
+        cache: size of the KV cache.
+        saved: fraction of the present cache that is saved at the longest of `CONTEXTS`.
+    """
 
     to: str
     num_key_value_heads: int | None
@@ -46,10 +55,20 @@ class ReachableLayout:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What config and headers tell about a model.
+    """The attention of a model and its possible layouts.
 
-    `parameters` is counted in the headers, or estimated from the index's size (`parameters_from` says which:
-    "headers" or "index"), or None. `mla` is None if the model can become MLA, or the reason why it cannot.
+    Attributes:
+        model: the model as it was given.
+        revision: the commit of a Hub repository; None for a local folder.
+        model_type: as in config.json.
+        dtype: of the weights.
+        parameters: number of parameters; None if it is unknown.
+        parameters_from: "headers" (counted), "index" (estimated from its size) or None.
+        layouts: of every layer.
+        cache: size of the KV cache.
+        options: the layouts it can be converted to.
+        mla: why MLA is not possible; None if it is.
+        rope_ranges: the ranges of the rotary frequencies; empty without `context`.
     """
 
     model: str
@@ -65,6 +84,7 @@ class Inspection:
     rope_ranges: tuple[RopeRange, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the inspection as plain data."""
         return {
             **plain_fields(self, "layouts", "cache", "options", "rope_ranges"),
             "layers": [describe(layout) for layout in self.layouts],
@@ -77,10 +97,13 @@ class Inspection:
 def inspect_model(
     model: str | Path, *, context: int | None = None, revision: str | None = None, token: str | None = None
 ) -> Inspection:
-    """Inspect a local folder or a Hub repository; nothing but config, index and headers is read.
+    """Inspect a model; only config, index and headers are read.
 
     Args:
-        context: also say how far the rotary frequencies carry, up to this many tokens.
+        model: a folder, or `org/name[@revision]` on the Hub.
+        context: also check the rotary frequencies up to this many tokens.
+        revision: branch, tag or commit of a Hub repository.
+        token: of the Hub.
 
     Raises:
         HeadwiseError: there is no such model, or its type cannot be converted.
@@ -101,7 +124,7 @@ def inspect_model(
             layouts=tuple(layouts),
             cache=CacheSize.of(layouts, dtype),
             options=(),
-            mla="its attention is latent already",
+            mla="the model has MLA already",
         )
     arch = architecture.find_architecture(config)
     layouts = arch.layouts(config)
@@ -154,16 +177,16 @@ def _count_parameters(
     model: str, folder: Path, commit: str | None, token: str | None, dtype: torch.dtype
 ) -> tuple[int | None, str | None]:
     if commit is not None:
-        counted = hub.count_parameters(hub.split_revision(model)[0], commit, token)
-        if counted is not None:
-            return counted, "headers"
+        count = hub.count_parameters(hub.split_revision(model)[0], commit, token)
+        if count is not None:
+            return count, "headers"
     elif (folder / SINGLE).is_file() or any(folder.glob("model-*.safetensors")):
         tensors = read_headers(source_in_folder(model, folder)).tensors.values()
         return sum(math.prod(entry.shape) for entry in tensors), "headers"
     metadata = read_json(folder, INDEX).get("metadata") if (folder / INDEX).is_file() else None
-    known = metadata if isinstance(metadata, dict) else {}
-    if isinstance(known.get("total_parameters"), int):
-        return known["total_parameters"], "index"
-    if isinstance(known.get("total_size"), int):
-        return known["total_size"] // dtype.itemsize, "index"
+    sizes = metadata if isinstance(metadata, dict) else {}
+    if isinstance(sizes.get("total_parameters"), int):
+        return sizes["total_parameters"], "index"
+    if isinstance(sizes.get("total_size"), int):
+        return sizes["total_size"] // dtype.itemsize, "index"
     return None, None

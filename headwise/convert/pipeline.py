@@ -1,4 +1,4 @@
-"""The one file that wires a conversion: open, decide, plan, measure, convert, refit, copy, verify, publish."""
+"""Run a conversion: open, decide, plan, calibrate, convert, refit, copy, verify, publish."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 from headwise.convert import forecast
 from headwise.convert.base import Target
-from headwise.convert.calibration import calibrate as measure
+from headwise.convert.calibration.calibrate import plan_calibration, plan_notes
 from headwise.convert.choose import choose_target
-from headwise.convert.layers import convert_layers, place
+from headwise.convert.layers import choose_device, convert_layers
 from headwise.convert.plan import Plan, make_plan
 from headwise.convert.refit.joint import joint_notes, plan_joint, refit_jointly
 from headwise.convert.settings import SHARD_SIZE, ConvertSettings
@@ -35,12 +35,12 @@ class ConvertResult:
     """A finished conversion.
 
     Attributes:
-        out: the folder.
-        plan: what was decided.
-        layers: per converted layer, its expected errors and its refit.
-        refit: the stages of a joint refit.
-        verification: None if it was not asked for.
-        pushed: None if it was not asked for.
+        out: the converted folder.
+        plan: the plan that was carried out.
+        layers: the errors and the refit of every converted layer, by its index.
+        refit: the stages of the joint refit.
+        verification: the checks; None without `verify`.
+        pushed: the upload; None without `push_to_hub`.
     """
 
     out: Path
@@ -51,6 +51,7 @@ class ConvertResult:
     pushed: PushResult | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain data."""
         return {
             "out": str(self.out),
             "plan": self.plan.to_dict(),
@@ -103,46 +104,49 @@ def convert_model(
 ) -> ConvertResult | Plan:
     """Convert a checkpoint into a folder that stock transformers loads.
 
+    `ConvertSettings` holds the rules of the settings.
+
     Args:
         model: a folder, or `org/name[@revision]` on the Hub.
-        out: the folder to make; it appears when it is complete and verified.
+        out: the folder to make; it does not exist until it is complete and verified.
         to: "gqa" (with `groups`), "mqa", "mha" or "mla"; None leaves the layout.
-        groups: KV heads afterwards.
-        method: how heads are merged ("optimal", "aligned", "mean", "first", "random") or, for "mla", how the
-            latent is found ("optimal", "transmla", "partial-rope", ...); None: "optimal".
-        grouping: which heads share: "optimal" (by least residual energy) or "contiguous". None: optimal for the
-            method "optimal", contiguous for the published methods, which are defined on neighbours.
+        groups: number of KV heads after the conversion (`num_key_value_heads`).
+        method: the method that merges heads ("optimal", "aligned", "mean", "first", "random") or, for "mla", finds
+            the latent ("optimal", "transmla", "partial-rope", ...); None: "optimal".
+        grouping: the method that chooses the heads of a group: "optimal" (least residual energy) or "contiguous".
+            None: "optimal" for the method "optimal", "contiguous" for the published methods.
         rank: width of the latent (`kv_lora_rank`).
         rope_dim: width of the shared rotary key (`qk_rope_head_dim`).
-        cache: share of the source's cache to keep, in place of `rank` and `rope_dim`.
+        cache: fraction of the source's cache to keep, in place of `rank` and `rope_dim`.
         exact: MLA of the full rank, which computes the parent's function.
-        rope_frequencies: "default", the grid that every engine computes, or "free", the source's most useful ones.
+        rope_frequencies: "default", the grid that every engine computes, or "free", frequencies of the source with
+            the least error.
         pad_values: pad value heads with zeros for engines that need it.
-        calibrate: text to measure the parent on: "builtin", "none", a file, or `hf:DATASET`; None: "builtin".
-        calibration_tokens: how much of it; None: as the model's size allows.
-        save_moments: a folder to keep the measured moments in.
-        moments: a folder of measured moments to use.
+        calibrate: calibration text: "builtin", "none", a file, or `hf:DATASET`; None: "builtin".
+        calibration_tokens: number of calibration tokens; None: by the model's size.
+        save_moments: a folder to save the second moments of the attention inputs in.
+        moments: a folder of saved moments to use.
         refit: "auto" (when the forecast is under ten minutes), "off", or a number of steps per layer.
         context: rescale RoPE to this many tokens.
-        rope: the rule; None: "auto".
+        rope: the RoPE rule; None: "auto".
         rope_theta: the base of the rule "base".
-        sliding_window: let layers look this many tokens back; 0 removes every window.
-        window_layers: "all", "alternate" or a list such as "0,2,4-7".
-        dtype: of the output; None keeps each tensor's.
+        sliding_window: attention window in tokens; 0 removes every window.
+        window_layers: the layers with a window: "all", "alternate" or a list such as "0,2,4-7".
+        dtype: of the output; None: the dtype of each tensor.
         max_shard_size: the largest weight file, such as "5GB".
         dry_run: return the `Plan` and write nothing.
-        force: replace OUT once the new folder is complete.
-        resume: finish an interrupted run.
+        force: replace `out` when the new folder is complete.
+        resume: continue an interrupted run.
         verify: check the result before it is published.
-        push_to_hub: upload the result to this repository, as `push_model` does.
+        push_to_hub: a repository to upload the result to, as `push_model` does.
         private: make a new repository private.
         allow_nan: convert weights that are not finite.
         allow_pickle: read `.bin` files (weights only, no code).
-        seed: of everything random.
+        seed: random seed.
         device: "cpu", "cuda" or "cuda:N"; None: a GPU if there is one.
         revision: branch, tag or commit of a Hub repository.
         token: of the Hub, for the source and for `push_to_hub`.
-        progress: what is told about the work.
+        progress: gets stages, notes and warnings.
 
     Returns:
         The finished conversion, or its plan under `dry_run`.
@@ -159,13 +163,13 @@ def convert_model(
     )
     arch = find_architecture(checkpoint.config, checkpoint.tensors)
     check_source_complete(checkpoint, arch.auto_class)
-    wanted = _device(settings.device)
+    requested = _find_device(settings.device)
     target = choose_target(checkpoint, arch, settings)
-    joint = plan_joint(checkpoint, arch, target, settings, wanted)
+    joint = plan_joint(checkpoint, arch, target, settings, requested)
     if joint:
         settings = replace(settings, refit="joint")
-    calibration = measure.plan_calibration(checkpoint, arch, target, settings, wanted)
-    where = place(target, calibration, wanted)
+    calibration = plan_calibration(checkpoint, arch, target, settings, requested)
+    work_device = choose_device(target, calibration, requested)
     recorded = settings.recorded()
     if calibration:
         recorded["calibration"] = calibration.described()
@@ -182,9 +186,9 @@ def convert_model(
         max_shard_size=settings.max_shard_size,
         engines=target.engines,
         warnings=target.warnings,
-        notes=[*target.notes, *measure.plan_notes(target, calibration, settings), *joint_notes(joint)],
+        notes=[*target.notes, *plan_notes(target, calibration, settings), *joint_notes(joint)],
     )
-    if settings.push_to_hub:  # what would stop the push at the end stops the conversion before it begins
+    if settings.push_to_hub:  # a reason against the push at the end stops the conversion before it begins
         check_repository(
             settings.push_to_hub,
             source_name(plan),
@@ -194,13 +198,13 @@ def convert_model(
         )
     if settings.dry_run:
         return plan
-    forecast.require_free_memory(plan.peak_memory, where)
+    forecast.require_free_memory(plan.peak_memory, work_device)
 
     identity = {
         "source": checkpoint.fingerprint(),
         "arguments": plan.arguments,
         "moments": str(calibration.reuse) if calibration and calibration.reuse else None,
-        "device": where.type,
+        "device": work_device.type,
         "torch": torch.__version__,
     }
     with Writer(
@@ -213,8 +217,8 @@ def convert_model(
         force=settings.force,
         allow_nan=settings.allow_nan,
     ) as writer:
-        layers = convert_layers(checkpoint, arch, target, calibration, writer, where, progress)
-        _carry_rest(checkpoint, target, writer, progress)
+        layers = convert_layers(checkpoint, arch, target, calibration, writer, work_device, progress)
+        _copy_rest(checkpoint, target, writer, progress)
         checkpoint.check_unchanged()
         verification: list[Verification] = []
         stages: list[dict[str, Any]] = []
@@ -224,20 +228,20 @@ def convert_model(
                 names = {n for i in range(len(target.layouts)) for n in target.converted_names(i)}
                 stages.extend(
                     refit_jointly(
-                        writer, checkpoint, names, joint, seed=settings.seed, device=wanted, progress=progress
+                        writer, checkpoint, names, joint, seed=settings.seed, device=requested, progress=progress
                     )
                 )
             if settings.verify:
-                found = check_folder(
+                checked = check_folder(
                     open_checkpoint(folder),
                     checkpoint,
                     promised=target.layouts,
                     arguments=plan.arguments,
                     progress=progress,
                 )
-                verification.append(found)
-                if not found.passed:
-                    raise GateFailed(f"The result failed its verification: {found.failures}.")
+                verification.append(checked)
+                if not checked.passed:
+                    raise GateFailed(f"The result failed its verification: {checked.failures}.")
             manifest = make_manifest(
                 plan,
                 checkpoint,
@@ -245,7 +249,7 @@ def convert_model(
                 hashes=writer.hashes,
                 files=hash_files(folder),
                 layers=layers,
-                device=where.type,
+                device=work_device.type,
                 verification=verification[0].to_dict() if verification else None,
                 refit=stages,
             )
@@ -261,8 +265,8 @@ def convert_model(
     return ConvertResult(published, plan, layers, stages, verification[0] if verification else None, pushed)
 
 
-def _carry_rest(checkpoint: Checkpoint, target: Target, writer: Writer, progress: Progress) -> None:
-    """Copy or adapt every tensor that no layer conversion gave, then the sidecar files."""
+def _copy_rest(checkpoint: Checkpoint, target: Target, writer: Writer, progress: Progress) -> None:
+    """Copy or transform every tensor outside the converted layers, then copy the sidecar files."""
     rest = [tensor for tensor in target.outputs if tensor.name not in writer.done]
     progress.stage("Copying", total=sum(tensor.nbytes for tensor in rest), unit="bytes")
     for tensor in rest:
@@ -275,7 +279,7 @@ def _carry_rest(checkpoint: Checkpoint, target: Target, writer: Writer, progress
         writer.add_file(path, path.relative_to(checkpoint.folder).as_posix())
 
 
-def _device(name: str | None) -> torch.device:
+def _find_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -283,6 +287,6 @@ def _device(name: str | None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise SettingError(
-            "device", f"`device` is {name!r}, which this machine does not have.", "Name cpu, cuda or cuda:N."
+            "device", f"`device` is {name!r}, which this machine does not have.", "Give cpu, cuda or cuda:N."
         ) from error
     return device

@@ -39,7 +39,7 @@ class TensorAction:
 
 @dataclass(frozen=True)
 class Plan:
-    """A decided conversion: `dry_run` returns it, the pipeline executes it.
+    """A decided conversion: `dry_run` returns it, the pipeline carries it out.
 
     Attributes:
         model: the source, as the user named it.
@@ -48,8 +48,8 @@ class Plan:
         config: the new config.json.
         layouts_before: of every layer of the source.
         layouts_after: of every layer of the output.
-        actions: what becomes of every tensor, dropped ones last.
-        outputs: every tensor to write, in order; its `source` is the tensor that it is a copy of, or None.
+        actions: the action for every tensor, dropped ones last.
+        outputs: every tensor to write, in order; `source` names the tensor that it copies, or is None.
         shards: the weight files.
         cache_before: KV cache of the source.
         cache_after: KV cache of the output.
@@ -113,8 +113,8 @@ class Plan:
                 for before, after in zip(self.layouts_before, self.layouts_after, strict=True)
             ],
             "tensors": [
-                {"name": f.name, "action": f.action, "before": _spell(f.before), "after": _spell(f.after)}
-                for f in self.actions
+                {"name": a.name, "action": a.action, "before": _to_plain(a.before), "after": _to_plain(a.after)}
+                for a in self.actions
             ],
             "shards": [{"file": s.file, "bytes": s.nbytes, "tensors": len(s.tensors)} for s in self.shards],
         }
@@ -132,9 +132,9 @@ def grouped_outputs(
 
     Args:
         checkpoint: the source.
-        arch: its row.
+        arch: its architecture.
         config: the new config, which gives the attention tensors their shapes.
-        dtype: of all floating tensors; None keeps each tensor's own.
+        dtype: of all floating tensors; None: the dtype of each tensor.
         computed: names that the conversion computes; None: all attention tensors.
     """
     layers = range(len(arch.layouts(config)))
@@ -168,11 +168,11 @@ def make_plan(
 
     Args:
         checkpoint: the source.
-        arch: its row.
-        outputs: every tensor to write (`grouped_outputs`, or an MLA conversion's own).
+        arch: its architecture.
+        outputs: every tensor to write (`grouped_outputs`, or those of an MLA conversion).
         config: the new config.
         layouts: the new layout of every layer.
-        arguments: the settings in force, which a resumed run has to repeat.
+        arguments: the settings in force; a resumed run must have the same.
         peak_memory: forecast in bytes.
         max_shard_size: the largest weight file.
         engines: lines of the plan about engines.
@@ -218,5 +218,5 @@ def _tensor_actions(checkpoint: Checkpoint, outputs: Sequence[OutputTensor]) -> 
             yield TensorAction(name, "drop", stored(name), None)
 
 
-def _spell(kind: tuple[torch.dtype, tuple[int, ...]] | None) -> dict[str, Any] | None:
-    return {"dtype": dtype_name(kind[0]), "shape": list(kind[1])} if kind else None
+def _to_plain(tensor: tuple[torch.dtype, tuple[int, ...]] | None) -> dict[str, Any] | None:
+    return {"dtype": dtype_name(tensor[0]), "shape": list(tensor[1])} if tensor else None

@@ -1,0 +1,106 @@
+"""The inspection of a model: its attention, its cache and its possible layouts, without reading a tensor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PhiConfig
+
+from headwise.convert.inspect import inspect_model
+from headwise.errors import HeadwiseError
+from headwise.models.layout import AttentionLayout, CacheSize
+from tests.convert.test_plan import llama_config, model
+
+__all__ = ["model"]
+
+SHARED = Path(__file__).parents[3] / "shared" / "configs"
+
+
+def test_the_inspection_equals_the_stock_class(model: Path) -> None:
+    inspection = inspect_model(model)
+    stock = LlamaForCausalLM.from_pretrained(model)
+    assert (inspection.parameters, inspection.parameters_from) == (
+        sum(p.numel() for p in stock.parameters()),
+        "headers",
+    )
+    assert inspection.dtype == torch.bfloat16 and [x.kind for x in inspection.layouts] == ["mha"] * 3
+    past = stock(torch.arange(10)[None], use_cache=True).past_key_values
+    num_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in past.layers)
+    assert inspection.cache.bytes_per_token * 10 == num_bytes
+    assert inspection.cache.at[8192] == inspection.cache.bytes_per_token * 8192
+
+
+def test_options_and_their_savings(model: Path) -> None:
+    inspection = inspect_model(model)
+    heads = {(o.to, o.num_key_value_heads): o.saved for o in inspection.options if o.num_key_value_heads}
+    assert heads == {("mqa", 1): 7 / 8, ("gqa", 2): 3 / 4, ("gqa", 4): 1 / 2}
+    assert inspection.mla is None and not [o for o in inspection.options if o.to == "mla"], (
+        "64 elements are less than any latent"
+    )
+
+
+def test_mla_is_an_option_where_it_saves(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps(llama_config(hidden_size=4096, num_attention_heads=32).to_dict())
+    )
+    inspection = inspect_model(tmp_path)
+    latents = {o.kv_lora_rank: o.cache.bytes_per_token for o in inspection.options if o.to == "mla"}
+    assert latents == {rank: 3 * (rank + 64) * 2 for rank in (256, 448, 512)}
+
+
+def test_the_reason_against_mla_is_given(tmp_path: Path) -> None:
+    config = PhiConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1, intermediate_size=32)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    inspection = inspect_model(tmp_path)
+    assert "cannot become MLA" in (inspection.mla or "") and "mla" not in {o.to for o in inspection.options}
+
+
+def test_a_window_bounds_the_cache() -> None:
+    full = AttentionLayout(8, 2, 16, 16, 16)
+    window = AttentionLayout(8, 2, 16, 16, 16, sliding_window=4096)
+    cache = CacheSize.of([full, window], torch.float16)
+    assert cache.bytes_per_token == 2 * 64 * 2
+    assert cache.at == {n: 64 * 2 * (n + 4096) for n in (8192, 32768, 131072)}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "parameters"),
+    [({"total_size": 1000}, 500), ({"total_size": 1000, "total_parameters": 499}, 499), ({}, None), ("x", None)],
+)
+def test_an_index_without_weights(tmp_path: Path, metadata: Any, parameters: int | None) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(llama_config().to_dict()))
+    index = {"metadata": metadata, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    inspection = inspect_model(tmp_path)
+    assert (inspection.parameters, inspection.parameters_from) == (parameters, "index" if parameters else None)
+
+
+def test_a_config_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(llama_config().to_dict()))
+    inspection = inspect_model(tmp_path, context=4096)
+    assert inspection.parameters is None and inspection.rope_ranges[0].context == 4096
+    assert json.loads(json.dumps(inspection.to_dict()))["layers"][0]["kind"] == "mha"
+
+
+def test_a_truncated_file_is_an_error(model: Path, tmp_path: Path) -> None:
+    for path in model.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shard = min(tmp_path.glob("model-*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(HeadwiseError, match="truncated"):
+        inspect_model(tmp_path)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="there are no shared configs")
+@pytest.mark.parametrize("folder", sorted(SHARED.glob("*/")), ids=lambda path: path.name)
+def test_every_shared_config_is_inspected_or_refused_in_one_sentence(folder: Path) -> None:
+    try:
+        inspection = inspect_model(folder)
+    except HeadwiseError as error:
+        assert "\n" not in str(error)
+        return
+    assert inspection.cache.bytes_per_token > 0 and json.dumps(inspection.to_dict())
