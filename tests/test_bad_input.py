@@ -166,7 +166,7 @@ def test_a_group_count_that_does_not_divide(model: Path, groups: str, heads: int
 
 def test_a_group_count_that_is_not_reachable(tmp_path: Path) -> None:
     model = save_speaking(tmp_path / "model", num_attention_heads=12, num_key_value_heads=4, hidden_size=96)
-    assert "Reachable: 1, 2, 4, 12" in refused(model, "cannot become 3", "--to", "gqa", "--groups", "3")
+    assert "Give one of 1, 2, 4, 12" in refused(model, "cannot become 3", "--to", "gqa", "--groups", "3")
 
 
 def test_a_quantised_checkpoint(model: Path) -> None:
@@ -193,12 +193,12 @@ def test_an_existing_out(model: Path, tmp_path: Path) -> None:
 
 def test_no_space_is_seen_before_the_first_byte(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = disk.shutil.disk_usage(model)
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=disk.SPARE + 1000))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=disk.SPARE_BYTES + 1000))
     refused(model, "The output needs")
 
 
 def test_no_memory_is_seen_before_the_first_byte(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "free_memory", lambda: 1000)
+    monkeypatch.setattr(forecast, "available_memory", lambda _: 1000)
     assert "--calibration-tokens" in refused(model, "GB of memory at its peak, and 0.00 GB are free")
 
 

@@ -42,7 +42,7 @@ PURE = (
     "train.losses",
 )
 IMPURE = {
-    *("convert.gqa.target", "convert.mla.target", "convert.mla.shape"),
+    *("convert.gqa.target", "convert.mla.target"),
     *("convert.positions.context", "convert.positions.windows", "convert.positions.rope_range"),
 }
 MATHEMATICS = {"torch", "math", "scipy", "statsmodels", "numpy"}
