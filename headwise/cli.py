@@ -61,7 +61,7 @@ def cli() -> None:
     ],
 )
 def _inspect(**options: Any) -> None:
-    """Show a model's attention, its KV cache, and the layouts it can be converted to.
+    """Show attention, KV cache and possible layouts of MODEL.
 
     Reads the configuration and the file headers only.
     """
@@ -129,7 +129,9 @@ def _verify(**options: Any) -> None:
 
 @cli.command("uptrain", params=UPTRAIN)
 def _uptrain(**options: Any) -> None:
-    """Train a converted MODEL to recover its quality; write the result to OUT [MODEL-uptrained].
+    """Train a converted MODEL to recover its quality.
+
+    The result is a new folder, OUT [MODEL-uptrained].
 
     \b
     headwise uptrain MODEL OUT --teacher PARENT --tokens 21M --text 'corpus/*.jsonl'
@@ -148,7 +150,9 @@ def _uptrain(**options: Any) -> None:
 
 @cli.command("eval", params=EVAL)
 def _eval(**options: Any) -> None:
-    """Measure the quality that OUT lost against its parent, with confidence intervals.
+    """Measure the loss of quality of OUT against its parent.
+
+    Every difference has a confidence interval.
 
     \b
     headwise eval OUT --baseline MODEL
@@ -190,7 +194,10 @@ def _eval(**options: Any) -> None:
     ],
 )
 def _bench(**options: Any) -> None:
-    """Time decoding of OUT and of its parent, with the fused kernels where they can run."""
+    """Time decoding of OUT and of its parent.
+
+    The fused kernels are used where they can run.
+    """
     if "baseline" not in options:
         raise click.UsageError("bench compares with a parent: give --baseline MODEL.")
     import torch
@@ -220,7 +227,9 @@ def _bench(**options: Any) -> None:
     ],
 )
 def _card(**options: Any) -> None:
-    """Add the figures of REPORT, the folder of an evaluation, to OUT's model card.
+    """Add the figures of an evaluation to the model card of OUT.
+
+    REPORT is the folder that `headwise eval` wrote.
 
     \b
     headwise card OUT OUT-eval
@@ -250,9 +259,9 @@ def _card(**options: Any) -> None:
     ],
 )
 def _push(**options: Any) -> None:
-    """Upload FOLDER to the Hub repository REPO (org/name), in one commit.
+    """Upload FOLDER to the Hub repository REPO (org/name).
 
-    After an interruption run it again: files that have arrived are not sent twice.
+    One commit publishes all files. After an interruption run it again: files that have arrived are not sent twice.
     """
     from headwise.records.push import push_model
 
@@ -272,7 +281,7 @@ def _push(**options: Any) -> None:
     ],
 )
 def _demo(**options: Any) -> None:
-    """Shrink the KV cache of the embedded model and measure the loss of quality."""
+    """Convert the embedded model and measure the loss of quality."""
     from headwise.demo.demo import demo
 
     with console.progress() as progress:
@@ -293,7 +302,7 @@ def _env() -> None:
 
 @cli.group("recipes")
 def _recipes() -> None:
-    """List, show and validate the recipes for training and for evaluation."""
+    """List, show and validate training and evaluation recipes."""
 
 
 @_recipes.command("list")

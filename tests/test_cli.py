@@ -48,7 +48,7 @@ UPTRAIN = ["uptrain", "model"]
         ([*TO_MLA, "--cache", "12.5%", "--rank", "64", "--rope-dim", "8"], "contradict"),
         ([*TO_MLA, "--exact", "--refit", "off"], "contradict"),
         ([*TO_MLA, "--cache", "120%"], "a fraction above 0 and up to 1 (100%), such as 0.125 or 12.5%"),
-        ([*TO_MQA, "--refit", "never"], "auto, off or a number of steps"),
+        ([*TO_MQA, "--refit", "never"], "--refit is 'never', which is not auto, off"),
         ([*TO_MQA, "--moments", "a", "--save-moments", "b"], "contradict"),
         ([*TO_MQA, "--calibrate", "none", "--calibration-tokens", "9"], "--calibrate none"),
         ([*TO_MQA, "--rope", "ntk"], "--rope needs --context"),

@@ -1,8 +1,8 @@
 """Everything that a user decides about a conversion: defaults, legal values and contradictions, once.
 
-`ConvertSettings` validates itself. The command line, `convert_model`, headwise.json, the identity of a resumed
-run and the reference page are made from it. Rules that need the model (a group count that does not divide its
-heads) are in `choose.py` and raise the same `SettingError`.
+`ConvertSettings` validates itself. The command line, `convert_model`, headwise.json, the identity of a resumed run
+and the reference page are made from it. Rules that need the model, such as legal group counts, are in `choose.py`
+and the targets; they raise the same `SettingError`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ MERGED, LOSSY = ("gqa", "mqa"), ("gqa", "mqa", "mla")
 ROPE_RULES = ("auto", *registry.method_names("rope"))
 DTYPES = ("bfloat16", "float16", "float32")
 SHARD_SIZE = "5GB"
+REFITS = ("auto", "off", "layers", "joint")
 
-# A field, and the one it has no effect without.
+# A field, and the field that it needs to have an effect.
 NEEDS = {
     "rank": "rope_dim",
     "rope_dim": "rank",
@@ -32,7 +33,7 @@ NEEDS = {
     "window_layers": "sliding_window",
     "private": "push_to_hub",
 }
-# A field, and those that say the opposite.
+# A field, and the fields that contradict it.
 CLASHES = {
     "cache": ("rank", "rope_dim"),
     "exact": ("cache", "rank", "rope_dim", "method", "calibrate", "calibration_tokens", "moments", "refit"),
@@ -41,14 +42,18 @@ CLASHES = {
 
 
 def methods_of(to: str | None) -> tuple[str, ...]:
-    """Return the names of the methods that can make a layout; none for a layout that is made exactly."""
+    """Return the names of the methods for a layout; none for a layout that every conversion reaches exactly.
+
+    Args:
+        to: the layout; None: it is not given.
+    """
     if to not in LOSSY:
         return ()
     return registry.method_names("latent" if to == "mla" else "merge")
 
 
 def _check_refit(value: Any) -> str | int:
-    if value in ("auto", "off"):
+    if value in REFITS:
         return str(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError
@@ -56,7 +61,7 @@ def _check_refit(value: Any) -> str | int:
 
 
 def _parse_refit(word: str) -> str | int:
-    return word if word in ("auto", "off") else int(word)
+    return word if word in REFITS else int(word)
 
 
 def _check_layers(value: Any) -> str:
@@ -73,87 +78,95 @@ def _check_shard_size(value: Any) -> int | str:
 
 @dataclass(frozen=True)
 class ConvertSettings:
-    """What a conversion does.
+    """The settings of a conversion.
 
-    A field that is None was not given. When the object is made, fields that act and were not given take their
-    defaults, so the object of a finished decision holds every value in force.
+    None means that a field was not given. When the object is made, such fields get their defaults where they have
+    an effect, so that the object holds all values in force.
 
     Raises:
         SettingError: a value is not legal, has no effect, or contradicts another one.
     """
 
     # Attention
-    to: str | None = fields.choice("What to convert to.", LAYOUTS, section="Attention", acts_with=LAYOUTS)
+    to: str | None = fields.choice("The new layout.", LAYOUTS, section="Attention", acts_with=LAYOUTS)
     groups: int | None = fields.number(
-        "KV heads afterwards (GQA-8 has 8).", section="Attention", acts_with=("gqa",)
+        "Number of KV heads after the conversion (num_key_value_heads).", section="Attention", acts_with=("gqa",)
     )
     method: str | None = fields.choice(
-        f"How: {', '.join(registry.method_names('merge'))}; for mla: {', '.join(registry.method_names('latent'))} [optimal].",
+        f"Method: {', '.join(registry.method_names('merge'))}; for mla: "
+        f"{', '.join(registry.method_names('latent'))} [optimal].",
         (*registry.method_names("merge"), *registry.method_names("latent")),
         metavar="METHOD",
         section="Attention",
         acts_with=LOSSY,
     )
     grouping: str | None = fields.choice(
-        "Which heads share [optimal; contiguous for the published methods].",
+        "Which heads share one KV head [optimal; contiguous for the published methods].",
         registry.method_names("grouping"),
         section="Attention",
         acts_with=MERGED,
     )
     # Latent attention
     rank: int | None = fields.number(
-        "Width of the latent (kv_lora_rank).", section="Latent attention (--to mla)", acts_with=("mla",)
+        "Width of the latent (kv_lora_rank).", section="Latent attention (MLA)", acts_with=("mla",)
     )
     rope_dim: int | None = fields.number(
         "Width of the shared rotary key (qk_rope_head_dim).",
-        section="Latent attention (--to mla)",
+        section="Latent attention (MLA)",
         acts_with=("mla",),
     )
     cache: float | None = fields.fraction(
-        "Cache to keep, such as 12.5%; chooses the two above.",
-        section="Latent attention (--to mla)",
+        "Fraction of the cache to keep, such as 12.5%, in place of the two widths.",
+        section="Latent attention (MLA)",
         acts_with=("mla",),
     )
     exact: bool = fields.flag(
-        "The full rank: nothing is lost.", section="Latent attention (--to mla)", acts_with=("mla",)
+        "Full rank: the same function as the parent.", section="Latent attention (MLA)", acts_with=("mla",)
     )
     rope_frequencies: str | None = fields.choice(
-        "free: better, and few engines read it [default].",
+        "Rotary frequencies; free: less error, and few engines support it [default].",
         ("default", "free"),
-        section="Latent attention (--to mla)",
+        section="Latent attention (MLA)",
         acts_with=("mla",),
     )
     pad_values: bool = fields.flag(
         "Pad value heads with zeros for engines that need it.",
-        section="Latent attention (--to mla)",
+        section="Latent attention (MLA)",
         acts_with=("mla",),
     )
     # Calibration
     calibrate: str | None = fields.text(
-        "builtin, none, a text or JSONL FILE, or hf:DATASET [builtin].",
+        "Calibration text: builtin, none, a text or JSONL FILE, or hf:DATASET [builtin].",
         metavar="TEXT",
         section="Calibration",
         acts_with=LOSSY,
         recorded=False,
     )
     calibration_tokens: int | None = fields.number(
-        "How much of it to read.", section="Calibration", acts_with=LOSSY, recorded=False
+        "Number of calibration tokens [by the model's size].",
+        section="Calibration",
+        acts_with=LOSSY,
+        recorded=False,
     )
     save_moments: Path | None = fields.folder(
-        "Keep what was measured in a folder.",
+        "Save the second moments of the attention inputs in a folder.",
         metavar="DIR",
         section="Calibration",
         acts_with=LOSSY,
         recorded=False,
     )
     moments: Path | None = fields.folder(
-        "Use what was measured before.", metavar="DIR", section="Calibration", acts_with=LOSSY, recorded=False
+        "Use saved moments in place of calibration text.",
+        metavar="DIR",
+        section="Calibration",
+        acts_with=LOSSY,
+        recorded=False,
     )
     refit: str | int | None = fields.other(
-        "Regress each layer on its parent: auto, off or steps [auto].",
+        "Recover quality: auto, off, layers (each alone; or a number of steps), joint [auto].",
         check=_check_refit,
         parse=_parse_refit,
-        wanted="auto, off or a number of steps",
+        wanted="auto, off, layers, joint or a number of steps",
         metavar="STEPS",
         section="Calibration",
         acts_with=LOSSY,
@@ -162,14 +175,14 @@ class ConvertSettings:
     # Positions
     context: int | None = fields.number("Rescale RoPE to this many tokens.", section="Positions")
     rope: str | None = fields.choice(
-        f"The rule: {', '.join(ROPE_RULES)} [auto].", ROPE_RULES, metavar="RULE", section="Positions"
+        f"RoPE rule: {', '.join(ROPE_RULES)} [auto].", ROPE_RULES, metavar="RULE", section="Positions"
     )
-    rope_theta: float | None = fields.positive("The base of the rule base.", metavar="THETA", section="Positions")
+    rope_theta: float | None = fields.positive("RoPE base of the rule base.", metavar="THETA", section="Positions")
     sliding_window: int | None = fields.number(
-        "Let layers see this many tokens back; 0: all of them.", minimum=0, section="Positions"
+        "Attention window in tokens; 0: no window.", minimum=0, section="Positions"
     )
     window_layers: str | None = fields.other(
-        "all, alternate, or a list such as 0,2,4-7 [all].",
+        "Layers with the window: all, alternate, or a list such as 0,2,4-7 [all].",
         check=_check_layers,
         parse=str,
         wanted="all, alternate or a list of layers such as 0,2,5-7",
@@ -177,7 +190,7 @@ class ConvertSettings:
         section="Positions",
     )
     # Output
-    dtype: str | None = fields.choice("Precision [the source's].", DTYPES, section="Output")
+    dtype: str | None = fields.choice("Precision of the weights [the source's].", DTYPES, section="Output")
     max_shard_size: int | str = declare(
         SHARD_SIZE,
         Setting(
@@ -189,20 +202,20 @@ class ConvertSettings:
         ),
     )
     dry_run: bool = fields.flag("Print the plan and write nothing.", section="Output", recorded=False)
-    force: bool = fields.flag("Replace OUT once the new folder is complete.", section="Output", recorded=False)
-    resume: bool = fields.flag("Finish what an interrupted run began.", section="Output", recorded=False)
+    force: bool = fields.flag("Replace OUT when the new folder is complete.", section="Output", recorded=False)
+    resume: bool = fields.flag("Continue an interrupted run.", section="Output", recorded=False)
     verify: bool = fields.flag(
         "Do not check the result.", default=True, flag="--no-verify", section="Output", recorded=False
     )
     push_to_hub: str | None = fields.text(
-        "Upload the result to a repository.", metavar="REPO", section="Output", recorded=False
+        "Upload the result to a Hub repository.", metavar="REPO", section="Output", recorded=False
     )
     private: bool = fields.flag("Make a new repository private.", section="Output", recorded=False)
-    allow_nan: bool = fields.flag("Convert weights that are not finite.")
+    allow_nan: bool = fields.flag("Convert weights with NaN or infinite values.")
     allow_pickle: bool = fields.flag("Read .bin files (weights only, no code).")
-    seed: int = fields.number("Of everything random [0].", minimum=0, default=0)
+    seed: int = fields.number("Random seed [0].", minimum=0, default=0)
     device: str | None = fields.text(
-        "cpu, cuda or cuda:N [a GPU if there is one].", metavar="DEVICE", recorded=False
+        "Device: cpu, cuda or cuda:N [a GPU if there is one].", metavar="DEVICE", recorded=False
     )
 
     def __post_init__(self) -> None:
@@ -216,26 +229,30 @@ class ConvertSettings:
 
     @property
     def lossy(self) -> bool:
-        """Whether the settings allow that something is lost."""
+        """Whether the conversion may change the function of the model."""
         return self.to in LOSSY and not self.exact
 
     @property
+    def refits_layers(self) -> bool:
+        """Whether `refit` is a regression of single layers."""
+        return self.refit == "layers" or isinstance(self.refit, int)
+
+    @property
     def measured(self) -> bool:
-        """Whether something besides what the method needs is measured on the layers."""
-        return isinstance(self.refit, int) or self.moments is not None or self.save_moments is not None
+        """Whether the layers are measured for more than the needs of the method."""
+        return self.refits_layers or self.refit == "joint" or bool(self.moments or self.save_moments)
 
     def recorded(self) -> dict[str, Any]:
-        """Return what headwise.json keeps of the settings, and what a resumed run has to agree with.
+        """Return the settings for headwise.json and for the identity of a resumed run.
 
-        What decides about the calibration is left out: the record holds what was decided instead.
+        The settings of the calibration are left out: the record holds the decided calibration.
         """
         declared = settings_of(self)
-        kept = {name: getattr(self, name) for name, (_, setting) in declared.items() if setting.recorded}
-        fixed = {"seed": self.seed}
-        given = {name: value for name, value in kept.items() if value is not None and value is not False}
+        values = {name: getattr(self, name) for name, (_, setting) in declared.items() if setting.recorded}
+        recorded = {name: value for name, value in values.items() if value is not None and value is not False}
         if self.max_shard_size == SHARD_SIZE:
-            given.pop("max_shard_size")
-        return given | fixed
+            recorded.pop("max_shard_size")
+        return recorded | {"seed": self.seed}
 
     def _given(self, name: str) -> bool:
         return is_given(self, name)
@@ -253,13 +270,15 @@ class ConvertSettings:
     def _check_target(self) -> None:
         if self.to == "gqa" and self.groups is None:
             raise SettingError(
-                "groups", "`to` gqa needs `groups`; `headwise inspect MODEL` lists the counts it can have."
+                "groups", "`to` gqa needs `groups`; `headwise inspect MODEL` lists the legal numbers."
             )
         if self.to == "mla" and not any(map(self._given, ("exact", "cache", "rank", "rope_dim"))):
             raise SettingError("cache", "`to` mla needs `cache`, or `rank` and `rope_dim`, or `exact`.")
         legal = methods_of(self.to)
         if self.method is not None and self.method not in legal:
-            raise SettingError("method", f"`to` {self.to} has no method {self.method!r}, but {', '.join(legal)}.")
+            raise SettingError(
+                "method", f"`to` {self.to} has no method {self.method!r}; it has {', '.join(legal)}."
+            )
 
     def _check_contradictions(self) -> None:
         for name, others in CLASHES.items():
@@ -273,16 +292,22 @@ class ConvertSettings:
             for name in ("calibration_tokens", "save_moments"):
                 if self._given(name):
                     raise SettingError(
-                        name, f"`calibrate` none reads no text, so `{name}` has no effect: leave one out."
+                        name, f"`calibrate` none reads no text, so that `{name}` has no effect: leave one out."
                     )
-        if isinstance(self.refit, int):
+        if self.refits_layers:
             for name, without in (("calibrate", self.calibrate == "none"), ("moments", self._given("moments"))):
                 if without:
                     raise SettingError(
                         "refit", f"`refit` {self.refit} needs calibration text: leave out `{name}` or `refit`."
                     )
+        if self.refit == "joint":
+            for name in ("context", "sliding_window"):
+                if self._given(name):
+                    raise SettingError(
+                        "refit", f"`refit` joint trains towards the parent's own positions: leave out `{name}`."
+                    )
         if self.push_to_hub and not self.verify:
-            raise SettingError("verify", "`push_to_hub` uploads what was verified: leave out `verify`.")
+            raise SettingError("verify", "`push_to_hub` uploads verified folders only: leave out `verify`.")
         if (self.rope_theta is not None) != (self.rope == "base"):
             raise SettingError("rope_theta", "`rope` base and `rope_theta` belong together.")
 

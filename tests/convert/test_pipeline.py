@@ -408,7 +408,7 @@ def test_the_folder_says_where_it_comes_from(model: Path, tmp_path: Path) -> Non
     for name, tensor in tensors(tmp_path / "out").items():
         assert record["sha256"][name] == hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "GQA (2 KV heads)" in card and record["command"] in card and "value error" in card
+    assert "GQA, 2 KV heads" in card and record["command"] in card and "value error" in card
 
 
 COMMANDS: list[dict[str, Any]] = [
