@@ -1,4 +1,4 @@
-"""Several processes of `accelerate launch`: they find what one finds, and say it when one of them is gone."""
+"""Several processes of `accelerate launch`: the results of one process, and one message if a process ends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from headwise.eval import processes
 from headwise.eval.evaluate import evaluate_model
 from headwise.eval.report.publish import published
 from headwise.eval.result import Evaluation
-from headwise.eval.tasks import samples
+from headwise.eval.tasks.samples import read_results
 from tests.convert.speaking import save_speaking
 
 pytest.importorskip("lm_eval")
@@ -73,26 +73,26 @@ def launched(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 @pytest.mark.full
-def test_two_processes_find_what_one_finds(home: Path, tmp_path: Path, launched: Any) -> None:
+def test_two_processes_have_the_results_of_one(home: Path, tmp_path: Path, launched: Any) -> None:
     started = launched(tmp_path / "two", "--json")
     said, complaints = started.communicate()
     assert started.returncode == 0, complaints
-    two = Evaluation.from_dict(json.loads(said))  # one object: the report is told once
+    two = Evaluation.from_dict(json.loads(said))  # one object: the result is printed once
     one = evaluate_model(
         home / "child", home / "parent", recipe=home / "recipe.yaml", report=tmp_path / "one", device="cpu"
     )
-    assert one is not None and one.reused  # what two processes kept, for they were asked the same
+    assert one is not None and one.reused  # the cache of two processes, which had the same questions
     for alone, shared in zip(one.comparisons, two.comparisons, strict=True):
         assert (alone.task, alone.samples, alone.child.value) == (shared.task, shared.samples, shared.child.value)
         assert alone.paired == shared.paired
     for role in ("child", "parent"):
-        found, wanted = (samples.read(tmp_path / name / of.logs[role]) for name, of in (("two", two), ("one", one)))
+        found, wanted = (read_results(tmp_path / name / of.logs[role]) for name, of in (("two", two), ("one", one)))
         assert {task: [row["doc_id"] for row in rows] for task, rows in found.samples.items()} == {
             task: list(range(7)) for task in ("headwise_cloze_code", "headwise_cloze_prose")
         }
         assert answers(found) == pytest.approx(answers(wanted), rel=1e-5)  # batches differ
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "cache"}
-    # Both had work: each answered four choices of three or four questions of either task.
+    # Each process answered four choices of three or four questions of each task.
     assert "child: tasks: 32 requests" in complaints and "git" not in complaints
 
     again = launched(tmp_path / "reused")
@@ -101,27 +101,27 @@ def test_two_processes_find_what_one_finds(home: Path, tmp_path: Path, launched:
 
 
 def answers(found: Any) -> list[float]:
-    """Every answer of every request, as often as it was logged."""
+    """Return every answer of every request, as often as it was logged."""
     rows = [row for task in sorted(found.samples) for row in found.samples[task]]
     return [float(likelihood) for row in rows for request in row["resps"] for likelihood, _ in request]
 
 
 @pytest.mark.full
-def test_the_end_of_one_process_is_told(tmp_path: Path, launched: Any) -> None:
+def test_the_end_of_one_process_has_one_message(tmp_path: Path, launched: Any) -> None:
     started = launched(tmp_path / "out", "--limit", "90")
     second = _second(started.pid, tmp_path)
     os.kill(second, signal.SIGKILL)
     said, complaints = started.communicate()
     assert started.returncode != 0 and not said
     told = re.findall("Error: (Another process ended|The launcher ended this process)", complaints)
-    assert len(told) == 1 and "it was killed" in complaints
+    assert len(told) == 1 and "it was probably killed" in complaints
     assert "This is a bug" not in complaints
-    # What the killed process could not take away, and nothing of the other.
+    # The folder of the killed process, and nothing of the other.
     assert len(list(tmp_path.glob(".out.*"))) == 1 and not (tmp_path / "out").exists()
 
 
 def _second(launcher: int, home: Path) -> int:
-    """The process of rank 1, once both are at work."""
+    """Return the process of rank 1, once both are running."""
     while len(list(home.glob(".out.*"))) < 2:
         time.sleep(0.1)
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
@@ -132,19 +132,19 @@ def _second(launcher: int, home: Path) -> int:
 def test_a_task_with_too_few_questions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     task = SimpleNamespace(task_name="fruit", eval_docs=range(6))
     group = SimpleNamespace(get_all_tasks=lambda: [task])
-    processes.check_shares([group], 1)  # one process answers anything
+    processes.check_questions([group], 1)  # one process answers anything
     monkeypatch.setenv("WORLD_SIZE", "4")
-    processes.check_shares([task], None)
-    processes.check_shares([task], 0.5 + 1 / 6)
+    processes.check_questions([task], None)
+    processes.check_questions([task], 0.5 + 1 / 6)
     for limit in (3, 0.5):
-        with pytest.raises(HeadwiseError, match="Task fruit asks 3 questions, too few for 4 processes"):
-            processes.check_shares([group], limit)
+        with pytest.raises(HeadwiseError, match="Task fruit has 3 questions, too few for 4 processes"):
+            processes.check_questions([group], limit)
     monkeypatch.setenv("WORLD_SIZE", "8")
-    with pytest.raises(HeadwiseError, match="asks 6 questions"):
-        processes.check_shares([task], 100)
+    with pytest.raises(HeadwiseError, match="has 6 questions"):
+        processes.check_questions([task], 100)
 
 
-def test_a_repeated_last_request_answers_for_itself() -> None:
+def test_a_padding_request_gets_its_own_answers() -> None:
     from lm_eval.api.instance import Instance
 
     twice, once = (
@@ -152,7 +152,7 @@ def test_a_repeated_last_request_answers_for_itself() -> None:
         for place, repeats in enumerate((2, 1))
     )
     requests = [twice, twice, once, once, once]
-    processes.set_padding_aside(requests)
+    processes.copy_padding(requests)
     assert [request is twice for request in requests[:2]] == [True, True] and requests[2] is once
     for place, padding in enumerate(requests[3:]):
         assert padding is not once and padding.args == once.args and padding.doc_id == 1
@@ -160,24 +160,24 @@ def test_a_repeated_last_request_answers_for_itself() -> None:
     assert once.resps == []
 
 
-def test_other_faults_keep_their_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match="shapes"), processes.together():
+    with pytest.raises(RuntimeError, match="shapes"), processes.end_together():
         raise RuntimeError("shapes cannot be multiplied")
-    with pytest.raises(HeadwiseError, match="Another process"), processes.together():
+    with pytest.raises(HeadwiseError, match="Another process"), processes.end_together():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:40392")
 
 
-def test_a_scheduler_ends_the_work_as_a_user_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_ends_the_work_as_ctrl_c_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGTERM)
     for count, raised in (("1", KeyboardInterrupt), ("2", HeadwiseError)):
         monkeypatch.setenv("WORLD_SIZE", count)
-        with pytest.raises(raised), processes.together(), published(tmp_path / "out", force=False):
+        with pytest.raises(raised), processes.end_together(), published(tmp_path / "out", force=False):
             os.kill(os.getpid(), signal.SIGTERM)
         assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) is before
 
 
-def test_the_first_process_speaks_before_the_others(
+def test_the_first_process_prints_before_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     waited: list[float] = []

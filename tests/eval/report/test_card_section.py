@@ -1,4 +1,4 @@
-"""An evaluation in the model card: for readers, for the Hub's figures, and never in another model's card."""
+"""An evaluation in the model card: for readers, for the Hub, and never in the card of another model."""
 
 from __future__ import annotations
 
@@ -53,25 +53,27 @@ def out(made, tmp_path) -> Path:
     return shutil.copytree(made / "out", tmp_path / "out")
 
 
-def test_the_card_tells_the_damage_and_keeps_what_it_said(made, out):
+def test_the_card_gets_the_figures_and_keeps_its_text(made, out):
     before = (out / "README.md").read_text()
     update = update_card(out, made / "report")
     text = (out / "README.md").read_text()
     assert text.index("## Evaluation") < text.index("## Errors") < text.index("## Command")
     assert before.split("## Errors")[1] == text.split("## Errors")[1]
     assert (
-        "a real loss in 2 of 6" in text
+        "a significant loss in 2 of 6" in text
         and "| arc_easy | acc_norm, 1,000 samples | 43.1% | 40.2% | **−2.9** |" in text
     )
     assert "mmlu_anatomy" not in text, "only the main figures"
     command = "headwise eval out --baseline org/parent@c0ffee --recipe standard --seed 0 --include-path tasks"
-    assert command in text and str(made) not in text, "where a user keeps files is not published"
-    assert "same next token: 91.23%" in text and "What it does not say" in text
+    assert command in text and str(made) not in text, "folders of the user are not published"
+    assert "same next token: 91.23%" in text and "Limits of these figures" in text
     assert update.figures == 6 and update.eval_results == ()
-    assert verify_model(out).passed, "a card is no part of what is verified"
+    assert verify_model(out).passed, "verification leaves out the card"
     update_card(out, made / "report")
-    assert (out / "README.md").read_text() == text, "twice is once"
-    assert without_evaluation(text) == without_evaluation(before) == before, "trained on, it is told anew"
+    assert (out / "README.md").read_text() == text, "a second update changes nothing"
+    assert without_evaluation(text) == without_evaluation(before) == before, (
+        "training removes the figures of earlier weights"
+    )
 
 
 def test_the_hub_reads_the_figures(made, out):
@@ -95,7 +97,7 @@ def test_the_hub_reads_the_figures(made, out):
     assert figures["held-out"].metric_value == pytest.approx(6.106, abs=1e-3)
 
 
-def test_a_benchmark_is_told_when_asked(made, out):
+def test_a_benchmark_result_is_written_on_request(made, out):
     update = update_card(out, made / "report", eval_results=[GSM8K])
     assert update.eval_results == (out / ".eval_results" / "gsm8k.yaml",)
     (entry,) = parse_eval_result_entries(yaml.safe_load(update.eval_results[0].read_text()))
@@ -103,17 +105,17 @@ def test_a_benchmark_is_told_when_asked(made, out):
     assert entry.notes == "exact_match, 5-shot, lm-eval 0.4.13"
 
 
-def test_a_report_without_a_parent_is_told_too(made, out, tmp_path):
+def test_a_report_without_a_parent_is_written_too(made, out, tmp_path):
     child = replace(full().child, sha256=content_hash(source_in_folder("out", out)))
     write_report(replace(alone(), child=child), tmp_path / "alone")
     assert update_card(out, tmp_path / "alone").figures == 1
     assert "No parent was measured" in (out / "README.md").read_text()
 
 
-def test_a_part_of_the_samples_is_no_benchmark(made, out, tmp_path):
+def test_a_part_of_the_samples_is_no_benchmark_result(made, out, tmp_path):
     child = replace(full().child, sha256=content_hash(source_in_folder("out", out)))
     write_report(replace(alone(), child=child, settings={"limit": 10}), tmp_path / "part")
-    with pytest.raises(HeadwiseError, match="from a part of the samples"):
+    with pytest.raises(HeadwiseError, match="used a part of the samples"):
         update_card(out, tmp_path / "part", eval_results=[("arc_easy", "allenai/ai2_arc", "ARC-Easy")])
 
 
@@ -128,7 +130,7 @@ def test_a_part_of_the_samples_is_no_benchmark(made, out, tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_told_leaves_the_folder_alone(made, out, spoil, words):
+def test_a_refusal_leaves_the_folder_unchanged(made, out, spoil, words):
     spoil(out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(HeadwiseError, match=words):
@@ -140,12 +142,12 @@ def test_what_cannot_be_told_leaves_the_folder_alone(made, out, spoil, words):
     ("asked", "words"),
     [
         ("nothing=a/b:c", "has no task 'nothing'"),
-        ("heldout=a/b:c", "no share that a benchmark could list"),
+        ("heldout=a/b:c", "is not a share from 0 to 1"),
         ("gsm8k", "is not TASK=DATASET:TASK_ID"),
         ("gsm8k=openai:main", "is not TASK=DATASET:TASK_ID"),
     ],
 )
-def test_a_benchmark_that_cannot_be_told_is_one_sentence(made, out, asked, words):
+def test_a_refused_benchmark_gets_one_sentence(made, out, asked, words):
     done = CliRunner(env={"HEADWISE_DEBUG": ""}).invoke(
         cli, ["card", str(out), str(made / "report"), "--eval-result", asked]
     )

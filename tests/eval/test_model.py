@@ -1,0 +1,51 @@
+"""The models of an evaluation: their identity by content, and equal tokenizers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from headwise.eval.model import find_model, same_tokenizer
+from tests.convert.speaking import save_speaking
+
+
+def test_the_content_hash_covers_weights_config_and_tokenizer(tmp_path: Path) -> None:
+    parent = save_speaking(tmp_path / "parent", max_position_embeddings=128)
+    copy = tmp_path / "copy"
+    shutil.copytree(parent, copy)
+    before = find_model(parent).subject.sha256
+    assert find_model(copy).subject.sha256 == before
+    (copy / "README.md").write_text("A model card.")
+    assert find_model(copy).subject.sha256 == before
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"rope_theta": 9.0}))
+    assert find_model(copy).subject.sha256 != before
+    shutil.copy(parent / "config.json", copy)
+    assert find_model(copy).subject.sha256 == before
+    tokenizer = (copy / "tokenizer.json").read_text()
+    (copy / "tokenizer.json").write_text(tokenizer + " ")
+    assert find_model(copy).subject.sha256 != before
+    (copy / "tokenizer.json").write_text(tokenizer)
+    changed = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
+    with torch.no_grad():
+        changed.model.norm.weight[0] += 1
+    changed.save_pretrained(copy)
+    assert find_model(copy).subject.sha256 != before
+
+
+def test_a_swapped_vocabulary_is_another_tokenizer(tmp_path: Path) -> None:
+    parent = save_speaking(tmp_path / "parent")
+    other = tmp_path / "other"
+    shutil.copytree(parent, other)
+    ours, theirs = find_model(parent).load_tokenizer(), find_model(other).load_tokenizer()
+    assert same_tokenizer(ours, theirs)
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = list(vocabulary)[10:12]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    assert not same_tokenizer(ours, find_model(other).load_tokenizer())
