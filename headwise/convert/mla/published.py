@@ -20,7 +20,7 @@ def transmla(problem: LatentProblem) -> LatentSolution:
     Args:
         problem: one layer, with a rotary embedding.
     """
-    return min((_transmla(problem, folding) for folding in problem.foldings), key=lambda found: found.error)
+    return min((_transmla(problem, folding) for folding in problem.foldings), key=lambda solution: solution.error)
 
 
 def partial_rope(problem: LatentProblem) -> LatentSolution:

@@ -242,9 +242,9 @@ class LatentTarget:
 
     def _choose_frequencies(self, rope_dim: int, grid: str) -> Tensor:
         """The frequencies of the rotary key, (rope_dim / 2,) radians per token, one list for all layers."""
-        own = next(frequencies for frequencies in self._frequencies if len(frequencies))
+        source = next(frequencies for frequencies in self._frequencies if len(frequencies))
         if self.exact:
-            return own.repeat(-(-rope_dim // (2 * len(own))))[: rope_dim // 2]
+            return source.repeat(-(-rope_dim // (2 * len(source))))[: rope_dim // 2]
         if grid == "default" and not self.method.planes:
             return deepseek.default_grid(self._theta, rope_dim)
         sampled = [self._read_layer(layer) for layer in self._sampled_layers()]
@@ -254,11 +254,11 @@ class LatentTarget:
             norms = torch.stack([plane_norms(*pair) for pair in pairs]).sum(0)
             groups = self._before[0].num_key_value_heads
             try:
-                return partial_frequencies(own, groups, rope_dim, self.method.planes, norms)
+                return partial_frequencies(source, groups, rope_dim, self.method.planes, norms)
             except ValueError as error:
                 raise SettingError("rope_dim", f"`method` {self.method.name}: {error}.") from error
-        gains = torch.stack([rotary_gains(weights, own, known) for weights, known in pairs]).sum(0)
-        return free_frequencies(own, gains, rope_dim)
+        gains = torch.stack([rotary_gains(weights, source, statistics) for weights, statistics in pairs]).sum(0)
+        return free_frequencies(source, gains, rope_dim)
 
     def _warn_of_default_grid(self, rope_type: str, grid: str) -> None:
         """Warn if the source's frequencies are scaled and those of the output are not."""

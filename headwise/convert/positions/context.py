@@ -58,13 +58,13 @@ def rope_sets(config: dict[str, Any], architecture: Architecture) -> list[RopeSe
     nested = {key: value for key, value in parameters.items() if isinstance(value, dict)}
     layer_types = getattr(stock, "layer_types", None) or [None] * len(layouts)
     sets = []
-    for key, own in (nested or {None: parameters}).items():
+    for key, values in (nested or {None: parameters}).items():
         rotary = [a for a, kind in zip(layouts, layer_types, strict=True) if a.rotary_dim and key in (None, kind)]
         if not rotary:
             continue
         windows = [layout.sliding_window for layout in rotary]
         window = None if None in windows else max(w for w in windows if w is not None)
-        sets.append(RopeSet(key, dict(own), rotary[0].rotary_dim, window))
+        sets.append(RopeSet(key, dict(values), rotary[0].rotary_dim, window))
     return sets
 
 
@@ -180,17 +180,17 @@ def _write(
     new = copy.deepcopy(config)
     text = architecture.text_config(new)
     parameters = copy.deepcopy(stock.rope_parameters)
-    for layer_type, own in changed.items():
+    for layer_type, values in changed.items():
         if architecture.old_rope_scaling:
-            own = _without_refused_keys(own, architecture)
+            values = _without_refused_keys(values, architecture)
         if layer_type is None:
-            parameters = own
+            parameters = values
         else:
-            parameters[layer_type] = own
+            parameters[layer_type] = values
         if hasattr(stock, "original_max_position_embeddings"):
-            text["original_max_position_embeddings"] = own.get("original_max_position_embeddings", context)
+            text["original_max_position_embeddings"] = values.get("original_max_position_embeddings", context)
     text["rope_parameters"] = parameters
-    dynamic = any(rope.rope_type(own) == "dynamic" for own in changed.values())
+    dynamic = any(rope.rope_type(values) == "dynamic" for values in changed.values())
     text["max_position_embeddings"] = trained if dynamic else context
     spelled = both_rope_spellings({"model_type": architecture.model_type, **text})
     text.update({key: value for key, value in spelled.items() if key in text or key != "model_type"})
