@@ -18,7 +18,7 @@ from transformers import (
     SmolLM3Config,
 )
 
-from headwise.convert.mla import latent
+from headwise.convert.mla.exact import exact_mla, exact_mla_shape
 from headwise.errors import HeadwiseError
 from headwise.models import deepseek, mla_source
 from headwise.models.layout import AttentionLayout, LayerWeights
@@ -80,11 +80,11 @@ def read_layer(model, layer):
 def export(model, to_latent, *, dtype=torch.float32, v_head_dim=None, tolerance=deepseek.NORM_TOLERANCE):
     """(config, tensors) of a model whose layers `to_latent` turned into LatentWeights."""
     source_config = model.config.to_dict()
-    source = mla_source.find(source_config, dtype)
+    source = mla_source.find_mla_source(source_config, dtype)
     layers = [to_latent(read_layer(model, i)) for i in range(model.config.num_hidden_layers)]
     biased = layers[0].q_nope.shape[2] > model.config.hidden_size
     q_lora_rank = deepseek.query_rank(read_layer(model, 0).layout, model.config.hidden_size) if biased else None
-    config = deepseek.config(
+    config = deepseek.make_config(
         source_config,
         layers[0].layout,
         theta=model.config.rope_parameters["rope_theta"],
@@ -98,7 +98,7 @@ def export(model, to_latent, *, dtype=torch.float32, v_head_dim=None, tolerance=
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     attention = [name for name in state if ".self_attn." in name]
-    tensors = {c.name: c.apply(state[c.source], dtype) for c in mla_source.plan_other(source, state, attention)}
+    tensors = {c.name: c.apply(state[c.source], dtype) for c in mla_source.plan_scaled_copies(source, state, attention)}
     for i, layer in enumerate(layers):
         o_bias = model.model.layers[i].self_attn.o_proj.bias
         tensors |= deepseek.attention_tensors(
@@ -129,11 +129,11 @@ def reload(config, tensors, folder, dtype):
 
 def exact(model, **shape):
     frequencies = model.model.rotary_emb.inv_freq.double()
-    source = mla_source.find(model.config.to_dict())
+    source = mla_source.find_mla_source(model.config.to_dict())
 
     def to_latent(weights):
         scale = source.attention_scale or weights.layout.head_dim**-0.5
-        return latent.lift(weights, frequencies, scale=scale, **shape)
+        return exact_mla(weights, frequencies, scale=scale, **shape)
 
     return to_latent
 
@@ -184,7 +184,7 @@ SOURCES = {
 @pytest.mark.parametrize("name", SOURCES)
 def test_exact_lift_reloads_as_stock_deepseek_with_the_same_logits(name, tmp_path):
     parent = make(SOURCES[name])
-    shapes = [latent.lift_shape(read_layer(parent, i).layout) for i in range(2)]
+    shapes = [exact_mla_shape(read_layer(parent, i).layout) for i in range(2)]
     rank, rope_dim = (max(column) for column in zip(*shapes, strict=True))
     config, tensors = export(parent, exact(parent, rank=rank, rope_dim=rope_dim))
     child = reload(config, tensors, tmp_path, torch.float32)
@@ -243,7 +243,7 @@ def test_read_attention_is_the_inverse(tmp_path):
     torch.testing.assert_close(got.k_rope, wanted.k_rope)
     torch.testing.assert_close(got.v_up @ got.kv_down, wanted.v_up @ wanted.kv_down)
     torch.testing.assert_close(got.q_rope * got.scale, wanted.q_rope * wanted.scale)
-    torch.testing.assert_close(got.o / mla_source.find(parent.config.to_dict()).factors["residual"], wanted.o)
+    torch.testing.assert_close(got.o / mla_source.find_mla_source(parent.config.to_dict()).factors["residual"], wanted.o)
 
 
 @pytest.mark.parametrize(
@@ -258,14 +258,14 @@ def test_read_attention_is_the_inverse(tmp_path):
 )
 def test_what_stock_deepseek_cannot_express_is_refused(config, word):
     with pytest.raises(HeadwiseError, match=word):
-        mla_source.find(config)
+        mla_source.find_mla_source(config)
 
 
 def test_float16_is_refused():
     with pytest.raises(HeadwiseError, match="float16"):
-        mla_source.find(dict(model_type="llama"), torch.float16)
+        mla_source.find_mla_source(dict(model_type="llama"), torch.float16)
 
 
 def test_a_tensor_without_a_place_is_refused():
     with pytest.raises(HeadwiseError, match=r"extra\.weight"):
-        mla_source.plan_other(mla_source.find(dict(model_type="llama")), ["extra.weight"], [])
+        mla_source.plan_scaled_copies(mla_source.find_mla_source(dict(model_type="llama")), ["extra.weight"], [])
