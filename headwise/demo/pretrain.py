@@ -144,7 +144,7 @@ def measure(folder: Path, blocks: Tensor) -> dict[str, Any]:
     return asdict(nats_per_token(network, blocks))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def run_pretraining(arguments: Sequence[str] | None = None) -> None:
     """Pretrain from the command line.
 
     Args:
@@ -164,4 +164,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_pretraining()

@@ -16,7 +16,6 @@ from headwise.convert.calibration.layer_stream import LayerStream
 from headwise.convert.refit.output_projection import solve_output_projection
 from headwise.convert.refit.regression import LEARNING_RATE, refit
 from headwise.errors import HeadwiseError
-from headwise.models.architecture import Architecture
 from headwise.models.stock import empty_model, layer_arguments, move_to_device
 from headwise.progress import SILENT, Progress
 from headwise.recipes.settings import Layerwise
@@ -34,7 +33,7 @@ def check_layerwise(student: ModelFolder, teacher: ModelFolder, record: Mapping[
     Raises:
         HeadwiseError: the teacher has MLA layers, or the conversion changed positions.
     """
-    if not isinstance(teacher.stock, Architecture):
+    if teacher.grouped is None:
         raise HeadwiseError("layerwise needs a teacher with MHA, GQA or MQA layers, and this one has MLA layers.")
     changed = sorted({"context", "sliding_window"} & set((record or {}).get("arguments", {})))
     if changed:
@@ -67,11 +66,11 @@ def train_layers(
     Returns:
         For each layer, the errors of the output solution and of the refit.
     """
-    assert isinstance(teacher.stock, Architecture)
-    latent, stock = student.folder.latent, student.folder.stock
-    projection = stock.projections["o"] if isinstance(stock, Architecture) else "o_proj"
+    assert teacher.grouped is not None
+    latent, grouped = student.folder.latent, student.folder.grouped
+    projection = grouped.projections["o"] if grouped is not None else "o_proj"
     scale = student.scales(teacher)[1]
-    stream = LayerStream(teacher.checkpoint, teacher.stock, blocks.long(), device)
+    stream = LayerStream(teacher.checkpoint, teacher.grouped, blocks.long(), device)
     arguments = None
     if latent is not None:
         skeleton = empty_model(student.folder.checkpoint.config, latent.auto_class)

@@ -7,7 +7,7 @@ never in memory as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-from headwise.train.settings import Loss
 
 # Elements of a chunk of logits: 128 MiB in float32.
 CHUNK = 1 << 25
@@ -39,24 +37,27 @@ class ModelOutputs:
 
 
 def total_loss(
-    loss: Loss,
+    weights: Mapping[str, float],
     student: ModelOutputs,
     labels: Tensor,
     teacher: ModelOutputs | None = None,
     teacher_topk: Sequence[Tensor] | None = None,
     scales: tuple[float, float] = (1.0, 1.0),
     *,
+    temperature: float = 1.0,
     compiled: bool = False,
 ) -> Tensor:
     """Return the weighted sum of the terms of a loss, a mean over the predicted tokens.
 
     Args:
-        loss: the weights.
+        weights: of the terms, by the names of `headwise.train.settings.Loss`: kl, reverse_kl, jsd, cross_entropy,
+            hidden_states and attention_outputs.
         student: its outputs.
         labels: (batch, tokens); IGNORED for a token that is not predicted, which the divergences leave out too.
         teacher: the teacher's outputs, where it runs beside the student.
         teacher_topk: instead, its most likely tokens and their log-probabilities, (batch, tokens, k) each.
         scales: of the student's residual stream and attention outputs over the teacher's.
+        temperature: of both distributions in the divergences.
         compiled: compile the loss of a chunk with torch.compile.
 
     Returns:
@@ -70,31 +71,33 @@ def total_loss(
     elif teacher is not None:
         others.append(teacher.logits.flatten(0, 1))
     logits = student.logits.flatten(0, 1)
-    per_token = _per_token(loss, compiled)
+    per_token = _per_token(tuple(weights.items()), temperature, compiled)
     total = over_tokens(per_token, logits, *others, weights=predicted / predicted.sum().clamp_min(1))
-    if teacher is not None and loss.hidden_states:
-        error = relative_error(student.hidden_states, teacher.hidden_states, scales[0])
-        total = total + loss.hidden_states * error
-    if teacher is not None and loss.attention_outputs:
-        error = relative_error(student.attention_outputs, teacher.attention_outputs, scales[1])
-        total = total + loss.attention_outputs * error
+    if teacher is not None and weights.get("hidden_states"):
+        error = relative_squared_error(student.hidden_states, teacher.hidden_states, scales[0])
+        total = total + weights["hidden_states"] * error
+    if teacher is not None and weights.get("attention_outputs"):
+        error = relative_squared_error(student.attention_outputs, teacher.attention_outputs, scales[1])
+        total = total + weights["attention_outputs"] * error
     return total
 
 
 @cache  # torch.compile needs the same function at every step
-def _per_token(loss: Loss, compiled: bool) -> Callable[..., Tensor]:
+def _per_token(weights: tuple[tuple[str, float], ...], temperature: float, compiled: bool) -> Callable[..., Tensor]:
+    weight = {"cross_entropy": 0.0, "kl": 0.0, "reverse_kl": 0.0, "jsd": 0.0, **dict(weights)}
+
     def per_token(student: Tensor, labels: Tensor, *teacher: Tensor) -> Tensor:
         total = torch.zeros(len(student), device=student.device)
-        if loss.cross_entropy:
-            total = total + loss.cross_entropy * cross_entropy(student, labels)
-        if loss.kl and len(teacher) == 2:
-            total = total + loss.kl * topk_kl(student, *teacher, temperature=loss.temperature)
-        elif loss.kl:
-            total = total + loss.kl * forward_kl(student, teacher[0], loss.temperature)
-        if loss.reverse_kl:
-            total = total + loss.reverse_kl * reverse_kl(student, teacher[0], loss.temperature)
-        if loss.jsd:
-            total = total + loss.jsd * jsd(student, teacher[0], loss.temperature)
+        if weight["cross_entropy"]:
+            total = total + weight["cross_entropy"] * cross_entropy(student, labels)
+        if weight["kl"] and len(teacher) == 2:
+            total = total + weight["kl"] * topk_kl(student, *teacher, temperature=temperature)
+        elif weight["kl"]:
+            total = total + weight["kl"] * forward_kl(student, teacher[0], temperature)
+        if weight["reverse_kl"]:
+            total = total + weight["reverse_kl"] * reverse_kl(student, teacher[0], temperature)
+        if weight["jsd"]:
+            total = total + weight["jsd"] * jsd(student, teacher[0], temperature)
         return total
 
     return torch.compile(per_token) if compiled else per_token
@@ -175,7 +178,7 @@ def cross_entropy(student: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(student, labels, ignore_index=IGNORED, reduction="none")
 
 
-def relative_error(student: Sequence[Tensor], teacher: Sequence[Tensor], scale: float = 1.0) -> Tensor:
+def relative_squared_error(student: Sequence[Tensor], teacher: Sequence[Tensor], scale: float = 1.0) -> Tensor:
     """Return the mean over layers of the squared error relative to the teacher's square.
 
     Args:

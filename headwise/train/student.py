@@ -22,7 +22,7 @@ from headwise.io.reader import Checkpoint
 from headwise.models import deepseek, mla_source
 from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.layout import AttentionLayout, LatentWeights
-from headwise.models.norm_free import ATTENTION, from_norm_free_state, to_norm_free_module
+from headwise.models.norm_free import from_norm_free_state, to_norm_free_module
 from headwise.models.protocol import LatentModel
 from headwise.models.stock import stock_config
 from headwise.train.settings import Lora, Training
@@ -35,15 +35,17 @@ RESIDUAL_WRITERS = ("model.embed_tokens.weight", ".mlp.down_proj.weight")
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """An opened checkpoint and the layout of its stock class.
+    """An opened checkpoint and the names and layouts of its stock class.
 
     Attributes:
         checkpoint: the files.
-        stock: names and layouts of the stock class.
+        grouped: the stock class of an MHA, GQA or MQA model, else None.
+        latent: the stock class of an MLA model, else None.
     """
 
     checkpoint: Checkpoint
-    stock: Architecture | LatentModel
+    grouped: Architecture | None = None
+    latent: LatentModel | None = None
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> ModelFolder:
@@ -53,20 +55,23 @@ class ModelFolder:
             HeadwiseError: the checkpoint is of an MLA model that headwise did not write, or of an unknown type.
         """
         if "kv_lora_rank" in checkpoint.config:
-            return cls(checkpoint, LatentModel.of(checkpoint.config))
-        return cls(checkpoint, find_architecture(checkpoint.config, checkpoint.tensors))
+            return cls(checkpoint, latent=LatentModel.of(checkpoint.config))
+        return cls(checkpoint, grouped=find_architecture(checkpoint.config, checkpoint.tensors))
 
     @property
-    def latent(self) -> LatentModel | None:
-        """The MLA model of the folder, or None."""
-        return self.stock if isinstance(self.stock, LatentModel) else None
+    def stock(self) -> Architecture | LatentModel:
+        """The stock class, of either kind."""
+        stock = self.grouped or self.latent
+        assert stock is not None
+        return stock
 
     @property
     def layouts(self) -> list[AttentionLayout]:
         """The layout of every attention layer."""
-        if isinstance(self.stock, LatentModel):
-            return self.stock.layouts
-        return self.stock.layouts(self.checkpoint.config)
+        if self.latent is not None:
+            return self.latent.layouts
+        assert self.grouped is not None
+        return self.grouped.layouts(self.checkpoint.config)
 
     @property
     def text(self) -> Any:
@@ -76,8 +81,8 @@ class ModelFolder:
     @property
     def attention_paths(self) -> list[str]:
         """The path of every layer's attention module."""
-        name = ATTENTION if isinstance(self.stock, LatentModel) else self.stock.attention
-        return [f"{self.stock.module.format(layer=i)}.{name}" for i in range(len(self.layouts))]
+        stock = self.stock
+        return [f"{stock.module.format(layer=i)}.{stock.attention}" for i in range(len(self.layouts))]
 
     def load(self, dtype: torch.dtype) -> Any:
         """Load the stock model with its weights, on the CPU.
@@ -92,6 +97,17 @@ class ModelFolder:
         )
         network.config.use_cache = False
         return network
+
+
+def load_for_sampling(checkpoint: Checkpoint, device: torch.device) -> Any:
+    """Load a checkpoint's stock model whole, to sample text from it: bfloat16 on a GPU, float32 elsewhere.
+
+    Args:
+        checkpoint: the model.
+        device: where it is put.
+    """
+    network = ModelFolder.of(checkpoint).load(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return network.to(device).eval()
 
 
 @dataclass
@@ -237,10 +253,9 @@ class Student:
         Args:
             teacher: the parent's folder.
         """
-        if self.folder.latent is None or teacher.latent is not None:
+        if self.folder.latent is None or teacher.grouped is None:
             return 1.0, 1.0
-        assert isinstance(teacher.stock, Architecture)
-        text = teacher.stock.text_config(teacher.checkpoint.config)
+        text = teacher.grouped.text_config(teacher.checkpoint.config)
         stream = _residual_scale(self.folder, teacher)
         outputs = mla_source.find_mla_source(text).factors["residual"]
         return stream / self.residual_scale, outputs / self.residual_scale
@@ -248,9 +263,9 @@ class Student:
 
 def _residual_scale(folder: ModelFolder, parent: ModelFolder | None) -> float:
     """Return the scale of an MLA folder's residual stream over its parent's."""
-    if folder.latent is None or parent is None or not isinstance(parent.stock, Architecture):
+    if folder.latent is None or parent is None or parent.grouped is None:
         return 1.0
-    text = parent.stock.text_config(parent.checkpoint.config)
+    text = parent.grouped.text_config(parent.checkpoint.config)
     return deepseek.residual_scale(text.get("rms_norm_eps", deepseek.NORM_EPS))
 
 

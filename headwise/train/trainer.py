@@ -96,7 +96,16 @@ class Trainer(transformers.Trainer):
         # No cache: it would hold a bfloat16 copy of every weight, even with gradient checkpointing.
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._bf16, cache_enabled=False):
             actual = forward_with_hooks(model, inputs, hidden_states=hidden_states, attention=attention)
-        return total_loss(loss, actual, labels, expected, topk, self.task.scales, compiled=self.training.compile)
+        return total_loss(
+            loss.weights,
+            actual,
+            labels,
+            expected,
+            topk,
+            self.task.scales,
+            temperature=loss.temperature,
+            compiled=self.training.compile,
+        )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Return the schedule. It reads `state.max_steps` at each step, because a time budget may shorten the run.

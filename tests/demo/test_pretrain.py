@@ -99,7 +99,7 @@ def test_the_settings_of_the_embedded_model_are_legal() -> None:
 
 def test_the_command_names_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
-        pretrain.main([str(tmp_path / "out"), "--set", "train.tokns=1"])
+        pretrain.run_pretraining([str(tmp_path / "out"), "--set", "train.tokns=1"])
     assert ended.value.code == 2
     assert "Did you mean train.tokens?" in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())

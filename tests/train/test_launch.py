@@ -1,13 +1,34 @@
-"""Training on several processes: the arguments of accelerate, and what the machine cannot do."""
+"""Training on several processes: what is launched, and the same result on one process and on two."""
 
 from __future__ import annotations
 
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from headwise.errors import HeadwiseError
+from headwise.io.source import EMBEDDED_MODEL
+from headwise.recipes.uptrain import uptrain_model
 from headwise.train import launch
 from headwise.train.settings import LAUNCH_KINDS
+
+REPOSITORY = Path(__file__).parents[2]
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+RECIPE = """
+about: distillation in a few steps, documents apart
+data: {text: {TEXT: 1}, length: 64, heldout_blocks: 4}
+loss: {kl: 0.9, cross_entropy: 0.1}
+train:
+  {tokens: 4096, batch_tokens: 1024, micro_batch_tokens: 256, learning_rate: 1e-3, log_every: 1, evaluate_every: 2}
+"""
 
 
 @pytest.fixture
@@ -51,3 +72,67 @@ def test_fsdp2_needs_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_kind_has_its_configuration() -> None:
     assert {path.stem for path in launch.CONFIGS.glob("*.yaml")} == set(LAUNCH_KINDS)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with parent, child, recipe, and `one`: the child healed by one process."""
+    home = tmp_path_factory.mktemp("scale")
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    torch.manual_seed(0)
+    for name, groups in (("parent", 4), ("child", 2)):
+        config = LlamaConfig(vocab_size=len(tokenizer), **SIZES, num_key_value_heads=groups)
+        LlamaForCausalLM(config).save_pretrained(home / name)
+        tokenizer.save_pretrained(home / name)
+    texts = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 7) for i in range(400)]
+    (home / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (home / "recipe.yaml").write_text(RECIPE.replace("TEXT", str(home / "text.jsonl")))
+    uptrain_model(home / "child", home / "one", recipe=home / "recipe.yaml", teacher=home / "parent")
+    return home
+
+
+def words(case: Path, out: str) -> list[str]:
+    models = ["--model", str(case / "child"), "--teacher", str(case / "parent")]
+    return [str(case / "recipe.yaml"), str(case / out), *models]
+
+
+def assert_same(case: Path, other: str) -> None:
+    curves = []
+    for name in ("one", other):
+        with (case / name / "uptraining.csv").open() as file:
+            curves.append([(row["step"], row["loss"] or row["heldout"]) for row in csv.DictReader(file)])
+    assert [step for step, _ in curves[0]] == [step for step, _ in curves[1]] and len(curves[0]) == 7
+    for (_, one), (_, two) in zip(*curves, strict=True):
+        assert float(two) == pytest.approx(float(one), rel=1e-5)
+    one, two = (load_file(case / name / "model.safetensors") for name in ("one", other))
+    before = load_file(case / "child" / "model.safetensors")
+    assert one.keys() == two.keys() == before.keys()
+    for name in one:
+        moved = (one[name] - before[name]).abs().max()
+        assert (one[name] - two[name]).abs().max() <= 1e-3 * moved, name
+    files = [sorted(path.name for path in (case / name).iterdir()) for name in ("one", other)]
+    assert files[0] == files[1]
+
+
+def test_two_processes_train_as_one_does(case: Path) -> None:
+    assert launch.launch_processes("ddp", 2, words(case, "two")) == 0
+    assert_same(case, "two")
+
+
+@pytest.mark.full
+def test_a_sharded_student_and_teacher_train_as_whole_ones_do(case: Path) -> None:
+    config = launch.CONFIGS / "fsdp2.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--num_processes", "2", "--main_process_port", "0", str(Path(__file__).parent / "fsdp2_on_cpu.py")]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([*command, *words(case, "shards")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(case, "shards")
+
+
+@pytest.mark.full
+def test_a_mistake_is_told_once_with_its_exit_code(case: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch.launch_processes("ddp", 2, [*words(case, "none"), "--set", "train.tokns=1"]) == 2
+    said = capfd.readouterr().err
+    assert said.count("unknown key train.tokns") == 1 and "Traceback" not in said
+    assert not (case / "none").exists()

@@ -116,5 +116,5 @@ def test_the_relative_error_knows_of_a_scaled_stream() -> None:
     torch.manual_seed(0)
     theirs = [torch.randn(2, 5, 8) for _ in range(3)]
     ours = [0.3 * (x + 0.1 * x.norm() / x.numel() ** 0.5) for x in theirs]
-    assert losses.relative_error([0.3 * x for x in theirs], theirs, 0.3) < 1e-12
-    assert losses.relative_error(ours, theirs, 0.3).item() == pytest.approx(0.01, rel=1e-4)
+    assert losses.relative_squared_error([0.3 * x for x in theirs], theirs, 0.3) < 1e-12
+    assert losses.relative_squared_error(ours, theirs, 0.3).item() == pytest.approx(0.01, rel=1e-4)

@@ -1,6 +1,6 @@
 """`headwise._cli.worker` under FSDP2 without accelerators: accelerate shards over gloo where it thinks of GPUs.
 
-accelerate launch --config_file headwise/recipes/accelerate/fsdp2.yaml tests/recipes/fsdp2_on_cpu.py ...
+accelerate launch --config_file headwise/recipes/accelerate/fsdp2.yaml tests/train/fsdp2_on_cpu.py ...
 """
 
 import sys
