@@ -111,11 +111,9 @@ def on_lm_eval_answer(lm: Any, call: Callable[[], None]) -> None:
     """
     from lm_eval.api.model import CacheHook
 
-    class AnswerHook(CacheHook):
-        def add_partial(self, *_: Any) -> None:
-            call()
-
-    lm.set_cache_hook(AnswerHook(None))
+    hook: Any = CacheHook(None)
+    hook.add_partial = lambda *_: call()
+    lm.set_cache_hook(hook)
 
 
 @contextmanager

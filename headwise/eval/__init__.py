@@ -1,0 +1,1 @@
+"""Evaluation: the child against its parent, from settings to a published report."""

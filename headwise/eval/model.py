@@ -149,4 +149,4 @@ def same_tokenizer(child: Any, parent: Any) -> bool:
         child: tokenizer of the child.
         parent: tokenizer of the parent.
     """
-    return child.get_vocab() == parent.get_vocab() and child(PROBE)["input_ids"] == parent(PROBE)["input_ids"]
+    return bool(child.get_vocab() == parent.get_vocab() and child(PROBE)["input_ids"] == parent(PROBE)["input_ids"])

@@ -1,0 +1,1 @@
+"""Measurements on token blocks: loss, loss by position, divergence, attention entropy."""

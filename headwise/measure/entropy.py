@@ -69,7 +69,8 @@ def relative_entropy(weights: Tensor) -> Tensor:
     # With a sliding window fewer keys are visible than precede the query.
     visible = torch.arange(1, length + 1, device=weights.device).minimum((weights > 0).any(0).sum(-1).clamp_min(2))
     start = min(SKIPPED_QUERIES, length // 2)
-    return (entropy / visible.double().log().clamp_min(math.log(2)))[:, start:].mean(-1)
+    relative: Tensor = (entropy / visible.double().log().clamp_min(math.log(2)))[:, start:].mean(-1)
+    return relative
 
 
 def compare_entropy(child: Tensor, parent: Tensor) -> AttentionEntropy:

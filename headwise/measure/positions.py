@@ -31,7 +31,11 @@ class PositionLoss:
         return self.width * len(self.nats)
 
     def before(self, position: int) -> float:
-        """Return the nats of the last whole interval that ends at or before `position`."""
+        """Return the nats of the last whole interval that ends at or before a position.
+
+        Args:
+            position: number of tokens from the start.
+        """
         return self.nats[max(position // self.width - 1, 0)]
 
     @property

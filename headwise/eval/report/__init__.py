@@ -1,0 +1,1 @@
+"""Reports: page, Markdown, figures, and the section of the model card."""

@@ -1,0 +1,1 @@
+"""Tasks: lm-eval, its result files, and the tasks that headwise generates."""
