@@ -1,56 +1,40 @@
 """Train in one of the processes that `headwise uptrain --launch` starts.
 
-    python -m headwise._cli.worker RECIPE OUT --model MODEL [--teacher MODEL] [--set a.b=c ...] [--resume]
+    python -m headwise._cli.worker '{"model": MODEL, "out": OUT, ...}'
 
-The launching process shows the result, so this one writes nothing to stdout.
+The argument holds the keyword arguments of `uptrain_model`. The launching process shows the result, so this one
+writes nothing to stdout. To start processes by hand, start `python -m headwise uptrain` in each of them.
 """
 
 from __future__ import annotations
 
-import argparse
-import shlex
+import json
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
 from headwise._cli import console
 from headwise.errors import HeadwiseError
-from headwise.recipes.settings import SHARD_SIZE
 from headwise.recipes.uptrain import uptrain_model
-from headwise.train.launch import INTERRUPTED, PROCESS_MODULE
+from headwise.train.launch import INTERRUPTED
 
 
-def run_worker(arguments: Sequence[str] | None = None) -> int:
+def run_worker(arguments: str) -> int:
     """Train as the arguments say.
 
     Args:
-        arguments: in place of those of the process.
+        arguments: a JSON object, the keyword arguments of `uptrain_model`.
 
     Returns:
         The exit code.
     """
-    parser = argparse.ArgumentParser(description="Train in one process of a distributed run.")
-    parser.add_argument("recipe", help="a name in the library, or a YAML file")
-    parser.add_argument("out", type=Path, help="folder to make")
-    parser.add_argument("--model", required=True, help="the model to train")
-    parser.add_argument("--teacher", help="the parent")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="settings")
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
-    parser.add_argument("--force", action="store_true", help="replace OUT")
-    parser.add_argument("--max-shard-size", default=SHARD_SIZE, help="largest weight file")
-    parser.add_argument("--command", help="for the record, in place of this command line")
-    words = sys.argv[1:] if arguments is None else arguments
-    options = vars(parser.parse_args(words))
-    options["command"] = options["command"] or shlex.join(["python", "-m", PROCESS_MODULE, *words])
     console.configure()
     logging: Any = transformers_logging
     logging.disable_progress_bar()
     try:
         with console.progress() as progress:
-            uptrain_model(options.pop("model"), options.pop("out"), **options, progress=progress)
+            uptrain_model(**json.loads(arguments), progress=progress)
     except HeadwiseError as error:
         console.error(error.message, error.hint)
         return error.exit_code
@@ -60,4 +44,4 @@ def run_worker(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_worker())
+    sys.exit(run_worker(sys.argv[1]))

@@ -96,19 +96,18 @@ def _default_out(model: str | Path) -> Path:
 def _launch(settings: UptrainSettings, model: str | Path, out: Path, command: str) -> UptrainResult:
     """Run in other processes, and read what they wrote."""
     assert settings.launch is not None
-    options = {
-        "--teacher": settings.teacher,
-        "--max-shard-size": settings.max_shard_size,
-        "--command": command,
-        "--resume": settings.resume,
-        "--force": settings.force,
+    arguments = {
+        "model": str(model),
+        "out": str(out),
+        "recipe": str(settings.recipe),
+        "teacher": None if settings.teacher is None else str(settings.teacher),
+        "settings": settings.assignments,
+        "max_shard_size": settings.max_shard_size,
+        "resume": settings.resume,
+        "force": settings.force,
+        "command": command,
     }
-    words = [str(settings.recipe), str(out), "--model", str(model)]
-    for option, value in options.items():
-        if value:
-            words += [option] if value is True else [option, str(value)]
-    words += [word for assignment in settings.assignments for word in ("--set", assignment)]
-    code = launch_processes(settings.launch, settings.processes, words)
+    code = launch_processes(settings.launch, settings.processes, arguments)
     if code:
         raise ProcessesFailed("The training processes ended early.", "Their messages are above.", code)
     facts = (read_record(out) or {})["uptraining"][-1]

@@ -7,28 +7,30 @@ By hand, and over several machines, accelerate or torchrun start the command its
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from headwise.errors import SettingError
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
-# The module that every process runs: it reads the arguments and calls `uptrain_model`.
+# The module that every process runs. Its argument is a JSON object: the keyword arguments of `uptrain_model`.
 PROCESS_MODULE = "headwise._cli.worker"
 INTERRUPTED = 130
 
 
-def launch_processes(kind: str, num_processes: int | None, arguments: Sequence[str]) -> int:
+def launch_processes(kind: str, num_processes: int | None, arguments: Mapping[str, Any]) -> int:
     """Start processes that train, and wait for them.
 
     Args:
         kind: one of `LAUNCH_KINDS`.
         num_processes: None: one for each accelerator.
-        arguments: of PROCESS_MODULE.
+        arguments: keyword arguments of `uptrain_model` in every process.
 
     Returns:
         0, the exit code of the process that failed first, or 130 after SIGTERM or SIGINT.
@@ -55,13 +57,13 @@ def launch_processes(kind: str, num_processes: int | None, arguments: Sequence[s
     return 0
 
 
-def launch_arguments(kind: str, num_processes: int | None, arguments: Sequence[str]) -> list[str]:
+def launch_arguments(kind: str, num_processes: int | None, arguments: Mapping[str, Any]) -> list[str]:
     """Return the arguments of `accelerate launch`.
 
     Args:
         kind: one of `LAUNCH_KINDS`.
         num_processes: None: one for each accelerator.
-        arguments: of PROCESS_MODULE.
+        arguments: keyword arguments of `uptrain_model` in every process.
 
     Raises:
         SettingError: the machine does not have that many accelerators.
@@ -78,4 +80,4 @@ def launch_arguments(kind: str, num_processes: int | None, arguments: Sequence[s
         )
     config = ["--config_file", str(CONFIGS / f"{kind}.yaml"), "--num_processes", str(count)]
     port = [] if kind == "single" else ["--main_process_port", "0"]  # a free one
-    return [*config, *port, "-m", PROCESS_MODULE, *arguments]
+    return [*config, *port, "-m", PROCESS_MODULE, json.dumps(arguments)]

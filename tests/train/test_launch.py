@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,10 +45,12 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_accelerate_understands_the_packaged_configurations(kind: str, asked: int | None, processes: int) -> None:
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-    words = launch.launch_arguments(kind, asked, ["distill", "OUT", "--set", "train.seed=1"])
+    arguments = {"model": "M", "out": "OUT", "settings": ["train.seed=1"]}
+    words = launch.launch_arguments(kind, asked, arguments)
     options, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
     assert (options.module, options.training_script) == (True, "headwise._cli.worker")
-    assert options.training_script_args == ["distill", "OUT", "--set", "train.seed=1"]
+    (argument,) = options.training_script_args
+    assert json.loads(argument) == arguments
     assert (options.num_processes, options.mixed_precision) == (processes, "no")
     assert (options.multi_gpu, options.use_fsdp) == (kind == "ddp", kind == "fsdp2")
     if kind == "fsdp2":
@@ -60,14 +63,14 @@ def test_what_the_machine_cannot_do_is_refused() -> None:
         ("fsdp2", 8, "8 processes need 8 accelerators, and this machine has 4"),
     ]:
         with pytest.raises(HeadwiseError, match=sentence):
-            launch.launch_arguments(kind, processes, [])
+            launch.launch_arguments(kind, processes, {})
 
 
 def test_fsdp2_needs_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(HeadwiseError, match="this machine has none"):
-        launch.launch_arguments("fsdp2", 2, [])
-    assert "ddp.yaml" in launch.launch_arguments("ddp", 2, [])[1]
+        launch.launch_arguments("fsdp2", 2, {})
+    assert "ddp.yaml" in launch.launch_arguments("ddp", 2, {})[1]
 
 
 def test_every_kind_has_its_configuration() -> None:
@@ -91,9 +94,9 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def words(case: Path, out: str) -> list[str]:
-    models = ["--model", str(case / "child"), "--teacher", str(case / "parent")]
-    return [str(case / "recipe.yaml"), str(case / out), *models]
+def arguments(case: Path, out: str) -> dict[str, Any]:
+    paths = {"model": "child", "out": out, "recipe": "recipe.yaml", "teacher": "parent"}
+    return {name: str(case / path) for name, path in paths.items()}
 
 
 def assert_same(case: Path, other: str) -> None:
@@ -115,7 +118,7 @@ def assert_same(case: Path, other: str) -> None:
 
 
 def test_two_processes_train_as_one_does(case: Path) -> None:
-    assert launch.launch_processes("ddp", 2, words(case, "two")) == 0
+    assert launch.launch_processes("ddp", 2, arguments(case, "two")) == 0
     assert_same(case, "two")
 
 
@@ -124,15 +127,18 @@ def test_a_sharded_student_and_teacher_train_as_whole_ones_do(case: Path) -> Non
     config = launch.CONFIGS / "fsdp2.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--num_processes", "2", "--main_process_port", "0", str(Path(__file__).parent / "fsdp2_on_cpu.py")]
+    command.append(json.dumps(arguments(case, "shards")))
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([*command, *words(case, "shards")], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, json.dumps(arguments(case, "shards"))], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same(case, "shards")
 
 
 @pytest.mark.full
 def test_a_mistake_is_told_once_with_its_exit_code(case: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert launch.launch_processes("ddp", 2, [*words(case, "none"), "--set", "train.tokns=1"]) == 2
+    assert launch.launch_processes("ddp", 2, arguments(case, "none") | {"settings": ["train.tokns=1"]}) == 2
     said = capfd.readouterr().err
     assert said.count("unknown key train.tokns") == 1 and "Traceback" not in said
     assert not (case / "none").exists()
