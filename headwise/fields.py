@@ -182,8 +182,8 @@ def number(help: str, *, minimum: int = 1, default: int | None = None, **more: A
         return int(value)
 
     wanted = f"a whole number of at least {minimum}"
-    more = {"parse": int, "metavar": "N"} | more
-    return declare(default, Setting(help, wanted=wanted, check=check, **more))
+    options: dict[str, Any] = {"parse": int, "metavar": "N", **more}
+    return declare(default, Setting(help, wanted=wanted, check=check, **options))
 
 
 def positive(

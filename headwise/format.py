@@ -24,7 +24,7 @@ def size(num_bytes: float) -> str:
     return f"{digits} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-_BYTES = {"": 1, "B": 1} | {
+_BYTES: dict[str, int] = {"": 1, "B": 1} | {
     f"{prefix}{unit}": base**power
     for power, prefix in enumerate("KMGT", start=1)
     for unit, base in (("B", 1000), ("iB", 1024))

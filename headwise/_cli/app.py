@@ -25,7 +25,7 @@ NO_MEMORY = ("can't allocate memory", "out of memory")
 MEMORY_HINT = "`--dry-run` forecasts the memory of a conversion; --resume continues from the work that is done."
 
 
-class Choice(click.Choice):
+class Choice(click.Choice[str]):
     """A choice whose error suggests the nearest legal value."""
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
@@ -35,7 +35,7 @@ class Choice(click.Choice):
         return f"{value!r} is not one of {', '.join(self.choices)}.{hint}"
 
 
-class ParsedType(click.ParamType):
+class ParsedType(click.ParamType[Any]):
     """A value that a function reads from a word.
 
     Args:
@@ -55,7 +55,7 @@ class ParsedType(click.ParamType):
             self.fail(f"{value!r} is not {self.wanted}.", param, ctx)
 
 
-class SettingType(click.ParamType):
+class SettingType(click.ParamType[Any]):
     """The value of a field of a settings class.
 
     A word that `Setting.parse` cannot read is passed on unchanged: the settings object refuses it, with the same

@@ -17,7 +17,8 @@ from headwise.convert.layers import choose_device, convert_layers
 from headwise.convert.plan import Plan, make_plan
 from headwise.convert.refit.joint import joint_notes, plan_joint, refit_jointly
 from headwise.convert.settings import SHARD_SIZE, ConvertSettings
-from headwise.convert.verify.check import Verification, check_folder
+from headwise.convert.verify.check import check_folder
+from headwise.convert.verify.verification import Verification
 from headwise.errors import GateFailed, SettingError
 from headwise.fields import settings_of
 from headwise.io.reader import Checkpoint, open_checkpoint

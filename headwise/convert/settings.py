@@ -71,9 +71,10 @@ def _check_layers(value: Any) -> str:
 
 
 def _check_shard_size(value: Any) -> int | str:
-    if isinstance(value, bool) or parse_bytes(value) < 1:
+    size: int | str = value
+    if isinstance(size, bool) or parse_bytes(size) < 1:
         raise ValueError
-    return value
+    return size
 
 
 @dataclass(frozen=True)

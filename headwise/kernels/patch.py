@@ -94,7 +94,8 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
 
 def _registered(before: str) -> str:
     """Register the attention function over another implementation, and return its name for transformers."""
-    functions, masks = AttentionInterface(), AttentionMaskInterface()
+    interfaces: tuple[Any, Any] = (AttentionInterface, AttentionMaskInterface)  # their constructors are untyped
+    functions, masks = (interface() for interface in interfaces)
     # Eager attention is not registered, and FlashAttention's function needs its own name in the model's config.
     usable = before in functions and before in masks and "flash" not in before
     ordinary = before if usable else "sdpa"
@@ -221,9 +222,10 @@ def attention(
             ordinary = sdpa_attention_forward
         if latent:
             key, value = type(module).expand_kv(module, key, value)
-        return ordinary(
+        result: tuple[Tensor, Any] = ordinary(
             module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **options
         )
+        return result
     starts, lengths = (attention_mask[:, 0, 0, side].contiguous() for side in (0, 1))
     limits: dict[str, Any] = dict(starts=starts, lengths=lengths, window=sliding_window)
     query = query.transpose(1, 2)
@@ -242,7 +244,7 @@ def _absorbed(
     nope = query.shape[-1] - rope
     up = module.kv_b_proj.weight.view(heads, -1, rank)
     by_head = query[..., :nope].flatten(0, 1).transpose(0, 1)
-    q_latent = torch.bmm(by_head, up[:, :nope]).transpose(0, 1).unflatten(0, (batch, tokens))
+    q_latent = torch.bmm(by_head, up[:, :nope]).transpose(0, 1).reshape(batch, tokens, heads, rank)
     mixed, _ = mla_decode(q_latent, query[..., nope:], latent, k_rope, scale=scaling, **limits)
     out = torch.bmm(mixed.flatten(0, 1).transpose(0, 1), up[:, nope:].transpose(1, 2))
     return out.transpose(0, 1).reshape(batch, tokens, heads, -1)

@@ -57,7 +57,7 @@ def gqa_decode(
     k = torch.where(used, k, 0).to(exact)
     v = torch.where(used, v, 0).to(exact)
 
-    grouped = q.to(exact).unflatten(2, (groups, heads // groups))
+    grouped = q.to(exact).reshape(batch, tokens, groups, heads // groups, head_dim)
     scores = torch.einsum("bsgrd,btgd->bsgrt", grouped, k) * scale
     scores = scores.masked_fill(~visible[:, :, None, None], -torch.inf)
     lse = torch.logsumexp(scores, -1)

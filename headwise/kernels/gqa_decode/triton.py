@@ -20,4 +20,5 @@ def gqa_decode(
 ) -> tuple[Tensor, Tensor]:
     """Compute `reference.gqa_decode` with the kernel; head dims are multiples of 16."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return attend(q, None, k, None, v, scale, lengths, starts, block_table, window)
+    result: tuple[Tensor, Tensor] = attend(q, None, k, None, v, scale, lengths, starts, block_table, window)
+    return result

@@ -21,4 +21,7 @@ def mla_decode(
 ) -> tuple[Tensor, Tensor]:
     """Compute `reference.mla_decode` with the kernel; rank and rotary width are multiples of 16."""
     latent, k_rope = latent[..., None, :], k_rope[..., None, :]
-    return attend(q_latent, q_rope, latent, k_rope, None, scale, lengths, starts, block_table, window)
+    result: tuple[Tensor, Tensor] = attend(
+        q_latent, q_rope, latent, k_rope, None, scale, lengths, starts, block_table, window
+    )
+    return result
