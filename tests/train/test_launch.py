@@ -129,9 +129,7 @@ def test_a_sharded_student_and_teacher_train_as_whole_ones_do(case: Path) -> Non
     command += ["--num_processes", "2", "--main_process_port", "0", str(Path(__file__).parent / "fsdp2_on_cpu.py")]
     command.append(json.dumps(arguments(case, "shards")))
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [*command, json.dumps(arguments(case, "shards"))], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same(case, "shards")
 
