@@ -74,7 +74,7 @@ def update_card(
     if content_hash(source_in_folder(str(home), home)) != evaluation.child.sha256:
         raise HeadwiseError(
             f"{report_folder} is the report of {evaluation.child.model} at that time, not of {home} as it is now.",
-            f"Measure it: headwise eval {home} --baseline MODEL",
+            "Run `headwise eval` on the folder again.",
         )
     entries = [_eval_result(evaluation, *benchmark) for benchmark in eval_results]
     try:
