@@ -141,12 +141,12 @@ def _name_sizes(axes: Any, parent: Measurement, measured: Sequence[Measurement])
 
 def _round_numbers(height: Any, low: float, high: float, gap: float) -> list[float]:
     """Return numbers above `low` up to `high` for the ticks, roundest first, at heights `gap` apart."""
-    kept = [low]
+    ticks = [low]
     for step, end in ((1, high), (0.5, low + 5), (0.1, low + 1), (0.05, low + 0.5), (0.01, low + 0.1)):
         for number in np.arange(np.ceil(low / step) * step, min(high, end), step):
-            if all(abs(height(number) - height(other)) >= gap for other in kept):
-                kept.append(round(float(number), 2))
-    return sorted(kept[1:])
+            if all(abs(height(number) - height(other)) >= gap for other in ticks):
+                ticks.append(round(float(number), 2))
+    return sorted(ticks[1:])
 
 
 def _apart(heights: Mapping[str, float], gap: float) -> dict[str, float]:

@@ -80,7 +80,7 @@ def train_layers(
     for record in stream.records(keep_activations=True, attention_stats=False):
         attention = student.network.get_submodule(student.folder.attention_paths[record.index]).to(device)
         parameters = [p for name, p in attention.named_parameters() if name != "o_proj.bias"]
-        wanted = [p.requires_grad for p in parameters]
+        trainable = [p.requires_grad for p in parameters]
         assert record.outputs is not None
         record.outputs *= scale
         if arguments is not None:
@@ -97,7 +97,7 @@ def train_layers(
             seed=seed,
             device=device,
         )
-        for parameter, trained in zip(parameters, wanted, strict=True):
+        for parameter, trained in zip(parameters, trainable, strict=True):
             parameter.requires_grad_(trained)
         attention.to("cpu")
         reports[record.index] = {"output": asdict(solved), "refit": asdict(report)}
