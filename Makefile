@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 JOBS ?= 2
 FUZZ_MINUTES ?= 60
 
-.PHONY: env demo test check check-full audit bench clean
+.PHONY: env demo test check check-full audit bench docs clean
 
 # torch is installed first and by its pin: any looser request lets pip choose a build with gigabytes of CUDA.
 $(READY): pyproject.toml constraints.txt
@@ -40,6 +40,10 @@ audit: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/convert_speed.py
+
+# Reference pages and tables that are made from the code.
+docs: $(READY)
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,4 +1,4 @@
-"""docs/reference/json.md and what --json prints say the same."""
+"""docs/reference/json.md and record.md list the keys of every object of --json and of headwise.json."""
 
 from __future__ import annotations
 
@@ -23,19 +23,22 @@ from headwise.recipes.run import UptrainResult
 from headwise.records.push import PushResult
 from tests.convert.speaking import save_speaking
 
-PAGE = Path(__file__).parent.parent / "docs" / "reference" / "json.md"
+REFERENCE = Path(__file__).parent.parent / "docs" / "reference"
+PAGE = REFERENCE / "json.md"
+RECORD = "headwise.json"
 TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
 
 
 def documented() -> dict[str, dict[str, str]]:
-    """Verb -> key -> type, from the page's tables."""
+    """Return the types of the keys, by verb, from the tables of the pages; the record is one more object."""
     sections = re.split(r"^## `headwise (.+)`$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     rows = re.compile(r"^\| `([^`]+)` \| (\w+\??) \|", re.MULTILINE)
-    return {verb: dict(rows.findall(text)) for verb, text in zip(sections[1::2], sections[2::2], strict=True)}
+    verbs = {verb: dict(rows.findall(text)) for verb, text in zip(sections[1::2], sections[2::2], strict=True)}
+    return verbs | {RECORD: dict(rows.findall((REFERENCE / "record.md").read_text(encoding="utf-8")))}
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every value with its path and JSON type; an empty array or object has no leaves."""
+    """Yield every value's path and JSON type; an empty array or object has no leaves."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from leaves(item, f"{path}.{key}" if path else key)
@@ -47,7 +50,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def pattern(key: str) -> re.Pattern[str]:
-    """What a documented key stands for. A part that is `null` as a whole has no keys of its own."""
+    """Return the paths of a documented key, as an expression."""
     text = re.escape(key).replace(r"\.\*\*", r"(?:[.\[].*)?").replace(r"\*", ".+")
     return re.compile(text)
 
@@ -73,7 +76,8 @@ def printed(tmp_path_factory) -> dict[str, Any]:
         "demo": DemoResult("m", 1, measured, (measured,), home),
         "env": environment(),
     }
-    return {verb: json.loads(json.dumps(plain(result), allow_nan=False)) for verb, result in results.items()}
+    objects = {verb: json.loads(json.dumps(plain(result), allow_nan=False)) for verb, result in results.items()}
+    return objects | {RECORD: json.loads((home / "out" / RECORD).read_text(encoding="utf-8"))}
 
 
 @pytest.mark.parametrize("verb", documented())
@@ -90,13 +94,17 @@ def test_every_key_is_documented_with_its_type(printed, verb):
 
 @pytest.mark.parametrize("verb", documented())
 def test_every_documented_key_is_there(printed, verb):
-    keys = re.compile(r"\.\*\*|\.\*|\[\]")
     for key in documented()[verb]:
-        here = [printed[verb]]
-        for name in keys.sub("", key).split(".") if key != "*" else ():
-            here = [inner for value in here for inner in (value if isinstance(value, list) else [value])]
-            assert all(name in value for value in here), f"{verb}: {key} is documented and not printed"
-            here = [value[name] for value in here]
+        values = [printed[verb]]
+        for part in key.split("."):
+            name = part.removesuffix("[]").removesuffix("[]")
+            if name in ("*", "**"):
+                values = [inner for value in values for inner in (value or {}).values()] if name == "*" else values
+                continue
+            assert all(name in value for value in values), f"{verb}: {key} is documented and not printed"
+            values = [value[name] for value in values]
+            for _ in range(part.count("[]")):
+                values = [inner for value in values for inner in value]
 
 
 def test_every_verb_is_on_the_page():
