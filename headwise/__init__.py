@@ -1,13 +1,15 @@
-"""Change how a trained language model attends (MHA, GQA, MQA, MLA), and prove what changed.
+"""Convert trained language models between MHA, GQA, MQA and MLA, and verify the result.
 
 Every verb of the command line is a function of this package. A function is imported at its first use, so that
-importing headwise, or asking the command for help, never waits for torch.
+`import headwise` and `headwise --help` do not import torch.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from headwise.environment import HEADWISE_VERSION as __version__
 
 if TYPE_CHECKING:
     from headwise.convert.inspect import inspect_model as inspect_model
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
     from headwise.eval.report.card_section import update_card as update_card
     from headwise.recipes.uptrain import uptrain_model as uptrain_model
     from headwise.records.push import push_model as push_model
-
-__version__ = "0.1.0"
 
 _MODULES = {
     "inspect_model": "headwise.convert.inspect",
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # a type checker would take every name for Any
+if not TYPE_CHECKING:  # with this function, type checkers would read every name as Any
 
     def __getattr__(name: str) -> Any:
         if name not in _MODULES:

@@ -1,4 +1,4 @@
-"""`python -m headwise`, and `accelerate launch -m headwise` for several processes."""
+"""Run the command as `python -m headwise`, or as `accelerate launch -m headwise` in several processes."""
 
 from headwise.cli import main
 

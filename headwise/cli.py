@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 
-from headwise import __version__
 from headwise._cli import console, render
 from headwise._cli.app import (
     Option,
@@ -36,6 +35,7 @@ from headwise._cli.options import (
     parse_benchmark,
 )
 from headwise.convert.settings import ConvertSettings
+from headwise.environment import HEADWISE_VERSION
 from headwise.errors import GateFailed
 from headwise.eval.settings import EvalSettings
 from headwise.format import parse_bytes
@@ -43,7 +43,7 @@ from headwise.recipes.settings import UptrainSettings
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, message="%(prog)s %(version)s")
+@click.version_option(HEADWISE_VERSION, message="%(prog)s %(version)s")
 def cli() -> None:
     """Change how a trained language model attends, and verify the result.
 

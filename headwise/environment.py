@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+# The version of this package, as in pyproject.toml.
+HEADWISE_VERSION = "0.1.0"
 PACKAGES = (
     "headwise",
     "torch",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from headwise import __version__, environment
+from headwise import environment
 from headwise.eval import processes
 from headwise.eval.compare import same_questions
 from headwise.eval.metrics.acceptance import measure_acceptance
@@ -169,4 +169,4 @@ class EvalPair:
 
 def package_versions() -> dict[str, str]:
     """Return the versions of the packages that decide the figures."""
-    return {"headwise": __version__} | environment.versions(PACKAGES)
+    return {"headwise": environment.HEADWISE_VERSION} | environment.versions(PACKAGES)

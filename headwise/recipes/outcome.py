@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor
 
-from headwise import __version__
 from headwise.convert.verify.check import check_folder
+from headwise.environment import HEADWISE_VERSION
 from headwise.errors import GateFailed, HeadwiseError
 from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.io.source import EMBEDDED_MODEL, read_json
@@ -94,7 +94,7 @@ def verify_and_write_metadata(
         GateFailed: the folder failed a check.
     """
     source = {"model": model_name(checkpoint)}
-    record: dict[str, Any] = {"headwise": __version__, "arguments": {}, "source": source}
+    record: dict[str, Any] = {"headwise": HEADWISE_VERSION, "arguments": {}, "source": source}
     record |= before or {}
     record["uptraining"] = [*(before or {}).get("uptraining", []), dict(facts)]
     verification = check_folder(open_checkpoint(writer.folder), None, arguments=record["arguments"])

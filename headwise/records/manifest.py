@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from headwise import __version__
-from headwise.environment import versions
+from headwise.environment import HEADWISE_VERSION, versions
 from headwise.errors import HeadwiseError
 from headwise.format import layout_names
 from headwise.io.fs import os_errors
@@ -81,7 +80,7 @@ def make_manifest(
     """
     before, after = plan.layouts_before, plan.layouts_after
     return {
-        "headwise": __version__,
+        "headwise": HEADWISE_VERSION,
         "command": command_of(plan, out, verified=verification is not None),
         "arguments": plan.arguments,
         "source": {

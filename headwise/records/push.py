@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headwise import __version__
+from headwise.environment import HEADWISE_VERSION
 from headwise.errors import HeadwiseError
 from headwise.io import hub
 from headwise.io.reader import open_checkpoint
@@ -329,4 +329,4 @@ def _upload(
 def _api(token: str | None) -> HfApi:
     from huggingface_hub import HfApi
 
-    return HfApi(token=token, library_name="headwise", library_version=__version__)
+    return HfApi(token=token, library_name="headwise", library_version=HEADWISE_VERSION)
