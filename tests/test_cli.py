@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 import json
 import re
@@ -123,6 +124,10 @@ def test_inspect_prints_a_table_or_json(config_folder: str) -> None:
     inspection = json.loads(run("inspect", config_folder, "--json").stdout)
     # 4 KV heads, keys and values of 8 numbers, 2 bytes, 3 layers
     assert inspection["cache"]["bytes_per_token"] == 4 * 2 * 8 * 2 * 3
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert run("--version").stdout.split() == ["headwise", importlib.metadata.version("headwise")]
 
 
 def test_recipes_are_listed_shown_and_validated() -> None:
