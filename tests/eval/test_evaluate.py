@@ -85,36 +85,48 @@ def run(*arguments: object) -> Result:
 
 def test_equal_models_do_not_differ(folders: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "report"
-    done = run(
+    result = run(
         folders["twin"], "--baseline", folders["parent"], "--recipe", folders["recipe"], "--report", out,
         "--fail-above", "0", "--json",
     )  # fmt: skip
-    assert done.exit_code == 0, done.stderr
-    data = json.loads(done.stdout)
-    found = Evaluation.from_dict(data)
-    assert {one.task for one in found.headlines} == {"heldout", "headwise_cloze_code"}
-    for one in found.comparisons:
-        assert one.paired is not None and one.damage == 0
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    evaluation = Evaluation.from_dict(data)
+    assert {comparison.task for comparison in evaluation.headlines} == {"heldout", "headwise_cloze_code"}
+    for comparison in evaluation.comparisons:
+        assert comparison.paired is not None and comparison.damage == 0
         # Eight equal answers do not prove that others are equal; equal likelihoods do.
-        bound = 0 if one.task == "heldout" else 1 - 0.05 ** (1 / 8)
-        assert (one.paired.difference, one.paired.p_value) == (0, 1)
-        assert (one.paired.low, one.paired.high) == pytest.approx((-bound, bound))
-        assert one.paired.gained in (None, 0) and one.paired.lost in (None, 0)
-    seen, wrote, drafts = found.diagnostics, found.generation, found.acceptance
-    assert seen and (seen.top1, seen.top5, seen.kl) == (1, 1, 0)
-    assert all((layer.hidden, layer.attention) == (0, 0) for layer in seen.layers) and len(seen.layers) == 2
-    assert seen.entropy and seen.entropy.child == seen.entropy.parent and not seen.entropy.changed
-    assert wrote and (wrote.agreement, wrote.identical, wrote.complaints) == (1, 1, ())
+        bound = 0 if comparison.task == "heldout" else 1 - 0.05 ** (1 / 8)
+        assert (comparison.paired.difference, comparison.paired.p_value) == (0, 1)
+        assert (comparison.paired.low, comparison.paired.high) == pytest.approx((-bound, bound))
+        assert comparison.paired.gained in (None, 0) and comparison.paired.lost in (None, 0)
+    divergence, generation, drafts = evaluation.diagnostics, evaluation.generation, evaluation.acceptance
+    assert divergence and (divergence.top1, divergence.top5, divergence.kl) == (1, 1, 0)
+    assert (
+        all((layer.hidden, layer.attention) == (0, 0) for layer in divergence.layers)
+        and len(divergence.layers) == 2
+    )
+    assert (
+        divergence.entropy
+        and divergence.entropy.child == divergence.entropy.parent
+        and not divergence.entropy.changed
+    )
+    assert generation and (generation.agreement, generation.identical, generation.complaints) == (1, 1, ())
     assert drafts and (drafts.rate, drafts.exact) == (1, 1)
-    assert found.positions and found.positions.child == found.positions.parent
-    assert found.passed and data["passed"] and all(gate.passed for gate in found.gates) and len(found.gates) == 3
-    assert found.child.sha256 == found.parent.sha256  # type: ignore[union-attr]
-    assert not found.reused and found.lm_eval_seconds > 0
+    assert evaluation.positions and evaluation.positions.child == evaluation.positions.parent
+    assert (
+        evaluation.passed
+        and data["passed"]
+        and all(gate.passed for gate in evaluation.gates)
+        and len(evaluation.gates) == 3
+    )
+    assert evaluation.child.sha256 == evaluation.parent.sha256  # type: ignore[union-attr]
+    assert not evaluation.reused and evaluation.lm_eval_seconds > 0
 
     # The output equals the file; lm-eval's own files are beside it, in its layout.
     assert json.loads((out / "report.json").read_text()) == data
     for role, name in (("child", "twin"), ("parent", "parent")):
-        logs = out / found.logs[role]
+        logs = out / evaluation.logs[role]
         assert logs.name == name and len(list(logs.glob("results_*.json"))) == 1
         (logged,) = logs.glob("samples_headwise_cloze_code_*.jsonl")
         assert len(logged.read_text().splitlines()) == 8
@@ -132,20 +144,20 @@ def test_damage_is_found_and_fails_the_gate_and_the_parent_is_reused(
     arguments: dict[str, Any] = {"recipe": folders["recipe"], "report": tmp_path / "one"}
     first = headwise.evaluate_model(folders["twin"], folders["parent"], **arguments)
     assert first is not None and not first.reused
-    done = run(
+    result = run(
         folders["worse"], "--baseline", folders["parent"], "--recipe", folders["recipe"], "--report",
         tmp_path / "two", "--fail-above", "1%",
     )  # fmt: skip
-    assert done.exit_code == 1, done.stderr
-    assert "heldout perplexity" in done.stdout and "FAILED" in done.stdout
-    found = Evaluation.from_dict(json.loads((tmp_path / "two" / "report.json").read_text()))
-    assert found.reused and "parent: tasks" not in found.seconds and "child: tasks" in found.seconds
-    (text,) = [one for one in found.headlines if one.task == "heldout"]
+    assert result.exit_code == 1, result.stderr
+    assert "heldout perplexity" in result.stdout and "FAILED" in result.stdout
+    evaluation = Evaluation.from_dict(json.loads((tmp_path / "two" / "report.json").read_text()))
+    assert evaluation.reused and "parent: tasks" not in evaluation.seconds and "child: tasks" in evaluation.seconds
+    (text,) = [comparison for comparison in evaluation.headlines if comparison.task == "heldout"]
     assert text.paired and text.damage is not None and text.damage > 0.01 and text.paired.p_holm < 0.05  # type: ignore[operator]
     assert text.paired.low > 0 and text.paired.test == "bootstrap"
-    before = next(one for one in first.headlines if one.task == "heldout")
+    before = next(comparison for comparison in first.headlines if comparison.task == "heldout")
     assert text.parent == before.parent
-    assert (tmp_path / "two" / found.logs["parent"]).is_dir()
+    assert (tmp_path / "two" / evaluation.logs["parent"]).is_dir()
 
 
 def test_own_tasks_are_compared_and_measured_again_after_a_change(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -163,11 +175,15 @@ def test_own_tasks_are_compared_and_measured_again_after_a_change(folders: dict[
     }
     first = headwise.evaluate_model(folders["worse"], folders["parent"], **arguments)
     assert first is not None and first.recipe is None and first.diagnostics is None and not first.reused
-    (one,) = first.headlines
-    assert one.task == "fruit" and one.samples == 6 and one.paired is not None
-    assert one.paired.difference == pytest.approx(one.child.value - one.parent.value)  # type: ignore[union-attr]
-    gained, lost = one.paired.gained, one.paired.lost
-    assert gained is not None and lost is not None and one.paired.difference == pytest.approx((gained - lost) / 6)
+    (comparison,) = first.headlines
+    assert comparison.task == "fruit" and comparison.samples == 6 and comparison.paired is not None
+    assert comparison.paired.difference == pytest.approx(comparison.child.value - comparison.parent.value)  # type: ignore[union-attr]
+    gained, lost = comparison.paired.gained, comparison.paired.lost
+    assert (
+        gained is not None
+        and lost is not None
+        and comparison.paired.difference == pytest.approx((gained - lost) / 6)
+    )
     again = headwise.evaluate_model(folders["worse"], folders["parent"], **arguments)
     assert again is not None and again.reused and again.headlines == first.headlines
     data.write_text("\n".join(json.dumps(row | {"question": "Which? "}) for row in rows))
@@ -180,10 +196,10 @@ def test_a_task_keeps_its_own_number_of_examples_with_a_warning(folders: dict[st
     data.write_text("\n".join(json.dumps({"question": f"What is {i}? ", "answer": i % 2}) for i in range(3)))
     task = tmp_path / "fruit.yaml"
     task.write_text(OWN_TASK.replace("DATA", str(data)) + "num_fewshot: 0\n")
-    done = run(folders["parent"], "--tasks", task, "--num-fewshot", 2, "--report", tmp_path / "out", "--json")
-    assert done.exit_code == 0, done.stderr
-    assert re.search("num.fewshot`? has no effect on fruit", done.stderr)
-    assert [one["num_fewshot"] for one in json.loads(done.stdout)["comparisons"]] == [0]
+    result = run(folders["parent"], "--tasks", task, "--num-fewshot", 2, "--report", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert re.search("num.fewshot`? has no effect on fruit", result.stderr)
+    assert [comparison["num_fewshot"] for comparison in json.loads(result.stdout)["comparisons"]] == [0]
 
 
 def test_without_a_baseline_nothing_is_compared(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -193,12 +209,19 @@ def test_without_a_baseline_nothing_is_compared(folders: dict[str, Path], tmp_pa
         "about: The long-context recipe in small.\ntasks: [headwise_passkey]\n"
         "positions: {stretches: 4, windows: 3}\npasskey: {lengths: [0.5, 1.0], depths: [0.0, 1.0], samples: 1}\n"
     )
-    found = headwise.evaluate_model(folder, recipe=recipe, report=tmp_path / "out")
-    assert found is not None and found.parent is None and found.diagnostics is None
-    assert found.positions and found.positions.child.length == 768 and found.positions.trained == 768
-    assert [(cell.length, cell.depth) for cell in found.passkey] == [(384, 0.0), (384, 1.0), (768, 0.0), (768, 1.0)]
-    assert all(cell.child == 0 and cell.parent is None for cell in found.passkey)  # random weights find nothing
-    assert set(found.figures) >= {"positions", "passkey"}
+    evaluation = headwise.evaluate_model(folder, recipe=recipe, report=tmp_path / "out")
+    assert evaluation is not None and evaluation.parent is None and evaluation.diagnostics is None
+    assert evaluation.positions and evaluation.positions.child.length == 768 and evaluation.positions.trained == 768
+    assert [(cell.length, cell.depth) for cell in evaluation.passkey] == [
+        (384, 0.0),
+        (384, 1.0),
+        (768, 0.0),
+        (768, 1.0),
+    ]
+    assert all(
+        cell.child == 0 and cell.parent is None for cell in evaluation.passkey
+    )  # random weights find nothing
+    assert set(evaluation.figures) >= {"positions", "passkey"}
 
 
 @pytest.mark.parametrize(
@@ -221,8 +244,8 @@ def test_a_mistake_gets_one_sentence(
 
     # All of lm-eval's own tasks take long to list.
     monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
-    done = run(folders["parent"], *arguments, "--report", tmp_path / "out")
-    assert done.exit_code == 2 and words in done.stderr and "Traceback" not in done.stderr
+    result = run(folders["parent"], *arguments, "--report", tmp_path / "out")
+    assert result.exit_code == 2 and words in result.stderr and "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -271,8 +294,8 @@ def test_without_lm_eval_the_extra_is_named_and_the_rest_works(
     assert "headwise[eval]" in str(caught.value)
     recipe = tmp_path / "text.yaml"
     recipe.write_text("about: No tasks.\nperplexity: {length: 64, blocks: 4, stretches: 4}\n")
-    found = headwise.evaluate_model(folders["parent"], recipe=recipe, report=tmp_path / "out")
-    assert found is not None and [one.task for one in found.comparisons] == ["heldout"]
+    evaluation = headwise.evaluate_model(folders["parent"], recipe=recipe, report=tmp_path / "out")
+    assert evaluation is not None and [comparison.task for comparison in evaluation.comparisons] == ["heldout"]
 
 
 def test_the_documentation_names_every_key() -> None:

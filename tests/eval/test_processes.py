@@ -48,12 +48,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launched(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Start two processes that share the CPU."""
     monkeypatch.setenv("HEADWISE_CACHE", str(tmp_path / "cache"))
-    begun: list[subprocess.Popen[str]] = []
+    processes_started: list[subprocess.Popen[str]] = []
 
     def launch(out: Path, *more: str) -> subprocess.Popen[str]:
         words = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "-m", "headwise", "eval"]
         words += [str(home / "child"), "--baseline", str(home / "parent"), "--recipe", str(home / "recipe.yaml")]
-        begun.append(
+        processes_started.append(
             subprocess.Popen(
                 [sys.executable, "-m", "accelerate.commands.launch", *words, "--report", str(out), *more],
                 env={**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
@@ -63,10 +63,10 @@ def launched(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
                 text=True,
             )
         )
-        return begun[-1]
+        return processes_started[-1]
 
     yield launch
-    for process in begun:
+    for process in processes_started:
         if process.poll() is None:
             process.terminate()
             process.wait()
@@ -75,34 +75,40 @@ def launched(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 @pytest.mark.full
 def test_two_processes_have_the_results_of_one(home: Path, tmp_path: Path, launched: Any) -> None:
     started = launched(tmp_path / "two", "--json")
-    said, complaints = started.communicate()
-    assert started.returncode == 0, complaints
-    two = Evaluation.from_dict(json.loads(said))  # one object: the result is printed once
+    output, errors = started.communicate()
+    assert started.returncode == 0, errors
+    two = Evaluation.from_dict(json.loads(output))  # one object: the result is printed once
     one = evaluate_model(
         home / "child", home / "parent", recipe=home / "recipe.yaml", report=tmp_path / "one", device="cpu"
     )
     assert one is not None and one.reused  # the cache of two processes, which had the same questions
-    for alone, shared in zip(one.comparisons, two.comparisons, strict=True):
-        assert (alone.task, alone.samples, alone.child.value) == (shared.task, shared.samples, shared.child.value)
-        assert alone.paired == shared.paired
+    for single, shared in zip(one.comparisons, two.comparisons, strict=True):
+        assert (single.task, single.samples, single.child.value) == (
+            shared.task,
+            shared.samples,
+            shared.child.value,
+        )
+        assert single.paired == shared.paired
     for role in ("child", "parent"):
-        found, wanted = (read_results(tmp_path / name / of.logs[role]) for name, of in (("two", two), ("one", one)))
-        assert {task: [row["doc_id"] for row in rows] for task, rows in found.samples.items()} == {
+        results, wanted = (
+            read_results(tmp_path / name / of.logs[role]) for name, of in (("two", two), ("one", one))
+        )
+        assert {task: [row["doc_id"] for row in rows] for task, rows in results.samples.items()} == {
             task: list(range(7)) for task in ("headwise_cloze_code", "headwise_cloze_prose")
         }
-        assert answers(found) == pytest.approx(answers(wanted), rel=1e-5)  # batches differ
+        assert answers(results) == pytest.approx(answers(wanted), rel=1e-5)  # batches differ
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "cache"}
     # Each process answered four choices of three or four questions of each task.
-    assert "child: tasks: 32 requests" in complaints and "git" not in complaints
+    assert "child: tasks: 32 requests" in errors and "git" not in errors
 
     again = launched(tmp_path / "reused")
-    _, complaints = again.communicate()
-    assert again.returncode == 0 and "parent: tasks" not in complaints, complaints
+    _, errors = again.communicate()
+    assert again.returncode == 0 and "parent: tasks" not in errors, errors
 
 
-def answers(found: Any) -> list[float]:
+def answers(results: Any) -> list[float]:
     """Return every answer of every request, as often as it was logged."""
-    rows = [row for task in sorted(found.samples) for row in found.samples[task]]
+    rows = [row for task in sorted(results.samples) for row in results.samples[task]]
     return [float(likelihood) for row in rows for request in row["resps"] for likelihood, _ in request]
 
 
@@ -111,11 +117,11 @@ def test_the_end_of_one_process_has_one_message(tmp_path: Path, launched: Any) -
     started = launched(tmp_path / "out", "--limit", "90")
     second = _second(started.pid, tmp_path)
     os.kill(second, signal.SIGKILL)
-    said, complaints = started.communicate()
-    assert started.returncode != 0 and not said
-    told = re.findall("Error: (Another process ended|The launcher ended this process)", complaints)
-    assert len(told) == 1 and "it was probably killed" in complaints
-    assert "This is a bug" not in complaints
+    output, errors = started.communicate()
+    assert started.returncode != 0 and not output
+    messages = re.findall("Error: (Another process ended|The launcher ended this process)", errors)
+    assert len(messages) == 1 and "it was probably killed" in errors
+    assert "This is a bug" not in errors
     # The folder of the killed process, and nothing of the other.
     assert len(list(tmp_path.glob(".out.*"))) == 1 and not (tmp_path / "out").exists()
 

@@ -116,28 +116,32 @@ def test_holm_by_hand() -> None:
 
 
 def test_paired_mean_is_the_one_sample_t_test_on_differences() -> None:
-    found = paired_mean(torch.tensor([1.0, 0, 0, 1, 0, 0]), torch.tensor([1.0, 1, 1, 1, 0, 1]))
-    assert found.estimate == -0.5
-    assert found.standard_error == pytest.approx(math.sqrt(0.3 / 6))
-    low, high = found.interval()
+    difference = paired_mean(torch.tensor([1.0, 0, 0, 1, 0, 0]), torch.tensor([1.0, 1, 1, 1, 0, 1]))
+    assert difference.estimate == -0.5
+    assert difference.standard_error == pytest.approx(math.sqrt(0.3 / 6))
+    low, high = difference.interval()
     assert (low, high) == pytest.approx((-0.5 - 2.5706 * 0.2236, -0.5 + 2.5706 * 0.2236), abs=1e-4)
-    assert found.p_value() == pytest.approx(2 * t_tail(0.5 / math.sqrt(0.05), 5))
-    assert (-found).above(0.2) == pytest.approx(t_tail(0.3 / math.sqrt(0.05), 5))
+    assert difference.p_value() == pytest.approx(2 * t_tail(0.5 / math.sqrt(0.05), 5))
+    assert (-difference).above(0.2) == pytest.approx(t_tail(0.3 / math.sqrt(0.05), 5))
 
 
 def test_equal_samples_have_a_difference_of_exactly_0() -> None:
     nats, words = torch.rand(50, generator=torch.Generator().manual_seed(0)), torch.arange(1, 51)
-    for found in (paired_mean(nats, nats), paired_ratio(nats, nats, words)):
-        assert (found.estimate, found.standard_error, found.interval()) == (0, 0, (0, 0))
-        assert found.p_value() == 1 and found.above() == 1 and found.above(0.01) == 1
+    for difference in (paired_mean(nats, nats), paired_ratio(nats, nats, words)):
+        assert (difference.estimate, difference.standard_error, difference.interval()) == (0, 0, (0, 0))
+        assert difference.p_value() == 1 and difference.above() == 1 and difference.above(0.01) == 1
 
 
 def test_one_sample_is_no_evidence() -> None:
-    for found in (
+    for difference in (
         paired_mean(torch.ones(1), torch.zeros(1)),
         paired_ratio(torch.ones(1), torch.zeros(1), torch.ones(1)),
     ):
-        assert found.estimate == 1 and found.interval() == (-math.inf, math.inf) and found.above() > 0.05
+        assert (
+            difference.estimate == 1
+            and difference.interval() == (-math.inf, math.inf)
+            and difference.above() > 0.05
+        )
 
 
 def test_equal_differences_are_judged_by_their_number() -> None:
@@ -179,7 +183,7 @@ def false_alarms(tasks: int, flip: float, samples: int, repetitions: int) -> flo
     pool = torch.stack([right, right ^ coin((2000,), flip)]).double()
     words = torch.randint(20, 300, (2000,), generator=generator)
     nats = torch.stack([2.0 * words, 2.0 * words + torch.randn(2000, generator=generator) * words.sqrt()])
-    fired = 0
+    num_fired = 0
     for _ in range(repetitions):
         damages = []
         for task in range(tasks + 1):
@@ -191,8 +195,8 @@ def false_alarms(tasks: int, flip: float, samples: int, repetitions: int) -> flo
                 damages.append(paired_ratio(child, parent, words[drawn], resamples=500, seed=task))
             else:
                 damages.append(-paired_mean(child, parent))
-        fired += min(holm([damage.above(0.0) for damage in damages])) < 0.05
-    return fired / repetitions
+        num_fired += min(holm([damage.above(0.0) for damage in damages])) < 0.05
+    return num_fired / repetitions
 
 
 NO_DIFFERENCE = pytest.mark.parametrize(
@@ -232,9 +236,9 @@ def test_resampling_needs_little_memory_and_is_repeatable(monkeypatch: pytest.Mo
 
 def test_equal_answers_allow_a_difference_on_other_questions() -> None:
     right = torch.tensor([1.0, 0.0] * 10)
-    found = replace(paired_mean(right, right), binary=True)
-    low, high = found.interval()
+    difference = replace(paired_mean(right, right), binary=True)
+    low, high = difference.interval()
     assert high == -low == pytest.approx(1 - 0.05 ** (1 / 20))
     # With that share of flips, twenty answers show none with a probability of 5%.
     assert (1 - high) ** 20 == pytest.approx(0.05)
-    assert (-found).interval() == (low, high) and found.above(0.01) == 1
+    assert (-difference).interval() == (low, high) and difference.above(0.01) == 1

@@ -28,7 +28,7 @@ GSM8K = ("gsm8k", "openai/gsm8k", "main")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def folders(tmp_path_factory) -> Path:
     """A converted folder, and the report of it with lm-eval's result file beside it."""
     home = tmp_path_factory.mktemp("made")
     save_speaking(home / "model")
@@ -49,13 +49,13 @@ def made(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def out(made, tmp_path) -> Path:
-    return shutil.copytree(made / "out", tmp_path / "out")
+def out(folders, tmp_path) -> Path:
+    return shutil.copytree(folders / "out", tmp_path / "out")
 
 
-def test_the_card_gets_the_figures_and_keeps_its_text(made, out):
+def test_the_card_gets_the_figures_and_keeps_its_text(folders, out):
     before = (out / "README.md").read_text()
-    update = update_card(out, made / "report")
+    update = update_card(out, folders / "report")
     text = (out / "README.md").read_text()
     assert text.index("## Evaluation") < text.index("## Errors") < text.index("## Command")
     assert before.split("## Errors")[1] == text.split("## Errors")[1]
@@ -65,20 +65,20 @@ def test_the_card_gets_the_figures_and_keeps_its_text(made, out):
     )
     assert "mmlu_anatomy" not in text, "only the main figures"
     command = "headwise eval out --baseline org/parent@c0ffee --recipe standard --seed 0 --include-path tasks"
-    assert command in text and str(made) not in text, "folders of the user are not published"
+    assert command in text and str(folders) not in text, "folders of the user are not published"
     assert "same next token: 91.23%" in text and "Limits of these figures" in text
     assert update.figures == 6 and update.eval_results == ()
     assert verify_model(out).passed, "verification leaves out the card"
-    update_card(out, made / "report")
+    update_card(out, folders / "report")
     assert (out / "README.md").read_text() == text, "a second update changes nothing"
     assert without_evaluation(text) == without_evaluation(before) == before, (
         "training removes the figures of earlier weights"
     )
 
 
-def test_the_hub_reads_the_figures(made, out):
+def test_the_hub_reads_the_figures(folders, out):
     old = ModelCard((out / "README.md").read_text()).data.to_dict()
-    update_card(out, made / "report")
+    update_card(out, folders / "report")
     data = ModelCard((out / "README.md").read_text()).data
     assert {key: value for key, value in data.to_dict().items() if key != "model-index"} == old
     assert data.model_name == "out"
@@ -97,22 +97,22 @@ def test_the_hub_reads_the_figures(made, out):
     assert figures["held-out"].metric_value == pytest.approx(6.106, abs=1e-3)
 
 
-def test_a_benchmark_result_is_written_on_request(made, out):
-    update = update_card(out, made / "report", eval_results=[GSM8K])
+def test_a_benchmark_result_is_written_on_request(folders, out):
+    update = update_card(out, folders / "report", eval_results=[GSM8K])
     assert update.eval_results == (out / ".eval_results" / "gsm8k.yaml",)
     (entry,) = parse_eval_result_entries(yaml.safe_load(update.eval_results[0].read_text()))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "main", 5.0)
     assert entry.notes == "exact_match, 5-shot, lm-eval 0.4.13"
 
 
-def test_a_report_without_a_parent_is_written_too(made, out, tmp_path):
+def test_a_report_without_a_parent_is_written_too(folders, out, tmp_path):
     child = replace(full().child, sha256=content_hash(source_in_folder("out", out)))
     write_report(replace(alone(), child=child), tmp_path / "alone")
     assert update_card(out, tmp_path / "alone").figures == 1
     assert "No parent was measured" in (out / "README.md").read_text()
 
 
-def test_a_part_of_the_samples_is_no_benchmark_result(made, out, tmp_path):
+def test_a_part_of_the_samples_is_no_benchmark_result(folders, out, tmp_path):
     child = replace(full().child, sha256=content_hash(source_in_folder("out", out)))
     write_report(replace(alone(), child=child, settings={"limit": 10}), tmp_path / "part")
     with pytest.raises(HeadwiseError, match="used a part of the samples"):
@@ -130,11 +130,11 @@ def test_a_part_of_the_samples_is_no_benchmark_result(made, out, tmp_path):
         ),
     ],
 )
-def test_a_refusal_leaves_the_folder_unchanged(made, out, spoil, words):
+def test_a_refusal_leaves_the_folder_unchanged(folders, out, spoil, words):
     spoil(out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(HeadwiseError, match=words):
-        update_card(out, made / "report", eval_results=[GSM8K])
+        update_card(out, folders / "report", eval_results=[GSM8K])
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -147,16 +147,16 @@ def test_a_refusal_leaves_the_folder_unchanged(made, out, spoil, words):
         ("gsm8k=openai:main", "is not TASK=DATASET:TASK_ID"),
     ],
 )
-def test_a_refused_benchmark_gets_one_sentence(made, out, asked, words):
-    done = CliRunner(env={"HEADWISE_DEBUG": ""}).invoke(
-        cli, ["card", str(out), str(made / "report"), "--eval-result", asked]
+def test_a_refused_benchmark_gets_one_sentence(folders, out, argument, words):
+    result = CliRunner(env={"HEADWISE_DEBUG": ""}).invoke(
+        cli, ["card", str(out), str(folders / "report"), "--eval-result", argument]
     )
-    assert done.exit_code == 2 and words in done.stderr and "Traceback" not in done.stderr
+    assert result.exit_code == 2 and words in result.stderr and "Traceback" not in result.stderr
     assert "## Evaluation" not in (out / "README.md").read_text() and not (out / ".eval_results").exists()
 
 
-def test_the_command(made, out):
-    words = ["card", str(out), str(made / "report"), "--eval-result", "gsm8k=openai/gsm8k:main", "--json"]
-    done = CliRunner(env={"HEADWISE_DEBUG": ""}).invoke(cli, words)
-    assert done.exit_code == 0, done.stderr
-    assert json.loads(done.stdout)["figures"] == 6
+def test_the_command(folders, out):
+    words = ["card", str(out), str(folders / "report"), "--eval-result", "gsm8k=openai/gsm8k:main", "--json"]
+    result = CliRunner(env={"HEADWISE_DEBUG": ""}).invoke(cli, words)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["figures"] == 6

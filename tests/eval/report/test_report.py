@@ -16,7 +16,7 @@ from headwise.eval.report.report import read_report, render_markdown, render_pag
 from headwise.eval.result import Continuation
 from headwise.eval.verdict import verdict_of
 from tests.browser import browse, find_browser
-from tests.eval import evaluations as made
+from tests.eval import evaluations
 from tests.eval.evaluations import full
 
 
@@ -25,12 +25,12 @@ from tests.eval.evaluations import full
     [
         full(),
         replace(full(), fail_above=0.01),
-        made.broken(),
-        made.unharmed(),
-        made.identical(),
-        made.alone(),
-        made.only(),
-        made.only(made.equal_answers()),
+        evaluations.broken(),
+        evaluations.unharmed(),
+        evaluations.identical(),
+        evaluations.alone(),
+        evaluations.only(),
+        evaluations.only(evaluations.equal_answers()),
     ],
 )
 def test_the_verdict_comes_first(evaluation):
@@ -43,12 +43,12 @@ def test_the_verdict_comes_first(evaluation):
 
 @pytest.mark.parametrize("name", ["full", "unharmed", "identical", "alone"])
 def test_a_report_is_read_back_and_refers_to_nothing_that_is_missing(tmp_path, name):
-    found = getattr(made, name)()
-    written = write_report(found, tmp_path / "report")
+    evaluation = getattr(evaluations, name)()
+    written = write_report(evaluation, tmp_path / "report")
     assert read_report(tmp_path / "report") == written
-    assert replace(written, figures={}) == found
+    assert replace(written, figures={}) == evaluation
     data = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert data["summary"] == list(found.summary) and data["passed"] == found.passed
+    assert data["summary"] == list(evaluation.summary) and data["passed"] == evaluation.passed
     pictures = {path.name for path in (tmp_path / "report").glob("*.png")}
     assert pictures == set(written.figures.values())
     text = (tmp_path / "report" / "report.md").read_text()
@@ -78,9 +78,9 @@ def test_a_table_has_every_figure():
 
 
 def test_the_loss_at_the_last_positions_needs_the_whole_context():
-    found = full()
-    assert "last positions" not in render_markdown(found)
-    whole = replace(found, positions=replace(found.positions, trained=1024))
+    evaluation = full()
+    assert "last positions" not in render_markdown(evaluation)
+    whole = replace(evaluation, positions=replace(evaluation.positions, trained=1024))
     ours, theirs = whole.positions.child.nats[-1], whole.positions.parent.nats[-1]
     row = (
         f"| loss at the last positions | {ours:.3f} | nats per token from 960 to 1,024; the parent's {theirs:.3f} |"
@@ -111,34 +111,34 @@ class Tags(HTMLParser):
 
 
 def test_the_page_is_complete_and_loads_nothing():
-    found = Tags(render_page(full()))
-    assert not found.open and len(found.ids) == len(set(found.ids))
+    page = Tags(render_page(full()))
+    assert not page.open and len(page.ids) == len(set(page.ids))
     references = [
         value
-        for tag, attributes in found.found
+        for tag, attributes in page.found
         for name, value in attributes.items()
         if name in ("src", "href", "xlink:href", "srcset", "action", "data")
     ]
     assert all(value.startswith(("#", "data:image/png;base64")) for value in references)
-    assert {tag for tag, _ in found.found} & {"script", "link", "iframe", "object", "form"} == set()
+    assert {tag for tag, _ in page.found} & {"script", "link", "iframe", "object", "form"} == set()
     text = render_page(full())
     assert "@import" not in text and "url(http" not in text
     inside = {value[1:] for value in references if value.startswith("#")} | set(
         re.findall(r"url\(#([^)]+)\)", text)
     )
-    assert inside <= set(found.ids)
+    assert inside <= set(page.ids)
 
 
 def test_generated_text_stays_text():
     evil = "<script>alert(1)</script>\x1b[31m\u202e & `code` | cell"
     base = full()
-    said = replace(base.generation, samples=(Continuation(evil, evil, evil),), complaints=(evil,))
+    generation = replace(base.generation, samples=(Continuation(evil, evil, evil),), complaints=(evil,))
     child = replace(base.child, model=evil, attention=evil)
-    found = replace(base, generation=said, child=child, command=evil, settings={evil: evil})
-    text = render_page(found)
-    assert "<script" not in text and "\x1b" not in text and "\x1b" not in render_markdown(found)
+    evaluation = replace(base, generation=generation, child=child, command=evil, settings={evil: evil})
+    text = render_page(evaluation)
+    assert "<script" not in text and "\x1b" not in text and "\x1b" not in render_markdown(evaluation)
     Tags(text)
-    setting = next(line for line in render_markdown(found).splitlines() if line.startswith("| <script"))
+    setting = next(line for line in render_markdown(evaluation).splitlines() if line.startswith("| <script"))
     assert len(re.findall(r"(?<!\\)\|", setting)) == 3, "a bar in a cell would end it"
 
 
@@ -159,7 +159,7 @@ def test_a_file_that_is_no_report_is_refused(tmp_path, content, words):
 
 
 def test_a_report_is_not_overwritten(tmp_path):
-    write_report(made.alone(), tmp_path)
+    write_report(evaluations.alone(), tmp_path)
     before = (tmp_path / "report.json").read_bytes()
     with pytest.raises(HeadwiseError, match="holds a report already"):
         write_report(full(), tmp_path)
