@@ -1,20 +1,31 @@
 # A fresh clone needs only python3: every target creates the environment it uses.
 PYTHON ?= python3
+# The versions to install. `make PINS=/dev/null` installs the newest release of everything.
+PINS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Two more environments hold only the packages whose versions differ; they read the rest from $(VENV).
+NEWEST := .venv-newest
+LOWEST := .venv-lowest
+WHEEL := .venv-wheel
 # One process per core; torch itself stays on one thread per process so that they do not fight.
 JOBS ?= 2
+# `make test COVERAGE=` runs the tests without measuring coverage, which is faster.
+COVERAGE ?= --cov --cov-report=
 FUZZ_MINUTES ?= 60
+EXTRAS := eval,train
+SMOKE := -m pytest -p no:cacheprovider -n $(JOBS) --dist loadgroup -m smoke tests/smoke
 
-.PHONY: env demo test check check-full audit bench docs clean
+.PHONY: env demo lint types actions check cov test test-newest test-lowest check-full audit wheel release-check \
+	release bench clean
 
 # torch is installed first and by its pin: any looser request lets pip choose a build with gigabytes of CUDA.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,eval,train]'
+	$(BIN)/pip install --quiet --constraint $(PINS) torch
+	$(BIN)/pip install --quiet --constraint $(PINS) --editable '.[dev,$(EXTRAS)]'
 	touch $@
 
 env: $(READY)
@@ -22,15 +33,42 @@ env: $(READY)
 demo: $(READY)
 	$(BIN)/headwise demo
 
-test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m 'not full'
-
-check: $(READY)
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(READY)
 	$(BIN)/mypy
 
-check-full: check test audit
+# The workflow files, checked offline by actionlint.
+actions: $(READY)
+	$(BIN)/actionlint
+
+check: lint types actions cov
+
+# The coverage of the last `make test`.
+cov: $(READY)
+	@if [ -f .coverage ]; then $(BIN)/coverage report; \
+	else echo 'No coverage data yet. Run `make test` to measure the coverage.'; fi
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) $(COVERAGE) -m 'not full and not smoke'
+
+# The smoke test with the newest releases, as a plain `pip install` chooses them. torch stays as it is in $(VENV).
+test-newest: $(READY)
+	.ci/overlay $(BIN)/python $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager --constraint $(NEWEST)/torch.txt \
+		--editable '.[$(EXTRAS)]'
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(SMOKE)
+
+# The smoke test with the lowest releases that pyproject.toml allows.
+test-lowest: $(READY)
+	.ci/overlay $(BIN)/python $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/torch.txt --requirement constraints-lowest.txt \
+		--editable '.[$(EXTRAS)]'
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python $(SMOKE)
+
+check-full: check test audit test-newest test-lowest wheel
 	$(BIN)/pytest -m full
 	nice $(BIN)/python tests/hostile/long_run.py --minutes $(FUZZ_MINUTES)
 
@@ -38,12 +76,27 @@ check-full: check test audit
 audit: $(READY)
 	$(BIN)/python tests/hostile/audit.py
 
+# Build the distributions, and run the smoke test on the wheel in an environment of its own, outside this folder.
+wheel: $(READY)
+	rm -rf dist $(WHEEL)
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m venv $(WHEEL)
+	$(WHEEL)/bin/pip install --quiet --upgrade pip
+	$(WHEEL)/bin/pip install --quiet --constraint $(PINS) torch
+	$(WHEEL)/bin/pip install --quiet --constraint $(PINS) "$$(echo dist/*.whl)[$(EXTRAS)]" \
+		pytest pytest-timeout pytest-xdist
+	.ci/test-wheel $(WHEEL)/bin/python $(JOBS)
+
+# Check that the tag TAG is the version of the package and a section of CHANGELOG.md; write its notes to build/notes.md.
+release-check: $(READY)
+	$(BIN)/python .ci/release.py $(TAG)
+
+# Attach the distributions and the notes to the release of TAG.
+release:
+	gh release create $(TAG) dist/*.whl dist/*.tar.gz --title $(TAG) --notes-file build/notes.md --verify-tag
+
 bench: $(READY)
 	$(BIN)/python benchmarks/convert_speed.py
 
-# Reference pages and tables that are made from the code.
-docs: $(READY)
-	$(BIN)/python docs/generate.py
-
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(NEWEST) $(LOWEST) $(WHEEL) build dist *.egg-info .coverage*

@@ -1,7 +1,8 @@
 """Smoke test: convert, verify, evaluate, uptrain and time a tiny model, through the command line alone.
 
-The test uses no Python name of headwise, so that one file serves every version of the package, and every environment:
-the pinned one, the newest releases (`make test-newest`) and the lowest supported ones (`make test-lowest`).
+The test uses no Python name of headwise, so that one file serves every version of the package. It runs in every
+environment: the pinned one, the newest releases (`make test-newest`), the lowest ones (`make test-lowest`), and the
+built wheel (`make wheel`).
 """
 
 from __future__ import annotations
@@ -89,7 +90,11 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return Workspace(path)
 
 
-@pytest.fixture(scope="module", params=TARGETS)
+# With `pytest --dist loadgroup`, one process runs all tests of a target, so each model is converted once.
+GROUPED = [pytest.param(target, marks=pytest.mark.xdist_group(target)) for target in TARGETS]
+
+
+@pytest.fixture(scope="module", params=GROUPED)
 def child(workspace: Workspace, request: pytest.FixtureRequest) -> str:
     """The folder of a converted model, named after its target."""
     calibration = ["--calibrate", "train.txt", "--calibration-tokens", "2048"]
@@ -127,8 +132,9 @@ def test_eval_measures_the_loss_and_the_acceptance(workspace: Workspace, child: 
 def test_uptrain_lowers_the_heldout_loss(workspace: Workspace, child: str) -> None:
     out = f"{child}-uptrained"
     options = ["--tokens", "16384", "--set", f"data.length={CONTEXT}", "--set", "train.batch_tokens=1024"]
-    text = ["--text", "train.txt", "--heldout", "heldout.txt", "--set", "loss.kl=0", "--set", "loss.cross_entropy=1"]
-    result = workspace.run("uptrain", child, out, "--teacher", "parent", *options, *text)
+    loss = ["--set", "loss.kl=0", "--set", "loss.cross_entropy=1"]
+    text = ["--text", "train.txt", "--heldout", "heldout.txt"]
+    result = workspace.run("uptrain", child, out, "--teacher", "parent", *options, *loss, *text)
     assert result["tokens"] == 16384
     assert math.isfinite(result["after"]) and result["after"] < result["before"]
     assert all(check["passed"] for check in workspace.run("verify", out)["checks"])
