@@ -139,7 +139,7 @@ def test_a_refusal_leaves_the_folder_unchanged(folders, out, spoil, words):
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"),
+    ("argument", "words"),
     [
         ("nothing=a/b:c", "has no task 'nothing'"),
         ("heldout=a/b:c", "is not a share from 0 to 1"),
