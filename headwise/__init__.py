@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from headwise.environment import HEADWISE_VERSION as __version__
+from headwise.environment import HEADWISE_VERSION
 
 if TYPE_CHECKING:
     from headwise.convert.inspect import inspect_model as inspect_model
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from headwise.eval.report.card_section import update_card as update_card
     from headwise.recipes.uptrain import uptrain_model as uptrain_model
     from headwise.records.push import push_model as push_model
+
+__version__ = HEADWISE_VERSION
 
 _MODULES = {
     "inspect_model": "headwise.convert.inspect",

@@ -27,23 +27,41 @@ class DecidedConversion(Protocol):
     """The part of `headwise.convert.plan.Plan` that its record needs."""
 
     @property
-    def model(self) -> str: ...
+    def model(self) -> str:
+        """The source, as the user named it."""
+
     @property
-    def revision(self) -> str | None: ...
+    def revision(self) -> str | None:
+        """The commit of a Hub repository; None for a local folder."""
+
     @property
-    def arguments(self) -> dict[str, Any]: ...
+    def arguments(self) -> dict[str, Any]:
+        """The settings in force."""
+
     @property
-    def layouts_before(self) -> tuple[AttentionLayout, ...]: ...
+    def layouts_before(self) -> tuple[AttentionLayout, ...]:
+        """The layouts of the source."""
+
     @property
-    def layouts_after(self) -> tuple[AttentionLayout, ...]: ...
+    def layouts_after(self) -> tuple[AttentionLayout, ...]:
+        """The layouts of the output."""
+
     @property
-    def cache_before(self) -> CacheSize: ...
+    def cache_before(self) -> CacheSize:
+        """KV cache of the source."""
+
     @property
-    def cache_after(self) -> CacheSize: ...
+    def cache_after(self) -> CacheSize:
+        """KV cache of the output."""
+
     @property
-    def bytes_before(self) -> int: ...
+    def bytes_before(self) -> int:
+        """Bytes of the source's weights."""
+
     @property
-    def parameters_before(self) -> int: ...
+    def parameters_before(self) -> int:
+        """Number of parameters of the source."""
+
     @property
     def bytes_after(self) -> int:
         """Bytes of the output's weights."""

@@ -57,7 +57,7 @@ def test_card_shows_the_change_and_repeats_itself(model):
 )
 def test_card_cites_the_methods(model, arguments, line):
     text = render_card(record_of(model, plan=replace(plan_for(model, 4), arguments=arguments)))
-    assert [found for found in text.splitlines() if found.startswith("Method:")] == ([line] if line else [])
+    assert [row for row in text.splitlines() if row.startswith("Method:")] == ([line] if line else [])
 
 
 def test_card_cites_no_merge_where_heads_are_copied(model):
@@ -131,9 +131,9 @@ def test_a_section_is_added_once_and_then_replaced():
 
 
 def test_a_new_section_can_go_before_another():
-    made = with_section(CARD, "Evaluation", "Better.", before="Errors")
-    assert made == CARD.replace("## Errors", "## Evaluation\n\nBetter.\n\n## Errors")
-    assert with_section(made, "Evaluation", "Worse.", before="Command") == made.replace("Better", "Worse")
+    inserted = with_section(CARD, "Evaluation", "Better.", before="Errors")
+    assert inserted == CARD.replace("## Errors", "## Evaluation\n\nBetter.\n\n## Errors")
+    assert with_section(inserted, "Evaluation", "Worse.", before="Command") == inserted.replace("Better", "Worse")
 
 
 def test_a_fence_hides_headings():

@@ -30,10 +30,10 @@ QUICK: dict[str, Any] = {"to": "gqa", "groups": 2, "calibrate": "none", "max_sha
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("converted")
-    save_speaking(home / "model")
-    convert_model(home / "model", home / "out", **QUICK)
-    return home
+    folder = tmp_path_factory.mktemp("converted")
+    save_speaking(folder / "model")
+    convert_model(folder / "model", folder / "out", **QUICK)
+    return folder
 
 
 @pytest.fixture
