@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import click
@@ -163,11 +164,16 @@ def check_options(kind: type, options: dict[str, Any]) -> None:
     kind(**{name: value for name, value in options.items() if name in settings_of(kind)})
 
 
-def with_flags(text: str, command: click.Command | None) -> str:
-    """Replace the field names in backquotes, in a message of the library, with the flags of a command."""
+def with_flags(text: str, command: click.Command) -> str:
+    """Replace the field names in backquotes, in a message of the library, with the flags of a command.
+
+    Args:
+        text: the message.
+        command: the verb that runs.
+    """
     flags = {
         param.name: (param.opts or param.secondary_opts)[0]
-        for param in (command.params if command else ())
+        for param in command.params
         if isinstance(param, click.Option)
     }
     return re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), text)
@@ -189,7 +195,9 @@ class Verb(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Configure the output, then call the function of the verb."""
         json, quiet, verbose = (bool(ctx.params.pop(name)) for name in ("json", "quiet", "verbose"))
-        console.configure(json=json, quiet=quiet, verbose=verbose)
+        console.configure(
+            json=json, quiet=quiet, verbose=verbose, translate=partial(with_flags, command=ctx.command)
+        )
         if json:
             ctx.with_resource(redirect_stdout(sys.stderr))
         _quiet_libraries(verbose)
@@ -235,7 +243,7 @@ class Verbs(click.Group):
         sys.exit(code)
 
 
-# The verb that runs, for the flags of its messages.
+# The verb that runs, for the hint of its errors.
 _running: click.Context | None = None
 
 
@@ -248,11 +256,10 @@ def report_error(problem: BaseException) -> int:
     match problem:
         case HeadwiseError():
             context = click.get_current_context(silent=True) or _running
-            command = context.command if context else None
             hint = problem.hint
             if hint is None and isinstance(problem, SettingError) and context:
                 hint = _help_hint(context)
-            console.error(with_flags(problem.message, command), with_flags(hint, command) if hint else None)
+            console.error(problem.message, hint)
             return problem.exit_code
         case click.exceptions.NoArgsIsHelpError():
             for line in problem.format_message().splitlines():

@@ -36,6 +36,7 @@ class _Sink:
     json: bool = False
     quiet: bool = False
     verbose: bool = False
+    translate: Callable[[str], str] = str
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
     stderr: TextIO = field(default_factory=lambda: sys.stderr)
 
@@ -65,16 +66,19 @@ def _console(stream: TextIO) -> Console:
 _sink = _Sink()
 
 
-def configure(*, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+def configure(
+    *, json: bool = False, quiet: bool = False, verbose: bool = False, translate: Callable[[str], str] = str
+) -> None:
     """Choose what is shown, on the present stdout and stderr.
 
     Args:
         json: stdout carries the one object given to `print_json` and nothing else.
         quiet: no progress and no notes; results, warnings and errors remain.
         verbose: details are shown too.
+        translate: changes messages and the cells of tables, such as field names of the library to flags.
     """
     global _sink
-    _sink = _Sink(json, quiet, verbose)
+    _sink = _Sink(json, quiet, verbose, translate)
     for stream in (_sink.stdout, _sink.stderr):
         if hasattr(stream, "reconfigure"):  # a character that the terminal cannot show must not end the job
             stream.reconfigure(errors="backslashreplace")
@@ -130,7 +134,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, tit
             clean(name.lstrip(">")), justify="right" if name.startswith(">") else "left", overflow="fold"
         )
     for row in rows:
-        table.add_row(*(Text(clean(cell)) for cell in row))
+        table.add_row(*(Text(_to_text(cell)) for cell in row))
     if title:
         print_line(title, style="bold")
     _sink.out.print(table)
@@ -150,7 +154,7 @@ def print_json(value: Any) -> None:
 def note(text: object) -> None:
     """Print a line about the work (stderr; nothing with --quiet)."""
     if not _sink.quiet:
-        _sink.err.print(clean(text), soft_wrap=True)
+        _sink.err.print(_to_text(text), soft_wrap=True)
 
 
 def detail(text: object) -> None:
@@ -161,16 +165,20 @@ def detail(text: object) -> None:
 
 def warn(text: object) -> None:
     """Print a line that the user must not miss (stderr)."""
-    _sink.err.print(f"Warning: {clean(text)}", style="yellow", soft_wrap=True)
+    _sink.err.print(f"Warning: {_to_text(text)}", style="yellow", soft_wrap=True)
 
 
 def error(message: str, hint: str | None = None) -> None:
     """Print why the command ends, and what to do (stderr)."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(OTHERS_WAIT)
-    _sink.err.print(f"Error: {clean(_shorten(message))}", style="bold red", soft_wrap=True)
+    _sink.err.print(f"Error: {_to_text(_shorten(message))}", style="bold red", soft_wrap=True)
     if hint:
-        _sink.err.print(clean(_shorten(hint)), soft_wrap=True)
+        _sink.err.print(_to_text(_shorten(hint)), soft_wrap=True)
+
+
+def _to_text(text: object) -> str:
+    return clean(_sink.translate(str(text)))
 
 
 def _shorten(text: str) -> str:

@@ -96,7 +96,6 @@ def test_flags_replace_the_field_names_of_a_message() -> None:
         "--rope-dim needs --rank; --no-verify and `moment`"
     )
     assert with_flags("`settings` is wrong", cli.commands["uptrain"]) == "--set is wrong"
-    assert with_flags("`rank`", None) == "`rank`"
 
 
 def test_a_closed_pipe_is_not_an_error() -> None:

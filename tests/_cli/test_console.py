@@ -49,6 +49,18 @@ def test_no_color_is_honoured() -> None:
     assert "\x1b[" not in run_script("convrt", FORCE_COLOR="1", NO_COLOR="1", TERM="xterm").stderr
 
 
+def test_messages_of_the_library_get_flags(library: SimpleNamespace) -> None:
+    def report(**_: Any) -> Any:
+        library.progress.note("give `calibration_tokens`")
+        library.progress.warn("leave out `verify`")
+        return SimpleNamespace(to_dict=lambda: {"note": "give `rank`"})
+
+    library.action = report
+    result = run(*CONVERT, "--to", "mqa", "--json")
+    assert "give --calibration-tokens" in result.stderr and "leave out --no-verify" in result.stderr
+    assert json.loads(result.stdout) == {"note": "give `rank`"}
+
+
 def test_a_long_message_is_shortened(capsys: pytest.CaptureFixture[str]) -> None:
     console.configure()
     console.error("x" * 10_000)
