@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
-from headwise.io.fs import plain_errors
-from headwise.io.header import DTYPE_NAMES, MAX_HEADER, TensorEntry, broken, parse_header
-from headwise.io.source import Source, inside, locate
+from headwise.io.fs import os_errors
+from headwise.io.gguf import GgufModel, header_hash, open_gguf, write_model_files
+from headwise.io.header import DTYPE_NAMES, MAX_HEADER, TensorEntry, header_error, parse_header
+from headwise.io.source import Source, find_gguf, find_sidecars, find_source, path_inside
 from headwise.progress import SILENT, Progress
 
 CHUNK = 1 << 20
@@ -49,6 +51,9 @@ class Checkpoint:
 
     `source` is what the user named, `revision` the commit for a Hub repository. `tensors` is in file order,
     `sidecars` are the files a conversion copies byte for byte and `left_out` the names of those it does not.
+
+    Of a GGUF file (`gguf`) the tensors are those of the stock class, dequantised as they are read. `folder` holds
+    its config and tokenizer as files, for the time that the checkpoint exists.
     """
 
     source: str
@@ -59,7 +64,19 @@ class Checkpoint:
     sidecars: list[Path]
     left_out: list[str]
     files: dict[str, FileState]
+    gguf: GgufModel | None = None
     _pickled: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    _temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def path(self) -> Path:
+        """The model's folder, or its GGUF file."""
+        return self.gguf.path if self.gguf else self.folder
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines of a plan about how the checkpoint is read."""
+        return self.gguf.notes if self.gguf else []
 
     @property
     def nbytes(self) -> int:
@@ -74,6 +91,9 @@ class Checkpoint:
         entry = self.tensors[name]
         if entry.file in self._pickled:
             return self._pickled[entry.file][name].clone()
+        if self.gguf:
+            with self._open(entry) as file:
+                return self.gguf.read(name, file)
         flat = torch.empty(entry.nbytes, dtype=torch.uint8)
         with self._open(entry) as file:
             self._fill(flat, file, entry)
@@ -89,6 +109,10 @@ class Checkpoint:
         if entry.file in self._pickled:
             yield from as_bytes(self._pickled[entry.file][name]).split(CHUNK)
             return
+        if self.gguf:
+            with self._open(entry) as file:
+                yield from map(as_bytes, self.gguf.chunks(name, file))
+            return
         with self._open(entry) as file:
             for number, start in enumerate(range(0, entry.nbytes, CHUNK)):
                 chunk = buffers[number % len(buffers)][: entry.nbytes - start]
@@ -103,13 +127,19 @@ class Checkpoint:
     def check_unchanged(self) -> None:
         """Raise HeadwiseError if any weight file is not what it was when it was opened."""
         for name, state in self.files.items():
-            with _opened(self.folder / name) as file:
+            with _opened(self._path(name)) as file:
                 same = FileState.of(file, state.header) == state
-                if not same or (name not in self._pickled and _read_header(file, name)[1] != state.header):
+                if not same or (name not in self._pickled and self._header_hash(file, name) != state.header):
                     raise self._changed(name)
 
+    def _path(self, name: str) -> Path:
+        return self.path.with_name(name) if self.gguf else self.folder / name
+
+    def _header_hash(self, file: FileIO, name: str) -> str:
+        return header_hash(file, self.gguf.headers[name]) if self.gguf else _read_header(file, name)[1]
+
     def _open(self, entry: TensorEntry) -> FileIO:
-        file = _opened(self.folder / entry.file)
+        file = _opened(self._path(entry.file))
         state = self.files[entry.file]
         if FileState.of(file, state.header) != state:
             file.close()
@@ -119,7 +149,7 @@ class Checkpoint:
 
     def _fill(self, flat: Tensor, file: FileIO, entry: TensorEntry) -> None:
         left = flat.numpy().data
-        with plain_errors(self.folder / entry.file, "read"):
+        with os_errors(self.folder / entry.file, "read"):
             while left:
                 count = file.readinto(left)
                 if not count:
@@ -128,7 +158,7 @@ class Checkpoint:
 
     def _changed(self, name: str) -> HeadwiseError:
         return HeadwiseError(
-            f"{self.folder / name} changed while it was being read.",
+            f"{self._path(name)} changed while it was being read.",
             "Start again once nothing writes to the source.",
         )
 
@@ -141,12 +171,14 @@ def open_checkpoint(
     allow_pickle: bool = False,
     progress: Progress = SILENT,
 ) -> Checkpoint:
-    """Open a local folder or a Hub repository `org/name[@revision]`, and check every header.
+    """Open a local folder, a GGUF file or a Hub repository `org/name[@revision]`, and check every header.
 
     Raises:
-        HeadwiseError: the source is missing, incomplete, inconsistent, quantised or pickled.
+        HeadwiseError: the source is missing, incomplete, inconsistent or pickled.
     """
-    source = locate(model, revision=revision, token=token, allow_pickle=allow_pickle, progress=progress)
+    if (path := find_gguf(model, revision)) is not None:
+        return read_gguf(path)
+    source = find_source(model, revision=revision, token=token, allow_pickle=allow_pickle, progress=progress)
     return read_headers(source)
 
 
@@ -156,7 +188,7 @@ def read_headers(source: Source) -> Checkpoint:
     tensors: dict[str, TensorEntry] = {}
     pickled: dict[str, dict[str, Tensor]] = {}
     for name in source.weights:
-        path = inside(source.folder, name)
+        path = path_inside(source.folder, name)
         if name.endswith(".bin"):
             pickled[name] = _load_pickle(path)
             entries = {k: TensorEntry(k, t.dtype, tuple(t.shape), name, 0) for k, t in pickled[name].items()}
@@ -189,6 +221,38 @@ def read_headers(source: Source) -> Checkpoint:
     )
 
 
+def read_gguf(path: Path) -> Checkpoint:
+    """Return the checkpoint in a GGUF file; no tensor of a layer is read.
+
+    Args:
+        path: the file, or any part of a split one.
+
+    Raises:
+        HeadwiseError: the file is damaged or incomplete, or holds no language model that can be read.
+    """
+    model = open_gguf(path)
+    files = {}
+    for name, header in model.headers.items():
+        with _opened(path.with_name(name)) as file:
+            files[name] = FileState.of(file, header_hash(file, header))
+    temporary = tempfile.TemporaryDirectory(prefix="headwise-gguf-")
+    folder = Path(temporary.name)
+    with os_errors(folder):
+        write_model_files(model, folder)
+    return Checkpoint(
+        source=str(path),
+        folder=folder,
+        revision=None,
+        config=model.config,
+        tensors=model.entries,
+        sidecars=find_sidecars(folder, [])[0],
+        left_out=[],
+        files=files,
+        gguf=model,
+        _temporary=temporary,
+    )
+
+
 def make_buffers(count: int) -> list[Tensor]:
     """Memory for `Checkpoint.chunks`; fresh memory for each chunk would cost more than the copy."""
     return [torch.empty(CHUNK, dtype=torch.uint8) for _ in range(count)]
@@ -216,18 +280,18 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def _read_header(file: FileIO, name: str) -> tuple[dict[str, TensorEntry], str]:
-    with plain_errors(Path(file.name), "read"):
+    with os_errors(Path(file.name), "read"):
         size = os.fstat(file.fileno()).st_size
         file.seek(0)
         length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
-        raise broken(name, f"it is truncated: {size} bytes do not hold the header")
+        raise header_error(name, f"it is truncated: {size} bytes do not hold the header")
     if length > MAX_HEADER:
-        raise broken(name, f"its header claims {length} bytes, more than the {MAX_HEADER} the format allows")
-    with plain_errors(Path(file.name), "read"):
+        raise header_error(name, f"its header claims {length} bytes, more than the {MAX_HEADER} the format allows")
+    with os_errors(Path(file.name), "read"):
         header = file.read(length)
     if len(header) != length:
-        raise broken(name, "it became shorter while it was read")
+        raise header_error(name, "it became shorter while it was read")
     return parse_header(header, size - 8 - length, name), hashlib.sha256(header).hexdigest()
 
 
@@ -261,5 +325,5 @@ def _is_plain(name: Any, tensor: Any) -> bool:
 
 
 def _opened(path: Path) -> FileIO:
-    with plain_errors(path, "read"):
+    with os_errors(path, "read"):
         return open(path, "rb", buffering=0)

@@ -16,13 +16,16 @@ from typing import Any
 
 from headwise.errors import HeadwiseError
 from headwise.io import hub
-from headwise.io.fs import plain_errors
-from headwise.io.header import refuse_dense
+from headwise.io.fs import os_errors
+from headwise.io.header import refuse_dense_json
 from headwise.progress import SILENT, Progress
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+GGUF = ".gguf"
 PICKLE_SINGLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
+# The small model that ships with the package: `headwise demo` converts it.
+EMBEDDED_MODEL = Path(__file__).parents[1] / "demo" / "model"
 # What travels with the weights unchanged.
 SIDECARS = (
     "*.json",
@@ -62,7 +65,7 @@ class Source:
     left_out: list[str]
 
 
-def locate(
+def find_source(
     model: str | Path,
     *,
     revision: str | None = None,
@@ -79,19 +82,37 @@ def locate(
     """
     folder, commit = find_folder(model, revision=revision, token=token)
     if commit is None:
-        return files_of(str(model), folder, allow_pickle=allow_pickle)
+        return source_in_folder(str(model), folder, allow_pickle=allow_pickle)
     repo = hub.split_revision(str(model))[0]
     read_config(folder)
     download_weights(repo, commit, folder, token, allow_pickle, progress)
-    return files_of(repo, folder, commit, allow_pickle=allow_pickle)
+    return source_in_folder(repo, folder, commit, allow_pickle=allow_pickle)
 
 
-def files_of(name: str, folder: Path, revision: str | None = None, *, allow_pickle: bool = False) -> Source:
+def source_in_folder(name: str, folder: Path, revision: str | None = None, *, allow_pickle: bool = False) -> Source:
     """The `Source` in a folder where everything is in place."""
     config = read_config(folder)
     weights, weight_map = find_weights(folder, allow_pickle)
     sidecars, left_out = find_sidecars(folder, weights)
     return Source(name, folder, revision, config, weights, weight_map, sidecars, left_out)
+
+
+def find_gguf(model: str | Path, revision: str | None = None) -> Path | None:
+    """Return the path of a GGUF file; None for a model that is a folder or a Hub repository.
+
+    Args:
+        model: as the user named it.
+        revision: branch, tag or commit, which a file does not have.
+
+    Raises:
+        HeadwiseError: `revision` is given for a file.
+    """
+    path = Path(model).expanduser()
+    if path.suffix != GGUF or not path.is_file():
+        return None
+    if revision:
+        raise HeadwiseError(f"--revision {revision} is for Hub repositories, and {path} is a file.")
+    return path
 
 
 def find_folder(
@@ -110,11 +131,20 @@ def find_folder(
         if revision:
             raise HeadwiseError(f"--revision {revision} is for Hub repositories, and {path} is a folder.")
         return path, None
+    if path.is_file() and path.suffix == GGUF:
+        raise HeadwiseError(
+            f"{path} is a GGUF file, and a folder with safetensors weights is needed here.",
+            f"Write one with `headwise convert {path} OUT --dtype bfloat16`.",
+        )
     if path.exists():
-        raise HeadwiseError(f"{path} is a file.", "Name the folder that holds config.json and the weights.")
+        raise HeadwiseError(
+            f"{path} is a file.", "Name the folder that holds config.json and the weights, or a .gguf file."
+        )
+    if path.suffix == GGUF:
+        raise HeadwiseError(f"There is no file {path}.", "Name a GGUF file, a folder, or a Hub repository.")
     if not hub.NAME.fullmatch(hub.split_revision(str(model))[0]):
         raise HeadwiseError(f"There is no folder {model}.", "Name a folder, or a Hub repository as org/name.")
-    folder = hub.fetch(*hub.one_revision(str(model), revision), token, patterns)
+    folder = hub.download_files(*hub.resolve_revision(str(model), revision), token, patterns)
     return folder, folder.name
 
 
@@ -123,8 +153,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").exists():
         if any(folder.glob("*.gguf")):
             raise HeadwiseError(
-                f"{folder} holds GGUF files, which are not converted.",
-                "Use the model's safetensors checkpoint.",
+                f"{folder} has GGUF files and no config.json.",
+                "Name one of the .gguf files.",
             )
         raise HeadwiseError(f"{folder} has no config.json.", "Name the folder that save_pretrained wrote.")
     config = read_json(folder, "config.json", MAX_CONFIG)
@@ -158,14 +188,14 @@ def find_weights(folder: Path, allow_pickle: bool = False) -> tuple[list[str], d
         weight_map = read_weight_map(folder, index)
         shards = sorted(set(weight_map.values()))
         for shard in shards:
-            if not inside(folder, shard).is_file():
+            if not path_inside(folder, shard).is_file():
                 raise HeadwiseError(
                     f"{index} names {shard}, which is not in {folder}.", "Download the checkpoint again."
                 )
         return shards, weight_map
     if any(folder.glob("*.gguf")):
         raise HeadwiseError(
-            f"{folder} holds only GGUF weights, which are not converted.", "Use its safetensors weights."
+            f"{folder} has GGUF files and no safetensors weights.", "Name one of the .gguf files."
         )
     raise HeadwiseError(f"{folder} has no weights.", f"A checkpoint has {SINGLE} or {INDEX}.")
 
@@ -190,7 +220,7 @@ def _is_plain(name: str) -> bool:
     return Path(name).name == name and name.isprintable() and len(name) <= 200
 
 
-def inside(folder: Path, name: str) -> Path:
+def path_inside(folder: Path, name: str) -> Path:
     """The path of a file in a folder, refused if a link leads out of it.
 
     In the Hub's cache the files of a snapshot are links into the repository's `blobs`.
@@ -216,13 +246,13 @@ def find_sidecars(folder: Path, weights: list[str]) -> tuple[list[Path], list[st
     copied = [name for name in names if _is_sidecar(name) and name not in weights]
     written = {"config.json", "README.md", "headwise.json", INDEX, PICKLE_INDEX, *weights}
     left_out = [name for name in names if name not in written and name not in copied]
-    return [inside(folder, name) for name in copied], left_out
+    return [path_inside(folder, name) for name in copied], left_out
 
 
 def read_json(folder: Path, name: str, limit: int = MAX_JSON) -> dict[str, Any]:
     """A JSON object from a file of the folder; HeadwiseError if it is anything else."""
-    path = inside(folder, name)
-    with plain_errors(path, "read"):
+    path = path_inside(folder, name)
+    with os_errors(path, "read"):
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise HeadwiseError(f"{path} is not a file.")
@@ -230,7 +260,7 @@ def read_json(folder: Path, name: str, limit: int = MAX_JSON) -> dict[str, Any]:
             raise HeadwiseError(f"{path} is larger than {limit:,} bytes.")
         text = path.read_bytes()
     try:
-        refuse_dense(text)
+        refuse_dense_json(text)
         content = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise HeadwiseError(f"{path} is not valid JSON: {error}.") from None
@@ -247,7 +277,7 @@ def download_weights(
     for single, index in kinds:
         sharded = (folder / index).exists()
         files = sorted(set(read_weight_map(folder, index).values())) if sharded else [single]
-        hub.fetch(repo, commit, token, files, progress)
+        hub.download_files(repo, commit, token, files, progress)
         if sharded or (folder / single).exists():
             return
     if not allow_pickle and hub.has_file(repo, PICKLE_SINGLE, commit, token):
