@@ -13,7 +13,7 @@ from headwise.convert.calibration.attention_stats import NUM_ATTENTION_QUERIES
 from headwise.convert.calibration.layer_stream import TOKENS_AT_ONCE
 from headwise.convert.refit.output_projection import FOLDS
 from headwise.convert.refit.regression import DEFAULT_STEPS, SEQUENCES_PER_STEP, forecast_flops
-from headwise.environment import free_memory
+from headwise.environment import available_memory
 from headwise.errors import HeadwiseError
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import Architecture
@@ -54,7 +54,9 @@ def refit_steps(
     """
     if isinstance(asked, int):
         return asked
-    if asked == "off" or not target.calibrated:
+    if asked == "layers":
+        return DEFAULT_STEPS
+    if asked in ("off", "joint") or not target.calibrated:
         return 0
     return DEFAULT_STEPS if refit_seconds(checkpoint, arch, target, length, device) <= REFIT_SECONDS else 0
 
@@ -83,7 +85,7 @@ def require_free_memory(nbytes: int, device: torch.device) -> None:
 
     Where the system does not say how much that is, and on other devices than the CPU, nothing is checked.
     """
-    free = free_memory() if device.type == "cpu" else None
+    free = available_memory(device) if device.type == "cpu" else None
     # What an idle process holds is taken already.
     if free is not None and nbytes - RESTING_BYTES > free:
         raise HeadwiseError(

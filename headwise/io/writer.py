@@ -22,7 +22,7 @@ from torch import Tensor
 
 from headwise.errors import HeadwiseError
 from headwise.format import parse_bytes
-from headwise.io.fs import plain_errors, sync, write_all
+from headwise.io.fs import os_errors, sync, write_all
 from headwise.io.header import make_header
 from headwise.io.reader import CHUNK, Checkpoint, as_bytes, has_nonfinite, make_buffers
 from headwise.io.workdir import WorkFolder
@@ -140,7 +140,7 @@ class Writer:
         self._hasher = ThreadPoolExecutor(1, "sha256")
         self._syncer = ThreadPoolExecutor(1, "fsync")
         try:
-            with plain_errors(self.work.out):
+            with os_errors(self.work.out):
                 self._restore()
         except BaseException as error:
             self.__exit__(None, error, None)
@@ -167,6 +167,11 @@ class Writer:
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, planned was {planned}")
         self._stream(name, as_bytes(tensor).split(CHUNK))
 
+    def rewrite(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor again that is written already, such as one that was trained since."""
+        self._left[self._tensors[name][1].file] += 1
+        self.write(name, tensor)
+
     def copy(self, name: str, checkpoint: Checkpoint) -> None:
         """Copy one tensor from its source in a checkpoint, byte for byte."""
         planned, _ = self._tensors[name]
@@ -186,7 +191,7 @@ class Writer:
 
     def add_file(self, path: Path, name: str | None = None) -> None:
         """Copy a small file byte for byte."""
-        with plain_errors(path, "read"):
+        with os_errors(path, "read"):
             content = path.read_bytes()
         self.work.add(name or path.name, content)
 
@@ -195,7 +200,7 @@ class Writer:
         missing = self._tensors.keys() - self.hashes.keys()
         if missing:
             raise ValueError(f"{len(missing)} tensors were not written, {min(missing)} among them")
-        with plain_errors(self.work.out):
+        with os_errors(self.work.out):
             for future in self._synced:
                 future.result()
         if len(self.shards) > 1:
@@ -222,12 +227,16 @@ class Writer:
 
     def _restore(self) -> None:
         """Take over what an interrupted run wrote: its notes, and the tensors whose bytes are still right."""
-        complete = {line["shard"] for line in self.work.journal if "shard" in line}
+        complete: set[str] = set()
         for line in self.work.journal:
             if "note" in line:
                 self.notes[line["note"]] = line["value"]
+            elif "shard" in line:
+                complete.add(line["shard"])
             elif "tensor" in line:
                 self.hashes[line["tensor"]] = line["sha256"]
+                if line["tensor"] in self._tensors:  # a tensor that is written again opens its file again
+                    complete.discard(self._tensors[line["tensor"]][1].file)
         for shard in self.shards:
             path = self.folder / shard.file
             if not path.exists() or path.stat().st_size != shard.nbytes:
@@ -257,7 +266,7 @@ class Writer:
         digest = hashlib.sha256()
         pending: list[Future[None]] = []
         at = self._offsets[shard.file][name]
-        with plain_errors(self.work.out):
+        with os_errors(self.work.out):
             handle = os.open(self.folder / shard.file, os.O_WRONLY)
             try:
                 for chunk in chunks:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from headwise.errors import HeadwiseError
 from headwise.io.reader import Checkpoint
+from headwise.kernels.patch import enable
 from headwise.models import deepseek, mla_source
 from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.layout import AttentionLayout, LatentWeights
@@ -102,12 +104,19 @@ class ModelFolder:
 def load_for_sampling(checkpoint: Checkpoint, device: torch.device) -> Any:
     """Load a checkpoint's stock model whole, to sample text from it: bfloat16 on a GPU, float32 elsewhere.
 
+    On a GPU it decodes with the kernels of headwise where they serve: stock attention over a static cache reads and
+    copies the whole cache at every step.
+
     Args:
         checkpoint: the model.
         device: where it is put.
     """
     network = ModelFolder.of(checkpoint).load(torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return network.to(device).eval()
+    network = network.to(device).eval()
+    if device.type == "cuda":
+        with suppress(HeadwiseError):  # a model that the kernels do not serve decodes as it is
+            enable(network)
+    return network
 
 
 @dataclass

@@ -17,9 +17,11 @@ from headwise.convert.calibration.moments import Moments
 from headwise.convert.settings import ConvertSettings
 from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import Checkpoint, has_nonfinite
-from headwise.io.tokenizer import load_tokenizer, sound
-from headwise.models.architecture import Architecture, find
-from headwise.progress import Progress
+from headwise.io.tokenizer import load_tokenizer, tokenizer_errors
+from headwise.models.architecture import Architecture, find_architecture
+from headwise.progress import SILENT, Progress
+from headwise.text.sampled import sample_tokens
+from headwise.train.student import load_for_sampling
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def plan_calibration(
         SettingError: a refit was asked for where there is nothing to fit, or the text is too short.
     """
     if target.exact or not any(target.converted_names(i) for i in range(len(target.layouts))):
-        if isinstance(settings.refit, int):
+        if settings.refits_layers or settings.refit == "joint":
             raise SettingError(
                 "refit", f"`refit` is {settings.refit}, and an exact conversion leaves nothing to refit."
             )
@@ -154,8 +156,8 @@ def iter_layer_stats(
     progress.note(
         f"Reading {calibration.tokens:,} tokens of {calibration.text} through the parent, layer by layer."
     )
-    blocks = calibration_blocks(checkpoint, calibration)
-    arch = find(target.parent_config, checkpoint.tensors)
+    blocks = calibration_blocks(checkpoint, calibration, device, progress)
+    arch = find_architecture(target.parent_config, checkpoint.tensors)
     stream = LayerStream(checkpoint, arch, blocks, device, target.parent_config)
     keep = Moments.create(calibration.keep, checkpoint, calibration) if calibration.keep else None
     for record in stream.records(keep_activations=calibration.keeps_text, layers=layers):
@@ -199,13 +201,29 @@ def check_finite(
         )
 
 
-def calibration_blocks(checkpoint: Checkpoint, calibration: CalibrationPlan) -> Tensor:
-    """Return the calibration text as token ids, (sequences, length)."""
+def calibration_blocks(
+    checkpoint: Checkpoint,
+    calibration: CalibrationPlan,
+    device: torch.device | None = None,
+    progress: Progress = SILENT,
+) -> Tensor:
+    """Return the calibration text as token ids, (sequences, length).
+
+    Args:
+        checkpoint: the source, from which the text "sampled" is drawn.
+        calibration: text and amount.
+        device: where text is sampled; None: the CPU.
+        progress: receives the tokens that are sampled.
+    """
     from headwise.text.blocks import blocks_from
 
     hint = "Add the tokenizer's files to the folder, or pass `calibrate` none."
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.source, hint)
-    with sound(f"The tokenizer of {checkpoint.source} fails on the calibration text", hint):
+    if calibration.text == "sampled":
+        network = load_for_sampling(checkpoint, device or torch.device("cpu"))
+        shape = {"sequences": calibration.sequences, "length": calibration.length}
+        return sample_tokens(network, tokenizer, **shape, seed=calibration.seed, progress=progress)
+    with tokenizer_errors(f"The tokenizer of {checkpoint.source} fails on the calibration text", hint):
         blocks = blocks_from(
             calibration.text,
             tokenizer,
@@ -214,7 +232,7 @@ def calibration_blocks(checkpoint: Checkpoint, calibration: CalibrationPlan) -> 
             count=calibration.sequences,
             seed=calibration.seed,
         )
-    known = find(checkpoint.config).stock_config(checkpoint.config).vocab_size
+    known = find_architecture(checkpoint.config).stock_config(checkpoint.config).vocab_size
     if int(blocks.max()) >= known:
         raise HeadwiseError(
             f"The tokenizer of {checkpoint.source} gives token {int(blocks.max())}; the vocabulary has {known}.",

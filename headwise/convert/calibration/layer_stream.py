@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from headwise.convert.calibration.attention_stats import AttentionStats
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import Architecture
-from headwise.models.stock import Stop, empty_model, load_into, recorded
+from headwise.models.stock import StopForward, capture_layer_calls, empty_model, load_into
 
 # Tokens run through a layer at once: bounds the memory of the widest intermediate, not the result.
 TOKENS_AT_ONCE = 4096
@@ -191,9 +191,9 @@ class LayerStream:
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self._device))
         hidden = []
-        with recorded(self._layers) as stubs:
+        with capture_layer_calls(self._layers) as stubs:
             for row in tokens.split(1):
-                with suppress(Stop):
+                with suppress(StopForward):
                     base(input_ids=row.to(self._device), use_cache=False)
                 hidden.append(stubs[0].hidden.cpu())
         for name, parameter in self._model.named_parameters():

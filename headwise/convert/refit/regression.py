@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from headwise.convert.calibration.layer_stream import LayerRecord
+from headwise.train.optimizer import TINY, step_scale
 
 # Sequences per step, and the share of sequences that only measure the result.
 SEQUENCES_PER_STEP = 12
 HELD_BACK = 0.1
-# Peak learning rate as a share of a weight's size (see `_step_scale`): one setting fits weights of any scale. A run
+# Peak learning rate as a share of a weight's size (see `step_scale`): one setting fits weights of any scale. A run
 # shorter than ANNEALED steps gets a lower rate: it is too short to settle from large steps.
 LEARNING_RATE = 0.1
 ANNEALED = 300
 WARMUP = 0.1
 DEFAULT_STEPS = 300
-TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def refit(
     generator = torch.Generator().manual_seed(seed + record.index)
 
     start = [p.detach().clone() for p in parameters]
-    sizes = [_step_scale(p) for p in start]
+    sizes = [step_scale(p) for p in start]
     units = [(p / size.clamp_min(TINY)).requires_grad_() for p, size in zip(start, sizes, strict=True)]
     before = output_error(attention, record, heldout, device)
     peak = learning_rate * min(1.0, math.sqrt(steps / ANNEALED))
@@ -174,19 +174,6 @@ def _room(device: torch.device | str) -> int:
     """Return the free bytes of a GPU, with those that torch keeps cached."""
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
-
-
-def _step_scale(weight: Tensor) -> Tensor:
-    """Return the scale of each weight's steps: its row's root mean square times its column's, over the matrix's.
-
-    Rows and columns of one matrix may belong to different things: a latent and a rotary key, keys and values, heads
-    of high and of low norm. Steps relative to the whole matrix are too large for the small ones: they made an MLA
-    layer worse.
-    """
-    energy = weight.square()
-    if weight.ndim < 2:
-        return energy.mean().sqrt()
-    return (energy.mean(1, keepdim=True) * energy.mean(0, keepdim=True) / energy.mean().clamp_min(TINY)).sqrt()
 
 
 def apply_attention(attention: nn.Module, record: LayerRecord, inputs: Tensor) -> Tensor:

@@ -1,0 +1,168 @@
+"""Recover all converted layers of a written folder together, before it is verified (mathematics, section 7b).
+
+The closed forms are on disk already. Text is sampled from the parent, the attention is trained by
+`headwise.train.recovery`, and the trained tensors replace the written ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from headwise.convert.base import Target
+from headwise.convert.forecast import REFIT_SECONDS
+from headwise.convert.settings import ConvertSettings
+from headwise.environment import available_memory
+from headwise.io.reader import Checkpoint, open_checkpoint
+from headwise.io.tokenizer import load_tokenizer
+from headwise.io.writer import Writer
+from headwise.models.architecture import Architecture
+from headwise.progress import Progress
+from headwise.text.sampled import sample_tokens
+from headwise.train.recovery import JointPlan, as_records, recover_jointly
+from headwise.train.student import ModelFolder, Student, load_for_sampling
+
+# What the amount of text and steps is where a GPU makes it affordable, and otherwise.
+GPU_PLAN = JointPlan(tokens=4_000_000, regression_steps=1000, kl_steps=300)
+CPU_PLAN = JointPlan(tokens=262_144, regression_steps=60, kl_steps=20, sequences=4, length=512)
+# Sustained rates on one H200 in bfloat16, on the low side of what was measured on models of 135M parameters.
+TRAINING_FLOPS, SAMPLING_FLOPS = 3e13, 1e13
+# The student in float32 and the parent in bfloat16; gradients and the optimizer's averages of what is trained.
+BYTES_PER_PARAMETER, BYTES_PER_TRAINED, MEMORY_SHARE = 6, 16, 0.6
+# Files in the work folder of what took time: a run that was interrupted goes on from them.
+TEXT, TRAINED = "sampled.safetensors", "trained.safetensors"
+NOTE = "joint refit"
+
+
+def plan_joint(
+    checkpoint: Checkpoint,
+    arch: Architecture,
+    target: Target,
+    settings: ConvertSettings,
+    device: torch.device,
+) -> JointPlan | None:
+    """Decide whether the layers are recovered together.
+
+    Args:
+        checkpoint: the source.
+        arch: its row.
+        target: the decided conversion.
+        settings: `refit` joint asks for it; auto takes it on a GPU where its forecast is short and it fits.
+        device: of the conversion.
+
+    Returns:
+        The steps and tokens; None: no joint refit.
+    """
+    plan = GPU_PLAN if device.type == "cuda" else CPU_PLAN
+    trained = getattr(arch.stock_config(checkpoint.config), "max_position_embeddings", plan.length)
+    plan = replace(plan, length=min(plan.length, trained))
+    if settings.refit == "joint":
+        return plan
+    changed = target.exact or settings.context is not None or settings.sliding_window is not None
+    if settings.refit != "auto" or device.type != "cuda" or not target.calibrated or changed:
+        return None
+    parameters = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
+    width = arch.stock_config(checkpoint.config).hidden_size
+    attention = sum(layout.num_parameters(width) for layout in target.layouts)
+    free = available_memory(device)
+    fits = free is None or BYTES_PER_PARAMETER * parameters + BYTES_PER_TRAINED * attention < MEMORY_SHARE * free
+    return plan if fits and joint_seconds(parameters, attention, plan) <= REFIT_SECONDS else None
+
+
+def joint_seconds(parameters: int, attention: int, plan: JointPlan) -> float:
+    """Return the forecast seconds of a joint refit on a GPU, sampling included.
+
+    Args:
+        parameters: of the model.
+        attention: of the converted layers, all together.
+        plan: steps and tokens.
+    """
+    tokens = plan.sequences * plan.length
+    regression = plan.regression_steps * tokens * (2.0 * parameters + 6.0 * attention)
+    distillation = plan.kl_steps * tokens * (2.0 + 2.0 + 4.0) * parameters
+    sampling = plan.tokens * 2.0 * parameters
+    return (regression + distillation) / TRAINING_FLOPS + sampling / SAMPLING_FLOPS
+
+
+def joint_notes(plan: JointPlan | None) -> list[str]:
+    """Return the lines of the plan about a joint refit."""
+    if plan is None:
+        return []
+    return [
+        f"Joint refit: {plan.regression_steps:,} steps of regression and {plan.kl_steps:,} of KL to the parent, on "
+        f"{plan.tokens:,} tokens sampled from the parent."
+    ]
+
+
+def refit_jointly(
+    writer: Writer,
+    parent: Checkpoint,
+    names: Collection[str],
+    plan: JointPlan,
+    *,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Train the converted attention of a complete, unpublished folder, and write it again.
+
+    Args:
+        writer: of the folder.
+        parent: the model that it was converted from.
+        names: the tensors that the conversion computed; no others are written again.
+        plan: tokens and steps.
+        seed: of the sampled text and its order.
+        device: where text is sampled.
+        progress: receives the stages.
+
+    Returns:
+        A report for each stage, as headwise.json holds it.
+    """
+    work = writer.work.home
+    if NOTE not in writer.notes:
+        blocks = _sampled_blocks(writer, parent, plan, seed, device, progress)
+        student = Student.load(ModelFolder.of(open_checkpoint(writer.folder)), ModelFolder.of(parent))
+        reports = recover_jointly(
+            student,
+            ModelFolder.of(parent),
+            blocks[plan.heldout :],
+            blocks[: plan.heldout],
+            plan,
+            work,
+            seed=seed,
+            progress=progress,
+        )
+        state = {name: tensor.detach().to("cpu") for name, tensor in student.network.state_dict().items()}
+        trained = {name: tensor for name, tensor in student.export(state) if name in names}
+        save_file(trained, work / TRAINED)
+        writer.note(NOTE, as_records(reports))
+    tensors: dict[str, Tensor] = load_file(work / TRAINED)
+    for name, tensor in tensors.items():
+        writer.rewrite(name, tensor)
+    result: list[dict[str, Any]] = writer.notes[NOTE]
+    return result
+
+
+def _sampled_blocks(
+    writer: Writer, parent: Checkpoint, plan: JointPlan, seed: int, device: torch.device, progress: Progress
+) -> Tensor:
+    path = writer.work.home / TEXT
+    if path.exists() and "joint text" in writer.notes:
+        return load_file(path)["tokens"].long()
+    blocks = sample_tokens(
+        load_for_sampling(parent, device),
+        load_tokenizer(parent.folder, parent.source),
+        sequences=plan.num_sequences + plan.heldout,
+        length=plan.length,
+        seed=seed,
+        progress=progress,
+    )
+    save_file({"tokens": blocks.to(torch.int32)}, path)
+    writer.note("joint text", True)
+    return blocks
