@@ -47,7 +47,7 @@ from headwise.recipes.settings import UptrainSettings
 def cli() -> None:
     """Change how a trained language model attends, and verify the result.
 
-    MODEL is a folder or a Hub repository: org/name or org/name@revision.
+    MODEL is a folder, a .gguf file or a Hub repository: org/name or org/name@revision.
     """
 
 

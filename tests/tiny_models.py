@@ -192,7 +192,7 @@ def build(model_type: str, **overrides: Any) -> tuple[transformers.PreTrainedMod
 def from_config(config: dict[str, Any]) -> transformers.PreTrainedModel:
     """The stock model that a config.json describes, its weights as they come."""
     fields = {name: value for name, value in config.items() if name != "model_type"}
-    auto_class = getattr(transformers, architecture.find(config).auto_class)
+    auto_class = getattr(transformers, architecture.find_architecture(config).auto_class)
     return auto_class.from_config(
         AutoConfig.for_model(config["model_type"], **fields),
         attn_implementation="eager",

@@ -14,11 +14,13 @@ from headwise.convert.positions.rope_range import RopeRange, rope_ranges
 from headwise.errors import HeadwiseError
 from headwise.format import plain_fields
 from headwise.io import hub
+from headwise.io.gguf import open_gguf
 from headwise.io.reader import read_headers
 from headwise.io.source import (
     INDEX,
     SINGLE,
     find_folder,
+    find_gguf,
     read_config,
     read_json,
     source_in_folder,
@@ -100,7 +102,7 @@ def inspect_model(
     """Inspect a model; only config, index and headers are read.
 
     Args:
-        model: a folder, or `org/name[@revision]` on the Hub.
+        model: a folder, a GGUF file, or `org/name[@revision]` on the Hub.
         context: also check the rotary frequencies up to this many tokens.
         revision: branch, tag or commit of a Hub repository.
         token: of the Hub.
@@ -108,10 +110,17 @@ def inspect_model(
     Raises:
         HeadwiseError: there is no such model, or its type cannot be converted.
     """
-    folder, commit = find_folder(model, revision=revision, token=token, patterns=["config.json", INDEX])
-    config = read_config(folder)
-    dtype = dtype_of(config)
-    parameters, origin = _count_parameters(str(model), folder, commit, token, dtype)
+    parameters: int | None
+    origin: str | None
+    if (path := find_gguf(model, revision)) is not None:
+        opened, commit = open_gguf(path), None
+        config, dtype = opened.config, opened.dtype
+        parameters, origin = sum(math.prod(entry.shape) for entry in opened.entries.values()), "headers"
+    else:
+        folder, commit = find_folder(model, revision=revision, token=token, patterns=["config.json", INDEX])
+        config = read_config(folder)
+        dtype = dtype_of(config)
+        parameters, origin = _count_parameters(str(model), folder, commit, token, dtype)
     if LatentModel.wrote(config):
         layouts = LatentModel(config).layouts
         return Inspection(

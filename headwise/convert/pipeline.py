@@ -108,7 +108,7 @@ def convert_model(
     `ConvertSettings` holds the rules of the settings.
 
     Args:
-        model: a folder, or `org/name[@revision]` on the Hub.
+        model: a folder, a GGUF file, or `org/name[@revision]` on the Hub.
         out: the folder to make; it does not exist until it is complete and verified.
         to: "gqa" (with `groups`), "mqa", "mha" or "mla"; None leaves the layout.
         groups: number of KV heads after the conversion (`num_key_value_heads`).
@@ -212,7 +212,7 @@ def convert_model(
         out,
         target.outputs,
         identity=identity,
-        source=checkpoint.folder if checkpoint.revision is None else None,
+        source=checkpoint.path if checkpoint.revision is None else None,
         max_shard_size=settings.max_shard_size,
         resume=settings.resume,
         force=settings.force,

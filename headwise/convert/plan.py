@@ -200,7 +200,7 @@ def make_plan(
         left_out=tuple(checkpoint.left_out),
         engines=tuple(engines),
         warnings=tuple(warnings),
-        notes=tuple(notes),
+        notes=(*checkpoint.notes, *notes),
     )
 
 

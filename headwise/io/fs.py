@@ -1,4 +1,4 @@
-"""What the operating system refuses, said in one sentence; and what must reach the disk before a rename."""
+"""Report errors of the operating system in one sentence; sync files; measure and check disk space."""
 
 from __future__ import annotations
 
@@ -13,63 +13,81 @@ from pathlib import Path
 from headwise.errors import HeadwiseError
 
 REASONS = {
-    errno.ENOSPC: ("no space is left on the disk", "Free some space, then pass --resume."),
-    errno.EDQUOT: ("the disk quota is used up", "Free some space, then pass --resume."),
+    errno.ENOSPC: ("no space is left on the disk", "Free some space, then continue with `resume`."),
+    errno.EDQUOT: ("the disk quota is used up", "Free some space, then continue with `resume`."),
     errno.EACCES: ("permission is denied", "Choose a folder that you may use."),
     errno.EPERM: ("permission is denied", "Choose a folder that you may use."),
     errno.EROFS: ("the file system is read-only", "Choose a folder that you may use."),
-    errno.EIO: ("the disk reports an error", "Check the disk, then pass --resume."),
+    errno.EIO: ("the disk reports an error", "Check the disk, then continue with `resume`."),
     errno.EXDEV: ("its file system cannot rename folders", "Choose a folder on another file system."),
-    errno.ESTALE: ("the network file system has lost it", "Mount it again, then pass --resume."),
-    errno.EMFILE: ("this process has too many files open", "Raise `ulimit -n`, then pass --resume."),
+    errno.ESTALE: ("the network file system lost it", "Mount it again, then continue with `resume`."),
+    errno.EMFILE: ("this process has too many open files", "Raise `ulimit -n`, then continue with `resume`."),
     errno.EFBIG: (
-        "a file grew larger than it may",
-        "Raise `ulimit -f` or choose another file system, then pass --resume.",
+        "a file exceeds the size limit",
+        "Raise `ulimit -f` or choose another file system, then continue with `resume`.",
     ),
     errno.ENOTDIR: ("a file is where a folder should be", "Name another folder."),
 }
-# How torch.save says that a file ended early.
-TORN = ("inline_container.cc", "iostream error")
+# What torch.save reports where a file ends early.
+_TORCH_SHORT_WRITE = ("inline_container.cc", "iostream error")
 # Tokenizer, journal and card beside the weights.
-SPARE = 32_000_000
+SPARE_BYTES = 32_000_000
 
 
 class DiskError(HeadwiseError):
-    """A file could not be read or written. The input is not at fault, so the work done is worth keeping."""
+    """A file cannot be read or written. The input is not the cause, so unfinished work is kept."""
 
     keeps_work = True
 
 
 @contextmanager
-def plain_errors(path: Path, verb: str = "written") -> Iterator[None]:
-    """Turn what the operating system refuses into a sentence that names `path`."""
+def os_errors(path: Path, verb: str = "written") -> Iterator[None]:
+    """Turn errors of the operating system into a sentence that names a path.
+
+    Args:
+        path: the file or folder.
+        verb: what failed: "written" or "read".
+
+    Raises:
+        DiskError: in place of the operating system's error.
+    """
     try:
         yield
     except Exception as error:
-        if (refusal := _refusal(error)) is None:
+        if (refusal := _os_error_of(error)) is None:
             raise
         reason, hint = REASONS.get(refusal.errno or 0, (refusal.strerror or str(refusal), None))
         raise DiskError(f"{path} cannot be {verb}: {reason}.", hint) from error
 
 
-def _refusal(error: Exception) -> OSError | None:
-    """The operating system's refusal in an error; safetensors and torch write past Python and have it in words."""
+def _os_error_of(error: Exception) -> OSError | None:
+    """Return the operating system's error in an exception.
+
+    safetensors and torch write files without Python, and report the error as text.
+    """
     if isinstance(error, OSError):
         return error
     if type(error).__name__ == "SafetensorError" and (number := re.search(r"\(os error (\d+)\)", str(error))):
         return OSError(int(number[1]), os.strerror(int(number[1])))
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in TORN):
-        return OSError("only a part of a file was taken; the disk may be full")
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _TORCH_SHORT_WRITE):
+        return OSError("only a part of a file was written; the disk may be full")
     return None
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or a folder's entries, survive a loss of power."""
+    """Make a file's content, or a folder's entries, survive a loss of power.
+
+    Args:
+        path: the file or folder.
+
+    Raises:
+        OSError: the operating system's error.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        # Some network file systems cannot sync folders; their renames are as durable as they get.
+        # Some network file systems cannot sync folders, and write their entries at once.
         if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
             raise
     finally:
@@ -77,7 +95,13 @@ def sync(path: Path) -> None:
 
 
 def write_all(handle: int, content: bytes | memoryview, at: int | None = None) -> None:
-    """Write everything: at an offset, or at the end of a file that was opened to be appended to."""
+    """Write all bytes to an open file; one system call may write only a part.
+
+    Args:
+        handle: the file descriptor.
+        content: what to write.
+        at: offset in the file; None: the current position, or the end of a file opened with O_APPEND.
+    """
     left = memoryview(content)
     while left:
         count = os.write(handle, left) if at is None else os.pwrite(handle, left, at)
@@ -85,17 +109,29 @@ def write_all(handle: int, content: bytes | memoryview, at: int | None = None) -
 
 
 def check_space(folder: Path, nbytes: int) -> None:
-    """Raise HeadwiseError unless `nbytes` fit on the disk that `folder` is or will be on."""
+    """Check that a disk has room.
+
+    Args:
+        folder: on that disk; it need not exist.
+        nbytes: bytes that will be written.
+
+    Raises:
+        HeadwiseError: fewer bytes are free.
+    """
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    if nbytes + SPARE > free:
+    if nbytes + SPARE_BYTES > free:
         raise HeadwiseError(
             f"The output needs {nbytes / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free.",
             "Free some space or choose another disk.",
         )
 
 
-def space_taken(folder: Path) -> int:
-    """Bytes that a folder's files occupy; a file with holes takes less than its length."""
+def disk_usage(folder: Path) -> int:
+    """Return the bytes that a folder's files occupy; a sparse file occupies less than its length.
+
+    Args:
+        folder: an existing folder.
+    """
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())

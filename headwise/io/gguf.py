@@ -136,8 +136,8 @@ class GgufModel:
         kinds = Counter(self.tensors[where.source].kind_name for where in self.placements.values())
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         return [
-            f"the tensors of {self.path.name} ({listed}) are dequantised to {dtype_name(self.dtype)}",
-            "config.json and the tokenizer's files are reconstructed from the metadata of the GGUF file",
+            f"The tensors of {self.path.name} ({listed}) are dequantised to {dtype_name(self.dtype)}.",
+            "config.json and the files of the tokenizer are made from the metadata of the GGUF file.",
         ]
 
     def read(self, name: str, file: FileIO) -> Tensor:

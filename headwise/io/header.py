@@ -64,24 +64,24 @@ def parse_header(header: bytes, data: int, file: str) -> dict[str, TensorEntry]:
         HeadwiseError: anything else.
     """
     try:
-        refuse_dense(header)
+        refuse_dense_json(header)
         table = json.loads(header.decode(), object_pairs_hook=_unique)
         if not isinstance(table, dict):
             raise ValueError("it is not an object")
         table.pop("__metadata__", None)
         ranges = sorted((_entry(name, row, file, 8 + len(header)) for name, row in table.items()), key=_place)
     except (ValueError, RecursionError) as error:
-        raise broken(file, f"its header is not valid: {error}") from None
+        raise header_error(file, f"its header is not valid: {error}") from None
     end = 8 + len(header)
     for entry in ranges:
         if entry.offset != end:
-            raise broken(file, f"tensor {entry.name} starts at byte {entry.offset} instead of {end}")
+            raise header_error(file, f"tensor {entry.name} starts at byte {entry.offset} instead of {end}")
         end += entry.nbytes
     promised = end - 8 - len(header)
     if promised > data:
-        raise broken(file, f"it is truncated: its header promises {promised} bytes of data, {data} are there")
+        raise header_error(file, f"it is truncated: its header promises {promised} bytes of data, {data} are there")
     if promised < data:
-        raise broken(file, f"{data - promised} bytes belong to no tensor")
+        raise header_error(file, f"{data - promised} bytes belong to no tensor")
     return {entry.name: entry for entry in ranges}
 
 
@@ -100,7 +100,7 @@ def make_header(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> 
     return len(header).to_bytes(8, "little") + header
 
 
-def refuse_dense(text: bytes) -> None:
+def refuse_dense_json(text: bytes) -> None:
     """Raise ValueError for large JSON of little but brackets and commas.
 
     An empty list takes three bytes in a file and sixty in memory. Tensors need names and shapes: their tables have
@@ -150,5 +150,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def broken(file: str, reason: str) -> HeadwiseError:
+def header_error(file: str, reason: str) -> HeadwiseError:
     return HeadwiseError(f"{file} is not a sound safetensors file: {reason}.", "Download the file again.")

@@ -25,7 +25,7 @@ def split_revision(model: str) -> tuple[str, str | None]:
     return repo, revision or None
 
 
-def one_revision(repo: str, revision: str | None) -> tuple[str, str | None]:
+def resolve_revision(repo: str, revision: str | None) -> tuple[str, str | None]:
     """The repository and the one revision that `org/name[@revision]` and `--revision` name together."""
     name, at = split_revision(repo)
     if at and revision and at != revision:
@@ -33,7 +33,7 @@ def one_revision(repo: str, revision: str | None) -> tuple[str, str | None]:
     return name, at or revision
 
 
-def fetch(
+def download_files(
     repo: str,
     revision: str | None,
     token: str | None,
@@ -55,7 +55,7 @@ def fetch(
         "allow_patterns": list(patterns),
         "ignore_patterns": nested,
     }
-    with explained(repo, revision, token):
+    with hub_errors(repo, revision, token):
         if progress is not None and (size := _missing_bytes(repo, wanted)):
             progress.stage("Downloading", total=size, unit="bytes")
             wanted["tqdm_class"] = _bars(progress, size)
@@ -128,11 +128,11 @@ def has_file(repo: str, name: str, commit: str, token: str | None) -> bool:
     """Whether a repository holds this file."""
     from huggingface_hub import file_exists
 
-    with explained(repo, commit, token):
+    with hub_errors(repo, commit, token):
         return file_exists(repo, name, revision=commit, token=token)
 
 
-def parameters(repo: str, commit: str, token: str | None) -> int | None:
+def count_parameters(repo: str, commit: str, token: str | None) -> int | None:
     """Parameters of a repository, counted in its files' headers; None if they cannot be had.
 
     A cached model is inspected offline too, then without this count.
@@ -150,7 +150,7 @@ def parameters(repo: str, commit: str, token: str | None) -> int | None:
 
 
 @contextmanager
-def explained(repo: str, revision: str | None = None, token: str | None = None) -> Iterator[None]:
+def hub_errors(repo: str, revision: str | None = None, token: str | None = None) -> Iterator[None]:
     """Whatever the client raises in the block becomes one sentence about the repository, without any token."""
     if token is not None and not re.fullmatch(r"[!-~]+", token):
         raise HeadwiseError("The token holds a character that no token has, such as a space or a line break.")
@@ -210,15 +210,15 @@ def _refused(error: Any, token: str | None) -> tuple[str, str]:
         return "does not let this token do that", "Use a token with write access, of a member of its organization."
     said = error.server_message or _first_line(error, token)
     again = "Run the same command again: what has arrived is not sent twice."
-    return f"answers {status}: {scrubbed(said, token)}", again if status >= 500 else "Try again."
+    return f"answers {status}: {remove_tokens(said, token)}", again if status >= 500 else "Try again."
 
 
 def _first_line(error: BaseException, token: str | None) -> str:
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return scrubbed(line, token).rstrip(".")
+    return remove_tokens(line, token).rstrip(".")
 
 
-def scrubbed(text: str, token: str | None = None) -> str:
+def remove_tokens(text: str, token: str | None = None) -> str:
     """`text` without the token in use or anything that looks like one: no error may carry it into a log."""
     from huggingface_hub import get_token
 

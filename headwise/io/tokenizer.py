@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, loaded in one place: its files are a stranger's, and its library raises anything."""
+"""Load a checkpoint's tokenizer, and report every failure of its library as a HeadwiseError."""
 
 from __future__ import annotations
 
@@ -13,24 +13,36 @@ from headwise.errors import HeadwiseError
 def load_tokenizer(
     folder: str | Path, source: str | Path, hint: str = "Add the tokenizer's files to the folder."
 ) -> Any:
-    """The tokenizer in a folder.
+    """Load the tokenizer of a folder.
 
     Args:
-        source: what the user calls that folder.
-        hint: what to do where there is none.
+        folder: the folder.
+        source: the user's name of that folder, for the message.
+        hint: what to do where it has no tokenizer.
+
+    Returns:
+        A tokenizer of transformers.
 
     Raises:
-        HeadwiseError: transformers cannot load one from it.
+        HeadwiseError: transformers cannot load it.
     """
     from transformers import AutoTokenizer
 
-    with sound(f"{source} has no tokenizer that transformers can load", hint):
+    with tokenizer_errors(f"{source} has no tokenizer that transformers can load", hint):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 @contextmanager
-def sound(complaint: str, hint: str) -> Iterator[None]:
-    """Say in a sentence that a tokenizer is not sound. Its library raises anything then, panics included."""
+def tokenizer_errors(complaint: str, hint: str) -> Iterator[None]:
+    """Turn any failure of the tokenizer library, panics of its Rust code included, into a sentence.
+
+    Args:
+        complaint: what failed, without a full stop; the reason is added behind a colon.
+        hint: what to do.
+
+    Raises:
+        HeadwiseError: in place of the library's error.
+    """
     try:
         yield
     except (HeadwiseError, MemoryError):

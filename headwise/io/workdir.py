@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from headwise.errors import HeadwiseError
-from headwise.io.fs import check_space, plain_errors, space_taken, sync, write_all
+from headwise.io.fs import check_space, os_errors, disk_usage, sync, write_all
 
 
 class Interrupted(HeadwiseError, KeyboardInterrupt):
@@ -53,7 +53,7 @@ class WorkFolder:
                 unfinished run is there or differs, or `nbytes` do not fit on the disk.
         """
         identity = json.loads(json.dumps(identity))
-        with plain_errors(self.out):
+        with os_errors(self.out):
             if self._source is not None:
                 _check_apart(self.out, self._source)
             fresh = not self.home.exists()
@@ -74,7 +74,7 @@ class WorkFolder:
                     )
                 if self.journal and self.resume:
                     self._check_same(self.journal[0]["identity"], identity)
-                    check_space(self.out, nbytes - space_taken(self.output))
+                    check_space(self.out, nbytes - disk_usage(self.output))
                 else:
                     self._begin(identity, nbytes)
             except BaseException:
@@ -85,7 +85,7 @@ class WorkFolder:
     def append(self, line: dict[str, Any]) -> None:
         """Add a line to the journal."""
         self.journal.append(line)
-        with plain_errors(self.out):
+        with os_errors(self.out):
             handle = os.open(self.home / "journal.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             try:
                 write_all(handle, json.dumps(line).encode() + b"\n")
@@ -95,14 +95,14 @@ class WorkFolder:
     def add(self, name: str, content: bytes) -> None:
         """Write a small file of the output."""
         path = self.output / name
-        with plain_errors(self.out):
+        with os_errors(self.out):
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
             sync(path)
 
     def publish(self) -> None:
         """Make OUT the finished folder; an old one makes way and is deleted when the new one is in place."""
-        with plain_errors(self.out):
+        with os_errors(self.out):
             sync(self.output)
             self.append({"finished": True})
             sync(self.home / "journal.jsonl")

@@ -24,15 +24,15 @@ from headwise.models.config import (
     positive_size,
     refuse_quantised,
     rotary_width,
-    stock_config,
+    stock_text_config,
 )
 from headwise.models.fusion import fit_bias, fuse, half_split_order, reorder, split
 from headwise.models.layout import AttentionLayout, LayerWeights
-from headwise.models.table import QkNorm, Row, find_row, load_table
+from headwise.models.table import QkNorm, ArchitectureRow, find_row, load_table
 
 
 @dataclass(frozen=True)
-class Architecture(Row):
+class Architecture(ArchitectureRow):
     """A row of the table at work on one checkpoint's config and tensors."""
 
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class Architecture(Row):
 
     def stock_config(self, config: dict[str, Any]) -> Any:
         """The stock config object of the language model, shared between callers: never change it."""
-        return stock_config(self.model_type, self.text_config(config))
+        return stock_text_config(self.model_type, self.text_config(config))
 
     def layouts(self, config: dict[str, Any]) -> list[AttentionLayout]:
         """The layout of every layer.
@@ -275,7 +275,7 @@ class Architecture(Row):
         return norms if norms and (norms.when is None or getattr(self.stock_config(config), norms.when)) else None
 
 
-def find(config: dict[str, Any], names: Iterable[str] = ()) -> Architecture:
+def find_architecture(config: dict[str, Any], names: Iterable[str] = ()) -> Architecture:
     """The row for a checkpoint.
 
     Args:
@@ -309,7 +309,7 @@ def find(config: dict[str, Any], names: Iterable[str] = ()) -> Architecture:
     return next((a for a in candidates if present.issuperset(a.tensor_names(config, 0))), candidates[0])
 
 
-def supported() -> list[str]:
+def supported_model_types() -> list[str]:
     """Every model type that has a row, sorted."""
     table = load_table()
     return sorted([*table.rows, *table.wrappers])

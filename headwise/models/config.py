@@ -71,7 +71,7 @@ def refuse_quantised(config: dict[str, Any]) -> None:
             )
 
 
-def stock_config(model_type: str, text_config: dict[str, Any]) -> Any:
+def stock_text_config(model_type: str, text_config: dict[str, Any]) -> Any:
     """The stock config object of a language model: every default filled in, every per-layer list made.
 
     It is cached and shared: never change it.
@@ -225,7 +225,7 @@ def both_spellings(
     if text.get("rope_parameters"):
         # Transformers 5 would prefer a stale `rope_scaling` to `rope_parameters`.
         text.pop("rope_scaling", None)
-    rope = copy.deepcopy(getattr(stock_config(model_type, text), "rope_parameters", None))
+    rope = copy.deepcopy(getattr(stock_text_config(model_type, text), "rope_parameters", None))
     if not rope:
         return text
     text["rope_parameters"] = rope

@@ -22,7 +22,7 @@ NORM_EPS = 1e-6
 NORM_TOLERANCE = 1e-8
 
 ARCHITECTURES = ["DeepseekV3ForCausalLM"]
-CARRIED_KEYS = (
+COPIED_CONFIG_KEYS = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -54,7 +54,7 @@ def linear_norm(
     return down, down.new_full((down.shape[0],), weight), up
 
 
-def natural_down(down: Tensor, norm_weight: Tensor) -> Tensor:
+def unscale_latent(down: Tensor, norm_weight: Tensor) -> Tensor:
     """The inverse: the down-projection with which the same up-projection needs no norm at all.
 
     Training has to happen in these coordinates: an optimizer's step would destroy weights of 1e-9.
@@ -62,7 +62,7 @@ def natural_down(down: Tensor, norm_weight: Tensor) -> Tensor:
     return down * (norm_weight / math.sqrt(NORM_EPS))[:, None]
 
 
-def natural_rms(tolerance: float = NORM_TOLERANCE) -> float:
+def unscaled_latent_rms(tolerance: float = NORM_TOLERANCE) -> float:
     """Root-mean-square, behind `natural_down`, of a latent that `linear_norm` brought to 1 before its scaling."""
     exponent, weight = _norm_scales(tolerance)
     return 2.0**exponent * weight / math.sqrt(NORM_EPS)
@@ -165,6 +165,43 @@ def attention_tensors(
     return {f"{prefix}.{name}": tensor.to(dtype).contiguous() for name, tensor in sorted(tensors.items())}
 
 
+def attention_shapes(
+    layout: AttentionLayout,
+    hidden_size: int,
+    *,
+    bias: bool = False,
+    v_head_dim: int | None = None,
+    q_lora_rank: int | None = None,
+) -> dict[str, tuple[int, ...]]:
+    """Return the name inside the attention module and the shape of every tensor of `attention_tensors`.
+
+    Args:
+        layout: of the MLA layer.
+        hidden_size: of the model.
+        bias: whether the projections have biases.
+        v_head_dim: the padded width of value heads; None: the layout's own.
+        q_lora_rank: the rank of queries in two factors; None: one projection.
+    """
+    heads, rank, rope_dim = layout.num_attention_heads, layout.kv_lora_rank or 0, layout.rotary_dim
+    value, nope = v_head_dim or layout.v_head_dim, layout.head_dim - rope_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "kv_a_layernorm.weight": (rank,),
+        "kv_a_proj_with_mqa.weight": (rank + rope_dim, hidden_size),
+        "kv_b_proj.weight": (heads * (nope + value), rank),
+        "o_proj.weight": (hidden_size, heads * value),
+    }
+    if bias:
+        shapes |= {"kv_a_proj_with_mqa.bias": (rank + rope_dim,), "o_proj.bias": (hidden_size,)}
+    if q_lora_rank is None:
+        return shapes | {"q_proj.weight": (heads * layout.head_dim, hidden_size)}
+    shapes |= {
+        "q_a_layernorm.weight": (q_lora_rank,),
+        "q_a_proj.weight": (q_lora_rank, hidden_size),
+        "q_b_proj.weight": (heads * layout.head_dim, q_lora_rank),
+    }
+    return shapes | ({"q_a_proj.bias": (q_lora_rank,)} if bias else {})
+
+
 def query_rank(layout: AttentionLayout, hidden_size: int) -> int:
     """The `q_lora_rank` that holds the queries of a source layer with a bias exactly."""
     return min(layout.num_attention_heads * layout.head_dim, hidden_size + 1)
@@ -198,7 +235,7 @@ def read_attention(
     if config.get("q_lora_rank") is None:
         queries = projection("q_proj")
     else:
-        queries = read("q_b_proj.weight") @ natural_down(projection("q_a_proj"), read("q_a_layernorm.weight"))
+        queries = read("q_b_proj.weight") @ unscale_latent(projection("q_a_proj"), read("q_a_layernorm.weight"))
     kv_a = projection("kv_a_proj_with_mqa")
     if queries.shape[1] < kv_a.shape[1]:
         queries = torch.nn.functional.pad(queries, (0, 1))
@@ -208,7 +245,7 @@ def read_attention(
         layout=AttentionLayout(heads, heads, nope + rope, value, rope, None, rank, rope),
         q_nope=queries[:, :nope],
         q_rope=half_split(queries[:, nope:]),
-        kv_down=natural_down(kv_a[:rank], read("kv_a_layernorm.weight")),
+        kv_down=unscale_latent(kv_a[:rank], read("kv_a_layernorm.weight")),
         k_rope=half_split(kv_a[rank:]),
         k_up=up[:, :nope],
         v_up=up[:, nope:],
@@ -244,7 +281,7 @@ def rope_parameters(theta: float, frequencies: Tensor, max_position_embeddings: 
     }
 
 
-def config(
+def make_config(
     source: Mapping[str, Any],
     layout: AttentionLayout,
     *,
@@ -269,7 +306,7 @@ def config(
     return {
         "architectures": ARCHITECTURES,
         "model_type": "deepseek_v3",
-        **{key: source[key] for key in CARRIED_KEYS if key in source},
+        **{key: source[key] for key in COPIED_CONFIG_KEYS if key in source},
         "dtype": dtype,
         "torch_dtype": dtype,
         "attention_bias": attention_bias,

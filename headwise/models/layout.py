@@ -155,7 +155,7 @@ class LatentWeights(_Weights):
         return self.o.shape[1]
 
 
-def planes(rows: Tensor, rotary_dim: int) -> Tensor:
+def to_planes(rows: Tensor, rotary_dim: int) -> Tensor:
     """Half-split rotary rows as complex planes.
 
     Args:
@@ -169,20 +169,20 @@ def planes(rows: Tensor, rotary_dim: int) -> Tensor:
     return torch.complex(rows[..., :half, :].contiguous(), rows[..., half:rotary_dim, :].contiguous())
 
 
-def rows(planes: Tensor) -> Tensor:
+def from_planes(planes: Tensor) -> Tensor:
     """The inverse of `planes`: (..., planes, inputs) complex -> (..., 2 planes, inputs) real, half-split."""
     return torch.cat([planes.real, planes.imag], dim=-2)
 
 
 @dataclass(frozen=True)
-class Cache:
+class CacheSize:
     """What a model keeps while it reads: bytes for one more token, and in all after `at` tokens."""
 
     bytes_per_token: int
     at: dict[int, int]
 
     @classmethod
-    def of(cls, layouts: Sequence[AttentionLayout], dtype: torch.dtype) -> Cache:
+    def of(cls, layouts: Sequence[AttentionLayout], dtype: torch.dtype) -> CacheSize:
         """The cache of one sequence. A layer with a window stops growing when the window is full."""
 
         def total(tokens: int) -> int:

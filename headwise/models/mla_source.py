@@ -15,13 +15,16 @@ import yaml
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
+from headwise.io.header import TensorEntry
+from headwise.io.writer import OutputTensor
 from headwise.models.deepseek import residual_scale
+from headwise.models.norm_free import ATTENTION
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
-class Carried:
+class ScaledCopy:
     """One output tensor outside attention: `factor` times (a block of rows of) one source tensor.
 
     A factor of exactly 1 and no part means that the source's bytes can be copied.
@@ -64,7 +67,7 @@ def _table() -> dict[str, Any]:
     return yaml.safe_load(resources.files(__package__).joinpath("deepseek.yaml").read_text("utf-8"))
 
 
-def find(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> MlaSource:
+def find_mla_source(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> MlaSource:
     """The row of a model, or a HeadwiseError that says why it cannot become MLA.
 
     Args:
@@ -117,7 +120,7 @@ def _positive(config: Mapping[str, Any], key: str, default: float) -> float:
     return float(value)
 
 
-def plan_other(source: MlaSource, names: Iterable[str], attention: Iterable[str]) -> list[Carried]:
+def plan_scaled_copies(source: MlaSource, names: Iterable[str], attention: Iterable[str]) -> list[ScaledCopy]:
     """What becomes of every tensor of the checkpoint that is not attention.
 
     Args:
@@ -139,7 +142,7 @@ def plan_other(source: MlaSource, names: Iterable[str], attention: Iterable[str]
             continue
         for target, factor, part in rule:
             carried.append(
-                Carried(
+                ScaledCopy(
                     target.replace("*", layer),
                     name,
                     source.factors[factor] if factor else 1.0,
@@ -152,5 +155,36 @@ def plan_other(source: MlaSource, names: Iterable[str], attention: Iterable[str]
         )
     if HEAD not in names:
         # Tied embeddings: engines other than transformers fail without an explicit head.
-        carried.append(Carried(HEAD, EMBEDDING, source.factors["logits"]))
+        carried.append(ScaledCopy(HEAD, EMBEDDING, source.factors["logits"]))
     return carried
+
+
+def plan_outputs(
+    copies: Iterable[ScaledCopy],
+    tensors: Mapping[str, TensorEntry],
+    attention_shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+) -> list[OutputTensor]:
+    """Return every tensor of the MLA model in the order of the source.
+
+    The attention of a layer comes before the first of its other tensors.
+
+    Args:
+        copies: of the tensors outside attention.
+        tensors: of the source, by name.
+        attention_shapes: name inside the attention module and shape of every attention tensor of a layer.
+        dtype: of the output.
+    """
+    order = {name: i for i, name in enumerate(tensors)}
+    outputs: list[OutputTensor] = []
+    written: set[str] = set()
+    for copy in sorted(copies, key=lambda copy: (order[copy.source], copy.name)):
+        layer = re.match(r"model\.layers\.\d+", copy.name)
+        if layer and layer[0] not in written:
+            written.add(layer[0])
+            prefix = f"{layer[0]}.{ATTENTION}"
+            outputs += [OutputTensor(f"{prefix}.{name}", dtype, s, None) for name, s in attention_shapes.items()]
+        entry = tensors[copy.source]
+        identical = copy.factor == 1 and copy.part is None and entry.dtype == dtype
+        outputs.append(OutputTensor(copy.name, dtype, copy.shape(entry.shape), copy.source if identical else None))
+    return outputs

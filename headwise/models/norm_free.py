@@ -23,7 +23,7 @@ from headwise.models.stock import empty_model
 LAYERS, ATTENTION = "model.layers.{layer}", "self_attn"
 
 
-def natural_attention(
+def norm_free_attention(
     config: dict[str, Any], layer: int, latent: LatentWeights, o_bias: Tensor | None, device: torch.device
 ) -> Any:
     """The layer as a float32 module.
@@ -35,11 +35,11 @@ def natural_attention(
     plain = {**copy.deepcopy(config), "q_lora_rank": None}
     model = empty_model(plain, "AutoModelForCausalLM")
     attention = model.get_submodule(f"{LAYERS.format(layer=layer)}.{ATTENTION}")
-    make_natural(attention, latent, o_bias)
+    to_norm_free_module(attention, latent, o_bias)
     return attention.to(device)
 
 
-def make_natural(attention: Any, latent: LatentWeights, o_bias: Tensor | None) -> None:
+def to_norm_free_module(attention: Any, latent: LatentWeights, o_bias: Tensor | None) -> None:
     """Turn a stock attention module into natural coordinates, in place: float32, queries in one projection."""
     hidden, layout = latent.hidden_size, latent.layout
     attention.q_lora_rank = attention.q_a_proj = attention.q_a_layernorm = attention.q_b_proj = None
@@ -53,7 +53,7 @@ def make_natural(attention: Any, latent: LatentWeights, o_bias: Tensor | None) -
     attention.o_proj = _linear(o if o_bias is None else torch.cat([o, o_bias[:, None].to(o)], 1), o.shape[1])
 
 
-def from_natural(
+def from_norm_free_state(
     state: Mapping[str, Tensor], latent: LatentWeights, prefix: str = ""
 ) -> tuple[LatentWeights, Tensor | None]:
     """What a module in natural coordinates has become, in float64, and its output bias.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from headwise.errors import HeadwiseError
+from headwise.io.reader import Checkpoint
 
 
 def stock_config(config: dict[str, Any]) -> Any:
@@ -83,6 +84,28 @@ def _at_most(most: int | None) -> Iterator[None]:
         handle.remove()
 
 
+def load_model(checkpoint: Checkpoint, auto_class: str, dtype: torch.dtype, **arguments: Any) -> Any:
+    """Load a whole stock model with its weights, on the CPU.
+
+    Args:
+        checkpoint: a folder, or a GGUF file, whose tensors are in memory twice for a moment.
+        auto_class: the transformers class.
+        dtype: of the weights.
+        arguments: more arguments of `from_pretrained`.
+    """
+    import transformers
+
+    if checkpoint.gguf is None:
+        return getattr(transformers, auto_class).from_pretrained(
+            checkpoint.folder, dtype=dtype, trust_remote_code=False, **arguments
+        )
+    tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    # The auto classes take no weights without a folder.
+    stock_class = type(empty_model(checkpoint.config, auto_class))
+    config = stock_config(checkpoint.config)
+    return stock_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **arguments)
+
+
 def load_into(model: Any, tensors: dict[str, Tensor], device: torch.device | str = "cpu") -> Any:
     """Give checkpoint tensors to an empty stock model, through transformers' own renaming and fusing.
 
@@ -121,12 +144,26 @@ def layer_arguments(model: Any, layer_path: str, length: int, dtype: torch.dtype
     """
     path = layer_path.rpartition(".")[0]
     text, layers = model.get_submodule(path.rpartition(".")[0]), model.get_submodule(path)
-    with torch.no_grad(), recorded(layers) as stubs, suppress(Stop):
+    with torch.no_grad(), capture_layer_calls(layers) as stubs, suppress(StopForward):
         text(inputs_embeds=torch.zeros(1, length, text.config.hidden_size, dtype=dtype), use_cache=False)
     return [_attention_arguments(stub) for stub in stubs]
 
 
-def attend(
+def move_to_device(value: Any, device: torch.device) -> Any:
+    """Move the tensors inside dictionaries and tuples, such as the arguments of a layer.
+
+    Args:
+        value: a tensor, a dictionary, a tuple, or anything else, which stays as it is.
+        device: of the result.
+    """
+    if isinstance(value, dict):
+        return {key: move_to_device(item, device) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(move_to_device(item, device) for item in value)
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def run_attention(
     config: dict[str, Any], stock: Any, attention_path: str, layer: int, tensors: dict[str, Tensor], length: int
 ) -> tuple[Tensor, Tensor]:
     """Random inputs, and what a layer's stock attention says to them, in float64: (2, length, D) each.
@@ -146,7 +183,7 @@ def attend(
     return x, output[0] if isinstance(output, tuple) else output
 
 
-def _attention_arguments(stub: Stub) -> dict[str, Any]:
+def _attention_arguments(stub: LayerStub) -> dict[str, Any]:
     """A decoder layer hands its keyword arguments on to its attention; positional ones are matched by name."""
     names = list(inspect.signature(type(stub.layer).forward).parameters)[2:]
     given = {**dict(zip(names, stub.args, strict=False)), **stub.kwargs}
@@ -154,10 +191,10 @@ def _attention_arguments(stub: Stub) -> dict[str, Any]:
 
 
 @contextmanager
-def recorded(layers: nn.ModuleList) -> Iterator[list[Stub]]:
+def capture_layer_calls(layers: nn.ModuleList) -> Iterator[list[LayerStub]]:
     """Stubs in the place of decoder layers, for the time of a run."""
     real = list(layers)
-    stubs = [Stub(layer, last=layer is real[-1]) for layer in real]
+    stubs = [LayerStub(layer, last=layer is real[-1]) for layer in real]
     for i, stub in enumerate(stubs):
         layers[i] = stub
     try:
@@ -167,7 +204,7 @@ def recorded(layers: nn.ModuleList) -> Iterator[list[Stub]]:
             layers[i] = layer
 
 
-def attempt(check: Callable[..., tuple[bool, str]], *given: Any, **more: Any) -> tuple[bool, str]:
+def run_check(check: Callable[..., tuple[bool, str]], *given: Any, **more: Any) -> tuple[bool, str]:
     """A check of a stock model, which a config that its class accepts may still make fail, with any error."""
     try:
         return check(*given, **more)
@@ -178,11 +215,11 @@ def attempt(check: Callable[..., tuple[bool, str]], *given: Any, **more: Any) ->
         return False, f"the stock class fails with {type(error).__name__}: {reason}"
 
 
-class Stop(Exception):
+class StopForward(Exception):
     """Ends the recording run before the model needs weights that come after its layers."""
 
 
-class Stub(nn.Module):
+class LayerStub(nn.Module):
     """Stands for a decoder layer, and notes what it is called with."""
 
     def __init__(self, layer: nn.Module, last: bool) -> None:
@@ -203,5 +240,5 @@ class Stub(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.hidden, self.args, self.kwargs = hidden_states, args, kwargs
         if self._last:
-            raise Stop
+            raise StopForward
         return hidden_states

@@ -17,7 +17,7 @@ LEFTOVERS = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_bias|bias))$
 
 
 @dataclass(frozen=True)
-class Fit:
+class StockMatch:
     """A stock model without weights, and where a checkpoint's tensors and its own disagree.
 
     Attributes:
@@ -39,7 +39,7 @@ class Fit:
         return [*self.missing, *self.unexpected, *(name for name, _, _ in self.mismatched)]
 
 
-def fit(checkpoint: Checkpoint, auto_class: str) -> Fit:
+def match_stock_class(checkpoint: Checkpoint, auto_class: str) -> StockMatch:
     """Put a checkpoint's shapes into its stock class, through transformers' own loader."""
     # A config may ask for more layers or experts than there are files for. Each takes its time to make, so the
     # class gets as many parameters as the checkpoint could fill, were its tensors fused by the dozen.
@@ -51,7 +51,7 @@ def fit(checkpoint: Checkpoint, auto_class: str) -> Fit:
     }
     found = load_into(model, shapes, "meta")
     tied = dict(model.all_tied_weights_keys or {})
-    return Fit(
+    return StockMatch(
         model,
         len(shapes),
         tied,
@@ -61,13 +61,13 @@ def fit(checkpoint: Checkpoint, auto_class: str) -> Fit:
     )
 
 
-def check_complete(checkpoint: Checkpoint, auto_class: str) -> None:
+def check_source_complete(checkpoint: Checkpoint, auto_class: str) -> None:
     """Refuse a source that its stock class could not run, before anything is computed from it.
 
     Raises:
         HeadwiseError: a tensor is missing or has another shape than the config promises.
     """
-    found = fit(checkpoint, auto_class)
+    found = match_stock_class(checkpoint, auto_class)
     hint = "The checkpoint and its config.json do not belong together, or a shard is incomplete."
     for name, here, there in found.mismatched:
         raise HeadwiseError(f"tensor {name} has shape {here}, and config.json promises {there}.", hint)

@@ -35,7 +35,7 @@ class QkNorm:
 
 
 @dataclass(frozen=True)
-class Row:
+class ArchitectureRow:
     """One row of `architectures.yaml`.
 
     Attributes:
@@ -86,7 +86,7 @@ class Row:
 class Table:
     """The sections of architectures.yaml."""
 
-    rows: dict[str, Row]
+    rows: dict[str, ArchitectureRow]
     wrappers: dict[str, dict[str, Any]]
     auto_classes: dict[str, str]
     refused: dict[str, str]
@@ -100,7 +100,7 @@ def parse_table(text: str) -> Table:
     """
     data = yaml.safe_load(text)
     _check_keys("the table", data, {f.name for f in fields(Table)})
-    expected = {f.name for f in fields(Row)} - {"model_type", "text_key", "wrapper"}
+    expected = {f.name for f in fields(ArchitectureRow)} - {"model_type", "text_key", "wrapper"}
     rows = {}
     for model_type, row in data["rows"].items():
         _check_keys(model_type, row, expected)
@@ -108,7 +108,7 @@ def parse_table(text: str) -> Table:
         if frozen["norms"]:
             _check_keys(f"{model_type}, norms", frozen["norms"], {f.name for f in fields(QkNorm)})
             frozen["norms"] = QkNorm(**frozen["norms"])
-        rows[model_type] = Row(model_type=model_type, **frozen)
+        rows[model_type] = ArchitectureRow(model_type=model_type, **frozen)
     for model_type, row in data["wrappers"].items():
         _check_keys(
             model_type, row, {"auto_class", "layers", "module", "text_key", "text_model_type", "may_be_flat"}
@@ -128,7 +128,7 @@ def load_table() -> Table:
     return parse_table(resources.files(__package__).joinpath("architectures.yaml").read_text("utf-8"))
 
 
-def find_row(config: dict[str, Any], table: Table) -> Row:
+def find_row(config: dict[str, Any], table: Table) -> ArchitectureRow:
     if not isinstance(config, dict):
         raise HeadwiseError(f"config.json holds a {type(config).__name__}, and a config is a JSON object.")
     model_type = config.get("model_type")

@@ -19,7 +19,7 @@ from headwise.convert.verify.check import check_folder
 from headwise.environment import HEADWISE_VERSION
 from headwise.errors import GateFailed, HeadwiseError
 from headwise.io.reader import Checkpoint, open_checkpoint
-from headwise.io.source import EMBEDDED_MODEL, read_json
+from headwise.io.source import EMBEDDED_MODEL, find_gguf, read_json
 from headwise.io.writer import Writer
 from headwise.records.card import inherited, with_section, without_evaluation
 from headwise.records.manifest import RECORD, hash_files
@@ -151,7 +151,7 @@ def recorded_source(record: Mapping[str, Any] | None, checkpoint: Checkpoint) ->
         checkpoint: the folder.
 
     Returns:
-        The repository and its commit, or a folder of the recorded name and files: beside the converted folder, in
+        The repository and its commit, or a folder or GGUF file of the recorded name and files: beside the converted folder, in
         the working directory, or the embedded model. None where there is none.
     """
     source = (record or {}).get("source")
@@ -164,8 +164,8 @@ def recorded_source(record: Mapping[str, Any] | None, checkpoint: Checkpoint) ->
 
 
 def _has_files(folder: Path, files: Any) -> bool:
-    """Return whether a model folder has the recorded files."""
-    if not isinstance(files, dict) or not (folder / "config.json").is_file():
+    """Return whether a model folder, or a GGUF file, has the recorded files."""
+    if not isinstance(files, dict) or not ((folder / "config.json").is_file() or find_gguf(folder)):
         return False
     try:
         opened = open_checkpoint(folder).files
@@ -200,7 +200,7 @@ def model_name(checkpoint: Checkpoint) -> str:
     """
     if checkpoint.revision:
         return f"{checkpoint.source.partition('@')[0]}@{checkpoint.revision}"
-    return checkpoint.folder.resolve().name
+    return checkpoint.path.resolve().name
 
 
 def hardware() -> str:

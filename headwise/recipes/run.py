@@ -147,7 +147,7 @@ class Run:
                     self.out,
                     outputs,
                     identity=self._identity(),
-                    source=self.folder.checkpoint.folder if self.folder.checkpoint.revision is None else None,
+                    source=self.folder.checkpoint.path if self.folder.checkpoint.revision is None else None,
                     max_shard_size=max_shard_size,
                     resume=resume,
                     force=force,

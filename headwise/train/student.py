@@ -26,7 +26,7 @@ from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.layout import AttentionLayout, LatentWeights
 from headwise.models.norm_free import from_norm_free_state, to_norm_free_module
 from headwise.models.protocol import LatentModel
-from headwise.models.stock import stock_config
+from headwise.models.stock import load_model, stock_config
 from headwise.train.settings import Lora, Training
 
 # The prefix of every name in a model that peft has wrapped.
@@ -94,9 +94,7 @@ class ModelFolder:
         """
         # Only eager attention computes soft-capped scores.
         capped = {"attn_implementation": "eager"} if getattr(self.text, "attn_logit_softcapping", None) else {}
-        network = getattr(transformers, self.stock.auto_class).from_pretrained(
-            self.checkpoint.folder, dtype=dtype, trust_remote_code=False, **capped
-        )
+        network = load_model(self.checkpoint, self.stock.auto_class, dtype, **capped)
         network.config.use_cache = False
         return network
 

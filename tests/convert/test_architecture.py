@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from headwise.errors import HeadwiseError
 from headwise.models import architecture
 from headwise.models.architecture import Architecture
-from headwise.models.layout import LayerWeights, planes, rows
+from headwise.models.layout import LayerWeights, to_planes, from_planes
 from tests import tiny_models
 
 ROWS = sorted(tiny_models.CONFIGS)
@@ -48,8 +48,8 @@ def random_gauge(weights: LayerWeights, seed: int) -> LayerWeights:
         angles = torch.pi * (angles > 0).double()
         free = torch.diag_embed(noise(groups, still).sign())
     scalar = torch.polar(sizes, angles)[..., None]
-    k = torch.cat([rows(scalar * planes(weights.k, turning)), free @ weights.k[:, turning:]], dim=1)
-    q_turning = rows(planes(weights.q, turning) / scalar.conj()[group])
+    k = torch.cat([from_planes(scalar * to_planes(weights.k, turning)), free @ weights.k[:, turning:]], dim=1)
+    q_turning = from_planes(to_planes(weights.q, turning) / scalar.conj()[group])
     q_still = torch.linalg.inv(free).mT[group] @ weights.q[:, turning:]
     return replace(weights, q=torch.cat([q_turning, q_still], dim=1), k=k, v=v, o=o)
 
@@ -72,7 +72,7 @@ def module_names(arch: Architecture, tensors: Tensors) -> Tensors:
 def double_model(model_type: str, flat_norms: bool = False):
     """A float64 model, its config, row and checkpoint tensors."""
     model, config = tiny_models.build(model_type)
-    arch = architecture.find(config)
+    arch = architecture.find_architecture(config)
     if flat_norms:
         for name, parameter in model.named_parameters():
             if any(part in name for part in (f".{arch.norms.q}.", f".{arch.norms.k}.")):
@@ -92,13 +92,13 @@ def rewrite(model, config, arch: Architecture, tensors: Tensors, change) -> None
 def test_every_row_has_a_tiny_model_and_every_tiny_model_a_row():
     proven = set()
     for model_type in ROWS:
-        arch = architecture.find({"model_type": model_type, **tiny_models.config_of(model_type)})
+        arch = architecture.find_architecture({"model_type": model_type, **tiny_models.config_of(model_type)})
         proven |= {arch.model_type, arch.wrapper} - {None}
-    assert proven == set(architecture.supported())
+    assert proven == set(architecture.supported_model_types())
 
 
 def has_fixed_groups(model_type: str) -> bool:
-    return bool(architecture.find(tiny_models.config_of(model_type)).fixed_groups)
+    return bool(architecture.find_architecture(tiny_models.config_of(model_type)).fixed_groups)
 
 
 @pytest.mark.parametrize("model_type", ROWS)
@@ -107,7 +107,7 @@ def test_reading_and_writing_a_layer_changes_no_bit(model_type, dtype, tmp_path)
     tiny_models.save(model_type, tmp_path, dtype)
     tensors = load_file(tmp_path / "model.safetensors")
     config = tiny_models.read_config(tmp_path)
-    arch = architecture.find(config, tensors)
+    arch = architecture.find_architecture(config, tensors)
     for layer in range(len(arch.layouts(config))):
         back = arch.write_layer(config, layer, arch.read_layer(config, layer, tensors), dtype)
         assert set(back) == set(arch.tensor_names(config, layer))
@@ -124,7 +124,7 @@ def test_a_random_gauge_moves_no_logit(model_type):
     assert 0 < distance(logits(model), before) <= 1e-10
 
 
-NORMED = [m for m in ROWS if architecture.find(tiny_models.config_of(m)).norms]
+NORMED = [m for m in ROWS if architecture.find_architecture(tiny_models.config_of(m)).norms]
 
 
 @pytest.mark.parametrize("model_type", NORMED)
@@ -153,7 +153,7 @@ def test_norms_with_equal_weights_leave_rotations_free(model_type):
 @pytest.mark.parametrize("model_type", ROWS)
 def test_rotary_dimensions_are_no_freer_than_the_row_says(model_type):
     """Mixing a layer's planes as if it had no RoPE moves the logits, in every layer that is said to have it."""
-    has_norms = bool(architecture.find(tiny_models.config_of(model_type)).norms)
+    has_norms = bool(architecture.find_architecture(tiny_models.config_of(model_type)).norms)
     model, config, arch, tensors = double_model(model_type, flat_norms=has_norms)
     before = logits(model)
     turning = [layer for layer, layout in enumerate(arch.layouts(config)) if layout.rotary_dim]
@@ -198,7 +198,7 @@ def test_repeating_key_value_heads_keeps_the_logits(model_type):
 @pytest.mark.parametrize("model_type", ROWS)
 def test_the_stock_class_builds_every_legal_group_count_with_our_shapes(model_type):
     config = tiny_models.config_of(model_type)
-    arch = architecture.find(config)
+    arch = architecture.find_architecture(config)
     heads = arch.layouts(config)[0].num_attention_heads
     for groups in arch.legal_groups(config):
         new_config = arch.with_groups(config, groups)
@@ -217,7 +217,7 @@ def test_the_stock_class_builds_every_legal_group_count_with_our_shapes(model_ty
 @pytest.mark.parametrize("model_type", ROWS)
 def test_the_mask_of_each_layer_is_the_window_of_its_layout(model_type):
     model, config = tiny_models.build(model_type)
-    arch = architecture.find(config)
+    arch = architecture.find_architecture(config)
     seen = {}
 
     def look(layer):

@@ -42,7 +42,7 @@ OLD_ROPE_KEYS += ("rotary_pct", "rotary_emb_base")
 
 
 def stock_rope(config):
-    return architecture.find(config).stock_config(config).rope_parameters
+    return architecture.find_architecture(config).stock_config(config).rope_parameters
 
 
 def without(config, *keys):
@@ -96,7 +96,7 @@ def test_partial_rotary_keeps_its_old_names():
     assert (spelled["rotary_pct"], spelled["rotary_emb_base"]) == (0.5, 10000.0)
     phi = {"model_type": "phi", "hidden_size": 64, "num_attention_heads": 2, "partial_rotary_factor": 0.25}
     assert check_both_spellings(phi, phi)["rope_parameters"]["partial_rotary_factor"] == 0.25
-    assert architecture.find(phi).layouts(phi)[0].rotary_dim == 8
+    assert architecture.find_architecture(phi).layouts(phi)[0].rotary_dim == 8
 
 
 def test_phi3_longrope_has_the_three_old_keys_and_no_other():
@@ -130,7 +130,7 @@ def test_with_groups_is_a_clean_copy():
     source = LLAMA | {"torch_dtype": "bfloat16", "auto_map": {"AutoModel": "x.Y"}, "quantization_config": None}
     source |= {"rope_theta": 5e5, "num_key_value_heads": 4, "custom": [1]}
     before = copy.deepcopy(source)
-    new = architecture.find(source).with_groups(source, 2)
+    new = architecture.find_architecture(source).with_groups(source, 2)
     assert source == before
     assert new["num_key_value_heads"] == 2
     assert new["head_dim"] == 8
@@ -141,14 +141,14 @@ def test_with_groups_is_a_clean_copy():
 
 
 def test_defaults_that_a_config_leaves_out_are_the_stock_class_s():
-    arch = architecture.find({"model_type": "mistral"})
+    arch = architecture.find_architecture({"model_type": "mistral"})
     layout = arch.layouts({"model_type": "mistral"})[0]
     assert (layout.num_attention_heads, layout.num_key_value_heads, layout.sliding_window) == (32, 8, 4096)
     gemma = {"model_type": "gemma3", "text_config": {"hidden_size": 2560, "num_hidden_layers": 7}}
-    layouts = architecture.find(gemma).layouts(gemma)
+    layouts = architecture.find_architecture(gemma).layouts(gemma)
     assert [layout.sliding_window for layout in layouts] == [4096] * 5 + [None, 4096]
     assert layouts[0].num_key_value_heads == 4
-    text = architecture.find(gemma).with_groups(gemma, 2)["text_config"]
+    text = architecture.find_architecture(gemma).with_groups(gemma, 2)["text_config"]
     assert (text["num_attention_heads"], text["num_key_value_heads"], text["head_dim"]) == (8, 2, 256)
 
 
@@ -165,13 +165,13 @@ def test_wrappers_are_read_and_written_under_either_naming(model_type):
     model, config = tiny_models.build(model_type)
     tensors = tiny_models.checkpoint(model)
     first, second = WRAPPERS[model_type]["layers"]
-    assert architecture.find(config).layers == (first,)
-    arch = architecture.find(config, tensors)
+    assert architecture.find_architecture(config).layers == (first,)
+    arch = architecture.find_architecture(config, tensors)
     assert set(arch.tensor_names(config, 0)) <= set(tensors)
     here = arch.layers[0].split("{")[0]
     there = (second if arch.layers[0] == first else first).split("{")[0]
     renamed = {name.replace(here, there): tensor for name, tensor in tensors.items()}
-    other = architecture.find(config, renamed)
+    other = architecture.find_architecture(config, renamed)
     assert other.layers != arch.layers
     weights = other.read_layer(config, 1, renamed)
     assert torch.equal(weights.k, arch.read_layer(config, 1, tensors).k)
@@ -183,9 +183,9 @@ def test_a_flat_qwen2_vl_config_is_read_like_a_nested_one():
     nested = tiny_models.config_of("qwen2_vl")
     flat = without(nested, "text_config") | without(nested["text_config"], "model_type", "rope_parameters")
     flat |= {"rope_theta": 1e4, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
-    arch = architecture.find(flat)
+    arch = architecture.find_architecture(flat)
     assert arch.text_key is None
-    assert arch.layouts(flat) == architecture.find(nested).layouts(nested)
+    assert arch.layouts(flat) == architecture.find_architecture(nested).layouts(nested)
     new = arch.with_groups(flat, 1)
     assert new["num_key_value_heads"] == 1
     assert new["rope_scaling"]["mrope_section"] == [1, 1, 2]
@@ -196,8 +196,8 @@ def test_a_flat_qwen2_vl_config_is_read_like_a_nested_one():
 
 def test_a_head_on_top_chooses_the_class_that_loads_it():
     config = LLAMA | {"architectures": ["LlamaForSequenceClassification"]}
-    assert architecture.find(config).auto_class == "AutoModelForSequenceClassification"
-    assert architecture.find(LLAMA).auto_class == "AutoModelForCausalLM"
+    assert architecture.find_architecture(config).auto_class == "AutoModelForSequenceClassification"
+    assert architecture.find_architecture(LLAMA).auto_class == "AutoModelForCausalLM"
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_a_head_on_top_chooses_the_class_that_loads_it():
 )
 def test_what_cannot_be_converted_is_refused_with_the_reason(config, message):
     with pytest.raises(HeadwiseError, match=message):
-        architecture.find(config)
+        architecture.find_architecture(config)
 
 
 @pytest.mark.parametrize(
@@ -259,19 +259,19 @@ def test_what_cannot_be_converted_is_refused_with_the_reason(config, message):
 )
 def test_a_hostile_config_is_refused_by_its_field(change, field):
     with pytest.raises(HeadwiseError, match=field):
-        architecture.find(LLAMA | change)
+        architecture.find_architecture(LLAMA | change)
 
 
 @pytest.mark.parametrize("config", [None, [], "llama", 3])
 def test_a_config_that_is_no_object_is_refused(config):
     with pytest.raises(HeadwiseError, match="JSON object"):
-        architecture.find(config)
+        architecture.find_architecture(config)
 
 
 def test_tensors_that_do_not_fit_the_config_are_named_with_both_shapes():
     model, config = tiny_models.build("qwen3")
     tensors = tiny_models.checkpoint(model)
-    arch = architecture.find(config)
+    arch = architecture.find_architecture(config)
     name = "model.layers.0.self_attn.k_proj.weight"
     with pytest.raises(HeadwiseError, match=rf"{name} has shape \(3, 36\).* promises \(16, 36\)"):
         arch.read_layer(config, 0, tensors | {name: tensors[name][:3]})
@@ -281,7 +281,7 @@ def test_tensors_that_do_not_fit_the_config_are_named_with_both_shapes():
 
 def test_writing_refuses_what_the_stock_class_has_no_room_for():
     model, config = tiny_models.build("qwen3")
-    arch = architecture.find(config)
+    arch = architecture.find_architecture(config)
     weights = arch.read_layer(config, 0, tiny_models.checkpoint(model))
     norms = weights.k_norm.clone()
     norms[0] += 1
@@ -315,7 +315,7 @@ def test_every_shared_config_has_layouts_or_a_reason():
         index = path.with_name("model.safetensors.index.json")
         names = json.loads(index.read_text())["weight_map"] if index.exists() else {}
         try:
-            arch = architecture.find(config, names)
+            arch = architecture.find_architecture(config, names)
         except HeadwiseError:
             refused.add(config["model_type"])
             continue

@@ -13,7 +13,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from headwise.convert.inspect import inspect_model
 from headwise.errors import HeadwiseError
-from headwise.io.hub import explained
+from headwise.io.hub import hub_errors
 from headwise.io.reader import open_checkpoint
 from headwise.progress import Progress
 from tests.convert.small import make_checkpoint, tensors_for
@@ -135,7 +135,7 @@ def test_what_the_hub_refuses_is_one_sentence(hub, model, words):
 )
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_who_is_at_fault(error, words, wrapped):
-    with pytest.raises(HeadwiseError, match=words), explained("org/model"):
+    with pytest.raises(HeadwiseError, match=words), hub_errors("org/model"):
         if wrapped:
             raise RuntimeError("Error while uploading") from error
         raise error

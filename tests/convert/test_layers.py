@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from headwise.convert.calibration.calibrate import CalibrationPlan
-from headwise.convert.layers import place
+from headwise.convert.layers import choose_device
 from headwise.convert.pipeline import convert_model
 from headwise.io.source import EMBEDDED_MODEL
 from tests.convert.devices import needs_gpu
@@ -33,7 +33,7 @@ def test_where_layers_are_converted(
 ) -> None:
     target: Any = SimpleNamespace(calibrated=calibrated, exact=exact)
     calibration = CalibrationPlan("builtin", 2, 32, 0, 0) if measured else None
-    assert place(target, calibration, torch.device(device)) == torch.device(wanted)
+    assert choose_device(target, calibration, torch.device(device)) == torch.device(wanted)
 
 
 def logits(folder: Path) -> Tensor:

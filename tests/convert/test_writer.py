@@ -296,7 +296,7 @@ def test_nan_is_refused_unless_allowed(tmp_path, route):
 
 def test_a_disk_too_small_is_refused_before_the_first_byte(model, tmp_path, monkeypatch):
     usage = disk.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=disk.SPARE + 100))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=disk.SPARE_BYTES + 100))
     refused("The output needs", model, tmp_path / "out")
     assert {p.name for p in tmp_path.iterdir()} == {"model"}
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from headwise.convert.verify.check import verify_model
 from headwise.recipes import run
-from headwise.recipes.settings import Data, Loss, Recipe, Training
+from headwise.recipes.settings import Data, Loss, UptrainRecipe, Training
 from headwise.recipes.uptrain import uptrain_model
 from headwise.records.manifest import RECORD
 from headwise.train.checkpoints import WEIGHTS, Checkpoints
@@ -78,7 +78,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     for path in (text, held):
         path.write_text("def add(x, y):\n    return x + y\n\n\n" * 30)
     data = Data({str(text): 1}, 16, heldout=str(held), heldout_blocks=2)
-    recipe = Recipe("tiny", data, TRAINING, loss=Loss(cross_entropy=1.0))
+    recipe = UptrainRecipe("tiny", data, TRAINING, loss=Loss(cross_entropy=1.0))
 
     def job(out: Path, resume: bool) -> Any:
         return uptrain_model(source, out, recipe=recipe, resume=resume)

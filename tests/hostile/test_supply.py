@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import headwise
-from headwise.convert.pipeline import convert_model
 from headwise.convert.inspect import inspect_model
+from headwise.convert.pipeline import convert_model
 from headwise.convert.verify.check import verify_model
 from tests.convert.speaking import TEXT, save_speaking
 from tests.hostile import audit

@@ -19,8 +19,10 @@ from headwise.convert.verify.grouped import check_groups, compare_grouped
 from headwise.convert.verify.layer_inputs import TOKENS
 from headwise.convert.verify.verification import Verification
 from headwise.convert.verify.whole_model import WHOLE_BYTES, check_loading
+from headwise.errors import HeadwiseError
 from headwise.format import layout_names
 from headwise.io.reader import Checkpoint, as_bytes, has_nonfinite, open_checkpoint
+from headwise.io.source import find_gguf
 from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.layout import AttentionLayout
 from headwise.models.protocol import LatentModel
@@ -58,12 +60,17 @@ def verify_model(
 
     Args:
         out: the folder.
-        against: the model it was converted from; `revision` and `token` are for it.
+        against: the folder, GGUF file or repository it was converted from; `revision` and `token` are for it.
         hashes: compare every tensor and file with the hashes in headwise.json, and do nothing else.
 
     Raises:
         HeadwiseError: a checkpoint cannot be opened at all.
     """
+    if find_gguf(out) is not None:
+        raise HeadwiseError(
+            f"{out} is a GGUF file, and `headwise verify` checks converted folders.",
+            f"Compare a folder with it: `headwise verify OUT --against {out}`.",
+        )
     checkpoint = open_checkpoint(out, progress=progress)
     if hashes:
         return Verification((("hashes", *check_hashes(checkpoint, progress)),))

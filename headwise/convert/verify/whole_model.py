@@ -11,7 +11,7 @@ from torch import Tensor
 from headwise.convert.verify.layer_inputs import TOKENS, check_tokens, relative_error
 from headwise.io.reader import Checkpoint
 from headwise.models.layout import AttentionLayout
-from headwise.models.stock import empty_model
+from headwise.models.stock import empty_model, load_model
 
 # Weights up to this size are loaded whole.
 WHOLE_BYTES = 1 << 30
@@ -91,9 +91,7 @@ def compare_logits(
 
 
 def _logits(source: Checkpoint, parent: Checkpoint, auto_class: str, dtype: torch.dtype) -> Tensor:
-    import transformers
-
-    model = getattr(transformers, auto_class).from_pretrained(source.folder, dtype=dtype, trust_remote_code=False)
+    model = load_model(source, auto_class, dtype)
     tokens = check_tokens(parent, model.get_input_embeddings().num_embeddings)
     with torch.inference_mode():
         output = model(input_ids=tokens, use_cache=False)
