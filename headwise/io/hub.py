@@ -29,7 +29,7 @@ def resolve_revision(repo: str, revision: str | None) -> tuple[str, str | None]:
     """The repository and the one revision that `org/name[@revision]` and `--revision` name together."""
     name, at = split_revision(repo)
     if at and revision and at != revision:
-        raise HeadwiseError(f"{repo} and --revision {revision} name two revisions.")
+        raise HeadwiseError(f"{repo} and `revision` {revision} name two revisions.")
     return name, at or revision
 
 
@@ -205,7 +205,7 @@ def _is_local(error: BaseException | None) -> bool:
 def _refused(error: Any, token: str | None) -> tuple[str, str]:
     status = error.response.status_code
     if status == 401:
-        return "refuses the token", "Log in again with `hf auth login`, or give a valid HF_TOKEN or --token."
+        return "refuses the token", "Log in again with `hf auth login`, or give a valid HF_TOKEN or `token`."
     if status == 403:
         return "does not let this token do that", "Use a token with write access, of a member of its organization."
     said = error.server_message or _first_line(error, token)

@@ -111,7 +111,7 @@ def find_gguf(model: str | Path, revision: str | None = None) -> Path | None:
     if path.suffix != GGUF or not path.is_file():
         return None
     if revision:
-        raise HeadwiseError(f"--revision {revision} is for Hub repositories, and {path} is a file.")
+        raise HeadwiseError(f"`revision` {revision} is for Hub repositories, and {path} is a file.")
     return path
 
 
@@ -129,12 +129,12 @@ def find_folder(
     path = Path(model).expanduser()
     if path.is_dir():
         if revision:
-            raise HeadwiseError(f"--revision {revision} is for Hub repositories, and {path} is a folder.")
+            raise HeadwiseError(f"`revision` {revision} is for Hub repositories, and {path} is a folder.")
         return path, None
     if path.is_file() and path.suffix == GGUF:
         raise HeadwiseError(
             f"{path} is a GGUF file, and a folder with safetensors weights is needed here.",
-            f"Write one with `headwise convert {path} OUT --dtype bfloat16`.",
+            "Write one with `headwise convert` and `dtype` bfloat16.",
         )
     if path.exists():
         raise HeadwiseError(
@@ -287,7 +287,7 @@ def download_weights(
 def _pickled(model: str | Path) -> HeadwiseError:
     return HeadwiseError(
         f"{model} holds its weights as pickle (.bin), which can carry code.",
-        "Convert it to safetensors, or pass --allow-pickle to read its tensors and nothing else.",
+        "Convert it to safetensors, or pass `allow_pickle` to read its tensors and nothing else.",
     )
 
 

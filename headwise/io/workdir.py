@@ -70,7 +70,7 @@ class WorkFolder:
                 if self.journal and not (self.resume or self.force):
                     raise HeadwiseError(
                         f"An unfinished conversion to {self.out} is in {self.home}.",
-                        "Pass --resume to finish it, or --force to begin again.",
+                        "Pass `resume` to finish it, or `force` to begin again.",
                     )
                 if self.journal and self.resume:
                     self._check_same(self.journal[0]["identity"], identity)
@@ -126,7 +126,7 @@ class WorkFolder:
         self._unlock(remove=not keep)
         if keep and isinstance(error, KeyboardInterrupt):
             raise Interrupted(
-                f"Interrupted; what is done is kept in {self.home}.", "The same command with --resume finishes it."
+                f"Interrupted; what is done is kept in {self.home}.", "The same command with `resume` finishes it."
             ) from None
 
     def _check_target(self) -> None:
@@ -137,9 +137,9 @@ class WorkFolder:
         if not self.force:
             raise _exists(self.out)
         if self.out.is_symlink() or not (self.out / "config.json").is_file():
-            # --force must never cost anybody a folder that is not a model.
+            # `force` must never cost anybody a folder that is not a model.
             raise HeadwiseError(
-                f"{self.out} is not a model folder, so --force does not replace it.", "Name another OUT."
+                f"{self.out} is not a model folder, so `force` does not replace it.", "Name another OUT."
             )
 
     def _lock(self) -> None:
@@ -205,7 +205,7 @@ class WorkFolder:
                 raise HeadwiseError(
                     f"The unfinished conversion in {self.home} cannot be resumed: its {key} was "
                     f"{before.get(key)!r} and is now {now.get(key)!r}.",
-                    "Repeat it as it was, or pass --force to begin again.",
+                    "Repeat it as it was, or pass `force` to begin again.",
                 )
 
     def _begin(self, identity: dict[str, Any], nbytes: int) -> None:
@@ -250,7 +250,7 @@ def _check_apart(out: Path, source: Path) -> None:
 
 
 def _exists(out: Path) -> HeadwiseError:
-    return HeadwiseError(f"{out} exists already.", "Name another OUT, or pass --force to replace it.")
+    return HeadwiseError(f"{out} exists already.", "Name another OUT, or pass `force` to replace it.")
 
 
 def _is_final(error: BaseException) -> bool:

@@ -275,7 +275,7 @@ class Writer:
                     if not self.allow_nan and has_nonfinite(chunk.view(tensor.dtype)):
                         raise HeadwiseError(
                             f"Tensor {name} holds NaN or infinite values.",
-                            "Pass --allow-nan to convert the model all the same.",
+                            "Pass `allow_nan` to convert the model all the same.",
                         )
                     write_all(handle, content, at)
                     at += len(content)

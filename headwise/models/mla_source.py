@@ -78,7 +78,7 @@ def find_mla_source(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat
     if dtype == torch.float16:
         raise HeadwiseError(
             "An MLA model cannot be written in float16: its latent norm is made linear by weights near 1e-9.",
-            "Use --dtype bfloat16 or float32.",
+            "Use `dtype` bfloat16 or float32.",
         )
     row = table["sources"].get(model_type)
     if row is None:
@@ -87,14 +87,14 @@ def find_mla_source(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat
             f"only {', '.join(sorted(table['sources']))} have a proven mapping to stock DeepSeek",
         )
         raise HeadwiseError(
-            f"A {model_type} model cannot become MLA: {reason}.", "It can become GQA or MQA: --to gqa --groups N."
+            f"A {model_type} model cannot become MLA: {reason}.", "It can become GQA or MQA: `to` gqa `groups` N."
         )
     for refusal in row["refuse"]:
         value = config.get(refusal["key"])
         if value not in refusal["unless"]:
             raise HeadwiseError(
                 f"config.json: {refusal['key']} is {value!r}: {refusal['reason']}.",
-                "It can become GQA or MQA: --to gqa --groups N.",
+                "It can become GQA or MQA: `to` gqa `groups` N.",
             )
     own = {name: _positive(config, key, 1.0) for name, key in row.get("multipliers", {}).items()}
     stream = residual_scale(_positive(config, "rms_norm_eps", 1e-6))

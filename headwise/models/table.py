@@ -90,6 +90,7 @@ class Table:
     wrappers: dict[str, dict[str, Any]]
     auto_classes: dict[str, str]
     refused: dict[str, str]
+    windowed_classes: dict[str, dict[str, Any]]
 
 
 def parse_table(text: str) -> Table:

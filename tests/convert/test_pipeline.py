@@ -317,7 +317,7 @@ def test_resuming_after_an_interrupt_anywhere_gives_the_same_bytes(model: Path, 
     for number in (layers[1], layers[2], copying + 4, checks + 2):
         home = tmp_path / str(number)
         out = home / "out"
-        with pytest.raises(Interrupted, match="--resume"):
+        with pytest.raises(Interrupted, match="`resume`"):
             convert_model(model, out, save_moments=home / "m", progress=Stops(number), **options)
         assert not out.exists()
         convert_model(model, out, save_moments=home / "m", resume=True, **options)

@@ -126,7 +126,7 @@ def test_a_run_that_is_killed_goes_on_as_if_nothing_had_happened(home: Path, tmp
     died = subprocess.run([sys.executable, "-c", program, str(home), str(out)], capture_output=True, text=True)
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert not out.exists()
-    with pytest.raises(HeadwiseError, match="--resume"):
+    with pytest.raises(HeadwiseError, match="`resume`"):
         uptrain_model(home / "mla", out, recipe=plan)
     with pytest.raises(HeadwiseError, match="its recipe was"):
         uptrain_model(home / "mla", out, recipe=recipe(home), resume=True)
@@ -134,7 +134,7 @@ def test_a_run_that_is_killed_goes_on_as_if_nothing_had_happened(home: Path, tmp
     # And once more, by a signal that lets it finish its step.
     handler = signal.getsignal(signal.SIGTERM)
     stop = At(2 * BATCH, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(KeyboardInterrupt, match="--resume finishes it"):
+    with pytest.raises(KeyboardInterrupt, match="resume` finishes it"):
         uptrain_model(home / "mla", out, recipe=plan, resume=True, progress=stop)
     assert signal.getsignal(signal.SIGTERM) == handler
     uptrain_model(home / "mla", out, recipe=plan, resume=True)

@@ -14,12 +14,7 @@ from headwise.errors import HeadwiseError, SettingError
 from headwise.models import architecture as architectures
 from headwise.models.architecture import Architecture, both_rope_spellings
 from headwise.models.layout import AttentionLayout
-
-# Classes without windows, and the stock class that computes the same function with them: for all layers alike,
-# and for some. Those have no room for biases.
-STAND_INS = {"llama": {"all": "mistral", "some": "ministral"}}
-FORBIDDEN_BIASES = ("attention_bias", "mlp_bias")
-CAUSAL_LM = {"mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM"}
+from headwise.models.table import load_table
 
 
 def parse_layers(text: str, num_hidden_layers: int) -> list[int]:
@@ -123,21 +118,22 @@ def with_window(
 
 def _stand_in(config: dict[str, Any], architecture: Architecture, stock: Any, choice: str) -> None:
     """Change `config` to the stock class that computes the same function and has windows."""
-    other = STAND_INS.get(architecture.model_type)
-    if other is None or architecture.text_key:
+    windowed = load_table().windowed_classes.get(architecture.model_type)
+    if windowed is None or architecture.text_key:
         raise HeadwiseError(
             f"the stock {architecture.wrapper or architecture.model_type} class has no sliding window.",
             "Leave out `sliding_window`.",
         )
-    for key in FORBIDDEN_BIASES:
+    other = windowed[choice]
+    for key in windowed["without"]:
         if getattr(stock, key, False):
             raise HeadwiseError(
-                f"config.json has {key}: true, and {other[choice]}, the stock class with windows for "
+                f"config.json has {key}: true, and {other['model_type']}, the stock class with windows for "
                 f"{architecture.model_type}, has no such bias.",
                 "Leave out `sliding_window`.",
             )
-    config["model_type"] = other[choice]
-    config["architectures"] = [CAUSAL_LM[other[choice]]]
+    config["model_type"] = other["model_type"]
+    config["architectures"] = [other["architecture"]]
     config["num_key_value_heads"] = stock.num_key_value_heads
     config["head_dim"] = stock.head_dim
     config["rope_parameters"] = copy.deepcopy(stock.rope_parameters)

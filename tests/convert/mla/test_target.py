@@ -315,7 +315,7 @@ def test_resuming_gives_the_same_bytes(model: Path, tmp_path: Path, monkeypatch:
     out = tmp_path / "cut" / "out"
     with monkeypatch.context() as patch:
         patch.setattr(layers, "refit_layer", second)
-        with pytest.raises(Interrupted, match="--resume"):
+        with pytest.raises(Interrupted, match="`resume`"):
             convert_model(model, out, **options)
     assert not out.exists()
     convert_model(model, out, **options, resume=True)
