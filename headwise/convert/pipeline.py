@@ -242,7 +242,12 @@ def convert_model(
                 )
                 verification.append(checked)
                 if not checked.passed:
-                    raise GateFailed(f"The result failed its verification: {checked.failures}.")
+                    failure = GateFailed(
+                        f"The result failed its verification: {checked.failures}.",
+                        f"It stays in {folder}: `headwise verify {folder}` repeats the checks; `force` begins again.",
+                    )
+                    failure.keeps_work = True  # what took time is never thrown away
+                    raise failure
             manifest = make_manifest(
                 plan,
                 checkpoint,

@@ -150,19 +150,26 @@ class GgufModel:
         heads, shape = self.placements[name].interleaved_heads, self.entries[name].shape
         values = torch.empty(math.prod(shape), dtype=self.dtype)
         end = 0
-        for block in self.chunks(name, file):
+        for block in self._values(name, file):
             values[end : end + block.numel()] = block
             end += block.numel()
         values = values.view(shape)
         return interleaved_to_halves(values, heads) if heads else values
 
     def chunks(self, name: str, file: FileIO) -> Iterator[Tensor]:
-        """Yield one tensor in the file's order of rows, flat, a few megabytes at a time.
+        """Yield the values of `read`, flat, a few megabytes at a time.
 
         Args:
             name: of the tensor in the stock class.
             file: the open file that holds it, at the start of its data.
         """
+        if self.placements[name].interleaved_heads:
+            yield from self.read(name, file).flatten().split(ELEMENTS)
+        else:
+            yield from self._values(name, file)
+
+    def _values(self, name: str, file: FileIO) -> Iterator[Tensor]:
+        """The values of a tensor in the order of the file."""
         where = self.placements[name]
         for values in dequantised(self.tensors[where.source], file):
             if where.norm_offset:

@@ -137,8 +137,7 @@ def check_folder(
     elif arch:
         add("function", check_groups, checkpoint, arch)
         if parent is not None:
-            how = {"compare": finite, "moved": moved, "trained": trained}
-            add("parent", compare_grouped, checkpoint, parent, arch, **how)
+            add("parent", compare_grouped, checkpoint, parent, arch, compare=finite, moved=moved, trained=trained)
     if checkpoint.nbytes <= WHOLE_BYTES:
         add("loading", check_loading, checkpoint, stock, layouts, allow_nan="allow_nan" in arguments)
     return Verification(tuple(checks))
@@ -149,12 +148,13 @@ def _keeps_promise(layouts: Sequence[AttentionLayout], arguments: Mapping[str, A
     to = arguments.get("to")
     for layer, layout in enumerate(layouts):
         heads = layout.num_attention_heads
-        promised: dict[str, Any] = {
+        targets: dict[str, dict[str, Any]] = {
             "gqa": {"num_key_value_heads": arguments.get("groups")},
             "mqa": {"num_key_value_heads": 1},
             "mha": {"num_key_value_heads": heads},
             "mla": {"kv_lora_rank": arguments.get("rank"), "qk_rope_head_dim": arguments.get("rope_dim")},
-        }.get(str(to), {})
+        }
+        promised = targets.get(str(to), {})
         if to == "mla" and layout.kv_lora_rank is None:
             return False, f"the record says mla, and layer {layer} has {layout.num_key_value_heads} KV heads"
         for name, value in promised.items():

@@ -94,7 +94,8 @@ class StockAttention:
         for name, parameter in list(attention.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             setattr(attention.get_submodule(owner), leaf, torch.nn.Parameter(parameter.to("meta"), False))
-        return output[0] if isinstance(output, tuple) else output
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
