@@ -17,7 +17,7 @@ FUZZ_MINUTES ?= 60
 EXTRAS := eval,train
 SMOKE := -m pytest -p no:cacheprovider -n $(JOBS) --dist loadgroup -m smoke tests/smoke
 
-.PHONY: env demo lint types actions check cov test test-newest test-lowest check-full audit wheel release-check \
+.PHONY: env demo docs lint types actions check cov test test-newest test-lowest check-full audit wheel release-check \
 	release bench clean
 
 # torch is installed first and by its pin: any looser request lets pip choose a build with gigabytes of CUDA.
@@ -32,6 +32,10 @@ env: $(READY)
 
 demo: $(READY)
 	$(BIN)/headwise demo
+
+# The generated reference pages: command line, settings, methods.
+docs: $(READY)
+	$(BIN)/python docs/generate.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
