@@ -98,7 +98,9 @@ def find_gguf_row(metadata: Mapping[str, Any], path: Path) -> GgufRow:
         if part in names:
             row |= changed
     frozen = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
-    return GgufRow(architecture=architecture, **{f.name: frozen[f.name] for f in fields(GgufRow) if f.name in frozen})
+    return GgufRow(
+        architecture=architecture, **{f.name: frozen[f.name] for f in fields(GgufRow) if f.name in frozen}
+    )
 
 
 def make_config(
@@ -135,7 +137,9 @@ def make_config(
     config["num_key_value_heads"] = groups = reader.count("attention.head_count_kv", heads)
     layers = {layer for layer in (_split_name(name)[0] for name in shapes) if layer is not None}
     if len(layers) != config["num_hidden_layers"]:
-        raise reader.error("block_count", f"is {config['num_hidden_layers']}, and the file holds {len(layers)} layers")
+        raise reader.error(
+            "block_count", f"is {config['num_hidden_layers']}, and the file holds {len(layers)} layers"
+        )
     config["vocab_size"] = reader.rows_of("token_embd.weight", shapes)
     config["head_dim"] = head_dim = _head_dim(reader, shapes, heads, groups)
     config |= {name: f"blk.0.{tensor}" in shapes for name, tensor in row.flags.items()}
@@ -264,7 +268,8 @@ def _head_dim(reader: _Metadata, shapes: Mapping[str, tuple[int, ...]], heads: i
         head_dim = rows // count
         if rows % count or (part != "q" and head_dim != shapes["blk.0.attn_q.weight"][0] // heads):
             raise reader.error(
-                "attention.head_count", f"is {heads}, with {groups} KV heads, and attn_{part}.weight has {rows} rows"
+                "attention.head_count",
+                f"is {heads}, with {groups} KV heads, and attn_{part}.weight has {rows} rows",
             )
     for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
         if (value := reader.get(key, head_dim)) != head_dim:
@@ -323,7 +328,9 @@ def _layer_types(reader: _Metadata, num_layers: int, default: int) -> list[str]:
     pattern = reader.get("attention.sliding_window_pattern", default)
     if isinstance(pattern, np.ndarray):
         if len(pattern) != num_layers:
-            raise reader.error("attention.sliding_window_pattern", f"has {len(pattern)} entries for {num_layers} layers")
+            raise reader.error(
+                "attention.sliding_window_pattern", f"has {len(pattern)} entries for {num_layers} layers"
+            )
         windows = [bool(value) for value in pattern]
     else:
         period = reader.count("attention.sliding_window_pattern", default)

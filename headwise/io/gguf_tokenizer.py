@@ -55,7 +55,9 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path, path: Path, max_l
         _add_tokens(tokenizer, types, special)
         add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos))
         add_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
-        _add_template(tokenizer, special["bos_token"] if add_bos else None, special["eos_token"] if add_eos else None)
+        _add_template(
+            tokenizer, special["bos_token"] if add_bos else None, special["eos_token"] if add_eos else None
+        )
         tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -188,5 +190,7 @@ def _token(metadata: Mapping[str, Any], key: str, tokens: Sequence[str], path: P
     return tokens[number]
 
 
-def _error(path: Path, key: str, reason: str, hint: str = "Use the model's safetensors checkpoint.") -> HeadwiseError:
+def _error(
+    path: Path, key: str, reason: str, hint: str = "Use the model's safetensors checkpoint."
+) -> HeadwiseError:
     return HeadwiseError(f"{path}: tokenizer.ggml.{key} {reason}, so its tokenizer cannot be rebuilt.", hint)

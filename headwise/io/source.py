@@ -194,9 +194,7 @@ def find_weights(folder: Path, allow_pickle: bool = False) -> tuple[list[str], d
                 )
         return shards, weight_map
     if any(folder.glob("*.gguf")):
-        raise HeadwiseError(
-            f"{folder} has GGUF files and no safetensors weights.", "Name one of the .gguf files."
-        )
+        raise HeadwiseError(f"{folder} has GGUF files and no safetensors weights.", "Name one of the .gguf files.")
     raise HeadwiseError(f"{folder} has no weights.", f"A checkpoint has {SINGLE} or {INDEX}.")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from headwise.errors import HeadwiseError
-from headwise.io.fs import check_space, os_errors, disk_usage, sync, write_all
+from headwise.io.fs import check_space, disk_usage, os_errors, sync, write_all
 
 
 class Interrupted(HeadwiseError, KeyboardInterrupt):

@@ -28,7 +28,7 @@ from headwise.models.config import (
 )
 from headwise.models.fusion import fit_bias, fuse, half_split_order, reorder, split
 from headwise.models.layout import AttentionLayout, LayerWeights
-from headwise.models.table import QkNorm, ArchitectureRow, find_row, load_table
+from headwise.models.table import ArchitectureRow, QkNorm, find_row, load_table
 
 
 @dataclass(frozen=True)
