@@ -28,7 +28,7 @@ from headwise.io.source import (
 from headwise.models import architecture, mla_source
 from headwise.models.config import dtype_of
 from headwise.models.layout import CONTEXTS, AttentionLayout, CacheSize, describe
-from headwise.models.protocol import LatentModel
+from headwise.models.protocol import find_attention_model
 
 # Pairs (kv_lora_rank, qk_rope_head_dim) with cache rows that engines support (serving/engines.yaml).
 LATENTS = ((256, 64), (448, 64), (512, 64))
@@ -121,8 +121,8 @@ def inspect_model(
         config = read_config(folder)
         dtype = dtype_of(config)
         parameters, origin = _count_parameters(str(model), folder, commit, token, dtype)
-    if LatentModel.wrote(config):
-        layouts = LatentModel(config).layouts
+    layouts = find_attention_model(config).layouts(config)
+    if layouts[0].kind == "mla":
         return Inspection(
             model=str(model),
             revision=commit,
@@ -136,7 +136,6 @@ def inspect_model(
             mla="the model has MLA already",
         )
     arch = architecture.find_architecture(config)
-    layouts = arch.layouts(config)
     cache = CacheSize.of(layouts, dtype)
     mla = _why_not_mla(arch.text_config(config), dtype)
     return Inspection(

@@ -101,7 +101,7 @@ def _sentencepiece(
     metadata: Mapping[str, Any], tokens: Sequence[str], types: np.ndarray | None, unknown: str | None, path: Path
 ) -> tuple[Any, bool]:
     """BPE as sentencepiece does it, and whether a text begins with a token of its own by default."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, normalizers
 
     if types is None:
         raise _error(path, "token_type", "is missing")
@@ -117,7 +117,6 @@ def _sentencepiece(
         decoding.append(decoders.Strip(" ", 1, 0))
     else:
         tokenizer.normalizer = replace
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
     tokenizer.decoder = decoders.Sequence(decoding)
     return tokenizer, True
 

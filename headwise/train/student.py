@@ -15,17 +15,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from headwise.errors import HeadwiseError
 from headwise.io.reader import Checkpoint
 from headwise.kernels.patch import enable
 from headwise.models import deepseek, mla_source
-from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.layout import AttentionLayout, LatentWeights
 from headwise.models.norm_free import from_norm_free_state, to_norm_free_module
-from headwise.models.protocol import LatentModel
+from headwise.models.protocol import AttentionModel, find_attention_model, read_latent_layer
 from headwise.models.stock import load_model, stock_config
 from headwise.train.settings import Lora, Training
 
@@ -41,13 +39,11 @@ class ModelFolder:
 
     Attributes:
         checkpoint: the files.
-        grouped: the stock class of an MHA, GQA or MQA model, else None.
-        latent: the stock class of an MLA model, else None.
+        stock: names and layouts of its attention layers.
     """
 
     checkpoint: Checkpoint
-    grouped: Architecture | None = None
-    latent: LatentModel | None = None
+    stock: AttentionModel
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> ModelFolder:
@@ -56,24 +52,17 @@ class ModelFolder:
         Raises:
             HeadwiseError: the checkpoint is of an MLA model that headwise did not write, or of an unknown type.
         """
-        if "kv_lora_rank" in checkpoint.config:
-            return cls(checkpoint, latent=LatentModel.of(checkpoint.config))
-        return cls(checkpoint, grouped=find_architecture(checkpoint.config, checkpoint.tensors))
-
-    @property
-    def stock(self) -> Architecture | LatentModel:
-        """The stock class, of either kind."""
-        stock = self.grouped or self.latent
-        assert stock is not None
-        return stock
+        return cls(checkpoint, find_attention_model(checkpoint.config, checkpoint.tensors))
 
     @property
     def layouts(self) -> list[AttentionLayout]:
         """The layout of every attention layer."""
-        if self.latent is not None:
-            return self.latent.layouts
-        assert self.grouped is not None
-        return self.grouped.layouts(self.checkpoint.config)
+        return self.stock.layouts(self.checkpoint.config)
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether the attention layers are MLA."""
+        return self.layouts[0].kind == "mla"
 
     @property
     def text(self) -> Any:
@@ -83,8 +72,7 @@ class ModelFolder:
     @property
     def attention_paths(self) -> list[str]:
         """The path of every layer's attention module."""
-        stock = self.stock
-        return [f"{stock.module.format(layer=i)}.{stock.attention}" for i in range(len(self.layouts))]
+        return [self.stock.attention_path(layer) for layer in range(len(self.layouts))]
 
     def load(self, dtype: torch.dtype) -> Any:
         """Load the stock model with its weights, on the CPU.
@@ -148,11 +136,11 @@ class Student:
         """
         network = folder.load(torch.float32)
         student = cls(folder, network)
-        if folder.latent is not None:
+        if folder.is_latent:
             student.residual_scale = _residual_scale(folder, parent)
             _unscale_residual(network, student.residual_scale)
             for layer, path in enumerate(folder.attention_paths):
-                latent, o_bias = _unit_latent(folder.latent, folder.checkpoint, layer)
+                latent, o_bias = _unit_latent(folder.checkpoint, layer)
                 latent = replace(latent, o=latent.o / student.residual_scale)
                 to_norm_free_module(
                     network.get_submodule(path), latent, None if o_bias is None else o_bias / student.residual_scale
@@ -260,9 +248,9 @@ class Student:
         Args:
             teacher: the parent's folder.
         """
-        if self.folder.latent is None or teacher.grouped is None:
+        if not self.folder.is_latent or teacher.is_latent:
             return 1.0, 1.0
-        text = teacher.grouped.text_config(teacher.checkpoint.config)
+        text = teacher.stock.text_config(teacher.checkpoint.config)
         stream = _residual_scale(self.folder, teacher)
         outputs = mla_source.find_mla_source(text).factors["residual"]
         return stream / self.residual_scale, outputs / self.residual_scale
@@ -270,9 +258,9 @@ class Student:
 
 def _residual_scale(folder: ModelFolder, parent: ModelFolder | None) -> float:
     """Return the scale of an MLA folder's residual stream over its parent's."""
-    if folder.latent is None or parent is None or parent.grouped is None:
+    if not folder.is_latent or parent is None or parent.is_latent:
         return 1.0
-    text = parent.grouped.text_config(parent.checkpoint.config)
+    text = parent.stock.text_config(parent.checkpoint.config)
     return deepseek.residual_scale(text.get("rms_norm_eps", deepseek.NORM_EPS))
 
 
@@ -287,12 +275,12 @@ def _unscale_residual(network: Any, scale: float) -> None:
             module.variance_epsilon /= scale**2
 
 
-def _unit_latent(model: LatentModel, checkpoint: Checkpoint, layer: int) -> tuple[LatentWeights, Tensor | None]:
+def _unit_latent(checkpoint: Checkpoint, layer: int) -> tuple[LatentWeights, Tensor | None]:
     """Return a layer in the norm-free parametrization whose latent has unit size, and its output bias.
 
     One step size then suits the projections on both sides of the latent.
     """
-    latent, o_bias = model.weights(checkpoint, layer)
+    latent, o_bias = read_latent_layer(checkpoint, layer)
     size = deepseek.unscaled_latent_rms()
     latent = replace(latent, kv_down=latent.kv_down / size, k_up=latent.k_up * size, v_up=latent.v_up * size)
     if checkpoint.config.get("q_lora_rank") is None and latent.kv_down.shape[1] > latent.hidden_size:

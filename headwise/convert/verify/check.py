@@ -23,9 +23,8 @@ from headwise.errors import HeadwiseError
 from headwise.format import layout_names
 from headwise.io.reader import Checkpoint, as_bytes, has_nonfinite, open_checkpoint
 from headwise.io.source import find_gguf
-from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.layout import AttentionLayout
-from headwise.models.protocol import LatentModel
+from headwise.models.protocol import AttentionModel, find_attention_model
 from headwise.models.stock import empty_model, run_check
 from headwise.models.stock_match import match_stock_class
 from headwise.progress import SILENT, Progress
@@ -42,9 +41,6 @@ MOVED = {
     ),
     "sliding_window": ("layer_types", "max_window_layers", "model_type", "sliding_window", "use_sliding_window"),
 }
-
-
-Stock = Architecture | LatentModel
 
 
 def verify_model(
@@ -102,10 +98,8 @@ def check_folder(
         finite: read every tensor and look for NaN and infinities (the writer has done so already).
     """
     arguments = arguments or {}
-    latent = LatentModel.of(checkpoint.config) if "kv_lora_rank" in checkpoint.config else None
-    arch = None if latent else find_architecture(checkpoint.config, checkpoint.tensors)
-    stock = latent or arch
-    assert stock is not None
+    model = find_attention_model(checkpoint.config, checkpoint.tensors)
+    own_layouts = model.layouts(checkpoint.config)
     checks: list[tuple[str, bool, str]] = []
     progress.stage("Verifying", unit="checks")
 
@@ -113,13 +107,12 @@ def check_folder(
         checks.append((name, *run_check(check, *given, **more)))
         progress.advance(1)
 
-    own = latent.layouts if latent else arch.layouts(checkpoint.config) if arch else []
-    layouts = list(promised) if promised is not None else own
-    add("tensors", _tensors_fit, checkpoint, stock)
+    layouts = list(promised) if promised is not None else own_layouts
+    add("tensors", _tensors_fit, checkpoint, model)
     if not checks[-1][1]:
         return Verification(tuple(checks))
     add("promise", _keeps_promise, layouts, arguments)
-    add("cache", _cache_is, checkpoint, stock, layouts)
+    add("cache", _cache_is, checkpoint, model, layouts)
     if finite:
         bad, changed = _read_through(checkpoint, record["sha256"] if record else {})
         said = f"NaN or infinity in {', '.join(bad[:3])}" if bad else "every weight is finite"
@@ -130,16 +123,16 @@ def check_folder(
             add("record", lambda: (not changed, detail))
     moved = frozenset(field for what in arguments.keys() & MOVED.keys() for field in MOVED[what])
     trained = bool(record and record.get("uptraining"))
-    if latent:
-        add("function", check_factors, checkpoint, latent)
+    if own_layouts[0].kind == "mla":
+        add("function", check_factors, checkpoint, model)
         if parent is not None:
-            add("parent", compare_with_parent, checkpoint, parent, latent, moved, trained)
-    elif arch:
-        add("function", check_groups, checkpoint, arch)
+            add("parent", compare_with_parent, checkpoint, parent, model, moved, trained)
+    else:
+        add("function", check_groups, checkpoint, model)
         if parent is not None:
-            add("parent", compare_grouped, checkpoint, parent, arch, compare=finite, moved=moved, trained=trained)
+            add("parent", compare_grouped, checkpoint, parent, model, compare=finite, moved=moved, trained=trained)
     if checkpoint.nbytes <= WHOLE_BYTES:
-        add("loading", check_loading, checkpoint, stock, layouts, allow_nan="allow_nan" in arguments)
+        add("loading", check_loading, checkpoint, model, layouts, allow_nan="allow_nan" in arguments)
     return Verification(tuple(checks))
 
 
@@ -175,9 +168,9 @@ def _read_through(checkpoint: Checkpoint, recorded: Mapping[str, str]) -> tuple[
     return bad, changed
 
 
-def _tensors_fit(checkpoint: Checkpoint, stock: Stock) -> tuple[bool, str]:
+def _tensors_fit(checkpoint: Checkpoint, model: AttentionModel) -> tuple[bool, str]:
     """The stock class has a place for every tensor, and a tensor for every place."""
-    found = match_stock_class(checkpoint, stock.auto_class)
+    found = match_stock_class(checkpoint, model.auto_class)
     stock_class, wrong = type(found.model).__name__, found.wrong
     if wrong:
         return False, f"{stock_class} and the folder disagree on {', '.join(wrong[:3])} ({len(wrong)} in all)"
@@ -189,13 +182,15 @@ def _tensors_fit(checkpoint: Checkpoint, stock: Stock) -> tuple[bool, str]:
     return True, f"{found.count} tensors, each with its place in {stock_class}{ties}"
 
 
-def _cache_is(checkpoint: Checkpoint, stock: Stock, layouts: Sequence[AttentionLayout]) -> tuple[bool, str]:
+def _cache_is(
+    checkpoint: Checkpoint, model: AttentionModel, layouts: Sequence[AttentionLayout]
+) -> tuple[bool, str]:
     """The stock model's own cache holds what the layouts promise; read off a run without weights."""
-    model = empty_model(checkpoint.config, stock.auto_class).to("meta")
+    network = empty_model(checkpoint.config, model.auto_class).to("meta")
     # The usual grouped experts want sizes that only real models have.
-    model.set_experts_implementation("batched_mm")
+    network.set_experts_implementation("batched_mm")
     with torch.no_grad():
-        text = model.get_submodule(stock.module.rpartition(".")[0].rpartition(".")[0])
+        text = network.get_submodule(model.module.rpartition(".")[0].rpartition(".")[0])
         width = text.config.hidden_size
         cache = text(inputs_embeds=torch.empty(1, TOKENS, width, device="meta"), use_cache=True).past_key_values
     found = [layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in cache.layers]

@@ -24,7 +24,7 @@ from headwise.io.reader import Checkpoint
 from headwise.models import deepseek, mla_source
 from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.layout import LatentWeights, from_planes, to_planes
-from headwise.models.protocol import LatentModel
+from headwise.models.protocol import AttentionModel, read_latent_layer
 
 # The linear norm is off by 1e-8 for a token of ordinary size (mathematics, section 7c). An exact conversion is
 # rounded once to the folder's dtype.
@@ -61,30 +61,30 @@ def latent_attention(weights: LatentWeights, x: Tensor, o_bias: Tensor | None = 
     return output if o_bias is None else output + o_bias.double()
 
 
-def check_factors(checkpoint: Checkpoint, model: LatentModel) -> tuple[bool, str]:
+def check_factors(checkpoint: Checkpoint, model: AttentionModel) -> tuple[bool, str]:
     """Compare the stock attention, latent norm included, with the factors without a norm, in every layer."""
-    attention = StockAttention(model.config, model)
-    tokens = check_tokens(checkpoint, model.config["vocab_size"])
+    attention = StockAttention(checkpoint.config, model)
+    tokens = check_tokens(checkpoint, checkpoint.config["vocab_size"])
     worst, worst_layer, bend = 0.0, 0, 0.0
     for layer, x in attention_inputs(checkpoint, model, tokens):
         tensors = model.tensors(checkpoint, layer)
-        weights, o_bias = model.weights(checkpoint, layer)
+        weights, o_bias = read_latent_layer(checkpoint, layer)
         error = relative_error(attention(layer, tensors, x), latent_attention(weights, x, o_bias))
         if not error <= worst:
             worst, worst_layer = error, layer
-        bend = max(bend, _norm_bend(model, tensors, layer, x))
+        bend = max(bend, _norm_bend(tensors, model.attention_path(layer), checkpoint.config["kv_lora_rank"], x))
+    num_layers = checkpoint.config["num_hidden_layers"]
     detail = (
-        f"attention of all {len(model.layouts)} layers within {worst:.1e} of its factors (layer {worst_layer}), "
+        f"attention of all {num_layers} layers within {worst:.1e} of its factors (layer {worst_layer}), "
         f"limit {TOLERANCE:.0e}, on the model's own inputs; the latent's mean square is at most {2 * bend:.1e} of "
         "the norm's epsilon"
     )
     return worst < TOLERANCE, detail
 
 
-def _norm_bend(model: LatentModel, tensors: dict[str, Tensor], layer: int, x: Tensor) -> float:
+def _norm_bend(tensors: dict[str, Tensor], path: str, rank: int, x: Tensor) -> float:
     """Return the largest relative error of the linear latent norm: mean square over twice epsilon."""
-    prefix = f"{model.prefix(layer)}.kv_a_proj_with_mqa"
-    rank = model.config["kv_lora_rank"]
+    prefix = f"{path}.kv_a_proj_with_mqa"
     latent = x @ tensors[f"{prefix}.weight"][:rank].double().T
     if f"{prefix}.bias" in tensors:
         latent = latent + tensors[f"{prefix}.bias"][:rank].double()
@@ -92,7 +92,7 @@ def _norm_bend(model: LatentModel, tensors: dict[str, Tensor], layer: int, x: Te
 
 
 def compare_with_parent(
-    checkpoint: Checkpoint, parent: Checkpoint, model: LatentModel, moved: Collection[str], trained: bool
+    checkpoint: Checkpoint, parent: Checkpoint, model: AttentionModel, moved: Collection[str], trained: bool
 ) -> tuple[bool, str]:
     """Compare what is not attention with the parent's tensors, and an exact conversion with the parent's attention.
 
@@ -104,10 +104,10 @@ def compare_with_parent(
         trained: whether the folder was trained since; only its shape is then the parent's.
     """
     arch = find_architecture(parent.config, parent.tensors)
-    before = arch.layouts(parent.config)
-    if len(before) != len(model.layouts):
-        return False, f"the parent has {len(before)} layers, and the folder {len(model.layouts)}"
-    changed = _changed_fields(model.config, parent.config, arch, moved)
+    before, after = arch.layouts(parent.config), model.layouts(checkpoint.config)
+    if len(before) != len(after):
+        return False, f"the parent has {len(before)} layers, and the folder {len(after)}"
+    changed = _changed_fields(checkpoint.config, parent.config, arch, moved)
     if changed:
         return False, f"config.json differs from the parent's in {', '.join(changed)}"
     if trained:
@@ -121,16 +121,15 @@ def compare_with_parent(
         ):
             return False, f"{carried.name} is not what the parent's {carried.source} becomes"
     largest = [max(sizes) for sizes in zip(*map(exact_mla_shape, before), strict=True)]
-    shape = model.layouts[0]
+    shape = after[0]
     if moved or (shape.kv_lora_rank or 0) < largest[0] or shape.rotary_dim < largest[1]:
         return True, "outside attention, every tensor is what the parent's becomes"
     attention = StockAttention(parent.config, arch)
     tokens = check_tokens(parent, arch.stock_config(parent.config).vocab_size)
     worst, worst_layer = 0.0, 0
     for layer, x in attention_inputs(parent, arch, tokens):
-        prefix = f"{arch.layers[0].format(layer=layer)}.{arch.attention}."
-        expected = attention(layer, {n: parent.read(n) for n in parent.tensors if n.startswith(prefix)}, x)
-        weights, o_bias = model.weights(checkpoint, layer)
+        expected = attention(layer, arch.tensors(parent, layer), x)
+        weights, o_bias = read_latent_layer(checkpoint, layer)
         # The folder's residual stream, and with it the attention output, may have another scale.
         error = relative_error(latent_attention(weights, x, o_bias) / rule.factors["residual"], expected)
         if not error <= worst:

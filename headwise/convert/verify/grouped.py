@@ -6,7 +6,6 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from headwise.convert.gqa.merge import merge_heads
 from headwise.convert.verify.layer_inputs import StockAttention, attention_inputs, check_tokens, relative_error
@@ -28,7 +27,7 @@ def check_groups(checkpoint: Checkpoint, arch: Architecture) -> tuple[bool, str]
     tokens = check_tokens(checkpoint, arch.stock_config(checkpoint.config).vocab_size)
     worst, worst_layer = 0.0, 0
     for layer, x in attention_inputs(checkpoint, arch, tokens):
-        tensors = layer_tensors(checkpoint, arch, layer)
+        tensors = arch.tensors(checkpoint, layer)
         names = arch.tensor_names(checkpoint.config, layer)
         weights, _ = merge_heads(arch.read_layer(checkpoint.config, layer, {n: tensors[n] for n in names}), full)
         wide = {**tensors, **arch.write_layer(lifted, layer, weights, torch.float64)}
@@ -40,12 +39,6 @@ def check_groups(checkpoint: Checkpoint, arch: Architecture) -> tuple[bool, str]
         f"(layer {worst_layer}), limit {TOLERANCE:.0e}, in float64"
     )
     return worst < TOLERANCE, detail
-
-
-def layer_tensors(checkpoint: Checkpoint, arch: Architecture, layer: int) -> dict[str, Tensor]:
-    """Return all tensors of a layer's attention by name, those that no conversion changes included."""
-    prefix = f"{arch.layers[0].format(layer=layer)}.{arch.attention}."
-    return {name: checkpoint.read(name) for name in checkpoint.tensors if name.startswith(prefix)}
 
 
 def compare_grouped(
@@ -107,12 +100,9 @@ def compare_grouped(
     worst, worst_layer = 0.0, 0
     for layer, x in attention_inputs(parent, old, tokens):
         rounded = {
-            name: tensor.to(checkpoint.tensors[name].dtype)
-            for name, tensor in layer_tensors(parent, old, layer).items()
+            name: tensor.to(checkpoint.tensors[name].dtype) for name, tensor in old.tensors(parent, layer).items()
         }
-        error = relative_error(
-            attention(layer, layer_tensors(checkpoint, arch, layer), x), reference(layer, rounded, x)
-        )
+        error = relative_error(attention(layer, arch.tensors(checkpoint, layer), x), reference(layer, rounded, x))
         if not error <= worst:
             worst, worst_layer = error, layer
     agree, logits = (True, "") if moved else compare_logits(checkpoint, parent, arch, old, recomputed=False)

@@ -15,6 +15,7 @@ from torch import Tensor
 from headwise.convert.calibration.layer_stream import LayerStream
 from headwise.io.reader import Checkpoint
 from headwise.io.tokenizer import load_tokenizer
+from headwise.models.protocol import AttentionModel
 from headwise.models.stock import empty_model, layer_arguments, load_into
 
 SEQUENCES, TOKENS = 2, 24
@@ -49,7 +50,7 @@ def check_tokens(checkpoint: Checkpoint, vocab_size: int) -> Tensor:
     return tokens
 
 
-def attention_inputs(checkpoint: Checkpoint, stock: Any, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
+def attention_inputs(checkpoint: Checkpoint, stock: AttentionModel, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield every layer's index and the inputs of its attention, (SEQUENCES, TOKENS, D) float64.
 
     Args:
@@ -71,7 +72,7 @@ class StockAttention:
         stock: names of its stock class.
     """
 
-    def __init__(self, config: dict[str, Any], stock: Any) -> None:
+    def __init__(self, config: dict[str, Any], stock: AttentionModel) -> None:
         self._stock = stock
         self._model = empty_model(config, stock.auto_class, torch.float64)
         self._arguments: list[dict[str, Any]] | None = None
@@ -87,8 +88,7 @@ class StockAttention:
         load_into(self._model, dict(tensors))
         if self._arguments is None:
             self._arguments = layer_arguments(self._model, self._stock.module, inputs.shape[1], torch.float64)
-        path = f"{self._stock.module.format(layer=layer)}.{self._stock.attention}"
-        attention = self._model.get_submodule(path)
+        attention = self._model.get_submodule(self._stock.attention_path(layer))
         with torch.no_grad():
             output = attention(hidden_states=inputs, **self._arguments[layer])
         for name, parameter in list(attention.named_parameters()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from headwise.convert.verify.layer_inputs import TOKENS, check_tokens, relative_error
 from headwise.io.reader import Checkpoint
 from headwise.models.layout import AttentionLayout
+from headwise.models.protocol import AttentionModel
 from headwise.models.stock import empty_model, load_model
 
 # Weights up to this size are loaded whole.
@@ -21,7 +21,7 @@ LOGITS_TOLERANCE, ROUNDINGS = 1e-4, 4.0
 
 
 def check_loading(
-    checkpoint: Checkpoint, stock: Any, layouts: Sequence[AttentionLayout], *, allow_nan: bool
+    checkpoint: Checkpoint, stock: AttentionModel, layouts: Sequence[AttentionLayout], *, allow_nan: bool
 ) -> tuple[bool, str]:
     """Load a folder with `from_pretrained`, generate a few tokens, and compare the cache with the layouts.
 
@@ -62,7 +62,12 @@ def check_loading(
 
 
 def compare_logits(
-    checkpoint: Checkpoint, parent: Checkpoint, stock: Any, parent_stock: Any, *, recomputed: bool
+    checkpoint: Checkpoint,
+    parent: Checkpoint,
+    stock: AttentionModel,
+    parent_stock: AttentionModel,
+    *,
+    recomputed: bool,
 ) -> tuple[bool, str]:
     """Compare the logits of an exact conversion with its parent's, both whole in float32, on the same text.
 
