@@ -146,7 +146,7 @@ def test_weights_that_are_not_finite_may_be_allowed(model: Path, tmp_path: Path)
     assert done.exit_code == 0, done.stderr
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert after[name].isnan().sum() == 1 and after[BAD_KEY].shape[0] == 16
-    said = refused(model, "makes what layer 1 reads", *CALIBRATED, "--allow-nan", out=tmp_path / "b")
+    said = refused(model, "inputs of layer 1 are NaN", *CALIBRATED, "--allow-nan", out=tmp_path / "b")
     assert "--calibrate none" in said
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,18 @@ def test_threads_and_interruptions_leave_no_trace(
 ) -> None:
     options = {**TEXT, "calibration_tokens": 2048, "verify": False, **KINDS[kind]}
     two, one = (on_threads(threads, model, tmp_path, options) for threads in (2, 1))
-    # Threads share the sums of matrix products out in another order.
+    # Threads compute the sums of matrix products in another order.
     apart = apart_by(one / "model.safetensors", two / "model.safetensors")
-    print(f"{kind}: {sum(x > 0 for x in apart)} of {len(apart)} tensors differ, by {max(apart):.1e} at most")
-    assert max(apart) < 1e-4
+    if KINDS[kind]["to"] == "mla":
+        # The text has 58 distinct bytes, so the inputs of layer 0 have rank 58 of 256, and several latents have the
+        # least error: rounding decides which one the search finds. Their errors are equal.
+        apart = {name: x for name, x in apart.items() if ".layers.0.self_attn." not in name}
+        first = [layer_errors(folder, "0") for folder in (one, two)]
+        assert first[0] == pytest.approx(first[1], rel=1e-3)
+    print(
+        f"{kind}: {sum(x > 0 for x in apart.values())} of {len(apart)} tensors differ, at most {max(apart.values())}"
+    )
+    assert max(apart.values()) < 1e-4
 
     real = pipeline.Writer.note
 
@@ -73,10 +82,16 @@ def test_without_a_calibration_any_threads_give_the_same_bytes(model: Path, tmp_
     assert contents(one) == contents(two)
 
 
-def apart_by(one: Path, two: Path) -> list[float]:
-    """The largest difference in each tensor of two files, relative to its largest number."""
+def apart_by(one: Path, two: Path) -> dict[str, float]:
+    """Return the largest difference in each tensor of two files, relative to its largest number."""
     other = load_file(two)
-    return [float((t - other[name]).abs().max() / t.abs().max()) for name, t in load_file(one).items()]
+    return {name: float((t - other[name]).abs().max() / t.abs().max()) for name, t in load_file(one).items()}
+
+
+def layer_errors(folder: Path, layer: str) -> list[float]:
+    """Return the recorded errors of a layer: of its keys, and of its output after the solution."""
+    report = json.loads((folder / RECORD).read_text())["layers"][layer]
+    return [report["key_error"], report["output"]["after"]]
 
 
 def on_threads(threads: int, model: Path, home: Path, options: dict[str, Any]) -> Path:
