@@ -14,8 +14,7 @@ from headwise.eval.result import Subject
 from headwise.format import layout_names
 from headwise.io.source import Source, find_source
 from headwise.io.tokenizer import load_tokenizer
-from headwise.models.architecture import Architecture, find_architecture
-from headwise.models.protocol import LatentModel
+from headwise.models.protocol import AttentionModel, find_attention_model
 from headwise.progress import SILENT, Progress
 from headwise.records.manifest import hash_file
 
@@ -54,13 +53,10 @@ class EvalModel:
         return text.get("max_position_embeddings") or text.get("n_positions")
 
     @property
-    def architecture(self) -> Architecture | LatentModel | None:
+    def architecture(self) -> AttentionModel | None:
         """Return where the decoder layers and their attention are; None for an unknown model type."""
-        config = self.source.config
-        if LatentModel.wrote(config):
-            return LatentModel(config)
         try:
-            return find_architecture(config)
+            return find_attention_model(self.source.config)
         except HeadwiseError:
             return None
 

@@ -99,6 +99,17 @@ class Checkpoint:
             self._fill(flat, file, entry)
         return flat.view(entry.dtype).view(entry.shape)
 
+    def read_prefix(self, prefix: str) -> dict[str, Tensor]:
+        """Read all tensors whose names start with a prefix.
+
+        Args:
+            prefix: such as "model.layers.3.self_attn.".
+
+        Raises:
+            HeadwiseError: see `read`.
+        """
+        return {name: self.read(name) for name in self.tensors if name.startswith(prefix)}
+
     def chunks(self, name: str, buffers: Sequence[Tensor]) -> Iterator[Tensor]:
         """The bytes of one tensor as flat uint8, a few megabytes at a time (whole elements in each).
 

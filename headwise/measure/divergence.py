@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from headwise.measure.entropy import AttentionEntropy, compare_entropy, relative_entropy
-from headwise.models.norm_free import ATTENTION
+from headwise.models.protocol import AttentionModel
 from headwise.models.stock import StopForward, capture_layer_calls
 from headwise.progress import SILENT, Progress
 
@@ -91,8 +91,8 @@ def measure_divergence(
     blocks: Tensor,
     *,
     num_layer_blocks: int,
-    child_architecture: Any = None,
-    parent_architecture: Any = None,
+    child_architecture: AttentionModel | None = None,
+    parent_architecture: AttentionModel | None = None,
     progress: Progress = SILENT,
 ) -> Divergence:
     """Compare two models on blocks of tokens.
@@ -149,7 +149,7 @@ def measure_divergence(
     )
 
 
-def iter_layer_outputs(model: Any, architecture: Any, block: Tensor) -> Iterator[LayerOutputs]:
+def iter_layer_outputs(model: Any, architecture: AttentionModel, block: Tensor) -> Iterator[LayerOutputs]:
     """Run the decoder layers of a model on one block, one layer after another.
 
     Args:
@@ -165,7 +165,7 @@ def iter_layer_outputs(model: Any, architecture: Any, block: Tensor) -> Iterator
         model.base_model(input_ids=block.to(model.device), use_cache=False)
     hidden = stubs[0].hidden
     for stub in stubs:
-        attention = stub.layer.get_submodule(getattr(architecture, "attention", ATTENTION))
+        attention = stub.layer.get_submodule(architecture.attention)
         captured: list[tuple[Tensor, Tensor | None]] = []
         handle = attention.register_forward_hook(
             lambda module, args, output, captured=captured: captured.append((output[0], output[1]))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
+from headwise.io.reader import Checkpoint
 from headwise.models.config import (
     CODE_KEYS,
     QUANTIZATION_KEYS,
@@ -120,6 +121,28 @@ class Architecture(ArchitectureRow):
                 shapes[self._name(layer, name, "weight")] = (size,)
         shapes[self._name(layer, self.projections["o"], "weight")] = (width, heads * layout.v_head_dim)
         return shapes
+
+    @property
+    def output_projection(self) -> str:
+        """Name of the output projection in the attention module."""
+        return self.projections["o"]
+
+    def attention_path(self, layer: int) -> str:
+        """Return the path of a layer's attention module in the stock model.
+
+        Args:
+            layer: index of the decoder layer.
+        """
+        return f"{self.module.format(layer=layer)}.{self.attention}"
+
+    def tensors(self, checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
+        """Read all tensors of a layer's attention, those included that no conversion changes.
+
+        Args:
+            checkpoint: the checkpoint that this row was found for.
+            layer: index of the decoder layer.
+        """
+        return checkpoint.read_prefix(f"{self.layers[0].format(layer=layer)}.{self.attention}.")
 
     def tensor_names(self, config: dict[str, Any], layer: int) -> tuple[str, ...]:
         """The checkpoint tensors that hold this layer's attention: those that a conversion rewrites."""

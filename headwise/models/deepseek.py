@@ -22,6 +22,8 @@ NORM_EPS = 1e-6
 NORM_TOLERANCE = 1e-8
 
 ARCHITECTURES = ["DeepseekV3ForCausalLM"]
+# Path of a decoder layer, in checkpoints and in the stock model, and the name of its attention module.
+LAYERS, ATTENTION = "model.layers.{layer}", "self_attn"
 COPIED_CONFIG_KEYS = (
     "vocab_size",
     "hidden_size",

@@ -17,8 +17,7 @@ from torch import Tensor
 from headwise.errors import HeadwiseError
 from headwise.io.header import TensorEntry
 from headwise.io.writer import OutputTensor
-from headwise.models.deepseek import residual_scale
-from headwise.models.norm_free import ATTENTION
+from headwise.models.deepseek import ATTENTION, residual_scale
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -16,11 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headwise.models.deepseek import half_split, interleave
+from headwise.models.deepseek import ATTENTION, LAYERS, half_split, interleave
 from headwise.models.layout import LatentWeights
 from headwise.models.stock import empty_model
-
-LAYERS, ATTENTION = "model.layers.{layer}", "self_attn"
 
 
 def norm_free_attention(

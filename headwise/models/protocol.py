@@ -1,78 +1,158 @@
-"""Answer the same questions for grouped and for MLA models: layouts, paths and tensors of the attention layers."""
+"""Describe the attention layers of grouped (MHA, GQA, MQA) and MLA models by one protocol."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
 from headwise.io.reader import Checkpoint
 from headwise.models import deepseek, rope
+from headwise.models.architecture import find_architecture, supported_model_types
 from headwise.models.config import MAX_LAYERS, check_rope, checked_size
+from headwise.models.deepseek import ATTENTION, LAYERS
 from headwise.models.layout import AttentionLayout, LatentWeights
-from headwise.models.norm_free import ATTENTION, LAYERS
 
-LATENT_SIZES = [
+LATENT_SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
     "kv_lora_rank",
     "qk_rope_head_dim",
     "qk_nope_head_dim",
     "v_head_dim",
-]
+)
+
+
+class AttentionModel(Protocol):
+    """Names and layouts of the attention layers of a model type.
+
+    `Architecture` implements it for MHA, GQA and MQA, `LatentModel` for MLA. Where the mathematics differs, callers
+    look at `AttentionLayout.kind`.
+    """
+
+    @property
+    def auto_class(self) -> str:
+        """The transformers class that loads the checkpoint."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of a decoder layer in checkpoints, "model.layers.{layer}"; the first one is the checkpoint's."""
+
+    @property
+    def module(self) -> str:
+        """Path of a decoder layer in the stock model, "model.layers.{layer}"."""
+
+    @property
+    def attention(self) -> str:
+        """Name of the attention module in a decoder layer."""
+
+    @property
+    def output_projection(self) -> str:
+        """Name of the output projection in the attention module."""
+
+    def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the part of a config.json that describes the language model."""
+
+    def layouts(self, config: dict[str, Any]) -> list[AttentionLayout]:
+        """Return the layout of every layer.
+
+        Raises:
+            HeadwiseError: a field has the wrong type or an impossible value.
+        """
+
+    def attention_path(self, layer: int) -> str:
+        """Return the path of a layer's attention module in the stock model."""
+
+    def tensors(self, checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
+        """Read all tensors of a layer's attention, those included that no conversion changes."""
 
 
 @dataclass(frozen=True)
 class LatentModel:
-    """Where things are in a stock DeepSeek model, as `Architecture` says it of the others."""
+    """The attention layers of a dense stock DeepSeek-V3 model, as headwise writes it."""
 
-    config: dict[str, Any]
     auto_class: str = "AutoModelForCausalLM"
+    layers: tuple[str, ...] = (LAYERS,)
     module: str = LAYERS
     attention: str = ATTENTION
-    layers: tuple[str, ...] = (LAYERS,)
+    output_projection: str = "o_proj"
 
-    @classmethod
-    def of(cls, config: dict[str, Any]) -> LatentModel:
-        """Raises HeadwiseError for an MLA model that headwise did not write."""
-        if not cls.wrote(config):
-            raise HeadwiseError(
-                f"The folder holds a {config.get('model_type')} model with experts or another latent attention, "
-                "which headwise does not write.",
-                "verify checks folders that headwise converted.",
-            )
-        return cls(config)
+    def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the config itself."""
+        return config
 
-    @staticmethod
-    def wrote(config: dict[str, Any]) -> bool:
-        """Whether this is the dense stock DeepSeek that headwise makes."""
-        dense = config.get("first_k_dense_replace") == config.get("num_hidden_layers")
-        named = isinstance(config.get("model_type"), str)
-        return config.get("architectures") == deepseek.ARCHITECTURES and dense and named
+    def layouts(self, config: dict[str, Any]) -> list[AttentionLayout]:
+        """Return the layout of every layer.
 
-    @property
-    def layouts(self) -> list[AttentionLayout]:
-        sizes = [checked_size(self.config, name) for name in LATENT_SIZES]
-        layers, heads, rank, rope_dim, nope_dim, v_dim = sizes
+        Args:
+            config: the config.json.
+
+        Raises:
+            HeadwiseError: a field has the wrong type or an impossible value.
+        """
+        layers, heads, rank, rope_dim, nope_dim, v_dim = (checked_size(config, name) for name in LATENT_SIZES)
         if not 0 < layers <= MAX_LAYERS:
             raise HeadwiseError(f"config.json has num_hidden_layers: {layers}, and 1 to {MAX_LAYERS} are possible.")
-        check_rope(self.config.get("rope_parameters"))
+        check_rope(config.get("rope_parameters"))
         return [AttentionLayout(heads, heads, nope_dim + rope_dim, v_dim, rope_dim, None, rank, rope_dim)] * layers
 
-    def prefix(self, layer: int) -> str:
+    def attention_path(self, layer: int) -> str:
+        """Return the path of a layer's attention module, which is also its prefix in the checkpoint.
+
+        Args:
+            layer: index of the decoder layer.
+        """
         return f"{LAYERS.format(layer=layer)}.{ATTENTION}"
 
     def tensors(self, checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
-        """Everything of a layer's attention."""
-        prefix = self.prefix(layer) + "."
-        return {name: checkpoint.read(name) for name in checkpoint.tensors if name.startswith(prefix)}
+        """Read all tensors of a layer's attention.
 
-    def weights(self, checkpoint: Checkpoint, layer: int) -> tuple[LatentWeights, Tensor | None]:
-        """A layer in natural coordinates, and its output bias."""
-        tensors = self.tensors(checkpoint, layer)
-        c = self.config
-        frequencies, _ = rope.frequencies(c["rope_parameters"], c["qk_rope_head_dim"], c["max_position_embeddings"])
-        bias = tensors.get(f"{self.prefix(layer)}.o_proj.bias")
-        return deepseek.read_attention(tensors, self.prefix(layer), c, frequencies), bias
+        Args:
+            checkpoint: the MLA checkpoint.
+            layer: index of the decoder layer.
+        """
+        return checkpoint.read_prefix(f"{self.attention_path(layer)}.")
+
+
+def find_attention_model(config: dict[str, Any], names: Iterable[str] = ()) -> AttentionModel:
+    """Find the description of a checkpoint's attention layers.
+
+    Args:
+        config: the checkpoint's config.json.
+        names: its tensor names, as for `find_architecture`.
+
+    Raises:
+        HeadwiseError: the model type is unknown, or the model has MLA and headwise did not write it.
+    """
+    dense = config.get("first_k_dense_replace") == config.get("num_hidden_layers")
+    model_type = config.get("model_type")
+    if config.get("architectures") == deepseek.ARCHITECTURES and dense and isinstance(model_type, str):
+        return LatentModel()
+    if "kv_lora_rank" in config and model_type not in supported_model_types():
+        raise HeadwiseError(
+            f"config.json describes a {model_type} model with multi-head latent attention (MLA) that headwise did "
+            "not write.",
+            "Of models with MLA, headwise reads the dense DeepSeek-V3 models that it writes.",
+        )
+    return find_architecture(config, names)
+
+
+def read_latent_layer(checkpoint: Checkpoint, layer: int) -> tuple[LatentWeights, Tensor | None]:
+    """Read one attention layer of an MLA model that headwise wrote.
+
+    Args:
+        checkpoint: the model.
+        layer: index of the decoder layer.
+
+    Returns:
+        The layer in the norm-free parametrization, float64, and its output bias (D,) or None.
+    """
+    model, config = LatentModel(), checkpoint.config
+    tensors, prefix = model.tensors(checkpoint, layer), model.attention_path(layer)
+    frequencies, _ = rope.frequencies(
+        config["rope_parameters"], config["qk_rope_head_dim"], config["max_position_embeddings"]
+    )
+    return deepseek.read_attention(tensors, prefix, config, frequencies), tensors.get(f"{prefix}.o_proj.bias")

@@ -33,7 +33,7 @@ def check_layerwise(student: ModelFolder, teacher: ModelFolder, record: Mapping[
     Raises:
         HeadwiseError: the teacher has MLA layers, or the conversion changed positions.
     """
-    if teacher.grouped is None:
+    if teacher.is_latent:
         raise HeadwiseError("layerwise needs a teacher with MHA, GQA or MQA layers, and this one has MLA layers.")
     changed = sorted({"context", "sliding_window"} & set((record or {}).get("arguments", {})))
     if changed:
@@ -66,15 +66,13 @@ def train_layers(
     Returns:
         For each layer, the errors of the output solution and of the refit.
     """
-    assert teacher.grouped is not None
-    latent, grouped = student.folder.latent, student.folder.grouped
-    projection = grouped.projections["o"] if grouped is not None else "o_proj"
+    stock = student.folder.stock
     scale = student.scales(teacher)[1]
-    stream = LayerStream(teacher.checkpoint, teacher.grouped, blocks.long(), device)
+    stream = LayerStream(teacher.checkpoint, teacher.stock, blocks.long(), device)
     arguments = None
-    if latent is not None:
-        skeleton = empty_model(student.folder.checkpoint.config, latent.auto_class)
-        arguments = layer_arguments(skeleton, latent.module, blocks.shape[1], torch.float32)
+    if student.folder.is_latent:
+        skeleton = empty_model(student.folder.checkpoint.config, stock.auto_class)
+        arguments = layer_arguments(skeleton, stock.module, blocks.shape[1], torch.float32)
     progress.stage("Layer by layer", total=len(student.folder.attention_paths), unit="layers")
     reports = {}
     for record in stream.records(keep_activations=True, attention_stats=False):
@@ -86,7 +84,7 @@ def train_layers(
         if arguments is not None:
             record.arguments = move_to_device(arguments[record.index], device)
         solved = solve_output_projection(
-            attention, attention.get_submodule(projection), record, spare=True, device=device
+            attention, attention.get_submodule(stock.output_projection), record, spare=True, device=device
         )
         report = refit(
             attention,

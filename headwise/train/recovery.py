@@ -171,7 +171,7 @@ def recover_jointly(
     Raises:
         SettingError: the text does not fill one step.
     """
-    kind = "mla" if student.folder.latent is not None else "gqa"
+    kind = "mla" if student.folder.is_latent else "gqa"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = Teacher(parent, device)
     reports = []

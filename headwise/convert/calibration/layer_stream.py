@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from headwise.convert.calibration.attention_stats import AttentionStats
 from headwise.io.reader import Checkpoint
-from headwise.models.architecture import Architecture
+from headwise.models.protocol import AttentionModel
 from headwise.models.stock import StopForward, capture_layer_calls, empty_model, load_into
 
 # Tokens run through a layer at once: bounds the memory of the widest intermediate, not the result.
@@ -78,7 +78,7 @@ class LayerStream:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        architecture: Architecture,
+        architecture: AttentionModel,
         tokens: Tensor,
         device: torch.device | str = "cpu",
         config: dict[str, Any] | None = None,
@@ -145,7 +145,7 @@ class LayerStream:
         seen: dict[str, Any] = {}
         view = AttentionStats()
 
-        def note(module: nn.Module, call_args: tuple, call_kwargs: dict, output: Any) -> None:
+        def note(module: nn.Module, call_args: tuple[Any, ...], call_kwargs: dict[str, Any], output: Any) -> None:
             seen["x"] = call_kwargs.get("hidden_states", call_args[0] if call_args else None)
             seen["y"] = _first(output)
             seen["kwargs"] = {k: v for k, v in call_kwargs.items() if k != "hidden_states"}
@@ -178,7 +178,7 @@ class LayerStream:
             layer.to("meta")
 
     @torch.no_grad()
-    def _embed(self, tokens: Tensor) -> tuple[Tensor, list[tuple[tuple, dict[str, Any]]]]:
+    def _embed(self, tokens: Tensor) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
         """Return the hidden states before the first layer and each layer's further arguments."""
         output_weights = self._model.get_output_embeddings()
         skipped = {id(p) for p in output_weights.parameters()} if output_weights is not None else set()
@@ -204,4 +204,5 @@ class LayerStream:
 
 
 def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    result: Tensor = output[0] if isinstance(output, tuple) else output
+    return result

@@ -23,8 +23,9 @@ from headwise.io.reader import Checkpoint
 from headwise.models import deepseek, mla_source, rope
 from headwise.models.architecture import Architecture
 from headwise.models.config import named_dtype
+from headwise.models.deepseek import ATTENTION, LAYERS
 from headwise.models.layout import LatentWeights, LayerWeights
-from headwise.models.norm_free import ATTENTION, LAYERS, from_norm_free_state, norm_free_attention
+from headwise.models.norm_free import from_norm_free_state, norm_free_attention
 from headwise.models.stock import empty_model, layer_arguments, move_to_device
 from headwise.serving import engines
 
