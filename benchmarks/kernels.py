@@ -187,7 +187,7 @@ def whole_models(context: int, memory: int) -> list[dict[str, Any]]:
 
     from transformers import AutoModelForCausalLM
 
-    from headwise.eval.bench import largest_batch, measure
+    from headwise.eval.bench import largest_batch, time_decoding
 
     rows = []
     for name, config in models():
@@ -196,7 +196,7 @@ def whole_models(context: int, memory: int) -> list[dict[str, Any]]:
             model = AutoModelForCausalLM.from_config(config).eval()
             torch.set_default_dtype(torch.float32)
         batch = largest_batch(model, name, context, memory)
-        speed = asdict(measure(model, name, context, batch))
+        speed = asdict(time_decoding(model, name, context, batch))
         rows.append(speed)
         print(speed, flush=True)
         del model

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headwise.convert.pipeline import convert_model
-from headwise.demo.demo import MODEL
+from headwise.io.source import EMBEDDED_MODEL
 from headwise.measure.loss import nats_per_token
 from headwise.text.blocks import blocks_from
 
@@ -37,7 +37,7 @@ def target(text: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(MODEL))
+    parser.add_argument("--model", default=str(EMBEDDED_MODEL))
     parser.add_argument("--targets", nargs="+", required=True, metavar="gqa:G|mla:RANK+ROPE")
     parser.add_argument("--methods", nargs="+", default=["optimal"])
     parser.add_argument("--grouping", choices=("optimal", "contiguous"), help="default: the method's own")

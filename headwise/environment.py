@@ -86,7 +86,8 @@ def available_memory(device: torch.device) -> int | None:
         membership = Path("/proc/self/cgroup").read_text()
     except OSError:  # not Linux
         membership = ""
-    return max(0, min([psutil.virtual_memory().available, *_group_memory(membership, _CONTROL_GROUPS)]))
+    result: int = max(0, min([psutil.virtual_memory().available, *_group_memory(membership, _CONTROL_GROUPS)]))
+    return result
 
 
 def _group_memory(membership: str, root: Path) -> Iterator[int]:

@@ -24,7 +24,7 @@ class HeadwiseError(Exception):
         return f"{self.message} {self.hint}" if self.hint else self.message
 
 
-class GateFailed(HeadwiseError):  # noqa: N818 - a public name; the gate fails, the program does not
+class GateFailed(HeadwiseError):
     """The work is complete, and a check of its result failed (exit code 1)."""
 
     exit_code = 1

@@ -42,7 +42,8 @@ def trained_length(checkpoint: Checkpoint, arch: Architecture) -> int:
 def calibration_tokens(checkpoint: Checkpoint, arch: Architecture, steps: int) -> int:
     """Return the number of calibration tokens where the settings name none."""
     width = arch.stock_config(checkpoint.config).hidden_size
-    return max(4 * CALIBRATION_LENGTH, min(TOKENS_FOR_REFIT if steps else TOKENS, HIDDEN_NUMBERS // width))
+    wanted: int = max(4 * CALIBRATION_LENGTH, min(TOKENS_FOR_REFIT if steps else TOKENS, HIDDEN_NUMBERS // width))
+    return wanted
 
 
 def refit_steps(
@@ -149,7 +150,8 @@ def peak_memory(checkpoint: Checkpoint, arch: Architecture, target: Any, calibra
         scores = max(_scores_kept(layout, stock, batch, length, calibration.steps > 0) for layout in layouts)
         fit = scores + (20 if calibration.steps else 8) * 4 * batch * length * width
     # The last four are never in memory together.
-    return total + layer + hidden + moments + max(search, intermediate, attention_stats, fit)
+    peak: int = total + layer + hidden + moments + max(search, intermediate, attention_stats, fit)
+    return peak
 
 
 def _scores_kept(layout: Any, stock: Any, sequences: int, length: int, trained: bool) -> int:

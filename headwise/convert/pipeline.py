@@ -244,7 +244,7 @@ def convert_model(
                 if not checked.passed:
                     failure = GateFailed(
                         f"The result failed its verification: {checked.failures}.",
-                        f"It stays in {folder}: `headwise verify {folder}` repeats the checks; `force` begins again.",
+                        f"It stays in {folder}, where `headwise verify` repeats the checks; `force` begins again.",
                     )
                     failure.keeps_work = True  # what took time is never thrown away
                     raise failure

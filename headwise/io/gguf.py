@@ -11,12 +11,11 @@ import hashlib
 import json
 import math
 import re
-import struct
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from io import BufferedReader, FileIO
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +30,17 @@ from headwise.io.fs import os_errors
 from headwise.io.gguf_config import (
     Placement,
     card_fields,
+    config_from_metadata,
     find_gguf_row,
     generation_config,
-    make_config,
     place_tensors,
 )
+from headwise.io.gguf_parser import HeaderParser, gguf_error
 from headwise.io.gguf_tokenizer import write_tokenizer
-from headwise.io.header import MAX_HEADER, TensorEntry
+from headwise.io.header import TensorEntry
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
-ALIGNMENT, MAX_DIMENSIONS, MAX_STRINGS, MAX_TENSORS = 32, 4, 4_000_000, 1_000_000
-# Type number -> name of numpy's dtype, for metadata of a fixed size.
-NUMBERS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 7: "?", 10: "u8", 11: "i8", 12: "f8"}
-STRING, ARRAY = 8, 9
+ALIGNMENT, MAX_TENSORS = 32, 1_000_000
 # Kinds of GGUF file that hold no language model, by general.type and by general.architecture.
 NO_MODEL = {"mmproj": "an image or audio encoder (mmproj)", "adapter": "a LoRA adapter", "imatrix": "statistics"}
 NO_MODEL |= {"clip": NO_MODEL["mmproj"]}
@@ -205,7 +202,7 @@ def open_gguf(path: Path) -> GgufModel:
     if "rope_freqs.weight" in tensors:
         rope_factors = _read_whole(paths[0].parent, tensors["rope_freqs.weight"])
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    config = make_config(metadata, shapes, row, paths[0], tied=tied, rope_factors=rope_factors)
+    config = config_from_metadata(metadata, shapes, row, paths[0], tied=tied, rope_factors=rope_factors)
     placements = place_tensors(shapes, row, config, paths[0])
     used = [tensors[where.source] for where in placements.values()]
     matrices = {tensor.kind for tensor in used if len(tensor.shape) > 1}
@@ -226,7 +223,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
     with os_errors(path, "read"), open(path, "rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
-        parser = _Parser(file, path.name, size)
+        parser = HeaderParser(file, path.name, size)
         if size < 4 or file.read(4) != MAGIC:
             raise HeadwiseError(f"{path} is not a GGUF file: it does not begin with GGUF.", "Name a GGUF file.")
         version = parser.number("u4")
@@ -312,70 +309,8 @@ def interleaved_to_halves(values: Tensor, heads: int) -> Tensor:
         heads: number of heads.
     """
     planes = values.unflatten(0, (heads, -1, 2))
-    return planes.transpose(1, 2).reshape(values.shape)
-
-
-class _Parser:
-    """Reads the header's pieces, and refuses any that the file cannot hold."""
-
-    def __init__(self, file: BufferedReader, name: str, size: int) -> None:
-        self.file, self.name, self._size, self._strings = file, name, size, 0
-
-    def take(self, count: int, what: str) -> bytes:
-        end = self.file.tell() + count
-        if end > MAX_HEADER:
-            raise gguf_error(self.name, f"{what} lies beyond byte {MAX_HEADER:,}")
-        if end > self._size or len(content := self.file.read(count)) != count:
-            raise gguf_error(self.name, f"it is truncated in its header, at {what}")
-        return content
-
-    def number(self, kind: str, what: str = "a number") -> int:
-        dtype = np.dtype(kind).newbyteorder("<")
-        return int(np.frombuffer(self.take(dtype.itemsize, what), dtype)[0])
-
-    def string(self, what: str) -> str:
-        self._strings += 1
-        if self._strings > MAX_STRINGS:
-            raise gguf_error(self.name, f"it has more than {MAX_STRINGS:,} strings")
-        (length,) = struct.unpack("<Q", self.take(8, what))
-        try:
-            return self.take(length, what).decode()
-        except UnicodeDecodeError:
-            raise gguf_error(self.name, f"{what} is not valid UTF-8") from None
-
-    def value(self, kind: int, key: str) -> Any:
-        if kind == STRING:
-            return self.string(key)
-        if kind == ARRAY:
-            return self._array(self.number("u4", key), self.number("u8", key), key)
-        return _plain(self._numbers(kind, 1, key)[0])
-
-    def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        """The name, shape, type and offset of one row of the table."""
-        name = self.string("a tensor's name")
-        if not name.isprintable() or not name:
-            raise gguf_error(self.name, f"tensor name {name!r} is empty or has control characters")
-        count = self.number("u4", name)
-        if count > MAX_DIMENSIONS:
-            raise gguf_error(self.name, f"tensor {name} has {count} dimensions")
-        shape = tuple(self.number("u8", name) for _ in range(count))[::-1]
-        return name, shape, self.number("u4", name), self.number("u8", name)
-
-    def _array(self, kind: int, count: int, key: str) -> Any:
-        if kind == STRING:
-            return [self.string(key) for _ in range(count)]
-        return self._numbers(kind, count, key)
-
-    def _numbers(self, kind: int, count: int, key: str) -> np.ndarray:
-        if kind not in NUMBERS:
-            raise gguf_error(self.name, f"metadata {key} has the type {kind}, which the format does not have")
-        dtype = np.dtype(NUMBERS[kind]).newbyteorder("<")
-        return np.frombuffer(self.take(count * dtype.itemsize, key), dtype)
-
-
-def _plain(value: Any) -> Any:
-    """A metadata number as Python's; of a float32 the shortest decimal that stands for it, such as 1e-05."""
-    return float(str(value)) if value.dtype.itemsize == 4 and value.dtype.kind == "f" else value.item()
+    result: Tensor = planes.transpose(1, 2).reshape(values.shape)
+    return result
 
 
 def _place_data(
@@ -516,13 +451,3 @@ def _read_into(file: FileIO, left: memoryview, tensor: GgufTensor) -> None:
             if not count:
                 raise gguf_error(tensor.file, f"it became shorter while tensor {tensor.name} was read")
             left = left[count:]
-
-
-def gguf_error(file: str, reason: str) -> HeadwiseError:
-    """Return the error of a damaged file.
-
-    Args:
-        file: its name.
-        reason: what is wrong, without a full stop.
-    """
-    return HeadwiseError(f"{file} is not a sound GGUF file: {reason}.", "Download the file again.")

@@ -72,7 +72,8 @@ class Placement:
 @lru_cache(maxsize=1)
 def load_gguf_table() -> dict[str, Any]:
     """Return gguf.yaml."""
-    return yaml.safe_load(resources.files(__package__).joinpath("gguf.yaml").read_text("utf-8"))
+    result: dict[str, Any] = yaml.safe_load(resources.files(__package__).joinpath("gguf.yaml").read_text("utf-8"))
+    return result
 
 
 def find_gguf_row(metadata: Mapping[str, Any], path: Path) -> GgufRow:
@@ -99,11 +100,12 @@ def find_gguf_row(metadata: Mapping[str, Any], path: Path) -> GgufRow:
             row |= changed
     frozen = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
     return GgufRow(
-        architecture=architecture, **{f.name: frozen[f.name] for f in fields(GgufRow) if f.name in frozen}
+        architecture=architecture,
+        **{f.name: frozen[f.name] for f in fields(GgufRow) if f.name in frozen},  # type: ignore[arg-type]
     )
 
 
-def make_config(
+def config_from_metadata(
     metadata: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
     row: GgufRow,

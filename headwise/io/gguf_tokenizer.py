@@ -86,7 +86,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], path: Path) 
         raise _error(path, "merges", "has an entry that is not two tokens")
     vocabulary = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=row["ignore_merges"]))
-    pieces = [pre_tokenizers.Digits(individual_digits=True)] if row["digits"] else []
+    pieces: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if row["digits"] else []
     if row["split"]:
         pieces.append(pre_tokenizers.Split(Regex(row["split"]), behavior="isolated"))
     pieces.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=row["split"] is None))

@@ -138,7 +138,7 @@ def count_parameters(repo: str, commit: str, token: str | None) -> int | None:
     A cached model is inspected offline too, then without this count.
     """
     from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.utils import SafetensorsParsingError
+    from huggingface_hub.utils import SafetensorsParsingError  # type: ignore[attr-defined]
 
     try:
         counts = get_safetensors_metadata(repo, revision=commit, token=token).parameter_count

@@ -1,4 +1,4 @@
-"""The folder beside OUT in which a conversion happens: lock, journal, recovery, and the rename that publishes."""
+"""Make files and folders visible by one rename; the work folder of a conversion: lock, journal, recovery."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,83 @@ from filelock import FileLock, Timeout
 
 from headwise.errors import HeadwiseError
 from headwise.io.fs import check_space, disk_usage, os_errors, sync, write_all
+
+
+def publish_folder(folder: Path, out: Path, *, replaced: Path | None = None) -> None:
+    """Make a complete folder visible as `out` by one rename, once its content is on the disk.
+
+    Args:
+        folder: the complete folder, on the file system of `out`.
+        out: its final path.
+        replaced: where an existing `out` is moved to before; None: `out` must not exist.
+
+    Raises:
+        HeadwiseError: `out` is a link, or exists without `replaced`.
+        OSError: the operating system's error; `out` is then as it was.
+    """
+    _refuse_link(out)
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            sync(path)
+    sync(folder)
+    replacing = out.exists()
+    if replacing and replaced is None:
+        raise HeadwiseError(f"{out} exists already.", "Name another folder.")
+    if replacing:
+        os.rename(out, replaced)  # type: ignore[arg-type]
+    try:
+        os.rename(folder, out)
+    except OSError:
+        if replacing:
+            os.rename(replaced, out)  # type: ignore[arg-type]
+        raise
+    sync(out.parent)
+
+
+def discard_folder(folder: Path, trash: Path) -> None:
+    """Remove a folder so that it is never seen in part: rename it first.
+
+    Args:
+        folder: the folder; it may be gone already.
+        trash: a path on the same file system that does not exist.
+    """
+    with suppress(OSError):
+        os.rename(folder, trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def write_file_atomically(path: Path, content: bytes | Callable[[Path], object]) -> None:
+    """Write a file that is visible only when it is complete and on the disk; replace an existing one.
+
+    Args:
+        path: the file.
+        content: its bytes, or a function that writes the file to the path that it is given.
+
+    Raises:
+        HeadwiseError: `path` is a link.
+        OSError: the operating system's error; `path` is then as it was.
+    """
+    _refuse_link(path)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.unlink(missing_ok=True)  # of a process that was killed
+    try:
+        if callable(content):
+            content(unfinished)
+        else:
+            with open(unfinished, "xb") as file:
+                file.write(content)
+        sync(unfinished)
+        os.replace(unfinished, path)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise HeadwiseError(f"{path} is a link, and links are not replaced.", "Name the file or folder itself.")
 
 
 class Interrupted(HeadwiseError, KeyboardInterrupt):
@@ -106,19 +184,12 @@ class WorkFolder:
             sync(self.output)
             self.append({"finished": True})
             sync(self.home / "journal.jsonl")
-            replacing = self.out.exists()
-            if replacing and not self.force:
+            if self.out.exists() and not self.force:
                 raise _exists(self.out)
-            if replacing:
-                os.rename(self.out, self.old)
             try:
-                os.rename(self.output, self.out)
-            except OSError:
-                if replacing:
-                    os.rename(self.old, self.out)
-                raise
-            self._published = True
-            sync(self.out.parent)
+                publish_folder(self.output, self.out, replaced=self.old)
+            finally:
+                self._published = not self.output.exists()
 
     def close(self, error: BaseException | None) -> None:
         """Let go of the lock; remove the work folder unless what is in it can be resumed."""

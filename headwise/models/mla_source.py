@@ -63,7 +63,10 @@ class MlaSource:
 
 @cache
 def _table() -> dict[str, Any]:
-    return yaml.safe_load(resources.files(__package__).joinpath("deepseek.yaml").read_text("utf-8"))
+    result: dict[str, Any] = yaml.safe_load(
+        resources.files(__package__).joinpath("deepseek.yaml").read_text("utf-8")
+    )
+    return result
 
 
 def find_mla_source(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> MlaSource:

@@ -99,7 +99,8 @@ def ntk_base(rope_theta: float, factor: float, rotary_dim: int) -> float:
     """
     if rotary_dim <= 2:
         raise ValueError("a single rotary plane turns by 1 whatever the base is")
-    return rope_theta * factor ** (rotary_dim / (rotary_dim - 2))
+    result: float = rope_theta * factor ** (rotary_dim / (rotary_dim - 2))
+    return result
 
 
 def rescale(

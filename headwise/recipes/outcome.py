@@ -151,8 +151,8 @@ def recorded_source(record: Mapping[str, Any] | None, checkpoint: Checkpoint) ->
         checkpoint: the folder.
 
     Returns:
-        The repository and its commit, or a folder or GGUF file of the recorded name and files: beside the converted folder, in
-        the working directory, or the embedded model. None where there is none.
+        The repository and its commit, or a folder or GGUF file of the recorded name and files: beside the converted
+        folder, in the working directory, or the embedded model. None where there is none.
     """
     source = (record or {}).get("source")
     if not isinstance(source, dict) or not isinstance(source.get("model"), str):

@@ -364,7 +364,9 @@ def test_a_dry_run_writes_nothing_and_says_what_will_be_done(model: Path, tmp_pa
     assert {shard.file: shard.nbytes for shard in plan.shards} == sizes
     before = tensors(model)
     for action in plan.actions:
-        assert (action.action == "copy") == torch.equal(written[action.name].flatten(), before[action.name].flatten())
+        assert (action.action == "copy") == torch.equal(
+            written[action.name].flatten(), before[action.name].flatten()
+        )
 
 
 def test_the_config_is_read_alike_in_both_spellings(model: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from headwise.convert.verify.check import verify_model
 from headwise.recipes import run
-from headwise.recipes.settings import Data, Loss, UptrainRecipe, Training
+from headwise.recipes.settings import Data, Loss, Training, UptrainRecipe
 from headwise.recipes.uptrain import uptrain_model
 from headwise.records.manifest import RECORD
 from headwise.train.checkpoints import WEIGHTS, Checkpoints

@@ -308,7 +308,8 @@ def whole(prey: Prey, random: Random) -> Outcome:
             (model / name).write_bytes(flip(random, content))
     method = random.choice(["mean", "optimal"])
     return prey.judge(
-        lambda: convert_model(model, prey.out, to="gqa", groups=2, method=method, calibrate="none"), render.render_conversion
+        lambda: convert_model(model, prey.out, to="gqa", groups=2, method=method, calibrate="none"),
+        render.render_conversion,
     )
 
 

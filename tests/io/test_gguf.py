@@ -42,6 +42,17 @@ from tests.io.gguf_files import (
 )
 
 TOKENS = torch.arange(3, 40)[None]
+# tokenizer.ggml.pre -> the pieces of "it's 2024" before any merge.
+PIECES = {
+    "gpt-2": ["it", "'s", "Ġ2024"],
+    "smollm": ["it", "'s", "Ġ", "2", "0", "2", "4"],
+    "llama-bpe": ["it", "'s", "Ġ", "202", "4"],
+    "llama3": ["it", "'s", "Ġ", "202", "4"],
+    "llama-v3": ["it", "'s", "Ġ", "202", "4"],
+    "qwen2": ["it", "'s", "Ġ", "2", "0", "2", "4"],
+    "deepseek-r1-qwen": ["it", "'s", "Ġ", "2", "0", "2", "4"],
+    "tekken": ["it", "'s", "Ġ", "2", "0", "2", "4"],
+}
 
 
 def logits_of(model: Any) -> Tensor:
@@ -86,7 +97,9 @@ def test_tensors_are_the_dequantised_ones_of_the_stock_class(tmp_path: Path, mod
         assert torch.equal(read, tensor), name
 
 
-@pytest.mark.parametrize("kind", [Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K])
+@pytest.mark.parametrize(
+    "kind", [Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K]
+)
 def test_kinds_that_the_package_only_reads(tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     """K-quants have no quantiser in Python: random blocks are compared with the package's own values."""
     from gguf import GGML_QUANT_SIZES, GGUFWriter, dequantize
@@ -123,7 +136,9 @@ def test_logits_are_those_of_transformers(tmp_path: Path, model_type: str, kind:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-def test_chunks_are_the_bytes_of_the_tensor(tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_are_the_bytes_of_the_tensor(
+    tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gguf_reader, "ELEMENTS", 160)
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", model_type, Kind.Q4_0))
     for name in checkpoint.tensors:
@@ -289,18 +304,9 @@ def test_every_kind_of_pieces_decodes_to_its_text(tmp_path: Path, pre: str) -> N
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", metadata={"tokenizer.ggml.pre": pre}))
     tokenizer = load_tokenizer(checkpoint.folder, tmp_path)
     pieces = [piece for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("it's 2024")]
-    assert pieces == {
-        "gpt-2": ["it", "'s", "Ġ2024"],
-        "smollm": ["it", "'s", "Ġ", "2", "0", "2", "4"],
-        "llama-bpe": ["it", "'s", "Ġ", "202", "4"],
-        "llama3": ["it", "'s", "Ġ", "202", "4"],
-        "llama-v3": ["it", "'s", "Ġ", "202", "4"],
-        "qwen2": ["it", "'s", "Ġ", "2", "0", "2", "4"],
-        "deepseek-r1-qwen": ["it", "'s", "Ġ", "2", "0", "2", "4"],
-        "tekken": ["it", "'s", "Ġ", "2", "0", "2", "4"],
-    }[pre]
+    assert pieces == PIECES[pre]
     for text in TEXTS:
-        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text.replace("u\u0308", "ü")
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
 def sentencepiece(**more: Any) -> dict[str, Any]:
@@ -420,7 +426,8 @@ def test_a_calibrated_conversion_and_its_records(tmp_path: Path, llama: Path) ->
     assert result.exit_code == 0, result.output
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert loaded.config.num_key_value_heads == 1 and logits_of(loaded).isfinite().all()
-    assert transformers.AutoTokenizer.from_pretrained(out)(TEXTS[0])["input_ids"] == tiny_tokenizer().encode(TEXTS[0]).ids
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer(TEXTS[0])["input_ids"] == tiny_tokenizer().encode(TEXTS[0]).ids
 
 
 def test_another_parent_fails_the_verification(tmp_path: Path, llama: Path) -> None:

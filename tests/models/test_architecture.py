@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from headwise.errors import HeadwiseError
 from headwise.models import architecture
 from headwise.models.architecture import Architecture
-from headwise.models.layout import LayerWeights, to_planes, from_planes
+from headwise.models.layout import LayerWeights, from_planes, to_planes
 from tests import tiny_models
 
 ROWS = sorted(tiny_models.CONFIGS)

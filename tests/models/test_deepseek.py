@@ -98,7 +98,9 @@ def export(model, to_latent, *, dtype=torch.float32, v_head_dim=None, tolerance=
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     attention = [name for name in state if ".self_attn." in name]
-    tensors = {c.name: c.apply(state[c.source], dtype) for c in mla_source.plan_scaled_copies(source, state, attention)}
+    tensors = {
+        c.name: c.apply(state[c.source], dtype) for c in mla_source.plan_scaled_copies(source, state, attention)
+    }
     for i, layer in enumerate(layers):
         o_bias = model.model.layers[i].self_attn.o_proj.bias
         tensors |= deepseek.attention_tensors(
@@ -243,7 +245,9 @@ def test_read_attention_is_the_inverse(tmp_path):
     torch.testing.assert_close(got.k_rope, wanted.k_rope)
     torch.testing.assert_close(got.v_up @ got.kv_down, wanted.v_up @ wanted.kv_down)
     torch.testing.assert_close(got.q_rope * got.scale, wanted.q_rope * wanted.scale)
-    torch.testing.assert_close(got.o / mla_source.find_mla_source(parent.config.to_dict()).factors["residual"], wanted.o)
+    torch.testing.assert_close(
+        got.o / mla_source.find_mla_source(parent.config.to_dict()).factors["residual"], wanted.o
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from headwise.convert.calibration.layer_stream import TOKENS_AT_ONCE, LayerRecord
 from headwise.convert.linalg import single_threaded_lapack
-from headwise.convert.refit.regression import TINY, apply_attention, split_sequences
+from headwise.convert.refit.regression import apply_attention, split_sequences
+from headwise.train.optimizer import TINY
 
 # The weight of the present output matrices in tokens per input, and the folds of the cross-validation
 # (docs/decisions/0013).
@@ -107,7 +108,8 @@ def _output_step(gram: Tensor, cross: Tensor, tokens: int) -> Tensor:
     """Return the ridge solution; its condition number is at most `tokens / PRIOR`, fit for float32."""
     prior = PRIOR * float(gram.diagonal().sum()) / max(tokens, 1)
     system = gram + torch.eye(len(gram), device=gram.device) * max(prior, TINY)
-    return single_threaded_lapack(lambda left: torch.linalg.solve(left, cross), system)
+    step: Tensor = single_threaded_lapack(lambda left: torch.linalg.solve(left, cross), system)
+    return step
 
 
 def _transposed(projection: Any) -> bool:

@@ -179,7 +179,8 @@ def _room(device: torch.device | str) -> int:
 def apply_attention(attention: nn.Module, record: LayerRecord, inputs: Tensor) -> Tensor:
     """Return the output of an attention module for inputs of shape (sequences, length, D)."""
     output = attention(hidden_states=inputs, **record.arguments)
-    return output[0] if isinstance(output, tuple) else output
+    result: Tensor = output[0] if isinstance(output, tuple) else output
+    return result
 
 
 def _schedule(step: int, steps: int) -> float:
