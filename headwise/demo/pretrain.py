@@ -27,6 +27,7 @@ from headwise import environment
 from headwise.demo import scratch
 from headwise.demo.settings import DEMO_SETTINGS, PretrainSettings, load_settings
 from headwise.errors import HeadwiseError
+from headwise.io.workdir import publish_folder
 from headwise.measure.loss import nats_per_token
 from headwise.progress import SILENT, Progress
 from headwise.recipes.outcome import RECORDED_PACKAGES, hardware
@@ -105,7 +106,7 @@ def pretrain(
             "heldout": measure(work, heldout),
         }
         (work / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        work.rename(out)
+        publish_folder(work, out)
     except BaseException:
         if processes.is_main_process:
             shutil.rmtree(work, ignore_errors=True)

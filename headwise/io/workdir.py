@@ -96,13 +96,15 @@ def _refuse_link(path: Path) -> None:
 
 
 class Interrupted(HeadwiseError, KeyboardInterrupt):
-    """The user stopped the work; what is done is kept."""
+    """The user stopped the work; the completed part is kept."""
 
     exit_code = 130
 
 
 class WorkFolder:
-    """`.OUT.headwise-work`: `output` grows in it, `journal.jsonl` says what is done, `lock` who is at it.
+    """The folder `.OUT.headwise-work` of one conversion.
+
+    It contains the growing `output`, `journal.jsonl` with a line for every completed step, and `lock`.
 
     Args:
         out: the folder that will be published.
@@ -115,31 +117,35 @@ class WorkFolder:
         self, out: str | Path, *, source: Path | None = None, resume: bool = False, force: bool = False
     ) -> None:
         self.out = Path(os.path.abspath(Path(out).expanduser()))
-        self.home = self.out.parent / f".{self.out.name}.headwise-work"
-        self.output, self.old = self.home / "output", self.home / "replaced"
+        self.folder = self.out.parent / f".{self.out.name}.headwise-work"
+        self.output, self.replaced = self.folder / "output", self.folder / "replaced"
         self.journal: list[dict[str, Any]] = []
         self.resume, self.force = resume, force
         self._source = source
         self._published = False
-        self._filelock = FileLock(self.home / "lock", blocking=False)
+        self._filelock = FileLock(self.folder / "lock", blocking=False)
 
     def start(self, identity: dict[str, Any], nbytes: int) -> None:
-        """Take the lock, and begin a new run or take up the interrupted one.
+        """Take the lock, and begin a new run or continue the interrupted one.
+
+        Args:
+            identity: what the output is a function of; a resumed run must have the same.
+            nbytes: size of the output.
 
         Raises:
-            HeadwiseError: OUT is in the way or overlaps with the source, another process writes it, an
-                unfinished run is there or differs, or `nbytes` do not fit on the disk.
+            HeadwiseError: OUT exists or overlaps with the source, another process writes it, an unfinished run
+                exists or differs, or the disk is too small.
         """
         identity = json.loads(json.dumps(identity))
         with os_errors(self.out):
             if self._source is not None:
                 _check_apart(self.out, self._source)
-            fresh = not self.home.exists()
+            fresh = not self.folder.exists()
             if fresh:
-                # Refused before anything is made, and again once nobody else can be at it.
+                # Before anything is created; again below, under the lock.
                 self._check_target()
                 check_space(self.out, nbytes)
-            self.home.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             try:
                 self._lock()
                 self._recover()
@@ -147,7 +153,7 @@ class WorkFolder:
                 self.journal = self._read_journal()
                 if self.journal and not (self.resume or self.force):
                     raise HeadwiseError(
-                        f"An unfinished conversion to {self.out} is in {self.home}.",
+                        f"An unfinished conversion to {self.out} is in {self.folder}.",
                         "Pass `resume` to finish it, or `force` to begin again.",
                     )
                 if self.journal and self.resume:
@@ -156,22 +162,37 @@ class WorkFolder:
                 else:
                     self._begin(identity, nbytes)
             except BaseException:
-                # A folder without output is what a run left that could not tidy up after itself.
-                self._unlock(remove=fresh or not (self.output.exists() or self.old.exists()))
+                # A folder without output is the remains of a run that could not remove it.
+                self._unlock(remove=fresh or not (self.output.exists() or self.replaced.exists()))
                 raise
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add a line to the journal."""
+        """Add a line to the journal.
+
+        Args:
+            line: plain JSON data.
+
+        Raises:
+            DiskError: the disk fails.
+        """
         self.journal.append(line)
         with os_errors(self.out):
-            handle = os.open(self.home / "journal.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            handle = os.open(self.folder / "journal.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             try:
                 write_all(handle, json.dumps(line).encode() + b"\n")
             finally:
                 os.close(handle)
 
     def add(self, name: str, content: bytes) -> None:
-        """Write a small file of the output."""
+        """Write a small file of the output.
+
+        Args:
+            name: its path in the output.
+            content: its bytes.
+
+        Raises:
+            DiskError: the disk fails.
+        """
         path = self.output / name
         with os_errors(self.out):
             path.parent.mkdir(exist_ok=True)
@@ -179,25 +200,37 @@ class WorkFolder:
             sync(path)
 
     def publish(self) -> None:
-        """Make OUT the finished folder; an old one makes way and is deleted when the new one is in place."""
+        """Publish the output as OUT; an old OUT is moved away before and deleted after.
+
+        Raises:
+            HeadwiseError: OUT exists and is not replaced, or the disk fails.
+        """
         with os_errors(self.out):
             sync(self.output)
             self.append({"finished": True})
-            sync(self.home / "journal.jsonl")
+            sync(self.folder / "journal.jsonl")
             if self.out.exists() and not self.force:
                 raise _exists(self.out)
             try:
-                publish_folder(self.output, self.out, replaced=self.old)
+                publish_folder(self.output, self.out, replaced=self.replaced)
             finally:
                 self._published = not self.output.exists()
 
     def close(self, error: BaseException | None) -> None:
-        """Let go of the lock; remove the work folder unless what is in it can be resumed."""
+        """Release the lock, and remove the work folder unless the run can be resumed.
+
+        Args:
+            error: the exception that ended the run, or None.
+
+        Raises:
+            Interrupted: in place of a KeyboardInterrupt, with the way to resume.
+        """
         keep = error is not None and not self._published and not _is_final(error)
         self._unlock(remove=not keep)
         if keep and isinstance(error, KeyboardInterrupt):
             raise Interrupted(
-                f"Interrupted; what is done is kept in {self.home}.", "The same command with `resume` finishes it."
+                f"Interrupted; the completed part is kept in {self.folder}.",
+                "The same command with `resume` finishes it.",
             ) from None
 
     def _check_target(self) -> None:
@@ -208,13 +241,13 @@ class WorkFolder:
         if not self.force:
             raise _exists(self.out)
         if self.out.is_symlink() or not (self.out / "config.json").is_file():
-            # `force` must never cost anybody a folder that is not a model.
+            # `force` never deletes a folder that is not a model.
             raise HeadwiseError(
                 f"{self.out} is not a model folder, so `force` does not replace it.", "Name another OUT."
             )
 
     def _lock(self) -> None:
-        owner = self.home / "owner"
+        owner = self.folder / "owner"
         try:
             self._filelock.acquire()
         except Timeout:
@@ -222,13 +255,13 @@ class WorkFolder:
                 f"{self.out} is being written by {_read(owner) or 'another process'}.",
                 "Wait for it, or name another OUT.",
             ) from None
-        # The operating system frees the lock of a process that dies. Across hosts it may not know of locks.
+        # The system releases the lock of a process that dies, but network file systems may not share locks.
         host = socket.gethostname()
-        left = _read(owner)
-        if left and not left.endswith(f" on {host}"):
+        previous = _read(owner)
+        if previous and not previous.endswith(f" on {host}"):
             self._filelock.release()
             raise HeadwiseError(
-                f"{self.out} is being written by {left}.", f"If that is no longer so, delete {owner}."
+                f"{self.out} is being written by {previous}.", f"If that process has ended, delete {owner}."
             )
         owner.write_text(f"process {os.getpid()} on {host}")
 
@@ -236,26 +269,26 @@ class WorkFolder:
         if not self._filelock.is_locked:
             return
         with suppress(OSError):
-            (self.home / "owner").unlink()
+            (self.folder / "owner").unlink()
         if remove:
-            # Removed under the lock, so that nobody else's work can be in it.
-            shutil.rmtree(self.home, ignore_errors=True)
+            # Under the lock, so that no other process uses it.
+            shutil.rmtree(self.folder, ignore_errors=True)
         self._filelock.release()
 
     def _recover(self) -> None:
-        """Set right what a run left that died while it published."""
-        if self.old.exists() and not os.path.lexists(self.out):
-            os.rename(self.old, self.out)
-        finished = (_read(self.home / "journal.jsonl") or "").endswith('{"finished": true}\n')
+        """Complete or undo the renames of a run that died while it published."""
+        if self.replaced.exists() and not os.path.lexists(self.out):
+            os.rename(self.replaced, self.out)
+        finished = (_read(self.folder / "journal.jsonl") or "").endswith('{"finished": true}\n')
         if finished and not self.output.exists() and os.path.lexists(self.out):
             self._unlock(remove=True)
             raise HeadwiseError(f"{self.out} is complete; nothing is left to resume.")
 
     def _read_journal(self) -> list[dict[str, Any]]:
-        path = self.home / "journal.jsonl"
+        path = self.folder / "journal.jsonl"
         if not (path.exists() and self.output.is_dir()):
             return []
-        # A killed run or a full disk may have left half a line: nothing after it is believed, nor glued to it.
+        # A killed run or a full disk may leave half a line; the journal ends before it.
         lines: list[dict[str, Any]] = []
         end = 0
         for line in path.read_bytes().splitlines(keepends=True):
@@ -274,16 +307,16 @@ class WorkFolder:
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key):
                 raise HeadwiseError(
-                    f"The unfinished conversion in {self.home} cannot be resumed: its {key} was "
+                    f"The unfinished conversion in {self.folder} cannot be resumed: its {key} was "
                     f"{before.get(key)!r} and is now {now.get(key)!r}.",
                     "Repeat it as it was, or pass `force` to begin again.",
                 )
 
     def _begin(self, identity: dict[str, Any], nbytes: int) -> None:
-        for path in (self.output, self.old):
+        for path in (self.output, self.replaced):
             if path.exists():
                 shutil.rmtree(path)
-        (self.home / "journal.jsonl").unlink(missing_ok=True)
+        (self.folder / "journal.jsonl").unlink(missing_ok=True)
         check_space(self.out, nbytes)
         self.journal = []
         self._check_rename()
@@ -291,8 +324,8 @@ class WorkFolder:
         self.append({"identity": identity})
 
     def _check_rename(self) -> None:
-        """Some network and layered file systems cannot rename a folder: better known before the work than after."""
-        before, after = self.home / "probe", self.home / "probed"
+        """Check, before the work begins, that the file system can rename folders; some network ones cannot."""
+        before, after = self.folder / "probe", self.folder / "probed"
         for path in (before, after):
             shutil.rmtree(path, ignore_errors=True)
         before.mkdir()

@@ -116,7 +116,7 @@ class Run:
             teacher_in_memory = self.teacher if recipe.needs_teacher_in_memory else None
             check_memory(folder, teacher_in_memory, recipe.train, recipe.data.length)
         check_reporters(recipe.train.report_to if recipe.train else [])
-        self.training_dir = WorkFolder(out).home / TRAINING
+        self.training_dir = WorkFolder(out).folder / TRAINING
         self.before, self.parent = math.nan, None  # type: float, float | None
         self.heldout = torch.empty(0)
         self.layers: dict[int, dict[str, Any]] = {}

@@ -6,11 +6,10 @@ and in `model` the stock model of the folder at that step.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
-from headwise.io.fs import DiskError, check_space, os_errors, sync
+from headwise.io.fs import DiskError, check_space, os_errors
+from headwise.io.workdir import discard_folder, publish_folder, write_file_atomically
 
 WEIGHTS = "trained.safetensors"
 # Bytes of a trained parameter in a checkpoint: its value and AdamW's two averages, in float32.
@@ -97,16 +97,9 @@ class Checkpoints:
 
     def _publish(self) -> None:
         for written in self.staging.glob("checkpoint-*"):
-            for path in written.rglob("*"):
-                sync(path)
-            sync(written)
-            os.rename(written, self.folder / written.name)
-        sync(self.folder)
+            publish_folder(written, self.folder / written.name)
         for old in self.all()[: -self.num_kept]:
-            # The rename ends the checkpoint in one step, however its deletion ends; `writing` removes the rest.
-            with suppress(OSError):
-                os.rename(old, self.staging / "old")
-            shutil.rmtree(self.staging / "old", ignore_errors=True)
+            discard_folder(old, self.staging / "old")
 
     def check_space(self) -> None:
         """Raise DiskError unless one more checkpoint fits on the disk."""
@@ -124,10 +117,8 @@ def save_tensors(state: Mapping[str, Tensor], names: Iterable[str], path: Path) 
         names: the tensors to write.
         path: the safetensors file.
     """
-    unfinished = path.with_suffix(".unfinished")
-    save_file({name: state[name].contiguous() for name in names}, unfinished)
-    sync(unfinished)
-    os.rename(unfinished, path)
+    tensors = {name: state[name].contiguous() for name in names}
+    write_file_atomically(path, lambda unfinished: save_file(tensors, unfinished))
 
 
 def load_tensors(network: Any, path: Path) -> None:

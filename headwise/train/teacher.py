@@ -16,7 +16,8 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from headwise.io.fs import check_space, os_errors, sync
+from headwise.io.fs import check_space, os_errors
+from headwise.io.workdir import publish_folder
 from headwise.progress import SILENT, Progress
 from headwise.train.losses import ModelOutputs
 from headwise.train.student import ModelFolder
@@ -178,9 +179,7 @@ def cache_teacher_topk(
             _write_topk(folder, blocks, collate, topk, temperature, unfinished, progress)
             processes.wait_for_everyone()
             if processes.is_main_process:
-                for name in TOPK_ARRAYS:
-                    sync(unfinished / f"{name}.npy")
-                unfinished.rename(complete)
+                publish_folder(unfinished, complete)
         processes.wait_for_everyone()
     return TeacherTopK(blocks, complete)
 

@@ -139,7 +139,7 @@ def test_resume_after_an_interruption_gives_the_same_bytes(model, tmp_path, numb
     with pytest.raises(KeyboardInterrupt) as caught:
         convert(model, tmp_path / "out", stop=stop)
     assert isinstance(caught.value, Interrupted) and caught.value.exit_code == 130
-    assert "--resume" in str(caught.value)
+    assert "`resume`" in str(caught.value)
     assert not (tmp_path / "out").exists()
     refused("unfinished conversion", model, tmp_path / "out")
     assert contents(convert(model, tmp_path / "out", resume=True)) == whole
@@ -149,7 +149,7 @@ def test_resume_after_an_interruption_gives_the_same_bytes(model, tmp_path, numb
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from tests.convert import test_writer
+from tests.io import test_writer
 def stop(at):
     if at == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)

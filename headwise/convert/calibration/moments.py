@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from headwise.convert.calibration.layer_stream import LayerRecord
 from headwise.errors import HeadwiseError
 from headwise.io.reader import Checkpoint
+from headwise.io.workdir import write_file_atomically
 
 INDEX = "moments.json"
 
@@ -52,16 +53,17 @@ class Moments:
             HeadwiseError: the folder exists and holds anything else, or cannot be made.
         """
         known = {name: getattr(calibration, name) for name in ("text", "sequences", "length", "seed")}
-        made = cls(folder, checkpoint.fingerprint(), **known)
+        moments = cls(folder, checkpoint.fingerprint(), **known)
         with suppress(HeadwiseError):
-            if cls.open(folder, checkpoint) == made:
-                return made
+            if cls.open(folder, checkpoint) == moments:
+                return moments
         try:
             folder.mkdir(parents=True)
-            (folder / INDEX).write_text(json.dumps({"model": made.model, **known}, indent=2) + "\n")
+            index = json.dumps({"model": moments.model, **known}, indent=2) + "\n"
+            write_file_atomically(folder / INDEX, index.encode())
         except OSError as error:
             raise HeadwiseError(f"`save_moments` {folder}: {error.strerror}.", "Name a new folder.") from error
-        return made
+        return moments
 
     @classmethod
     def open(cls, folder: Path, checkpoint: Checkpoint) -> Moments:
@@ -87,7 +89,7 @@ class Moments:
         """Write one layer in float32."""
         tensors = {**record.moments(), "distances": record.distances}
         kept = {n: t.to(torch.float32).cpu().contiguous() for n, t in tensors.items() if t is not None}
-        save_file(kept, self._path(record.index))
+        write_file_atomically(self._path(record.index), lambda path: save_file(kept, path))
 
     def read(self, layer: int, device: torch.device | str = "cpu") -> LayerRecord:
         """Read one layer in float64, without inputs and outputs.

@@ -124,7 +124,7 @@ def refit_jointly(
     Returns:
         A report for each stage, as headwise.json holds it.
     """
-    work = writer.work.home
+    work = writer.work.folder
     if NOTE not in writer.notes:
         blocks = _sampled_blocks(writer, parent, plan, seed, device, progress)
         student = Student.load(ModelFolder.of(open_checkpoint(writer.folder)), ModelFolder.of(parent))
@@ -152,7 +152,7 @@ def refit_jointly(
 def _sampled_blocks(
     writer: Writer, parent: Checkpoint, plan: JointPlan, seed: int, device: torch.device, progress: Progress
 ) -> Tensor:
-    path = writer.work.home / TEXT
+    path = writer.work.folder / TEXT
     if path.exists() and "joint text" in writer.notes:
         return load_file(path)["tokens"].long()
     blocks = sample_tokens(

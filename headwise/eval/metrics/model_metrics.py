@@ -26,6 +26,7 @@ from headwise.eval.model import EvalModel
 from headwise.eval.settings import EvalSettings
 from headwise.eval.tasks.harness import Harness
 from headwise.eval.tasks.samples import TaskResults, read_results
+from headwise.io.workdir import publish_folder
 from headwise.measure.loss import token_nats
 from headwise.measure.positions import PositionLoss, average_by_position
 from headwise.progress import Progress
@@ -185,9 +186,7 @@ class ResultCache:
         with tempfile.TemporaryDirectory(dir=self.folder.parent) as scratch:
             new = Path(scratch) / "new"
             shutil.copytree(folder, new)
-            if self.folder.exists():
-                self.folder.replace(Path(scratch) / "old")
-            new.replace(self.folder)
+            publish_folder(new, self.folder, replaced=Path(scratch) / "old")
 
 
 def _free_memory() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from headwise.eval.report.report import figures_table, limits, read_report
 from headwise.eval.result import Comparison, Evaluation
 from headwise.eval.verdict import figure_name, verdict_of
 from headwise.io.source import source_in_folder
+from headwise.io.workdir import write_file_atomically
 from headwise.records.card import EVALUATION, with_section
 
 TASK_FIELDS = ("dataset_path", "dataset_name", "test_split", "validation_split")
@@ -85,12 +85,14 @@ def update_card(
     figures = [_model_index_entry(c, configs.get(c.task, {})) for c in evaluation.headlines]
     card.data["model_name"] = home.resolve().name
     card.data["eval_results"] = figures or None
-    _replace(path, with_section(str(card), EVALUATION, evaluation_section(evaluation), before="Errors"))
+    text = with_section(str(card), EVALUATION, evaluation_section(evaluation), before="Errors")
+    write_file_atomically(path, text.encode())
     files = []
     for task, entry in entries:
         file = home / ".eval_results" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', task)}.yaml"
         file.parent.mkdir(exist_ok=True)
-        _replace(file, yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
+        entry_yaml = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+        write_file_atomically(file, entry_yaml.encode())
         files.append(file)
     return CardUpdate(path, len(figures), tuple(files))
 
@@ -186,10 +188,3 @@ def _task_fields(config: Any) -> dict[str, str]:
                 yield key, config[key]
 
     return dict(pairs()) if isinstance(config, dict) else {}
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8", newline="")
-    os.replace(new, path)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from headwise.errors import HeadwiseError
+from headwise.io.workdir import publish_folder
 
 REPORT = "report.json"
 
@@ -52,12 +53,4 @@ def published(out: Path, force: bool) -> Iterator[Path]:
         if not (work / REPORT).is_file():  # a process that only computed its share of the tasks
             return
         check_report(out, force)
-        old = Path(scratch) / "old"
-        if out.exists():
-            out.replace(old)
-        try:
-            work.replace(out)
-        except OSError:
-            if old.exists():
-                old.replace(out)
-            raise
+        publish_folder(work, out, replaced=Path(scratch) / "old")

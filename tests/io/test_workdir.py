@@ -1,0 +1,115 @@
+"""Files and folders become visible by one rename: complete or as before, and never through a link."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from headwise.errors import HeadwiseError
+from headwise.io.workdir import discard_folder, publish_folder, write_file_atomically
+
+
+def folder(path: Path, text: str) -> Path:
+    (path / "inner").mkdir(parents=True)
+    (path / "inner" / "file").write_text(text)
+    return path
+
+
+def text_of(path: Path) -> str:
+    return (path / "inner" / "file").read_text()
+
+
+def refuse_rename_of(source_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if Path(source).name == source_name:
+            raise OSError(5, "the disk reports an error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+
+
+def test_a_folder_is_published_and_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    publish_folder(folder(tmp_path / "first", "1"), out)
+    assert text_of(out) == "1" and not (tmp_path / "first").exists()
+    with pytest.raises(HeadwiseError, match="exists already"):
+        publish_folder(folder(tmp_path / "second", "2"), out)
+    assert text_of(out) == "1"
+    publish_folder(tmp_path / "second", out, replaced=tmp_path / "old")
+    assert text_of(out) == "2" and text_of(tmp_path / "old") == "1"
+
+
+def test_the_old_folder_returns_if_the_new_one_cannot_appear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, new = folder(tmp_path / "out", "1"), folder(tmp_path / "new", "2")
+    refuse_rename_of("new", monkeypatch)
+    with pytest.raises(OSError, match="disk reports"):
+        publish_folder(new, out, replaced=tmp_path / "old")
+    assert text_of(out) == "1" and text_of(new) == "2" and not (tmp_path / "old").exists()
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+def test_links_are_not_replaced(tmp_path: Path, dangling: bool) -> None:
+    target = tmp_path / "target"
+    if not dangling:
+        folder(target, "1")
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    with pytest.raises(HeadwiseError, match="link is a link"):
+        publish_folder(folder(tmp_path / "new", "2"), link, replaced=tmp_path / "old")
+    with pytest.raises(HeadwiseError, match="link is a link"):
+        write_file_atomically(link, b"2")
+    assert link.is_symlink() and target.exists() != dangling
+
+
+def test_content_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (events.append(os.readlink(f"/proc/self/fd/{handle}")), fsync(handle))
+    )
+    monkeypatch.setattr(os, "rename", lambda a, b: (events.append("rename"), rename(a, b)))
+    publish_folder(folder(tmp_path / "new", "1"), tmp_path / "out")
+    before = {Path(event).name for event in events[: events.index("rename")]}
+    assert before == {"new", "inner", "file"} and events[-1] == str(tmp_path)
+
+
+def test_a_file_is_written_from_bytes_or_by_a_function(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_file_atomically(path, b"1")
+    assert path.read_bytes() == b"1"
+    write_file_atomically(path, lambda unfinished: unfinished.write_text("2"))
+    assert path.read_bytes() == b"2" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_failing_writer_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_file_atomically(path, b"1")
+
+    def fail(unfinished: Path) -> None:
+        unfinished.write_text("half")
+        raise OSError(28, "no space")
+
+    with pytest.raises(OSError, match="no space"):
+        write_file_atomically(path, fail)
+    assert path.read_bytes() == b"1" and os.listdir(tmp_path) == ["file"]
+
+
+def test_the_remains_of_a_killed_writer_are_no_obstacle(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("1")
+    (tmp_path / ".file.unfinished").symlink_to(precious)
+    write_file_atomically(tmp_path / "file", b"2")
+    assert precious.read_text() == "1" and sorted(os.listdir(tmp_path)) == ["file", "precious"]
+
+
+def test_a_folder_is_discarded_by_a_rename_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = folder(tmp_path / "old", "1")
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # killed before anything is deleted
+    discard_folder(old, tmp_path / "trash")
+    assert not old.exists() and text_of(tmp_path / "trash") == "1"
