@@ -71,6 +71,16 @@ WINDOWS = {
     "num_hidden_layers": 3,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 1.5, 2.5, 4.0],
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 12}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -104,6 +114,8 @@ def heads(query: int, key_value: int, head_dim: int | None = None, hidden: int |
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", heads(9, 3, 8) | {"attention_bias": True}),
     "mha": ("llama", heads(8, 8, 8, 48) | {"num_hidden_layers": 3, "tie_word_embeddings": True}),
+    "yarn": ("llama", heads(6, 3, 8) | {"rope_parameters": YARN}),
+    "linear": ("llama", heads(6, 3, 8) | {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}),
     "llama3": ("llama", heads(6, 3, 10, 42) | {"rope_parameters": LLAMA3}),
     "mistral": ("mistral", heads(14, 7, 6) | {"sliding_window": 9}),
     "qwen2": ("qwen2", heads(14, 2, hidden=56)),
@@ -114,6 +126,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", heads(10, 5, 8)),
     "gemma3": ("gemma3_text", heads(6, 3, 8) | WINDOWS | {"query_pre_attn_scalar": 7}),
     "phi3": ("phi3", heads(9, 3, hidden=72) | HALF_ROTARY),
+    "phi3-long": ("phi3", heads(9, 3, hidden=72) | {"rope_parameters": LONGROPE}),
     "phi": ("phi", heads(9, 3, hidden=72) | HALF_ROTARY),
     "stablelm": ("stablelm", heads(9, 3, hidden=72) | {"use_qkv_bias": True} | HALF_ROTARY),
     "gpt_neox": (
@@ -121,6 +134,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_attention_heads": 5, "hidden_size": 80, "rope_parameters": {"partial_rotary_factor": 0.25}},
     ),
     "mixtral": ("mixtral", heads(14, 7, 6) | EXPERTS),
+    "glm4_moe": (
+        "glm4_moe",
+        heads(9, 3, 8) | {"use_qk_norm": True, "num_experts_per_tok": 2} | ROUTED | HALF_ROTARY,
+    ),
+    "exaone4": ("exaone4", heads(9, 3, 8) | WINDOWS),
     "olmo2": ("olmo2", heads(9, 3, hidden=72)),
     "cohere": ("cohere", heads(9, 3, hidden=72)),
     "smollm3": ("smollm3", heads(14, 2, hidden=56) | {"num_hidden_layers": 4, "no_rope_layer_interval": 2}),
@@ -139,6 +157,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "image_token_index": VOCABULARY - 1,
         },
     ),
+}
+# Folder name: fields of config.json that a conversion refuses.
+BAD_CONFIGS: dict[str, dict[str, Any]] = {
+    "quantised": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    "misspelt": {"model_type": "lama"},
+    "untyped": {"model_type": None},
+    "remote-code": {"attn_implementation": "org/kernel"},
+    "bad-heads": {"num_key_value_heads": 3},
+    "bad-width": {"hidden_size": "wide"},
+    "bad-depth": {"num_hidden_layers": -1},
+    "bad-dtype": {"dtype": "int3"},
+    "bad-rope": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": -2.0}},
+    "no-such-rope": {"rope_parameters": {"rope_type": "spiral", "rope_theta": 10000.0}},
+    "deepseek": {"model_type": "deepseek_v3"},
 }
 # Saved in another way than in one float32 file.
 DTYPES = {"mistral": "bfloat16", "phi3": "float16"}
@@ -207,12 +239,22 @@ def make_broken_models(folder: Path) -> None:
     copy_changed(folder / "mha", folder / "wrong-shape", tensors=cut)
     copy_changed(folder / "mha", folder / "left-over", tensors=lambda t: t.update({"extra.weight": torch.zeros(3)}))
     copy_changed(folder / "mha", folder / "incomplete", tensors=lambda t: t.pop(bad_key))
-    quantised = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-    copy_changed(folder / "mha", folder / "quantised", config=lambda c: c.update(quantised))
-    copy_changed(folder / "mha", folder / "misspelt", config=lambda c: c.update(model_type="lama"))
-    copy_changed(
-        folder / "mha", folder / "remote-code", config=lambda c: c.update(attn_implementation="org/kernel")
-    )
+    for name, fields in BAD_CONFIGS.items():
+        copy_changed(folder / "mha", folder / name, config=lambda config, fields=fields: config.update(fields))
+    for name, text in (("not-json", "{"), ("a-list", "[]")):
+        copy_changed(folder / "mha", folder / name)
+        (folder / name / "config.json").write_text(text)
+    copy_changed(folder / "mha", folder / "bad-header")
+    with open(folder / "bad-header" / "model.safetensors", "r+b") as file:
+        file.seek(8)
+        file.write(b"[")
+    copy_changed(folder / "qwen2", folder / "no-shard")
+    next((folder / "no-shard").glob("model-00002-*")).unlink()
+    copy_changed(folder / "qwen2", folder / "outside")
+    index = folder / "outside" / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001-", "../model-00001-"))
+    copy_changed(folder / "mha", folder / "no-weights")
+    (folder / "no-weights" / "model.safetensors").unlink()
     copy_changed(folder / "mha", folder / "no-config")
     (folder / "no-config" / "config.json").unlink()
     copy_changed(folder / "mha", folder / "truncated")
@@ -324,8 +366,20 @@ def inspections() -> Iterator[str]:
     yield "inspect models/llama"
     yield "inspect models/llama --json --context 4096"
     yield "inspect models/llama3 --json --context 200"
+    yield "inspect models/mha --context 256 --plot reach.png"
     yield "inspect models/gemma3 --json --context 65536"
-    for name in ("mistral", "qwen2-window", "qwen3", "phi3", "stablelm", "gpt_neox", "falcon", "smollm3", "llava"):
+    for name in (
+        "mistral",
+        "qwen2-window",
+        "qwen3",
+        "phi3",
+        "stablelm",
+        "gpt_neox",
+        "falcon",
+        "smollm3",
+        "llava",
+        "yarn",
+    ):
         yield f"inspect models/{name} --json"
 
 
@@ -348,6 +402,11 @@ def merges() -> Iterator[str]:
     yield "convert models/falcon out/falcon --to mha --json"
     for name in ("mistral", "qwen2", "qwen2-window", "qwen3", "gemma3", "phi3", "phi", "stablelm", "mixtral"):
         yield f"convert models/{name} out/{name} --to mqa --refit off {ON_TEXT} --json"
+    for name in ("mha", "qwen3", "olmo2", "phi"):
+        yield f"convert models/{name} out/{name}-mean --to mqa --method mean {UNCALIBRATED} --json"
+    for name in ("glm4_moe", "exaone4", "yarn"):
+        yield f"convert models/{name} out/{name} --to mqa --refit off {ON_TEXT} --json"
+    yield f"convert models/qwen3 out/qwen3-aligned --to mqa --method aligned {UNCALIBRATED} --json"
     for name in ("olmo2", "cohere", "smollm3", "granite", "llava"):
         yield f"convert models/{name} out/{name} --to gqa --groups 1 {UNCALIBRATED} --json"
 
@@ -362,6 +421,8 @@ def calibrations() -> Iterator[str]:
     yield f"convert models/mha out/auto --to gqa --groups 4 {TEXT} --calibration-tokens 256 --json"
     yield f"convert models/qwen3 out/qwen3-refit --to mqa --refit 3 {ON_TEXT} --json"
     yield f"convert models/mha out/saved --to gqa --groups 4 --save-moments moments --refit off {ON_TEXT} --json"
+    yield f"convert models/mha out/mean-refit --to gqa --groups 4 --method mean --refit 3 {ON_TEXT} --json"
+    yield f"convert models/mha out/again --to gqa --groups 4 --save-moments moments --refit off {ON_TEXT} --json"
     yield "convert models/mha out/reused --to gqa --groups 2 --moments moments --json"
     yield "convert models/mha out/reused-mla --to mla --rank 24 --rope-dim 8 --moments moments --json"
     yield "convert models/llama out/foreign --to mqa --moments moments"
@@ -385,6 +446,10 @@ def latents() -> Iterator[str]:
     for name in ("llama", "qwen2", "granite", "llama3", "phi3"):
         yield f"convert models/{name} out/{name}-exact --to mla --exact --dtype float32 --json"
     yield f"convert models/qwen2 out/qwen2-mla --to mla --rank 12 --rope-dim 4 {UNCALIBRATED} --json"
+    yield f"convert models/qwen2 out/qwen2-mla-refit --to mla --rank 12 --rope-dim 4 --refit 2 {ON_TEXT} --json"
+    yield f"convert models/llama out/llama-mla --to mla --cache 50% --refit 2 {ON_TEXT} --json"
+    yield f"convert models/smollm3 out/smollm3-mla --to mla --rank 12 --rope-dim 4 --refit off {ON_TEXT} --json"
+    yield f"convert models/llama3 out/llama3-plan --to mla --rank 20 --rope-dim 6 {UNCALIBRATED} --dry-run"
     yield f"convert models/llama3 out/llama3-mla --to mla --rank 20 --rope-dim 6 --refit off {ON_TEXT} --json"
     for name in ("mistral", "qwen3", "gemma3", "mixtral", "olmo2", "gpt_neox"):
         yield f"convert models/{name} out/{name}-mla --to mla --rank 12 --rope-dim 4 {UNCALIBRATED} --json"
@@ -398,6 +463,11 @@ def positions() -> Iterator[str]:
     yield "convert models/mha out/dynamic --context 256 --rope dynamic --no-verify --json"
     yield "convert models/mha out/base --context 256 --rope base --rope-theta 1e6 --json"
     yield "convert models/llama3 out/llama3-auto --context 512 --json"
+    for name in ("yarn", "linear", "phi3-long"):
+        yield f"convert models/{name} out/{name}-auto --context 256 --json"
+    yield "convert models/linear out/linear-ntk --context 256 --rope ntk --json"
+    yield "convert models/yarn out/refused --context 256 --rope llama3"
+    yield "convert models/gemma3 out/gemma3-ntk --context 256 --rope ntk --json"
     yield "convert models/gemma3 out/gemma3-context --context 256 --json"
     yield "convert models/gpt_neox out/gpt_neox-context --context 128 --rope ntk --json"
     yield "convert models/phi3 out/phi3-longrope --context 256 --rope longrope --json"
@@ -415,6 +485,7 @@ def outputs() -> Iterator[str]:
     """Yield plans, precisions, shards and what may stand in the place of OUT."""
     yield Fresh("convert models/demo out/plan --to gqa --groups 2 --dry-run")
     yield "convert models/demo out/plan --to mla --cache 12.5% --dry-run --json"
+    yield "convert models/demo out/plan --to mla --cache 60% --pad-values --dry-run"
     yield "convert models/llama out/plan --to mqa --context 256 --dry-run --json"
     yield "convert models/llava out/plan --to mqa --dry-run"
     yield "convert models/mha out/bfloat16 --dtype bfloat16 --json"
@@ -447,6 +518,9 @@ def verifications(work: Path) -> Iterator[str]:
     def flip(tensors: dict[str, Any]) -> None:
         tensors["model.layers.1.self_attn.v_proj.weight"][0, 0] += 1
 
+    def flip_other(tensors: dict[str, Any]) -> None:
+        tensors["model.layers.0.mlp.down_proj.weight"][0, 0] += 1
+
     def scale(tensors: dict[str, Any]) -> None:
         tensors["model.layers.0.self_attn.kv_a_layernorm.weight"] *= 1000
 
@@ -455,7 +529,10 @@ def verifications(work: Path) -> Iterator[str]:
     copy_changed(out / "optimal", out / "lacking", tensors=lambda t: t.pop("model.norm.weight"))
     copy_changed(out / "optimal", out / "other-config", config=lambda c: c.update(rope_theta=5.0, rms_norm_eps=0.1))
     copy_changed(out / "optimal", out / "other-heads", config=lambda c: c.update(num_key_value_heads=4))
+    copy_changed(out / "optimal", out / "other-mlp", tensors=flip_other)
     copy_changed(out / "mla", out / "other-latent", tensors=scale)
+    copy_changed(out / "mla", out / "other-latent-mlp", tensors=flip_other)
+    copy_changed(out / "mla", out / "other-latent-config", config=lambda c: c.update(hidden_act="gelu"))
     copy_changed(out / "optimal", out / "other-tokenizer")
     copy_changed(out / "optimal", out / "no-record")
     copy_changed(out / "optimal", out / "bad-record")
@@ -471,7 +548,14 @@ def verifications(work: Path) -> Iterator[str]:
         yield f"verify out/{name} --json"
     yield "verify out/flipped --against models/mha"
     yield "verify out/other-config --against models/mha --json"
+    yield "verify out/other-mlp --against models/mha --json"
     yield "verify out/other-latent --json"
+    yield "verify out/other-latent-mlp --against models/mha --json"
+    yield "verify out/other-latent-config --against models/mha --json"
+    yield "verify out/mla --against models/llama --json"
+    yield "verify out/exact --against models/mha --json"
+    yield "verify out/window --against models/mha --json"
+    yield "verify out/llava --against models/llava --json"
     yield "verify out/flipped --hashes --json"
     yield "verify out/other-tokenizer --hashes --json"
     yield "verify out/no-record --hashes"
@@ -520,6 +604,10 @@ def wrong_options() -> Iterator[str]:
     yield Fresh("verify out/optimal --hashes --against models/mha")
     yield Fresh("verify out/optimal --revision main")
     yield Fresh("inspect models/mha --plot reach.png")
+    yield Fresh("uptrain out/optimal --processes 2")
+    yield Fresh("uptrain out/optimal --tokens 1k --fraction 1%")
+    yield Fresh("eval out/optimal --fail-above 1%")
+    yield Fresh("bench out/optimal")
     for words in (
         "--to gqa --groups 3",
         "--to gqa --groups 16",
@@ -528,6 +616,8 @@ def wrong_options() -> Iterator[str]:
         "--to mla --cache 1",
         "--to mla --cache 1%",
         "--to mla --exact --dtype float16",
+        "--to mla --rank 24 --rope-dim 8 --context 256 --rope dynamic",
+        "--context 256 --rope base --rope-theta 1",
         "--to mla --rank 24 --rope-dim 8 --method partial-rope-high",
         "--to mqa --calibrate none --refit 5",
         "--to mqa --calibration-tokens 100",
@@ -550,10 +640,14 @@ def wrong_options() -> Iterator[str]:
 
 def wrong_models() -> Iterator[str]:
     """Yield conversions of models that are broken, not there, or of a type that cannot be converted."""
-    for name in ("quantised", "misspelt", "remote-code", "no-config", "truncated", "pickled", "nan", "wrong-shape"):
+    names = ["no-config", "not-json", "a-list", "truncated", "bad-header", "no-shard", "outside", "no-weights"]
+    names += ["pickled", "nan", "wrong-shape", "left-over", "incomplete", "nowhere", "text.txt", "gpt2", "bloom"]
+    for name in (*BAD_CONFIGS, *names):
         yield f"convert models/{name} out/refused --to mqa {UNCALIBRATED}"
-    for name in ("left-over", "incomplete", "nowhere", "text.txt", "gpt2", "bloom"):
-        yield f"convert models/{name} out/refused --to mqa {UNCALIBRATED}"
+    yield f"convert models/nan out/refused --to mqa --refit off {ON_TEXT}"
+    yield f"convert models/nan out/refused --to mqa --refit off {ON_TEXT} --allow-nan"
+    yield "inspect models/bad-rope"
+    yield "inspect models/quantised --json"
     yield "convert models/olmo2 out/refused --to mqa --refit off"
     yield "convert models/llama out/refused --sliding-window 16"
     yield "convert models/phi out/refused --sliding-window 16"
@@ -579,14 +673,21 @@ def other_verbs(work: Path) -> Iterator[str]:
     distil = "--tokens 1k --set train.batch_tokens=256"
     yield f"uptrain out/optimal out/healed --teacher models/mha {text} {distil} --json"
     yield "verify out/healed --against models/mha --json"
+    lora = "--set train.parameters=attention --set 'train.lora={rank: 4}'"
+    yield f"uptrain out/optimal out/lora --teacher models/mha {text} {distil} {lora} --json"
+    yield f"uptrain out/optimal out/topk --teacher models/mha {text} {distil} --set teacher.topk=8 --json"
+    yield f"uptrain out/optimal out/paper --recipe paper {text} {distil} --json"
     layerwise = "--recipe layerwise --set layerwise.tokens=1024 --set layerwise.steps=4"
     yield f"uptrain out/mla out/layerwise --teacher models/mha {text} {layerwise} --json"
     yield "eval out/optimal --baseline models/mha --limit 2 --report out/report --json"
+    yield "eval out/mla --limit 2 --report out/alone"
     yield "eval out/optimal --baseline models/mha --limit 2 --report out/gated --fail-above 1%"
     copy_changed(work / "out" / "optimal", work / "out" / "with-figures")
     yield "card out/with-figures out/report"
     yield "card out/flipped out/report"
     yield "verify out/with-figures --hashes --json"
+    yield "bench out/optimal --baseline models/mha --context 32 --steps 2 --json"
+    yield "env --json"
     yield "demo --quick --model models/mha --out out/demo-picture --json"
     yield "uptrain out/optimal out/refused --teacher models/llama --tokens 1k"
     yield "uptrain out/optimal out/refused --set train.lerning_rate=1"
@@ -747,7 +848,11 @@ def run_forked(arguments: list[str], work: Path, folder: Path) -> tuple[int, str
 
 # Keys of JSON objects and columns of tables whose values depend on the machine or the moment. The hash of
 # uptraining.csv does, for its column of seconds.
-VOLATILE = re.compile(r"versions|headwise|transformers_version|(?:\w+_)?seconds|\w+_per_second|uptraining\.csv")
+VOLATILE = re.compile(
+    r"versions|headwise|transformers_version|(?:\w+_)?seconds(?:_per_step)?|\w+_per_second|speedup|uptraining\.csv"
+    r"|python|platform|threads|devices|torch|transformers|accelerate|safetensors|huggingface_hub|numpy|triton"
+    r"|datasets|peft|lm_eval"
+)
 # JSON files of which the content is recorded; the commands copy or hash the others byte for byte.
 READ = {"config.json", "headwise.json", "moments.json", "report.json", "alone.json", "demo.json"}
 DURATION = re.compile(r"\b\d[\d,]*(?:\.\d+)? s\b|\b\d+:\d\d(?::\d\d)?\b")

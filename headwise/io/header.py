@@ -1,6 +1,6 @@
-"""The header of a safetensors file: read as if a stranger had made it, and written.
+"""Parse the header of a safetensors file, which may be hostile, and make one.
 
-A file is eight bytes of header length (little endian), the header in JSON, and the tensors' bytes.
+A file is eight bytes of header length (little endian), the header in JSON, and the bytes of the tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from headwise.errors import HeadwiseError
 
-# The names that the safetensors format has for the dtypes a tensor may keep through a conversion.
+# The dtypes that a tensor may keep through a conversion, by their names in the safetensors format.
 DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -36,7 +36,7 @@ SMALL_JSON = 1_000_000
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a checkpoint: where its bytes lie. `offset` counts from the start of `file`."""
+    """Where the bytes of one tensor are: `offset` bytes from the start of `file`."""
 
     name: str
     dtype: torch.dtype
@@ -46,6 +46,7 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -54,14 +55,14 @@ def parse_header(header: bytes, data: int, file: str) -> dict[str, TensorEntry]:
 
     Args:
         header: the JSON, without the eight bytes of its length.
-        data: how many bytes follow it.
+        data: number of bytes behind the header.
         file: the file's name, for entries and messages.
 
     Returns:
         The tensors in file order. Their ranges cover `data` without gap or overlap.
 
     Raises:
-        HeadwiseError: anything else.
+        HeadwiseError: the header is not valid, or does not match `data`.
     """
     try:
         refuse_dense_json(header)
@@ -77,18 +78,21 @@ def parse_header(header: bytes, data: int, file: str) -> dict[str, TensorEntry]:
         if entry.offset != end:
             raise header_error(file, f"tensor {entry.name} starts at byte {entry.offset} instead of {end}")
         end += entry.nbytes
-    promised = end - 8 - len(header)
-    if promised > data:
-        raise header_error(file, f"it is truncated: its header promises {promised} bytes of data, {data} are there")
-    if promised < data:
-        raise header_error(file, f"{data - promised} bytes belong to no tensor")
+    described = end - 8 - len(header)
+    if described > data:
+        raise header_error(file, f"it is truncated: {described} bytes of data are expected, and it has {data}")
+    if described < data:
+        raise header_error(file, f"{data - described} bytes belong to no tensor")
     return {entry.name: entry for entry in ranges}
 
 
 def make_header(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
-    """The length and header of a file that holds these tensors one after the other.
+    """Return the length and the header of a file with these tensors one after the other.
 
-    Padded with spaces so that the data starts at a multiple of eight bytes, as readers that map it expect.
+    Spaces at the end make the data start at a multiple of eight bytes, which readers with a memory map need.
+
+    Args:
+        tensors: name, dtype and shape of each.
     """
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -101,21 +105,27 @@ def make_header(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> 
 
 
 def refuse_dense_json(text: bytes) -> None:
-    """Raise ValueError for large JSON of little but brackets and commas.
+    """Refuse large JSON that consists mostly of brackets and commas, before it is parsed.
 
-    An empty list takes three bytes in a file and sixty in memory. Tensors need names and shapes: their tables have
-    a bracket in sixteen bytes at most, and a comma in six.
+    An empty list takes three bytes in a file and sixty in memory. Tables of tensors have names and shapes: at most
+    one bracket in sixteen bytes, and one comma in six.
+
+    Args:
+        text: the JSON.
+
+    Raises:
+        ValueError: it is such JSON.
     """
     brackets, commas = text.count(b"[") + text.count(b"{"), text.count(b",")
     if len(text) > SMALL_JSON and (10 * brackets > len(text) or 4 * commas > len(text)):
-        raise ValueError("it is made of more brackets and commas than of names and numbers")
+        raise ValueError("it has more brackets and commas than names and numbers")
 
 
 def _entry(name: str, row: Any, file: str, start: int) -> TensorEntry:
     if not name.isprintable() or not name:
         raise ValueError(f"tensor name {name!r} has control characters")
     if not isinstance(row, dict) or row.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"tensor {name} needs dtype, shape and data_offsets")
+        raise ValueError(f"tensor {name} must have dtype, shape and data_offsets")
     if not isinstance(row["dtype"], str) or row["dtype"] not in DTYPES:
         raise HeadwiseError(
             f"Tensor {name} in {file} has dtype {row['dtype']!r}, which cannot be converted.",
@@ -151,4 +161,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def header_error(file: str, reason: str) -> HeadwiseError:
-    return HeadwiseError(f"{file} is not a sound safetensors file: {reason}.", "Download the file again.")
+    """Make the error for a file whose header is not valid.
+
+    Args:
+        file: its name.
+        reason: what is wrong, without a full stop.
+    """
+    return HeadwiseError(f"{file} is not a valid safetensors file: {reason}.", "Download the file again.")

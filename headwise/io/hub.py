@@ -1,6 +1,6 @@
-"""The Hub, through its own client: bring files here, and say in a sentence what went wrong there.
+"""Download files from the Hub with its own client, and turn the client's errors into sentences.
 
-HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are the client's to read; nothing here overrides them.
+The client reads HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE; nothing here overrides them.
 """
 
 from __future__ import annotations
@@ -20,13 +20,25 @@ NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def split_revision(model: str) -> tuple[str, str | None]:
-    """`org/name@revision` -> (`org/name`, `revision`)."""
+    """Split `org/name@revision` into repository and revision; without "@", the revision is None.
+
+    Args:
+        model: as the user named it.
+    """
     repo, _, revision = model.partition("@")
     return repo, revision or None
 
 
 def resolve_revision(repo: str, revision: str | None) -> tuple[str, str | None]:
-    """The repository and the one revision that `org/name[@revision]` and `--revision` name together."""
+    """Return the repository and the revision that `org/name[@revision]` and `revision` name together.
+
+    Args:
+        repo: as the user named it.
+        revision: branch, tag or commit, or None.
+
+    Raises:
+        HeadwiseError: they name two revisions.
+    """
     name, at = split_revision(repo)
     if at and revision and at != revision:
         raise HeadwiseError(f"{repo} and `revision` {revision} name two revisions.")
@@ -40,14 +52,24 @@ def download_files(
     patterns: Sequence[str],
     progress: Progress | None = None,
 ) -> Path:
-    """The folder in the Hub's cache with the files of a repository that match `patterns`; its name is the commit.
+    """Download files of a repository into the Hub's cache.
 
     Args:
-        progress: what is told of the bytes, if any have to come over the network.
+        repo: `org/name`.
+        revision: branch, tag or commit; None: the main branch.
+        token: of the Hub.
+        patterns: the files, with `*`; folders are not searched.
+        progress: gets the bytes, if any are not in the cache.
+
+    Returns:
+        The folder of the snapshot; its name is the commit.
+
+    Raises:
+        HeadwiseError: the Hub refuses it or cannot be reached.
     """
     from huggingface_hub import snapshot_download
 
-    # A pattern's star matches a slash too; folders hold other formats (onnx, original) that nobody asked for.
+    # The star of a pattern matches a slash too; folders contain other formats (onnx, original).
     nested = [f"*/{pattern}" for pattern in patterns if "/" not in pattern and pattern != "*.jinja"]
     wanted: dict[str, Any] = {
         "revision": revision,
@@ -58,74 +80,67 @@ def download_files(
     with hub_errors(repo, revision, token):
         if progress is not None and (size := _missing_bytes(repo, wanted)):
             progress.stage("Downloading", total=size, unit="bytes")
-            wanted["tqdm_class"] = _bars(progress, size)
+            wanted["tqdm_class"] = _progress_bars(progress, size)
         return Path(snapshot_download(repo, **wanted))
 
 
 def _missing_bytes(repo: str, wanted: dict[str, Any]) -> int:
-    """How much is not in the cache yet; 0 also where the Hub cannot be asked, as the download itself will say."""
+    """Return the bytes that are not in the cache; 0 if the Hub cannot be reached: the download then reports it."""
     from huggingface_hub import snapshot_download
 
     try:
-        files: Any = snapshot_download(repo, dry_run=True, tqdm_class=_bars(Progress(), 0), **wanted)
+        files: Any = snapshot_download(repo, dry_run=True, tqdm_class=_progress_bars(Progress(), 0), **wanted)
     except Exception:
         return 0
     return sum(file.file_size or 0 for file in files if file.will_download)
 
 
-def _bars(progress: Progress, total: int) -> Any:
-    """A class for the client to use in place of its progress bars.
+def _progress_bars(progress: Progress, total: int) -> Any:
+    """Return a class for the client to use in place of its progress bars, which draws nothing.
 
-    The client opens one that counts files and one or two that count bytes: those on the disk, and those of the
-    network, which are fewer where storage is deduplicated. The furthest tells how far the download is.
+    The client opens a bar that counts files, and one or two that count bytes: on the disk, and over the network,
+    which are fewer where storage is deduplicated. The largest count is reported.
+
+    Args:
+        progress: gets the bytes.
+        total: bytes to download.
     """
+    from huggingface_hub.utils import tqdm
+
     lock = threading.RLock()
-    bars: list[Any] = []
-    told = 0
+    byte_bars: list[Any] = []
+    reported = 0
 
-    class Bar:
-        def __init__(self, iterable: Any = None, *_: Any, total: float | None = None, unit: str = "", **__: Any):
-            self.iterable, self.total, self.n = iterable, total, 0
-            self.format_dict: dict[str, Any] = {}
-            if unit == "B":
-                bars.append(self)
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})
+            if options.get("unit") == "B":
+                byte_bars.append(self)
 
-        def update(self, amount: float | None = 1) -> None:
-            nonlocal told
+        def update(self, n: float | None = 1) -> None:
+            nonlocal reported
             with lock:
-                self.n += int(amount or 0)
-                done = min(total, max((bar.n for bar in bars), default=0))
-                if done > told:
-                    progress.advance(done - told)
-                    told = done
-
-        def __iter__(self) -> Iterator[Any]:
-            return iter(self.iterable)
-
-        def __enter__(self) -> Bar:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def nothing(self, *_: Any, **__: Any) -> None:
-            pass
-
-        close = refresh = set_description = set_description_str = set_postfix_str = nothing
-
-        @classmethod
-        def get_lock(cls) -> Any:
-            return lock
-
-        @classmethod
-        def set_lock(cls, _: Any) -> None:
-            pass
+                self.n += int(n or 0)
+                done = min(total, max((bar.n for bar in byte_bars), default=0))
+                if done > reported:
+                    progress.advance(done - reported)
+                    reported = done
 
     return Bar
 
 
 def has_file(repo: str, name: str, commit: str, token: str | None) -> bool:
-    """Whether a repository holds this file."""
+    """Return whether a repository has a file.
+
+    Args:
+        repo: `org/name`.
+        name: of the file.
+        commit: of the repository.
+        token: of the Hub.
+
+    Raises:
+        HeadwiseError: the Hub refuses it or cannot be reached.
+    """
     from huggingface_hub import file_exists
 
     with hub_errors(repo, commit, token):
@@ -133,17 +148,28 @@ def has_file(repo: str, name: str, commit: str, token: str | None) -> bool:
 
 
 def count_parameters(repo: str, commit: str, token: str | None) -> int | None:
-    """Parameters of a repository, counted in its files' headers; None if they cannot be had.
+    """Count the parameters of a repository in the headers of its files.
 
-    A cached model is inspected offline too, then without this count.
+    Args:
+        repo: `org/name`.
+        commit: of the repository.
+        token: of the Hub.
+
+    Returns:
+        The number; None if the headers cannot be downloaded, so that a cached model is inspected offline too.
+
+    Raises:
+        HeadwiseError: a header is not valid.
     """
     from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.utils import SafetensorsParsingError  # type: ignore[attr-defined]
+    from huggingface_hub.errors import SafetensorsParsingError  # type: ignore[attr-defined]
 
     try:
         counts = get_safetensors_metadata(repo, revision=commit, token=token).parameter_count
     except SafetensorsParsingError as error:
-        raise HeadwiseError(f"The Hub repository {repo} has unsound weights: {_first_line(error, token)}") from None
+        raise HeadwiseError(
+            f"The Hub repository {repo} has weights that are not valid: {_first_line(error, token)}"
+        ) from None
     except Exception:
         return None
     return sum(counts.values())
@@ -151,9 +177,18 @@ def count_parameters(repo: str, commit: str, token: str | None) -> int | None:
 
 @contextmanager
 def hub_errors(repo: str, revision: str | None = None, token: str | None = None) -> Iterator[None]:
-    """Whatever the client raises in the block becomes one sentence about the repository, without any token."""
+    """Turn every error of the client into a sentence about the repository, without any token.
+
+    Args:
+        repo: `org/name`.
+        revision: that was asked for.
+        token: in use.
+
+    Raises:
+        HeadwiseError: in place of the client's error.
+    """
     if token is not None and not re.fullmatch(r"[!-~]+", token):
-        raise HeadwiseError("The token holds a character that no token has, such as a space or a line break.")
+        raise HeadwiseError("The token contains a character that no token has, such as a space or a line break.")
     try:
         yield
     except HeadwiseError:
@@ -167,12 +202,12 @@ def _explain(error: Exception, repo: str, revision: str | None, token: str | Non
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
-    # The client wraps the Hub's answer, or this machine's, in what it failed to do: the answer is the reason.
+    # The client wraps the response of the Hub, or the error of this machine, which is the reason.
     cause = error.__cause__
     answer = cause if _is_local(cause) or isinstance(cause, hub.HfHubHTTPError) else error
     match answer:
         case hub.GatedRepoError():
-            return "asks its users to accept its terms first", f"Accept them at {constants.ENDPOINT}/{repo}."
+            return "requires that its users accept its terms", f"Accept them at {constants.ENDPOINT}/{repo}."
         case hub.RepositoryNotFoundError():
             return "does not exist or is private", "Check its name, or log in with `hf auth login`."
         case hub.RevisionNotFoundError():
@@ -190,15 +225,15 @@ def _explain(error: Exception, repo: str, revision: str | None, token: str | Non
             return f"is not a repository name: {answer}", "Write it as org/name."
         case OSError() if _is_local(answer):
             line = _first_line(answer, token)
-            return f"is not at fault, a file of this machine is: {line}", "Then run the same command again."
+            return f"is not the cause, a file of this machine is: {line}", "Then run the same command again."
     if "xet-write-token" in str(error):
         return "has no Xet storage", "Set HF_HUB_DISABLE_XET=1 to upload without it."
-    # The client lets through whatever its transport raises; which library that is depends on its version.
+    # The transport library of the client, and its exceptions, depend on the client's version.
     return f"cannot be reached: {_first_line(error, token)}", "Try again."
 
 
 def _is_local(error: BaseException | None) -> bool:
-    """Whether a file is at fault: an error that names one, or that only files have."""
+    """Return whether a file of this machine is the cause: the error names one, or only files have such errors."""
     return isinstance(error, OSError) and (error.filename is not None or error.errno in REASONS)
 
 
@@ -207,10 +242,13 @@ def _refused(error: Any, token: str | None) -> tuple[str, str]:
     if status == 401:
         return "refuses the token", "Log in again with `hf auth login`, or give a valid HF_TOKEN or `token`."
     if status == 403:
-        return "does not let this token do that", "Use a token with write access, of a member of its organization."
-    said = error.server_message or _first_line(error, token)
-    again = "Run the same command again: what has arrived is not sent twice."
-    return f"answers {status}: {remove_tokens(said, token)}", again if status >= 500 else "Try again."
+        return (
+            "does not permit this token to do that",
+            "Use a token with write access, of a member of its organization.",
+        )
+    message = error.server_message or _first_line(error, token)
+    again = "Run the same command again: files that have arrived are not sent twice."
+    return f"responds with {status}: {remove_tokens(message, token)}", again if status >= 500 else "Try again."
 
 
 def _first_line(error: BaseException, token: str | None) -> str:
@@ -219,7 +257,12 @@ def _first_line(error: BaseException, token: str | None) -> str:
 
 
 def remove_tokens(text: str, token: str | None = None) -> str:
-    """`text` without the token in use or anything that looks like one: no error may carry it into a log."""
+    """Replace the tokens in a text, so that no error writes them to a log.
+
+    Args:
+        text: the message.
+        token: in use; the stored token, and what looks like a token, are replaced as well.
+    """
     from huggingface_hub import get_token
 
     for secret in (token, get_token()):

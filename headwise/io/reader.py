@@ -1,7 +1,7 @@
-"""Read a checkpoint: headers first and checked as if a stranger had made them, then one tensor at a time.
+"""Read a checkpoint: check all headers, which may be hostile, then read one tensor at a time.
 
-Nothing in a checkpoint is executed. Tensors are read with plain reads into their own memory, not through a
-memory map: the peak of resident memory is a figure that headwise promises, and mapped pages would count in it.
+Nothing in a checkpoint is executed. Tensors are read into their own memory, not through a memory map: headwise
+forecasts the peak of resident memory, and mapped pages would count in it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ INTEGERS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32), 8: (torch.
 
 @dataclass(frozen=True)
 class FileState:
-    """What tells that a file has changed since its header was read."""
+    """Size, time and header hash of a weight file, which show whether it changed since it was opened."""
 
     size: int
     mtime_ns: int
@@ -41,19 +41,30 @@ class FileState:
 
     @classmethod
     def of(cls, file: FileIO, header: str) -> FileState:
+        """Return the state of an open file.
+
+        Args:
+            file: the file.
+            header: SHA-256 of its header.
+        """
         status = os.fstat(file.fileno())
         return cls(status.st_size, status.st_mtime_ns, header)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open checkpoint; it holds no file open between two calls.
+    """A checkpoint whose headers are checked. Between two calls no file is open.
 
-    `source` is what the user named, `revision` the commit for a Hub repository. `tensors` is in file order,
-    `sidecars` are the files a conversion copies byte for byte and `left_out` the names of those it does not.
-
-    Of a GGUF file (`gguf`) the tensors are those of the stock class, dequantised as they are read. `folder` holds
-    its config and tokenizer as files, for the time that the checkpoint exists.
+    Attributes:
+        source: the user's name of it.
+        folder: its files; for a GGUF file, a temporary folder with its config and tokenizer.
+        revision: the commit of a Hub repository, else None.
+        config: config.json.
+        tensors: by name, in file order. For a GGUF file, those of the stock class, dequantised when they are read.
+        sidecars: the files that a conversion copies byte for byte.
+        left_out: names of the files that it does not copy.
+        files: the state of every weight file.
+        gguf: the GGUF file, or None.
     """
 
     source: str
@@ -80,10 +91,14 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.tensors.values())
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own, in the dtype it is stored in.
+        """Read one tensor into its own memory, in its stored dtype.
+
+        Args:
+            name: of the tensor.
 
         Raises:
             HeadwiseError: the file changed since it was opened, or cannot be read.
@@ -111,10 +126,17 @@ class Checkpoint:
         return {name: self.read(name) for name in self.tensors if name.startswith(prefix)}
 
     def chunks(self, name: str, buffers: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The bytes of one tensor as flat uint8, a few megabytes at a time (whole elements in each).
+        """Read one tensor in chunks of at most `CHUNK` bytes.
 
         Args:
-            buffers: `make_buffers`, filled in turn: a chunk lasts until `len(buffers)` chunks later.
+            name: of the tensor.
+            buffers: from `make_buffers`, filled in turn: a chunk is valid until `len(buffers)` chunks later.
+
+        Yields:
+            Flat uint8, whole elements in each chunk.
+
+        Raises:
+            HeadwiseError: the file changed since it was opened, or cannot be read.
         """
         entry = self.tensors[name]
         if entry.file in self._pickled:
@@ -131,12 +153,16 @@ class Checkpoint:
                 yield chunk
 
     def fingerprint(self) -> str:
-        """SHA-256 over config and every file's name, size, time and header: the same source, untouched."""
+        """Return the SHA-256 over config and every weight file's name, size, time and header."""
         states = {name: [s.size, s.mtime_ns, s.header] for name, s in self.files.items()}
         return hashlib.sha256(json.dumps([self.config, states], sort_keys=True).encode()).hexdigest()
 
     def check_unchanged(self) -> None:
-        """Raise HeadwiseError if any weight file is not what it was when it was opened."""
+        """Check that no weight file changed since the checkpoint was opened.
+
+        Raises:
+            HeadwiseError: one did.
+        """
         for name, state in self.files.items():
             with _opened(self._path(name)) as file:
                 same = FileState.of(file, state.header) == state
@@ -170,7 +196,7 @@ class Checkpoint:
     def _changed(self, name: str) -> HeadwiseError:
         return HeadwiseError(
             f"{self._path(name)} changed while it was being read.",
-            "Start again once nothing writes to the source.",
+            "Run it again when no other program writes to the source.",
         )
 
 
@@ -184,6 +210,13 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a local folder, a GGUF file or a Hub repository `org/name[@revision]`, and check every header.
 
+    Args:
+        model: the folder, file or repository.
+        revision: branch, tag or commit of a repository.
+        token: of the Hub.
+        allow_pickle: read tensors from pickled weights (.bin), with torch's `weights_only`.
+        progress: gets the bytes of a download.
+
     Raises:
         HeadwiseError: the source is missing, incomplete, inconsistent or pickled.
     """
@@ -194,7 +227,14 @@ def open_checkpoint(
 
 
 def read_headers(source: Source) -> Checkpoint:
-    """The checkpoint in a located source, its headers checked; no tensor is read."""
+    """Open a source and check its headers; no tensor is read.
+
+    Args:
+        source: the files.
+
+    Raises:
+        HeadwiseError: a header is not valid, a tensor is in two files, or the index is wrong.
+    """
     files: dict[str, FileState] = {}
     tensors: dict[str, TensorEntry] = {}
     pickled: dict[str, dict[str, Tensor]] = {}
@@ -210,13 +250,13 @@ def read_headers(source: Source) -> Checkpoint:
             with _opened(path) as file:
                 entries, header = _read_header(file, name)
                 files[name] = FileState.of(file, header)
-        for double in tensors.keys() & entries.keys():
-            raise HeadwiseError(f"Tensor {double} is in both {tensors[double].file} and {name}.")
+        for duplicate in tensors.keys() & entries.keys():
+            raise HeadwiseError(f"Tensor {duplicate} is in both {tensors[duplicate].file} and {name}.")
         tensors |= entries
     for name, file_name in source.weight_map.items():
         if name not in tensors or tensors[name].file != file_name:
             raise HeadwiseError(
-                f"The index of {source.folder} places tensor {name!r} in {file_name}, which does not hold it.",
+                f"The index of {source.folder} places tensor {name!r} in {file_name}, which does not contain it.",
                 "Download the checkpoint again.",
             )
     return Checkpoint(
@@ -265,16 +305,23 @@ def read_gguf(path: Path) -> Checkpoint:
 
 
 def make_buffers(count: int) -> list[Tensor]:
-    """Memory for `Checkpoint.chunks`; fresh memory for each chunk would cost more than the copy."""
+    """Allocate memory for `Checkpoint.chunks`; allocating for each chunk would take longer than the copy.
+
+    Args:
+        count: number of chunks that are valid at the same time.
+    """
     return [torch.empty(CHUNK, dtype=torch.uint8) for _ in range(count)]
 
 
 def has_nonfinite(values: Tensor) -> bool:
-    """Whether a tensor holds a NaN or an infinity: an exponent of all ones.
+    """Return whether a tensor contains a NaN or an infinity.
 
-    As integers, the bit patterns of positive floats are ordered as the floats are, with those two on top; as
-    unsigned integers, negative floats follow by magnitude. Two maxima find them without any memory, many times
-    faster than `isfinite` on bfloat16.
+    Read as signed integers, the bit patterns of positive floats have the order of the floats, and infinity and NaN
+    are the largest; read as unsigned integers, the same holds for negative floats. Two maxima need no memory and
+    are many times faster than `isfinite` on bfloat16.
+
+    Args:
+        values: any dtype; integers are finite.
     """
     if not values.dtype.is_floating_point or values.numel() == 0:
         return False
@@ -286,7 +333,11 @@ def has_nonfinite(values: Tensor) -> bool:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """A tensor's memory as flat uint8, without a copy where it is contiguous."""
+    """Return a tensor's memory as flat uint8, without a copy if the tensor is contiguous.
+
+    Args:
+        tensor: on any device.
+    """
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
 
 
@@ -302,12 +353,12 @@ def _read_header(file: FileIO, name: str) -> tuple[dict[str, TensorEntry], str]:
     with os_errors(Path(file.name), "read"):
         header = file.read(length)
     if len(header) != length:
-        raise header_error(name, "it became shorter while it was read")
+        raise header_error(name, "it became shorter while it was being read")
     return parse_header(header, size - 8 - length, name), hashlib.sha256(header).hexdigest()
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
-    # Only tensors can come out of weights_only; anything that would run code is refused by torch.
+    # With weights_only torch builds tensors only, and refuses everything that would run code.
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
@@ -319,9 +370,9 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _is_plain(name: Any, tensor: Any) -> bool:
-    """Whether an entry of a pickle is a named tensor whose numbers all lie in the file.
+    """Return whether an entry of a pickle is a named tensor whose elements are all in the file.
 
-    A few bytes can also stand for a tensor of any size: repeated by a stride of zero, sparse, or without data.
+    A few bytes can also describe a tensor of any size: with a stride of zero, sparse, or without data.
     """
     return (
         isinstance(name, str)

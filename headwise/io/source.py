@@ -1,6 +1,6 @@
-"""Find a checkpoint: a local folder, or a Hub repository brought into the Hub's own cache.
+"""Find the files of a checkpoint: a local folder, or a Hub repository, downloaded to the Hub's own cache.
 
-Only configuration, weights, tokenizer and licence files are looked at or downloaded; never code.
+Only configuration, weights, tokenizer and licence files are read or downloaded; never code.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PICKLE_SINGLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json
 
 # The small model that ships with the package: `headwise demo` converts it.
 EMBEDDED_MODEL = Path(__file__).parents[1] / "demo" / "model"
-# What travels with the weights unchanged.
+# Files beside the weights that a conversion copies unchanged.
 SIDECARS = (
     "*.json",
     "*.txt",
@@ -40,10 +40,10 @@ SIDECARS = (
     "USE_POLICY*",
     "additional_chat_templates/*.jinja",
 )
-# What a conversion writes itself, or what describes weights that are not the output's.
+# Files that a conversion writes itself, or that describe weights of another model.
 NOT_SIDECARS = ("config.json", "headwise.json", "params.json", "*.index.json", "*.py", "adapter_*")
 MAX_JSON, MAX_CONFIG = 50_000_000, 5_000_000
-# Keys of a config by which transformers chooses code.
+# Config keys that make transformers choose code.
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 
 
@@ -51,8 +51,15 @@ IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 class Source:
     """A checkpoint's files in a local folder.
 
-    `weights` are the weight files in the order to read them, `weight_map` what the index says (empty without
-    an index), `sidecars` the files to copy, `left_out` the names of files that are not copied.
+    Attributes:
+        name: the user's name of the folder, or the repository.
+        folder: the folder, or the repository's snapshot in the cache.
+        revision: the commit of a repository, else None.
+        config: config.json.
+        weights: names of the weight files in the order of reading.
+        weight_map: tensor name to file name by the index; empty without an index.
+        sidecars: the files that a conversion copies.
+        left_out: names of the files that it does not copy.
     """
 
     name: str
@@ -73,12 +80,17 @@ def find_source(
     allow_pickle: bool = False,
     progress: Progress = SILENT,
 ) -> Source:
-    """Find the files of a local folder or of `org/name[@revision]`, which is downloaded.
+    """Find the files of a local folder, or download those of `org/name[@revision]`.
 
-    The one way from a MODEL to its files, for every verb. `folder` is what the stock classes load.
+    Args:
+        model: the folder or repository.
+        revision: branch, tag or commit of a repository.
+        token: of the Hub.
+        allow_pickle: accept pickled weights (.bin).
+        progress: gets the bytes of a download.
 
     Raises:
-        HeadwiseError: there is no such model, it has no weights that may be read, or its index is unsound.
+        HeadwiseError: there is no such model, it has no weights that may be read, or its index is not valid.
     """
     folder, commit = find_folder(model, revision=revision, token=token)
     if commit is None:
@@ -90,7 +102,17 @@ def find_source(
 
 
 def source_in_folder(name: str, folder: Path, revision: str | None = None, *, allow_pickle: bool = False) -> Source:
-    """The `Source` in a folder where everything is in place."""
+    """Return the `Source` of a folder that is complete.
+
+    Args:
+        name: the user's name of it.
+        folder: the folder.
+        revision: its commit on the Hub, or None.
+        allow_pickle: accept pickled weights (.bin).
+
+    Raises:
+        HeadwiseError: config.json, weights or index are missing or not valid.
+    """
     config = read_config(folder)
     weights, weight_map = find_weights(folder, allow_pickle)
     sidecars, left_out = find_sidecars(folder, weights)
@@ -122,9 +144,16 @@ def find_folder(
     token: str | None = None,
     patterns: Sequence[str] = (*SIDECARS, "README.md"),
 ) -> tuple[Path, str | None]:
-    """The local folder of a model, and the commit if it is a Hub repository.
+    """Return the local folder of a model, and the commit if it is a Hub repository.
 
-    Of a repository the files that match `patterns` are downloaded, without its weights.
+    Args:
+        model: a folder or `org/name[@revision]`.
+        revision: branch, tag or commit of a repository.
+        token: of the Hub.
+        patterns: the files of a repository to download; by default all but its weights.
+
+    Raises:
+        HeadwiseError: there is no such model, or the Hub refuses it.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -138,7 +167,7 @@ def find_folder(
         )
     if path.exists():
         raise HeadwiseError(
-            f"{path} is a file.", "Name the folder that holds config.json and the weights, or a .gguf file."
+            f"{path} is a file.", "Name the folder with config.json and the weights, or a .gguf file."
         )
     if path.suffix == GGUF:
         raise HeadwiseError(f"There is no file {path}.", "Name a GGUF file, a folder, or a Hub repository.")
@@ -149,7 +178,14 @@ def find_folder(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The model's config.json, refused unless it is an object."""
+    """Read the config.json of a folder.
+
+    Args:
+        folder: of the model.
+
+    Raises:
+        HeadwiseError: it is missing, no JSON object, or names code of a repository.
+    """
     if not (folder / "config.json").exists():
         if any(folder.glob("*.gguf")):
             raise HeadwiseError(
@@ -167,7 +203,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _implementations(value: Any) -> Iterator[tuple[str, str]]:
-    """Where a config asks for code of a repository: stock transformers would fetch it when it loads the model."""
+    """Yield the keys and values that name code of a repository, which transformers would download and run."""
     for key, item in value.items() if isinstance(value, dict) else ():
         if key.strip("_").removesuffix("_internal") in IMPLEMENTATIONS:
             named = item.values() if isinstance(item, dict) else [item]
@@ -176,7 +212,18 @@ def _implementations(value: Any) -> Iterator[tuple[str, str]]:
 
 
 def find_weights(folder: Path, allow_pickle: bool = False) -> tuple[list[str], dict[str, str]]:
-    """The weight files, and the index's `weight_map` where there is one; as transformers chooses them."""
+    """Find the weight files of a folder, in the order of preference of transformers.
+
+    Args:
+        folder: of the model.
+        allow_pickle: accept pickled weights (.bin).
+
+    Returns:
+        The names of the files, and the index's `weight_map`, empty without an index.
+
+    Raises:
+        HeadwiseError: there are no weights that may be read, or the index is not valid.
+    """
     for single, index in ((SINGLE, INDEX), (PICKLE_SINGLE, PICKLE_INDEX)):
         sharded = not (folder / single).is_file()
         if sharded and not (folder / index).is_file():
@@ -199,7 +246,15 @@ def find_weights(folder: Path, allow_pickle: bool = False) -> tuple[list[str], d
 
 
 def read_weight_map(folder: Path, index: str) -> dict[str, str]:
-    """The `weight_map` of an index; every shard a plain file name of the right kind."""
+    """Read the `weight_map` of an index, tensor name to file name.
+
+    Args:
+        folder: of the model.
+        index: name of the index.
+
+    Raises:
+        HeadwiseError: there is none, or a file name leads out of the folder.
+    """
     weight_map = read_json(folder, index).get("weight_map")
     suffix = ".bin" if index == PICKLE_INDEX else ".safetensors"
     if not isinstance(weight_map, dict) or not weight_map:
@@ -208,34 +263,51 @@ def read_weight_map(folder: Path, index: str) -> dict[str, str]:
         if not (isinstance(shard, str) and _is_plain(shard) and shard.endswith(suffix)):
             raise HeadwiseError(
                 f"{folder / index} places tensor {name!r} in {shard!r}, which is not a file of its folder.",
-                "Do not use a checkpoint that points outside itself.",
+                "Do not use a checkpoint that refers to files outside its folder.",
             )
     return weight_map
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name is that of a file in the same folder, and one that any system can hold."""
+    """Return whether a name is that of a file in the same folder, and legal on every file system."""
     return Path(name).name == name and name.isprintable() and len(name) <= 200
 
 
 def path_inside(folder: Path, name: str) -> Path:
-    """The path of a file in a folder, refused if a link leads out of it.
+    """Return the path of a file in a folder.
 
-    In the Hub's cache the files of a snapshot are links into the repository's `blobs`.
+    In the Hub's cache the files of a snapshot are links to the repository's `blobs`, which are allowed.
+
+    Args:
+        folder: the folder.
+        name: of the file.
+
+    Raises:
+        HeadwiseError: the file is a link that leads out of the folder.
     """
-    path, home = folder / name, folder.resolve()
-    # Unlike Path.resolve, this gives a name also for a link that leads to itself.
+    path, real_folder = folder / name, folder.resolve()
+    # Unlike Path.resolve, this does not raise for a link to itself.
     real = Path(os.path.realpath(path))
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
-        raise HeadwiseError(
-            f"{path} is a link that leaves its folder, to {real}.", "Put the file itself in its place."
-        )
+    snapshots = real_folder.parent
+    blobs = snapshots.parent / "blobs" if snapshots.name == "snapshots" else real_folder
+    if not (real.is_relative_to(real_folder) or real.is_relative_to(blobs)):
+        raise HeadwiseError(f"{path} is a link to {real}, outside of its folder.", "Replace the link by the file.")
     return path
 
 
 def find_sidecars(folder: Path, weights: list[str]) -> tuple[list[Path], list[str]]:
-    """The files to copy byte for byte, and the names of those left out."""
+    """Find the files beside the weights.
+
+    Args:
+        folder: of the model.
+        weights: names of its weight files.
+
+    Returns:
+        The files that a conversion copies byte for byte, and the names of those that it does not copy.
+
+    Raises:
+        HeadwiseError: one is a link that leads out of the folder.
+    """
     names = sorted(
         path.relative_to(folder).as_posix()
         for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
@@ -248,7 +320,16 @@ def find_sidecars(folder: Path, weights: list[str]) -> tuple[list[Path], list[st
 
 
 def read_json(folder: Path, name: str, limit: int = MAX_JSON) -> dict[str, Any]:
-    """A JSON object from a file of the folder; HeadwiseError if it is anything else."""
+    """Read a JSON object from a file of a folder.
+
+    Args:
+        folder: the folder.
+        name: of the file.
+        limit: largest size in bytes.
+
+    Raises:
+        HeadwiseError: the file cannot be read, is larger, or holds anything but an object.
+    """
     path = path_inside(folder, name)
     with os_errors(path, "read"):
         status = path.stat()
@@ -263,14 +344,26 @@ def read_json(folder: Path, name: str, limit: int = MAX_JSON) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise HeadwiseError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(content, dict):
-        raise HeadwiseError(f"{path} holds a {type(content).__name__} where an object is expected.")
+        raise HeadwiseError(f"{path} contains a {type(content).__name__}, and a JSON object is expected.")
     return content
 
 
 def download_weights(
     repo: str, commit: str, folder: Path, token: str | None, allow_pickle: bool, progress: Progress = SILENT
 ) -> None:
-    """Bring the weight files of a repository beside its configuration; its index says which they are."""
+    """Download the weight files of a repository, by its index, beside its configuration.
+
+    Args:
+        repo: `org/name`.
+        commit: of the repository.
+        folder: its snapshot in the cache, where the index is already.
+        token: of the Hub.
+        allow_pickle: accept pickled weights (.bin).
+        progress: gets the bytes.
+
+    Raises:
+        HeadwiseError: the Hub refuses it, or the weights are pickled.
+    """
     kinds = [(SINGLE, INDEX)] + ([(PICKLE_SINGLE, PICKLE_INDEX)] if allow_pickle else [])
     for single, index in kinds:
         sharded = (folder / index).exists()
@@ -284,8 +377,8 @@ def download_weights(
 
 def _pickled(model: str | Path) -> HeadwiseError:
     return HeadwiseError(
-        f"{model} holds its weights as pickle (.bin), which can carry code.",
-        "Convert it to safetensors, or pass `allow_pickle` to read its tensors and nothing else.",
+        f"{model} has its weights as pickle (.bin), which can contain code.",
+        "Convert it to safetensors, or pass `allow_pickle` to read its tensors only.",
     )
 
 

@@ -28,7 +28,9 @@ from headwise.io.reader import Checkpoint, as_bytes, make_buffers, open_checkpoi
 from headwise.io.tokenizer import load_tokenizer
 from headwise.models.config import stock_text_config
 from headwise.models.stock import load_model
+from headwise.recipes.outcome import recorded_source
 from headwise.records.manifest import read_record
+from headwise.train.student import ModelFolder
 from tests.command_line import run
 from tests.io.gguf_files import (
     MODELS,
@@ -380,6 +382,23 @@ def test_inspect(llama: Path) -> None:
     assert inspection.layouts[0].num_key_value_heads == 2
     result = run("inspect", str(llama), "--json")
     assert result.exit_code == 0 and json.loads(result.stdout)["parameters"] == inspection.parameters
+
+
+def test_the_bound_of_rope_is_drawn(llama: Path, tmp_path: Path) -> None:
+    result = run("inspect", str(llama), "--context", "512", "--plot", str(tmp_path / "bound.png"))
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "bound.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_file_is_found_as_the_recorded_parent(llama: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(llama, tmp_path / llama.name))
+    convert_model(path, tmp_path / "out", to="mqa", calibrate="none", verify=False)
+    converted, record = open_checkpoint(tmp_path / "out"), read_record(tmp_path / "out")
+    assert recorded_source(record, converted) == path
+    teacher = ModelFolder.of(open_checkpoint(path)).load(torch.float32)
+    assert relative(logits_of(teacher), logits_of(tiny_model("llama"))) < 5e-2
+    write_gguf(path, "llama", Kind.Q4_0)
+    assert recorded_source(record, converted) is None
 
 
 @pytest.mark.parametrize(

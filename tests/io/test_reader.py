@@ -104,7 +104,7 @@ def test_missing_folder_config_or_weights(tmp_path):
     (model / "w.gguf").touch()
     refused(model, "GGUF")
     (model / "config.json").write_text("{}")
-    refused(model, "only GGUF")
+    refused(model, "GGUF files and no safetensors")
     (model / "w.gguf").unlink()
     refused(model, "has no weights")
     refused(model / "config.json", "is a file")
@@ -140,7 +140,7 @@ def index_of(model: Path) -> dict:
         ("/etc/model.safetensors", "not a file of its folder"),
         ("tokenizer.json", "not a file of its folder"),
         (7, "not a file of its folder"),
-        ("model-00001-of-00002.safetensors", "does not hold it"),
+        ("model-00001-of-00002.safetensors", "does not contain it"),
     ],
 )
 def test_index_that_points_to_the_wrong_place(tmp_path, shard, words):
@@ -169,11 +169,11 @@ def test_links_that_leave_the_folder(tmp_path):
     model = make_checkpoint(tmp_path / "m", tensors_for())
     (tmp_path / "secret.json").write_text("{}")
     (model / "tokenizer.json").symlink_to(tmp_path / "secret.json")
-    refused(model, "leaves its folder")
+    refused(model, "outside of its folder")
     (model / "tokenizer.json").unlink()
     (model / "model.safetensors").rename(tmp_path / "model.safetensors")
     (model / "model.safetensors").symlink_to(tmp_path / "model.safetensors")
-    refused(model, "leaves its folder")
+    refused(model, "outside of its folder")
 
 
 def test_links_of_a_hub_cache_are_followed(tmp_path):
@@ -257,7 +257,7 @@ def pickled(path: Path, content) -> Path:
 
 def test_pickle_is_read_only_when_asked(tmp_path):
     model = pickled(tmp_path / "m", tensors_for())
-    assert "--allow-pickle" in str(refused(model, "pickle"))
+    assert "`allow_pickle`" in str(refused(model, "pickle"))
     checkpoint = open_checkpoint(model, allow_pickle=True)
     for name, tensor in tensors_for().items():
         assert torch.equal(checkpoint.read(name), tensor)

@@ -111,9 +111,9 @@ def test_a_private_repository_wants_the_token(hub):
     [
         ("org/nothing", "does not exist or is private"),
         ("org/name@v9", "has no revision v9"),
-        ("org/gated", "asks its users to accept its terms"),
+        ("org/gated", "requires that its users accept its terms"),
         ("org/na--me", "is not a repository name"),
-        ("org/pickled", "pickle.*--allow-pickle"),
+        ("org/pickled", "pickle.*`allow_pickle`"),
     ],
 )
 def test_what_the_hub_refuses_is_one_sentence(hub, model, words):

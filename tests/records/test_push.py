@@ -100,7 +100,7 @@ def test_an_error_in_the_middle_is_reported_and_the_next_run_continues(hub, out,
     # The client itself tries an upload six times; it is the second file that never succeeds.
     broken = {"upload": f"PUT /lfs/{sha256(out / files[1])}", "commit": "POST .*/commit/"}[stage]
     hub.failures[broken] = 6
-    with pytest.raises(HeadwiseError, match=r"answers 500.*Run the same command again"):
+    with pytest.raises(HeadwiseError, match=r"responds with 500.*Run the same command again"):
         push_model(out, "org/new", token=TOKEN)
     remote = hub.repositories["org/new"]
     assert set(contents(remote.folder("main"))) == {".gitattributes"}, "half a model is never visible"
@@ -255,8 +255,8 @@ def test_an_unverified_folder_is_refused(hub, out, change, words):
         ("no Hub token", ["out", "org/new"]),
         ("refuses the token", ["out", "org/new", "--token", "hf_wrong"]),
         ("holds a character", ["out", "org/new", "--token", "hf_two\nlines"]),
-        ("does not let this token", ["out", "org/new", "--token", READ_ONLY]),
-        ("does not let this token", ["out", "stranger/new", "--token", TOKEN]),
+        ("does not permit this token", ["out", "org/new", "--token", READ_ONLY]),
+        ("does not permit this token", ["out", "stranger/new", "--token", TOKEN]),
         ("not to v2", ["out", "org/new", "--create-pr", "--revision", "v2", "--token", TOKEN]),
         ("two revisions", ["out", "org/new@a", "--revision", "b", "--token", TOKEN]),
     ],
@@ -315,7 +315,7 @@ def test_the_token_is_never_written(hub, converted, tmp_path, monkeypatch, caplo
     output += run("push", tmp_path / "out", "org/new", "--token", TOKEN, "--json", HEADWISE_DEBUG="1").output
     hub.failures["POST"] = 20
     output += run("push", tmp_path / "out", "org/new", "--token", TOKEN, HEADWISE_DEBUG="1").output
-    assert TOKEN not in output and TOKEN not in caplog.text and "answers 500" in output
+    assert TOKEN not in output and TOKEN not in caplog.text and "responds with 500" in output
     # The folder, the storage of the server, and the cache of the client.
     for folder in (tmp_path / "out", hub.storage, tmp_path / "cache"):
         assert not [name for name, content in contents(folder).items() if TOKEN.encode() in content]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from headwise.convert.positions import rope_bound
 from headwise.convert.positions.context import rope_sets
-from headwise.io.source import find_folder, read_config
+from headwise.io.gguf import open_gguf
+from headwise.io.source import find_folder, find_gguf, read_config
 from headwise.measure.positions import PositionLoss
 from headwise.models import rope
 from headwise.models.architecture import find_architecture
@@ -31,7 +32,7 @@ def plot_model_bound(
     """Draw the RoPE bound of a model's own frequencies; only its config.json is read.
 
     Args:
-        model: a folder, or `org/name` on the Hub.
+        model: a folder, a GGUF file, or `org/name` on the Hub.
         context: the last distance, in tokens.
         path: the PNG to write.
         revision: branch, tag or commit of a Hub repository.
@@ -43,7 +44,10 @@ def plot_model_bound(
     Raises:
         HeadwiseError: there is no such model, or it has no RoPE.
     """
-    config = read_config(find_folder(model, revision=revision, token=token, patterns=["config.json"])[0])
+    if (file := find_gguf(model, revision)) is not None:
+        config = open_gguf(file).config
+    else:
+        config = read_config(find_folder(model, revision=revision, token=token, patterns=["config.json"])[0])
     architecture = find_architecture(config)
     trained = architecture.stock_config(config).max_position_embeddings
     curves = {
