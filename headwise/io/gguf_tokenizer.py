@@ -1,7 +1,7 @@
 """Tokenizer of a GGUF file -> the files of a fast tokenizer, which every release of transformers loads.
 
 transformers builds one too (`AutoTokenizer.from_pretrained(folder, gguf_file=...)`), but not the same one in every
-release: 5.10 swaps the tokens that begin and end a text, and makes a unigram model of Gemma's vocabulary.
+release: in 5.16 the EOS token of Llama is the BOS token, and Gemma's vocabulary becomes a unigram model.
 """
 
 from __future__ import annotations
