@@ -114,7 +114,7 @@ def test_missing_folder_config_or_weights(tmp_path):
 def test_config_that_is_no_object(tmp_path, text):
     model = make_checkpoint(tmp_path / "m", tensors_for())
     (model / "config.json").write_bytes(text.encode(errors="surrogateescape"))
-    refused(model, "config.json (is not valid JSON|holds a list)")
+    refused(model, "config.json (is not valid JSON|contains a list)")
 
 
 def test_truncated_shard(tmp_path):
@@ -205,8 +205,8 @@ NEXT = {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}
         ({"a": ROW | {"shape": [1 << 64]}}, 8, "shape"),
         ({"a": ROW | {"data_offsets": [8, 0]}}, 8, "has -8 bytes"),
         ({"a": ROW | {"data_offsets": [0]}}, 8, "data_offsets"),
-        ({"a": ROW | {"extra": 1}}, 8, "needs dtype, shape and data_offsets"),
-        ({"a": 3}, 8, "needs dtype, shape and data_offsets"),
+        ({"a": ROW | {"extra": 1}}, 8, "must have dtype, shape and data_offsets"),
+        ({"a": 3}, 8, "must have dtype, shape and data_offsets"),
         ({"a": ROW, "b": NEXT | {"data_offsets": [4, 8]}}, 8, "starts at byte"),
         ({"a": ROW, "b": NEXT | {"data_offsets": [12, 16]}}, 16, "starts at byte"),
         ({"a": ROW, "b": NEXT}, 8, "truncated"),

@@ -127,9 +127,9 @@ def test_what_the_hub_refuses_is_one_sentence(hub, model, words):
     [
         (
             FileNotFoundError(errno.ENOENT, "No such file", "model.safetensors"),
-            "not at fault, a file of this machine",
+            "not the cause, a file of this machine",
         ),
-        (OSError(errno.EIO, "Input/output error"), "not at fault, a file of this machine"),
+        (OSError(errno.EIO, "Input/output error"), "not the cause, a file of this machine"),
         (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "cannot be reached"),
     ],
 )
@@ -163,7 +163,7 @@ def test_a_download_shows_its_bytes_and_the_next_one_nothing(hub):
 
 @pytest.mark.parametrize("token", ["hf_wrong", "hf_with a space", "hf_with\nline"])
 def test_a_wrong_token_is_refused_and_not_repeated(hub, token):
-    with pytest.raises(HeadwiseError, match=r"refuses the token|holds a character") as caught:
+    with pytest.raises(HeadwiseError, match=r"refuses the token|contains a character") as caught:
         open_checkpoint("org/secret", token=token)
     assert token not in str(caught.value)
 

@@ -254,7 +254,7 @@ def test_an_unverified_folder_is_refused(hub, out, change, words):
         ("is not a repository name", ["out", "org/ne--w", "--token", TOKEN]),
         ("no Hub token", ["out", "org/new"]),
         ("refuses the token", ["out", "org/new", "--token", "hf_wrong"]),
-        ("holds a character", ["out", "org/new", "--token", "hf_two\nlines"]),
+        ("contains a character", ["out", "org/new", "--token", "hf_two\nlines"]),
         ("does not permit this token", ["out", "org/new", "--token", READ_ONLY]),
         ("does not permit this token", ["out", "stranger/new", "--token", TOKEN]),
         ("not to v2", ["out", "org/new", "--create-pr", "--revision", "v2", "--token", TOKEN]),
