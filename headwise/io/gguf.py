@@ -296,7 +296,10 @@ def dequantised(tensor: GgufTensor, file: FileIO) -> Iterator[np.ndarray]:
     for start in range(0, tensor.nbytes, step):
         content = bytearray(min(step, tensor.nbytes - start))
         _read_into(file, memoryview(content), tensor)
-        yield dequantize(np.frombuffer(content, dtype=np.uint8), kind).reshape(-1)
+        # Values that are not finite are refused where they are written, by name.
+        with np.errstate(all="ignore"):
+            values = dequantize(np.frombuffer(content, dtype=np.uint8), kind).reshape(-1)
+        yield values
 
 
 def interleaved_to_halves(values: Tensor, heads: int) -> Tensor:
