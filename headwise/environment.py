@@ -34,7 +34,7 @@ def environment() -> dict[str, str]:
     """Return what a bug report needs: versions, platform, threads, devices, offline mode.
 
     Returns:
-        Names to values, in reading order. Tokens and user names are not among them.
+        Names to values, in display order, without tokens and user names.
     """
     import torch
 
@@ -68,7 +68,7 @@ def available_memory(device: torch.device) -> int | None:
     """Return the bytes of a device's memory that this process can still allocate.
 
     Args:
-        device: for the CPU, the answer respects the memory limit of the process's control groups. Page cache counts
+        device: for the CPU, the result respects the memory limit of the process's control groups. Page cache counts
             as available there.
 
     Returns:

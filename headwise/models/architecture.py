@@ -1,8 +1,8 @@
-"""Checkpoint names, fusions and config keys of each model type <-> `AttentionLayout` and `LayerWeights`.
+"""Map the names, fusions and config keys of each model type to `AttentionLayout` and `LayerWeights`, and back.
 
-A model type is a row of `architectures.yaml`; no code here knows a model type by name. What a config leaves out
-(default head counts, sliding patterns, the partial rotary factor) is asked of the stock config class, so that
-there is no second set of defaults to go stale.
+A model type is a row of `architectures.yaml`; no code here names a model type. Values that a config leaves out
+(default head counts, sliding patterns, the partial rotary factor) come from the stock config class. So there is no
+second set of defaults that can become outdated.
 """
 
 from __future__ import annotations
@@ -34,18 +34,29 @@ from headwise.models.table import ArchitectureRow, QkNorm, find_row, load_table
 
 @dataclass(frozen=True)
 class Architecture(ArchitectureRow):
-    """A row of the table at work on one checkpoint's config and tensors."""
+    """A row of the table, applied to one checkpoint's config and tensors."""
 
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The part of `config` that describes the language model; the same dictionary, not a copy."""
+        """Return the part of `config` that describes the language model; the same dictionary, not a copy.
+
+        Args:
+            config: the checkpoint's config.json.
+        """
         return config[self.text_key] if self.text_key else config
 
     def stock_config(self, config: dict[str, Any]) -> Any:
-        """The stock config object of the language model, shared between callers: never change it."""
+        """Return the stock config object of the language model. Callers share it and must not change it.
+
+        Args:
+            config: the checkpoint's config.json.
+        """
         return stock_text_config(self.model_type, self.text_config(config))
 
     def layouts(self, config: dict[str, Any]) -> list[AttentionLayout]:
-        """The layout of every layer.
+        """Return the layout of every layer.
+
+        Args:
+            config: the checkpoint's config.json.
 
         Raises:
             HeadwiseError: a field of the config has the wrong type or an impossible value.
@@ -84,7 +95,11 @@ class Architecture(ArchitectureRow):
         ]
 
     def legal_groups(self, config: dict[str, Any]) -> list[int]:
-        """Numbers of key-value heads the stock class can make use of, ascending."""
+        """Return the numbers of key-value heads that the stock class can use, ascending.
+
+        Args:
+            config: the checkpoint's config.json.
+        """
         layout = self.layouts(config)[0]
         heads = layout.num_attention_heads
         if self.fixed_groups:
@@ -92,15 +107,23 @@ class Architecture(ArchitectureRow):
         return [groups for groups in range(1, heads + 1) if heads % groups == 0]
 
     def has_bias(self, config: dict[str, Any]) -> bool:
-        """Whether queries, keys and values have biases."""
+        """Return whether queries, keys and values have biases.
+
+        Args:
+            config: the checkpoint's config.json.
+        """
         if isinstance(self.qkv_bias, str):
             return bool(getattr(self.stock_config(config), self.qkv_bias))
         return self.qkv_bias
 
     def tensor_shapes(self, config: dict[str, Any], layer: int) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every checkpoint tensor that holds this layer's attention.
+        """Return the name and shape of every checkpoint tensor that holds this layer's attention.
 
-        The output bias is not among them: no conversion touches it.
+        The output bias is not included, because no conversion changes it.
+
+        Args:
+            config: the checkpoint's config.json.
+            layer: index of the decoder layer.
         """
         layout = self.layouts(config)[layer]
         norms = self._norms(config)
@@ -136,28 +159,39 @@ class Architecture(ArchitectureRow):
         return f"{self.module.format(layer=layer)}.{self.attention}"
 
     def tensors(self, checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
-        """Read all tensors of a layer's attention, those included that no conversion changes.
+        """Read all tensors of a layer's attention, including those that no conversion changes.
 
         Args:
-            checkpoint: the checkpoint that this row was found for.
+            checkpoint: a checkpoint that this row describes.
             layer: index of the decoder layer.
+
+        Returns:
+            Tensors by their names in the checkpoint.
         """
         return checkpoint.read_prefix(f"{self.layers[0].format(layer=layer)}.{self.attention}.")
 
     def tensor_names(self, config: dict[str, Any], layer: int) -> tuple[str, ...]:
-        """The checkpoint tensors that hold this layer's attention: those that a conversion rewrites."""
+        """Return the names of this layer's attention tensors, which a conversion rewrites.
+
+        Args:
+            config: the checkpoint's config.json.
+            layer: index of the decoder layer.
+        """
         return tuple(self.tensor_shapes(config, layer))
 
     def read_layer(self, config: dict[str, Any], layer: int, tensors: dict[str, Tensor]) -> LayerWeights:
-        """One layer's attention in float64.
+        """Build the float64 weights of one layer's attention from its checkpoint tensors.
 
         Args:
             config: the checkpoint's config.json.
             layer: index of the decoder layer.
             tensors: at least those of `tensor_names`, in any floating dtype.
 
+        Returns:
+            The layer's weights, unfused and in half-split rotary order.
+
         Raises:
-            HeadwiseError: a tensor is missing or has another shape than the config promises.
+            HeadwiseError: a tensor is missing, or its shape differs from the shape that the config implies.
         """
         for name, shape in self.tensor_shapes(config, layer).items():
             if name not in tensors:
@@ -207,17 +241,20 @@ class Architecture(ArchitectureRow):
     def write_layer(
         self, config: dict[str, Any], layer: int, weights: LayerWeights, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """The inverse of `read_layer`: checkpoint tensors of one layer.
+        """Build the checkpoint tensors of one layer; the inverse of `read_layer`.
 
         Args:
             config: the source's config.json; the number of key-value heads is taken from `weights.layout`.
             layer: index of the decoder layer.
             weights: the layer, converted or not.
-            dtype: of the tensors returned; rounding happens here and nowhere else.
+            dtype: dtype of the returned tensors. Weights are rounded only here.
+
+        Returns:
+            Tensors by their names in the checkpoint.
 
         Raises:
-            ValueError: the stock class has no room for these weights: a bias where it has none, or norm
-                weights that differ between heads where it shares them.
+            ValueError: the stock class cannot hold these weights: they have a bias that the class lacks, they lack
+                its norms, or their norm weights differ between heads that share one weight in the class.
         """
         layout = weights.layout
         order = torch.argsort(half_split_order(layout, self.rotary_layout))
@@ -250,7 +287,11 @@ class Architecture(ArchitectureRow):
         return {name: tensor.to(dtype).contiguous() for name, tensor in out.items()}
 
     def with_groups(self, config: dict[str, Any], num_key_value_heads: int) -> dict[str, Any]:
-        """A new config with this many key-value heads, readable by transformers 4 and 5.
+        """Return a new config with this many key-value heads, readable by transformers 4 and 5.
+
+        Args:
+            config: the checkpoint's config.json.
+            num_key_value_heads: number of key-value heads in the new config.
 
         Raises:
             HeadwiseError: the stock class cannot hold that number.
@@ -286,7 +327,7 @@ class Architecture(ArchitectureRow):
         return f"{self.layers[0].format(layer=layer)}.{self.attention}.{name}.{kind}"
 
     def _read_projection(self, layer: int, name: str, tensors: dict[str, Tensor], biased: bool) -> Tensor:
-        """(rows, inputs), the bias as the last column."""
+        """Return a projection in float64, (rows, inputs), with the bias as the last column."""
         weight = tensors[self._name(layer, name, "weight")].to(torch.float64)
         if not biased:
             return weight
@@ -299,16 +340,19 @@ class Architecture(ArchitectureRow):
 
 
 def find_architecture(config: dict[str, Any], names: Iterable[str] = ()) -> Architecture:
-    """The row for a checkpoint.
+    """Find the row of the table for a checkpoint.
 
     Args:
         config: the checkpoint's config.json.
-        names: its tensor names. They decide where a type's checkpoints come under more than one naming;
-            without them the naming that `save_pretrained` writes is assumed.
+        names: the checkpoint's tensor names. They select the naming where a model type has more than one.
+            Without them, the naming that `save_pretrained` writes is assumed.
+
+    Returns:
+        The row, with the layer naming and the transformers class of this checkpoint.
 
     Raises:
-        HeadwiseError: the model type is unknown or refused, the checkpoint is quantised, or the config is not
-            one that the stock class accepts.
+        HeadwiseError: the model type is unknown or refused, the checkpoint is quantised, or the stock class does
+            not accept the config.
     """
     table = load_table()
     arch = Architecture(**vars(find_row(config, table)))
@@ -333,21 +377,21 @@ def find_architecture(config: dict[str, Any], names: Iterable[str] = ()) -> Arch
 
 
 def supported_model_types() -> list[str]:
-    """Every model type that has a row, sorted."""
+    """Return every model type that has a row, sorted."""
     table = load_table()
     return sorted([*table.rows, *table.wrappers])
 
 
 def both_rope_spellings(text_config: dict[str, Any]) -> dict[str, Any]:
-    """The same language-model config with RoPE in the words of transformers 5 and of transformers 4.
+    """Return a language-model config whose RoPE fields follow both transformers 5 and transformers 4.
 
-    `rope_parameters` is the truth where it exists; `rope_theta`, `rope_scaling` and the partial rotary factor
-    are then rewritten from it. Otherwise it is made from them. A `rope_parameters` per layer type (Gemma 3)
-    becomes `rope_theta` and `rope_scaling` of the full-attention layers and `rope_local_base_freq` of the
-    sliding ones.
+    If the config has `rope_parameters`, then `rope_theta`, `rope_scaling` and the partial rotary factor are
+    rewritten from it. Otherwise `rope_parameters` is built from those fields. If `rope_parameters` has an entry per
+    layer type (Gemma 3), the full-attention entry gives `rope_theta` and `rope_scaling`. The sliding-attention
+    entry gives `rope_local_base_freq`.
 
     Args:
-        text_config: with the `model_type` of any stock class, in the table or not.
+        text_config: a config with the `model_type` of any stock class, in the table or not.
 
     Returns:
         A new dictionary.

@@ -1,4 +1,4 @@
-"""What the stock config class of transformers makes of a config.json, behind the checks that it lacks."""
+"""Build the stock config object of a config.json, with checks that transformers lacks."""
 
 from __future__ import annotations
 
@@ -59,7 +59,14 @@ QUANTIZATION_KEYS = ("quantization_config", "quantization", "compression_config"
 
 
 def refuse_quantised(config: dict[str, Any]) -> None:
-    """Raise HeadwiseError for a checkpoint whose weights are not plain numbers."""
+    """Refuse a checkpoint with quantised weights.
+
+    Args:
+        config: the config.json, or its text config.
+
+    Raises:
+        HeadwiseError: the config has a quantization entry.
+    """
     for key in QUANTIZATION_KEYS:
         value = config.get(key)
         if value:
@@ -72,9 +79,13 @@ def refuse_quantised(config: dict[str, Any]) -> None:
 
 
 def stock_text_config(model_type: str, text_config: dict[str, Any]) -> Any:
-    """The stock config object of a language model: every default filled in, every per-layer list made.
+    """Return the stock config object of a language model, with all defaults and per-layer lists filled in.
 
-    It is cached and shared: never change it.
+    The object is cached and shared, so callers must not change it.
+
+    Args:
+        model_type: the model type of the language model.
+        text_config: the config of the language model.
 
     Raises:
         HeadwiseError: a field has the wrong type, or the stock class does not accept the config.
@@ -106,7 +117,11 @@ def stock_text_config(model_type: str, text_config: dict[str, Any]) -> Any:
 
 
 def named_dtype(name: Any) -> torch.dtype | None:
-    """The dtype that a config names, as "bfloat16" or as "torch.bfloat16"; None where it names none."""
+    """Return the dtype of a name such as "bfloat16" or "torch.bfloat16", or None if it names no dtype.
+
+    Args:
+        name: the value of a config field.
+    """
     dtype = getattr(torch, str(name).removeprefix("torch."), None)
     return dtype if isinstance(dtype, torch.dtype) else None
 
@@ -127,10 +142,13 @@ def _stock_config(model_type: str, text_config: str) -> Any:
 
 
 def check_rope(rope_parameters: Any) -> None:
-    """Refuse rotary parameters that no frequency can be computed from.
+    """Refuse rotary parameters that give no valid frequencies.
 
     Args:
         rope_parameters: of a stock config; one dictionary for all layers, or one for each type of layer.
+
+    Raises:
+        HeadwiseError: a parameter is missing, has the wrong type, or is not positive.
     """
     if rope_parameters is None:
         return
@@ -163,7 +181,15 @@ def _bad_rope(name: str, value: Any) -> HeadwiseError:
 
 
 def checked_size(config: dict[str, Any], name: str) -> int:
-    """A field that is a count or a width, from a config that no stock class has looked at."""
+    """Return a count or a width from a config that no stock class has checked.
+
+    Args:
+        config: the config.json.
+        name: key of the count or width.
+
+    Raises:
+        HeadwiseError: the value is missing, is not a whole number, or is out of range.
+    """
     value = config.get(name)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SIZE:
         raise HeadwiseError(f"config.json has {name}: {value!r}, and a whole number is needed.")
@@ -171,7 +197,15 @@ def checked_size(config: dict[str, Any], name: str) -> int:
 
 
 def positive_size(stock: Any, field: str) -> int:
-    """A count or a width that the stock config object holds."""
+    """Return a count or a width from a stock config object.
+
+    Args:
+        stock: the stock config object.
+        field: name of the attribute.
+
+    Raises:
+        HeadwiseError: the value is missing, is not a positive whole number, or is too large.
+    """
     value = getattr(stock, field, None)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise HeadwiseError(f"config.json has {field}: {value!r}, and a positive whole number is needed.")
@@ -180,7 +214,15 @@ def positive_size(stock: Any, field: str) -> int:
 
 
 def rotary_width(rope_parameters: dict[str, Any] | None, head_dim: int) -> int:
-    """How many numbers of a head turn."""
+    """Return the number of rotary dimensions of a head.
+
+    Args:
+        rope_parameters: of a stock config; None if the model has no RoPE parameters.
+        head_dim: width of a head.
+
+    Raises:
+        HeadwiseError: the parameters give no frequencies, or the rotary width is not an even number.
+    """
     check_rope(rope_parameters)
     _refuse_enormous("head_dim", head_dim)
     factor = (rope_parameters or {}).get("partial_rotary_factor", 1.0)
@@ -198,7 +240,11 @@ def _refuse_enormous(name: str, value: int) -> None:
 
 
 def has_stock_class(model_type: str) -> bool:
-    """Whether transformers itself has a class for this type, so that no code from a checkpoint is needed."""
+    """Return whether transformers has a class for this model type, so that no code from a checkpoint is needed.
+
+    Args:
+        model_type: the `model_type` of a config.json.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return model_type in CONFIG_MAPPING
@@ -210,13 +256,13 @@ def both_spellings(
     old_names: dict[str, str],
     old_scaling: tuple[str, ...] | None = None,
 ) -> dict[str, Any]:
-    """The config with RoPE in the words of transformers 5 (`rope_parameters`) and of transformers 4.
+    """Return the config with RoPE fields for transformers 5 (`rope_parameters`) and for transformers 4.
 
     Args:
-        text_config: `rope_parameters` is the truth where it exists, otherwise the old words are.
-        model_type: whose stock class reads the config.
+        text_config: the config of the language model. Its `rope_parameters` take precedence over the old fields.
+        model_type: the model type whose stock class reads the config.
         old_names: rope parameter -> its top-level key in transformers 4.
-        old_scaling: the only keys that transformers 4 lets `rope_scaling` have, where it is strict.
+        old_scaling: the only keys that transformers 4 allows in `rope_scaling`, or None if it allows any key.
 
     Returns:
         A new dictionary.
@@ -248,7 +294,11 @@ def both_spellings(
 
 
 def dtype_of(config: dict[str, Any]) -> torch.dtype:
-    """The dtype that a config names, in the words of transformers 4 or 5; float32 where it names none."""
+    """Return the dtype that a config names in `dtype` or `torch_dtype`; float32 if it names none.
+
+    Args:
+        config: the config.json.
+    """
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         dtype = named_dtype(part.get("dtype") or part.get("torch_dtype"))

@@ -1,8 +1,8 @@
-"""LatentWeights -> the tensors and the config of a stock DeepseekV3ForCausalLM, and back.
+"""Convert LatentWeights to the tensors and the config of a stock DeepseekV3ForCausalLM, and back.
 
-Pure (mathematics, sections 4a and 4b). Stock DeepSeek normalises the latent; a conversion has no norm there, so
-the norm is made linear: the down-projection is scaled by a power of two so small that the norm sees nothing but
-its own epsilon, and the norm's weight and the up-projection undo it.
+Pure functions (mathematics, sections 4a and 4b). Stock DeepSeek normalises the latent, and a converted layer has no
+norm there. So the norm is made linear: a small power of two scales the down-projection until the norm's epsilon
+dominates. The norm's weight and the up-projection undo that scale.
 """
 
 from __future__ import annotations
@@ -43,12 +43,16 @@ COPIED_CONFIG_KEYS = (
 def linear_norm(
     down: Tensor, up: Tensor, *, rms: float, tolerance: float = NORM_TOLERANCE
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A linear latent through a stock RMSNorm, as (down, norm weight, up) for `up @ norm(down @ x)`.
+    """Scale a linear latent so that a stock RMSNorm between its two projections acts linearly.
 
     Args:
-        down: (rank, inputs). up: (outputs, rank).
+        down: (rank, inputs) the down-projection.
+        up: (outputs, rank) the up-projection.
         rms: root-mean-square of `down @ x` over tokens, which the result brings to 1.
         tolerance: relative error of a token of that size. A token k times larger gets k^2 times the error.
+
+    Returns:
+        (down, norm weight, up) for `up @ norm(down @ x)`.
     """
     exponent, weight = _norm_scales(tolerance)
     down = down * (2.0**exponent / rms)
@@ -57,43 +61,68 @@ def linear_norm(
 
 
 def unscale_latent(down: Tensor, norm_weight: Tensor) -> Tensor:
-    """The inverse: the down-projection with which the same up-projection needs no norm at all.
+    """Return the down-projection that needs no norm before the same up-projection; the inverse of `linear_norm`.
 
-    Training has to happen in these coordinates: an optimizer's step would destroy weights of 1e-9.
+    Training uses this norm-free parametrization, because an optimizer step would destroy weights of 1e-9.
+
+    Args:
+        down: (rank, inputs) the scaled down-projection.
+        norm_weight: (rank,) the weight of the latent norm.
     """
     return down * (norm_weight / math.sqrt(NORM_EPS))[:, None]
 
 
 def unscaled_latent_rms(tolerance: float = NORM_TOLERANCE) -> float:
-    """Root-mean-square, behind `natural_down`, of a latent that `linear_norm` brought to 1 before its scaling."""
+    """Return the root-mean-square, after `unscale_latent`, of a latent that `linear_norm` has scaled.
+
+    Args:
+        tolerance: the tolerance that `linear_norm` used.
+    """
     exponent, weight = _norm_scales(tolerance)
     return 2.0**exponent * weight / math.sqrt(NORM_EPS)
 
 
 def _norm_scales(tolerance: float) -> tuple[int, float]:
-    """The power of two that shrinks the latent, and the norm's weight."""
+    """Return the exponent of the power of two that shrinks the latent, and the norm's weight."""
     exponent = math.floor(math.log2(math.sqrt(2 * NORM_EPS * tolerance)))
     return exponent, 2.0 ** (-exponent // 2)
 
 
 def residual_scale(rms_norm_eps: float) -> float:
-    """What to scale the residual stream by so that norms with another epsilon become norms with `NORM_EPS`."""
+    """Return the residual-stream factor that turns norms with another epsilon into norms with `NORM_EPS`.
+
+    Args:
+        rms_norm_eps: epsilon of the source's norms.
+    """
     return math.sqrt(NORM_EPS / rms_norm_eps)
 
 
 def interleave(rows: Tensor) -> Tensor:
-    """Half-split rotary rows (..., P, inputs) in DeepSeek's order: the two rows of a plane side by side."""
+    """Return half-split rotary rows in DeepSeek's order, with the two rows of a plane side by side.
+
+    Args:
+        rows: (..., P, inputs) half-split rotary rows.
+    """
     half = rows.shape[-2] // 2
     return torch.stack([rows[..., :half, :], rows[..., half:, :]], dim=-2).flatten(-3, -2)
 
 
 def half_split(rows: Tensor) -> Tensor:
-    """The inverse of `interleave`."""
+    """Return rotary rows in half-split order; the inverse of `interleave`.
+
+    Args:
+        rows: (..., P, inputs) interleaved rotary rows.
+    """
     return torch.cat([rows[..., 0::2, :], rows[..., 1::2, :]], dim=-2)
 
 
 def latent_rms(down: Tensor, moment: Tensor | None) -> float:
-    """Root-mean-square of `down @ x`; without a moment, for inputs of unit size in every direction."""
+    """Return the root-mean-square of `down @ x`.
+
+    Args:
+        down: (rank, inputs) the down-projection.
+        moment: (inputs, inputs) second moment of the inputs; None: inputs have unit size in every direction.
+    """
     energy = (down * down).sum() if moment is None else ((down @ moment) * down).sum()
     return math.sqrt(float(energy) / down.shape[0]) or 1.0
 
@@ -111,19 +140,26 @@ def attention_tensors(
     tolerance: float = NORM_TOLERANCE,
     dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Tensor]:
-    """The checkpoint tensors of one attention layer.
+    """Build the checkpoint tensors of one attention layer.
 
     Args:
         latent: the layer; its score scale is folded into the queries (stock: 1 / sqrt(head_dim)).
         prefix: "model.layers.3.self_attn".
-        residual: what attention's output is multiplied by (`residual_scale`, Granite's multiplier).
+        residual: factor on the attention output (`residual_scale`, Granite's multiplier).
         o_bias: (D,) the source's output bias, before `residual`.
-        v_head_dim: pad the value heads with zeros to this width; costs weights, no cache.
-        q_lora_rank: write the queries in two factors of this rank. Needed where queries have a bias, since
-            only `q_a_proj` can have one; `query_rank` gives the smallest rank that loses nothing.
-        moment: (inputs, inputs) second moment of the inputs, for the size of the latent.
-        rms: that size itself, where it is known.
+        v_head_dim: pad the value heads with zeros to this width. This costs weights, but no cache.
+        q_lora_rank: write the queries in two factors of this rank. Queries with a bias need it, since only
+            `q_a_proj` can have a bias. `query_rank` gives the smallest rank that is exact.
+        moment: (inputs, inputs) second moment of the inputs, which gives the size of the latent.
+        rms: root-mean-square of the latent, if known. It replaces `moment` for the latent.
         tolerance: of the linear norm, see `linear_norm`.
+        dtype: dtype of the returned tensors.
+
+    Returns:
+        Tensors by their names in the checkpoint.
+
+    Raises:
+        ValueError: the queries have a bias, and `q_lora_rank` is None.
     """
     layout, inputs = latent.layout, latent.q_nope.shape[2]
     hidden, rank = latent.o.shape[1], latent.kv_down.shape[0]
@@ -205,7 +241,12 @@ def attention_shapes(
 
 
 def query_rank(layout: AttentionLayout, hidden_size: int) -> int:
-    """The `q_lora_rank` that holds the queries of a source layer with a bias exactly."""
+    """Return the `q_lora_rank` that holds the queries of a source layer with a bias exactly.
+
+    Args:
+        layout: layout of the layer.
+        hidden_size: width of the residual stream.
+    """
     return min(layout.num_attention_heads * layout.head_dim, hidden_size + 1)
 
 
@@ -218,9 +259,19 @@ def _pad_rank(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def read_attention(
     tensors: Mapping[str, Tensor], prefix: str, config: Mapping[str, Any], frequencies: Tensor
 ) -> LatentWeights:
-    """What `attention_tensors` wrote, in natural coordinates and float64 (`residual` stays in `o`).
+    """Read the tensors of `attention_tensors` into the norm-free parametrization, in float64.
 
-    The norms are taken to be linear, as this project writes them: for DeepSeek's own checkpoints this is wrong.
+    The norms are assumed to be linear, as headwise writes them. DeepSeek's own checkpoints do not satisfy this
+    assumption.
+
+    Args:
+        tensors: the layer's tensors, by their names in the checkpoint.
+        prefix: "model.layers.3.self_attn".
+        config: the MLA config.json.
+        frequencies: (P / 2,) radians per token of each rotary plane.
+
+    Returns:
+        The layer's weights. The factor `residual` remains in `o`.
     """
 
     def read(name: str) -> Tensor:
@@ -258,15 +309,25 @@ def read_attention(
 
 
 def default_grid(theta: float, rope_dim: int) -> Tensor:
-    """(rope_dim / 2,) the frequencies a stock config gives its rotary planes, radians per token."""
+    """Return the frequencies that a stock config gives its rotary planes: (rope_dim / 2,), radians per token.
+
+    Args:
+        theta: the RoPE base.
+        rope_dim: number of rotary dimensions.
+    """
     return theta ** (-torch.arange(0, rope_dim, 2, dtype=torch.float64) / rope_dim)
 
 
 def rope_parameters(theta: float, frequencies: Tensor, max_position_embeddings: int) -> dict[str, Any]:
-    """The rope entry of a config: plain when the frequencies are the default grid, else a longrope list.
+    """Return the rope entry of a config: plain if the frequencies are the default grid, else a longrope list.
 
-    longrope divides the grid by a factor per plane, so any list of non-zero frequencies can be written. Short
-    and long factors are equal, and the attention factor is 1: nothing depends on the length.
+    longrope divides the grid by a factor per plane, so it can hold any list of non-zero frequencies. Short and long
+    factors are equal, and the attention factor is 1, so nothing depends on the length.
+
+    Args:
+        theta: the RoPE base.
+        frequencies: (P / 2,) radians per token of each rotary plane.
+        max_position_embeddings: of the config.
     """
     grid = default_grid(theta, 2 * len(frequencies))
     if torch.allclose(grid, frequencies.to(grid), rtol=1e-6, atol=0):
@@ -294,14 +355,20 @@ def make_config(
     v_head_dim: int | None = None,
     dtype: str = "bfloat16",
 ) -> dict[str, Any]:
-    """A stock dense DeepseekV3 `config.json` (why each value: engines.yaml).
+    """Build a stock dense DeepseekV3 `config.json` (engines.yaml gives the reason for each value).
 
     Args:
-        source: the source's text config; only its layout-independent keys are carried over.
-        layout: the MLA layout all layers share.
-        theta, frequencies: see `rope_parameters`.
+        source: the source's text config; only its layout-independent keys are copied.
+        layout: the MLA layout of all layers.
+        theta: the RoPE base, see `rope_parameters`.
+        frequencies: radians per token of each rotary plane, see `rope_parameters`.
         attention_bias: whether `kv_a_proj_with_mqa` and `o_proj` have biases.
-        q_lora_rank, v_head_dim: as given to `attention_tensors`.
+        q_lora_rank: rank of the query factors, as in `attention_tensors`.
+        v_head_dim: padded width of the value heads, as in `attention_tensors`.
+        dtype: name of the dtype of the weights.
+
+    Returns:
+        The config as a dictionary.
     """
     rope = rope_parameters(theta, frequencies, source["max_position_embeddings"])
     position_free = layout.head_dim - layout.rotary_dim

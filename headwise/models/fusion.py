@@ -1,4 +1,4 @@
-"""How checkpoints lay the rows of queries, keys and values, and how `LayerWeights` does: pure rearrangements."""
+"""Rearrange the query, key and value rows of checkpoints into the order of `LayerWeights`, and back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from headwise.models.layout import AttentionLayout
 
 
 def half_split_order(layout: AttentionLayout, rotary_layout: str) -> Tensor:
-    """The source row of each row of `LayerWeights`."""
+    """Return the source row of each row of `LayerWeights`.
+
+    Args:
+        layout: layout of the layer.
+        rotary_layout: order of the rotary rows in the checkpoint, "half" or "interleaved".
+    """
     order = torch.arange(layout.head_dim)
     if rotary_layout == "interleaved":
         rotary = order[: layout.rotary_dim]
@@ -18,12 +23,26 @@ def half_split_order(layout: AttentionLayout, rotary_layout: str) -> Tensor:
 
 
 def reorder(rows: Tensor, order: Tensor) -> Tensor:
-    """`rows[:, order]`, without a copy where nothing moves: layers are large and memory is slow."""
+    """Return `rows[:, order]`, without a copy if the order is unchanged, because layers are large.
+
+    Args:
+        rows: (heads, head_dim, ...) the rows of each head.
+        order: (head_dim,) the source row of each row.
+    """
     return rows if bool((order[1:] > order[:-1]).all()) else rows[:, order]
 
 
 def split(fusion: str, parts: dict[str, Tensor], layout: AttentionLayout) -> tuple[Tensor, Tensor, Tensor]:
-    """Projection matrices (rows, inputs) -> q, k, v (heads, head_dim, inputs)."""
+    """Split projection matrices (rows, inputs) into queries, keys and values, (heads, head_dim, inputs) each.
+
+    Args:
+        fusion: the `fusion` of the architecture row.
+        parts: projection matrices by "q", "k", "v", or "qkv" if they are fused.
+        layout: layout of the layer.
+
+    Returns:
+        Queries, keys and values.
+    """
     heads, groups, dim = layout.num_attention_heads, layout.num_key_value_heads, layout.head_dim
     if fusion == "qkv_per_group_interleaved":
         grouped = parts["qkv"].unflatten(0, (groups, heads // groups + 2, dim))
@@ -37,7 +56,16 @@ def split(fusion: str, parts: dict[str, Tensor], layout: AttentionLayout) -> tup
 
 
 def fuse(fusion: str, rows: dict[str, Tensor], layout: AttentionLayout) -> dict[str, Tensor]:
-    """The inverse of `split`."""
+    """Build projection matrices (rows, inputs) from queries, keys and values; the inverse of `split`.
+
+    Args:
+        fusion: the `fusion` of the architecture row.
+        rows: (heads, head_dim, inputs) matrices by "q", "k" and "v".
+        layout: layout of the layer.
+
+    Returns:
+        Projection matrices by "q", "k", "v", or "qkv" if they are fused.
+    """
     q, k, v = rows["q"], rows["k"], rows["v"]
     if fusion == "qkv_per_group_interleaved":
         queries = q.unflatten(0, (layout.num_key_value_heads, -1))
@@ -48,7 +76,19 @@ def fuse(fusion: str, rows: dict[str, Tensor], layout: AttentionLayout) -> dict[
 
 
 def fit_bias(tensor: Tensor, width: int, biased: bool) -> Tensor:
-    """(heads, head_dim, width + 1 where `biased`): a zero column is added or dropped."""
+    """Add a zero bias column, or drop one, so that the stock class can hold the matrix.
+
+    Args:
+        tensor: (heads, head_dim, width or width + 1).
+        width: width of the residual stream.
+        biased: whether the stock class has a bias.
+
+    Returns:
+        (heads, head_dim, width + 1) if `biased`, else (heads, head_dim, width).
+
+    Raises:
+        ValueError: the weights have a bias, and the stock class has none.
+    """
     column = tensor[..., width:]
     if biased:
         return tensor if column.shape[-1] else torch.cat([tensor, torch.zeros_like(tensor[..., :1])], dim=-1)

@@ -1,7 +1,7 @@
-"""What an attention layer is, and its weights in the one form that all the mathematics reads.
+"""Define the layout of an attention layer and the common form of its weights.
 
-A layer leaves the checkpoint's naming, fusing and interleaving behind in `architecture.py`; from there on it
-is a `LayerWeights` (or, after a low-rank conversion, a `LatentWeights`) and an `AttentionLayout`.
+`architecture.py` removes the checkpoint's naming, fusing and interleaving. After that, a layer is an
+`AttentionLayout` and a `LayerWeights` (or, after a low-rank conversion, a `LatentWeights`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ CONTEXTS = (8_192, 32_768, 131_072)
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """The shape of one attention layer, and what it must keep per token.
+    """The shape of one attention layer and of its cache entry per token.
 
-    A key has `head_dim` numbers, of which the first `rotary_dim` turn with the position (0: the layer has no
-    RoPE). A layer with `kv_lora_rank` is MLA: it caches one latent of that rank and one rotary key of
-    `qk_rope_head_dim` numbers, shared by all heads.
+    A key has `head_dim` numbers. RoPE rotates the first `rotary_dim` of them (0: the layer has no RoPE). A layer
+    with `kv_lora_rank` is MLA: it caches one latent of that rank and one rotary key of `qk_rope_head_dim` numbers.
+    All heads share the latent and the rotary key.
     """
 
     num_attention_heads: int
@@ -36,7 +36,7 @@ class AttentionLayout:
 
     @property
     def kind(self) -> str:
-        """ "mha", "gqa", "mqa" or "mla"."""
+        """Kind of attention: "mha", "gqa", "mqa" or "mla"."""
         if self.kv_lora_rank is not None:
             return "mla"
         if self.num_key_value_heads == self.num_attention_heads:
@@ -45,12 +45,12 @@ class AttentionLayout:
 
     @property
     def queries_per_group(self) -> int:
-        """Query heads that read one key-value head."""
+        """Number of query heads that share one key-value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
     @property
     def cache_elements_per_token(self) -> int:
-        """Numbers the cache keeps per token for this layer."""
+        """Number of cache elements per token in this layer."""
         if self.kv_lora_rank is not None:
             return self.kv_lora_rank + (self.qk_rope_head_dim or 0)
         return self.num_key_value_heads * (self.head_dim + self.v_head_dim)
@@ -65,7 +65,11 @@ class AttentionLayout:
         return (queries_and_output + self.cache_elements_per_token) * hidden_size
 
     def with_groups(self, num_key_value_heads: int) -> AttentionLayout:
-        """The same layer with another number of key-value heads."""
+        """Return the same layer with another number of key-value heads.
+
+        Args:
+            num_key_value_heads: the new number.
+        """
         return replace(self, num_key_value_heads=num_key_value_heads)
 
 
@@ -73,10 +77,14 @@ Self = TypeVar("Self", bound="_Weights")
 
 
 class _Weights:
-    """Tensors of one layer, with what else is known of it."""
+    """Tensors of one layer, and its other properties."""
 
     def to_device(self: Self, device: torch.device | str) -> Self:
-        """The same layer on another device."""
+        """Return the same layer on another device.
+
+        Args:
+            device: the device of the returned tensors.
+        """
         return self._each(lambda tensor: tensor.to(device))
 
     def _each(self: Self, change: Callable[[Tensor], Tensor]) -> Self:
@@ -113,14 +121,20 @@ class LayerWeights(_Weights):
 
     @property
     def hidden_size(self) -> int:
+        """Width D of the residual stream."""
         return self.o.shape[1]
 
     @property
     def has_bias(self) -> bool:
+        """Whether queries, keys and values have a bias as their last column."""
         return self.q.shape[2] == self.hidden_size + 1
 
     def to(self, dtype: torch.dtype) -> LayerWeights:
-        """The same layer in another precision."""
+        """Return the same layer in another precision.
+
+        Args:
+            dtype: the dtype of the returned tensors.
+        """
         return self._each(lambda tensor: tensor.to(dtype))
 
 
@@ -152,15 +166,16 @@ class LatentWeights(_Weights):
 
     @property
     def hidden_size(self) -> int:
+        """Width D of the residual stream."""
         return self.o.shape[1]
 
 
 def to_planes(rows: Tensor, rotary_dim: int) -> Tensor:
-    """Half-split rotary rows as complex planes.
+    """Return half-split rotary rows as complex planes.
 
     Args:
         rows: (..., at least rotary_dim, inputs), real.
-        rotary_dim: how many of the first rows turn.
+        rotary_dim: number of rotary dimensions; the first rows are the rotary ones.
 
     Returns:
         (..., rotary_dim / 2, inputs), complex: `rows[f] + i rows[f + rotary_dim / 2]` (mathematics, section 0).
@@ -170,20 +185,32 @@ def to_planes(rows: Tensor, rotary_dim: int) -> Tensor:
 
 
 def from_planes(planes: Tensor) -> Tensor:
-    """The inverse of `planes`: (..., planes, inputs) complex -> (..., 2 planes, inputs) real, half-split."""
+    """Return complex planes as half-split rotary rows; the inverse of `to_planes`.
+
+    Args:
+        planes: (..., planes, inputs), complex.
+
+    Returns:
+        (..., 2 planes, inputs), real.
+    """
     return torch.cat([planes.real, planes.imag], dim=-2)
 
 
 @dataclass(frozen=True)
 class CacheSize:
-    """What a model keeps while it reads: bytes for one more token, and in all after `at` tokens."""
+    """Size of a model's KV cache: bytes for one more token, and total bytes after `at` tokens."""
 
     bytes_per_token: int
     at: dict[int, int]
 
     @classmethod
     def of(cls, layouts: Sequence[AttentionLayout], dtype: torch.dtype) -> CacheSize:
-        """The cache of one sequence. A layer with a window stops growing when the window is full."""
+        """Return the cache size of one sequence. The cache of a layer with a full sliding window does not grow.
+
+        Args:
+            layouts: layout of every layer.
+            dtype: dtype of the cache.
+        """
 
         def total(tokens: int) -> int:
             seen = ((min(tokens, layer.sliding_window or tokens), layer) for layer in layouts)
@@ -193,5 +220,9 @@ class CacheSize:
 
 
 def describe(layout: AttentionLayout) -> dict[str, Any]:
-    """A layout with its kind and cache, for `--json`."""
+    """Return a layout with its kind and cache size, for `--json`.
+
+    Args:
+        layout: layout of the layer.
+    """
     return {"kind": layout.kind, "cache_elements_per_token": layout.cache_elements_per_token, **asdict(layout)}

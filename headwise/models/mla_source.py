@@ -1,4 +1,4 @@
-"""Which models can become a stock DeepSeek model, and how tensors outside attention travel (deepseek.yaml)."""
+"""Find the models that can become stock DeepSeek, and plan their tensors outside attention (deepseek.yaml)."""
 
 from __future__ import annotations
 
@@ -35,11 +35,21 @@ class ScaledCopy:
     part: tuple[int, int] | None = None
 
     def shape(self, source_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the output tensor.
+
+        Args:
+            source_shape: shape of the source tensor.
+        """
         rows = source_shape[0] // self.part[1] if self.part else source_shape[0]
         return (rows, *source_shape[1:])
 
     def apply(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """The output tensor, computed in float64 and rounded once to `dtype`."""
+        """Return the output tensor, computed in float64 and rounded once to `dtype`.
+
+        Args:
+            tensor: the source tensor.
+            dtype: dtype of the output.
+        """
         if self.part:
             tensor = tensor.chunk(self.part[1])[self.part[0]]
         if self.factor == 1:
@@ -52,8 +62,9 @@ class MlaSource:
     """A source model that stock DeepSeek can express.
 
     Attributes:
-        factors: what embeddings, residual branches (attention and MLP outputs) and logits are multiplied by.
-        attention_scale: what the source multiplies scores by; None: 1 / sqrt(head_dim).
+        tensors: rule of each tensor outside attention, by its name with `*` for the layer index.
+        factors: factors on the embeddings, the residual branches (attention and MLP outputs) and the logits.
+        attention_scale: the source's factor on attention scores; None: 1 / sqrt(head_dim).
     """
 
     tensors: Mapping[str, list[list[Any]]]
@@ -70,11 +81,17 @@ def _table() -> dict[str, Any]:
 
 
 def find_mla_source(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> MlaSource:
-    """The row of a model, or a HeadwiseError that says why it cannot become MLA.
+    """Find the row of a model that can become MLA.
 
     Args:
         config: the text config of the source.
-        dtype: of the output. float16 is refused: the linear latent norm needs weights near 1e-9.
+        dtype: dtype of the output. float16 is refused: the linear latent norm needs weights near 1e-9.
+
+    Returns:
+        The model's tensor rules and factors.
+
+    Raises:
+        HeadwiseError: the model cannot become MLA; the message gives the reason.
     """
     table, model_type = _table(), config.get("model_type")
     if dtype == torch.float16:
@@ -113,7 +130,7 @@ def find_mla_source(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat
 
 
 def _positive(config: Mapping[str, Any], key: str, default: float) -> float:
-    """A factor of the config; `default` is the stock class's where the config leaves it out."""
+    """Return a positive number of the config, or the stock class's `default` if the config has none."""
     value = config.get(key)
     if value is None:
         return default
@@ -123,13 +140,15 @@ def _positive(config: Mapping[str, Any], key: str, default: float) -> float:
 
 
 def plan_scaled_copies(source: MlaSource, names: Iterable[str], attention: Iterable[str]) -> list[ScaledCopy]:
-    """What becomes of every tensor of the checkpoint that is not attention.
+    """Return the plan for every tensor of the checkpoint outside attention.
 
     Args:
-        names: all tensor names of the checkpoint. attention: those that the conversion rewrites.
+        source: the source model.
+        names: all tensor names of the checkpoint.
+        attention: names of the tensors that the conversion rewrites.
 
     Raises:
-        HeadwiseError: a tensor that the table does not know, so that none is silently dropped.
+        HeadwiseError: the table has no rule for a tensor. The error prevents a silent drop.
     """
     names, attention = set(names), set(attention)
     carried, unknown = [], []

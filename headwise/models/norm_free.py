@@ -1,8 +1,8 @@
-"""An MLA layer as a module in natural coordinates: the stock DeepSeek attention class without its latent norm.
+"""Build an MLA layer in the norm-free parametrization: stock DeepSeek attention without its latent norm.
 
-The stock tensors hold weights near 1e-9 (mathematics, section 4a), which no optimizer survives. Here the norm is
-an identity and every weight has its natural size; `LatentWeights` goes in and comes out, and `deepseek.py` makes
-stock tensors of it.
+The stock tensors hold weights near 1e-9 (mathematics, section 4a), which an optimizer step would destroy. Here the
+norm is an identity and every weight has its unscaled size. The module is built from `LatentWeights` and converted
+back to them; `deepseek.py` builds stock tensors from the result.
 """
 
 from __future__ import annotations
@@ -24,11 +24,17 @@ from headwise.models.stock import empty_model
 def norm_free_attention(
     config: dict[str, Any], layer: int, latent: LatentWeights, o_bias: Tensor | None, device: torch.device
 ) -> Any:
-    """The layer as a float32 module.
+    """Build the layer as a float32 module.
 
     Args:
-        config: the MLA config.json; queries are one projection here, whatever it says of `q_lora_rank`.
-        o_bias: (D,) the output's, or None.
+        config: the MLA config.json. Its `q_lora_rank` is ignored: the module has one query projection.
+        layer: index of the decoder layer.
+        latent: the layer's weights.
+        o_bias: (D,) the output bias, or None.
+        device: device of the module.
+
+    Returns:
+        The attention module.
     """
     plain = {**copy.deepcopy(config), "q_lora_rank": None}
     model = empty_model(plain, "AutoModelForCausalLM")
@@ -38,7 +44,15 @@ def norm_free_attention(
 
 
 def to_norm_free_module(attention: Any, latent: LatentWeights, o_bias: Tensor | None) -> None:
-    """Turn a stock attention module into natural coordinates, in place: float32, queries in one projection."""
+    """Convert a stock attention module to the norm-free parametrization, in place.
+
+    The module becomes float32, with one query projection.
+
+    Args:
+        attention: the stock attention module.
+        latent: the layer's weights.
+        o_bias: (D,) the output bias, or None.
+    """
     hidden, layout = latent.hidden_size, latent.layout
     attention.q_lora_rank = attention.q_a_proj = attention.q_a_layernorm = attention.q_b_proj = None
     queries = torch.cat([latent.q_nope, interleave(latent.q_rope)], 1).flatten(0, 1)
@@ -54,11 +68,12 @@ def to_norm_free_module(attention: Any, latent: LatentWeights, o_bias: Tensor | 
 def from_norm_free_state(
     state: Mapping[str, Tensor], latent: LatentWeights, prefix: str = ""
 ) -> tuple[LatentWeights, Tensor | None]:
-    """What a module in natural coordinates has become, in float64, and its output bias.
+    """Return the float64 weights and the output bias of a module in the norm-free parametrization.
 
     Args:
-        state: its tensors, by the module's names behind `prefix`.
-        latent: what it was made of, for the shapes; on the meta device they are enough.
+        state: the module's tensors, by their names after `prefix`.
+        latent: weights with the module's shapes; tensors on the meta device are enough.
+        prefix: prefix of the names in `state`.
     """
 
     def matrix(name: str) -> Tensor:
@@ -86,7 +101,7 @@ def from_norm_free_state(
 
 
 def _linear(matrix: Tensor, inputs: int | None = None) -> nn.Linear:
-    """A float32 projection; a column beyond `inputs` is its bias."""
+    """Return a float32 projection; a column beyond `inputs` is its bias."""
     inputs = inputs or matrix.shape[1]
     made = nn.Linear(inputs, matrix.shape[0], bias=matrix.shape[1] > inputs)
     with torch.no_grad():

@@ -29,8 +29,8 @@ LATENT_SIZES = (
 class AttentionModel(Protocol):
     """Names and layouts of the attention layers of a model type.
 
-    `Architecture` implements it for MHA, GQA and MQA, `LatentModel` for MLA. Where the mathematics differs, callers
-    look at `AttentionLayout.kind`.
+    `Architecture` implements it for MHA, GQA and MQA, `LatentModel` for MLA. Callers that need to distinguish them
+    use `AttentionLayout.kind`.
     """
 
     @property
@@ -54,20 +54,39 @@ class AttentionModel(Protocol):
         """Name of the output projection in the attention module."""
 
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the part of a config.json that describes the language model."""
+        """Return the part of a config.json that describes the language model.
+
+        Args:
+            config: the config.json.
+        """
 
     def layouts(self, config: dict[str, Any]) -> list[AttentionLayout]:
         """Return the layout of every layer.
+
+        Args:
+            config: the config.json.
 
         Raises:
             HeadwiseError: a field has the wrong type or an impossible value.
         """
 
     def attention_path(self, layer: int) -> str:
-        """Return the path of a layer's attention module in the stock model."""
+        """Return the path of a layer's attention module in the stock model.
+
+        Args:
+            layer: index of the decoder layer.
+        """
 
     def tensors(self, checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
-        """Read all tensors of a layer's attention, those included that no conversion changes."""
+        """Read all tensors of a layer's attention, including those that no conversion changes.
+
+        Args:
+            checkpoint: the checkpoint of the model.
+            layer: index of the decoder layer.
+
+        Returns:
+            Tensors by their names in the checkpoint.
+        """
 
 
 @dataclass(frozen=True)
@@ -81,7 +100,11 @@ class LatentModel:
     output_projection: str = "o_proj"
 
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the config itself."""
+        """Return the config itself.
+
+        Args:
+            config: the config.json.
+        """
         return config
 
     def layouts(self, config: dict[str, Any]) -> list[AttentionLayout]:
@@ -113,6 +136,9 @@ class LatentModel:
         Args:
             checkpoint: the MLA checkpoint.
             layer: index of the decoder layer.
+
+        Returns:
+            Tensors by their names in the checkpoint.
         """
         return checkpoint.read_prefix(f"{self.attention_path(layer)}.")
 
@@ -122,7 +148,10 @@ def find_attention_model(config: dict[str, Any], names: Iterable[str] = ()) -> A
 
     Args:
         config: the checkpoint's config.json.
-        names: its tensor names, as for `find_architecture`.
+        names: the checkpoint's tensor names, as in `find_architecture`.
+
+    Returns:
+        The names and layouts of the attention layers.
 
     Raises:
         HeadwiseError: the model type is unknown, or the model has MLA and headwise did not write it.

@@ -1,8 +1,8 @@
-"""How positions rotate, and the rules that rescale it.
+"""Compute rotary frequencies, and rescale them for a longer context.
 
-A set of layers turns by `rope_parameters`, a plain dictionary in the spelling of transformers 5 (`rope_type`,
-`rope_theta`, `factor`, ...). Everything here maps such a dictionary to another one or to numbers. Mistakes
-raise ValueError with the reason; whoever knows the model's name says the rest.
+`rope_parameters` describes the RoPE of a set of layers. It is a plain dictionary with the keys of transformers 5
+(`rope_type`, `rope_theta`, `factor`, ...). The functions map such a dictionary to another one or to numbers. They
+raise ValueError with the reason; the caller adds the model's name.
 """
 
 from __future__ import annotations
@@ -35,20 +35,25 @@ EXACT_WHEN_SHORT = ("dynamic", "longrope")
 
 
 def base_frequencies(rope_theta: float, rotary_dim: int) -> Tensor:
-    """`rope_theta^{-2f/rotary_dim}`: radians per token of each plane, (rotary_dim / 2,) float64."""
+    """Return `rope_theta^{-2f/rotary_dim}`: radians per token of each plane, (rotary_dim / 2,) float64.
+
+    Args:
+        rope_theta: the RoPE base.
+        rotary_dim: number of rotary dimensions.
+    """
     return rope_theta ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
 
 
 def frequencies(
     parameters: Parameters, rotary_dim: int, max_position_embeddings: int, length: int | None = None
 ) -> tuple[Tensor, float]:
-    """What a stock class computes from `rope_parameters`.
+    """Compute the frequencies and the attention factor as a stock class does from `rope_parameters`.
 
     Args:
         parameters: transformers 5 `rope_parameters` of one set of layers.
-        rotary_dim: numbers of a head that turn.
-        max_position_embeddings: of the config; `dynamic` starts to stretch beyond it.
-        length: tokens in the input, for the two types that look at it (`dynamic`, `longrope`).
+        rotary_dim: number of rotary dimensions.
+        max_position_embeddings: of the config; `dynamic` stretches longer inputs only.
+        length: tokens in the input, for the two types that depend on it (`dynamic`, `longrope`).
 
     Returns:
         Radians per token of each plane, (rotary_dim / 2,) float64, and the factor on cosines and sines.
@@ -87,15 +92,24 @@ def frequencies(
 
 
 def rope_type(parameters: Parameters) -> str:
-    """The `rope_type` of a `rope_parameters` dictionary, in the old spelling (`type`) as well."""
+    """Return the `rope_type` of a `rope_parameters` dictionary, also under its old key `type`.
+
+    Args:
+        parameters: the `rope_parameters`.
+    """
     return parameters.get("rope_type") or parameters.get("type") or "default"
 
 
 def ntk_base(rope_theta: float, factor: float, rotary_dim: int) -> float:
-    """The base whose slowest plane turns `factor` times slower (mathematics, section 5: b s^{d/(d-2)}).
+    """Return the base that slows the slowest plane by `factor` (mathematics, section 5: b s^{d/(d-2)}).
+
+    Args:
+        rope_theta: the present base.
+        factor: ratio of the present frequency of the slowest plane to its new frequency.
+        rotary_dim: number of rotary dimensions.
 
     Raises:
-        ValueError: there is one plane, and no base slows it.
+        ValueError: there is only one plane, and no base slows it.
     """
     if rotary_dim <= 2:
         raise ValueError("a single rotary plane turns by 1 whatever the base is")
@@ -112,18 +126,18 @@ def rescale(
     context: int,
     rope_theta: float | None = None,
 ) -> dict[str, Any]:
-    """The `rope_parameters` that carry a model from `trained` to `context` tokens by `rule`.
+    """Return the `rope_parameters` that extend a model from `trained` to `context` tokens by `rule`.
 
     Args:
-        parameters: what the source has; its scaling is composed with the new one.
+        parameters: the source's parameters; its scaling is composed with the new one.
         rule: one of `RULES`.
-        rotary_dim: numbers of a head that turn.
-        trained: the length the source's frequencies are right for.
-        context: the length wanted.
+        rotary_dim: number of rotary dimensions.
+        trained: the context length that the source was trained for.
+        context: the new context length.
         rope_theta: the new base, for rule `base` only.
 
     Raises:
-        ValueError: with the reason why this rule cannot follow this source.
+        ValueError: this rule cannot be applied to this source; the message gives the reason.
     """
     source, factor = rope_type(parameters), context / trained
     if source not in COMPOSES:
@@ -169,7 +183,7 @@ def rescale(
 
 
 def _compose(parameters: Parameters, factor: float, rotary_dim: int, trained: int) -> dict[str, Any]:
-    """The source's own rule, carried further by `factor`."""
+    """Return the source's own rule, extended by `factor`."""
     kind = rope_type(parameters)
     composed = dict(parameters) | {"rope_type": kind}
     if kind == "linear":
@@ -192,25 +206,28 @@ def _compose(parameters: Parameters, factor: float, rotary_dim: int, trained: in
 
 
 def _kept(parameters: Parameters) -> dict[str, Any]:
-    """The source without what `dynamic` adds, which a new base replaces; other scaling stays."""
+    """Return the source without the fields of `dynamic`, which a new base replaces; other scaling remains."""
     return _unscaled(parameters) if rope_type(parameters) == "dynamic" else dict(parameters)
 
 
 def _unscaled(parameters: Parameters) -> dict[str, Any]:
-    """Base and rotary share: what no rule adds."""
+    """Return the base and the rotary share, without the fields of any rule."""
     own = ("rope_type", "type", "factor", "original_max_position_embeddings", "attention_factor")
     return {k: v for k, v in parameters.items() if k not in own} | {"rope_type": "default"}
 
 
 def _long_profile(rope_theta: float, factor: float, rotary_dim: int, trained: int) -> list[float]:
-    """Divisors per plane for `longrope`, which leaves them open: YaRN's (LongRoPE finds its own by a search)."""
+    """Return YaRN's divisors per plane for `longrope`, which prescribes none (LongRoPE searches for its own)."""
     yarn = {"rope_type": "yarn", "rope_theta": rope_theta, "factor": factor}
     scaled, _ = frequencies(yarn | {"original_max_position_embeddings": trained}, rotary_dim, trained)
     return (base_frequencies(rope_theta, rotary_dim) / scaled).tolist()
 
 
 def _yarn_ramp(parameters: Parameters, rotary_dim: int, original: int) -> Tensor:
-    """0 on planes that turn often within `original` tokens, 1 on those that do not (Peng et al. 2023, eq. 18)."""
+    """Return YaRN's ramp: 0 on planes that turn often within `original` tokens, 1 on slow planes.
+
+    See Peng et al. 2023, eq. 18.
+    """
 
     def plane(turns: float) -> float:
         return rotary_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(parameters["rope_theta"]))
@@ -225,7 +242,7 @@ def _yarn_ramp(parameters: Parameters, rotary_dim: int, original: int) -> Tensor
 
 
 def _yarn_attention(parameters: Parameters, factor: float) -> float:
-    """The factor on cosines and sines that sharpens attention (Peng et al. 2023, eq. 22)."""
+    """Return the factor on cosines and sines that sharpens attention (Peng et al. 2023, eq. 22)."""
 
     def sharpening(scale: float) -> float:
         return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0

@@ -1,7 +1,7 @@
-"""Stock models without weights: built in no time from a config, filled tensor by tensor, asked what they would do.
+"""Build stock models on the meta device, load tensors into them, and capture layer inputs.
 
-Everything that depends on a model's own code (masks, rotary tables, the order of its parts) is taken from the
-stock class itself, so that no model type has to be known here.
+Masks, rotary tables and the order of a model's parts come from the stock class itself. So no code here names a
+model type.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from headwise.io.reader import Checkpoint
 
 
 def stock_config(config: dict[str, Any]) -> Any:
-    """The stock configuration object of a config.json; never remote code."""
+    """Return the stock configuration object of a config.json. Remote code never runs.
+
+    Args:
+        config: the config.json.
+    """
     import transformers
 
     plain = {k: v for k, v in config.items() if k != "auto_map"}
@@ -31,13 +35,19 @@ def stock_config(config: dict[str, Any]) -> Any:
 def empty_model(
     config: dict[str, Any], auto_class: str, dtype: torch.dtype = torch.float32, most: int | None = None
 ) -> Any:
-    """The stock model of a config.json with buffers but no weights (parameters on the meta device).
+    """Build the stock model of a config.json with buffers but no weights (parameters on the meta device).
 
     Args:
-        most: parameters that it may have.
+        config: the config.json.
+        auto_class: name of the transformers auto class.
+        dtype: dtype of the parameters.
+        most: maximum number of parameter tensors, or None.
+
+    Returns:
+        The model, in evaluation mode and without gradients.
 
     Raises:
-        HeadwiseError: the class cannot make a model of this config.
+        HeadwiseError: the class cannot build a model from this config.
     """
     import transformers
     from transformers.initialization import no_init_weights
@@ -65,7 +75,7 @@ def empty_model(
 
 @contextmanager
 def _at_most(most: int | None) -> Iterator[None]:
-    """Stop the making of a model that gets more parameters than that."""
+    """Raise HeadwiseError when a model under construction registers more parameters than `most`."""
     made = 0
 
     def count(*_: Any) -> None:
@@ -88,10 +98,13 @@ def load_model(checkpoint: Checkpoint, auto_class: str, dtype: torch.dtype, **ar
     """Load a whole stock model with its weights, on the CPU.
 
     Args:
-        checkpoint: a folder, or a GGUF file, whose tensors are in memory twice for a moment.
-        auto_class: the transformers class.
-        dtype: of the weights.
+        checkpoint: a folder, or a GGUF file. Loading a GGUF file temporarily holds its tensors in memory twice.
+        auto_class: name of the transformers auto class.
+        dtype: dtype of the weights.
         arguments: more arguments of `from_pretrained`.
+
+    Returns:
+        The model.
     """
     import transformers
 
@@ -107,7 +120,12 @@ def load_model(checkpoint: Checkpoint, auto_class: str, dtype: torch.dtype, **ar
 
 
 def load_into(model: Any, tensors: dict[str, Tensor], device: torch.device | str = "cpu") -> Any:
-    """Give checkpoint tensors to an empty stock model, through transformers' own renaming and fusing.
+    """Load checkpoint tensors into an empty stock model, with transformers' own renaming and fusing.
+
+    Args:
+        model: the empty stock model.
+        tensors: tensors by their names in the checkpoint.
+        device: device of the loaded parameters.
 
     Returns:
         transformers' account of missing, unexpected and mismatched keys.
@@ -136,11 +154,13 @@ def load_into(model: Any, tensors: dict[str, Tensor], device: torch.device | str
 
 
 def layer_arguments(model: Any, layer_path: str, length: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """What each layer's attention is called with besides its input, for sequences of `length`.
+    """Return the arguments of each layer's attention besides its input, for sequences of `length`.
 
     Args:
-        model: may be empty; no weight takes part.
-        layer_path: of its decoder layers, "model.layers.{layer}".
+        model: the stock model; it may be empty, because the result does not depend on weights.
+        layer_path: path of its decoder layers, "model.layers.{layer}".
+        length: number of tokens.
+        dtype: dtype of the hidden states.
     """
     path = layer_path.rpartition(".")[0]
     text, layers = model.get_submodule(path.rpartition(".")[0]), model.get_submodule(path)
@@ -153,8 +173,11 @@ def move_to_device(value: Any, device: torch.device) -> Any:
     """Move the tensors inside dictionaries and tuples, such as the arguments of a layer.
 
     Args:
-        value: a tensor, a dictionary, a tuple, or anything else, which stays as it is.
-        device: of the result.
+        value: a tensor, a dictionary or a tuple. Any other value is returned unchanged.
+        device: device of the result.
+
+    Returns:
+        The value, with its tensors on `device`.
     """
     if isinstance(value, dict):
         return {key: move_to_device(item, device) for key, item in value.items()}
@@ -166,11 +189,18 @@ def move_to_device(value: Any, device: torch.device) -> Any:
 def run_attention(
     config: dict[str, Any], stock: Any, attention_path: str, layer: int, tensors: dict[str, Tensor], length: int
 ) -> tuple[Tensor, Tensor]:
-    """Random inputs, and what a layer's stock attention says to them, in float64: (2, length, D) each.
+    """Run a layer's stock attention on random inputs in float64.
 
     Args:
-        stock: has the `auto_class` and the path `module` of the decoder layers.
+        config: the checkpoint's config.json.
+        stock: an object with the `auto_class` and the path `module` of the decoder layers.
+        attention_path: path of the attention module in the stock model.
+        layer: index of the decoder layer; it is also the random seed.
         tensors: the layer's attention, by the checkpoint's names.
+        length: number of tokens in each of the two sequences.
+
+    Returns:
+        The inputs and the outputs, (2, length, D) each.
     """
     model = empty_model(config, stock.auto_class, torch.float64)
     load_into(model, tensors)
@@ -184,7 +214,7 @@ def run_attention(
 
 
 def _attention_arguments(stub: LayerStub) -> dict[str, Any]:
-    """A decoder layer hands its keyword arguments on to its attention; positional ones are matched by name."""
+    """Return the keyword arguments of a layer's attention, with positional arguments of the layer by name."""
     names = list(inspect.signature(type(stub.layer).forward).parameters)[2:]
     given = {**dict(zip(names, stub.args, strict=False)), **stub.kwargs}
     return {name: value for name, value in given.items() if name not in ("use_cache", "past_key_values")}
@@ -192,7 +222,14 @@ def _attention_arguments(stub: LayerStub) -> dict[str, Any]:
 
 @contextmanager
 def capture_layer_calls(layers: nn.ModuleList) -> Iterator[list[LayerStub]]:
-    """Stubs in the place of decoder layers, for the time of a run."""
+    """Replace decoder layers by stubs that record their arguments, until the context ends.
+
+    Args:
+        layers: the decoder layers of a model, replaced in place.
+
+    Yields:
+        The stubs, in the order of the layers.
+    """
     real = list(layers)
     stubs = [LayerStub(layer, last=layer is real[-1]) for layer in real]
     for i, stub in enumerate(stubs):
@@ -205,7 +242,22 @@ def capture_layer_calls(layers: nn.ModuleList) -> Iterator[list[LayerStub]]:
 
 
 def run_check(check: Callable[..., tuple[bool, str]], *given: Any, **more: Any) -> tuple[bool, str]:
-    """A check of a stock model, which a config that its class accepts may still make fail, with any error."""
+    """Run a check of a stock model, and report any error of the stock class as a failure.
+
+    A stock class can accept a config and still fail on it with any kind of error.
+
+    Args:
+        check: a function that returns whether the check passed, and a detail.
+        given: positional arguments of `check`.
+        more: keyword arguments of `check`.
+
+    Returns:
+        The result of `check`, or False and the error.
+
+    Raises:
+        HeadwiseError: `check` raised it.
+        MemoryError: `check` raised it.
+    """
     try:
         return check(*given, **more)
     except (HeadwiseError, MemoryError):
@@ -215,12 +267,12 @@ def run_check(check: Callable[..., tuple[bool, str]], *given: Any, **more: Any) 
         return False, f"the stock class fails with {type(error).__name__}: {reason}"
 
 
-class StopForward(Exception):
-    """Ends the recording run before the model needs weights that come after its layers."""
+class StopForward(Exception):  # noqa: N818, RUF100
+    """Ends a recording run before the model needs weights that come after its layers."""
 
 
 class LayerStub(nn.Module):
-    """Stands for a decoder layer, and notes what it is called with."""
+    """Replaces a decoder layer, and records the arguments of its call."""
 
     def __init__(self, layer: nn.Module, last: bool) -> None:
         super().__init__()
@@ -228,16 +280,27 @@ class LayerStub(nn.Module):
 
     @property
     def layer(self) -> nn.Module:
+        """The decoder layer that this stub replaces."""
         return self._layer[0]
 
     def __getattr__(self, name: str) -> Any:
-        """Models ask their layers for facts, such as which kind of attention they have."""
+        """Return an attribute of the decoder layer, such as its attention type, which some models read."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self._layer[0], name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Record the arguments and return the hidden states unchanged.
+
+        Args:
+            hidden_states: the input of the layer.
+            args: further positional arguments of the layer.
+            kwargs: keyword arguments of the layer.
+
+        Raises:
+            StopForward: this is the last layer.
+        """
         self.hidden, self.args, self.kwargs = hidden_states, args, kwargs
         if self._last:
             raise StopForward

@@ -1,4 +1,4 @@
-"""Whether a checkpoint holds the tensors that the stock class of its config has: from headers alone."""
+"""Compare the tensor names and shapes of a checkpoint with its stock class, from headers alone."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ LEFTOVERS = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_bias|bias))$
 
 @dataclass(frozen=True)
 class StockMatch:
-    """A stock model without weights, and where a checkpoint's tensors and its own disagree.
+    """A stock model without weights, and the differences between its tensors and a checkpoint's.
 
     Attributes:
+        model: the stock model.
         count: tensors of the checkpoint, without those that no release reads.
         tied: parameters that share another's weights.
-        missing, unexpected: names that only the class has, or only the checkpoint.
+        missing: names that only the class has.
+        unexpected: names that only the checkpoint has.
         mismatched: name, shape in the checkpoint, shape in the class.
     """
 
@@ -36,11 +38,20 @@ class StockMatch:
 
     @property
     def wrong(self) -> list[str]:
+        """Names of all missing, unexpected and mismatched tensors."""
         return [*self.missing, *self.unexpected, *(name for name, _, _ in self.mismatched)]
 
 
 def match_stock_class(checkpoint: Checkpoint, auto_class: str) -> StockMatch:
-    """Put a checkpoint's shapes into its stock class, through transformers' own loader."""
+    """Load a checkpoint's shapes into its stock class, with transformers' own loader.
+
+    Args:
+        checkpoint: the checkpoint.
+        auto_class: name of the transformers auto class.
+
+    Returns:
+        The model without weights, and its differences from the checkpoint.
+    """
     # A config may ask for more layers or experts than there are files for. Each takes its time to make, so the
     # class gets as many parameters as the checkpoint could fill, were its tensors fused by the dozen.
     model = empty_model(checkpoint.config, auto_class, most=1000 + 12 * len(checkpoint.tensors))
@@ -62,10 +73,14 @@ def match_stock_class(checkpoint: Checkpoint, auto_class: str) -> StockMatch:
 
 
 def check_source_complete(checkpoint: Checkpoint, auto_class: str) -> None:
-    """Refuse a source that its stock class could not run, before anything is computed from it.
+    """Refuse a source that its stock class cannot run, before anything is computed from it.
+
+    Args:
+        checkpoint: the source.
+        auto_class: name of the transformers auto class.
 
     Raises:
-        HeadwiseError: a tensor is missing or has another shape than the config promises.
+        HeadwiseError: a tensor is missing, or its shape differs from the shape that the config implies.
     """
     found = match_stock_class(checkpoint, auto_class)
     hint = "The checkpoint and its config.json do not belong together, or a shard is incomplete."

@@ -1,4 +1,4 @@
-"""architectures.yaml: what it may say, and which row a checkpoint falls under."""
+"""Parse architectures.yaml, and find the row of a checkpoint."""
 
 from __future__ import annotations
 
@@ -94,7 +94,13 @@ class Table:
 
 
 def parse_table(text: str) -> Table:
-    """Read the table.
+    """Parse the text of architectures.yaml.
+
+    Args:
+        text: the YAML text.
+
+    Returns:
+        The sections of the table.
 
     Raises:
         ValueError: a row has an unknown key, or lacks one.
@@ -126,10 +132,23 @@ def _check_keys(where: str, row: dict[str, Any], expected: set[str]) -> None:
 
 @lru_cache(maxsize=1)
 def load_table() -> Table:
+    """Return the table of architectures.yaml, cached."""
     return parse_table(resources.files(__package__).joinpath("architectures.yaml").read_text("utf-8"))
 
 
 def find_row(config: dict[str, Any], table: Table) -> ArchitectureRow:
+    """Find the row of a config's model type.
+
+    Args:
+        config: the checkpoint's config.json.
+        table: the table of architectures.
+
+    Returns:
+        The row; for a multimodal wrapper, the row of its language model with the wrapper's names.
+
+    Raises:
+        HeadwiseError: the config is malformed, or its model type has no row.
+    """
     if not isinstance(config, dict):
         raise HeadwiseError(f"config.json holds a {type(config).__name__}, and a config is a JSON object.")
     model_type = config.get("model_type")
