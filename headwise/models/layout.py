@@ -103,9 +103,9 @@ class LayerWeights(_Weights):
     - `q_norm` (H, head_dim), `k_norm` (G, head_dim): the multiplier an RMSNorm on queries and keys applies
       after normalising (offsets such as Gemma's 1 + w already added), or None
 
-    Query head h reads key-value head `h // (H // G)`. A bias is the last column, reading a constant 1, so that
-    no formula needs to know of it. Rotary rows come first and in the half-split order of Hugging Face: rows f
-    and f + rotary_dim/2 are the real and imaginary part of plane f. The output bias belongs to no head and
+    Query head h reads key-value head `h // (H // G)`. A bias is the last column, multiplied by a constant 1, so
+    that formulas need no separate bias term. Rotary rows come first and in the half-split order of Hugging Face:
+    rows f and f + rotary_dim/2 are the real and imaginary part of plane f. The output bias belongs to no head and
     stays in the checkpoint untouched.
     """
 
@@ -116,7 +116,7 @@ class LayerWeights(_Weights):
     o: Tensor
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
-    # "head": the norm sees one head at a time (Qwen3, Gemma 3); "all": all heads at once (OLMo 2).
+    # "head": the norm covers one head at a time (Qwen3, Gemma 3); "all": all heads at once (OLMo 2).
     norm_scope: str | None = None
 
     @property
@@ -140,7 +140,7 @@ class LayerWeights(_Weights):
 
 @dataclass(frozen=True)
 class LatentWeights(_Weights):
-    """One MLA layer in natural coordinates: no latent norm, scores scaled by `scale`.
+    """One MLA layer in the norm-free parametrization: no latent norm, scores scaled by `scale`.
 
     Shapes, with rank R, rotary width P, position-free width N and value width V:
 

@@ -54,7 +54,7 @@ def empty_model(
 
     try:
         stock = stock_config(config)
-        # Only the eager form knows soft-capped scores.
+        # Only the eager form supports soft-capped scores.
         capped = getattr(stock.get_text_config(), "attn_logit_softcapping", None)
         # Drawing random numbers for weights that are not there would be most of the time that this takes.
         with init_empty_weights(include_buffers=False), no_init_weights(), _at_most(most):

@@ -52,7 +52,7 @@ def match_stock_class(checkpoint: Checkpoint, auto_class: str) -> StockMatch:
     Returns:
         The model without weights, and its differences from the checkpoint.
     """
-    # A config may ask for more layers or experts than there are files for. Each takes its time to make, so the
+    # A config may name more layers or experts than there are files for. Each takes its time to make, so the
     # class gets as many parameters as the checkpoint could fill, were its tensors fused by the dozen.
     model = empty_model(checkpoint.config, auto_class, most=1000 + 12 * len(checkpoint.tensors))
     shapes = {

@@ -47,7 +47,7 @@ class ArchitectureRow:
         projections: tensor names of q, k, v, o, or of qkv and o where they are fused.
         fusion: "none"; "qkv_concat": all queries, then all keys, then all values;
             "qkv_per_group_interleaved": per key-value head its queries, its key, its value.
-        qkv_bias: true, false, or the config key that says so.
+        qkv_bias: true, false, or the config key that holds this flag.
         norms: RMSNorms on queries and keys, or None.
         rotary_layout: "half": planes are rows f and f + rotary_dim/2; "interleaved": rows 2f and 2f + 1.
         rope_flags: config key of a list that is true where a layer has RoPE.
