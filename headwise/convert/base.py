@@ -50,7 +50,11 @@ class Target(Protocol):
     engines: list[str]
 
     def converted_names(self, layer: int) -> tuple[str, ...]:
-        """Return the names of a layer's converted output tensors; none if the layer is only copied."""
+        """Return the names of a layer's converted output tensors; none if the layer is only copied.
+
+        Args:
+            layer: its index.
+        """
 
     def convert_layer(
         self, layer: int, weights: LayerWeights, record: LayerRecord | None

@@ -34,13 +34,24 @@ RESTING_BYTES = 450 << 20
 
 
 def trained_length(checkpoint: Checkpoint, arch: Architecture) -> int:
-    """Return the trained context in tokens; 2048 where the config class has none."""
+    """Return the trained context in tokens; 2048 where the config class has none.
+
+    Args:
+        checkpoint: the source.
+        arch: its architecture.
+    """
     length = getattr(arch.stock_config(checkpoint.config), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else 2048
 
 
 def calibration_tokens(checkpoint: Checkpoint, arch: Architecture, steps: int) -> int:
-    """Return the number of calibration tokens where the settings name none."""
+    """Return the number of calibration tokens where the settings name none.
+
+    Args:
+        checkpoint: the source.
+        arch: its architecture.
+        steps: of regression for every layer; 0: none.
+    """
     width = arch.stock_config(checkpoint.config).hidden_size
     wanted: int = max(4 * CALIBRATION_LENGTH, min(TOKENS_FOR_REFIT if steps else TOKENS, HIDDEN_NUMBERS // width))
     return wanted
@@ -52,6 +63,14 @@ def refit_steps(
     """Return the steps of regression per layer: the given number, or for "auto" the default if it is short enough.
 
     Published baselines are compared as published, so "auto" trains only after calibrated methods.
+
+    Args:
+        checkpoint: the source.
+        arch: its architecture.
+        target: the decided conversion.
+        asked: the value of the setting `refit`.
+        length: tokens in a calibration sequence.
+        device: where the layers are trained.
     """
     if isinstance(asked, int):
         return asked
@@ -65,7 +84,15 @@ def refit_steps(
 def refit_seconds(
     checkpoint: Checkpoint, arch: Architecture, target: Any, length: int, device: torch.device
 ) -> float:
-    """Return the forecast seconds of the regression of every converted layer with the default steps."""
+    """Return the forecast seconds of the regression of every converted layer with the default steps.
+
+    Args:
+        checkpoint: the source.
+        arch: its architecture.
+        target: the decided conversion.
+        length: tokens in a calibration sequence.
+        device: where the layers are trained.
+    """
     width = arch.stock_config(checkpoint.config).hidden_size
     flops = 0.0
     for i, layout in enumerate(target.layouts):
@@ -84,7 +111,14 @@ def refit_seconds(
 def require_free_memory(nbytes: int, device: torch.device) -> None:
     """Raise HeadwiseError unless a conversion whose peak is forecast as `nbytes` fits into the memory that is free.
 
-    Where the system does not say how much that is, and on other devices than the CPU, nothing is checked.
+    Nothing is checked on other devices than the CPU, or where the system does not report its free memory.
+
+    Args:
+        nbytes: the forecast peak.
+        device: where layers are converted.
+
+    Raises:
+        HeadwiseError: the peak is larger than the free memory.
     """
     free = available_memory(device) if device.type == "cpu" else None
     # What an idle process holds is taken already.
@@ -104,6 +138,12 @@ def peak_memory(checkpoint: Checkpoint, arch: Architecture, target: Any, calibra
     states of all tokens (three times where the attention's inputs and outputs are kept) and the moments. On top
     comes the largest of the short-lived arrays: the widest intermediate of one batch, measured attention weights,
     the normal equations of the MLA search, one step of the regression.
+
+    Args:
+        checkpoint: the source.
+        arch: its architecture.
+        target: the decided conversion.
+        calibration: what is measured on the parent; None: nothing.
     """
     stock = arch.stock_config(checkpoint.config)
     width = stock.hidden_size

@@ -1,6 +1,6 @@
 """Linear algebra of second moments: square roots, leading eigenvectors, ridge regression (float64, batched).
 
-A moment is a Hermitian positive semidefinite matrix `E[x x^H]`. Nothing here knows of attention.
+A moment is a Hermitian positive semidefinite matrix `E[x x^H]`. These functions do not depend on attention.
 """
 
 from __future__ import annotations

@@ -85,17 +85,17 @@ class Plan:
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of the output's weights."""
+        """Return the bytes of the output's weights."""
         return sum(tensor.nbytes for tensor in self.outputs)
 
     @property
     def parameters_after(self) -> int:
-        """Number of parameters of the output."""
+        """Return the number of parameters of the output."""
         return sum(math.prod(tensor.shape) for tensor in self.outputs)
 
     @property
     def disk(self) -> int:
-        """Bytes of the weight files, headers included."""
+        """Return the bytes of the weight files, headers included."""
         return sum(shard.nbytes for shard in self.shards)
 
     def to_dict(self) -> dict[str, Any]:

@@ -230,17 +230,17 @@ class ConvertSettings:
 
     @property
     def lossy(self) -> bool:
-        """Whether the conversion may change the function of the model."""
+        """Return whether the conversion may change the function of the model."""
         return self.to in LOSSY and not self.exact
 
     @property
     def refits_layers(self) -> bool:
-        """Whether `refit` is a regression of single layers."""
+        """Return whether `refit` is a regression of single layers."""
         return self.refit == "layers" or isinstance(self.refit, int)
 
     @property
     def measured(self) -> bool:
-        """Whether the layers are measured for more than the needs of the method."""
+        """Return whether the layers are measured for more than the needs of the method."""
         return self.refits_layers or self.refit == "joint" or bool(self.moments or self.save_moments)
 
     def recorded(self) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
-        """Size of the tensor in bytes."""
+        """Return the size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

@@ -105,15 +105,15 @@ def _progress_bars(progress: Progress, total: int) -> Any:
         progress: gets the bytes.
         total: bytes to download.
     """
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
     lock = threading.RLock()
     byte_bars: list[Any] = []
     reported = 0
 
-    class Bar(tqdm):  # type: ignore[misc]
+    class Bar(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **{**options, "disable": True})
+            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
             if options.get("unit") == "B":
                 byte_bars.append(self)
 
@@ -162,7 +162,7 @@ def count_parameters(repo: str, commit: str, token: str | None) -> int | None:
         HeadwiseError: a header is not valid.
     """
     from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.errors import SafetensorsParsingError  # type: ignore[attr-defined]
+    from huggingface_hub.errors import SafetensorsParsingError
 
     try:
         counts = get_safetensors_metadata(repo, revision=commit, token=token).parameter_count
@@ -181,7 +181,7 @@ def hub_errors(repo: str, revision: str | None = None, token: str | None = None)
 
     Args:
         repo: `org/name`.
-        revision: that was asked for.
+        revision: the requested revision.
         token: in use.
 
     Raises:

@@ -81,17 +81,17 @@ class Checkpoint:
 
     @property
     def path(self) -> Path:
-        """The model's folder, or its GGUF file."""
+        """Return the model's folder, or its GGUF file."""
         return self.gguf.path if self.gguf else self.folder
 
     @property
     def notes(self) -> list[str]:
-        """Lines of a plan about how the checkpoint is read."""
+        """Return lines of a plan about how the checkpoint is read."""
         return self.gguf.notes if self.gguf else []
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Return the bytes of all tensors."""
         return sum(entry.nbytes for entry in self.tensors.values())
 
     def read(self, name: str) -> Tensor:

@@ -50,7 +50,7 @@ def publish_folder(folder: Path, out: Path, *, replaced: Path | None = None) -> 
 
 
 def discard_folder(folder: Path, trash: Path) -> None:
-    """Remove a folder so that it is never seen in part: rename it first.
+    """Rename a folder, then remove it, so that it is never visible in part.
 
     Args:
         folder: the folder; it may be gone already.
@@ -95,7 +95,7 @@ def _refuse_link(path: Path) -> None:
         raise HeadwiseError(f"{path} is a link, and links are not replaced.", "Name the file or folder itself.")
 
 
-class Interrupted(HeadwiseError, KeyboardInterrupt):
+class Interrupted(HeadwiseError, KeyboardInterrupt):  # noqa: N818
     """The user stopped the work; the completed part is kept."""
 
     exit_code = 130

@@ -41,6 +41,7 @@ class OutputTensor:
 
     @property
     def nbytes(self) -> int:
+        """Return the size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -54,10 +55,11 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
+        """Return the size of the file in bytes."""
         return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
 
     def offsets(self) -> dict[str, int]:
-        """Where each tensor starts, counted from the start of the file."""
+        """Return where each tensor starts, counted from the start of the file."""
         places, end = {}, len(self.header)
         for tensor in self.tensors:
             places[tensor.name] = end
@@ -70,6 +72,10 @@ def plan_shards(tensors: Sequence[OutputTensor], max_shard_size: int | str = "5G
 
     A tensor larger than that has a file to itself. Within a file wider dtypes come first, so that every tensor
     starts at a multiple of its own item size.
+
+    Args:
+        tensors: in the order of the output.
+        max_shard_size: bytes, or a size such as "5GB".
     """
     limit = parse_bytes(max_shard_size)
     groups: list[list[OutputTensor]] = [[]]
@@ -90,7 +96,7 @@ def plan_shards(tensors: Sequence[OutputTensor], max_shard_size: int | str = "5G
 
 
 class Writer:
-    """Writes the planned tensors and files of one output folder.
+    """Write the planned tensors and files of one output folder.
 
     Use it as a context manager. Leaving it after an interruption or a failing disk keeps the work for
     `resume`; leaving it after a HeadwiseError (the input is at fault) removes it.
@@ -148,19 +154,24 @@ class Writer:
 
     @property
     def folder(self) -> Path:
-        """The unpublished output: where the check of the result looks."""
+        """Return the folder of the unpublished output, which is checked before it is published."""
         return self.work.output
 
     @property
     def done(self) -> set[str]:
-        """Names of the tensors that are written."""
+        """Return the names of the tensors that are written."""
         return set(self.hashes)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor.
 
+        Args:
+            name: of the tensor.
+            tensor: its values, with the planned dtype and shape.
+
         Raises:
-            HeadwiseError: it holds a NaN or an infinity, or the disk fails.
+            ValueError: the dtype or the shape is not the planned one.
+            HeadwiseError: the tensor holds a NaN or an infinity, or the disk fails.
         """
         planned, _ = self._tensors[name]
         if (tensor.dtype, tuple(tensor.shape)) != (planned.dtype, planned.shape):
@@ -168,12 +179,30 @@ class Writer:
         self._stream(name, as_bytes(tensor).split(CHUNK))
 
     def rewrite(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor again that is written already, such as one that was trained since."""
+        """Write a tensor again that is written already, such as one that was trained since.
+
+        Args:
+            name: of the tensor.
+            tensor: its new values.
+
+        Raises:
+            ValueError: the dtype or the shape is not the planned one.
+            HeadwiseError: the tensor holds a NaN or an infinity, or the disk fails.
+        """
         self._left[self._tensors[name][1].file] += 1
         self.write(name, tensor)
 
     def copy(self, name: str, checkpoint: Checkpoint) -> None:
-        """Copy one tensor from its source in a checkpoint, byte for byte."""
+        """Copy one tensor from its source in a checkpoint, byte for byte.
+
+        Args:
+            name: of the tensor.
+            checkpoint: the source.
+
+        Raises:
+            ValueError: the dtype or the shape in the source is not the planned one.
+            HeadwiseError: the source cannot be read, the tensor holds a NaN or an infinity, or the disk fails.
+        """
         planned, _ = self._tensors[name]
         entry = checkpoint.tensors[planned.source or name]
         if (entry.dtype, entry.shape) != (planned.dtype, planned.shape):
@@ -181,22 +210,51 @@ class Writer:
         self._stream(name, checkpoint.chunks(entry.name, self._buffers))
 
     def note(self, key: str, value: Any) -> None:
-        """Keep a JSON value in the journal, so that a resumed run finds it in `notes`."""
+        """Keep a JSON value in the journal, so that a resumed run finds it in `notes`.
+
+        Args:
+            key: its name.
+            value: plain JSON data.
+
+        Raises:
+            DiskError: the disk fails.
+        """
         self.notes[key] = value
         self.work.append({"note": key, "value": value})
 
     def add_text(self, name: str, text: str) -> None:
-        """Write a small file, whole."""
+        """Write a small file, whole.
+
+        Args:
+            name: its path in the output.
+            text: its content.
+
+        Raises:
+            DiskError: the disk fails.
+        """
         self.work.add(name, text.encode())
 
     def add_file(self, path: Path, name: str | None = None) -> None:
-        """Copy a small file byte for byte."""
+        """Copy a small file byte for byte.
+
+        Args:
+            path: the file.
+            name: its path in the output; None: the name of the file.
+
+        Raises:
+            DiskError: the file cannot be read, or the disk fails.
+        """
         with os_errors(path, "read"):
             content = path.read_bytes()
         self.work.add(name or path.name, content)
 
     def finish(self) -> None:
-        """Write the index, once every tensor is there; the folder can then be loaded and checked."""
+        """Write the index, once every tensor is there; the folder can then be loaded and checked.
+
+        Raises:
+            ValueError: a tensor is not written.
+            DiskError: the disk fails.
+        """
         missing = self._tensors.keys() - self.hashes.keys()
         if missing:
             raise ValueError(f"{len(missing)} tensors were not written, {min(missing)} among them")
@@ -207,9 +265,19 @@ class Writer:
             self.add_text("model.safetensors.index.json", make_index(self.shards))
 
     def publish(self, check: Callable[[Path], None] | None = None) -> Path:
-        """Finish, run `check` on the unpublished folder, then let OUT appear by one rename.
+        """Finish, run `check` on the unpublished folder, then publish it as OUT by one rename.
 
-        Whatever `check` raises leaves OUT as it was.
+        If `check` raises an exception, OUT stays as it was.
+
+        Args:
+            check: a function of the unpublished folder that raises an exception if the folder is not valid.
+
+        Returns:
+            The published folder.
+
+        Raises:
+            ValueError: a tensor is not written.
+            HeadwiseError: OUT exists and is not replaced, or the disk fails.
         """
         self.finish()
         if check:
@@ -307,7 +375,11 @@ class Writer:
 
 
 def make_index(shards: Sequence[Shard]) -> str:
-    """The text of model.safetensors.index.json."""
+    """Return the text of model.safetensors.index.json.
+
+    Args:
+        shards: the weight files.
+    """
     tensors = [tensor for shard in shards for tensor in shard.tensors]
     metadata = {
         "total_parameters": sum(math.prod(tensor.shape) for tensor in tensors),

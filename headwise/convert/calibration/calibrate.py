@@ -50,12 +50,12 @@ class CalibrationPlan:
 
     @property
     def keeps_text(self) -> bool:
-        """Whether each layer's inputs and outputs are kept until it is converted."""
+        """Return whether each layer's inputs and outputs are kept until it is converted."""
         return self.fitted or self.steps > 0
 
     @property
     def tokens(self) -> int:
-        """Number of calibration tokens."""
+        """Return the number of calibration tokens."""
         return self.sequences * self.length
 
     def described(self) -> dict[str, Any]:
@@ -72,11 +72,18 @@ def plan_calibration(
 ) -> CalibrationPlan | None:
     """Decide what is measured on the parent.
 
+    Args:
+        checkpoint: the source.
+        arch: its architecture.
+        target: the decided conversion.
+        settings: of the conversion.
+        device: where the layers run.
+
     Returns:
         The text and the amount; None if nothing is measured.
 
     Raises:
-        SettingError: a refit was asked for where there is nothing to fit, or the text is too short.
+        SettingError: `refit` is set where there is nothing to fit, or the text is too short.
     """
     if target.exact or not any(target.converted_names(i) for i in range(len(target.layouts))):
         if settings.refits_layers or settings.refit == "joint":
@@ -114,7 +121,13 @@ def plan_calibration(
 
 
 def plan_notes(target: Target, calibration: CalibrationPlan | None, settings: ConvertSettings) -> Iterator[str]:
-    """Yield the lines of the plan that describe the calibration."""
+    """Yield the lines of the plan that describe the calibration.
+
+    Args:
+        target: the decided conversion.
+        calibration: what is measured on the parent; None: nothing.
+        settings: of the conversion.
+    """
     if calibration is None:
         if target.calibrated:
             yield "Not calibrated: every direction of the attention input counts the same."
@@ -177,6 +190,14 @@ def check_finite(
 ) -> None:
     """Refuse a layer with values that are not finite, naming the tensor.
 
+    Args:
+        checkpoint: the source.
+        target: the decided conversion.
+        layer: index of the layer.
+        tensors: of the layer, by name.
+        record: what was measured on the layer; None if nothing was.
+        allow_nan: accept weights that are not finite, if the method can convert them.
+
     Raises:
         HeadwiseError: a weight is not finite and `allow_nan` is not set, the layer's inputs are not finite, or the
             method needs a decomposition of such a weight.
@@ -214,6 +235,9 @@ def calibration_blocks(
         calibration: text and amount.
         device: where text is sampled; None: the CPU.
         progress: receives the tokens that are sampled.
+
+    Raises:
+        HeadwiseError: the tokenizer is missing or fails, or gives a token outside the vocabulary.
     """
     from headwise.text.blocks import blocks_from
 

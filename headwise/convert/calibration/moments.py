@@ -69,6 +69,10 @@ class Moments:
     def open(cls, folder: Path, checkpoint: Checkpoint) -> Moments:
         """Open a folder of moments.
 
+        Args:
+            folder: with the moments.
+            checkpoint: the source, which must be the model that was measured.
+
         Raises:
             HeadwiseError: there are none, or they were taken from another model.
         """
@@ -86,13 +90,21 @@ class Moments:
         return found
 
     def write(self, record: LayerRecord) -> None:
-        """Write one layer in float32."""
+        """Write one layer in float32.
+
+        Args:
+            record: the statistics of the layer.
+        """
         tensors = {**record.moments(), "distances": record.distances}
         kept = {n: t.to(torch.float32).cpu().contiguous() for n, t in tensors.items() if t is not None}
         write_file_atomically(self._path(record.index), lambda path: save_file(kept, path))
 
     def read(self, layer: int, device: torch.device | str = "cpu") -> LayerRecord:
         """Read one layer in float64, without inputs and outputs.
+
+        Args:
+            layer: its index.
+            device: of the result.
 
         Raises:
             HeadwiseError: the layer's file is missing or damaged.

@@ -142,7 +142,7 @@ def replicate_heads(weights: LayerWeights, times: int) -> LayerWeights:
 def _pool_layer(
     weights: LayerWeights, groups: Sequence[Sequence[int]], pool: PoolingMethod, seed: int
 ) -> LayerWeights:
-    """The layer with pooled keys and values, and the query heads in the order of their groups."""
+    """Return the layer with pooled keys and values, and its query heads in the order of their groups."""
     queries = _query_heads(groups, weights.layout.queries_per_group)
     moved = queries != list(range(len(queries)))
     k_norm = weights.k_norm
@@ -163,7 +163,7 @@ def _pool_layer(
 def _pooling_errors(
     before: Sequence[MergeSubspace], after: Sequence[MergeSubspace], groups: Sequence[Sequence[int]]
 ) -> tuple[float, float]:
-    """The relative errors of keys and values if every head takes its group's rows in place of its own."""
+    """Return the relative errors of keys and values if every head takes its group's rows in place of its own."""
     order, size = [j for group in groups for j in group], len(groups[0])
     errors = _Errors()
     for old, new in zip(before, after, strict=True):
@@ -200,9 +200,9 @@ def _merge(
     method: MergeMethod,
     moment: Tensor | None,
 ) -> tuple[LayerWeights, tuple[float, float]]:
-    """The grouped layer: shared rows as keys and values, maps absorbed by queries and outputs.
+    """Return the grouped layer: shared rows as keys and values, maps absorbed by queries and outputs.
 
-    One group at a time, so that little is in memory besides the layer and the result.
+    Groups are merged one at a time, so that little is in memory besides the layer and the result.
     """
     layout, r = weights.layout, weights.layout.rotary_dim
     reads = layout.queries_per_group
@@ -249,5 +249,5 @@ def _merge(
 
 
 def _query_heads(groups: Sequence[Sequence[int]], reads: int) -> list[int]:
-    """The query heads that read the members of these groups, in their order."""
+    """Return the query heads that read the members of these groups, in their order."""
     return [j * reads + i for group in groups for j in group for i in range(reads)]

@@ -147,5 +147,5 @@ def transformed_gram(gram: Tensor, weight: Tensor) -> Tensor:
 
 
 def _energies(gram: Tensor) -> Tensor:
-    """E|rows_j x|^2 of every member, (..., g)."""
+    """Return E|rows_j x|^2 of every member, (..., g)."""
     return torch.einsum("...jaja->...j", gram).real

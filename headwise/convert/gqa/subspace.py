@@ -42,13 +42,13 @@ class MergeSubspace:
 
     @cached_property
     def head_gram(self) -> Tensor:
-        """E[row_j row_j^H] of every head, (batch, G, n, n)."""
+        """Return E[row_j row_j^H] of every head, (batch, G, n, n)."""
         heads = range(self.rows.shape[1])
         return torch.stack([self.rows[:, j] @ self.rows_moment[:, j].mH for j in heads], 1)
 
     @cached_property
     def balanced_cost(self) -> Tensor:
-        """The costs with every head weighted by the square root of its energy, (batch, G, n, n).
+        """Return the costs with every head weighted by the square root of its energy, (batch, G, n, n).
 
         The damage to the model grows more slowly than the squared error of a layer's scores and outputs: weighting
         by energy lets high-norm heads dominate the shared rows. Halving the exponent lowered the damage on every
@@ -60,7 +60,7 @@ class MergeSubspace:
 
     @property
     def total_energy(self) -> float:
-        """The expected cost of replacing all rows by zero."""
+        """Return the expected cost of replacing all rows by zero."""
         return float((self.costs * self.head_gram.mT).sum().real)
 
     def gram(self, group: Sequence[int]) -> Tensor:
@@ -207,7 +207,12 @@ def expected_rms(energies: Tensor, scope: str | None) -> Tensor:
 
 
 def times_moment(rows: Tensor, moment: Tensor | None) -> Tensor:
-    """Multiply rows (..., inputs) by a moment of the inputs; None stands for the identity."""
+    """Multiply rows (..., inputs) by a moment of the inputs; None stands for the identity.
+
+    Args:
+        rows: (..., inputs).
+        moment: (inputs, inputs), or None.
+    """
     return rows if moment is None else rows @ moment
 
 
@@ -222,7 +227,10 @@ def row_energies(rows: Tensor, rows_moment: Tensor) -> Tensor:
 
 
 def _equal_on_planes(weights: LayerWeights) -> Tensor:
-    """Planes (rotary_dim / 2,) on which both rows have the same norm weight: there the norm permits a rotation."""
+    """Return the mask (rotary_dim / 2,) of the planes whose two rows have the same norm weight.
+
+    On these planes the norm permits a rotation.
+    """
     half = weights.layout.rotary_dim // 2
     equal = torch.ones(half, dtype=torch.bool, device=weights.q.device)
     for norm in (weights.q_norm, weights.k_norm):

@@ -26,8 +26,8 @@ from headwise.models.stock import empty_model, load_into
 class GroupedTarget:
     """The same architecture with another number of KV heads.
 
-    Repeating heads and pooling contiguous groups leave queries and outputs as they are. Unless the settings have
-    the layers measured, such keys and values are transformed one tensor at a time, and everything else is copied.
+    Repeating heads and pooling contiguous groups leave queries and outputs as they are. Unless the settings require
+    measured layers, such keys and values are transformed one tensor at a time, and everything else is copied.
 
     Args:
         checkpoint: the source.
@@ -159,7 +159,7 @@ class GroupedTarget:
 
 
 def _keys_and_values(arch: Architecture, config: dict[str, Any], layer: int) -> list[str]:
-    """The tensors of a layer with rows for each KV head, in an architecture that does not fuse them."""
+    """Return the tensors of a layer with rows for each KV head, in an architecture that does not fuse them."""
     parts = [arch.projections["k"], arch.projections["v"]]
     if arch.norms is not None and arch.norms.scope == "all":
         parts.append(arch.norms.k)
@@ -180,6 +180,6 @@ def _check_reachable(old: AttentionLayout, new: AttentionLayout, layer: int) -> 
 
 
 def _reachable(num_key_value_heads: int, num_attention_heads: int) -> Sequence[int]:
-    """The numbers of KV heads that a layer can have."""
+    """Return the numbers of KV heads that a layer can have."""
     divisors = [g for g in range(1, num_attention_heads + 1) if num_attention_heads % g == 0]
     return [g for g in divisors if num_key_value_heads % g == 0 or g % num_key_value_heads == 0]

@@ -80,7 +80,7 @@ class LatentObjective:
 
     @property
     def energies(self) -> tuple[float, float]:
-        """The errors of a readout that reconstructs nothing, by scores and by values."""
+        """Return the errors of a readout that reconstructs nothing, by scores and by values."""
         return self._key_error(self._score_energy(self.key_gram)), self._value_error(self.value_gram)
 
     def phase_kernel(self, a: Tensor, b: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class LatentObjective:
     def _score_moment(
         self, by_key: Tensor, by_mean: Tensor, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """The moments of real rows (G or none, a, b) that count for a softmax, (H, a, b) complex.
+        """Return the moments of real rows (G or none, a, b) that count for a softmax, (H, a, b) complex.
 
         They are taken under every head's distances, without the part that a query's mean over its keys contributes:
         that part shifts all scores of the query alike. `a` and `b` hold the pair map and the frequencies of a side.
@@ -220,7 +220,7 @@ class LatentSolution:
 
     @property
     def error(self) -> float:
-        """The expected squared error of the layer's output."""
+        """Return the expected squared error of the layer's output."""
         return sum(self.readout.errors)
 
 
@@ -248,5 +248,5 @@ def alternating_least_squares(problem: LatentProblem) -> LatentSolution:
 
 
 def _in_pairs(moment: Tensor, to_pairs_a: Tensor, to_pairs_b: Tensor) -> Tensor:
-    """A real moment between the conjugate pairs of its rows."""
+    """Return a real moment as the moment of the conjugate pairs of its rows."""
     return to_pairs_a @ moment.to(torch.complex128) @ to_pairs_b.mH

@@ -107,7 +107,15 @@ def query_energy(weights: LayerWeights, statistics: LayerStatistics) -> Tensor:
 
 
 def plane_energy(stack: Tensor, statistics: LayerStatistics) -> Tensor:
-    """Return E|row x|^2 of complex rows (..., n) -> (...)."""
+    """Return E|row x|^2 of complex rows (..., n) -> (...).
+
+    Args:
+        stack: (..., n) complex rows.
+        statistics: of the attention inputs.
+
+    Returns:
+        (...), the energies.
+    """
     return ((stack @ statistics.inputs.to(torch.complex128)) * stack.conj()).sum(-1).real
 
 

@@ -110,6 +110,6 @@ def exact_mla(
 
 
 def _fill(frequencies: Tensor, num_planes: int) -> Tensor:
-    """The first `num_planes` frequencies, the last one repeated where there are fewer."""
+    """Return the first `num_planes` frequencies, the last one repeated where there are fewer."""
     missing = num_planes - len(frequencies)
     return torch.cat([frequencies, frequencies[-1:].repeat(max(missing, 0))])[:num_planes]

@@ -58,17 +58,17 @@ class Features:
 
     @property
     def rows(self) -> Tensor:
-        """(P + R, n) real: real parts, imaginary parts, latents."""
+        """Return real parts, imaginary parts and latents, (P + R, n) real."""
         return torch.cat([from_planes(self.rotary_rows), self.latent])
 
     @property
     def to_pairs(self) -> Tensor:
-        """(P + R, P + R) complex: the map from `rows` to rotary rows, their conjugates and latents."""
+        """Return the map from `rows` to rotary rows, their conjugates and latents, (P + R, P + R) complex."""
         return pair_map(2 * len(self.frequencies), len(self.latent), 1.0, self.latent.device)
 
     @property
     def rotary_frequencies(self) -> Tensor:
-        """(P + R,) the frequencies of rotary rows, of their conjugates and of latents (0)."""
+        """Return the frequencies of rotary rows, of their conjugates and of latents (0), (P + R,)."""
         return torch.cat([self.frequencies, -self.frequencies, self.latent.new_zeros(len(self.latent))])
 
 
@@ -102,7 +102,11 @@ def layer_statistics(
 
 
 def with_constant(weights: LayerWeights) -> LayerWeights:
-    """Return a layer without biases as one whose biases are zero: one more input column."""
+    """Return a layer without biases as one whose biases are zero: one more input column.
+
+    Args:
+        weights: the source layer.
+    """
 
     def pad(tensor: Tensor) -> Tensor:
         return torch.nn.functional.pad(tensor, (0, 1))

@@ -107,7 +107,7 @@ def approximate_mla(
 
 
 def _without_constant(latent: LatentWeights) -> LatentWeights:
-    """The layer without the input column for the constant."""
+    """Return the layer without the input column for the constant."""
     names = ("q_nope", "q_rope", "kv_down", "k_rope")
     return replace(latent, **{name: getattr(latent, name)[..., :-1] for name in names})
 
@@ -115,7 +115,7 @@ def _without_constant(latent: LatentWeights) -> LatentWeights:
 def _assemble(
     weights: LayerWeights, solution: LatentSolution, statistics: LayerStatistics, scale: float
 ) -> LatentWeights:
-    """The layer that caches these features and reads them by this readout.
+    """Return the layer that caches these features and reads them by this readout.
 
     Position-free queries are the source's own: the reconstructed key rows are in the up-projection. The latent gets
     the basis in which its elements are uncorrelated, of unit size and ordered by their contribution: any other

@@ -70,7 +70,10 @@ def _transmla(problem: LatentProblem, folding: int) -> LatentSolution:
 
 
 def _key_maps(weights: LayerWeights, rotary_maps: Tensor, k_up: Tensor) -> Tensor:
-    """The key part of a readout (H, key rows, features), of rotary maps (G, F, P / 2) and latent ones (G, d, R)."""
+    """Return the key part of a readout (H, key rows, features).
+
+    The key part combines rotary maps (G, F, P / 2) with latent maps (G, d, R).
+    """
     latent = conjugate_pairs(k_up, weights.layout.rotary_dim)
     none = torch.zeros_like(rotary_maps)
     rotary = torch.cat([torch.cat([rotary_maps, none], 2), torch.cat([none, rotary_maps.conj()], 2)], 1)

@@ -195,7 +195,7 @@ class LatentTarget:
             )
 
     def _source_frequencies(self) -> tuple[list[Tensor], float]:
-        """Per layer, radians per token of every plane; and the factor on queries and keys."""
+        """Return the radians per token of every plane, by layer, and the factor on queries and keys."""
         sets = rope_sets(self.parent_config, self.arch)
         if len(sets) > 1:
             raise HeadwiseError(
@@ -214,7 +214,7 @@ class LatentTarget:
         return [frequencies if layout.rotary_dim else none for layout in self._before], factor
 
     def _choose_shape(self, settings: ConvertSettings) -> tuple[int, int]:
-        """The rank and the rotary width that the settings give, checked."""
+        """Choose the rank and the rotary width by the settings, and check them."""
         if settings.exact:
             shapes = [exact_mla_shape(layout) for layout in self._before]
             return max(rank for rank, _ in shapes), max(rope_dim for _, rope_dim in shapes)
@@ -234,7 +234,7 @@ class LatentTarget:
         return rank, rope_dim
 
     def _rope_dims(self, size: int) -> list[int]:
-        """The widths of the rotary key to choose from, for a cache row of `size`."""
+        """Return the widths of the rotary key to choose from, for a cache row of `size`."""
         first = next(layout for layout in self._before if layout.rotary_dim)
         groups = first.num_key_value_heads
         if self.method.planes:
@@ -242,7 +242,7 @@ class LatentTarget:
         return [rope_dim for _, rope_dim in engines.rank_splits(size, first.rotary_dim, groups)]
 
     def _choose_frequencies(self, rope_dim: int, grid: str) -> Tensor:
-        """The frequencies of the rotary key, (rope_dim / 2,) radians per token, one list for all layers."""
+        """Choose the frequencies of the rotary key, (rope_dim / 2,) radians per token, one list for all layers."""
         source = next(frequencies for frequencies in self._frequencies if len(frequencies))
         if self.exact:
             return source.repeat(-(-rope_dim // (2 * len(source))))[: rope_dim // 2]
@@ -282,7 +282,7 @@ class LatentTarget:
         return self.arch.read_layer(self.parent_config, layer, {name: self.source.read(name) for name in names})
 
     def _sampled_layers(self) -> list[int]:
-        """Layers with RoPE at equal distances, the first and the last included."""
+        """Return layers with RoPE at equal distances, the first and the last included."""
         rotary = [i for i, layout in enumerate(self._before) if layout.rotary_dim]
         return sorted(
             {rotary[k * (len(rotary) - 1) // (NUM_SAMPLED_LAYERS - 1)] for k in range(NUM_SAMPLED_LAYERS)}
@@ -290,6 +290,6 @@ class LatentTarget:
 
 
 def _engine_line(verdict: engines.EngineVerdict) -> str:
-    """The line of the plan about one engine."""
+    """Return the line of the plan about one engine."""
     reason = f" ({verdict.reason})" if verdict.reason else ""
     return f"{verdict.name}: {VERDICTS.get(verdict.loads, 'not known')}{reason}"

@@ -33,7 +33,7 @@ class RopeSet:
 
     @property
     def where(self) -> str:
-        """The layers, for messages."""
+        """Return the name of the layers, for messages."""
         return f"{self.layer_type} layers" if self.layer_type else "all layers"
 
 
@@ -147,7 +147,7 @@ def extend_context(
 
 
 def _notes(rope_set: RopeSet, parameters: dict[str, Any], trained: int, context: int) -> list[str]:
-    """Lines for the plan about one set of layers."""
+    """Return lines for the plan about one set of layers."""
     kind = rope.rope_type(parameters)
     frequencies, _ = rope.frequencies(parameters, rope_set.rotary_dim, trained, context)
     failure = first_failure(frequencies, context)
@@ -175,7 +175,7 @@ def _write(
     trained: int,
     context: int,
 ) -> dict[str, Any]:
-    """A copy of the config with new `rope_parameters` per layer type, in both spellings."""
+    """Return a copy of the config with new `rope_parameters` per layer type, in both spellings."""
     stock = architecture.stock_config(config)
     new = copy.deepcopy(config)
     text = architecture.text_config(new)

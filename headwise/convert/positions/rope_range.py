@@ -46,7 +46,7 @@ class RopeRange:
 
     @property
     def holds(self) -> bool:
-        """Whether `B(m)` is not negative within the context."""
+        """Return whether `B(m)` is not negative within the context."""
         return self.first_failure is None
 
     def to_dict(self) -> dict[str, Any]:

@@ -53,7 +53,8 @@ def plan_joint(
         checkpoint: the source.
         arch: its row.
         target: the decided conversion.
-        settings: `refit` joint asks for it; auto takes it on a GPU where its forecast is short and it fits.
+        settings: `refit` "joint" requires a joint refit. "auto" selects one on a GPU if its forecast time is short
+            and its forecast memory is free.
         device: of the conversion.
 
     Returns:
@@ -91,7 +92,11 @@ def joint_seconds(parameters: int, attention: int, plan: JointPlan) -> float:
 
 
 def joint_notes(plan: JointPlan | None) -> list[str]:
-    """Return the lines of the plan about a joint refit."""
+    """Return the lines of the plan about a joint refit.
+
+    Args:
+        plan: steps and tokens; None: no joint refit.
+    """
     if plan is None:
         return []
     return [

@@ -143,6 +143,13 @@ def forecast_flops(parameters: int, heads: int, head_dim: int, length: int, step
     """Return the floating-point operations of the regression of one layer.
 
     Each step takes 6 per weight and token and 6 per causal score and head dim.
+
+    Args:
+        parameters: number of trained parameters.
+        heads: number of query heads.
+        head_dim: elements of a head.
+        length: tokens in a sequence.
+        steps: of training.
     """
     tokens = SEQUENCES_PER_STEP * length
     return steps * tokens * (6.0 * parameters + 6.0 * heads * head_dim * length)
@@ -177,7 +184,13 @@ def _room(device: torch.device | str) -> int:
 
 
 def apply_attention(attention: nn.Module, record: LayerRecord, inputs: Tensor) -> Tensor:
-    """Return the output of an attention module for inputs of shape (sequences, length, D)."""
+    """Return the output of an attention module for inputs of shape (sequences, length, D).
+
+    Args:
+        attention: the module.
+        record: the parent layer's record, for the further arguments of the module.
+        inputs: (sequences, length, D).
+    """
     output = attention(hidden_states=inputs, **record.arguments)
     result: Tensor = output[0] if isinstance(output, tuple) else output
     return result

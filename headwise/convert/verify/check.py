@@ -1,4 +1,4 @@
-"""Reload a written folder with stock classes, and prove it.
+"""Reload a written folder with stock classes, and check it.
 
 Whatever the size of the model, one layer is in memory at a time: names, shapes and the cache are checked on the
 meta device, the function layer by layer on the inputs that the model itself computes on text. A model of up to
@@ -56,8 +56,14 @@ def verify_model(
 
     Args:
         out: the folder.
-        against: the folder, GGUF file or repository it was converted from; `revision` and `token` are for it.
+        against: the folder, GGUF file or repository it was converted from; None: no comparison.
         hashes: compare every tensor and file with the hashes in headwise.json, and do nothing else.
+        revision: branch, tag or commit of `against`, if it is a Hub repository.
+        token: of the Hub, for `against`.
+        progress: gets the stages.
+
+    Returns:
+        The checks, each with its result.
 
     Raises:
         HeadwiseError: a checkpoint cannot be opened at all.
@@ -88,14 +94,19 @@ def check_folder(
     finite: bool = False,
     progress: Progress = SILENT,
 ) -> Verification:
-    """Every check on an opened folder.
+    """Run every check on an opened folder.
 
     Args:
-        parent: the source, to compare functions with.
-        promised: the layouts the plan promised; None: those of the folder's own config.
-        arguments: what the conversion was asked for, which says how the folder may differ from its parent.
+        checkpoint: the folder.
+        parent: the source, to compare functions with; None: no comparison.
+        promised: the layouts of the plan; None: those of the folder's own config.
+        arguments: settings of the conversion, which determine how the folder may differ from its parent.
         record: headwise.json, whose hashes of tensors and files are compared if `finite`.
         finite: read every tensor and look for NaN and infinities (the writer has done so already).
+        progress: gets one stage.
+
+    Returns:
+        The checks, each with its result.
     """
     arguments = arguments or {}
     model = find_attention_model(checkpoint.config, checkpoint.tensors)
@@ -157,7 +168,7 @@ def _keeps_promise(layouts: Sequence[AttentionLayout], arguments: Mapping[str, A
 
 
 def _read_through(checkpoint: Checkpoint, recorded: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Names of the tensors that are not finite, and of those that are not the recorded ones."""
+    """Return the names of the tensors that are not finite, and of those that are not the recorded ones."""
     bad, changed = [], []
     for name in checkpoint.tensors:
         tensor = checkpoint.read(name)
@@ -169,7 +180,7 @@ def _read_through(checkpoint: Checkpoint, recorded: Mapping[str, str]) -> tuple[
 
 
 def _tensors_fit(checkpoint: Checkpoint, model: AttentionModel) -> tuple[bool, str]:
-    """The stock class has a place for every tensor, and a tensor for every place."""
+    """Check that the tensors of the folder and those of the stock class are the same."""
     found = match_stock_class(checkpoint, model.auto_class)
     stock_class, wrong = type(found.model).__name__, found.wrong
     if wrong:
@@ -185,7 +196,7 @@ def _tensors_fit(checkpoint: Checkpoint, model: AttentionModel) -> tuple[bool, s
 def _cache_is(
     checkpoint: Checkpoint, model: AttentionModel, layouts: Sequence[AttentionLayout]
 ) -> tuple[bool, str]:
-    """The stock model's own cache holds what the layouts promise; read off a run without weights."""
+    """Compare the cache of the stock model, from a run without weights, with the layouts."""
     network = empty_model(checkpoint.config, model.auto_class).to("meta")
     # The usual grouped experts want sizes that only real models have.
     network.set_experts_implementation("batched_mm")

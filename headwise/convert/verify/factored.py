@@ -1,4 +1,4 @@
-"""Prove an MLA folder: its stock attention against its factors in float64, and against the parent's attention.
+"""Check an MLA folder: its stock attention against its factors in float64, and against the parent's attention.
 
 The inputs of every layer are those that the folder's own model, or the parent, computes on text.
 """
@@ -62,7 +62,15 @@ def latent_attention(weights: LatentWeights, x: Tensor, o_bias: Tensor | None = 
 
 
 def check_factors(checkpoint: Checkpoint, model: AttentionModel) -> tuple[bool, str]:
-    """Compare the stock attention, latent norm included, with the factors without a norm, in every layer."""
+    """Compare the stock attention, latent norm included, with the factors without a norm, in every layer.
+
+    Args:
+        checkpoint: the MLA folder.
+        model: its stock class.
+
+    Returns:
+        Whether they agree, and the measured errors in words.
+    """
     attention = StockAttention(checkpoint.config, model)
     tokens = check_tokens(checkpoint, checkpoint.config["vocab_size"])
     worst, worst_layer, bend = 0.0, 0, 0.0

@@ -1,4 +1,4 @@
-"""Prove a folder of the parent's own class: its grouped attention, and what it shares with the parent."""
+"""Check a folder of the parent's own class: its grouped attention, and what it shares with the parent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ TOLERANCE = 1e-5
 
 
 def check_groups(checkpoint: Checkpoint, arch: Architecture) -> tuple[bool, str]:
-    """Compare the stock grouped attention with the same heads repeated for every query head, in every layer."""
+    """Compare the stock grouped attention with the same heads repeated for every query head, in every layer.
+
+    Args:
+        checkpoint: the folder.
+        arch: its stock class.
+
+    Returns:
+        Whether they agree, and the measured errors in words.
+    """
     full = arch.legal_groups(checkpoint.config)[-1]
     if full == arch.layouts(checkpoint.config)[0].num_key_value_heads:
         return True, "every query head has its own keys and values"

@@ -99,7 +99,12 @@ class StockAttention:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference over the norm of the expected values; infinite where only one is NaN."""
+    """Return the norm of the difference over the norm of the expected values; infinite where only one is NaN.
+
+    Args:
+        actual: the computed values.
+        expected: the values to compare with, of the same shape.
+    """
     both = actual.isnan() & expected.isnan()
     actual, expected = actual.masked_fill(both, 0), expected.masked_fill(both, 0)
     error = float((actual - expected).norm() / expected.norm().clamp_min(1e-300))

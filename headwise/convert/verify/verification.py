@@ -14,14 +14,16 @@ class Verification:
 
     @property
     def passed(self) -> bool:
+        """Return whether all checks passed."""
         return all(passed for _, passed, _ in self.checks)
 
     @property
     def failures(self) -> str:
-        """The failed checks, in words."""
+        """Return the failed checks with their details, as one line of text."""
         return "; ".join(f"{name}: {detail}" for name, passed, detail in self.checks if not passed)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the checks as plain data."""
         return {
             "passed": self.passed,
             "checks": [{"name": n, "passed": p, "detail": d} for n, p, d in self.checks],
