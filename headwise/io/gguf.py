@@ -166,7 +166,7 @@ class GgufModel:
             yield from self._values(name, file)
 
     def _values(self, name: str, file: FileIO) -> Iterator[Tensor]:
-        """The values of a tensor in the order of the file."""
+        """Yield the values of a tensor in the order of the file."""
         where = self.placements[name]
         for values in dequantised(self.tensors[where.source], file):
             if where.norm_offset:
@@ -377,7 +377,7 @@ def _kind_name(kind: int) -> str:
 
 
 def _find_parts(path: Path) -> list[Path]:
-    """The file, or all parts of a split one, by their names."""
+    """Return the file, or all parts of a split one, by their names."""
     match = PART.fullmatch(path.name)
     if match is None:
         return [path]

@@ -264,7 +264,7 @@ class _Metadata:
 
 
 def _head_dim(reader: _Metadata, shapes: Mapping[str, tuple[int, ...]], heads: int, groups: int) -> int:
-    """The dimensions of a head by the shapes of layer 0; all of them rotate."""
+    """Return the dimensions of a head by the shapes of layer 0; all of them rotate."""
     for part, count in (("q", heads), ("k", groups), ("v", groups)):
         rows = reader.rows_of(f"blk.0.attn_{part}.weight", shapes)
         head_dim = rows // count
@@ -313,7 +313,7 @@ def _rope(reader: _Metadata, row: GgufRow, head_dim: int, factors: np.ndarray | 
 
 
 def _llama3_rope(reader: _Metadata, theta: float, head_dim: int, factors: np.ndarray) -> dict[str, Any]:
-    """The llama3 rule whose divisors of the rotary frequencies are in the file."""
+    """Return the llama3 rule whose divisors of the rotary frequencies are in the file."""
     rule = load_gguf_table()["llama3_rope"]
     factor = float(factors.max())
     low, high, length = rule["low_freq_factor"], rule["high_freq_factor"], rule["original_max_position_embeddings"]
@@ -326,7 +326,7 @@ def _llama3_rope(reader: _Metadata, theta: float, head_dim: int, factors: np.nda
 
 
 def _layer_types(reader: _Metadata, num_layers: int, default: int) -> list[str]:
-    """The kind of every layer, from a period or from one truth value for each layer: whether it has a window."""
+    """Return whether each layer has a window, from a period or from one truth value for each layer."""
     pattern = reader.get("attention.sliding_window_pattern", default)
     if isinstance(pattern, np.ndarray):
         if len(pattern) != num_layers:

@@ -124,7 +124,7 @@ def _sentencepiece(
 def _implied_merges(
     pieces: Sequence[str], vocabulary: Mapping[str, int], types: np.ndarray
 ) -> list[tuple[str, str]]:
-    """The merges of a sentencepiece vocabulary.
+    """Return the merges of a sentencepiece vocabulary.
 
     Sentencepiece numbers tokens in the order in which it learned them, and merges any two tokens that make a third.
     """

@@ -95,7 +95,7 @@ def _refuse_link(path: Path) -> None:
         raise HeadwiseError(f"{path} is a link, and links are not replaced.", "Name the file or folder itself.")
 
 
-class Interrupted(HeadwiseError, KeyboardInterrupt):  # noqa: N818
+class Interrupted(HeadwiseError, KeyboardInterrupt):
     """The user stopped the work; the completed part is kept."""
 
     exit_code = 130

@@ -267,7 +267,7 @@ def run_check(check: Callable[..., tuple[bool, str]], *given: Any, **more: Any) 
         return False, f"the stock class fails with {type(error).__name__}: {reason}"
 
 
-class StopForward(Exception):  # noqa: N818, RUF100
+class StopForward(Exception):
     """Ends a recording run before the model needs weights that come after its layers."""
 
 
