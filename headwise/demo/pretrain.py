@@ -83,7 +83,7 @@ def pretrain(
             work,
             progress,
             length=text.length,
-            collate=collator(network, tokenizer, text.separate_documents),
+            collate=collator(network, text.separate_documents),
         )
         started = time.time()
         resume(trainer, None)

@@ -78,7 +78,7 @@ def new_tokenizer(settings: PretrainSettings) -> Any:
     Args:
         settings: of the pretraining.
     """
-    texts = [text for source in settings.data.text for text in documents(source, "train")]
+    texts = [t for source in settings.data.text for t in documents(source, "train") if isinstance(t, str)]
     longest = settings.init.config.get("max_position_embeddings", settings.data.length)
     return train_tokenizer(texts, settings.init.vocab_size, settings.train.seed, model_max_length=longest)
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headwise.text.marks import given_tokens, tokens_of
+
 
 @dataclass(frozen=True)
 class TextLoss:
@@ -37,7 +39,8 @@ def token_nats(model: Any, blocks: Tensor, *, batch_size: int = 8) -> Tensor:
 
     Args:
         model: a causal language model; the device and the precision of its weights stay as they are.
-        blocks: token ids of any integer type, (blocks, length). The first token of a block is given, not predicted.
+        blocks: token ids of any integer type, (blocks, length); marks are left out. The first token of a block is
+            given, not predicted.
         batch_size: blocks in one forward pass; changes memory and speed, and the result by rounding only.
 
     Returns:
@@ -49,7 +52,7 @@ def token_nats(model: Any, blocks: Tensor, *, batch_size: int = 8) -> Tensor:
     model.eval()
     rows = []
     for batch in blocks.split(batch_size):
-        batch = batch.to(device).long()
+        batch = tokens_of(batch.to(device).long())
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
         nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
         rows.append(nats.float().cpu())
@@ -62,11 +65,11 @@ def nats_per_token(model: Any, blocks: Tensor, *, batch_size: int = 8) -> TextLo
 
     Args:
         model: a causal language model.
-        blocks: token ids, (blocks, length).
+        blocks: token ids, (blocks, length); a token with the mark GIVEN of `headwise.text.marks` does not count.
         batch_size: blocks in one forward pass.
 
     Returns:
         The mean and the number of predicted tokens.
     """
-    nats = token_nats(model, blocks, batch_size=batch_size)
+    nats = token_nats(model, blocks, batch_size=batch_size)[~given_tokens(blocks[:, 1:]).cpu()]
     return TextLoss(nats=nats.double().mean().item(), tokens=nats.numel())

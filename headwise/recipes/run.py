@@ -36,6 +36,7 @@ from headwise.recipes.settings import UptrainRecipe
 from headwise.records.manifest import read_record
 from headwise.text import packing
 from headwise.text.blocks import blocks_from, training_blocks
+from headwise.text.marks import given_tokens, tokens_of
 from headwise.train.callbacks import SignalStop, check_reporters
 from headwise.train.checkpoints import Checkpoints, load_tensors, save_tensors
 from headwise.train.curve_plot import draw_curve
@@ -171,7 +172,12 @@ class Run:
         """Return the text that measures progress, int64 (blocks, length)."""
         text = self.recipe.data
         return blocks_from(
-            text.heldout, self.tokenizer, split="heldout", length=text.length, count=text.heldout_blocks
+            text.heldout,
+            self.tokenizer,
+            split="heldout",
+            length=text.length,
+            count=text.heldout_blocks,
+            marked=True,
         )
 
     def training_blocks(self, tokens: int, seed: int) -> tuple[Any, Mapping[str, Any]]:
@@ -211,7 +217,7 @@ class Run:
             blocks, _ = self.training_blocks(tokens, self.recipe.seed + 1)
             if not isinstance(blocks, Tensor):
                 blocks = torch.stack(list(islice(blocks, num_blocks)))
-            blocks = blocks[: max(2, num_blocks)]
+            blocks = tokens_of(blocks[: max(2, num_blocks)])
             self.layers = train_layers(
                 student,
                 self.teacher,
@@ -239,7 +245,7 @@ class Run:
         blocks, self.text = self.training_blocks(whole_steps, training.seed)
         if isinstance(blocks, Tensor):
             blocks = blocks[: whole_steps // recipe.data.length]
-        collate: Any = packing.collator(student.base_model, self.tokenizer, recipe.data.separate_documents)
+        collate: Any = packing.collator(student.base_model, recipe.data.separate_documents)
         teacher = None
         if recipe.loss.needs_teacher and recipe.teacher.topk is not None:
             assert self.teacher is not None
@@ -345,6 +351,6 @@ class Run:
             "seconds": round(self.seconds, 1),
             "hardware": outcome.hardware(),
             "versions": environment.versions(outcome.RECORDED_PACKAGES),
-            "heldout": {"text": text.heldout, "tokens": self.heldout[:, 1:].numel()},
+            "heldout": {"text": text.heldout, "tokens": int((~given_tokens(self.heldout[:, 1:])).sum())},
             "nats": {"parent": self.parent, "before": self.before, "after": after},
         }

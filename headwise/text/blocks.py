@@ -12,6 +12,8 @@ from torch import Tensor
 from headwise.errors import HeadwiseError
 from headwise.text import sources
 from headwise.text.builtin import HELDOUT, SPLITS
+from headwise.text.chat import Chat
+from headwise.text.marks import tokens_of
 from headwise.text.packing import beginning_of_text, encode, pack
 from headwise.text.sources import Data, documents
 from headwise.text.stream import Stream
@@ -42,6 +44,7 @@ def blocks_from(
     length: int = 1024,
     count: int | None = None,
     seed: int = 0,
+    marked: bool = False,
 ) -> Tensor:
     """Return the tokens of a text source, packed into blocks.
 
@@ -56,6 +59,7 @@ def blocks_from(
         length: tokens of a block.
         count: number of blocks, drawn from the whole source by `seed`; None: all, in order.
         seed: of the choice of blocks.
+        marked: keep the marks of `headwise.text.marks`, by which a loss counts the answers of a conversation only.
 
     Returns:
         int64 (count, length).
@@ -76,7 +80,7 @@ def blocks_from(
             f"{source} holds {len(blocks)} blocks of {length} tokens, {count or 1} were asked for.",
             "Ask for fewer or shorter blocks, or give more text.",
         )
-    return blocks.long()
+    return (blocks if marked else tokens_of(blocks)).long()
 
 
 def training_blocks(
@@ -91,7 +95,8 @@ def training_blocks(
         seed: of the order.
 
     Returns:
-        int32 (blocks, length), and for each source the documents and characters in it and its times per pass.
+        int32 (blocks, length) with the marks of `headwise.text.marks`, and for each source the documents and
+        characters in it and its times per pass.
         Where a source is too long to be read at once, a `Stream` of rows instead, and the times only.
 
     Raises:
@@ -101,7 +106,7 @@ def training_blocks(
         return Stream(data.text, tokenizer, data.length, seed), {
             source: {"times": times} for source, times in data.text.items()
         }
-    texts: list[str] = []
+    texts: list[str | Chat] = []
     facts = {}
     for source, times in data.text.items():
         read = documents(source, "train")
@@ -125,9 +130,12 @@ def _up_to(encoded: Iterable[np.ndarray], tokens: int | None) -> Iterator[np.nda
                 return
 
 
-def _pieces(text: str, characters: int) -> list[str]:
-    """Return a text cut at line ends into pieces of about that many characters."""
-    pieces, start = [], 0
+def _pieces(text: str | Chat, characters: int) -> list[str | Chat]:
+    """Return a text cut at line ends into pieces of about that many characters; a conversation stays whole."""
+    if isinstance(text, Chat):
+        return [text]
+    pieces: list[str | Chat] = []
+    start = 0
     while len(text) - start > characters:
         end = text.find("\n", start + characters) + 1 or len(text)
         pieces.append(text[start:end])

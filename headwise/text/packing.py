@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from headwise.errors import HeadwiseError, SettingError
+from headwise.text.chat import Chat, encode_chat
+from headwise.text.marks import BEGINS, GIVEN, begins, given_tokens, tokens_of
 
 
 def end_of_text(tokenizer: Any) -> int:
@@ -45,20 +47,27 @@ def beginning_of_text(tokenizer: Any) -> int | None:
     return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
 
 
-def encode(texts: Iterable[str], tokenizer: Any, batch: int = 1024) -> Iterator[np.ndarray]:
-    """Yield each text's tokens and an end-of-text token, int32.
+def encode(texts: Iterable[str | Chat], tokenizer: Any, batch: int = 1024) -> Iterator[np.ndarray]:
+    """Yield each text's tokens and an end-of-text token, int32. A chat template ends a conversation in its own way.
 
     Args:
         texts: the documents.
         tokenizer: a stock tokenizer.
         batch: texts in one call of the tokenizer.
     """
-    end = end_of_text(tokenizer)
+    end, begin = end_of_text(tokenizer), beginning_of_text(tokenizer)
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     texts = iter(texts)
     while chunk := list(islice(texts, batch)):
-        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        for tokens in tokenizer(chunk, **options)["input_ids"]:
-            yield np.array([*tokens, end], dtype=np.int32)
+        plain = [text for text in chunk if isinstance(text, str)]
+        encoded = iter(tokenizer(plain, **options)["input_ids"] if plain else ())
+        for text in chunk:
+            if isinstance(text, str):
+                yield np.array([*next(encoded), end], dtype=np.int32)
+            elif tokens := encode_chat(text, tokenizer):
+                # `pack` opens every document with the BOS token, which many templates render too.
+                twice = begin is not None and tokens[0] == begin | GIVEN
+                yield np.array(tokens[twice:], dtype=np.int32)
 
 
 def pack(encoded: Iterable[np.ndarray], length: int, begin: int | None = None) -> Tensor:
@@ -70,14 +79,17 @@ def pack(encoded: Iterable[np.ndarray], length: int, begin: int | None = None) -
         begin: token that is put before each document and before each row.
 
     Returns:
-        int32 (rows, length); an unfilled last row is dropped.
+        int32 (rows, length) with the marks of `headwise.text.marks`; an unfilled last row is dropped.
     """
     opening = np.zeros(0, dtype=np.int32) if begin is None else np.array([begin], dtype=np.int32)
     pieces, room = [opening], length - len(opening)
     for document in encoded:
         if room < length - len(opening):
-            pieces.append(opening[:room])
+            pieces.append(opening[:room] | BEGINS)
             room -= len(opening[:room])
+            if not len(opening):
+                document = document.copy()
+                document[0] |= BEGINS
         while len(document) > room:
             pieces += [document[:room], opening]
             document, room = document[room:], length - len(opening)
@@ -94,62 +106,60 @@ def pack(encoded: Iterable[np.ndarray], length: int, begin: int | None = None) -
 class Collator:
     """Turn rows into batches for a causal language model.
 
-    Every token predicts the next one of its document: `labels` are -100 where a document or row begins. Losses
-    other than cross-entropy take from the labels which positions count.
+    Every token predicts the next one of its document: `labels` are -100 where a document or row begins, and at the
+    questions of a conversation. Losses other than cross-entropy take from the labels which positions count.
 
     Attributes:
-        end: the token that ends a document; None: a row is one text.
+        separate_documents: start each document that shares a row at position 0; otherwise a row is one text.
         flat: all rows as one, (1, rows * length), the form in which flash attention separates documents: what
             transformers' `DataCollatorWithFlattening` makes of the documents.
     """
 
-    end: int | None
+    separate_documents: bool
     flat: bool = False
 
     def __call__(self, rows: list[Tensor]) -> dict[str, Tensor]:
         """Return the batch of some rows.
 
         Args:
-            rows: (length,) each.
+            rows: (length,) each, as `pack` returns them.
 
         Returns:
             input_ids, labels and, where documents are separated, position_ids: int64 (rows, length).
         """
-        tokens = torch.stack(rows).long()
-        is_first = torch.zeros_like(tokens, dtype=torch.bool)
-        is_first[:, 0] = True
-        if self.end is None:
-            return {"input_ids": tokens, "labels": tokens.masked_fill(is_first, -100)}
-        is_first[:, 1:] = tokens[:, :-1] == self.end
+        marked = torch.stack(rows).long()
+        tokens, is_first = tokens_of(marked), begins(marked)
+        if not self.separate_documents:
+            is_first[:, 1:] = False
+            return {"input_ids": tokens, "labels": tokens.masked_fill(is_first | given_tokens(marked), -100)}
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         batch = {
             "input_ids": tokens,
-            "labels": tokens.masked_fill(is_first, -100),
+            "labels": tokens.masked_fill(is_first | given_tokens(marked), -100),
             "position_ids": positions - positions.where(is_first, 0).cummax(1).values,
         }
         return {name: value.reshape(1, -1) for name, value in batch.items()} if self.flat else batch
 
 
-def collator(model: Any, tokenizer: Any, separate_documents: bool = True) -> Collator:
+def collator(model: Any, separate_documents: bool = True) -> Collator:
     """Return the collator for a stock model.
 
     Args:
         model: a stock model; its attention implementation decides the form of the batch.
-        tokenizer: a stock tokenizer.
         separate_documents: mask attention between documents that share a row.
 
     Raises:
         SettingError: the model's class cannot mask attention between documents.
     """
     if not separate_documents:
-        return Collator(None)
+        return Collator(False)
     if not separates_documents(model):
         raise SettingError(
             "data.separate_documents",
             f"{type(model).__name__} does not mask attention between documents that share a block.",
             "Give data.separate_documents=false.",
         )
-    return Collator(end_of_text(tokenizer), flat="flash" in (model.config._attn_implementation or ""))
+    return Collator(True, flat="flash" in (model.config._attn_implementation or ""))
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Read the documents of a text source: a list, or a stream where the source is too long to be read at once.
 
 A source is `builtin`, `packages`, a file (.txt, .jsonl or .parquet; `*` in its name stands for several), or
-`hf:DATASET` or `hf:DATASET:CONFIG` of the Hub. A document is a whole text file or the "text" of a row.
+`hf:DATASET` or `hf:DATASET:CONFIG` of the Hub. A document is a whole text file, the "text" of a row, or the
+conversation in its "messages".
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from headwise.errors import HeadwiseError
 from headwise.fields import Setting, check_fields, declare
 from headwise.schema import not_legal
 from headwise.text import builtin
+from headwise.text.chat import Chat, read_chat
 
 STREAM_BYTES = 1 << 30  # rows of files up to this size together are read at once
 _ROWS = {".jsonl": "json", ".parquet": "parquet"}
@@ -78,8 +80,8 @@ class Data:
         check_fields(self)
 
 
-def documents(source: str, split: str = "train", characters: int | None = None) -> list[str]:
-    """Return the texts of a source, in a fixed order.
+def documents(source: str, split: str = "train", characters: int | None = None) -> list[str | Chat]:
+    """Return the texts and conversations of a source, in a fixed order.
 
     Args:
         source: `builtin`, `packages`, a file, or `hf:DATASET`.
@@ -87,12 +89,12 @@ def documents(source: str, split: str = "train", characters: int | None = None) 
         characters: about how many to read of a data set of the Hub; None: all.
 
     Raises:
-        HeadwiseError: there is no such source, it cannot be read, or a row has no "text".
+        HeadwiseError: there is no such source, it cannot be read, or a row has neither "text" nor "messages".
     """
     if source == "builtin":
-        return builtin.library_documents(split)
+        return [*builtin.library_documents(split)]
     if source == "packages":
-        return builtin.package_documents()
+        return [*builtin.package_documents()]
     if source.startswith("hf:"):
         return list(_up_to(stream_documents(source, open_stream(source)), characters))
     return [text for path in _files(source) for text in _read_file(path)]
@@ -124,13 +126,15 @@ def overlapping(source: str, others: Iterable[str]) -> str | None:
 
 
 def open_stream(source: str) -> Any:
-    """Open a source as a `datasets.IterableDataset` with the column "text"; its position can be saved and restored.
+    """Open a source as a `datasets.IterableDataset`; its position can be saved and restored.
+
+    It has the column "messages", or else "text".
 
     Args:
         source: files, or a data set of the Hub.
 
     Raises:
-        HeadwiseError: the datasets package is missing, there is no such data set, or it has no column "text".
+        HeadwiseError: the datasets package is missing, there is no such data set, or it has neither column.
     """
     try:
         from datasets import Dataset, load_dataset
@@ -150,13 +154,16 @@ def open_stream(source: str) -> Any:
         raise
     except Exception as error:  # the Hub's own errors are many and their messages good
         raise HeadwiseError(f"The data set {source} cannot be read: {error}") from error
-    if "text" not in (columns or []):
-        raise HeadwiseError(f'The data set {source} has no "text" column.', f"It has: {', '.join(columns or [])}.")
-    return rows.select_columns(["text"])
+    column = next((name for name in ("messages", "text") if name in (columns or [])), None)
+    if column is None:
+        raise HeadwiseError(
+            f'The data set {source} has no "text" or "messages" column.', f"It has: {', '.join(columns or [])}."
+        )
+    return rows.select_columns([column])
 
 
-def stream_documents(source: str, rows: Any) -> Iterator[str]:
-    """Yield the texts of an open stream.
+def stream_documents(source: str, rows: Any) -> Iterator[str | Chat]:
+    """Yield the texts and conversations of an open stream.
 
     Args:
         source: its name, for error messages.
@@ -166,14 +173,18 @@ def stream_documents(source: str, rows: Any) -> Iterator[str]:
         HeadwiseError: the stream breaks off.
     """
     try:
-        for row in rows:
-            if row["text"]:
+        for number, row in enumerate(rows, start=1):
+            if row.get("messages"):
+                yield read_chat(row["messages"], f"{source}, row {number}")
+            elif row.get("text"):
                 yield row["text"]
+    except HeadwiseError:
+        raise
     except Exception as error:
         raise HeadwiseError(f"The data set {source} cannot be read further: {error}") from error
 
 
-def _up_to(texts: Iterator[str], characters: int | None) -> Iterator[str]:
+def _up_to(texts: Iterator[str | Chat], characters: int | None) -> Iterator[str | Chat]:
     for text in texts:
         yield text
         if characters is not None:
@@ -207,7 +218,7 @@ def _resolved_files(source: str) -> set[Path]:
     return set() if elsewhere else {path.resolve() for path in _files(source)}
 
 
-def _read_file(path: Path) -> list[str]:
+def _read_file(path: Path) -> list[str | Chat]:
     if path.suffix == ".parquet":
         return list(stream_documents(str(path), open_stream(str(path))))
     try:
@@ -216,11 +227,18 @@ def _read_file(path: Path) -> list[str]:
         raise HeadwiseError(f"{path} cannot be read as UTF-8 text: {error}.") from None
     if path.suffix != ".jsonl":
         return [text]
-    texts = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                texts.append(str(json.loads(line)["text"]))
-            except (ValueError, KeyError, TypeError):
-                raise HeadwiseError(f'{path}, line {number}, is not a JSON object with a "text".') from None
-    return texts
+    return [
+        document
+        for number, line in enumerate(text.splitlines(), start=1)
+        if line.strip()
+        for document in _read_line(line, f"{path}, line {number}")
+    ]
+
+
+def _read_line(line: str, where: str) -> list[str | Chat]:
+    """Return the document of a line of JSON."""
+    try:
+        row = json.loads(line)
+        return [read_chat(row["messages"], where) if "messages" in row else str(row["text"])]
+    except (ValueError, KeyError, TypeError):
+        raise HeadwiseError(f'{where}, is not a JSON object with a "text" or "messages".') from None

@@ -17,12 +17,13 @@ from torch.utils.data import IterableDataset
 
 from headwise.errors import HeadwiseError
 from headwise.text import packing, sources
+from headwise.text.chat import Chat
 
 WINDOW_CHARACTERS = 1 << 24
 
 
 class Stream(IterableDataset[Tensor]):
-    """Endless rows of tokens, int32 (length,): the sources are read again from their end on.
+    """Endless rows of tokens as `headwise.text.packing.pack` makes them; ended sources are read again.
 
     Args:
         text: source to weight; a source of weight 2 is drawn from twice as often as one of weight 1.
@@ -113,8 +114,8 @@ class Stream(IterableDataset[Tensor]):
         shares = [weight / total for weight in self.text.values()]
         return interleave_datasets(opened, shares, seed=self.seed + passes, stopping_strategy="all_exhausted")
 
-    def _documents(self, source: Any) -> Iterator[list[str]]:
-        texts: list[str] = []
+    def _documents(self, source: Any) -> Iterator[list[str | Chat]]:
+        texts: list[str | Chat] = []
         size = 0
         for text in sources.stream_documents(", ".join(self.text), source):
             texts.append(text)

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +21,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headwise.convert.verify.check import verify_model
 from headwise.errors import HeadwiseError
+from headwise.io.reader import open_checkpoint
 from headwise.progress import Progress
 from headwise.recipes import run
 from headwise.recipes.settings import Data, Layerwise, Loss, TeacherSettings, Training, UptrainRecipe
 from headwise.recipes.uptrain import uptrain_model
+from headwise.text.marks import given_tokens
 from headwise.train import checkpoints
 from headwise.train.callbacks import Diverged
+from headwise.train.student import ModelFolder
 from tests import small_parents as models
 
 STEPS, BATCH = 12, 256
@@ -194,6 +198,31 @@ def test_text_of_ones_own(home: Path, tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "out" / "headwise.json").read_text())["uptraining"][-1]
     assert list(facts["text"]) == texts and facts["settings"]["data"]["text"] == dict.fromkeys(texts, 1)
     assert facts["heldout"] == {"text": held, "tokens": 2 * 31}
+
+
+def test_conversations_train_on_their_answers(home: Path, tmp_path: Path) -> None:
+    turns = [{"role": r, "content": f"x = {r}"} for r in ("user", "assistant")]
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text("".join(json.dumps({"messages": turns * (i % 2 + 1)}) + "\n" for i in range(90)))
+    model = shutil.copytree(home / "mqa", tmp_path / "mqa")
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    prompt = "{% if add_generation_prompt %}<assistant>{% endif %}"
+    (model / "chat_template.jinja").write_text(template + prompt)
+    chosen = {"teacher": home / "parent", "text": [str(chat)], "tokens": 256}
+    uptrain_model(model, tmp_path / "out", recipe=recipe(home), heldout=str(home / "held.txt"), **chosen)
+    facts = json.loads((tmp_path / "out" / "headwise.json").read_text())["uptraining"][-1]
+    assert facts["text"][str(chat)]["documents"] == 90
+    measured = run.Run(
+        replace(recipe(home), data=Data({"builtin": 1}, 32, heldout=str(chat), heldout_blocks=4)),
+        "",
+        ModelFolder.of(open_checkpoint(model)),
+        home / "parent",
+        tmp_path / "other",
+        "",
+        Progress(),
+    ).heldout_blocks()
+    answers = AutoTokenizer.from_pretrained(model).decode(measured[~given_tokens(measured)])
+    assert "x = assistant" in answers and "user" not in answers
 
 
 @pytest.mark.parametrize("layout", ["mqa", pytest.param("mla", marks=pytest.mark.full)])

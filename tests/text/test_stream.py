@@ -16,6 +16,7 @@ from headwise.errors import HeadwiseError
 from headwise.io.source import EMBEDDED_MODEL
 from headwise.text import blocks as data
 from headwise.text import sources
+from headwise.text.marks import tokens_of
 from headwise.text.sources import Data
 from headwise.text.stream import Stream
 
@@ -75,7 +76,7 @@ def test_a_stream_is_the_same_for_the_same_seed_and_sees_every_document(shards: 
     assert whole.dtype == torch.int32
     assert torch.equal(whole, rows(stream(0), 150))
     assert not torch.equal(whole[:20], rows(stream(1), 20))
-    text = tokenizer().decode(whole.flatten().long())
+    text = tokenizer().decode(tokens_of(whole).flatten().long())
     # A window's last row is dropped where it is not full, so the odd document is cut, none is missing.
     assert all(f"shard {s} document {i}\n" in text for s in range(3) for i in range(40) if i % 5)
 
@@ -106,7 +107,7 @@ def test_bad_streams_are_refused_by_name(tmp_path: Path) -> None:
         (folder / "a.jsonl").write_text(line + "\n")
     with pytest.raises(HeadwiseError, match=r"empty.* does not fill one row of 16 tokens"):
         rows(Stream({f"hf:{empty}": 1}, tokenizer(), 16), 1)
-    with pytest.raises(HeadwiseError, match=r'other has no "text" column'):
+    with pytest.raises(HeadwiseError, match=r'other has no "text" or "messages" column'):
         sources.documents(f"hf:{other}")
     with pytest.raises(HeadwiseError, match="cannot be read"):
         sources.documents(f"hf:{tmp_path / 'nothing'}")
