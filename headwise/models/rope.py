@@ -33,6 +33,24 @@ COMPOSES = {
 # Rules that leave every input up to the trained length exactly as it was.
 EXACT_WHEN_SHORT = ("dynamic", "longrope")
 
+# The fields of `rope_parameters` that belong to one rule.
+SCALING_FIELDS = (
+    "rope_type",
+    "type",
+    "factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+    "low_freq_factor",
+    "high_freq_factor",
+    "short_factor",
+    "long_factor",
+)
+
 
 def base_frequencies(rope_theta: float, rotary_dim: int) -> Tensor:
     """Return `rope_theta^{-2f/rotary_dim}`: radians per token of each plane, (rotary_dim / 2,) float64.
@@ -100,6 +118,15 @@ def rope_type(parameters: Parameters) -> str:
     return parameters.get("rope_type") or parameters.get("type") or "default"
 
 
+def unscaled(parameters: Parameters) -> dict[str, Any]:
+    """Return the base and the rotary share, without the fields of any rule.
+
+    Args:
+        parameters: the `rope_parameters` of one set of layers.
+    """
+    return {k: v for k, v in parameters.items() if k not in SCALING_FIELDS} | {"rope_type": "default"}
+
+
 def ntk_base(rope_theta: float, factor: float, rotary_dim: int) -> float:
     """Return the base that slows the slowest plane by `factor` (mathematics, section 5: b s^{d/(d-2)}).
 
@@ -165,7 +192,7 @@ def rescale(
         return _kept(parameters) | {"rope_theta": ntk_base(parameters["rope_theta"], factor, rotary_dim)}
     if source == rule and source != "dynamic":
         return _compose(parameters, factor, rotary_dim, trained)
-    fresh = _unscaled(parameters) | {"rope_type": rule, "factor": factor}
+    fresh = unscaled(parameters) | {"rope_type": rule, "factor": factor}
     if rule in ("linear", "dynamic"):
         return fresh
     fresh["original_max_position_embeddings"] = trained
@@ -207,13 +234,7 @@ def _compose(parameters: Parameters, factor: float, rotary_dim: int, trained: in
 
 def _kept(parameters: Parameters) -> dict[str, Any]:
     """Return the source without the fields of `dynamic`, which a new base replaces; other scaling remains."""
-    return _unscaled(parameters) if rope_type(parameters) == "dynamic" else dict(parameters)
-
-
-def _unscaled(parameters: Parameters) -> dict[str, Any]:
-    """Return the base and the rotary share, without the fields of any rule."""
-    own = ("rope_type", "type", "factor", "original_max_position_embeddings", "attention_factor")
-    return {k: v for k, v in parameters.items() if k not in own} | {"rope_type": "default"}
+    return unscaled(parameters) if rope_type(parameters) == "dynamic" else dict(parameters)
 
 
 def _long_profile(rope_theta: float, factor: float, rotary_dim: int, trained: int) -> list[float]:

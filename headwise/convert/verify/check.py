@@ -7,6 +7,7 @@ meta device, the function layer by layer on the inputs that the model itself com
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,8 @@ from headwise.io.reader import Checkpoint, as_bytes, has_nonfinite, open_checkpo
 from headwise.io.source import find_gguf
 from headwise.models.layout import AttentionLayout
 from headwise.models.protocol import AttentionModel, find_attention_model
-from headwise.models.stock import empty_model, run_check
+from headwise.models.rope import unscaled
+from headwise.models.stock import empty_model, run_check, stock_config
 from headwise.models.stock_match import match_stock_class
 from headwise.progress import SILENT, Progress
 from headwise.records.manifest import changed_files, check_hashes, read_record
@@ -197,7 +199,7 @@ def _cache_is(
     checkpoint: Checkpoint, model: AttentionModel, layouts: Sequence[AttentionLayout]
 ) -> tuple[bool, str]:
     """Compare the cache of the stock model, from a run without weights, with the layouts."""
-    network = empty_model(checkpoint.config, model.auto_class).to("meta")
+    network = empty_model(_without_scaling(checkpoint.config, model), model.auto_class).to("meta")
     # The usual grouped experts want sizes that only real models have.
     network.set_experts_implementation("batched_mm")
     with torch.no_grad():
@@ -209,3 +211,19 @@ def _cache_is(
     if found != wanted:
         return False, f"per token and layer the cache holds {found}, promised are {wanted}"
     return True, f"{sum(found):,} numbers per token over {len(found)} layers"
+
+
+def _without_scaling(config: dict[str, Any], model: AttentionModel) -> dict[str, Any]:
+    """Return a config without RoPE scaling, on which the size of the cache does not depend.
+
+    Some rules read the length of the input from its positions, which have no values on the meta device.
+    """
+    parameters = getattr(stock_config(config).get_text_config(), "rope_parameters", None)
+    if not parameters:
+        return config
+    nested = {kind: unscaled(own) for kind, own in parameters.items() if isinstance(own, dict)}
+    new = copy.deepcopy(config)
+    text = model.text_config(new)
+    text["rope_parameters"] = nested or unscaled(parameters)
+    text.pop("rope_scaling", None)
+    return new

@@ -50,6 +50,31 @@ def test_a_sound_folder_passes_every_check(home: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 100_000, "num_return_sequences": 2, "do_sample": True},
+        {"use_cache": False, "stop_strings": ["<end>"]},
+        {"penalty_alpha": 0.6, "top_k": 4},
+    ],
+)
+def test_the_generation_settings_of_a_folder_are_not_used(
+    home: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    folder = shutil.copytree(home / "mha", tmp_path / "mha")
+    (folder / "headwise.json").unlink()
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    found = verify_model(folder, home / "parent")
+    assert found.passed, found.failures
+
+
+@pytest.mark.parametrize("rule", ["dynamic", "longrope"])
+def test_frequencies_that_depend_on_the_length_pass_every_check(home: Path, tmp_path: Path, rule: str) -> None:
+    convert_model(home / "parent", tmp_path / "long", context=64, rope=rule)
+    convert_model(tmp_path / "long", tmp_path / "mha", to="mha")
+    assert verify_model(tmp_path / "mha", tmp_path / "long").passed
+
+
+@pytest.mark.parametrize(
     ("kind", "arguments"),
     [
         ("gqa", {"to": "gqa", "groups": 4}),
