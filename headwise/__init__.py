@@ -14,6 +14,7 @@ from headwise.environment import HEADWISE_VERSION
 if TYPE_CHECKING:
     from headwise.convert.inspect import inspect_model as inspect_model
     from headwise.convert.pipeline import convert_model as convert_model
+    from headwise.convert.sample import sample_text as sample_text
     from headwise.convert.verify.check import verify_model as verify_model
     from headwise.errors import GateFailed as GateFailed
     from headwise.errors import HeadwiseError as HeadwiseError
@@ -28,6 +29,7 @@ __version__ = HEADWISE_VERSION
 _MODULES = {
     "inspect_model": "headwise.convert.inspect",
     "convert_model": "headwise.convert.pipeline",
+    "sample_text": "headwise.convert.sample",
     "verify_model": "headwise.convert.verify.check",
     "uptrain_model": "headwise.recipes.uptrain",
     "evaluate_model": "headwise.eval.evaluate",
@@ -47,6 +49,7 @@ __all__ = [
     "evaluate_model",
     "inspect_model",
     "push_model",
+    "sample_text",
     "update_card",
     "uptrain_model",
     "verify_model",

@@ -40,6 +40,7 @@ from headwise.errors import GateFailed
 from headwise.eval.settings import EvalSettings
 from headwise.format import parse_bytes
 from headwise.recipes.settings import UptrainSettings
+from headwise.schema import parse_count
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -125,6 +126,34 @@ def _verify(**options: Any) -> None:
     console.print_json(verification)
     if not verification.passed:
         raise GateFailed(f"{options['out']} failed its checks.")
+
+
+@cli.command(
+    "sample",
+    params=[
+        MODEL,
+        parsed_option("--tokens", parse_count, "a number such as 4M", "Tokens to sample [262144].", "N"),
+        Option("--out", "The file, .jsonl [MODEL-samples.jsonl].", type=Path, metavar="FILE"),
+        SEED,
+        DEVICE,
+        flag_option("--force", "Replace FILE."),
+        *SOURCE,
+    ],
+)
+def _sample(**options: Any) -> None:
+    """Write text that MODEL samples from itself, as calibration and training text.
+
+    \b
+    headwise sample MODEL --tokens 1M --out text.jsonl
+    headwise convert MODEL OUT --to mqa --calibrate text.jsonl
+    headwise uptrain OUT --teacher MODEL --text text.jsonl
+    """
+    from headwise.convert.sample import sample_text
+
+    with console.progress() as progress:
+        result = sample_text(options.pop("model"), options.pop("out", None), **options, progress=progress)
+    console.print_line(f"Wrote {result.tokens:,} tokens in {result.documents:,} documents to {result.out}.")
+    console.print_json(result)
 
 
 @cli.command("uptrain", params=UPTRAIN)

@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from headwise.errors import SettingError
+
 if TYPE_CHECKING:
     import torch
 
@@ -47,6 +49,29 @@ def environment() -> dict[str, str]:
         "yes" if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on") else "no"
     )
     return facts
+
+
+def find_device(name: str | None) -> torch.device:
+    """Return the device of that name; None: a GPU if there is one.
+
+    Args:
+        name: "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        SettingError: this machine does not have it.
+    """
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingError(
+            "device", f"`device` is {name!r}, which this machine does not have.", "Give cpu, cuda or cuda:N."
+        ) from error
+    return device
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ import pytest
 
 from headwise.convert.inspect import inspect_model
 from headwise.convert.pipeline import convert_model
+from headwise.convert.sample import SampleResult
 from headwise.convert.verify.check import verify_model
 from headwise.demo.demo import DemoResult
 from headwise.demo.picture import Measurement
@@ -69,6 +70,7 @@ def printed(tmp_path_factory) -> dict[str, Any]:
         "convert --dry-run": plan,
         "convert": convert_model(model, home / "out", **asked),
         "uptrain": UptrainResult(home, "distill", 3.0, 2.0, None, 1, 1.0, {0: {"before": 0.1}}),
+        "sample": SampleResult(home / "a.jsonl", 3, 700, 0),
         "verify": verify_model(home / "out"),
         "bench": BenchResult([speed], [speed, speed], 1, "cpu"),
         "card": CardUpdate(home, 1, (home,)),

@@ -19,7 +19,8 @@ from headwise.convert.refit.joint import joint_notes, plan_joint, refit_jointly
 from headwise.convert.settings import SHARD_SIZE, ConvertSettings
 from headwise.convert.verify.check import check_folder
 from headwise.convert.verify.verification import Verification
-from headwise.errors import GateFailed, SettingError
+from headwise.environment import find_device
+from headwise.errors import GateFailed
 from headwise.fields import settings_of
 from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.io.writer import Writer
@@ -164,7 +165,7 @@ def convert_model(
     )
     arch = find_architecture(checkpoint.config, checkpoint.tensors)
     check_source_complete(checkpoint, arch.auto_class)
-    requested = _find_device(settings.device)
+    requested = find_device(settings.device)
     target = choose_target(checkpoint, arch, settings)
     joint = plan_joint(checkpoint, arch, target, settings, requested)
     if joint:
@@ -283,16 +284,3 @@ def _copy_rest(checkpoint: Checkpoint, target: Target, writer: Writer, progress:
         progress.advance(tensor.nbytes)
     for path in checkpoint.sidecars:
         writer.add_file(path, path.relative_to(checkpoint.folder).as_posix())
-
-
-def _find_device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingError(
-            "device", f"`device` is {name!r}, which this machine does not have.", "Give cpu, cuda or cuda:N."
-        ) from error
-    return device

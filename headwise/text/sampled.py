@@ -59,6 +59,25 @@ def chat_start(tokenizer: Any) -> list[int]:
     return list(tokenizer(opening, add_special_tokens=False)["input_ids"]) if rest else []
 
 
+def documents_of(rows: Tensor, tokenizer: Any) -> list[str]:
+    """Return the text of sampled sequences, cut where the model began a new document.
+
+    Args:
+        rows: int64 (sequences, length), as `sample_tokens` returns them.
+        tokenizer: a stock tokenizer.
+    """
+    start = start_token(tokenizer)
+    documents = []
+    for row in rows:
+        cuts = (row == start).nonzero().flatten()
+        for part in row.tensor_split(cuts):
+            text = tokenizer.decode(part[part != start], skip_special_tokens=False)
+            # A character may be cut at the end of a sequence.
+            if text := text.rstrip("\ufffd").strip():
+                documents.append(text)
+    return documents
+
+
 @torch.no_grad()
 def sample_tokens(
     model: Any,

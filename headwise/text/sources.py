@@ -1,7 +1,7 @@
 """Read the documents of a text source: a list, or a stream where the source is too long to be read at once.
 
-A source is `builtin`, `packages`, a file (.txt, .jsonl or .parquet; `*` in its name stands for several), or
-`hf:DATASET` or `hf:DATASET:CONFIG` of the Hub. A document is a whole text file, the "text" of a row, or the
+A source is `builtin`, `mixture`, `packages`, a file (.txt, .jsonl or .parquet; `*` in its name stands for several),
+or `hf:DATASET` or `hf:DATASET:CONFIG` of the Hub. A document is a whole text file, the "text" of a row, or the
 conversation in its "messages".
 """
 
@@ -18,7 +18,7 @@ from headwise import fields
 from headwise.errors import HeadwiseError
 from headwise.fields import Setting, check_fields, declare
 from headwise.schema import not_legal
-from headwise.text import builtin
+from headwise.text import builtin, mixture
 from headwise.text.chat import Chat, read_chat
 
 STREAM_BYTES = 1 << 30  # rows of files up to this size together are read at once
@@ -84,8 +84,8 @@ def documents(source: str, split: str = "train", characters: int | None = None) 
     """Return the texts and conversations of a source, in a fixed order.
 
     Args:
-        source: `builtin`, `packages`, a file, or `hf:DATASET`.
-        split: of `builtin`, one of `builtin.SPLITS`.
+        source: `builtin`, `mixture`, `packages`, a file, or `hf:DATASET`.
+        split: of `builtin` and `mixture`, one of `builtin.SPLITS`.
         characters: about how many to read of a data set of the Hub; None: all.
 
     Raises:
@@ -93,6 +93,8 @@ def documents(source: str, split: str = "train", characters: int | None = None) 
     """
     if source == "builtin":
         return [*builtin.library_documents(split)]
+    if source == "mixture":
+        return [*mixture.mixture_documents(split)]
     if source == "packages":
         return [*builtin.package_documents()]
     if source.startswith("hf:"):
@@ -110,7 +112,7 @@ def is_streamed(source: str) -> bool:
 
 
 def overlapping(source: str, others: Iterable[str]) -> str | None:
-    """Return the first of `others` that holds text of `source`; the held-out part of `builtin` is in none.
+    """Return the first of `others` that holds text of `source`; none holds the held-out part of a built-in source.
 
     Args:
         source: a held-out source.
@@ -120,7 +122,7 @@ def overlapping(source: str, others: Iterable[str]) -> str | None:
         HeadwiseError: a file is missing.
     """
     files, files_of = _resolved_files(source), {other: _resolved_files(other) for other in others}
-    if source == "builtin":
+    if source in ("builtin", "mixture"):
         return None
     return next((other for other in files_of if other == source or files & files_of[other]), None)
 
@@ -200,7 +202,7 @@ def _files(source: str) -> list[Path]:
         if not source or not path.exists():
             raise HeadwiseError(
                 f"There is no text file {source or repr(source)}.",
-                "A source is builtin, packages, a .txt, .jsonl or .parquet file, or hf:DATASET.",
+                "A source is builtin, mixture, packages, a .txt, .jsonl or .parquet file, or hf:DATASET.",
             )
         if path.is_dir():
             raise HeadwiseError(f"{path} is a folder, not a text.", f"Name its files, such as '{path}/*.jsonl'.")
@@ -214,7 +216,7 @@ def _files(source: str) -> list[Path]:
 
 def _resolved_files(source: str) -> set[Path]:
     """Return the files of a source; none for a source that is not a file."""
-    elsewhere = source in ("builtin", "packages") or source.startswith("hf:")
+    elsewhere = source in ("builtin", "mixture", "packages") or source.startswith("hf:")
     return set() if elsewhere else {path.resolve() for path in _files(source)}
 
 
