@@ -13,11 +13,14 @@ from typing import Any
 
 # ---------------------------------------------------------------------------------------------- transformers
 
+# The argument that passes a KV cache to a decoder layer, in transformers 5.16 to 5.23, and in 5.24 and later.
+CACHE_ARGUMENTS = ("past_key_values", "cache")
+
 
 def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
     """Return the keyword argument that passes a KV cache to a model.
 
-    Versions: transformers 5.10 to 5.23 name it `past_key_values`, 5.24 and later `cache`.
+    Versions: transformers 5.16 to 5.23 name it `past_key_values`, 5.24 and later `cache`.
 
     Args:
         model: a stock model.
@@ -27,10 +30,21 @@ def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
     return {"cache" if "cache" in parameters else "past_key_values": cache}
 
 
+def cache_of(output: Any) -> Any:
+    """Return the KV cache in the output of a model or of `generate`.
+
+    Versions: transformers 5.16 to 5.23 name it `past_key_values`, 5.24 and later `cache`.
+
+    Args:
+        output: the output of a model that ran with `use_cache=True`.
+    """
+    return output.cache if hasattr(output, "cache") else output.past_key_values
+
+
 def allocate_static_cache(cache: Any, shaped: Any, batch: int) -> None:
     """Allocate the memory of a static cache that no forward pass has used yet.
 
-    Versions: transformers 5.10 to 5.24, `StaticCache.layers` and `StaticLayer.lazy_initialization`.
+    Versions: transformers 5.16 to 5.24, `StaticCache.layers` and `StaticLayer.lazy_initialization`.
 
     Args:
         cache: a new `StaticCache`.
@@ -45,7 +59,7 @@ def allocate_static_cache(cache: Any, shaped: Any, batch: int) -> None:
 def fill_static_cache(cache: Any, length: int) -> None:
     """Fill a static cache with noise and set its length.
 
-    Versions: transformers 5.10 to 5.24, `StaticLayer.cumulative_length`.
+    Versions: transformers 5.16 to 5.24, `StaticLayer.cumulative_length`.
 
     Args:
         cache: a `StaticCache` with allocated memory.
@@ -60,7 +74,7 @@ def fill_static_cache(cache: Any, length: int) -> None:
 def cache_tensors(cache: Any) -> list[Any]:
     """Return the key and value tensors of all layers of a cache.
 
-    Versions: transformers 5.10 to 5.24, `Cache.layers`.
+    Versions: transformers 5.16 to 5.24, `Cache.layers`.
 
     Args:
         cache: a KV cache with allocated memory.

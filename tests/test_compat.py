@@ -34,6 +34,15 @@ def test_cache_argument_passes_the_cache(model: Any) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_cache_of_returns_the_cache_of_an_output(model: Any) -> None:
+    cache = compat.cache_of(model(torch.arange(6)[None], use_cache=True))
+    assert cache.get_seq_length() == 6
+    generated = model.generate(torch.arange(6)[None], max_new_tokens=2, return_dict_in_generate=True)
+    assert compat.cache_of(generated).get_seq_length() == 7
+
+
+@torch.no_grad()
 def test_a_static_cache_is_allocated_and_filled_without_a_forward_pass(model: Any) -> None:
     shaped = StaticCache(config=model.config, max_cache_len=4)
     model(torch.zeros(1, 1, dtype=torch.long), **compat.cache_argument(model, shaped))

@@ -16,6 +16,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from headwise.compat import CACHE_ARGUMENTS
 from headwise.errors import HeadwiseError
 from headwise.io.reader import Checkpoint
 
@@ -217,7 +218,7 @@ def _attention_arguments(stub: LayerStub) -> dict[str, Any]:
     """Return the keyword arguments of a layer's attention, with positional arguments of the layer by name."""
     names = list(inspect.signature(type(stub.layer).forward).parameters)[2:]
     given = {**dict(zip(names, stub.args, strict=False)), **stub.kwargs}
-    return {name: value for name, value in given.items() if name not in ("use_cache", "past_key_values")}
+    return {name: value for name, value in given.items() if name not in ("use_cache", *CACHE_ARGUMENTS)}
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headwise.compat import cache_argument
 from headwise.environment import available_memory
 from headwise.errors import HeadwiseError
 from headwise.progress import SILENT, Progress
@@ -157,7 +158,7 @@ def _sample_batch(
     for _ in range(kept):
         output = model(
             input_ids=tokens,
-            past_key_values=cache,
+            **cache_argument(model, cache),
             cache_position=position,
             position_ids=position[None],
             logits_to_keep=1,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PhiConfig
 
+from headwise.compat import cache_of
 from headwise.convert.inspect import inspect_model
 from headwise.errors import HeadwiseError
 from headwise.models.layout import AttentionLayout, CacheSize
@@ -28,7 +29,7 @@ def test_the_inspection_equals_the_stock_class(model: Path) -> None:
         "headers",
     )
     assert inspection.dtype == torch.bfloat16 and [x.kind for x in inspection.layouts] == ["mha"] * 3
-    past = stock(torch.arange(10)[None], use_cache=True).past_key_values
+    past = cache_of(stock(torch.arange(10)[None], use_cache=True))
     num_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in past.layers)
     assert inspection.cache.bytes_per_token * 10 == num_bytes
     assert inspection.cache.at[8192] == inspection.cache.bytes_per_token * 8192

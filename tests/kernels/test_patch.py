@@ -19,6 +19,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from headwise.compat import cache_argument, cache_of
 from headwise.errors import HeadwiseError
 from headwise.kernels import disable, enable
 
@@ -80,8 +81,8 @@ def test_several_new_tokens_at_once(name: str) -> None:
     with torch.no_grad():
         whole = disable(model)(ids).logits
         enable(model)
-        cache = model(ids[:, :15]).past_key_values
-        step = model(ids[:, 15:], past_key_values=cache).logits
+        cache = cache_of(model(ids[:, :15]))
+        step = model(ids[:, 15:], **cache_argument(model, cache)).logits
     torch.testing.assert_close(step, whole[:, 15:], rtol=1e-4, atol=1e-5)
 
 
@@ -90,9 +91,9 @@ def test_the_cache_is_never_expanded_in_decode(monkeypatch: pytest.MonkeyPatch) 
     kind = type(model.model.layers[0].self_attn)
     ids = prompts()["input_ids"][1:]
     with torch.no_grad():
-        cache = model(ids[:, :19]).past_key_values
+        cache = cache_of(model(ids[:, :19]))
         monkeypatch.setattr(kind, "expand_kv", lambda *_: pytest.fail("the latent cache was expanded"))
-        model(ids[:, 19:], past_key_values=cache)
+        model(ids[:, 19:], **cache_argument(model, cache))
 
 
 def test_prefill_uses_the_attention_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,9 +110,9 @@ def test_prefill_uses_the_attention_of_before(monkeypatch: pytest.MonkeyPatch) -
     with torch.no_grad():
         expected = model(ids).logits[:, 19:]
         model.set_attn_implementation("theirs")
-        cache = enable(model)(ids[:, :19]).past_key_values
+        cache = cache_of(enable(model)(ids[:, :19]))
         assert calls == [19, 19]
-        step = model(ids[:, 19:], past_key_values=cache).logits
+        step = model(ids[:, 19:], **cache_argument(model, cache)).logits
         assert calls == [19, 19]
     torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-5)
     assert disable(model).config._attn_implementation == "theirs"
@@ -130,8 +131,8 @@ def test_gradients_flow_through_short_continuations() -> None:
     model = enable(model_of("deepseek_v3"))
     ids = prompts()["input_ids"][1:]
     with torch.no_grad():
-        cache = model(ids[:, :15]).past_key_values
-    model(ids[:, 15:], past_key_values=cache).logits.sum().backward()
+        cache = cache_of(model(ids[:, :15]))
+    model(ids[:, 15:], **cache_argument(model, cache)).logits.sum().backward()
     assert model.model.layers[0].self_attn.kv_b_proj.weight.grad.abs().sum() > 0
 
 
@@ -142,9 +143,9 @@ def test_static_cache_and_torch_compile() -> None:
     def last_logits(step) -> torch.Tensor:
         cache = StaticCache(config=model.config, max_cache_len=32)
         with torch.no_grad():
-            model(ids[:, :18], past_key_values=cache)
-            step(ids[:, 18:19], past_key_values=cache)
-            return step(ids[:, 19:], past_key_values=cache).logits
+            model(ids[:, :18], **cache_argument(model, cache))
+            step(ids[:, 18:19], **cache_argument(model, cache))
+            return step(ids[:, 19:], **cache_argument(model, cache)).logits
 
     expected = last_logits(model)
     enable(model)
@@ -225,8 +226,8 @@ def test_one_graph_on_a_gpu(name: str) -> None:
     def logits(step) -> torch.Tensor:
         cache = StaticCache(config=model.config, max_cache_len=32)
         with torch.no_grad():
-            model(ids[:, :16], past_key_values=cache)
-            steps = [step(ids[:, t : t + 1], past_key_values=cache).logits.clone() for t in range(16, 20)]
+            model(ids[:, :16], **cache_argument(model, cache))
+            steps = [step(ids[:, t : t + 1], **cache_argument(model, cache)).logits.clone() for t in range(16, 20)]
         return torch.cat(steps, 1)
 
     expected = logits(model)

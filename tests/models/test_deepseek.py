@@ -18,6 +18,7 @@ from transformers import (
     SmolLM3Config,
 )
 
+from headwise.compat import cache_of
 from headwise.convert.mla.exact import exact_mla, exact_mla_shape
 from headwise.errors import HeadwiseError
 from headwise.models import deepseek, mla_source
@@ -206,7 +207,7 @@ def test_the_cache_holds_rank_plus_rope_dim_numbers(tmp_path):
     config, tensors = export(parent, exact(parent))
     child = reload(config, tensors, tmp_path, torch.float32)
     out = child.generate(TOKENS[:1, :5], max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-    layer = out.past_key_values.layers[0]
+    layer = cache_of(out).layers[0]
     numbers = layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel()
     assert numbers == read_layer(parent, 0).layout.cache_elements_per_token
     expected = parent.generate(TOKENS[:1, :5], max_new_tokens=4, do_sample=False)

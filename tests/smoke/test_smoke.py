@@ -21,6 +21,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from headwise.compat import cache_of
+
 pytestmark = pytest.mark.smoke
 
 CONTEXT, LAYERS, HEADS, HEAD_DIM = 128, 2, 4, 8
@@ -112,7 +114,7 @@ def test_stock_transformers_loads_it_with_a_smaller_cache(workspace: Workspace, 
     model = AutoModelForCausalLM.from_pretrained(workspace.path / child, dtype=torch.float32)
     with torch.no_grad():
         output = model(torch.arange(9)[None])
-    cache = getattr(output, "cache", None) or output.past_key_values  # renamed in transformers 5.24
+    cache = cache_of(output)
     elements = {layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in cache.layers}
     assert elements == {CACHE_ELEMENTS[child]}
     assert output.logits.isfinite().all()

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from headwise.compat import cache_of
 from headwise.convert.verify.factored import check_factors, compare_with_parent
 from headwise.convert.verify.grouped import check_groups, compare_grouped
 from headwise.convert.verify.layer_inputs import TOKENS
@@ -205,7 +206,7 @@ def _cache_is(
     with torch.no_grad():
         text = network.get_submodule(model.module.rpartition(".")[0].rpartition(".")[0])
         width = text.config.hidden_size
-        cache = text(inputs_embeds=torch.empty(1, TOKENS, width, device="meta"), use_cache=True).past_key_values
+        cache = cache_of(text(inputs_embeds=torch.empty(1, TOKENS, width, device="meta"), use_cache=True))
     found = [layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in cache.layers]
     wanted = [layout.cache_elements_per_token for layout in layouts]
     if found != wanted:

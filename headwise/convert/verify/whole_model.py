@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from headwise.compat import cache_of
 from headwise.convert.verify.layer_inputs import TOKENS, check_tokens, relative_error
 from headwise.io.reader import Checkpoint
 from headwise.models.layout import AttentionLayout
@@ -54,7 +55,7 @@ def check_loading(
         )  # fmt: skip
     if not allow_nan and not all(bool(step.isfinite().all()) for step in generated.logits):
         return False, "the logits are not finite"
-    cache = generated.past_key_values.layers
+    cache = cache_of(generated).layers
     elements = [layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in cache]
     if elements != [layout.cache_elements_per_token for layout in layouts]:
         return False, f"after generate() the cache holds {elements} elements per token and layer"

@@ -21,6 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+# Triton 3.7 renamed it.
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
 
 @gluon.constexpr_function
 def _shared(rows, width, dtype):
@@ -165,7 +168,7 @@ def _consume(
         maximum = new_maximum
         probability.store(weight.to(dtype))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         pending = ()
         for i in gl.static_range(len(VALUE)):
             value = v_ring[i].index(stage).permute((1, 0))
@@ -174,7 +177,7 @@ def _consume(
         for i in gl.static_range(len(VALUE)):
             out = out + (warpgroup_mma_wait(0, deps=(pending[i],)),)
         # One thread signals for the group, so all threads must have finished reading.
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(empty.index(stage), count=1)
         phase = gl.where(stage == STAGES - 1, phase ^ 1, phase)
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
@@ -238,7 +241,7 @@ def attend(
         mbarrier.init(full.index(stage), count=32 * PRODUCER_WARPS)
         mbarrier.init(empty.index(stage), count=CONSUMERS)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
 
     K += group * k_group
     V += group * v_group

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
+from headwise.compat import cache_of
 from headwise.convert import layers
 from headwise.convert.pipeline import ConvertResult, convert_model
 from headwise.convert.plan import Plan
@@ -59,7 +60,7 @@ def cached(model: Any) -> list[int]:
     output = model.generate(
         tiny_models.tokens()[:1], max_new_tokens=3, do_sample=False, eos_token_id=None, return_dict_in_generate=True
     )
-    return [x.keys[0, :, 0].numel() + x.values[0, :, 0].numel() for x in output.past_key_values.layers]
+    return [x.keys[0, :, 0].numel() + x.values[0, :, 0].numel() for x in cache_of(output).layers]
 
 
 def relative(a: Tensor, b: Tensor) -> float:
