@@ -78,17 +78,19 @@ def compare_logits(
         stock: names of the folder's stock class.
         parent_stock: names of the parent's.
         recomputed: whether attention weights were computed anew and rounded to the folder's dtype. The limit is
-            then `ROUNDINGS` times what rounding to that dtype does to the parent's own logits.
+            then `ROUNDINGS` times what rounding to that dtype does to the parent's own logits. Otherwise a folder
+            of another dtype is compared with the parent's weights rounded to it.
 
     Returns:
         Whether they agree, and the end of a sentence about it; empty for models larger than `WHOLE_BYTES`.
     """
     if max(checkpoint.nbytes, parent.nbytes) > WHOLE_BYTES:
         return True, ""
-    expected = _logits(parent, parent, parent_stock.auto_class, torch.float32)
+    dtype, parent_dtype = _dtype(checkpoint), _dtype(parent)
+    stored = dtype if dtype != parent_dtype and not recomputed else torch.float32
+    expected = _logits(parent, parent, parent_stock.auto_class, torch.float32, stored)
     error = relative_error(_logits(checkpoint, parent, stock.auto_class, torch.float32), expected)
     limit = LOGITS_TOLERANCE
-    dtype = next(entry.dtype for entry in checkpoint.tensors.values() if entry.dtype.is_floating_point)
     if recomputed and dtype != torch.float32:
         limit = max(
             limit, ROUNDINGS * relative_error(_logits(parent, parent, parent_stock.auto_class, dtype), expected)
@@ -96,8 +98,19 @@ def compare_logits(
     return error < limit, f"; logits of the whole model within {error:.1e} of the parent's, limit {limit:.1e}"
 
 
-def _logits(source: Checkpoint, parent: Checkpoint, auto_class: str, dtype: torch.dtype) -> Tensor:
-    model = load_model(source, auto_class, dtype)
+def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+    return next(entry.dtype for entry in checkpoint.tensors.values() if entry.dtype.is_floating_point)
+
+
+def _logits(
+    source: Checkpoint,
+    parent: Checkpoint,
+    auto_class: str,
+    dtype: torch.dtype,
+    stored: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return logits computed in `dtype`, of weights that were rounded to `stored` before."""
+    model = load_model(source, auto_class, stored if stored != torch.float32 else dtype).to(dtype)
     tokens = check_tokens(parent, model.get_input_embeddings().num_embeddings)
     with torch.inference_mode():
         output = model(input_ids=tokens, use_cache=False)

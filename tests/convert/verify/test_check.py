@@ -49,6 +49,18 @@ def test_a_sound_folder_passes_every_check(home: Path, kind: str) -> None:
     assert json.loads(json.dumps(found.to_dict()))["passed"] is True
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_change_of_the_dtype_alone_is_exact(home: Path, tmp_path: Path, dtype: str) -> None:
+    convert_model(home / "parent", tmp_path / "out", dtype=dtype)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    name = f"{ATTENTION}q_proj.weight"
+    tensors[name] = tensors[name].roll(1, 0)
+    assert verify_model(tmp_path / "out", home / "parent").passed
+    save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "out" / "headwise.json").unlink()
+    assert "parent" in failed(verify_model(tmp_path / "out", home / "parent"))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
