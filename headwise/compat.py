@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,6 +80,35 @@ def cache_tensors(cache: Any) -> list[Any]:
         cache: a KV cache with allocated memory.
     """
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def places_of(model: Any, names: Iterable[str]) -> dict[str, str | None]:
+    """Return the parameter or buffer of a model that each tensor of a checkpoint fills, alone or with others.
+
+    Versions: transformers 5.16 to 5.24, `conversion_mapping.get_model_conversion_mapping` and
+    `core_model_loading.rename_source_key`, called as `convert_and_load_state_dict_in_model` does.
+
+    Args:
+        model: a stock model; it may be on the meta device.
+        names: of the checkpoint's tensors.
+
+    Returns:
+        The place of every name; None: transformers ignores the tensor.
+    """
+    from transformers import conversion_mapping, core_model_loading
+
+    # Renamings keep state, so that the order of the loader matters.
+    mapping = conversion_mapping.get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, core_model_loading.WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, core_model_loading.WeightConverter)]
+    parameters, prefix = model.state_dict(), model.base_model_prefix
+    places: dict[str, str | None] = {}
+    for name in sorted(names, key=core_model_loading.dot_natural_key):
+        place, _ = core_model_loading.rename_source_key(name, renamings, converters, prefix, parameters)
+        if place not in parameters and name in parameters:
+            place = name
+        places[name] = place if place in parameters else None
+    return places
 
 
 # --------------------------------------------------------------------------------------------------- lm-eval

@@ -33,6 +33,14 @@ def test_cache_argument_passes_the_cache(model: Any) -> None:
     torch.testing.assert_close(rest, model(tokens, use_cache=False).logits[:, 4:])
 
 
+def test_every_name_has_the_place_that_the_loader_gives_it(model: Any) -> None:
+    names = ["model.layers.0.mlp.up_proj.weight", "layers.1.mlp.up_proj.weight", "lm_head.weight"]
+    strange = ["model.layers.2.mlp.up_proj.weight", "module.model.norm.weight"]
+    places = compat.places_of(model, [*names, *strange])
+    assert [places[name] for name in names] == [names[0], f"model.{names[1]}", names[2]]
+    assert [places[name] for name in strange] == [None, None]
+
+
 @torch.no_grad()
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_cache_of_returns_the_cache_of_an_output(model: Any) -> None:

@@ -15,7 +15,7 @@ from headwise.errors import HeadwiseError
 from headwise.format import plain_fields
 from headwise.io import hub
 from headwise.io.gguf import open_gguf
-from headwise.io.reader import read_headers
+from headwise.io.reader import Checkpoint, read_headers
 from headwise.io.source import (
     INDEX,
     SINGLE,
@@ -23,12 +23,14 @@ from headwise.io.source import (
     find_gguf,
     read_config,
     read_json,
+    read_weight_map,
     source_in_folder,
 )
 from headwise.models import architecture, mla_source
 from headwise.models.config import dtype_of
 from headwise.models.layout import CONTEXTS, AttentionLayout, CacheSize, describe
 from headwise.models.protocol import find_attention_model
+from headwise.models.stock_match import match_source, refuse_quantised_names
 
 # Pairs (kv_lora_rank, qk_rope_head_dim) with cache rows that engines support (serving/engines.yaml).
 LATENTS = ((256, 64), (448, 64), (512, 64))
@@ -119,8 +121,12 @@ def inspect_model(
     else:
         folder, commit = find_folder(model, revision=revision, token=token, patterns=["config.json", INDEX])
         config = read_config(folder)
+        if (matched := _match_headers(str(model), folder, commit)) is not None:
+            config = matched.config
+            parameters, origin = sum(math.prod(entry.shape) for entry in matched.tensors.values()), "headers"
+        else:
+            parameters, origin = _count_parameters(str(model), folder, commit, token, dtype_of(config))
         dtype = dtype_of(config)
-        parameters, origin = _count_parameters(str(model), folder, commit, token, dtype)
     layouts = find_attention_model(config).layouts(config)
     if layouts[0].kind == "mla":
         return Inspection(
@@ -137,7 +143,7 @@ def inspect_model(
         )
     arch = architecture.find_architecture(config)
     cache = CacheSize.of(layouts, dtype)
-    mla = _why_not_mla(arch.text_config(config), dtype)
+    mla = _why_not_mla(arch.text_config(config), layouts, dtype)
     return Inspection(
         model=str(model),
         revision=commit,
@@ -173,12 +179,29 @@ def _saved(before: CacheSize, after: CacheSize) -> float:
     return 1 - after.at[CONTEXTS[-1]] / before.at[CONTEXTS[-1]]
 
 
-def _why_not_mla(text_config: dict[str, Any], dtype: torch.dtype) -> str | None:
+def _why_not_mla(text_config: dict[str, Any], layouts: Sequence[AttentionLayout], dtype: torch.dtype) -> str | None:
     try:
         mla_source.find_mla_source(text_config, dtype)
+        mla_source.refuse_windows(layouts)
     except HeadwiseError as error:
         return error.message
     return None
+
+
+def _match_headers(model: str, folder: Path, commit: str | None) -> Checkpoint | None:
+    """Match the tensors of a local folder with the stock class; None: no headers are at hand.
+
+    Of a Hub repository only the names in its index are known.
+    """
+    if commit is not None:
+        if (folder / INDEX).is_file():
+            refuse_quantised_names(model, read_weight_map(folder, INDEX))
+        return None
+    if not ((folder / SINGLE).is_file() or any(folder.glob("model-*.safetensors"))):
+        return None
+    opened = read_headers(source_in_folder(model, folder))
+    grouped = find_attention_model(opened.config, opened.tensors).layouts(opened.config)[0].kind != "mla"
+    return match_source(opened) if grouped else opened
 
 
 def _count_parameters(
@@ -188,9 +211,6 @@ def _count_parameters(
         count = hub.count_parameters(hub.split_revision(model)[0], commit, token)
         if count is not None:
             return count, "headers"
-    elif (folder / SINGLE).is_file() or any(folder.glob("model-*.safetensors")):
-        tensors = read_headers(source_in_folder(model, folder)).tensors.values()
-        return sum(math.prod(entry.shape) for entry in tensors), "headers"
     metadata = read_json(folder, INDEX).get("metadata") if (folder / INDEX).is_file() else None
     sizes = metadata if isinstance(metadata, dict) else {}
     if isinstance(sizes.get("total_parameters"), int):

@@ -25,7 +25,7 @@ from headwise.fields import settings_of
 from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.io.writer import Writer
 from headwise.models.architecture import find_architecture
-from headwise.models.stock_match import check_source_complete
+from headwise.models.stock_match import match_source
 from headwise.progress import SILENT, Progress
 from headwise.records.card import render_card
 from headwise.records.manifest import hash_files, make_manifest, source_name
@@ -160,11 +160,11 @@ def convert_model(
     """
     given = locals()
     settings = ConvertSettings(**{name: given[name] for name in settings_of(ConvertSettings)})
-    checkpoint = open_checkpoint(
+    opened = open_checkpoint(
         model, revision=revision, token=token, allow_pickle=settings.allow_pickle, progress=progress
     )
+    checkpoint = match_source(opened)
     arch = find_architecture(checkpoint.config, checkpoint.tensors)
-    check_source_complete(checkpoint, arch.auto_class)
     requested = find_device(settings.device)
     target = choose_target(checkpoint, arch, settings)
     joint = plan_joint(checkpoint, arch, target, settings, requested)

@@ -15,7 +15,6 @@ from headwise.io.writer import OutputTensor, Shard, plan_shards
 from headwise.models.architecture import Architecture
 from headwise.models.config import dtype_of
 from headwise.models.layout import AttentionLayout, CacheSize, describe
-from headwise.models.stock_match import LEFTOVERS
 
 SAME_ARCHITECTURE = "every engine that loads the source: the architecture is the same"
 
@@ -142,8 +141,6 @@ def grouped_outputs(
     changed = shapes.keys() if computed is None else computed
     outputs = []
     for name, entry in checkpoint.tensors.items():
-        if LEFTOVERS.search(name) and name not in shapes:
-            continue
         new = dtype if dtype and entry.dtype.is_floating_point else entry.dtype
         copied = name not in changed and new == entry.dtype
         outputs.append(OutputTensor(name, new, shapes.get(name, entry.shape), name if copied else None))
@@ -199,21 +196,23 @@ def make_plan(
         sidecars=tuple(path.relative_to(checkpoint.folder).as_posix() for path in checkpoint.sidecars),
         left_out=tuple(checkpoint.left_out),
         engines=tuple(engines),
-        warnings=tuple(warnings),
+        warnings=(*checkpoint.warnings, *warnings),
         notes=(*checkpoint.notes, *notes),
     )
 
 
 def _tensor_actions(checkpoint: Checkpoint, outputs: Sequence[OutputTensor]) -> Iterator[TensorAction]:
+    stored_entries = checkpoint.tensors | checkpoint.dropped
+
     def stored(name: str) -> tuple[torch.dtype, tuple[int, ...]] | None:
-        entry = checkpoint.tensors.get(name)
+        entry = stored_entries.get(name)
         return (entry.dtype, entry.shape) if entry else None
 
     for tensor in outputs:
         action = "copy" if tensor.source else "convert"
         yield TensorAction(tensor.name, action, stored(tensor.source or tensor.name), (tensor.dtype, tensor.shape))
     kept = {tensor.source or tensor.name for tensor in outputs}
-    for name in checkpoint.tensors:
+    for name in stored_entries:
         if name not in kept:
             yield TensorAction(name, "drop", stored(name), None)
 

@@ -60,11 +60,15 @@ class Checkpoint:
         folder: its files; for a GGUF file, a temporary folder with its config and tokenizer.
         revision: the commit of a Hub repository, else None.
         config: config.json.
-        tensors: by name, in file order. For a GGUF file, those of the stock class, dequantised when they are read.
+        tensors: by name, in file order. `match_source` may give them other names than the files. For a GGUF file,
+            those of the stock class, dequantised when they are read.
         sidecars: the files that a conversion copies byte for byte.
         left_out: names of the files that it does not copy.
         files: the state of every weight file.
         gguf: the GGUF file, or None.
+        notes: lines of a plan about how the checkpoint is read.
+        warnings: lines of a plan about it that the user must not miss.
+        dropped: tensors of the files that the stock class does not read.
     """
 
     source: str
@@ -76,6 +80,9 @@ class Checkpoint:
     left_out: list[str]
     files: dict[str, FileState]
     gguf: GgufModel | None = None
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    dropped: dict[str, TensorEntry] = field(default_factory=dict)
     _pickled: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
     _temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False, compare=False)
 
@@ -83,11 +90,6 @@ class Checkpoint:
     def path(self) -> Path:
         """Return the model's folder, or its GGUF file."""
         return self.gguf.path if self.gguf else self.folder
-
-    @property
-    def notes(self) -> list[str]:
-        """Return lines of a plan about how the checkpoint is read."""
-        return self.gguf.notes if self.gguf else []
 
     @property
     def nbytes(self) -> int:
@@ -105,7 +107,7 @@ class Checkpoint:
         """
         entry = self.tensors[name]
         if entry.file in self._pickled:
-            return self._pickled[entry.file][name].clone()
+            return self._pickled[entry.file][entry.name].clone()
         if self.gguf:
             with self._open(entry) as file:
                 return self.gguf.read(name, file)
@@ -140,7 +142,7 @@ class Checkpoint:
         """
         entry = self.tensors[name]
         if entry.file in self._pickled:
-            yield from as_bytes(self._pickled[entry.file][name]).split(CHUNK)
+            yield from as_bytes(self._pickled[entry.file][entry.name]).split(CHUNK)
             return
         if self.gguf:
             with self._open(entry) as file:
@@ -300,6 +302,7 @@ def read_gguf(path: Path) -> Checkpoint:
         left_out=[],
         files=files,
         gguf=model,
+        notes=model.notes,
         _temporary=temporary,
     )
 

@@ -22,6 +22,7 @@ from headwise.progress import SILENT, Progress
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GGUF = ".gguf"
+ADAPTER_CONFIG = "adapter_config.json"
 PICKLE_SINGLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 # The small model that ships with the package: `headwise demo` converts it.
@@ -192,6 +193,8 @@ def read_config(folder: Path) -> dict[str, Any]:
                 f"{folder} has GGUF files and no config.json.",
                 "Name one of the .gguf files.",
             )
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise adapter_error(folder, "has a LoRA adapter and no model")
         raise HeadwiseError(f"{folder} has no config.json.", "Name the folder that save_pretrained wrote.")
     config = read_json(folder, "config.json", MAX_CONFIG)
     for key, value in _implementations(config):
@@ -242,7 +245,23 @@ def find_weights(folder: Path, allow_pickle: bool = False) -> tuple[list[str], d
         return shards, weight_map
     if any(folder.glob("*.gguf")):
         raise HeadwiseError(f"{folder} has GGUF files and no safetensors weights.", "Name one of the .gguf files.")
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise adapter_error(folder, "has a LoRA adapter and no weights of a model")
     raise HeadwiseError(f"{folder} has no weights.", f"A checkpoint has {SINGLE} or {INDEX}.")
+
+
+def adapter_error(source: str | Path, problem: str) -> HeadwiseError:
+    """Return the error for a LoRA adapter that is not merged into the weights.
+
+    Args:
+        source: the user's name of the model, or its folder.
+        problem: what it has, as the rest of a sentence.
+    """
+    return HeadwiseError(
+        f"{source} {problem}.",
+        f"Merge the adapter into its base model first, with `merge_and_unload` of peft, and leave {ADAPTER_CONFIG} "
+        "out of the merged folder.",
+    )
 
 
 def read_weight_map(folder: Path, index: str) -> dict[str, str]:

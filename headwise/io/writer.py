@@ -207,7 +207,7 @@ class Writer:
         entry = checkpoint.tensors[planned.source or name]
         if (entry.dtype, entry.shape) != (planned.dtype, planned.shape):
             raise ValueError(f"{entry} cannot be copied, planned was {planned}")
-        self._stream(name, checkpoint.chunks(entry.name, self._buffers))
+        self._stream(name, checkpoint.chunks(planned.source or name, self._buffers))
 
     def note(self, key: str, value: Any) -> None:
         """Keep a JSON value in the journal, so that a resumed run finds it in `notes`.

@@ -299,9 +299,16 @@ def dtype_of(config: dict[str, Any]) -> torch.dtype:
     Args:
         config: the config.json.
     """
+    return stored_dtype(config) or torch.float32
+
+
+def stored_dtype(config: dict[str, Any]) -> torch.dtype | None:
+    """Return the dtype that a config names in `dtype` or `torch_dtype`, or None if it names none.
+
+    Args:
+        config: the config.json.
+    """
     text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        dtype = named_dtype(part.get("dtype") or part.get("torch_dtype"))
-        if dtype is not None:
-            return dtype
-    return torch.float32
+    parts = (config, text if isinstance(text, dict) else {})
+    dtypes = (named_dtype(part.get("dtype") or part.get("torch_dtype")) for part in parts)
+    return next((dtype for dtype in dtypes if dtype is not None), None)

@@ -17,7 +17,9 @@ from torch import Tensor
 from headwise.errors import HeadwiseError
 from headwise.io.header import TensorEntry
 from headwise.io.writer import OutputTensor
+from headwise.models.config import stock_text_config
 from headwise.models.deepseek import ATTENTION, residual_scale
+from headwise.models.layout import AttentionLayout
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -84,7 +86,7 @@ def find_mla_source(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat
     """Find the row of a model that can become MLA.
 
     Args:
-        config: the text config of the source.
+        config: the text config of the source. A field that it leaves out has the default of its stock class.
         dtype: dtype of the output. float16 is refused: the linear latent norm needs weights near 1e-9.
 
     Returns:
@@ -108,6 +110,7 @@ def find_mla_source(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat
         raise HeadwiseError(
             f"A {model_type} model cannot become MLA: {reason}.", "It can become GQA or MQA: `to` gqa `groups` N."
         )
+    config = stock_text_config(str(model_type), dict(config)).to_dict()
     for refusal in row["refuse"]:
         value = config.get(refusal["key"])
         if value not in refusal["unless"]:
@@ -127,6 +130,23 @@ def find_mla_source(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat
         },
         attention_scale=_positive(config, scale, 1.0) if scale else None,
     )
+
+
+def refuse_windows(layouts: Iterable[AttentionLayout]) -> None:
+    """Refuse a model with a sliding window, which no stock MLA model has.
+
+    Args:
+        layouts: of every layer of the source.
+
+    Raises:
+        HeadwiseError: a layer has a window.
+    """
+    window = next((layout.sliding_window for layout in layouts if layout.sliding_window), None)
+    if window is not None:
+        raise HeadwiseError(
+            f"config.json: sliding_window is {window}: no stock MLA model has a sliding window.",
+            "It can become GQA or MQA: `to` gqa `groups` N. `sliding_window` 0 with `to` mla removes the windows.",
+        )
 
 
 def _positive(config: Mapping[str, Any], key: str, default: float) -> float:
@@ -153,9 +173,6 @@ def plan_scaled_copies(source: MlaSource, names: Iterable[str], attention: Itera
     names, attention = set(names), set(attention)
     carried, unknown = [], []
     for name in sorted(names - attention):
-        # Old Llama checkpoints hold the frequencies; they are computed from the config.
-        if name.endswith("rotary_emb.inv_freq"):
-            continue
         layer = next(iter(re.findall(r"\.layers\.(\d+)\.", name)), "")
         rule = source.tensors.get(re.sub(r"\.layers\.\d+\.", ".layers.*.", name))
         if rule is None:

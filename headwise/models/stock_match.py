@@ -1,19 +1,39 @@
-"""Compare the tensor names and shapes of a checkpoint with its stock class, from headers alone."""
+"""Give every tensor of a checkpoint its place in the stock class, from headers alone, before any work.
+
+The plan, a dry run, `inspect` and a conversion use the same match. A tensor that the class ignores is dropped with
+a note. What stock transformers loads is converted. Anything else is refused in one sentence.
+"""
 
 from __future__ import annotations
 
+import copy
 import re
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from headwise.compat import places_of
 from headwise.errors import HeadwiseError
-from headwise.io.reader import Checkpoint
+from headwise.format import dtype_name
+from headwise.io.reader import Checkpoint, make_buffers
+from headwise.io.source import ADAPTER_CONFIG, adapter_error
+from headwise.models.architecture import Architecture, find_architecture
+from headwise.models.config import stored_dtype
 from headwise.models.stock import empty_model, load_into
 
 # Buffers that old releases of transformers saved and no release reads.
-LEFTOVERS = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_bias|bias))$")
+STALE_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attention\.(masked_bias|bias)|position_ids)$")
+# Tensors beside or in place of weights, by which quantised checkpoints are known.
+QUANTISED = re.compile(
+    r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_shape|weight_scale(_inv)?|input_scale|SCB|absmax"
+    r"|quant_map|quant_state\..*)$"
+)
+LORA = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|modules_to_save)\.")
+# Config fields that count the layers behind `num_hidden_layers`.
+EXTRA_LAYERS = ("num_nextn_predict_layers",)
+FOREIGN = "The checkpoint and its config.json do not belong together, or a shard is incomplete."
 
 
 @dataclass(frozen=True)
@@ -22,19 +42,27 @@ class StockMatch:
 
     Attributes:
         model: the stock model.
-        count: tensors of the checkpoint, without those that no release reads.
+        places: parameter of the class by the name in the checkpoint; None: the class has no place for the tensor.
         tied: parameters that share another's weights.
         missing: names that only the class has.
-        unexpected: names that only the checkpoint has.
         mismatched: name, shape in the checkpoint, shape in the class.
     """
 
     model: Any
-    count: int
+    places: Mapping[str, str | None]
     tied: dict[str, str]
     missing: list[str]
-    unexpected: list[str]
     mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+
+    @property
+    def count(self) -> int:
+        """Number of tensors with a place."""
+        return sum(place is not None for place in self.places.values())
+
+    @property
+    def unexpected(self) -> list[str]:
+        """Names of the tensors without a place, except buffers that no release reads."""
+        return sorted(n for n, place in self.places.items() if place is None and not STALE_BUFFERS.search(n))
 
     @property
     def wrong(self) -> list[str]:
@@ -55,36 +83,213 @@ def match_stock_class(checkpoint: Checkpoint, auto_class: str) -> StockMatch:
     # A config may name more layers or experts than there are files for. Each takes its time to make, so the
     # class gets as many parameters as the checkpoint could fill, were its tensors fused by the dozen.
     model = empty_model(checkpoint.config, auto_class, most=1000 + 12 * len(checkpoint.tensors))
+    places = places_of(model, checkpoint.tensors)
+    tied = dict(model.all_tied_weights_keys or {})
     shapes = {
         name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         for name, entry in checkpoint.tensors.items()
-        if not LEFTOVERS.search(name)
+        if places[name] is not None
     }
-    found = load_into(model, shapes, "meta")
-    tied = dict(model.all_tied_weights_keys or {})
+    info = load_into(model, shapes, "meta")
+    # Of two tied parameters the checkpoint needs one.
+    absent = {name for pair in tied.items() if not info.missing_keys.issuperset(pair) for name in pair}
     return StockMatch(
         model,
-        len(shapes),
+        places,
         tied,
-        sorted(found.missing_keys - tied.keys()),
-        sorted(found.unexpected_keys),
-        sorted((name, tuple(here), tuple(there)) for name, here, there in found.mismatched_keys),
+        sorted(info.missing_keys - tied.keys() - absent),
+        sorted((name, tuple(here), tuple(there)) for name, here, there in info.mismatched_keys),
     )
 
 
-def check_source_complete(checkpoint: Checkpoint, auto_class: str) -> None:
-    """Refuse a source that its stock class cannot run, before anything is computed from it.
+def match_source(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a source with only the tensors that its stock class reads, by the names of its architecture's row.
 
     Args:
-        checkpoint: the source.
-        auto_class: name of the transformers auto class.
+        checkpoint: the source, as it was opened.
+
+    Returns:
+        The source. Its config says what the stock class makes of it: the class, the dtype, and whether the head is
+        tied. Its notes and warnings name every difference from the files.
 
     Raises:
-        HeadwiseError: a tensor is missing, or its shape differs from the shape that the config implies.
+        HeadwiseError: stock transformers does not load the checkpoint, or a file beside it changes its weights.
     """
-    found = match_stock_class(checkpoint, auto_class)
-    hint = "The checkpoint and its config.json do not belong together, or a shard is incomplete."
+    config = checkpoint.config
+    arch = find_architecture(config, checkpoint.tensors)
+    if checkpoint.gguf is None and (checkpoint.folder / ADAPTER_CONFIG).is_file():
+        raise adapter_error(checkpoint.folder, "has a LoRA adapter beside the weights")
+    refuse_quantised_names(checkpoint.source, checkpoint.tensors)
+    found = match_stock_class(checkpoint, arch.auto_class)
+    _refuse_unloadable(checkpoint, arch, found)
+    placed = {name: entry for name, entry in checkpoint.tensors.items() if found.places[name] is not None}
+    dropped = {name: entry for name, entry in checkpoint.tensors.items() if found.places[name] is None}
+    new = copy.deepcopy(config)
+    notes = [*_name_class(new, found.model), *_name_dtype(new, checkpoint)]
+    names = _canonical_names(config, placed, found)
+    if changed := [(old, name) for old, name in names.items() if old != name]:
+        notes.append(f"{len(changed)} tensors get the names of the stock class, such as {changed[0][1]}.")
+    tensors = {names[name]: entry for name, entry in placed.items()}
+    source = replace(checkpoint, tensors=tensors, dropped=dropped, config=new)
+    notes += _untie(source, arch, found)
+    drop_notes, warnings = _explain_dropped(new, arch, found.model, dropped)
+    return replace(source, notes=[*checkpoint.notes, *notes, *drop_notes], warnings=warnings)
+
+
+def refuse_quantised_names(source: str, names: Iterable[str]) -> None:
+    """Refuse a checkpoint whose tensor names are those of quantised weights.
+
+    Args:
+        source: the user's name of the checkpoint.
+        names: of its tensors.
+
+    Raises:
+        HeadwiseError: it is quantised.
+    """
+    name = next((name for name in names if QUANTISED.search(name)), None)
+    if name is not None:
+        raise HeadwiseError(
+            f"{source} has quantised weights (tensor {name}), and config.json has no quantization_config.",
+            "Convert the unquantised checkpoint that it was made from, then quantise the result.",
+        )
+
+
+def _refuse_unloadable(checkpoint: Checkpoint, arch: Architecture, found: StockMatch) -> None:
+    """Raise HeadwiseError if the stock class misses a tensor or reads one of another shape or kind."""
+    for name, place in found.places.items():
+        dtype = checkpoint.tensors[name].dtype
+        if place is not None and place.endswith(".weight") and not (dtype.is_floating_point and dtype.itemsize > 1):
+            raise HeadwiseError(
+                f"{checkpoint.source} has quantised weights: tensor {name} is {dtype_name(dtype)}.",
+                "Convert the unquantised checkpoint that it was made from, then quantise the result.",
+            )
+    if found.missing:
+        _explain_missing(checkpoint, arch, found)
     for name, here, there in found.mismatched:
-        raise HeadwiseError(f"tensor {name} has shape {here}, and config.json promises {there}.", hint)
+        raise HeadwiseError(f"tensor {name} has shape {here}, and config.json promises {there}.", FOREIGN)
     for name in found.missing:
-        raise HeadwiseError(f"tensor {name} is missing; config.json promises it.", hint)
+        raise HeadwiseError(f"tensor {name} is missing; config.json promises it.", FOREIGN)
+
+
+def _explain_missing(checkpoint: Checkpoint, arch: Architecture, found: StockMatch) -> None:
+    """Raise HeadwiseError if the names of a checkpoint show why the class misses tensors."""
+    source, names = checkpoint.source, checkpoint.tensors
+    if name := next(filter(LORA.search, names), None):
+        raise adapter_error(source, f"has the tensors of a LoRA adapter ({name})")
+    expected = arch.tensor_names(checkpoint.config, 0)[0]
+    bare = expected.removeprefix(f"{found.model.base_model_prefix}.")
+    for name in names if not names.keys() & {expected, bare} else ():
+        prefix = next((name.removesuffix(end) for end in (expected, bare) if name.endswith(f".{end}")), "")
+        if prefix:
+            raise HeadwiseError(
+                f"the tensor names of {source} begin with {prefix!r}, and stock transformers does not load such "
+                "names.",
+                "Save the model that the wrapper holds, or rename its tensors.",
+            )
+    head = found.model.get_output_embeddings()
+    heads = {name for name, p in found.model.named_parameters() if head is not None and p is head.weight}
+    if heads.issuperset(found.missing):
+        raise HeadwiseError(
+            f"{source} has no {found.missing[0]}: it is a base model without a language-model head.",
+            "Convert a checkpoint with a head.",
+        )
+
+
+def _canonical_names(config: dict[str, Any], placed: Collection[str], found: StockMatch) -> dict[str, str]:
+    """Return the name of every placed tensor in its architecture's row, by its name in the checkpoint."""
+    prefix, parameters = f"{found.model.base_model_prefix}.", found.model.state_dict().keys()
+    names = {name: name for name in placed}
+    row = find_architecture(config, placed)
+    if not names.keys() >= set(row.tensor_names(config, 0)):
+        bare = {n: n if n in parameters or n.startswith(prefix) else prefix + n for n in placed}
+        row = find_architecture(config, bare.values())
+        if set(bare.values()) >= set(row.tensor_names(config, 0)):
+            names = bare
+    # A head that stands for the embeddings tied to it.
+    present = {place for name in placed if (place := found.places[name])}
+    twins = {name: twin for name, twin in found.tied.items() if name in present and twin not in present}
+    return {old: twins.get(name, name) for old, name in names.items()}
+
+
+def _name_class(config: dict[str, Any], model: Any) -> Iterator[str]:
+    """Fill in `architectures`, from which engines choose their class, and yield a note about it."""
+    if not config.get("architectures"):
+        config["architectures"] = [type(model).__name__]
+        yield f"config.json names no `architectures`: {type(model).__name__} is written."
+
+
+def _name_dtype(config: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
+    """Fill in the dtype of most of the weights where the config names none, and yield a note about it."""
+    if stored_dtype(config) is None:
+        sizes: dict[torch.dtype, int] = {}
+        for entry in checkpoint.tensors.values():
+            if entry.dtype.is_floating_point:
+                sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
+        config["dtype"] = str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch.")
+        yield f"config.json names no dtype: {config['dtype']} is written, that of the tensors."
+
+
+def _untie(source: Checkpoint, arch: Architecture, found: StockMatch) -> Iterator[str]:
+    """Untie a head that differs from the embeddings, as stock transformers loads it, and yield a note."""
+    stored = {place: name for name, place in found.places.items() if place is not None}
+    by_file_name = {entry.name: name for name, entry in source.tensors.items()}
+    for name, twin in found.tied.items():
+        if name not in stored or twin not in stored:
+            continue
+        if _equal(source, by_file_name[stored[name]], by_file_name[stored[twin]]):
+            continue
+        for part in (source.config, arch.text_config(source.config)):
+            if part is source.config or "tie_word_embeddings" in part:
+                part["tie_word_embeddings"] = False
+        yield (
+            f"{name} differs from {twin}, and config.json ties them: tie_word_embeddings: false is written, as "
+            "stock transformers loads the checkpoint."
+        )
+
+
+def _equal(source: Checkpoint, a: str, b: str) -> bool:
+    """Return whether two tensors of a checkpoint are equal, with little of them in memory."""
+    if source.tensors[a].dtype != source.tensors[b].dtype:
+        return torch.equal(source.read(a).float(), source.read(b).float())
+    pairs = zip(source.chunks(a, make_buffers(1)), source.chunks(b, make_buffers(1)), strict=True)
+    return all(torch.equal(*pair) for pair in pairs)
+
+
+def _explain_dropped(
+    config: dict[str, Any], arch: Architecture, model: Any, dropped: Collection[str]
+) -> tuple[list[str], list[str]]:
+    """Return notes on the tensors that the class is known to ignore, and warnings about others without a place."""
+    num_layers = arch.stock_config(config).num_hidden_layers
+    layer = re.compile(rf"(^|\.){re.escape(arch.layers[0].split('.')[-2])}\.(\d+)\.")
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    buffers: list[str] = []
+    known: list[str] = []
+    unknown: list[str] = []
+    extra: dict[int, int] = {}
+    for name in dropped:
+        index = layer.search(name)
+        if STALE_BUFFERS.search(name):
+            buffers.append(name)
+        elif index and int(index[2]) >= num_layers:
+            extra[int(index[2])] = extra.get(int(index[2]), 0) + 1
+        else:
+            (known if any(pattern.search(name) for pattern in ignored) else unknown).append(name)
+    notes = []
+    if buffers:
+        notes.append(f"{len(buffers)} buffers of old releases are dropped, such as {buffers[0]}.")
+    if extra:
+        layers = f"layer {min(extra)}" if len(extra) == 1 else f"layers {min(extra)} to {max(extra)}"
+        notes.append(
+            f"{sum(extra.values())} tensors of {layers} are dropped: the stock class has num_hidden_layers: "
+            f"{num_layers}."
+        )
+        text = arch.text_config(config)
+        text.update({key: 0 for key in EXTRA_LAYERS if text.get(key)})
+    stock_class = type(model).__name__
+    if known:
+        notes.append(f"{len(known)} tensors that {stock_class} ignores are dropped, such as {known[0]}.")
+    warning = (
+        f"{len(unknown)} tensors have no place in {stock_class}, and stock transformers ignores them: they are "
+        f"dropped, such as {', '.join(unknown[:2])}."
+    )
+    return notes, [warning] if unknown else []

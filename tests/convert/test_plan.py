@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from headwise.convert.plan import Plan, grouped_outputs, make_plan
 from headwise.io.reader import open_checkpoint
 from headwise.models import architecture
+from headwise.models.stock_match import match_source
 
 
 def llama_config(**options: Any) -> LlamaConfig:
@@ -30,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan_for(model: Path, groups: int, **options: Any) -> Plan:
-    checkpoint = open_checkpoint(model)
+    checkpoint = match_source(open_checkpoint(model))
     arch = architecture.find_architecture(checkpoint.config, checkpoint.tensors)
     config = arch.with_groups(checkpoint.config, groups)
     outputs = grouped_outputs(checkpoint, arch, config, **options)

@@ -257,7 +257,6 @@ def test_read_attention_is_the_inverse(tmp_path):
         (dict(model_type="qwen3"), "linear"),
         (dict(model_type="mixtral"), "router"),
         (dict(model_type="starcoder2"), "LayerNorm"),
-        (dict(model_type="mistral", sliding_window=4096), "sliding_window"),
         (dict(model_type="llama", mlp_bias=True), "mlp_bias"),
     ],
 )

@@ -22,7 +22,7 @@ from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import Checkpoint
 from headwise.models import deepseek, mla_source, rope
 from headwise.models.architecture import Architecture
-from headwise.models.config import named_dtype
+from headwise.models.config import dtype_of
 from headwise.models.deepseek import ATTENTION, LAYERS
 from headwise.models.layout import LatentWeights, LayerWeights
 from headwise.models.norm_free import from_norm_free_state, norm_free_attention
@@ -64,7 +64,7 @@ class LatentTarget:
         dtype: torch.dtype | None = None,
     ) -> None:
         text = arch.text_config(config)
-        self.dtype = dtype or named_dtype(text.get("dtype") or text.get("torch_dtype")) or torch.bfloat16
+        self.dtype = dtype or dtype_of(config)
         self.rule = mla_source.find_mla_source(text, self.dtype)
         self.source, self.arch, self.parent_config = checkpoint, arch, config
         self.method, self.exact = registry.find_method("latent", settings.method or "optimal"), settings.exact
@@ -73,6 +73,7 @@ class LatentTarget:
         self.warnings: list[str] = []
         stock = arch.stock_config(config)
         self._before, self._hidden_size = arch.layouts(config), stock.hidden_size
+        mla_source.refuse_windows(self._before)
         self._check_rotary_layers()
         self._frequencies, factor = self._source_frequencies()
         scale = self.rule.attention_scale or self._before[0].head_dim ** -0.5
@@ -90,11 +91,9 @@ class LatentTarget:
         self.q_lora_rank = deepseek.query_rank(layout, self._hidden_size) if biased else None
         pads = settings.pad_values and layout.v_head_dim < PADDED_V_HEAD_DIM
         self.v_head_dim = PADDED_V_HEAD_DIM if pads else None
-        # A field that the config leaves out has the default of the source's class, which may not be DeepSeek's.
-        defaults = {name: getattr(stock, name) for name in ("hidden_act", "max_position_embeddings")}
-        sizes = {"intermediate_size": stock.intermediate_size, "num_hidden_layers": len(self._before)}
         self.config = deepseek.make_config(
-            {**defaults, **text, **sizes},
+            # A field that the config leaves out has the default of the source's class, which may not be DeepSeek's.
+            stock.to_dict(),
             layout,
             theta=self._theta,
             frequencies=self._grid,

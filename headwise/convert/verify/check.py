@@ -29,7 +29,7 @@ from headwise.models.layout import AttentionLayout
 from headwise.models.protocol import AttentionModel, find_attention_model
 from headwise.models.rope import unscaled
 from headwise.models.stock import empty_model, run_check, stock_config
-from headwise.models.stock_match import match_stock_class
+from headwise.models.stock_match import match_source, match_stock_class
 from headwise.progress import SILENT, Progress
 from headwise.records.manifest import changed_files, check_hashes, read_record
 
@@ -81,7 +81,7 @@ def verify_model(
         return Verification((("hashes", *check_hashes(checkpoint, progress)),))
     parent = None
     if against is not None:
-        parent = open_checkpoint(against, revision=revision, token=token, progress=progress)
+        parent = match_source(open_checkpoint(against, revision=revision, token=token, progress=progress))
     record = read_record(checkpoint.folder)
     arguments = record["arguments"] if record else None
     return check_folder(checkpoint, parent, arguments=arguments, record=record, finite=True, progress=progress)

@@ -25,6 +25,7 @@ from headwise.models import deepseek, mla_source
 from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.layout import LatentWeights, from_planes, to_planes
 from headwise.models.protocol import AttentionModel, read_latent_layer
+from headwise.models.stock import stock_config
 
 # The linear norm is off by 1e-8 for a token of ordinary size (mathematics, section 7c). An exact conversion is
 # rounded once to the folder's dtype.
@@ -152,8 +153,8 @@ def _changed_fields(
     config: dict[str, Any], parent: dict[str, Any], arch: Architecture, moved: Collection[str]
 ) -> list[str]:
     """Return the copied config fields that differ from the parent's."""
-    text = arch.text_config(parent)
-    before = {key: text[key] for key in deepseek.COPIED_CONFIG_KEYS if key in text}
+    stock = arch.stock_config(parent).to_dict()
+    before = {key: stock[key] for key in deepseek.COPIED_CONFIG_KEYS if key in stock}
     before["rope_theta"] = float(rope_sets(parent, arch)[0].parameters["rope_theta"])
-    after = {**config, "rope_theta": float(config["rope_parameters"]["rope_theta"])}
+    after = {**stock_config(config).to_dict(), "rope_theta": float(config["rope_parameters"]["rope_theta"])}
     return [key for key, value in before.items() if key not in moved and after.get(key) != value]
