@@ -125,7 +125,9 @@ def _verify(**options: Any) -> None:
     render.render_verification(verification)
     console.print_json(verification)
     if not verification.passed:
-        raise GateFailed(f"{options['out']} failed its checks.")
+        accepted = verification.accepted and not verification.refused
+        more = " The failure was accepted when the folder was written." if accepted else ""
+        raise GateFailed(f"{options['out']} failed its checks.{more}")
 
 
 @cli.command(

@@ -106,7 +106,9 @@ def check_fields(settings: Any) -> None:
         try:
             legal = setting.check(value)
         except (ValueError, TypeError, OverflowError):
-            close = get_close_matches(str(value).casefold(), setting.choices, 1)
+            words = value if setting.multiple and isinstance(value, list | tuple) else [value]
+            wrong = [str(word).casefold() for word in words if word not in setting.choices]
+            close = [match for word in wrong for match in get_close_matches(word, setting.choices, 1)]
             hint = f"Did you mean {close[0]!r}?" if close else None
             raise SettingError(name, f"`{name}` is {value!r}, which is not {setting.wanted}.", hint) from None
         object.__setattr__(settings, name, legal)
@@ -285,3 +287,26 @@ def other(
     """
     default = more.pop("default", None)
     return declare(default, Setting(help, wanted=wanted, check=check, parse=parse, metavar=metavar, **more))
+
+
+def several(help: str, choices: Sequence[str], *, metavar: str, **more: Any) -> Any:
+    """Declare a field that takes any number of `choices`; the flag on the command line may be repeated.
+
+    Args:
+        help: one sentence for help pages.
+        choices: the legal values.
+        metavar: the placeholder in help pages.
+        **more: further arguments of `Setting`.
+    """
+    legal = tuple(choices)
+
+    def check(value: Any) -> tuple[str, ...]:
+        values = (value,) if isinstance(value, str) else tuple(value)
+        if not all(isinstance(each, str) and each in legal for each in values):
+            raise ValueError
+        return tuple(dict.fromkeys(values))
+
+    wanted = f"one or several of {', '.join(legal)}"
+    return declare(
+        (), Setting(help, wanted=wanted, check=check, choices=legal, metavar=metavar, multiple=True, **more)
+    )

@@ -119,7 +119,9 @@ def render_conversion(result: ConvertResult) -> None:
     console.note(f"{layout_names(plan.layouts_before)} -> {layout_names(plan.layouts_after)}")
     if after < before:
         console.note(f"Cache per token: {size(before)} -> {size(after)}, {format_saving(1 - after / before)} saved")
-    if result.verification:
+    if result.verification and result.verification.accepted:
+        _warn_accepted(result.verification)
+    elif result.verification:
         console.note(f"Verified: {len(result.verification.checks)} checks passed.")
     else:
         console.warn("Not verified.")
@@ -143,6 +145,10 @@ def render_push(push: PushResult) -> None:
         console.print_line(f"{repository} ({state}) holds exactly this already, so nothing was sent: {push.url}")
     else:
         console.print_line(f"Pushed {amount} to {repository} ({state}): {push.pull_request or push.url}")
+    if push.left:
+        console.note(f"{repository} keeps files that the folder does not have: {', '.join(push.left)}.")
+    for name in push.accepted:
+        console.warn(f"The folder failed the check {name}, and the failure was accepted when it was written.")
     if not push.verified:
         console.warn("The folder is not verified.")
 
@@ -151,8 +157,18 @@ def render_verification(verification: Verification) -> None:
     """Print every check with its outcome."""
     console.print_table(
         ("check", "outcome", "detail"),
-        [(name, "passed" if passed else "FAILED", detail) for name, passed, detail in verification.checks],
+        [
+            (name, "passed" if passed else "FAILED" + ", accepted" * (name in verification.accepted), detail)
+            for name, passed, detail in verification.checks
+        ],
     )
+
+
+def _warn_accepted(verification: Verification) -> None:
+    """Name the checks whose failure was accepted."""
+    for name, passed, detail in verification.checks:
+        if not passed:
+            console.warn(f"The check {name} failed, and the failure was accepted: {detail}.")
 
 
 def render_bench(result: BenchResult) -> None:
@@ -224,6 +240,8 @@ def render_uptraining(result: UptrainResult) -> None:
             if nats is not None
         ],
     )
+    if result.gap_closed is not None:
+        console.print_line(f"Gap to the parent closed: {result.gap_closed:.1%}.")
     _detail_layers(result.layers)
     if result.tokens:
         console.note(f"Trained on {result.tokens:,} tokens in {result.seconds:,.0f} s.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from headwise.convert.settings import SHARD_SIZE, ConvertSettings
 from headwise.convert.verify.check import check_folder
 from headwise.convert.verify.verification import Verification
 from headwise.environment import find_device
-from headwise.errors import GateFailed
 from headwise.fields import settings_of
 from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.io.writer import Writer
@@ -94,6 +94,7 @@ def convert_model(
     force: bool = False,
     resume: bool = False,
     verify: bool = True,
+    accept: str | Sequence[str] = (),
     push_to_hub: str | None = None,
     private: bool = False,
     allow_nan: bool = False,
@@ -140,6 +141,7 @@ def convert_model(
         force: replace `out` when the new folder is complete.
         resume: continue an interrupted run.
         verify: check the result before it is published.
+        accept: names of checks whose failure does not stop the publication; the record keeps it.
         push_to_hub: a repository to upload the result to, as `push_model` does.
         private: make a new repository private.
         allow_nan: convert weights that are not finite.
@@ -156,7 +158,8 @@ def convert_model(
     Raises:
         SettingError: a setting is not legal, has no effect or contradicts another one.
         HeadwiseError: the input or the disk does not allow the conversion.
-        GateFailed: the result failed its verification; nothing is published.
+        GateFailed: the result failed a check that is not in `accept`. It is complete and stays in the work folder,
+            and a call with `resume` and `accept` publishes it.
     """
     given = locals()
     settings = ConvertSettings(**{name: given[name] for name in settings_of(ConvertSettings)})
@@ -241,14 +244,7 @@ def convert_model(
                     arguments=plan.arguments,
                     progress=progress,
                 )
-                verification.append(checked)
-                if not checked.passed:
-                    failure = GateFailed(
-                        f"The result failed its verification: {checked.failures}.",
-                        f"It stays in {folder}, where `headwise verify` repeats the checks; `force` begins again.",
-                    )
-                    failure.keeps_work = True  # what took time is never thrown away
-                    raise failure
+                verification.append(checked.accepting(settings.accept))
             manifest = make_manifest(
                 plan,
                 checkpoint,
@@ -262,6 +258,8 @@ def convert_model(
             )
             writer.add_text("headwise.json", json.dumps(manifest, indent=2) + "\n")
             writer.add_text("README.md", render_card(manifest, checkpoint.folder / "README.md"))
+            if verification:
+                verification[0].require(folder)
 
         writer.add_text("config.json", json.dumps(target.config, indent=2) + "\n")
         published = writer.publish(check)

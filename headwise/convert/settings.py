@@ -8,11 +8,13 @@ and the targets; they raise the same `SettingError`.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from headwise import fields, registry
+from headwise.convert.verify.verification import CHECKS
 from headwise.errors import SettingError
 from headwise.fields import Setting, check_fields, declare, is_given, settings_of
 from headwise.format import parse_bytes
@@ -208,6 +210,13 @@ class ConvertSettings:
     verify: bool = fields.flag(
         "Do not check the result.", default=True, flag="--no-verify", section="Output", recorded=False
     )
+    accept: Sequence[str] = fields.several(
+        f"Publish although this check fails, and record it: {', '.join(CHECKS)}; may be repeated.",
+        CHECKS,
+        metavar="CHECK",
+        section="Output",
+        recorded=False,
+    )
     push_to_hub: str | None = fields.text(
         "Upload the result to a Hub repository.", metavar="REPO", section="Output", recorded=False
     )
@@ -309,6 +318,8 @@ class ConvertSettings:
                     )
         if self.push_to_hub and not self.verify:
             raise SettingError("verify", "`push_to_hub` uploads verified folders only: leave out `verify`.")
+        if self.accept and not self.verify:
+            raise SettingError("accept", "Without `verify` no check is made, so that `accept` has no effect.")
         if (self.rope_theta is not None) != (self.rope == "base"):
             raise SettingError("rope_theta", "`rope` base and `rope_theta` belong together.")
 

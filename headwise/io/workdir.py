@@ -227,6 +227,8 @@ class WorkFolder:
         """
         keep = error is not None and not self._published and not _is_final(error)
         self._unlock(remove=not keep)
+        if keep and isinstance(error, HeadwiseError) and str(self.folder) not in str(error):
+            error.hint = " ".join(filter(None, (error.hint, f"The work so far is kept in {self.folder}.")))
         if keep and isinstance(error, KeyboardInterrupt):
             raise Interrupted(
                 f"Interrupted; the completed part is kept in {self.folder}.",

@@ -267,7 +267,7 @@ class Writer:
     def publish(self, check: Callable[[Path], None] | None = None) -> Path:
         """Finish, run `check` on the unpublished folder, then publish it as OUT by one rename.
 
-        If `check` raises an exception, OUT stays as it was.
+        If `check` raises an exception, OUT stays as it was, and the work folder keeps the output.
 
         Args:
             check: a function of the unpublished folder that raises an exception if the folder is not valid.
@@ -281,7 +281,11 @@ class Writer:
         """
         self.finish()
         if check:
-            check(self.folder)
+            try:
+                check(self.folder)
+            except HeadwiseError as error:
+                error.keeps_work = True  # every tensor is written: what took time is never thrown away
+                raise
         self.work.publish()
         return self.work.out
 

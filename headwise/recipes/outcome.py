@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,14 +20,14 @@ from headwise.errors import GateFailed, HeadwiseError
 from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.io.source import EMBEDDED_MODEL, find_gguf, read_json
 from headwise.io.writer import Writer
-from headwise.records.card import inherited, with_section, without_evaluation
+from headwise.progress import Progress
+from headwise.records.card import render_card
 from headwise.records.manifest import RECORD, hash_files
 from headwise.train.student import ModelFolder, Student
 
 CARD, CURVES = "README.md", ("curve.csv", "curve.png")
 # Packages whose versions decide the numbers of a run.
 RECORDED_PACKAGES = ("headwise", "torch", "transformers", "accelerate", "tokenizers")
-SECTION = "Uptraining"
 
 
 def start_training_dir(writer: Writer, training_dir: Path) -> None:
@@ -79,68 +78,78 @@ def add_files(writer: Writer, checkpoint: Checkpoint, training_dir: Path) -> Non
             writer.add_file(training_dir / name, f"uptraining{Path(name).suffix}")
 
 
-def verify_and_write_metadata(
-    writer: Writer, facts: Mapping[str, Any], before: Mapping[str, Any] | None, checkpoint: Checkpoint
+def check_export(
+    student: Student, folder: Path, arguments: Mapping[str, Any], accept: Collection[str], progress: Progress
 ) -> None:
-    """Verify the unpublished folder, then write headwise.json and the model card.
+    """Export the untrained model and check it, so that a check which fails does so before the first step.
+
+    Args:
+        student: the model, before its training.
+        folder: where it is exported to; removed afterwards.
+        arguments: settings of the conversion.
+        accept: names of checks whose failure is accepted.
+        progress: gets one stage.
+
+    Raises:
+        GateFailed: a check failed that is not in `accept`.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        write_stock_model(student, student.network.state_dict(), folder)
+        verification = check_folder(open_checkpoint(folder), None, arguments=arguments, progress=progress)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    verification = verification.accepting(accept)
+    if verification.refused:
+        source = student.folder.checkpoint.source
+        raise GateFailed(
+            f"Nothing was trained: {source} fails its verification already, {verification.failures}.",
+            f"Convert it again, or train it in spite of this with `accept` {' '.join(verification.refused)}.",
+        )
+
+
+def verify_and_write_metadata(
+    writer: Writer,
+    facts: Mapping[str, Any],
+    before: Mapping[str, Any] | None,
+    checkpoint: Checkpoint,
+    accept: Collection[str] = (),
+) -> None:
+    """Verify the unpublished folder, and write headwise.json and the model card.
 
     Args:
         writer: of the output folder.
         facts: of this run, for the record.
         before: the record of the folder that was trained.
         checkpoint: the folder that was trained.
+        accept: names of checks whose failure is accepted and recorded.
 
     Raises:
-        GateFailed: the folder failed a check.
+        GateFailed: the folder failed a check that is not in `accept`; both files are written.
     """
-    source = {"model": model_name(checkpoint)}
-    record: dict[str, Any] = {"headwise": HEADWISE_VERSION, "arguments": {}, "source": source}
-    record |= before or {}
-    record["uptraining"] = [*(before or {}).get("uptraining", []), dict(facts)]
+    record = record_before(before, checkpoint)
+    record["uptraining"] = [*record.get("uptraining", []), dict(facts)]
     verification = check_folder(open_checkpoint(writer.folder), None, arguments=record["arguments"])
-    if not verification.passed:
-        raise GateFailed(f"The result failed its verification: {verification.failures}.")
+    verification = verification.accepting(accept)
     record |= {
         "verification": verification.to_dict(),
         "sha256": dict(sorted(writer.hashes.items())),
         "files": dict(sorted(hash_files(writer.folder).items())),
     }
     writer.add_text(RECORD, json.dumps(record, indent=2) + "\n")
-    card = checkpoint.folder / CARD
-    text = without_evaluation(card.read_text(encoding="utf-8")) if card.is_file() else _new_card(checkpoint)
-    writer.add_text(CARD, with_section(text, SECTION, "\n".join(_section(facts)), before="Checks"))
+    writer.add_text(CARD, render_card(record, checkpoint.folder / CARD))
+    verification.require(writer.folder)
 
 
-def _new_card(checkpoint: Checkpoint) -> str:
-    data = ModelCardData(
-        base_model=checkpoint.source if checkpoint.revision else None,
-        library_name="transformers",
-        tags=["headwise"],
-        **inherited(None),
-    )
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {model_name(checkpoint)}, uptrained\n"))
+def record_before(before: Mapping[str, Any] | None, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the record of a folder before its training.
 
-
-def _section(facts: Mapping[str, Any]) -> Iterator[str]:
-    nats, held = facts["nats"], facts["heldout"]
-    teacher = f", learning from `{facts['teacher']}`" if facts["teacher"] else ""
-    yield f"Trained after the conversion with the recipe `{facts['recipe']}`{teacher}."
-    yield ""
-    yield f"| | nats per token on {held['tokens']:,} tokens of {held['text']} |"
-    yield "|---|---|"
-    for name, value in nats.items():
-        if value is not None:
-            yield f"| {name} | {value:.4f} |"
-    yield ""
-    if facts["layerwise"]:
-        stage = facts["settings"]["layerwise"]
-        yield f"- layer by layer: {stage['steps']} steps of each on {stage['tokens']:,} tokens"
-    if facts["tokens"]:
-        yield f"- end to end: {facts['tokens']:,} tokens in {facts['steps']:,} steps, {facts['seconds']:,.0f} s"
-    yield f"- text: {', '.join(facts['settings']['data']['text'])}"
-    yield f"- hardware: {facts['hardware']}"
-    if facts["command"]:
-        yield f"- command: `{facts['command']}`"
+    Args:
+        before: its headwise.json; None: headwise did not write the folder.
+        checkpoint: the folder.
+    """
+    source = {"model": model_name(checkpoint).partition("@")[0], "revision": checkpoint.revision}
+    return {"headwise": HEADWISE_VERSION, "arguments": {}, "source": source} | dict(before or {})
 
 
 def recorded_source(record: Mapping[str, Any] | None, checkpoint: Checkpoint) -> str | Path | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -22,7 +22,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from headwise import environment
-from headwise.errors import SettingError
+from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import open_checkpoint
 from headwise.io.tokenizer import load_tokenizer
 from headwise.io.workdir import WorkFolder
@@ -37,8 +37,8 @@ from headwise.records.manifest import read_record
 from headwise.text import packing
 from headwise.text.blocks import blocks_from, training_blocks
 from headwise.text.marks import given_tokens, tokens_of
-from headwise.train.callbacks import SignalStop, check_reporters
-from headwise.train.checkpoints import Checkpoints, load_tensors, save_tensors
+from headwise.train.callbacks import check_reporters, gap_closed
+from headwise.train.checkpoints import WEIGHTS, Checkpoints, load_tensors, save_tensors
 from headwise.train.curve_plot import draw_curve
 from headwise.train.memory import check_memory
 from headwise.train.student import ModelFolder, Student
@@ -61,6 +61,8 @@ class UptrainResult:
         tokens: that the whole model was trained on.
         seconds: of the training of the whole model.
         layers: for each layer, the errors of the layerwise stage.
+        gap_closed: fraction of the loss gap to the parent that the training closed; negative: the loss rose. None
+            where there is no parent, or no gap.
     """
 
     out: Path
@@ -71,6 +73,7 @@ class UptrainResult:
     tokens: int
     seconds: float
     layers: dict[int, dict[str, Any]]
+    gap_closed: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain data."""
@@ -88,6 +91,7 @@ class Run:
         out: the folder to write.
         command: for the record.
         progress: gets the stages and figures of the first process.
+        accept: names of checks whose failure is accepted and recorded.
 
     Raises:
         HeadwiseError: the parts do not match, or memory is too small.
@@ -102,9 +106,10 @@ class Run:
         out: Path,
         command: str,
         progress: Progress,
+        accept: Collection[str] = (),
     ) -> None:
         self.recipe, self.name, self.folder, self.out = recipe, name, folder, out
-        self.command = command
+        self.command, self.accept = command, accept
         self.processes = PartialState(cpu=on_cpu())
         self.is_main_process, self.device = self.processes.is_main_process, self.processes.device
         self.progress = progress if self.is_main_process else SILENT
@@ -137,7 +142,8 @@ class Run:
 
         Raises:
             Diverged: the loss is NaN or diverges; checkpoints are kept.
-            GateFailed: the written folder failed a check.
+            GateFailed: the model failed a check that is not accepted, before its training or after. Trained weights
+                are kept.
             KeyboardInterrupt: a signal stopped the run; checkpoints are kept.
         """
         outputs = [OutputTensor(e.name, e.dtype, e.shape, e.name) for e in self.folder.checkpoint.tensors.values()]
@@ -156,29 +162,50 @@ class Run:
                 stack.enter_context(writer)
                 outcome.start_training_dir(writer, self.training_dir)
             self.processes.wait_for_everyone()
-            self.progress.stage(f"reading {self.recipe.data.heldout}")
-            self.heldout = self.heldout_blocks()
-            self._measure_before(writer)
-            student = Student.load(self.folder, self.teacher)
-            if self.recipe.layerwise is not None:
-                self._layer_by_layer(student, writer)
-            student.select_parameters(self.recipe.train)
-            state = self._train(student) if self.recipe.train is not None else student.network.state_dict()
-            if writer is None:
-                return None
-            return self._publish(writer, student, state)
+            try:
+                return self._run(writer)
+            except HeadwiseError as error:
+                error.keeps_work |= self._has_trained()
+                raise
+
+    def _run(self, writer: Writer | None) -> UptrainResult | None:
+        self.progress.stage(f"reading {self.recipe.data.heldout}")
+        self.heldout = self.heldout_blocks()
+        self._measure_before(writer)
+        student = Student.load(self.folder, self.teacher)
+        if writer is not None and "checked" not in writer.notes:
+            arguments = outcome.record_before(self.record, self.folder.checkpoint)["arguments"]
+            outcome.check_export(student, self.training_dir / "untrained", arguments, self.accept, self.progress)
+            writer.note("checked", True)
+        self.processes.wait_for_everyone()
+        if self.recipe.layerwise is not None:
+            self._layer_by_layer(student, writer)
+        student.select_parameters(self.recipe.train)
+        state = self._train(student, writer) if self.recipe.train is not None else student.network.state_dict()
+        return None if writer is None else self._publish(writer, student, state)
+
+    def _has_trained(self) -> bool:
+        """Return whether the work folder has trained weights."""
+        return any(self.training_dir.glob("*.safetensors")) or any(self.training_dir.glob("checkpoint-*"))
 
     def heldout_blocks(self) -> Tensor:
-        """Return the text that measures progress, int64 (blocks, length)."""
+        """Return the text that measures progress, int64 (blocks, length): as many blocks as there are."""
         text = self.recipe.data
-        return blocks_from(
+        blocks = blocks_from(
             text.heldout,
             self.tokenizer,
             split="heldout",
             length=text.length,
             count=text.heldout_blocks,
+            minimum=1,
             marked=True,
         )
+        if text.heldout_blocks is not None and len(blocks) < text.heldout_blocks:
+            self.progress.note(
+                f"The held-out text fills {len(blocks)} blocks of {text.length} tokens, and the recipe's number is "
+                f"{text.heldout_blocks}."
+            )
+        return blocks
 
     def training_blocks(self, tokens: int, seed: int) -> tuple[Any, Mapping[str, Any]]:
         """Return the text that is trained on: see `headwise.text.blocks.training_blocks`."""
@@ -234,17 +261,25 @@ class Run:
         self.processes.wait_for_everyone()
         load_tensors(student.network, weights)
 
-    def _train(self, student: Student) -> dict[str, Tensor]:
-        """Train the whole model, and return its state dict."""
+    def _train(self, student: Student, writer: Writer | None) -> dict[str, Tensor]:
+        """Train the whole model, and return its state dict; a resumed run takes up weights that are trained."""
         recipe, training = self.recipe, self.recipe.train
         assert training is not None
+        weights = self.training_dir / WEIGHTS
+        if weights.exists():
+            if writer is not None:
+                self.steps, self.seconds, self.text = (
+                    writer.notes["trained"][k] for k in ("steps", "seconds", "text")
+                )
+            load_tensors(student.network, weights)
+            return dict(student.network.state_dict())
         tokens = training.budget(outcome.pretraining_tokens(self.teacher, self.folder))
         self.progress.stage(f"reading {', '.join(recipe.data.text)}")
         # Whole steps of text and no more: the order of rows follows their number.
         whole_steps = math.ceil(tokens / training.batch_tokens) * training.batch_tokens
         blocks, self.text = self.training_blocks(whole_steps, training.seed)
         if isinstance(blocks, Tensor):
-            blocks = blocks[: whole_steps // recipe.data.length]
+            blocks = self._fill_a_step(blocks[: whole_steps // recipe.data.length], training.batch_tokens)
         collate: Any = packing.collator(student.base_model, recipe.data.separate_documents)
         teacher = None
         if recipe.loss.needs_teacher and recipe.teacher.topk is not None:
@@ -297,16 +332,25 @@ class Run:
             tokens=tokens,
             figures={"parent": self.parent, "before": self.before},
         )
-        stop = next(c for c in trainer.callback_handler.callbacks if isinstance(c, SignalStop))
         started = time.monotonic()
-        try:
-            resume(trainer, last)
-        finally:
-            stop.restore()
+        resume(trainer, last)
         self.seconds, self.steps = time.monotonic() - started, trainer.state.global_step
-        if stop.stopped and self.steps < trainer.state.max_steps:
-            raise KeyboardInterrupt
-        return trainer.state_dict()
+        state = trainer.state_dict()
+        if writer is not None:
+            writer.note("trained", {"steps": self.steps, "seconds": self.seconds, "text": dict(self.text)})
+            save_tensors(state, trained, weights)
+        return state
+
+    def _fill_a_step(self, blocks: Tensor, batch_tokens: int) -> Tensor:
+        """Return the blocks, repeated where they are too few for one step of the optimizer."""
+        rows = batch_tokens // self.recipe.data.length
+        if len(blocks) >= rows:
+            return blocks
+        self.progress.note(
+            f"The text fills {len(blocks)} blocks of {self.recipe.data.length} tokens, and a step takes {rows}: "
+            "each step reads them repeatedly."
+        )
+        return blocks.repeat(math.ceil(rows / len(blocks)), 1)[:rows]
 
     def _publish(self, writer: Writer, student: Student, state: dict[str, Tensor]) -> UptrainResult:
         checkpoint = self.folder.checkpoint
@@ -325,7 +369,7 @@ class Run:
         def check(folder: Path) -> None:
             nonlocal after
             after = self._nats(ModelFolder.of(open_checkpoint(folder)))
-            outcome.verify_and_write_metadata(writer, self._facts(after), self.record, checkpoint)
+            outcome.verify_and_write_metadata(writer, self._facts(after), self.record, checkpoint, self.accept)
 
         if (curve := self.training_dir / "curve.csv").exists():
             draw_curve(curve, curve.with_suffix(".png"), parent=self.parent, title=f"Uptraining: {self.name}")
@@ -334,7 +378,8 @@ class Run:
         self.progress.finish()
         tokens = self.steps * self.recipe.train.batch_tokens if self.recipe.train else 0
         seconds = round(self.seconds, 1)
-        return UptrainResult(out, self.name, self.before, after, self.parent, tokens, seconds, self.layers)
+        closed = gap_closed(after, self.parent, self.before)
+        return UptrainResult(out, self.name, self.before, after, self.parent, tokens, seconds, self.layers, closed)
 
     def _facts(self, after: float) -> dict[str, Any]:
         """Return what headwise.json and the model card hold of this run."""
@@ -353,4 +398,5 @@ class Run:
             "versions": environment.versions(outcome.RECORDED_PACKAGES),
             "heldout": {"text": text.heldout, "tokens": int((~given_tokens(self.heldout[:, 1:])).sum())},
             "nats": {"parent": self.parent, "before": self.before, "after": after},
+            "gap_closed": gap_closed(after, self.parent, self.before),
         }

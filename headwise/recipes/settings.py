@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from headwise import fields, schema
+from headwise.convert.verify.verification import CHECKS
 from headwise.errors import SettingError
 from headwise.fields import check_fields
 from headwise.format import parse_bytes
@@ -259,6 +260,11 @@ class UptrainSettings:
         wanted="a size such as 5GB",
         metavar="SIZE",
         parse=str,
+    )
+    accept: Sequence[str] = fields.several(
+        f"Publish although this check fails, and record it: {', '.join(CHECKS)}; may be repeated.",
+        CHECKS,
+        metavar="CHECK",
     )
     force: bool = fields.flag("Replace OUT once the new folder is complete.")
     resume: bool = fields.flag("Continue an interrupted run.")

@@ -31,6 +31,7 @@ def uptrain_model(
     max_shard_size: int | str = SHARD_SIZE,
     launch: str | None = None,
     processes: int | None = None,
+    accept: str | Sequence[str] = (),
     command: str = "",
     progress: Progress = SILENT,
 ) -> UptrainResult | None:
@@ -51,6 +52,7 @@ def uptrain_model(
         max_shard_size: of the largest weight file.
         launch: start processes of this machine through accelerate: "single", "ddp" or "fsdp2".
         processes: number of processes; None: one for each accelerator.
+        accept: names of checks whose failure does not stop the run; the record keeps it.
         command: the command line, for the record.
         progress: gets stages and figures.
 
@@ -60,6 +62,8 @@ def uptrain_model(
     Raises:
         SettingError: a value is not legal, has no effect, or contradicts another one.
         HeadwiseError: model, teacher, recipe and text do not match, or the disk is too small.
+        GateFailed: the model failed a check that is not in `accept`. The trained weights stay in the work folder,
+            and the same call with `resume` and `accept` publishes them.
         Diverged: the loss is NaN or diverges; checkpoints are kept.
         Interrupted: a signal stopped the run; the same call with `resume` continues it.
     """
@@ -76,12 +80,13 @@ def uptrain_model(
         max_shard_size=max_shard_size,
         force=force,
         resume=resume,
+        accept=accept,
     )
     target = Path(out) if out is not None else _default_out(model)
     if chosen.launch is not None:
         return _launch(chosen, model, target, command)
     folder = ModelFolder.of(open_checkpoint(model, progress=progress))
-    run = Run(chosen.plan, chosen.name, folder, chosen.teacher, target, command, progress)
+    run = Run(chosen.plan, chosen.name, folder, chosen.teacher, target, command, progress, chosen.accept)
     return run(resume=chosen.resume, force=chosen.force, max_shard_size=chosen.max_shard_size)
 
 
@@ -105,6 +110,7 @@ def _launch(settings: UptrainSettings, model: str | Path, out: Path, command: st
         "max_shard_size": settings.max_shard_size,
         "resume": settings.resume,
         "force": settings.force,
+        "accept": settings.accept,
         "command": command,
     }
     code = launch_processes(settings.launch, settings.processes, arguments)
@@ -121,6 +127,7 @@ def _launch(settings: UptrainSettings, model: str | Path, out: Path, command: st
         facts["tokens"],
         facts["seconds"],
         layers,
+        facts["gap_closed"],
     )
 
 

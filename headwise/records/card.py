@@ -22,53 +22,85 @@ from headwise.registry import Kind, Method, find_method
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 MAX_CARD = 1_000_000
 EVALUATION = "Evaluation"  # the section of the measured figures
+UPTRAINING = "Uptraining"  # the section of a training run
 # The words for the step of a method.
 STEPS: Mapping[Kind, str] = {"merge": "merge", "latent": "latent", "grouping": "grouping", "rope": "RoPE rule"}
 
 
 def render_card(manifest: Mapping[str, Any], source_card: Path | None = None) -> str:
-    """Return the text of a model card.
+    """Return the text of a model card, made from the records that are present.
 
     Args:
-        manifest: the content of headwise.json.
+        manifest: the content of headwise.json. A folder that was trained and not converted has no `attention`.
         source_card: the source's README.md, for its licence and language.
     """
-    attention, source = manifest["attention"], manifest["source"]
-    revision = source["revision"]
+    source, attention = manifest["source"], manifest.get("attention")
+    revision = source.get("revision")
     data = ModelCardData(
         base_model=source["model"] if revision else None,
         # Of the relations the Hub knows (adapter, merge, quantized, finetune), the one for changed weights.
         base_model_relation="finetune" if revision else None,
         library_name="transformers",
-        tags=["headwise", "attention-conversion", attention["kind"]],
+        tags=["headwise", "attention-conversion", attention["kind"]] if attention else ["headwise"],
         **inherited(source_card),
     )
-    origin = f"`{source['model']}`" + (f" at commit `{revision}`" if revision else "")
     lines = [
-        f"# {source['model']} with {attention['after']}",
-        "",
-        f"Converted from {origin} by headwise {manifest['headwise']}. Stock transformers loads it without custom",
-        "code. `headwise.json` is the record of the conversion.",
-        "",
-        *_method_lines(manifest),
-        *_before_and_after(manifest),
-        "",
-        "## Errors",
-        "",
-        *_errors(manifest),
-        *_recovery(manifest.get("refit") or []),
+        *(_conversion(manifest) if attention else [f"# {source['model']}, uptrained"]),
+        *(line for facts in manifest.get("uptraining") or [] for line in _uptraining(facts)),
         "",
         "## Checks",
         "",
-        *_checks(manifest["verification"]),
-        "",
-        "## Command",
-        "",
-        "```",
-        manifest["command"],
-        "```",
+        *_checks(manifest.get("verification")),
     ]
+    if attention:
+        lines += ["", "## Command", "", "```", manifest["command"], "```"]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"))
+
+
+def _conversion(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the title, and what the conversion did."""
+    source = manifest["source"]
+    origin = f"`{source['model']}`" + (f" at commit `{source['revision']}`" if source["revision"] else "")
+    yield f"# {source['model']} with {manifest['attention']['after']}"
+    yield ""
+    yield f"Converted from {origin} by headwise {manifest['headwise']}. Stock transformers loads it without custom"
+    yield "code. `headwise.json` is the record of the conversion."
+    yield ""
+    yield from _method_lines(manifest)
+    yield from _before_and_after(manifest)
+    yield ""
+    yield "## Errors"
+    yield ""
+    yield from _errors(manifest)
+    yield from _recovery(manifest.get("refit") or [])
+
+
+def _uptraining(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the section of one training run."""
+    nats, held, settings = facts["nats"], facts["heldout"], facts["settings"]
+    teacher = f", learning from `{facts['teacher']}`" if facts["teacher"] else ""
+    yield ""
+    yield f"## {UPTRAINING}"
+    yield ""
+    yield f"Trained after the conversion with the recipe `{facts['recipe']}`{teacher}."
+    yield ""
+    yield f"| | nats per token on {held['tokens']:,} tokens of {held['text']} |"
+    yield "|---|---|"
+    for name, value in nats.items():
+        if value is not None:
+            yield f"| {name} | {value:.4f} |"
+    yield ""
+    if (closed := facts.get("gap_closed")) is not None:
+        yield f"- gap to the parent closed: {closed:.1%}"
+    if facts["layerwise"]:
+        stage = settings["layerwise"]
+        yield f"- layer by layer: {stage['steps']} steps of each on {stage['tokens']:,} tokens"
+    if facts["tokens"]:
+        yield f"- end to end: {facts['tokens']:,} tokens in {facts['steps']:,} steps, {facts['seconds']:,.0f} s"
+    yield f"- text: {', '.join(settings['data']['text'])}"
+    yield f"- hardware: {facts['hardware']}"
+    if facts["command"]:
+        yield f"- command: `{facts['command']}`"
 
 
 def with_section(card: str, title: str, body: str, *, before: str = "") -> str:
@@ -87,24 +119,6 @@ def with_section(card: str, title: str, body: str, *, before: str = "") -> str:
     after = next((place for place, _ in headings if place > first), len(lines)) if title in places else first
     parts = ["\n".join(lines[:first]).rstrip("\n"), f"## {title}", body.strip("\n"), "\n".join(lines[after:])]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def without_evaluation(card: str) -> str:
-    """Return a card's text without the figures of earlier weights: the section and `model-index`.
-
-    Args:
-        card: the whole README.md.
-    """
-    with suppress(Exception):  # front matter that cannot be read holds no figures for the Hub
-        parsed = ModelCard(card)
-        if parsed.data.get("eval_results"):
-            parsed.data["eval_results"] = parsed.data["model_name"] = None
-            card = str(parsed)
-    lines = card.split("\n")
-    headings = _headings(lines)
-    first = next((place for place, title in headings if title == EVALUATION), len(lines))
-    after = next((place for place, _ in headings if place > first), len(lines))
-    return "\n".join([*lines[:first], *lines[after:]]).rstrip("\n") + "\n"
 
 
 def _headings(lines: Sequence[str]) -> list[tuple[int, str]]:
@@ -202,7 +216,8 @@ def _errors(manifest: Mapping[str, Any]) -> Iterator[str]:
     if not errors:
         yield "Not measured." if manifest["attention"]["shrinks"] else "No layer was approximated."
         return
-    yield "Relative errors of the converted layers (0 is exact)."
+    before = ", before the training below" if manifest.get("uptraining") else ""
+    yield f"Relative errors of the converted layers{before} (0 is exact)."
     yield ""
     yield "| error | median layer | worst layer |"
     yield "|---|---|---|"
@@ -240,5 +255,7 @@ def _checks(verification: Mapping[str, Any] | None) -> Iterator[str]:
         return
     yield "The folder was reloaded with the stock classes before it was published."
     yield ""
+    accepted = verification.get("accepted") or ()
     for check in verification["checks"]:
-        yield f"- {check['name']}: {'passed' if check['passed'] else 'FAILED'}. {check['detail']}".rstrip(". ")
+        failed = f"**FAILED**{', accepted by the user' if check['name'] in accepted else ''}"
+        yield f"- {check['name']}: {'passed' if check['passed'] else failed}. {check['detail']}".rstrip(". ")

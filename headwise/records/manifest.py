@@ -99,7 +99,7 @@ def make_manifest(
     before, after = plan.layouts_before, plan.layouts_after
     return {
         "headwise": HEADWISE_VERSION,
-        "command": command_of(plan, out, verified=verification is not None),
+        "command": command_of(plan, out, verification),
         "arguments": plan.arguments,
         "source": {
             "model": source_name(plan),
@@ -131,13 +131,13 @@ def make_manifest(
     }
 
 
-def command_of(plan: DecidedConversion, out: str, *, verified: bool = True) -> str:
+def command_of(plan: DecidedConversion, out: str, verification: Mapping[str, Any] | None) -> str:
     """Return the command that repeats the conversion, with all defaults in force.
 
     Args:
         plan: the decided conversion.
         out: the name of the output folder.
-        verified: whether the result was verified.
+        verification: the checks; None if none were made.
     """
     model = f"{plan.model}@{plan.revision}" if plan.revision else source_name(plan)
     command = ["headwise", "convert", model, out]
@@ -154,7 +154,11 @@ def command_of(plan: DecidedConversion, out: str, *, verified: bool = True) -> s
     for key, value in options.items():
         flag = "--" + key.replace("_", "-")
         command += [flag] if value is True else [flag, str(value)]
-    return shlex.join(command if verified else [*command, "--no-verify"])
+    if verification is None:
+        command.append("--no-verify")
+    else:
+        command += [word for name in verification.get("accepted", ()) for word in ("--accept", name)]
+    return shlex.join(command)
 
 
 def source_name(plan: DecidedConversion) -> str:
@@ -188,6 +192,17 @@ def read_record(folder: Path) -> dict[str, Any] | None:
             f"{folder / RECORD} has no arguments and sha256.", "Delete the file to continue without a record."
         )
     return record
+
+
+def accepted_checks(record: Mapping[str, Any]) -> list[str]:
+    """Return the names of the failed checks that the user accepted when the folder was written.
+
+    Args:
+        record: the content of headwise.json.
+    """
+    verification = record.get("verification")
+    accepted = verification.get("accepted") if isinstance(verification, dict) else None
+    return [name for name in accepted if isinstance(name, str)] if isinstance(accepted, list) else []
 
 
 def hash_files(folder: Path) -> dict[str, str]:

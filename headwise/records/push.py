@@ -14,13 +14,14 @@ from headwise.io import hub
 from headwise.io.reader import open_checkpoint
 from headwise.io.source import path_inside, read_json
 from headwise.progress import SILENT, Progress
-from headwise.records.manifest import RECORD, changed_files, changed_tensors, read_record
+from headwise.records.manifest import RECORD, accepted_checks, changed_files, changed_tensors, read_record
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-# Files of an earlier push that the commit deletes: transformers would load them in place of the new weights.
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+# Files of the repository that the commit deletes: transformers would load them in place of the new weights, or,
+# with peft, follow the adapter's configuration to another base model.
+REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json")
 # Files that a repository without a model may hold.
 EMPTY = {".gitattributes", ".gitignore", "README.md", "LICENSE"}
 EVAL_RESULTS = ".eval_results"
@@ -35,8 +36,10 @@ class PushResult:
         repo: the repository, `org/name`.
         revision: the branch; None: the main branch.
         files: bytes of every file of the commit, by name.
-        deleted: weight files of the repository that the commit deletes.
+        deleted: weight files and adapters of the repository that the commit deletes.
+        left: other files of the repository that the folder does not have; the commit leaves them.
         verified: whether the folder passed its verification and has not changed since.
+        accepted: failed checks that the user accepted when the folder was written.
         creates_repository: whether the repository is new.
         private: whether the repository is private.
         commit: hash of the commit; None after a dry run.
@@ -51,7 +54,9 @@ class PushResult:
     revision: str | None
     files: dict[str, int]
     deleted: tuple[str, ...]
+    left: tuple[str, ...]
     verified: bool
+    accepted: tuple[str, ...]
     creates_repository: bool
     private: bool
     commit: str | None = None
@@ -61,7 +66,8 @@ class PushResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the push as plain data."""
-        return asdict(self) | {"folder": str(self.folder), "deleted": list(self.deleted)}
+        lists = {name: list(getattr(self, name)) for name in ("deleted", "left", "accepted")}
+        return asdict(self) | {"folder": str(self.folder)} | lists
 
 
 def push_model(
@@ -116,12 +122,16 @@ def push_model(
         token=token,
         need_token=not dry_run,
     )
+    others = [name for name in target.files if name not in files and name not in EMPTY]
+    deleted = tuple(name for name in others if any(fnmatch(name, pattern) for pattern in REPLACED))
     planned = PushResult(
         folder=path,
         repo=target.repo,
         revision=target.revision,
         files=files,
-        deleted=tuple(n for n in target.files if n not in files and any(fnmatch(n, p) for p in WEIGHTS)),
+        deleted=deleted,
+        left=tuple(name for name in others if name not in deleted),
+        accepted=tuple(accepted_checks(record)),
         verified=not problem,
         creates_repository=not target.exists,
         private=target.private,
@@ -276,7 +286,9 @@ def _verification_problem(folder: Path, record: Mapping[str, Any], progress: Pro
     verification = record.get("verification")
     if not isinstance(verification, dict):
         return "was not verified"
-    if verification.get("passed") is not True:
+    failed = [check.get("name") for check in verification.get("checks") or () if check.get("passed") is not True]
+    accepted = bool(failed) and set(failed) <= set(accepted_checks(record))
+    if verification.get("passed") is not True and not accepted:
         return "failed its verification"
     changed = changed_files(folder, record) + changed_tensors(open_checkpoint(folder), record, progress)
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -316,7 +328,7 @@ def _upload(
             repo,
             [*added, *(CommitOperationDelete(path_in_repo=name) for name in planned.deleted)],
             commit_message="Upload a model converted by headwise",
-            commit_description=f"Pushed unverified: the folder {problem}." if problem else None,
+            commit_description=_describe(problem, planned.accepted),
             revision=revision,
             create_pr=create_pr,
         )
@@ -324,6 +336,13 @@ def _upload(
     # The client makes no empty commit: it returns the last one.
     changed = commit.oid != target.head
     return replace(planned, commit=commit.oid, url=commit.commit_url, pull_request=commit.pr_url, changed=changed)
+
+
+def _describe(problem: str, accepted: Sequence[str]) -> str | None:
+    """Return the description of a commit: what is wrong with the folder, if anything is."""
+    lines = [f"Pushed unverified: the folder {problem}."] if problem else []
+    lines += [f"The folder failed the check {name}, and the failure was accepted." for name in accepted]
+    return "\n".join(lines) or None
 
 
 def _api(token: str | None) -> HfApi:

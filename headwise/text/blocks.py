@@ -44,6 +44,7 @@ def blocks_from(
     length: int = 1024,
     count: int | None = None,
     seed: int = 0,
+    minimum: int | None = None,
     marked: bool = False,
 ) -> Tensor:
     """Return the tokens of a text source, packed into blocks.
@@ -59,6 +60,7 @@ def blocks_from(
         length: tokens of a block.
         count: number of blocks, drawn from the whole source by `seed`; None: all, in order.
         seed: of the choice of blocks.
+        minimum: number of blocks that is enough where the source has no more; None: `count`.
         marked: keep the marks of `headwise.text.marks`, by which a loss counts the answers of a conversation only.
 
     Returns:
@@ -75,9 +77,9 @@ def blocks_from(
         random.Random(f"{split} {seed}").shuffle(texts)
     encoded = _up_to(encode(texts, tokenizer, batch=1024 if num_tokens is None else 16), num_tokens)
     blocks = pack(encoded, length, begin=beginning_of_text(tokenizer))[:count]
-    if len(blocks) < (count or 1):
+    if len(blocks) < (minimum or count or 1):
         raise HeadwiseError(
-            f"{source} holds {len(blocks)} blocks of {length} tokens, {count or 1} were asked for.",
+            f"{source} holds {len(blocks)} blocks of {length} tokens, and {minimum or count or 1} are needed.",
             "Ask for fewer or shorter blocks, or give more text.",
         )
     return (blocks if marked else tokens_of(blocks)).long()

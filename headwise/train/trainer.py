@@ -286,12 +286,22 @@ def resume(trainer: Trainer, checkpoint: Path | None) -> None:
     Args:
         trainer: with the checkpoint's weights in its network.
         checkpoint: the folder, or None.
+
+    Raises:
+        KeyboardInterrupt: a signal stopped the run before its last step; its checkpoint is written.
     """
     if checkpoint is not None and (checkpoint / STREAM_STATE).exists():
         position = json.loads((checkpoint / STREAM_STATE).read_text())
         trainer.train_dataset.load_state_dict(position)  # type: ignore[union-attr]
         trainer.args.ignore_data_skip = True
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    stops = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, SignalStop)]
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        for stop in stops:
+            stop.restore()
+    if any(stop.stopped for stop in stops) and trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt
 
 
 def _arguments(training: Training, length: int, work: Path, tokens: int, checkpoints: bool) -> TrainingArguments:

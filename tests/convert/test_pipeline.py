@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralForCausalLM
 
 from headwise.cli import cli
-from headwise.convert import layers
+from headwise.convert import layers, pipeline
 from headwise.convert.calibration.layer_stream import LayerRecord
 from headwise.convert.pipeline import ConvertResult, convert_model
 from headwise.convert.plan import Plan
 from headwise.convert.refit.output_projection import solve_output_projection
 from headwise.convert.refit.regression import refit
+from headwise.convert.verify.check import check_folder, verify_model
+from headwise.convert.verify.verification import Verification
 from headwise.errors import HeadwiseError
 from headwise.io.reader import open_checkpoint
 from headwise.io.workdir import Interrupted
@@ -436,3 +438,37 @@ def test_the_command_on_record_makes_the_folder_again(
     done = CliRunner().invoke(cli, words)
     assert done.exit_code == 0, done.stderr
     assert contents(tmp_path / "second" / "out") == contents(tmp_path / "first" / "out")
+
+
+def test_a_failed_last_check_keeps_the_folder_until_it_is_accepted(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(*arguments: Any, **more: Any) -> Verification:
+        checks = check_folder(*arguments, **more).checks
+        return Verification(
+            tuple((n, p and n != "cache", "5, limit 3" if n == "cache" else d) for n, p, d in checks)
+        )
+
+    words = ["convert", str(model), str(tmp_path / "out"), "--to", "mqa", "--calibrate", "none"]
+    kept = tmp_path / ".out.headwise-work" / "output"
+    monkeypatch.setattr(pipeline, "check_folder", check)
+    refused = CliRunner().invoke(cli, words)
+    assert refused.exit_code == 1 and "cache: 5, limit 3" in refused.stderr
+    assert f"headwise verify {kept}" in " ".join(refused.stderr.split())
+    assert "--resume and --accept cache" in " ".join(refused.stderr.split())
+    assert verify_model(kept, against=model).passed and not (tmp_path / "out").exists()
+
+    assert CliRunner().invoke(cli, [*words, "--resume", "--accept", "loading"]).exit_code == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(layers, "convert_layers", None)
+        done = CliRunner().invoke(cli, [*words, "--resume", "--accept", "loading", "--accept", "cache"])
+    assert done.exit_code == 0 and "The check cache failed, and the failure was accepted" in done.stderr
+    record = json.loads((tmp_path / "out" / "headwise.json").read_text())
+    assert record["verification"]["accepted"] == ["cache"], "a check that passed needs no acceptance"
+    assert record["command"].endswith("--accept cache")
+    assert "- cache: **FAILED**, accepted by the user. 5, limit 3" in (tmp_path / "out" / "README.md").read_text()
+
+    monkeypatch.setattr("headwise.convert.verify.check.check_folder", check)
+    again = CliRunner().invoke(cli, ["verify", str(tmp_path / "out")])
+    assert again.exit_code == 1 and "FAILED, accepted" in again.stdout
+    assert "accepted when the folder was written" in " ".join(again.stderr.split())

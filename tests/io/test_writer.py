@@ -278,8 +278,11 @@ def test_a_failed_check_publishes_nothing(model, tmp_path):
         assert open_checkpoint(folder).tensors.keys() == tensors_for().keys()
         raise GateFailed("the logits differ")
 
-    refused("logits differ", model, tmp_path / "out", check=check)
-    assert {p.name for p in tmp_path.iterdir()} == {"model"}
+    kept = tmp_path / ".out.headwise-work"
+    refused(rf"logits differ.* The work so far is kept in {kept}\.", model, tmp_path / "out", check=check)
+    assert {p.name for p in tmp_path.iterdir()} == {"model", kept.name}
+    convert(model, tmp_path / "out", resume=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "out"}
 
 
 @pytest.mark.parametrize("route", ["copy", "write"])

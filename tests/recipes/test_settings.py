@@ -163,6 +163,12 @@ GOOD = UptrainRecipe("a test", Data({"builtin": 1}), Training(tokens=8))
         (lambda: UptrainSettings(launch="single", processes=2), "processes", "`launch` single starts one"),
         (lambda: UptrainSettings(recipe=GOOD, launch="ddp"), "launch", "read the recipe from its file"),
         (lambda: UptrainSettings(recipe="layerwise", tokens=8), "tokens", "no `train` section"),
+        (
+            lambda: UptrainSettings(accept="functon"),
+            "accept",
+            "which is not one or several of tensors, .*'function'",
+        ),
+        (lambda: UptrainSettings(accept=["cache", "all"]), "accept", r"`accept` is \['cache', 'all'\]"),
         (lambda: UptrainSettings(heldout=""), "heldout", "`heldout` is ''"),
         (lambda: UptrainSettings(max_shard_size="much"), "max_shard_size", "not a size such as 5GB"),
         (lambda: UptrainSettings(settings="train.tokns=1"), "train.tokns", r"unknown key train\.tokns"),

@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headwise.convert.verify.check import verify_model
-from headwise.errors import HeadwiseError
+from headwise.convert.verify.verification import Verification
+from headwise.errors import GateFailed, HeadwiseError
 from headwise.io.reader import open_checkpoint
 from headwise.progress import Progress
-from headwise.recipes import run
+from headwise.recipes import outcome, run
 from headwise.recipes.settings import Data, Layerwise, Loss, TeacherSettings, Training, UptrainRecipe
 from headwise.recipes.uptrain import uptrain_model
 from headwise.text.marks import given_tokens
@@ -102,10 +103,15 @@ def test_a_healed_folder_is_stock_verified_and_recorded(home: Path, tmp_path: Pa
     record = json.loads((out / "headwise.json").read_text())
     facts = record["uptraining"][-1]
     assert facts["nats"] == {"parent": done.parent, "before": done.before, "after": done.after}
+    closed = (done.before - done.after) / (done.before - done.parent)
+    assert facts["gap_closed"] == done.gap_closed == pytest.approx(closed) and closed > 0
     assert (facts["tokens"], facts["steps"], facts["command"], facts["teacher"]) == (3072, 12, "typed", "parent")
     assert record["arguments"] == json.loads((home / layout / "headwise.json").read_text())["arguments"]
     card = (out / "README.md").read_text()
     assert (out / "uptraining.png").stat().st_size > 1000
+    assert f"gap to the parent closed: {closed:.1%}" in card
+    assert card.index("## Uptraining") < card.index("## Checks")
+    assert "- parent:" not in card, "a check of the model before its training"
     assert "## Uptraining" in card and f"| after | {done.after:.4f} |" in card and "`typed`" in card
     checked = verify_model(out, against=home / "parent")
     assert checked.passed, checked.failures
@@ -289,8 +295,6 @@ def refusals(home: Path, tmp_path: Path) -> Iterator[tuple[UptrainRecipe, dict[s
         "number of pretraining tokens is unknown",
     )
     yield replace(good, train=replace(TRAINING, batch_tokens=100)), {}, "does not divide"
-    short = models.text(tmp_path / "short.txt", lines=4)
-    yield good, {"text": str(short)}, r"fills \d rows of 32 tokens, and a step takes 8"
     yield recipe(home, train=None, layerwise=Layerwise()), {"tokens": 5}, "no `train` section"
 
 
@@ -307,3 +311,102 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(home: Path, tmp_path: P
         uptrain_model(lonely, out, recipe=recipe(home))
     with pytest.raises(HeadwiseError, match="exists already"):
         uptrain_model(home / "mqa", lonely, recipe=recipe(home))
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
+    """Make the check `function` fail, except the first `after` times."""
+    checked = []
+    check = outcome.check_folder
+
+    def failing_check(*arguments: Any, **more: Any) -> Verification:
+        verification = check(*arguments, **more)
+        checked.append(verification)
+        if len(checked) <= after:
+            return verification
+        return Verification(
+            tuple((n, p and n != "function", "off by 3, limit 2" if n == "function" else d)
+                  for n, p, d in verification.checks)
+        )  # fmt: skip
+
+    monkeypatch.setattr(outcome, "check_folder", failing_check)
+
+
+@pytest.mark.parametrize("layout", ["mla", "mqa"])
+def test_a_model_that_fails_its_checks_is_refused_before_the_first_step(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    failing(monkeypatch, after=0)
+    with pytest.raises(GateFailed, match=r"Nothing was trained.*off by 3, limit 2.*`accept` function"):
+        uptrain_model(home / layout, tmp_path / "out", recipe=recipe(home))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_last_check_keeps_the_weights_and_accepting_it_publishes_them(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tmp_path / "whole"
+    uptrain_model(home / "mla", whole, recipe=recipe(home))
+    failing(monkeypatch, after=1)
+    out, kept = tmp_path / "out", tmp_path / ".out.headwise-work" / "output"
+    with pytest.raises(GateFailed, match="off by 3, limit 2") as caught:
+        uptrain_model(home / "mla", out, recipe=recipe(home))
+    assert f"headwise verify {kept}" in str(caught.value) and "`resume` and `accept` function" in str(caught.value)
+    assert not out.exists()
+    assert verify_model(kept).passed, "the kept folder is complete: its own checks are real here"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "make_trainer", None)  # nothing is trained again
+        with pytest.raises(GateFailed):
+            uptrain_model(home / "mla", out, recipe=recipe(home), resume=True)
+        done = uptrain_model(home / "mla", out, recipe=recipe(home), resume=True, accept="function")
+    assert done is not None and done.tokens == STEPS * BATCH and done.seconds > 0
+    assert contents(out)["model.safetensors"] == contents(whole)["model.safetensors"]
+    record = json.loads((out / "headwise.json").read_text())
+    assert record["verification"]["accepted"] == ["function"] and not record["verification"]["passed"]
+    assert record["uptraining"][-1]["text"]
+    assert "- function: **FAILED**, accepted by the user. off by 3, limit 2" in (out / "README.md").read_text()
+    assert verify_model(out).accepted == (), "the check passes here, so that nothing is left to accept"
+
+
+def test_an_error_after_the_training_keeps_the_weights(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise HeadwiseError("No.")
+
+    plan = recipe(home, train=replace(TRAINING, save_every=0))
+    work = tmp_path / ".out.headwise-work"
+    with monkeypatch.context() as patch:
+        patch.setattr(outcome, "add_files", refuse)
+        with pytest.raises(HeadwiseError, match=rf"No\. The work so far is kept in {work}"):
+            uptrain_model(home / "mqa", tmp_path / "out", recipe=plan)
+    assert (work / "training" / checkpoints.WEIGHTS).exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "check_memory", refuse)
+        with pytest.raises(HeadwiseError, match=r"No\."):
+            uptrain_model(home / "mqa", tmp_path / "out", recipe=plan, resume=True)
+    assert uptrain_model(home / "mqa", tmp_path / "out", recipe=plan, resume=True)
+
+
+class Notes(Progress):
+    """Keep the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_short_texts_are_used_as_far_as_they_go(home: Path, tmp_path: Path) -> None:
+    short = models.text(tmp_path / "short.txt", lines=4)
+    few = replace(recipe(home).data, heldout_blocks=100_000)
+    notes = Notes()
+    done = uptrain_model(
+        home / "mqa", tmp_path / "out", recipe=replace(recipe(home), data=few), text=str(short), progress=notes
+    )
+    assert done is not None and done.tokens == STEPS * BATCH
+    facts = json.loads((tmp_path / "out" / "headwise.json").read_text())["uptraining"][-1]
+    assert 0 < facts["heldout"]["tokens"] < 100_000 * 31
+    assert any("the recipe's number is 100000" in note for note in notes.notes)
+    assert any("a step takes 8: each step reads them repeatedly" in note for note in notes.notes)

@@ -44,12 +44,12 @@ def test_record_holds_what_is_needed_to_repeat_the_conversion(model):
 def test_the_command_repeats_every_decision(model):
     plan = replace(plan_for(model, 4), model="org/name", revision="c0ffee")
     assert (
-        command_of(plan, "a folder")
+        command_of(plan, "a folder", PASSED)
         == "headwise convert org/name@c0ffee 'a folder' --to gqa --groups 4 --calibrate none"
     )
     measured = {"text": "builtin", "sequences": 8, "length": 512, "steps": 0, "seed": 3, "keep": None}
     arguments = {"to": "mla", "rank": 16, "exact": True, "calibration": measured, "seed": 3}
-    assert command_of(replace(plan, arguments=arguments), "out", verified=False) == (
+    assert command_of(replace(plan, arguments=arguments), "out", None) == (
         "headwise convert org/name@c0ffee out --to mla --rank 16 --exact --seed 3 "
         "--calibrate builtin --calibration-tokens 4096 --refit off --no-verify"
     )

@@ -31,7 +31,7 @@ from headwise.models.rope import unscaled
 from headwise.models.stock import empty_model, run_check, stock_config
 from headwise.models.stock_match import match_source, match_stock_class
 from headwise.progress import SILENT, Progress
-from headwise.records.manifest import changed_files, check_hashes, read_record
+from headwise.records.manifest import accepted_checks, changed_files, check_hashes, read_record
 
 # Config fields that a conversion's arguments may change, by argument.
 MOVED = {
@@ -84,7 +84,10 @@ def verify_model(
         parent = match_source(open_checkpoint(against, revision=revision, token=token, progress=progress))
     record = read_record(checkpoint.folder)
     arguments = record["arguments"] if record else None
-    return check_folder(checkpoint, parent, arguments=arguments, record=record, finite=True, progress=progress)
+    verification = check_folder(
+        checkpoint, parent, arguments=arguments, record=record, finite=True, progress=progress
+    )
+    return verification.accepting(accepted_checks(record or {}))
 
 
 def check_folder(

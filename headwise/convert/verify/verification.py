@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
+from headwise.errors import GateFailed
+
+# The checks of a new folder, in their order. A failure of each of them can be accepted.
+CHECKS = ("tensors", "promise", "cache", "function", "parent", "loading")
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The checks made, each (name, passed, detail)."""
+    """The checks made.
+
+    Attributes:
+        checks: (name, passed, detail) of each; the detail has the measured value and its limit.
+        accepted: the failed checks that the user accepted.
+    """
 
     checks: tuple[tuple[str, bool, str], ...]
+    accepted: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -22,9 +35,38 @@ class Verification:
         """Return the failed checks with their details, as one line of text."""
         return "; ".join(f"{name}: {detail}" for name, passed, detail in self.checks if not passed)
 
+    @property
+    def refused(self) -> tuple[str, ...]:
+        """Return the names of the failed checks that were not accepted."""
+        return tuple(name for name, passed, _ in self.checks if not passed and name not in self.accepted)
+
+    def accepting(self, names: Collection[str]) -> Verification:
+        """Return the same checks with failures accepted.
+
+        Args:
+            names: the checks whose failure is accepted; those that passed are left out.
+        """
+        return replace(self, accepted=tuple(n for n, passed, _ in self.checks if not passed and n in names))
+
+    def require(self, folder: Path) -> None:
+        """Raise an error with the ways on, unless every failed check was accepted.
+
+        Args:
+            folder: where the unpublished result is.
+
+        Raises:
+            GateFailed: a check failed; the message has its value, its limit and the ways on.
+        """
+        if not self.refused:
+            return
+        raise GateFailed(
+            f"The result failed its verification: {self.failures}.",
+            f"The result is kept in {folder}: `headwise verify {folder}` repeats the checks. The same call with "
+            f"`resume` and `accept` {' '.join(self.refused)} publishes it and records the failure; `force` begins "
+            "again.",
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the checks as plain data."""
-        return {
-            "passed": self.passed,
-            "checks": [{"name": n, "passed": p, "detail": d} for n, p, d in self.checks],
-        }
+        checks = [{"name": n, "passed": p, "detail": d} for n, p, d in self.checks]
+        return {"passed": self.passed, "checks": checks, "accepted": list(self.accepted)}
