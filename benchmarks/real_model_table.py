@@ -1,0 +1,135 @@
+"""Print the tables of docs/results/real-model.md from measured rows, and draw the README's picture.
+
+    python benchmarks/real_model_table.py docs/results/real-model.jsonl [--plot docs/real-model.png]
+
+Each row comes from benchmarks/real_model.py. Rows of one target and method are averaged over their seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from headwise.eval.stats import paired_mean
+
+TEXTS = {"wiki": "WikiText-2", "stories": "stories", "code": "code"}
+TASKS = {"hellaswag": "HellaSwag", "piqa": "PIQA", "arc_easy": "ARC-Easy", "lambada": "LAMBADA"}
+# Elements of the KV cache per token and layer, of the parent's 384.
+CACHE = {"mla:128+64": 192, "mla:64+32": 96, "gqa:1": 128}
+NAMES = {"mla:128+64": "MLA 128+64", "mla:64+32": "MLA 64+32", "gqa:1": "MQA (1 KV head)"}
+PARENT_CACHE = 384
+LABELS = {
+    ("optimal", "joint"): "headwise, defaults on a GPU",
+    ("optimal", "off"): "headwise, closed form only",
+    ("transmla", "off"): "TransMLA's algorithm",
+    ("mean", "off"): "mean of the heads (GQA paper)",
+}
+
+
+def groups(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """Return the rows by target, method and refit."""
+    found = defaultdict(list)
+    for row in rows:
+        found[row["target"], row["method"], row["refit"]].append(row)
+    return dict(sorted(found.items(), key=lambda item: (list(CACHE).index(item[0][0]), item[0][1] != "optimal")))
+
+
+def losses(rows: list[dict[str, Any]], parent: dict[str, Any]) -> str:
+    """Return the table of losses."""
+    lines = [
+        "| target | method | KV cache | WikiText-2 | gap | by seed | stories | code | verified | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| parent | | {PARENT_CACHE} elements | {parent['wiki']:.4f} | | | {parent['stories']:.4f} | "
+        f"{parent['code']:.4f} | | |",
+    ]
+    for (target, method, refit), same in groups(rows).items():
+        gaps = [row["wiki"] - parent["wiki"] for row in same]
+        share = f"{CACHE[target]} (-{100 * (1 - CACHE[target] / PARENT_CACHE):.0f}%)"
+        seeds = ", ".join(f"{row['seed']}: {gap:.3f}" for row, gap in zip(same, gaps, strict=True))
+        means = [f"{mean(row[name] for row in same):.4f}" for name in TEXTS]
+        checks = "yes" if all(row["verified"] for row in same) else "NO"
+        seconds = ", ".join(str(row["seconds"]) for row in same)
+        lines.append(
+            f"| {NAMES[target]} | {LABELS[method, refit]} | {share} | {means[0]} | "
+            f"**{mean(gaps):.3f}** | {seeds} | {means[1]} | {means[2]} | {checks} | {seconds} |"
+        )
+    return "\n".join(lines)
+
+
+def tasks(rows: list[dict[str, Any]], parent: dict[str, Any]) -> str:
+    """Return the table of tasks: accuracy, and the paired difference from the parent with its 95% interval."""
+    lines = ["| model | " + " | ".join(TASKS.values()) + " |", "|---|---|---|---|---|"]
+    lines.append("| parent | " + " | ".join(f"{parent[name]:.1f}" for name in TASKS) + " |")
+    for row in rows:
+        if "right" not in row:
+            continue
+        cells = []
+        for name in TASKS:
+            child, reference = (torch.tensor([float(c) for c in each["right"][name]]) for each in (row, parent))
+            difference = paired_mean(child, reference)
+            low, high = difference.interval(0.95)
+            cells.append(
+                f"{row[name]:.1f} ({100 * difference.estimate:+.1f}; {100 * low:+.1f} to {100 * high:+.1f})"
+            )
+        label = f"{NAMES[row['target']]}, {LABELS[row['method'], row['refit']]}, seed {row['seed']}"
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], parent: dict[str, Any], file: Path) -> None:
+    """Draw the loss above the parent against the size of the KV cache."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150)
+    points = defaultdict(list)
+    for (target, method, refit), same in groups(rows).items():
+        gap = mean(row["wiki"] for row in same) - parent["wiki"]
+        points[LABELS[method, refit]].append((100 * CACHE[target] / PARENT_CACHE, gap, NAMES[target]))
+    for (label, found), marker, color in zip(
+        points.items(), "osD^", ("tab:blue", "tab:cyan", "tab:orange", "tab:red"), strict=False
+    ):
+        axes.scatter(
+            *zip(*[(x, y) for x, y, _ in found], strict=True), label=label, marker=marker, color=color, s=60
+        )
+        for x, y, name in found:
+            axes.annotate(f"{name}\n+{y:.2f}", (x, y), xytext=(8, -4), textcoords="offset points", fontsize=8)
+    axes.set_yscale("log")
+    axes.set_xlim(20, 62)
+    axes.set_xlabel("KV cache, % of the parent's")
+    axes.set_ylabel("loss above the parent on WikiText-2\n(nats per token, log scale)")
+    axes.set_title(
+        "SmolLM2-135M-Instruct: what a smaller KV cache costs, without any data of the user", fontsize=10
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(file)
+
+
+def main() -> None:
+    """Print the tables and draw the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--plot", type=Path, metavar="FILE.png")
+    options = parser.parse_args()
+    found = [json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()]
+    parent = next(row for row in found if row["target"] == "parent")
+    rows = [row for row in found if row["target"] != "parent"]
+    print(losses(rows, parent), tasks(rows, parent), sep="\n\n")
+    if options.plot:
+        plot(rows, parent, options.plot)
+
+
+if __name__ == "__main__":
+    main()

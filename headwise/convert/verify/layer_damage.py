@@ -1,0 +1,99 @@
+"""Estimate what the error of each converted layer costs the whole model (mathematics, section 7a).
+
+The relative error of a layer's output does not rank layers by the loss that they cause. Half the Fisher norm of the
+same error does, and its unit is nats per token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headwise.io.reader import Checkpoint
+from headwise.models.architecture import find_architecture
+from headwise.models.mla_source import find_mla_source
+from headwise.models.protocol import find_attention_model
+from headwise.models.stock import empty_model, layer_arguments, load_model, move_to_device
+from headwise.progress import SILENT, Progress
+
+
+def layer_damage(
+    checkpoint: Checkpoint,
+    parent: Checkpoint,
+    tokens: Tensor,
+    *,
+    device: torch.device,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> list[float]:
+    """Return half the Fisher norm of every attention layer's error, in nats per token.
+
+    d is the error of a layer's output on the parent's own inputs of that layer, and g the gradient of the parent's
+    loss by that output, with labels sampled from the parent's predictions. The estimate is E[(g . d)^2] / 2, the
+    second-order term of the KL divergence that the layer's error alone causes, without the terms between tokens.
+
+    Args:
+        checkpoint: the converted folder.
+        parent: the model that it was converted from. Both are loaded whole, in float32.
+        tokens: text, int64 (sequences, length).
+        device: where they run.
+        seed: of the sampled labels.
+        progress: receives a stage that counts sequences.
+
+    Returns:
+        One figure for each layer.
+    """
+    stock, arch = (
+        find_attention_model(checkpoint.config, checkpoint.tensors),
+        find_architecture(parent.config, parent.tensors),
+    )
+    child = load_model(checkpoint, stock.auto_class, torch.float32).to(device).eval()
+    network = load_model(parent, arch.auto_class, torch.float32).to(device).eval().requires_grad_(False)
+    skeleton = empty_model(checkpoint.config, stock.auto_class)
+    arguments = [
+        move_to_device(each, device)
+        for each in layer_arguments(skeleton, stock.module, tokens.shape[1], torch.float32)
+    ]
+    scale = 1.0
+    if stock.layouts(checkpoint.config)[0].kind == "mla":
+        dtype = next(iter(checkpoint.tensors.values())).dtype
+        scale = find_mla_source(arch.text_config(parent.config), dtype).factors["residual"]
+    total = torch.zeros(len(arguments), dtype=torch.float64, device=device)
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def measure(layer: int) -> Any:
+        attention = child.get_submodule(stock.attention_path(layer))
+
+        def hook(module: nn.Module, given: Any, options: dict[str, Any], output: Any) -> None:
+            inputs = options["hidden_states"] if "hidden_states" in options else given[0]
+            expected = output[0] if isinstance(output, tuple) else output
+            with torch.no_grad():
+                actual = attention(hidden_states=inputs, **arguments[layer])
+                error = (actual[0] if isinstance(actual, tuple) else actual) / scale - expected
+
+            def add(gradient: Tensor) -> None:
+                total[layer] += (gradient * error).sum(-1).double().square().sum()
+
+            expected.register_hook(add)
+
+        return hook
+
+    hooks = [
+        network.get_submodule(arch.attention_path(layer)).register_forward_hook(measure(layer), with_kwargs=True)
+        for layer in range(len(arguments))
+    ]
+    # The weights need no gradient, so the embeddings begin the graph.
+    hooks.append(network.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_()))
+    progress.stage("Layer damage", total=len(tokens), unit="sequences")
+    try:
+        for row in tokens:
+            logits = network(input_ids=row[None].to(device), use_cache=False).logits[0].float()
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+            nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+            progress.advance(1)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return (total / (2 * tokens.numel())).tolist()

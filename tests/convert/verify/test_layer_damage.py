@@ -1,0 +1,51 @@
+"""The estimated damage of a layer against the KL divergence that its error causes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from headwise.convert.pipeline import convert_model
+from headwise.convert.verify.layer_damage import layer_damage
+from headwise.io.reader import open_checkpoint
+from headwise.models.stock import load_model
+from tests.convert.speaking import save_speaking
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("settings", [{"to": "mha"}, {"to": "mla", "exact": True, "dtype": "float32"}])
+def test_an_exact_conversion_damages_no_layer(tmp_path: Path, settings: dict[str, str]) -> None:
+    parent = save_speaking(tmp_path / "parent")
+    convert_model(parent, tmp_path / "out", **settings)
+    tokens = torch.arange(24).view(2, 12)
+    found = layer_damage(open_checkpoint(tmp_path / "out"), open_checkpoint(parent), tokens, device=CPU)
+    assert len(found) == 2
+    assert max(found) < 1e-9
+
+
+def test_the_damage_of_the_last_layer_is_its_divergence(tmp_path: Path) -> None:
+    """An error in the last layer reaches no other token, so the estimate has no missing terms."""
+    parent = open_checkpoint(save_speaking(tmp_path / "parent"))
+    convert_model(parent.path, tmp_path / "out", to="mha")
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    weight = tensors["model.layers.1.self_attn.o_proj.weight"]
+    weight += 0.05 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    save_file(tensors, file, metadata={"format": "pt"})
+    child = open_checkpoint(tmp_path / "out")
+    tokens = torch.randint(250, (96, 16), generator=torch.Generator().manual_seed(2))
+
+    found = layer_damage(child, parent, tokens, device=CPU)
+
+    before, after = (
+        load_model(each, "AutoModelForCausalLM", torch.float32)(tokens).logits.log_softmax(-1).detach()
+        for each in (parent, child)
+    )
+    divergence = float((before.exp() * (before - after)).sum(-1).mean())
+    assert found[0] == 0.0
+    assert found[1] == pytest.approx(divergence, rel=0.25)
+    assert layer_damage(child, parent, tokens, device=CPU) == found
