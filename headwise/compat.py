@@ -111,6 +111,47 @@ def places_of(model: Any, names: Iterable[str]) -> dict[str, str | None]:
     return places
 
 
+def run_rotary(module: Any, position: int, **arguments: Any) -> None:
+    """Run a rotary module on one position, which makes it compute its frequencies for that length.
+
+    Versions: the Qwen2-VL classes of transformers 5.16 take position ids of shape (3, batch, tokens) only; later
+    versions, and all other classes, take (batch, tokens).
+
+    Args:
+        module: a stock rotary module.
+        position: the position, from 0.
+        arguments: more arguments of the module.
+    """
+    import torch
+
+    x, positions = torch.zeros(1), torch.tensor([[position]])
+    try:
+        module(x, positions, **arguments)
+    except IndexError:
+        module(x, positions.expand(3, 1, 1), **arguments)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Suppress the progress bars of transformers and huggingface_hub, and restore the user's settings afterwards.
+
+    Versions: transformers 5.16 to 5.24, whose switch also sets that of huggingface_hub.
+    """
+    from huggingface_hub import utils
+    from transformers.utils import logging
+
+    hub: Any = utils
+    transformers_bars, hub_bars = logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if transformers_bars:
+            logging.enable_progress_bar()
+        if transformers_bars and not hub_bars:
+            hub.disable_progress_bars()
+
+
 # --------------------------------------------------------------------------------------------------- lm-eval
 
 

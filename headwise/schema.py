@@ -176,7 +176,7 @@ def _with_prefix(error: SettingError, prefix: str, fields: Iterable[str]) -> Set
 
 
 def _plain(hint: Any, value: Any) -> Any:
-    """Return a value with its numbers as Python numbers, where the hint wants numbers; anything else as it is."""
+    """Return a value with its numbers as Python numbers, where the hint has numbers; anything else as it is."""
     hint, origin, arguments = _unwrapped(hint)
     if hint in (int, float):
         return _as_number(hint, value)
@@ -257,7 +257,7 @@ def parse_count(word: str) -> int:
 
 
 def not_legal(path: str, value: Any, wanted: str) -> SettingError:
-    """Return the error of a value that is not what its key wants."""
+    """Return the error of a value that does not have the type of its key."""
     return SettingError(path, f"`{path}` is {reprlib.repr(value)}, which is not {wanted}.")
 
 

@@ -115,7 +115,7 @@ def test_an_index_that_names_a_missing_shard_or_a_path_outside(model: Path, plac
 def test_an_attention_tensor_of_the_wrong_shape(model: Path, name: str) -> None:
     edit_tensors(model, lambda tensors: tensors.update({name: tensors[name][:-8].clone()}))
     said = refused(model, f"tensor {name} has shape")
-    assert "config.json promises (" in said
+    assert "by config.json it is (" in said
 
 
 @pytest.mark.parametrize("name", [BAD, "model.norm.weight", "model.embed_tokens.weight"])

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.utils import logging
 
 from headwise import compat
 
@@ -66,6 +68,39 @@ def test_a_static_cache_is_allocated_and_filled_without_a_forward_pass(model: An
     for tensor, old in zip(compat.cache_tensors(cache), before, strict=True):
         changed = (tensor != old).any(-1).any(1).any(0)
         assert changed.tolist() == [place == 6 for place in range(10)]
+
+
+class _OldRotary(torch.nn.Module):
+    """A rotary module that takes position ids with three axes only, as in transformers 5.16."""
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> None:
+        self.length = int(position_ids[:, :, None, :].max()) + 1
+
+
+def test_run_rotary_gives_a_module_the_position_ids_that_it_takes(model: Any) -> None:
+    old = _OldRotary()
+    compat.run_rotary(old, 7)
+    assert old.length == 8
+    compat.run_rotary(model.model.rotary_emb, 7)
+
+
+@pytest.mark.parametrize("hub_bars", [True, False])
+@pytest.mark.parametrize("bars", [True, False])
+def test_no_progress_bars_restores_the_settings_of_the_user(bars: bool, hub_bars: bool) -> None:
+    before = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+
+    def switch(bars: bool, hub_bars: bool) -> None:
+        (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+        (enable_progress_bars if hub_bars else disable_progress_bars)()
+
+    try:
+        switch(bars, bars and hub_bars)
+        with compat.no_progress_bars():
+            assert not logging.is_progress_bar_enabled() and are_progress_bars_disabled()
+        assert logging.is_progress_bar_enabled() == bars
+        assert are_progress_bars_disabled() == (not (bars and hub_bars))
+    finally:
+        switch(*before)
 
 
 def test_lm_eval_takes_a_number_or_a_share_of_the_questions() -> None:

@@ -53,12 +53,12 @@ def calibration_tokens(checkpoint: Checkpoint, arch: Architecture, steps: int) -
         steps: of regression for every layer; 0: none.
     """
     width = arch.stock_config(checkpoint.config).hidden_size
-    wanted: int = max(4 * CALIBRATION_LENGTH, min(TOKENS_FOR_REFIT if steps else TOKENS, HIDDEN_NUMBERS // width))
-    return wanted
+    tokens: int = max(4 * CALIBRATION_LENGTH, min(TOKENS_FOR_REFIT if steps else TOKENS, HIDDEN_NUMBERS // width))
+    return tokens
 
 
 def refit_steps(
-    checkpoint: Checkpoint, arch: Architecture, target: Any, asked: str | int, length: int, device: torch.device
+    checkpoint: Checkpoint, arch: Architecture, target: Any, refit: str | int, length: int, device: torch.device
 ) -> int:
     """Return the steps of regression per layer: the given number, or for "auto" the default if it is short enough.
 
@@ -68,15 +68,15 @@ def refit_steps(
         checkpoint: the source.
         arch: its architecture.
         target: the decided conversion.
-        asked: the value of the setting `refit`.
+        refit: the value of the setting `refit`.
         length: tokens in a calibration sequence.
         device: where the layers are trained.
     """
-    if isinstance(asked, int):
-        return asked
-    if asked == "layers":
+    if isinstance(refit, int):
+        return refit
+    if refit == "layers":
         return DEFAULT_STEPS
-    if asked in ("off", "joint") or not target.calibrated:
+    if refit in ("off", "joint") or not target.calibrated:
         return 0
     return DEFAULT_STEPS if refit_seconds(checkpoint, arch, target, length, device) <= REFIT_SECONDS else 0
 

@@ -240,7 +240,7 @@ def convert_model(
                 checked = check_folder(
                     open_checkpoint(folder),
                     checkpoint,
-                    promised=target.layouts,
+                    planned=target.layouts,
                     arguments=plan.arguments,
                     progress=progress,
                 )

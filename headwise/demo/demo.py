@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headwise.compat import no_progress_bars
 from headwise.demo.picture import Measurement, draw_costs
 from headwise.errors import HeadwiseError
 from headwise.io.source import EMBEDDED_MODEL, find_source
@@ -232,7 +233,8 @@ def loss(folder: str | Path, blocks: Tensor) -> float:
 
     from headwise.measure.loss import nats_per_token
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    with no_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     return nats_per_token(model, blocks).nats
 
 

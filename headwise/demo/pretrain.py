@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from headwise import environment
+from headwise.compat import no_progress_bars
 from headwise.demo import scratch
 from headwise.demo.settings import DEMO_SETTINGS, PretrainSettings, load_settings
 from headwise.errors import HeadwiseError
@@ -137,9 +138,10 @@ def measure(folder: Path, blocks: Tensor) -> dict[str, Any]:
         folder: the model.
         blocks: held-out text, (blocks, length).
     """
-    network: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32 if on_cpu() else "auto", trust_remote_code=False
-    )
+    with no_progress_bars():
+        network: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32 if on_cpu() else "auto", trust_remote_code=False
+        )
     if not on_cpu():
         network.to(torch.accelerator.current_accelerator())
     return asdict(nats_per_token(network, blocks))

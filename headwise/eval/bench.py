@@ -120,7 +120,8 @@ def bench_model(
     same_batch, equal_memory = [], []
     for source, at in ((baseline, revision), (child, None)):
         folder = find_source(source, revision=at, token=token, progress=progress).folder
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+        with compat.no_progress_bars():
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         model = model.to(device).eval()
         same_batch.append(time_decoding(model, str(source), context, batch, steps))
         if memory is not None:

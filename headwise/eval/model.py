@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headwise.compat import no_progress_bars
 from headwise.convert.inspect import inspect_model
 from headwise.errors import HeadwiseError
 from headwise.eval.result import Subject
@@ -79,9 +80,10 @@ class EvalModel:
         from transformers import AutoModelForCausalLM
 
         attention = {"attn_implementation": "eager"} if eager else {}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=dtype, trust_remote_code=False, **attention
-        )
+        with no_progress_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.folder, dtype=dtype, trust_remote_code=False, **attention
+            )
         return loaded.to(device).eval()
 
 

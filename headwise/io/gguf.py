@@ -239,7 +239,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
                 raise gguf_error(path.name, f"metadata key {key!r} is not a name, or appears twice")
             metadata[key] = parser.value(parser.number("u4"), key)
         if num_tensors > MAX_TENSORS:
-            raise gguf_error(path.name, f"it promises {num_tensors} tensors")
+            raise gguf_error(path.name, f"its header declares {num_tensors} tensors")
         table = [parser.tensor() for _ in range(num_tensors)]
         return GgufHeader(metadata, _place_data(path.name, table, metadata, file.tell(), size), file.tell())
 
@@ -403,10 +403,10 @@ def _check_parts(paths: list[Path], headers: dict[str, GgufHeader]) -> None:
                 f"split.count, and part {number + 1} of {len(paths)} by its name.",
                 "Restore the names of the parts, such as model-00001-of-00003.gguf.",
             )
-    promised = headers[paths[0].name].metadata.get("split.tensors.count")
+    expected = headers[paths[0].name].metadata.get("split.tensors.count")
     present = sum(len(header.tensors) for header in headers.values())
-    if isinstance(promised, int) and promised != present and len(paths) > 1:
-        raise gguf_error(paths[0].name, f"split.tensors.count is {promised}, and its parts hold {present} tensors")
+    if isinstance(expected, int) and expected != present and len(paths) > 1:
+        raise gguf_error(paths[0].name, f"split.tensors.count is {expected}, and its parts hold {present} tensors")
 
 
 def _refuse_other_files(path: Path, metadata: dict[str, Any]) -> None:

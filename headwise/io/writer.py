@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
@@ -26,8 +27,6 @@ from headwise.io.fs import os_errors, sync, write_all
 from headwise.io.header import make_header
 from headwise.io.reader import CHUNK, Checkpoint, as_bytes, has_nonfinite, make_buffers
 from headwise.io.workdir import WorkFolder
-
-UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
 
 
 @dataclass(frozen=True)
@@ -70,28 +69,25 @@ class Shard:
 def plan_shards(tensors: Sequence[OutputTensor], max_shard_size: int | str = "5GB") -> list[Shard]:
     """Cut a list of tensors into files of at most `max_shard_size` bytes of tensor data.
 
-    A tensor larger than that has a file to itself. Within a file wider dtypes come first, so that every tensor
-    starts at a multiple of its own item size.
+    huggingface_hub chooses the files. A tensor above this has a file to itself. Within a file wider dtypes come
+    first, so that every tensor starts at a multiple of its own item size.
 
     Args:
         tensors: in the order of the output.
         max_shard_size: bytes, or a size such as "5GB".
     """
-    limit = parse_bytes(max_shard_size)
-    groups: list[list[OutputTensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if groups[-1] and size + tensor.nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += tensor.nbytes
+    by_name = {tensor.name: tensor for tensor in tensors}
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=parse_bytes(max_shard_size),
+    )
     shards = []
-    for number, group in enumerate(groups, start=1):
-        group.sort(key=lambda tensor: -tensor.dtype.itemsize)
+    for file, names in split.filename_to_tensors.items():
+        group = sorted((by_name[name] for name in names), key=lambda tensor: -tensor.dtype.itemsize)
         header = make_header([(t.name, t.dtype, t.shape) for t in group])
-        file = "model" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}"
-        shards.append(Shard(f"{file}.safetensors", header, tuple(group)))
+        shards.append(Shard(file, header, tuple(group)))
     return shards
 
 

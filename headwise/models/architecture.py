@@ -196,12 +196,12 @@ class Architecture(ArchitectureRow):
         for name, shape in self.tensor_shapes(config, layer).items():
             if name not in tensors:
                 raise HeadwiseError(
-                    f"tensor {name} is missing; config.json promises one of shape {shape}.",
+                    f"tensor {name} is missing; by config.json its shape is {shape}.",
                     "The checkpoint and its config.json do not belong together, or a shard is incomplete.",
                 )
             if tuple(tensors[name].shape) != shape:
                 raise HeadwiseError(
-                    f"tensor {name} has shape {tuple(tensors[name].shape)}, and config.json promises {shape}.",
+                    f"tensor {name} has shape {tuple(tensors[name].shape)}; by config.json it is {shape}.",
                     "The checkpoint and its config.json do not belong together.",
                 )
         layout = self.layouts(config)[layer]

@@ -183,7 +183,7 @@ def rescale(
             raise ValueError("it needs the new base")
         if rope_theta <= parameters["rope_theta"]:
             raise ValueError(
-                f"a longer context wants a base above the present {parameters['rope_theta']:g}, not {rope_theta:g}"
+                f"a longer context needs a base above the present {parameters['rope_theta']:g}, not {rope_theta:g}"
             )
         return _kept(parameters) | {"rope_theta": float(rope_theta)}
     if rule == "dynamic":

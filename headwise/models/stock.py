@@ -16,7 +16,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from headwise.compat import CACHE_ARGUMENTS
+from headwise.compat import CACHE_ARGUMENTS, no_progress_bars
 from headwise.errors import HeadwiseError
 from headwise.io.reader import Checkpoint
 
@@ -110,14 +110,16 @@ def load_model(checkpoint: Checkpoint, auto_class: str, dtype: torch.dtype, **ar
     import transformers
 
     if checkpoint.gguf is None:
-        return getattr(transformers, auto_class).from_pretrained(
-            checkpoint.folder, dtype=dtype, trust_remote_code=False, **arguments
-        )
+        with no_progress_bars():
+            return getattr(transformers, auto_class).from_pretrained(
+                checkpoint.folder, dtype=dtype, trust_remote_code=False, **arguments
+            )
     tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
     # The auto classes take no weights without a folder.
     stock_class = type(empty_model(checkpoint.config, auto_class))
     config = stock_config(checkpoint.config)
-    return stock_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **arguments)
+    with no_progress_bars():
+        return stock_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **arguments)
 
 
 def load_into(model: Any, tensors: dict[str, Tensor], device: torch.device | str = "cpu") -> Any:
@@ -134,11 +136,8 @@ def load_into(model: Any, tensors: dict[str, Tensor], device: torch.device | str
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
-    from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with no_progress_bars():
         info, _ = convert_and_load_state_dict_in_model(
             model,
             dict(tensors),
@@ -148,9 +147,6 @@ def load_into(model: Any, tensors: dict[str, Tensor], device: torch.device | str
                 weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
             ),
         )
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     return info
 
 
@@ -185,33 +181,6 @@ def move_to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, tuple):
         return tuple(move_to_device(item, device) for item in value)
     return value.to(device) if isinstance(value, Tensor) else value
-
-
-def run_attention(
-    config: dict[str, Any], stock: Any, attention_path: str, layer: int, tensors: dict[str, Tensor], length: int
-) -> tuple[Tensor, Tensor]:
-    """Run a layer's stock attention on random inputs in float64.
-
-    Args:
-        config: the checkpoint's config.json.
-        stock: an object with the `auto_class` and the path `module` of the decoder layers.
-        attention_path: path of the attention module in the stock model.
-        layer: index of the decoder layer; it is also the random seed.
-        tensors: the layer's attention, by the checkpoint's names.
-        length: number of tokens in each of the two sequences.
-
-    Returns:
-        The inputs and the outputs, (2, length, D) each.
-    """
-    model = empty_model(config, stock.auto_class, torch.float64)
-    load_into(model, tensors)
-    arguments = layer_arguments(model, stock.module, length, torch.float64)[layer]
-    generator = torch.Generator().manual_seed(layer)
-    width = model.config.get_text_config().hidden_size
-    x = torch.randn(2, length, width, generator=generator, dtype=torch.float64)
-    with torch.no_grad():
-        output = model.get_submodule(attention_path)(hidden_states=x, **arguments)
-    return x, output[0] if isinstance(output, tuple) else output
 
 
 def _attention_arguments(stub: LayerStub) -> dict[str, Any]:

@@ -166,9 +166,9 @@ def _refuse_unloadable(checkpoint: Checkpoint, arch: Architecture, found: StockM
     if found.missing:
         _explain_missing(checkpoint, arch, found)
     for name, here, there in found.mismatched:
-        raise HeadwiseError(f"tensor {name} has shape {here}, and config.json promises {there}.", FOREIGN)
+        raise HeadwiseError(f"tensor {name} has shape {here}; by config.json it is {there}.", FOREIGN)
     for name in found.missing:
-        raise HeadwiseError(f"tensor {name} is missing; config.json promises it.", FOREIGN)
+        raise HeadwiseError(f"tensor {name} is missing; the model of config.json has it.", FOREIGN)
 
 
 def _explain_missing(checkpoint: Checkpoint, arch: Architecture, found: StockMatch) -> None:

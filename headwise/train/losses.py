@@ -27,8 +27,8 @@ class ModelOutputs:
 
     Attributes:
         logits: (batch, tokens, vocabulary).
-        hidden_states: the output of every layer, (batch, tokens, D) each; empty where not asked for.
-        attention_outputs: the output of every attention module, (batch, tokens, D) each; empty where not asked for.
+        hidden_states: the output of every layer, (batch, tokens, D) each; empty if not needed.
+        attention_outputs: the output of every attention module, (batch, tokens, D) each; empty if not needed.
     """
 
     logits: Tensor

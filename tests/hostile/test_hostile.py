@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from headwise.convert.pipeline import convert_model
 from headwise.convert.verify.check import verify_model
 from headwise.io.reader import open_checkpoint
-from tests.convert.small import save_raw
 from tests.hostile import targets
 from tests.hostile.guard import Guard, peak
 from tests.hostile.mutations import dumps
 from tests.hostile.targets import TARGETS, Prey
+from tests.io.small import save_raw
 
 QUICK = settings(
     max_examples=40,

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from headwise.errors import HeadwiseError
 from headwise.io.header import make_header
 from headwise.io.reader import CHUNK, Checkpoint, has_nonfinite, make_buffers, open_checkpoint
-from tests.convert.small import CONFIG, make_checkpoint, save_raw, tensors_for
+from tests.io.small import CONFIG, make_checkpoint, save_raw, tensors_for
 
 
 def refused(model: Path, words: str, **options) -> HeadwiseError:

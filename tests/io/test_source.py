@@ -16,8 +16,8 @@ from headwise.errors import HeadwiseError
 from headwise.io.hub import hub_errors
 from headwise.io.reader import open_checkpoint
 from headwise.progress import Progress
-from tests.convert.small import make_checkpoint, tensors_for
 from tests.hub_server import TOKEN, Repository, point_client_to, serve
+from tests.io.small import make_checkpoint, tensors_for
 
 LLAMA = {
     "model_type": "llama",

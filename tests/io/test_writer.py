@@ -23,7 +23,7 @@ from headwise.io.fs import DiskError
 from headwise.io.reader import open_checkpoint
 from headwise.io.workdir import Interrupted
 from headwise.io.writer import OutputTensor, Writer, plan_shards
-from tests.convert.small import make_checkpoint, tensors_for
+from tests.io.small import make_checkpoint, tensors_for
 
 IDENTITY = {"source": "abc", "groups": 2, "seed": 0}
 LIMIT = 2000

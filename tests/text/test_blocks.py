@@ -50,7 +50,7 @@ def test_text_and_jsonl_files(tmp_path: Path) -> None:
 def test_text_that_is_too_short_is_refused(tmp_path: Path) -> None:
     short = tmp_path / "s.txt"
     short.write_text("few words")
-    with pytest.raises(HeadwiseError, match="holds 0 blocks of 64 tokens, 3 were asked for"):
+    with pytest.raises(HeadwiseError, match="holds 0 blocks of 64 tokens, and 3 are needed"):
         data.blocks_from(str(short), tokenizer(), length=64, count=3)
 
 

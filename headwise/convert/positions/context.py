@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from headwise import registry
+from headwise.compat import run_rotary
 from headwise.convert.positions.rope_bound import first_failure, recommend_rule
 from headwise.errors import HeadwiseError, SettingError
 from headwise.models import rope
@@ -270,7 +271,7 @@ def stock_frequencies(
         (planes,) float64 radians per token, and the factor on cosines and sines.
     """
     module = rotary(copy.deepcopy(stock))
-    module(torch.zeros(1), torch.tensor([[length - 1]]), **({"layer_type": layer_type} if layer_type else {}))
+    run_rotary(module, length - 1, **({"layer_type": layer_type} if layer_type else {}))
     prefix = f"{layer_type}_" if layer_type else ""
     return getattr(module, f"{prefix}inv_freq").double(), float(getattr(module, f"{prefix}attention_scaling"))
 

@@ -94,7 +94,7 @@ def check_folder(
     checkpoint: Checkpoint,
     parent: Checkpoint | None,
     *,
-    promised: Sequence[AttentionLayout] | None = None,
+    planned: Sequence[AttentionLayout] | None = None,
     arguments: Mapping[str, Any] | None = None,
     record: Mapping[str, Any] | None = None,
     finite: bool = False,
@@ -105,7 +105,7 @@ def check_folder(
     Args:
         checkpoint: the folder.
         parent: the source, to compare functions with; None: no comparison.
-        promised: the layouts of the plan; None: those of the folder's own config.
+        planned: the layouts of the plan; None: those of the folder's own config.
         arguments: settings of the conversion, which determine how the folder may differ from its parent.
         record: headwise.json, whose hashes of tensors and files are compared if `finite`.
         finite: read every tensor and look for NaN and infinities (the writer has done so already).
@@ -124,16 +124,16 @@ def check_folder(
         checks.append((name, *run_check(check, *given, **more)))
         progress.advance(1)
 
-    layouts = list(promised) if promised is not None else own_layouts
+    layouts = list(planned) if planned is not None else own_layouts
     add("tensors", _tensors_fit, checkpoint, model)
     if not checks[-1][1]:
         return Verification(tuple(checks))
-    add("promise", _keeps_promise, layouts, arguments)
+    add("layout", _layouts_are_recorded, layouts, arguments)
     add("cache", _cache_is, checkpoint, model, layouts)
     if finite:
         bad, changed = _read_through(checkpoint, record["sha256"] if record else {})
-        said = f"NaN or infinity in {', '.join(bad[:3])}" if bad else "every weight is finite"
-        add("finite", lambda: (not bad, said))
+        finiteness = f"NaN or infinity in {', '.join(bad[:3])}" if bad else "every weight is finite"
+        add("finite", lambda: (not bad, finiteness))
         if record:
             changed += changed_files(checkpoint.folder, record)
             detail = f"{', '.join(changed[:3])} not as written" if changed else "every tensor is as it was written"
@@ -153,7 +153,7 @@ def check_folder(
     return Verification(tuple(checks))
 
 
-def _keeps_promise(layouts: Sequence[AttentionLayout], arguments: Mapping[str, Any]) -> tuple[bool, str]:
+def _layouts_are_recorded(layouts: Sequence[AttentionLayout], arguments: Mapping[str, Any]) -> tuple[bool, str]:
     """Compare the layouts of a folder with the settings that its record holds."""
     to = arguments.get("to")
     for layer, layout in enumerate(layouts):
@@ -164,12 +164,12 @@ def _keeps_promise(layouts: Sequence[AttentionLayout], arguments: Mapping[str, A
             "mha": {"num_key_value_heads": heads},
             "mla": {"kv_lora_rank": arguments.get("rank"), "qk_rope_head_dim": arguments.get("rope_dim")},
         }
-        promised = targets.get(str(to), {})
+        recorded = targets.get(str(to), {})
         if to == "mla" and layout.kv_lora_rank is None:
-            return False, f"the record says mla, and layer {layer} has {layout.num_key_value_heads} KV heads"
-        for name, value in promised.items():
+            return False, f"headwise.json records MLA, and layer {layer} has {layout.num_key_value_heads} KV heads"
+        for name, value in recorded.items():
             if value is not None and getattr(layout, name) != value:
-                return False, f"the record says {name} {value}, and layer {layer} has {getattr(layout, name)}"
+                return False, f"headwise.json records {name} {value}, and layer {layer} has {getattr(layout, name)}"
     return True, f"{layout_names(layouts)}, as recorded" if to else layout_names(layouts)
 
 
@@ -187,16 +187,16 @@ def _read_through(checkpoint: Checkpoint, recorded: Mapping[str, str]) -> tuple[
 
 def _tensors_fit(checkpoint: Checkpoint, model: AttentionModel) -> tuple[bool, str]:
     """Check that the tensors of the folder and those of the stock class are the same."""
-    found = match_stock_class(checkpoint, model.auto_class)
-    stock_class, wrong = type(found.model).__name__, found.wrong
+    match = match_stock_class(checkpoint, model.auto_class)
+    stock_class, wrong = type(match.model).__name__, match.wrong
     if wrong:
         return False, f"{stock_class} and the folder disagree on {', '.join(wrong[:3])} ({len(wrong)} in all)"
-    for name, twin in found.tied.items():
+    for name, twin in match.tied.items():
         both = {name, twin} <= checkpoint.tensors.keys()
         if both and not torch.equal(checkpoint.read(name), checkpoint.read(twin)):
             return False, f"{name} is not tied to {twin}: their values differ"
-    ties = f", {len(found.tied)} tied" if found.tied else ""
-    return True, f"{found.count} tensors, each with its place in {stock_class}{ties}"
+    ties = f", {len(match.tied)} tied" if match.tied else ""
+    return True, f"{match.count} tensors, each with its place in {stock_class}{ties}"
 
 
 def _cache_is(
@@ -204,17 +204,17 @@ def _cache_is(
 ) -> tuple[bool, str]:
     """Compare the cache of the stock model, from a run without weights, with the layouts."""
     network = empty_model(_without_scaling(checkpoint.config, model), model.auto_class).to("meta")
-    # The usual grouped experts want sizes that only real models have.
+    # The usual grouped experts need sizes that only real models have.
     network.set_experts_implementation("batched_mm")
     with torch.no_grad():
         text = network.get_submodule(model.module.rpartition(".")[0].rpartition(".")[0])
         width = text.config.hidden_size
         cache = cache_of(text(inputs_embeds=torch.empty(1, TOKENS, width, device="meta"), use_cache=True))
-    found = [layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in cache.layers]
-    wanted = [layout.cache_elements_per_token for layout in layouts]
-    if found != wanted:
-        return False, f"per token and layer the cache holds {found}, promised are {wanted}"
-    return True, f"{sum(found):,} numbers per token over {len(found)} layers"
+    measured = [layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in cache.layers]
+    expected = [layout.cache_elements_per_token for layout in layouts]
+    if measured != expected:
+        return False, f"per token and layer the cache holds {measured} numbers, and the layouts need {expected}"
+    return True, f"{sum(measured):,} numbers per token over {len(measured)} layers"
 
 
 def _without_scaling(config: dict[str, Any], model: AttentionModel) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from headwise.compat import cache_of
+from headwise.compat import cache_of, no_progress_bars
 from headwise.convert.verify.layer_inputs import TOKENS, check_tokens, relative_error
 from headwise.io.reader import Checkpoint
 from headwise.models.layout import AttentionLayout
@@ -34,9 +34,10 @@ def check_loading(
     """
     import transformers
 
-    model, info = getattr(transformers, stock.auto_class).from_pretrained(
-        checkpoint.folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-    )
+    with no_progress_bars():
+        model, info = getattr(transformers, stock.auto_class).from_pretrained(
+            checkpoint.folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
     wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
     if wrong:
         return False, f"from_pretrained reports {wrong}"

@@ -1,4 +1,4 @@
-"""MLA folders from end to end: exact ones compute the parent's logits, lossy ones have the promised cache."""
+"""MLA folders from end to end: exact ones compute the parent's logits, lossy ones have the planned cache."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def folders(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("rope_frequencies", ["default", "free"])
 @pytest.mark.parametrize("method", ["optimal", "transmla"])
 @pytest.mark.parametrize("shape", [{"rank": 20, "rope_dim": 4}, {"cache": 0.25}], ids=["shape", "share"])
-def test_a_lossy_folder_has_the_promised_cache(
+def test_a_lossy_folder_has_the_planned_cache(
     model: Path, tmp_path: Path, shape: dict[str, Any], method: str, rope_frequencies: str
 ) -> None:
     options = {"method": method, "rope_frequencies": rope_frequencies, "calibrate": "none"}

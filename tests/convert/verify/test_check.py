@@ -44,7 +44,7 @@ def test_a_sound_folder_passes_every_check(home: Path, kind: str) -> None:
     found = verify_model(home / kind, home / "parent")
     assert found.passed, found.failures
     names = [name for name, _, _ in found.checks]
-    assert names == ["tensors", "promise", "cache", "finite", "record", "function", "parent", "loading"]
+    assert names == ["tensors", "layout", "cache", "finite", "record", "function", "parent", "loading"]
     assert verify_model(home / kind).passed
     assert json.loads(json.dumps(found.to_dict()))["passed"] is True
 
@@ -104,7 +104,7 @@ def test_a_folder_that_is_not_what_its_record_says_fails(
     record = json.loads((folder / "headwise.json").read_text())
     record["arguments"] = arguments
     (folder / "headwise.json").write_text(json.dumps(record))
-    assert failed(verify_model(folder)) == {"promise"}
+    assert failed(verify_model(folder)) == {"layout"}
 
 
 def test_a_stock_model_passes_without_a_record(home: Path) -> None:
