@@ -199,7 +199,7 @@ def work(place: str | None, home: Path, scale: float, text: str, device: str, ta
         if task.recipe == "convert":
             out = folder(task, "convert")
             arguments = {**TARGETS[task.target], "method": task.method, "refit": "off", "device": device}
-            arguments["calibration_tokens"] = 98304 if scale == 1 else 8192
+            arguments |= {"calibrate": "builtin", "calibration_tokens": 98304 if scale == 1 else 8192}
             if task.method == "mean":
                 arguments |= {"calibrate": "none"}
                 del arguments["calibration_tokens"]

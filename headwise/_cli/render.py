@@ -119,6 +119,9 @@ def render_conversion(result: ConvertResult) -> None:
     console.note(f"{layout_names(plan.layouts_before)} -> {layout_names(plan.layouts_after)}")
     if after < before:
         console.note(f"Cache per token: {size(before)} -> {size(after)}, {format_saving(1 - after / before)} saved")
+    if (loss := result.text_loss) and loss.before is not None and loss.after is not None:
+        change = f"{loss.before:.4f} -> {loss.after:.4f} nats per token"
+        console.note(f"Loss on {loss.tokens:,} held-back tokens of the calibration text: {change}.")
     if result.verification and result.verification.accepted:
         _warn_accepted(result.verification)
     elif result.verification:

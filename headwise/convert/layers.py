@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headwise.convert.base import Target
-from headwise.convert.calibration.calibrate import CalibrationPlan, check_finite, iter_layer_stats
+from headwise.convert.calibration.calibrate import CalibrationPlan, check_finite, iter_layer_stats, text_folder
 from headwise.convert.calibration.layer_stream import LayerRecord
 from headwise.convert.refit.output_projection import solve_output_projection
 from headwise.convert.refit.regression import refit as refit_layer
@@ -65,7 +65,10 @@ def convert_layers(
     if len(done) == len(todo):
         return reports
     remaining = [i for i in todo if i not in done]
-    records = iter_layer_stats(checkpoint, target, calibration, remaining, device, progress)
+    cache = None
+    if calibration is not None and calibration.reuse is None:
+        cache = text_folder(checkpoint, calibration, writer)
+    records = iter_layer_stats(checkpoint, target, calibration, remaining, device, progress, cache)
     progress.stage("Converting", total=len(todo), unit="layers")
     progress.advance(len(done))
     for record, layer in records:

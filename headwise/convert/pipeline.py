@@ -12,7 +12,14 @@ import torch
 
 from headwise.convert import forecast
 from headwise.convert.base import Target
-from headwise.convert.calibration.calibrate import plan_calibration, plan_notes
+from headwise.convert.calibration.calibrate import CalibrationPlan, plan_calibration, plan_notes, text_folder
+from headwise.convert.calibration.corpus import (
+    SAMPLED,
+    CalibrationLoss,
+    measure_converted,
+    measure_text,
+    whole_model_bytes,
+)
 from headwise.convert.choose import choose_target
 from headwise.convert.layers import choose_device, convert_layers
 from headwise.convert.plan import Plan, make_plan
@@ -24,7 +31,7 @@ from headwise.environment import find_device
 from headwise.fields import settings_of
 from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.io.writer import Writer
-from headwise.models.architecture import find_architecture
+from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.stock_match import match_source
 from headwise.progress import SILENT, Progress
 from headwise.records.card import render_card
@@ -41,6 +48,7 @@ class ConvertResult:
         plan: the plan that was carried out.
         layers: the errors and the refit of every converted layer, by its index.
         refit: the stages of the joint refit.
+        text_loss: losses of parent and result on calibration text that was held back; None: not measured.
         verification: the checks; None without `verify`.
         pushed: the upload; None without `push_to_hub`.
     """
@@ -49,6 +57,7 @@ class ConvertResult:
     plan: Plan
     layers: dict[int, dict[str, Any]] = field(default_factory=dict)
     refit: list[dict[str, Any]] = field(default_factory=list)
+    text_loss: CalibrationLoss | None = None
     verification: Verification | None = None
     pushed: PushResult | None = None
 
@@ -59,6 +68,7 @@ class ConvertResult:
             "plan": self.plan.to_dict(),
             "layers": {str(i): report for i, report in self.layers.items()},
             "refit": self.refit,
+            "text_loss": asdict(self.text_loss) if self.text_loss else None,
             "verification": self.verification.to_dict() if self.verification else None,
             "pushed": self.pushed.to_dict() if self.pushed else None,
         }
@@ -125,7 +135,8 @@ def convert_model(
         rope_frequencies: "default", the grid that every engine computes, or "free", frequencies of the source with
             the least error.
         pad_values: pad value heads with zeros for engines that need it.
-        calibrate: calibration text: "builtin", "none", a file, or `hf:DATASET`; None: "builtin".
+        calibrate: calibration text: "sampled" from the parent, "mixture", "builtin", "none", a file, `hf:DATASET`,
+            or "auto": sampled if that is affordable, else the mixture; None: "auto".
         calibration_tokens: number of calibration tokens; None: by the model's size.
         save_moments: a folder to save the second moments of the attention inputs in.
         moments: a folder of saved moments to use.
@@ -177,7 +188,7 @@ def convert_model(
     work_device = choose_device(target, calibration, requested)
     recorded = settings.recorded()
     if calibration:
-        recorded["calibration"] = calibration.described()
+        recorded["calibration"] = calibration.described() | {"reason": calibration.reason}
     if joint:
         recorded["joint"] = asdict(joint)
     plan = make_plan(
@@ -187,7 +198,7 @@ def convert_model(
         config=target.config,
         layouts=target.layouts,
         arguments=recorded,
-        peak_memory=forecast.peak_memory(checkpoint, arch, target, calibration),
+        peak_memory=_peak_memory(checkpoint, arch, target, calibration, requested),
         max_shard_size=settings.max_shard_size,
         engines=target.engines,
         warnings=target.warnings,
@@ -207,7 +218,8 @@ def convert_model(
 
     identity = {
         "source": checkpoint.fingerprint(),
-        "arguments": plan.arguments,
+        # The reason holds a forecast, and the text that it chose is there already.
+        "arguments": plan.arguments | ({"calibration": calibration.described()} if calibration else {}),
         "moments": str(calibration.reuse) if calibration and calibration.reuse else None,
         "device": work_device.type,
         "torch": torch.__version__,
@@ -222,11 +234,16 @@ def convert_model(
         force=settings.force,
         allow_nan=settings.allow_nan,
     ) as writer:
+        measured = calibration if calibration and calibration.reuse is None else None
+        texts = text_folder(checkpoint, measured, writer) if measured else writer.work.folder
+        if measured:
+            measure_text(checkpoint, measured, writer, requested, progress, texts)
         layers = convert_layers(checkpoint, arch, target, calibration, writer, work_device, progress)
         _copy_rest(checkpoint, target, writer, progress)
         checkpoint.check_unchanged()
         verification: list[Verification] = []
         stages: list[dict[str, Any]] = []
+        text_loss: list[CalibrationLoss | None] = []
 
         def check(folder: Path) -> None:
             if joint:
@@ -245,6 +262,10 @@ def convert_model(
                     progress=progress,
                 )
                 verification.append(checked.accepting(settings.accept))
+            if measured and (not verification or verification[0].passed):
+                text_loss.append(
+                    measure_converted(folder, checkpoint, measured, writer, requested, progress, texts)
+                )
             manifest = make_manifest(
                 plan,
                 checkpoint,
@@ -255,6 +276,7 @@ def convert_model(
                 device=work_device.type,
                 verification=verification[0].to_dict() if verification else None,
                 refit=stages,
+                text_loss=asdict(text_loss[0]) if text_loss and text_loss[0] else None,
             )
             writer.add_text("headwise.json", json.dumps(manifest, indent=2) + "\n")
             writer.add_text("README.md", render_card(manifest, checkpoint.folder / "README.md"))
@@ -267,7 +289,29 @@ def convert_model(
     if settings.push_to_hub:
         pushed = push_converted(published, settings.push_to_hub, settings.private, token, progress)
     progress.finish()
-    return ConvertResult(published, plan, layers, stages, verification[0] if verification else None, pushed)
+    return ConvertResult(
+        published,
+        plan,
+        layers,
+        stages,
+        text_loss[0] if text_loss else None,
+        verification[0] if verification else None,
+        pushed,
+    )
+
+
+def _peak_memory(
+    checkpoint: Checkpoint,
+    arch: Architecture,
+    target: Target,
+    calibration: CalibrationPlan | None,
+    device: torch.device,
+) -> int:
+    """Return the forecast of the peak: of the layers, or of the whole parent where text is sampled from it."""
+    peak = forecast.peak_memory(checkpoint, arch, target, calibration)
+    if calibration is None or calibration.reuse is not None or calibration.text != SAMPLED:
+        return peak
+    return max(peak, forecast.RESTING_BYTES + whole_model_bytes(checkpoint, device))
 
 
 def _copy_rest(checkpoint: Checkpoint, target: Target, writer: Writer, progress: Progress) -> None:

@@ -24,6 +24,7 @@ MERGED, LOSSY = ("gqa", "mqa"), ("gqa", "mqa", "mla")
 ROPE_RULES = ("auto", *registry.method_names("rope"))
 DTYPES = ("bfloat16", "float16", "float32")
 SHARD_SIZE = "5GB"
+DEFAULT_TEXT = "auto"
 REFITS = ("auto", "off", "layers", "joint")
 
 # A field, and the field that it needs to have an effect.
@@ -139,7 +140,7 @@ class ConvertSettings:
     )
     # Calibration
     calibrate: str | None = fields.text(
-        "Calibration text: builtin, none, a text or JSONL FILE, or hf:DATASET [builtin].",
+        "Calibration text: auto, sampled, mixture, builtin, none, a FILE (txt, jsonl) or hf:DATASET [auto].",
         metavar="TEXT",
         section="Calibration",
         acts_with=LOSSY,
@@ -329,7 +330,7 @@ class ConvertSettings:
         if self.lossy:
             defaults |= {"method": "optimal", "refit": "auto"}
             if self.moments is None:
-                defaults["calibrate"] = "builtin"
+                defaults["calibrate"] = DEFAULT_TEXT
         if self.to in MERGED:
             method = self.method or "optimal"
             defaults["grouping"] = "optimal" if method == "optimal" else "contiguous"

@@ -162,11 +162,11 @@ def demo(
             results.append(measure(folder, trial.target, trial.method, start, trial.cost))
             continue
         arguments = dict(trial.arguments)
-        if arguments["refit"] == "off" and "calibrate" not in arguments:
+        if arguments["refit"] == "off" and arguments["calibrate"] != "none":
             # The parent is measured once for all closed forms.
             arguments["moments" if moments.exists() else "save_moments"] = moments
             if "moments" in arguments:
-                del arguments["calibration_tokens"]
+                del arguments["calibration_tokens"], arguments["calibrate"]
         convert_model(model, folder, **arguments, seed=seed, force=True, verify=False, progress=now)
         results.append(measure(folder, trial.target, trial.method, start, trial.cost))
 
@@ -190,7 +190,8 @@ def trials(num_key_value_heads: int, quick: bool = False) -> Iterator[Trial]:
         quick: fewer targets, less text, a shorter refit.
     """
     effort = QUICK if quick else FULL
-    text = {"calibration_tokens": effort.calibration_tokens}
+    # Losses are measured on Python source, so the text is Python source too.
+    text = {"calibrate": "builtin", "calibration_tokens": effort.calibration_tokens}
     counts = (num_key_value_heads // 2, 1) if quick else (num_key_value_heads // 2, num_key_value_heads // 4, 1)
     for groups in dict.fromkeys(count for count in counts if 0 < count < num_key_value_heads):
         target = {"to": "gqa", "groups": groups}

@@ -82,6 +82,7 @@ def make_manifest(
     device: str,
     verification: Mapping[str, Any] | None = None,
     refit: Sequence[Mapping[str, Any]] = (),
+    text_loss: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the content of headwise.json.
 
@@ -95,6 +96,7 @@ def make_manifest(
         device: the kind of device that layers were converted on.
         verification: the checks; None if none were made.
         refit: the stages of a joint refit.
+        text_loss: losses on held-back calibration text; None if they were not measured.
     """
     before, after = plan.layouts_before, plan.layouts_after
     return {
@@ -125,6 +127,7 @@ def make_manifest(
         "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},
         "layers": {str(layer): dict(report) for layer, report in layers.items()},
         "refit": [dict(stage) for stage in refit],
+        "text_loss": None if text_loss is None else dict(text_loss),
         "verification": verification,
         "sha256": dict(sorted(hashes.items())),
         "files": dict(sorted(files.items())),

@@ -115,6 +115,8 @@ def sample_tokens(
         HeadwiseError: the tokenizer has no token to start with, or the model gives logits that are not finite.
     """
     start, chat = start_token(tokenizer), chat_start(tokenizer)
+    if len(chat) >= length:
+        chat = []
     num_chats = round(chat_share * sequences) if chat else 0
     prompts = [[start]] * (sequences - num_chats) + [chat] * num_chats
     device = next(model.parameters()).device

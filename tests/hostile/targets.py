@@ -20,7 +20,8 @@ from transformers import AutoConfig
 from transformers.utils import logging
 
 from headwise._cli import console, render
-from headwise.convert.calibration.calibrate import CalibrationPlan, calibration_blocks
+from headwise.convert.calibration.calibrate import CalibrationPlan
+from headwise.convert.calibration.corpus import read_corpus
 from headwise.convert.inspect import inspect_model
 from headwise.convert.pipeline import convert_model
 from headwise.convert.verify.check import verify_model
@@ -343,7 +344,7 @@ def tokenizer(prey: Prey, random: Random) -> Outcome:
 
     def call() -> Any:
         checkpoint = open_checkpoint(model)
-        return calibration_blocks(checkpoint, CalibrationPlan(TEXT["calibrate"], 2, 32, 0, 0))
+        return read_corpus(checkpoint, CalibrationPlan(TEXT["calibrate"], 2, 32, 0, 0))
 
     return prey.judge(call)
 

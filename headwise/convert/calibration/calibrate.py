@@ -12,16 +12,15 @@ from torch import Tensor
 
 from headwise.convert import forecast
 from headwise.convert.base import Target
+from headwise.convert.calibration.corpus import MIXTURE, NUM_HELDBACK, choose_text, read_corpus
 from headwise.convert.calibration.layer_stream import LayerRecord, LayerStream
 from headwise.convert.calibration.moments import Moments
 from headwise.convert.settings import ConvertSettings
 from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import Checkpoint, has_nonfinite
-from headwise.io.tokenizer import load_tokenizer, tokenizer_errors
+from headwise.io.writer import Writer
 from headwise.models.architecture import Architecture, find_architecture
-from headwise.progress import SILENT, Progress
-from headwise.text.sampled import sample_tokens
-from headwise.train.student import load_for_sampling
+from headwise.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class CalibrationPlan:
         length: tokens in each.
         steps: of regression for every layer; 0: none.
         seed: of the choice of text.
+        reason: why `auto` chose the text; None if the settings named it.
         fitted: whether output matrices are solved for.
         keep: folder to save the moments in.
         reuse: folder to read the moments from instead of measuring them.
@@ -44,6 +44,7 @@ class CalibrationPlan:
     length: int
     steps: int
     seed: int
+    reason: str | None = None
     fitted: bool = False
     keep: Path | None = None
     reuse: Path | None = None
@@ -109,12 +110,16 @@ def plan_calibration(
             f"`calibration_tokens` is {count}, which is less than two sequences of {length} tokens.",
             f"Give {2 * length} or more.",
         )
+    # A model whose weights are not finite cannot be sampled from.
+    asked = MIXTURE if settings.calibrate == "auto" and settings.allow_nan else settings.calibrate or "auto"
+    chosen = choose_text(checkpoint, arch, asked, count + NUM_HELDBACK * length, device)
     return CalibrationPlan(
-        settings.calibrate or "builtin",
+        chosen.text,
         count // length,
         length,
         steps,
         settings.seed,
+        reason=chosen.reason,
         fitted=target.fitted,
         keep=settings.save_moments,
     )
@@ -133,6 +138,8 @@ def plan_notes(target: Target, calibration: CalibrationPlan | None, settings: Co
             yield "Not calibrated: every direction of the attention input counts the same."
         return
     yield f"Calibration: {calibration.tokens:,} tokens of {calibration.text} in sequences of {calibration.length}."
+    if calibration.reason:
+        yield f"Calibration text: {calibration.text}, because {calibration.reason}."
     if target.fitted and not calibration.fitted:
         yield "Output matrices are not solved for: that takes the text itself, not its moments."
     if calibration.steps:
@@ -148,6 +155,7 @@ def iter_layer_stats(
     layers: Sequence[int],
     device: torch.device,
     progress: Progress,
+    cache: Path | None = None,
 ) -> Iterator[tuple[LayerRecord | None, int]]:
     """Yield the statistics of layers, with their indices, in the order of the model.
 
@@ -158,6 +166,7 @@ def iter_layer_stats(
         layers: indices of the layers to measure.
         device: where the layers run.
         progress: receives a note before the text is read.
+        cache: folder that keeps the text; None: it is not kept.
     """
     if calibration is None:
         yield from ((None, i) for i in layers)
@@ -169,7 +178,7 @@ def iter_layer_stats(
     progress.note(
         f"Reading {calibration.tokens:,} tokens of {calibration.text} through the parent, layer by layer."
     )
-    blocks = calibration_blocks(checkpoint, calibration, device, progress)
+    blocks, _ = read_corpus(checkpoint, calibration, device, progress, cache)
     arch = find_architecture(target.parent_config, checkpoint.tensors)
     stream = LayerStream(checkpoint, arch, blocks, device, target.parent_config)
     keep = Moments.create(calibration.keep, checkpoint, calibration) if calibration.keep else None
@@ -178,6 +187,19 @@ def iter_layer_stats(
             keep.write(record)
         yield record, record.index
         del record  # free its memory before the next layer runs
+
+
+def text_folder(checkpoint: Checkpoint, calibration: CalibrationPlan, writer: Writer) -> Path:
+    """Return the folder that keeps the calibration text: that of the moments, or else the work folder.
+
+    Args:
+        checkpoint: the source.
+        calibration: what is measured.
+        writer: of the output folder.
+    """
+    if calibration.keep is not None:
+        return Moments.create(calibration.keep, checkpoint, calibration).folder
+    return writer.work.folder
 
 
 def check_finite(
@@ -220,46 +242,3 @@ def check_finite(
             f"Tensor {bad} holds NaN or infinite values, which only mean, first and random can merge.",
             "Pass `method` mean beside `allow_nan`.",
         )
-
-
-def calibration_blocks(
-    checkpoint: Checkpoint,
-    calibration: CalibrationPlan,
-    device: torch.device | None = None,
-    progress: Progress = SILENT,
-) -> Tensor:
-    """Return the calibration text as token ids, (sequences, length).
-
-    Args:
-        checkpoint: the source, from which the text "sampled" is drawn.
-        calibration: text and amount.
-        device: where text is sampled; None: the CPU.
-        progress: receives the tokens that are sampled.
-
-    Raises:
-        HeadwiseError: the tokenizer is missing or fails, or gives a token outside the vocabulary.
-    """
-    from headwise.text.blocks import blocks_from
-
-    hint = "Add the tokenizer's files to the folder, or pass `calibrate` none."
-    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.source, hint)
-    if calibration.text == "sampled":
-        network = load_for_sampling(checkpoint, device or torch.device("cpu"))
-        shape = {"sequences": calibration.sequences, "length": calibration.length}
-        return sample_tokens(network, tokenizer, **shape, seed=calibration.seed, progress=progress)
-    with tokenizer_errors(f"The tokenizer of {checkpoint.source} fails on the calibration text", hint):
-        blocks = blocks_from(
-            calibration.text,
-            tokenizer,
-            split="calibration",
-            length=calibration.length,
-            count=calibration.sequences,
-            seed=calibration.seed,
-        )
-    known = find_architecture(checkpoint.config).stock_config(checkpoint.config).vocab_size
-    if int(blocks.max()) >= known:
-        raise HeadwiseError(
-            f"The tokenizer of {checkpoint.source} gives token {int(blocks.max())}; the vocabulary has {known}.",
-            "Its files belong to another model: replace them, or pass `calibrate` none.",
-        )
-    return blocks

@@ -1,0 +1,307 @@
+"""Choose and read the calibration text, keep it beside the work, and measure how well it fits the parent."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from headwise.environment import available_memory
+from headwise.errors import HeadwiseError
+from headwise.format import duration
+from headwise.io.reader import Checkpoint, has_nonfinite, open_checkpoint
+from headwise.io.tokenizer import load_tokenizer, tokenizer_errors
+from headwise.io.workdir import write_file_atomically
+from headwise.io.writer import Writer
+from headwise.measure.loss import nats_per_token
+from headwise.models.architecture import Architecture, find_architecture
+from headwise.progress import SILENT, Progress
+from headwise.text.blocks import blocks_from
+from headwise.text.sampled import sample_tokens
+from headwise.train.student import load_for_sampling
+
+SAMPLED, MIXTURE = "sampled", "mixture"
+FILE = "text.safetensors"
+# Forecast seconds up to which `auto` samples text, and up to which losses on the text are measured.
+SAMPLING_SECONDS, LOSS_SECONDS = 600.0, 120.0
+# Sustained rates of sampling and of a forward pass, on the low side of what was measured on 135M parameters.
+SAMPLING_FLOPS, FORWARD_FLOPS = {"cuda": 1e13}, {"cuda": 3e13}
+CPU_SAMPLING_FLOPS, CPU_FORWARD_FLOPS = 1e10, 2e10  # of each thread
+MEMORY_SHARE = 0.6
+# Sequences of calibration length that no moment contains, and pieces for the comparison with samples.
+NUM_HELDBACK, NUM_PIECES, PIECE_LENGTH = 2, 8, 128
+# Nats per token by which the parent's loss on the text may exceed its loss on its own samples.
+FAR_ABOVE = 1.0
+NOTE = "text loss"
+
+
+@dataclass(frozen=True)
+class TextChoice:
+    """Which text is read, and why.
+
+    Attributes:
+        text: as `calibrate` names it.
+        reason: why `auto` chose it; None if the settings named it.
+    """
+
+    text: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationLoss:
+    """Losses on the calibration text, in nats per token; None: not measured.
+
+    Attributes:
+        tokens: predicted tokens of the held-back part.
+        before: the parent's loss on it.
+        after: the converted model's loss on it.
+        text: the parent's loss on short pieces of the calibration text.
+        samples: the parent's loss on its own samples of the same length; None for sampled text.
+    """
+
+    tokens: int
+    before: float | None
+    after: float | None = None
+    text: float | None = None
+    samples: float | None = None
+
+
+def choose_text(
+    checkpoint: Checkpoint, arch: Architecture, calibrate: str, tokens: int, device: torch.device
+) -> TextChoice:
+    """Decide which text is read.
+
+    Args:
+        checkpoint: the source.
+        arch: its architecture.
+        calibrate: the setting; "auto" samples text from the parent if that is affordable, else takes the mixture.
+        tokens: number of calibration tokens.
+        device: where text is sampled.
+    """
+    if calibrate != "auto":
+        return TextChoice(calibrate)
+    if arch.auto_class != "AutoModelForCausalLM":
+        return TextChoice(MIXTURE, "the model reads more than text, and is not sampled from")
+    seconds, limit = sampling_seconds(checkpoint, tokens, device), duration(SAMPLING_SECONDS)
+    if seconds > SAMPLING_SECONDS:
+        return TextChoice(MIXTURE, f"sampling is forecast at {duration(seconds)}, over the limit of {limit}")
+    if not _fits(checkpoint, device):
+        return TextChoice(MIXTURE, "the whole parent does not fit into the free memory")
+    return TextChoice(SAMPLED, f"sampling is forecast at {duration(seconds)}, within the limit of {limit}")
+
+
+def sampling_seconds(checkpoint: Checkpoint, tokens: int, device: torch.device) -> float:
+    """Return the forecast seconds of sampling.
+
+    Args:
+        checkpoint: the model.
+        tokens: how many are sampled.
+        device: where the model runs.
+    """
+    rate = SAMPLING_FLOPS.get(device.type, CPU_SAMPLING_FLOPS * torch.get_num_threads())
+    return 2.0 * _num_parameters(checkpoint) * tokens / rate
+
+
+def read_corpus(
+    checkpoint: Checkpoint,
+    calibration: Any,
+    device: torch.device | None = None,
+    progress: Progress = SILENT,
+    cache: Path | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the calibration text and its held-back part as token ids, (sequences, length) each.
+
+    Args:
+        checkpoint: the source, from which the text "sampled" is drawn.
+        calibration: has text, sequences, length and seed.
+        device: where text is sampled; None: the CPU.
+        progress: receives the tokens that are sampled.
+        cache: folder that keeps the tokens; a run that was interrupted reads them again.
+
+    Returns:
+        The text, and sequences behind it; these are missing where a source has no more text.
+
+    Raises:
+        HeadwiseError: the tokenizer is missing or fails, or gives a token outside the vocabulary.
+    """
+    path = None if cache is None else cache / FILE
+    count = calibration.sequences
+    blocks = _cached(path, calibration)
+    if blocks is None:
+        blocks = _read(checkpoint, calibration, device or torch.device("cpu"), progress)
+        if path is not None:
+            kept = {"tokens": blocks.to(torch.int32)}
+            write_file_atomically(path, lambda to: save_file(kept, to, {"made": _identity(calibration)}))
+    return blocks[:count], blocks[count:]
+
+
+def measure_text(
+    checkpoint: Checkpoint,
+    calibration: Any,
+    writer: Writer,
+    device: torch.device,
+    progress: Progress,
+    cache: Path,
+) -> None:
+    """Measure the parent's loss on the text before the conversion, and warn if the text does not fit.
+
+    Nothing is measured where the parent does not fit into memory or the forecast is too long.
+
+    Args:
+        checkpoint: the source.
+        calibration: has text, sequences, length and seed.
+        writer: its journal keeps the losses.
+        device: where the parent runs.
+        progress: receives a warning.
+        cache: folder that keeps the text.
+    """
+    if NOTE in writer.notes or not _affordable(checkpoint, calibration, device):
+        return
+    blocks, heldback = read_corpus(checkpoint, calibration, device, progress, cache)
+    if not len(heldback):
+        return
+    progress.stage("Measuring the parent on the calibration text")
+    network = load_for_sampling(checkpoint, device)
+    before = nats_per_token(network, heldback, batch_size=1)
+    loss: dict[str, Any] = {"tokens": before.tokens, "before": _number(before.nats)}
+    if calibration.text != SAMPLED:
+        length = min(PIECE_LENGTH, calibration.length)
+        tokenizer = load_tokenizer(checkpoint.folder, checkpoint.source)
+        try:
+            drawn = sample_tokens(network, tokenizer, sequences=NUM_PIECES, length=length, seed=calibration.seed)
+        except HeadwiseError:  # a model that cannot be sampled from is converted all the same
+            drawn = None
+        if drawn is not None:
+            loss["text"] = _number(nats_per_token(network, blocks[:NUM_PIECES, :length]).nats)
+            loss["samples"] = _number(nats_per_token(network, drawn).nats)
+    writer.note(NOTE, loss)
+    text, samples = loss.get("text"), loss.get("samples")
+    if text is not None and samples is not None and text > samples + FAR_ABOVE:
+        progress.warn(
+            f"The parent's loss on {calibration.text} is {text:.2f} nats per token, and {samples:.2f} on its own "
+            "samples: this text does not fit the model. Pass `calibrate` sampled, or text like the model's own."
+        )
+
+
+def measure_converted(
+    folder: Path,
+    checkpoint: Checkpoint,
+    calibration: Any,
+    writer: Writer,
+    device: torch.device,
+    progress: Progress,
+    cache: Path,
+) -> CalibrationLoss | None:
+    """Measure the converted model's loss on the held-back text.
+
+    Args:
+        folder: the converted model.
+        checkpoint: the source.
+        calibration: has text, sequences, length and seed.
+        writer: its journal has the parent's losses.
+        device: where the model runs.
+        progress: receives a stage.
+        cache: folder that keeps the text.
+
+    Returns:
+        All losses; None if the parent's were not measured.
+    """
+    measured = writer.notes.get(NOTE)
+    if measured is None:
+        return None
+    progress.stage("Measuring the result on held-back text")
+    heldback = read_corpus(checkpoint, calibration, device, progress, cache)[1]
+    after = nats_per_token(load_for_sampling(open_checkpoint(folder), device), heldback, batch_size=1)
+    return CalibrationLoss(**{**measured, "after": _number(after.nats)})
+
+
+def _read(checkpoint: Checkpoint, calibration: Any, device: torch.device, progress: Progress) -> Tensor:
+    hint = "Add the tokenizer's files to the folder, or pass `calibrate` none."
+    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.source, hint)
+    count = calibration.sequences + NUM_HELDBACK
+    if calibration.text == SAMPLED:
+        network = load_for_sampling(checkpoint, device)
+        shape = {"sequences": count, "length": calibration.length}
+        try:
+            return sample_tokens(network, tokenizer, **shape, seed=calibration.seed, progress=progress)
+        except HeadwiseError:
+            bad = next((name for name in checkpoint.tensors if has_nonfinite(checkpoint.read(name))), None)
+            if bad is None:
+                raise
+            raise HeadwiseError(
+                f"Tensor {bad} holds NaN or infinite values, and no text can be sampled from the model.",
+                "Pass `allow_nan`, and `calibrate` mixture or none, to convert the model all the same.",
+            ) from None
+    options = {"split": "calibration", "length": calibration.length, "seed": calibration.seed}
+    with tokenizer_errors(f"The tokenizer of {checkpoint.source} fails on the calibration text", hint):
+        try:
+            blocks = blocks_from(calibration.text, tokenizer, count=count, **options)
+        except HeadwiseError:  # enough for the calibration, perhaps, and nothing to hold back
+            blocks = blocks_from(calibration.text, tokenizer, count=calibration.sequences, **options)
+    known = find_architecture(checkpoint.config).stock_config(checkpoint.config).vocab_size
+    if int(blocks.max()) >= known:
+        raise HeadwiseError(
+            f"The tokenizer of {checkpoint.source} gives token {int(blocks.max())}; the vocabulary has {known}.",
+            "Its files belong to another model: replace them, or pass `calibrate` none.",
+        )
+    return blocks
+
+
+def _cached(path: Path | None, calibration: Any) -> Tensor | None:
+    """Return the tokens of an earlier run on the same text; None if there are none."""
+    if path is None or not path.exists():
+        return None
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("made") != _identity(calibration):
+                return None
+        return load_file(path)["tokens"].long()
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
+def _identity(calibration: Any) -> str:
+    return f"{calibration.text} {calibration.sequences} {calibration.length} {calibration.seed}"
+
+
+def _affordable(checkpoint: Checkpoint, calibration: Any, device: torch.device) -> bool:
+    """Return whether losses are measured: two models on held-back text, and the parent on two sets of pieces."""
+    tokens = 2 * NUM_HELDBACK * calibration.length + 2 * NUM_PIECES * PIECE_LENGTH
+    rate = FORWARD_FLOPS.get(device.type, CPU_FORWARD_FLOPS * torch.get_num_threads())
+    seconds = 2.0 * _num_parameters(checkpoint) * tokens / rate
+    if calibration.text != SAMPLED:
+        seconds += sampling_seconds(checkpoint, NUM_PIECES * PIECE_LENGTH, device)
+    return seconds <= LOSS_SECONDS and _fits(checkpoint, device)
+
+
+def whole_model_bytes(checkpoint: Checkpoint, device: torch.device) -> int:
+    """Return the bytes of the whole model, as `load_for_sampling` loads it.
+
+    Args:
+        checkpoint: the model.
+        device: where it runs.
+    """
+    return (2 if device.type == "cuda" else 4) * _num_parameters(checkpoint)
+
+
+def _fits(checkpoint: Checkpoint, device: torch.device) -> bool:
+    free = available_memory(device)
+    return free is None or whole_model_bytes(checkpoint, device) < MEMORY_SHARE * free
+
+
+def _num_parameters(checkpoint: Checkpoint) -> int:
+    return sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
+
+
+def _number(nats: float) -> float | None:
+    """Return a loss as JSON can hold it."""
+    return nats if math.isfinite(nats) else None
