@@ -127,6 +127,23 @@ def unscaled(parameters: Parameters) -> dict[str, Any]:
     return {k: v for k, v in parameters.items() if k not in SCALING_FIELDS} | {"rope_type": "default"}
 
 
+def length_reached(parameters: Parameters, max_position_embeddings: int, original: int | None = None) -> int:
+    """Return the number of tokens that a model's frequencies are scaled for already.
+
+    The configs of `linear`, `dynamic` and `yarn` may keep `max_position_embeddings` as trained. Their length is then
+    the original length times the factor. The other rules state the whole length.
+
+    Args:
+        parameters: the `rope_parameters` of one set of layers.
+        max_position_embeddings: of the config.
+        original: the trained length, where the config has it outside of `parameters`.
+    """
+    if rope_type(parameters) not in ("linear", "dynamic", "yarn") or not parameters.get("factor"):
+        return max_position_embeddings
+    original = parameters.get("original_max_position_embeddings") or original or max_position_embeddings
+    return max(max_position_embeddings, round(original * parameters["factor"]))
+
+
 def ntk_base(rope_theta: float, factor: float, rotary_dim: int) -> float:
     """Return the base that slows the slowest plane by `factor` (mathematics, section 5: b s^{d/(d-2)}).
 

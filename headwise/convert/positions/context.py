@@ -106,12 +106,17 @@ def extend_context(
             "rope_theta", f"`rope` {rule} {problem}.", "Give both: `rope` base and `rope_theta` 1000000."
         )
     sets = rope_sets(config, architecture)
-    trained = architecture.stock_config(config).max_position_embeddings
-    if context <= trained:
+    stock = architecture.stock_config(config)
+    trained = stock.max_position_embeddings
+    reached = max(_length_reached(rope_set, stock) for rope_set in sets)
+    if context <= reached:
+        kinds = " and ".join(sorted({rope.rope_type(s.parameters) for s in sets} - {"default"}))
+        present = f"the {reached} tokens that its {kinds} scaling reaches already"
         raise SettingError(
             "context",
-            f"`context` {context} is not larger than the present max_position_embeddings: {trained}.",
-            f"Give more than {trained} tokens, or leave out `context`.",
+            f"`context` {context} is not larger than "
+            f"{present if reached > trained else f'the present max_position_embeddings: {trained}'}.",
+            f"Give more than {reached} tokens, or leave out `context`.",
         )
     rescaled = [s for s in sets if s.window is None or s.window > trained]
     if not rescaled and rule != "auto":
@@ -124,17 +129,20 @@ def extend_context(
     ]
     for rope_set in rescaled:
         chosen = rule
-        sizes = {"rotary_dim": rope_set.rotary_dim, "trained": trained, "context": context}
+        # The new factor is counted from the length that the source's own scaling reaches. Dynamic scaling is replaced.
+        dynamic = rope.rope_type(rope_set.parameters) == "dynamic"
+        start = trained if dynamic else _length_reached(rope_set, stock)
+        sizes = {"rotary_dim": rope_set.rotary_dim, "trained": start, "context": context}
         try:
             if rule == "auto":
-                advice = recommend_rule(rope_set.parameters, rotary_dim=rope_set.rotary_dim, trained=trained)
+                advice = recommend_rule(rope_set.parameters, rotary_dim=rope_set.rotary_dim, trained=start)
                 chosen = advice.rule
                 notes.append(f"auto chose {chosen} for {rope_set.where}: {advice.reason}")
             parameters = rope.rescale(rope_set.parameters, chosen, **sizes, rope_theta=rope_theta)
         except ValueError as error:
             raise SettingError("rope", f"`rope` {chosen} cannot extend this model: {error}.") from error
         changed[rope_set.layer_type] = parameters
-        notes += _notes(rope_set, parameters, trained, context)
+        notes += _notes(rope_set, parameters, start, context)
     try:
         new = _write(config, architecture, changed, trained, context)
         verify_frequencies(new, architecture, context)
@@ -145,6 +153,19 @@ def extend_context(
             error.hint or "Choose another `rope`; ntk needs nothing but rope_theta.",
         ) from error
     return new, notes
+
+
+def _length_reached(rope_set: RopeSet, stock: Any) -> int:
+    """Return the length that the frequencies of some layers are scaled for.
+
+    A config with frequencies for each type of layer states the whole length in `max_position_embeddings`.
+    """
+    length: int = stock.max_position_embeddings
+    if rope_set.layer_type is not None:
+        return length
+    return rope.length_reached(
+        rope_set.parameters, length, getattr(stock, "original_max_position_embeddings", None)
+    )
 
 
 def _notes(rope_set: RopeSet, parameters: dict[str, Any], trained: int, context: int) -> list[str]:
@@ -188,7 +209,10 @@ def _write(
             parameters = values
         else:
             parameters[layer_type] = values
-        if hasattr(stock, "original_max_position_embeddings"):
+        if rope.rope_type(values) == "linear" and layer_type is None:
+            # Without it, the config does not show whether the factor is in max_position_embeddings already.
+            text["original_max_position_embeddings"] = round(context / values["factor"])
+        elif hasattr(stock, "original_max_position_embeddings"):
             text["original_max_position_embeddings"] = values.get("original_max_position_embeddings", context)
     text["rope_parameters"] = parameters
     dynamic = any(rope.rope_type(values) == "dynamic" for values in changed.values())

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from headwise.convert.positions import context
-from headwise.errors import HeadwiseError
+from headwise.errors import HeadwiseError, SettingError
 from headwise.models import architecture, rope
 from tests import tiny_models
 
@@ -157,3 +157,41 @@ def test_models_without_rope_are_refused(model_type: str) -> None:
     config = AutoConfig.for_model(model_type).to_dict()
     with pytest.raises(HeadwiseError):
         context.extend_context(config, architecture.find_architecture(config), context=10**6)
+
+
+@pytest.mark.parametrize(
+    ("rope_parameters", "trained", "reached"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 128, 512),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512, 512),
+        ({"rope_type": "linear", "factor": 4.0}, 128, 512),
+        ({"rope_type": "dynamic", "factor": 4.0}, 128, 512),
+    ],
+)
+def test_the_factor_of_a_scaled_source_is_counted_once(
+    rope_parameters: dict[str, Any], trained: int, reached: int
+) -> None:
+    theta = {"rope_theta": 10000.0}
+    config, arch = tiny("llama", max_position_embeddings=trained, rope_parameters=rope_parameters | theta)
+    with pytest.raises(SettingError, match=f"`context` {reached} is not larger than .*{reached}"):
+        context.extend_context(config, arch, context=reached)
+    kind = rope_parameters["rope_type"]
+    new, _ = context.extend_context(config, arch, context=2 * reached, rule=kind)
+    assert new["rope_parameters"]["factor"] == 2 * reached / 128
+    again, _ = context.extend_context(new, arch, context=4 * reached, rule=kind)
+    assert again["rope_parameters"]["factor"] == 4 * reached / 128
+
+
+def test_a_larger_base_on_a_linear_source_counts_from_what_it_reaches() -> None:
+    linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    config, arch = tiny("llama", max_position_embeddings=128, rope_parameters=linear)
+    new, _ = context.extend_context(config, arch, context=1024, rule="ntk")
+    assert new["rope_parameters"]["rope_theta"] == pytest.approx(rope.ntk_base(10000.0, 2.0, 8))
+    assert new["original_max_position_embeddings"] * new["rope_parameters"]["factor"] == 1024
+
+
+def test_a_config_with_frequencies_by_layer_type_states_its_whole_length() -> None:
+    config, arch = tiny("gemma3_text")
+    config["rope_parameters"]["full_attention"] |= {"rope_type": "linear", "factor": 8.0}
+    new, _ = context.extend_context(config, arch, context=256, rule="linear")
+    assert new["rope_parameters"]["full_attention"]["factor"] == 16.0
