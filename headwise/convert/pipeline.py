@@ -30,6 +30,7 @@ from headwise.convert.verify.verification import Verification
 from headwise.environment import find_device
 from headwise.fields import settings_of
 from headwise.io.reader import Checkpoint, open_checkpoint
+from headwise.io.tokenizer import TOKENIZER_CONFIG, raised_max_length
 from headwise.io.writer import Writer
 from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.stock_match import match_source
@@ -191,6 +192,9 @@ def convert_model(
         recorded["calibration"] = calibration.described() | {"reason": calibration.reason}
     if joint:
         recorded["joint"] = asdict(joint)
+    longer = raised_max_length(checkpoint.folder, settings.context) if settings.context else None
+    if longer:
+        target.notes.append(f"{TOKENIZER_CONFIG}: model_max_length {longer[0]} becomes {settings.context}.")
     plan = make_plan(
         checkpoint,
         arch,
@@ -240,6 +244,8 @@ def convert_model(
             measure_text(checkpoint, measured, writer, requested, progress, texts)
         layers = convert_layers(checkpoint, arch, target, calibration, writer, work_device, progress)
         _copy_rest(checkpoint, target, writer, progress)
+        if longer:
+            writer.add_text(TOKENIZER_CONFIG, longer[1])
         checkpoint.check_unchanged()
         verification: list[Verification] = []
         stages: list[dict[str, Any]] = []

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from headwise.errors import HeadwiseError
+from headwise.io.source import read_json
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def load_tokenizer(
@@ -30,6 +34,30 @@ def load_tokenizer(
 
     with tokenizer_errors(f"{source} has no tokenizer that transformers can load", hint):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def raised_max_length(folder: Path, length: int) -> tuple[int, str] | None:
+    """Return a folder's tokenizer_config.json with `model_max_length` raised to a longer context.
+
+    Tokenizers truncate at that length, and engines take the smaller of it and the model's context.
+
+    Args:
+        folder: with the file.
+        length: the context, in tokens.
+
+    Returns:
+        The present `model_max_length` and the new text of the file; None if no change is needed.
+
+    Raises:
+        HeadwiseError: the file is not a JSON object.
+    """
+    if not (folder / TOKENIZER_CONFIG).is_file():
+        return None
+    fields = read_json(folder, TOKENIZER_CONFIG)
+    present = fields.get("model_max_length")
+    if isinstance(present, bool) or not isinstance(present, int) or present >= length:
+        return None
+    return present, json.dumps(fields | {"model_max_length": length}, indent=2, ensure_ascii=False) + "\n"
 
 
 @contextmanager

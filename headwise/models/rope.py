@@ -130,8 +130,8 @@ def unscaled(parameters: Parameters) -> dict[str, Any]:
 def length_reached(parameters: Parameters, max_position_embeddings: int, original: int | None = None) -> int:
     """Return the number of tokens that a model's frequencies are scaled for already.
 
-    The configs of `linear`, `dynamic` and `yarn` may keep `max_position_embeddings` as trained. Their length is then
-    the original length times the factor. The other rules state the whole length.
+    The configs of `linear`, `dynamic` and `yarn` may keep `max_position_embeddings` as trained. Their length is
+    then the original length times the factor. The other rules state the whole length.
 
     Args:
         parameters: the `rope_parameters` of one set of layers.
@@ -140,8 +140,8 @@ def length_reached(parameters: Parameters, max_position_embeddings: int, origina
     """
     if rope_type(parameters) not in ("linear", "dynamic", "yarn") or not parameters.get("factor"):
         return max_position_embeddings
-    original = parameters.get("original_max_position_embeddings") or original or max_position_embeddings
-    return max(max_position_embeddings, round(original * parameters["factor"]))
+    start: int = parameters.get("original_max_position_embeddings") or original or max_position_embeddings
+    return max(max_position_embeddings, round(start * float(parameters["factor"])))
 
 
 def ntk_base(rope_theta: float, factor: float, rotary_dim: int) -> float:

@@ -1,4 +1,4 @@
-"""Check which serving engines load a converted MLA model, by the rules of engines.yaml."""
+"""Check which serving engines load a converted model, by the rules of engines.yaml."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ DIRECT_QUERY_DEPTHS = (26, 27, 48)
 # Largest relative distance between a wanted cache row and the one that replaces it.
 NEAR = 0.2
 SEVERITY = ("no", "wrong", "unread")
+VERDICTS = {"yes": "loads", "no": "does not load", "wrong": "loads, and computes another function"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class EngineVerdict:
     loads: str
     reason: str
     read: str
+
+    @property
+    def line(self) -> str:
+        """Return the verdict as a line of a plan."""
+        reason = f" ({self.reason})" if self.reason else ""
+        return f"{self.name}: {VERDICTS.get(self.loads, 'not known')}{reason}"
 
 
 @cache
@@ -78,6 +85,18 @@ def engine_verdicts(config: Mapping[str, Any]) -> list[EngineVerdict]:
         loads = broken[0]["otherwise"] if broken else "yes"
         verdicts.append(EngineVerdict(engine["name"], loads, reason, engine["read"]))
     return verdicts
+
+
+def window_verdicts(stock_class: str) -> list[EngineVerdict]:
+    """Return what engines do with a stock class that has a sliding window.
+
+    Args:
+        stock_class: the name in `architectures`.
+
+    Returns:
+        One verdict for each engine; none for a class without an entry in the table.
+    """
+    return [EngineVerdict(**row) for row in _table()["windows"].get(stock_class, ())]
 
 
 def nearest_cache_row(size: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -382,6 +383,17 @@ def test_the_config_is_read_alike_in_both_spellings(model: Path, tmp_path: Path)
         '{"factor": 2.0, "rope_theta": 10000.0, "rope_type": "linear"}'
     }
     assert {c.num_key_value_heads for c in found} == {1}
+
+
+@pytest.mark.parametrize(("present", "after"), [(32, 64), (1000, 1000)])
+def test_a_longer_context_raises_the_length_of_the_tokenizer(
+    model: Path, tmp_path: Path, present: int, after: int
+) -> None:
+    source = shutil.copytree(model, tmp_path / "source")
+    (source / "tokenizer_config.json").write_text(json.dumps({"model_max_length": present, "eos_token": "é"}))
+    convert_model(source, tmp_path / "out", context=64, rope="ntk")
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert written == {"model_max_length": after, "eos_token": "é"}
 
 
 def test_a_longer_context_keeps_every_weight_and_passes_its_checks(model: Path, tmp_path: Path) -> None:

@@ -84,3 +84,13 @@ def test_splits_fill_the_cache_row() -> None:
     assert (128, 32) in pairs and (96, 64) in pairs
     assert all(rank + rope == 160 and rope % 2 == 0 and rank > 0 for rank, rope in pairs)
     assert all(rope <= 8 for _, rope in engines.rank_splits(64, 8, 1))
+
+
+def test_a_class_with_a_window_has_a_verdict_for_every_engine() -> None:
+    loads = {
+        name: {verdict.name: verdict.loads for verdict in engines.window_verdicts(name)}
+        for name in ("MistralForCausalLM", "MinistralForCausalLM", "LlamaForCausalLM")
+    }
+    assert loads["MistralForCausalLM"]["llama.cpp"] == "wrong"
+    assert loads["MinistralForCausalLM"] == dict(transformers="yes", vLLM="no", SGLang="no", **{"llama.cpp": "no"})
+    assert loads["LlamaForCausalLM"] == {}

@@ -21,6 +21,7 @@ from headwise.io.reader import Checkpoint
 from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.layout import AttentionLayout, LayerWeights
 from headwise.models.stock import empty_model, load_into
+from headwise.serving import engines
 
 
 class GroupedTarget:
@@ -88,12 +89,22 @@ class GroupedTarget:
         self.engines = [SAME_ARCHITECTURE]
         self.warnings: list[str] = []
         self.notes: list[str] = []
+        if settings.sliding_window:
+            self._explain_window()
         if self.calibrated and self.arch.norms is not None:
             self.notes.append(
                 f"{self.arch.model_type} normalizes queries and keys: before they are merged, keys can be given a "
                 "sign per plane (a rotation where the norm's weights are equal) and no scale. Values have no such "
                 "limit."
             )
+
+    def _explain_window(self) -> None:
+        """Name a change of the class, and what engines do with the window."""
+        before, after = (config["architectures"][0] for config in (self.source.config, self.config))
+        if before != after:
+            self.notes.append(f"The stock class becomes {after}, which has the window; it was {before}.")
+        if verdicts := engines.window_verdicts(after):
+            self.engines = [verdict.line for verdict in verdicts]
 
     def converted_names(self, layer: int) -> tuple[str, ...]:
         """See `Target`."""

@@ -33,7 +33,6 @@ from headwise.serving import engines
 PADDED_V_HEAD_DIM = 128
 # The number of layers from which frequencies are chosen.
 NUM_SAMPLED_LAYERS = 3
-VERDICTS = {"yes": "loads", "no": "does not load", "wrong": "loads, and computes another function"}
 
 
 class LatentTarget:
@@ -111,7 +110,7 @@ class LatentTarget:
             layout, self._hidden_size, bias=bias, v_head_dim=self.v_head_dim, q_lora_rank=self.q_lora_rank
         )
         self.outputs = mla_source.plan_outputs(copies, checkpoint.tensors, self._shapes, self.dtype)
-        self.engines = [_engine_line(verdict) for verdict in engines.engine_verdicts(self.config)]
+        self.engines = [verdict.line for verdict in engines.engine_verdicts(self.config)]
 
     def converted_names(self, layer: int) -> tuple[str, ...]:
         """See `Target`."""
@@ -286,9 +285,3 @@ class LatentTarget:
         return sorted(
             {rotary[k * (len(rotary) - 1) // (NUM_SAMPLED_LAYERS - 1)] for k in range(NUM_SAMPLED_LAYERS)}
         )
-
-
-def _engine_line(verdict: engines.EngineVerdict) -> str:
-    """Return the line of the plan about one engine."""
-    reason = f" ({verdict.reason})" if verdict.reason else ""
-    return f"{verdict.name}: {VERDICTS.get(verdict.loads, 'not known')}{reason}"

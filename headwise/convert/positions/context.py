@@ -129,7 +129,7 @@ def extend_context(
     ]
     for rope_set in rescaled:
         chosen = rule
-        # The new factor is counted from the length that the source's own scaling reaches. Dynamic scaling is replaced.
+        # The new factor counts from the length that the source's scaling reaches. Dynamic scaling is replaced.
         dynamic = rope.rope_type(rope_set.parameters) == "dynamic"
         start = trained if dynamic else _length_reached(rope_set, stock)
         sizes = {"rotary_dim": rope_set.rotary_dim, "trained": start, "context": context}

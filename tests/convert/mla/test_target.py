@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, Phi3Config
 
 from headwise.compat import cache_of
 from headwise.convert import layers
@@ -321,3 +321,17 @@ def test_resuming_gives_the_same_bytes(model: Path, tmp_path: Path, monkeypatch:
     assert not out.exists()
     convert_model(model, out, **options, resume=True)
     assert contents(out) == contents(tmp_path / "whole" / "out")
+
+
+def test_a_field_that_the_config_leaves_out_has_the_default_of_its_class(tmp_path: Path) -> None:
+    model = tiny_models.save("phi3", tmp_path / "model", rms_norm_eps=1e-5, partial_rotary_factor=1.0)
+    path = model / "config.json"
+    fields = json.loads(path.read_text())
+    assert Phi3Config().rms_norm_eps == fields.pop("rms_norm_eps") == 1e-5
+    path.write_text(json.dumps(fields))
+    convert_model(model, tmp_path / "out", to="mla", exact=True)
+    logits = [
+        AutoModelForCausalLM.from_pretrained(folder)(tiny_models.tokens()).logits
+        for folder in (model, tmp_path / "out")
+    ]
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)

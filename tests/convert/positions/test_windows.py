@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
+from headwise.convert.pipeline import convert_model
+from headwise.convert.plan import Plan
 from headwise.convert.positions import windows
+from headwise.convert.verify.check import verify_model
 from headwise.errors import HeadwiseError
 from headwise.models import architecture
 from headwise.models.layout import CacheSize
@@ -128,3 +132,34 @@ def test_refusals(model_type: str, window: int | None, layers: str, message: str
     config = tiny_models.config_of(model_type)
     with pytest.raises(HeadwiseError, match=message):
         windows.with_window(config, architecture.find_architecture(config), window, layers)
+
+
+@pytest.mark.parametrize(
+    ("layers", "stock_class", "engine"),
+    [
+        ("all", "MistralForCausalLM", "llama.cpp: loads, and computes another function"),
+        ("alternate", "MinistralForCausalLM", "vLLM: does not load"),
+    ],
+)
+def test_the_plan_names_the_new_class_and_the_engines_without_its_window(
+    tmp_path: Path, layers: str, stock_class: str, engine: str
+) -> None:
+    model = tiny_models.save("llama", tmp_path / "model", attention_bias=False)
+    plan = convert_model(model, tmp_path / "out", sliding_window=WINDOW, window_layers=layers, dry_run=True)
+    assert isinstance(plan, Plan)
+    assert f"The stock class becomes {stock_class}" in " ".join(plan.notes)
+    assert any(line.startswith(engine) for line in plan.engines)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2"])
+def test_windows_are_removed_and_heads_become_mla_in_one_conversion(tmp_path: Path, model_type: str) -> None:
+    model = tiny_models.save(model_type, tmp_path / "model")
+    with pytest.raises(HeadwiseError, match="no stock MLA model has a sliding window"):
+        convert_model(model, tmp_path / "out", to="mla", exact=True)
+    convert_model(model, tmp_path / "out", to="mla", exact=True, sliding_window=0)
+    assert verify_model(tmp_path / "out", model).passed
+
+
+def test_a_window_of_no_layer_does_not_hinder_mla(tmp_path: Path) -> None:
+    model = tiny_models.save("qwen2", tmp_path / "model", max_window_layers=2)
+    convert_model(model, tmp_path / "out", to="mla", exact=True)
