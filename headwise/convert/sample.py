@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from headwise.environment import find_device
 from headwise.errors import HeadwiseError, SettingError
@@ -92,37 +91,32 @@ def sample_text(
         raise SettingError("out", f"The folder {path.parent} does not exist.", "Make the folder first.")
     where = find_device(device)
     checkpoint = open_checkpoint(model, revision=revision, token=token, progress=progress)
-    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.source)
-    rows = sample_rows(checkpoint, tokenizer, tokens, seed=seed, device=where, progress=progress)
-    documents = documents_of(rows, tokenizer)
-    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
-    with os_errors(path):
-        write_file_atomically(path, lines.encode())
+    result = write_samples(checkpoint, path, tokens, seed=seed, device=where, progress=progress)
     progress.finish()
-    return SampleResult(path, len(documents), rows.numel(), seed)
+    return result
 
 
-def sample_rows(
+def write_samples(
     checkpoint: Checkpoint,
-    tokenizer: Any,
+    path: Path,
     tokens: int,
     *,
     seed: int,
     device: torch.device,
     progress: Progress = SILENT,
-) -> Tensor:
-    """Sample about that many tokens in sequences as long as the model allows, up to 1,024.
+) -> SampleResult:
+    """Sample about that many tokens, in sequences as long as the model allows up to 1,024, and write them.
 
     Args:
         checkpoint: the model.
-        tokenizer: its tokenizer.
+        path: the file; it appears when it is complete.
         tokens: how many.
         seed: of the samples.
         device: where the model runs.
         progress: receives the tokens that are sampled.
 
     Returns:
-        int64 (sequences, length).
+        The file and the amount of text in it.
 
     Raises:
         HeadwiseError: the model cannot be loaded, or gives logits that are not finite.
@@ -132,9 +126,15 @@ def sample_rows(
     length = min(LENGTH, longest, tokens)
     if length < 2:
         raise HeadwiseError(f"{checkpoint.source} has positions for {longest} tokens, which holds no text.")
+    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.source)
     network = load_for_sampling(checkpoint, device)
     sequences = max(1, round(tokens / length))
-    return sample_tokens(network, tokenizer, sequences=sequences, length=length, seed=seed, progress=progress)
+    rows = sample_tokens(network, tokenizer, sequences=sequences, length=length, seed=seed, progress=progress)
+    documents = documents_of(rows, tokenizer)
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
+    with os_errors(path):
+        write_file_atomically(path, lines.encode())
+    return SampleResult(path, len(documents), rows.numel(), seed)
 
 
 def _name_of(model: str | Path) -> str:

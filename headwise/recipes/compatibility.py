@@ -9,7 +9,7 @@ from headwise.errors import HeadwiseError, SettingError
 from headwise.io.tokenizer import load_tokenizer
 from headwise.recipes.layerwise import check_layerwise
 from headwise.recipes.settings import UptrainRecipe
-from headwise.text.sources import Data, overlapping
+from headwise.text.sources import SELF, Data, overlapping
 from headwise.train.student import ModelFolder
 
 _WRONG_PARENT = "Name the model that the folder was converted from."
@@ -62,6 +62,8 @@ def check_compatible(
             f"Give data.length={longest}, or convert the model to a longer context first.",
         )
     if teacher is None:
+        if SELF in recipe.data.text:
+            raise SettingError("teacher", "The text self is sampled from the parent.", "Give `teacher`.")
         if recipe.needs_teacher:
             raise SettingError("teacher", "This recipe needs the parent as a teacher.", "Give `teacher`.")
         return

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from headwise import environment
+from headwise.convert.sample import write_samples
 from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import open_checkpoint
 from headwise.io.tokenizer import load_tokenizer
@@ -37,6 +38,7 @@ from headwise.records.manifest import read_record
 from headwise.text import packing
 from headwise.text.blocks import blocks_from, training_blocks
 from headwise.text.marks import given_tokens, tokens_of
+from headwise.text.sources import SELF
 from headwise.train.callbacks import check_reporters, gap_closed
 from headwise.train.checkpoints import WEIGHTS, Checkpoints, load_tensors, save_tensors
 from headwise.train.curve_plot import draw_curve
@@ -46,6 +48,7 @@ from headwise.train.teacher import Teacher, cache_teacher_topk
 from headwise.train.trainer import Task, collate_topk, make_trainer, on_cpu, resume
 
 TRAINING = "training"
+SELF_TOKENS = 4_194_304  # sampled at most; a longer training reads them again
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,26 @@ class Run:
 
     def training_blocks(self, tokens: int, seed: int) -> tuple[Any, Mapping[str, Any]]:
         """Return the text that is trained on: see `headwise.text.blocks.training_blocks`."""
-        return training_blocks(self.recipe.data, self.tokenizer, tokens, seed)
+        data = self.recipe.data
+        if SELF not in data.text:
+            return training_blocks(data, self.tokenizer, tokens, seed)
+        sampled = str(self._sampled_text())
+        text = {sampled if source == SELF else source: times for source, times in data.text.items()}
+        blocks, facts = training_blocks(replace(data, text=text), self.tokenizer, tokens, seed)
+        return blocks, {SELF if source == sampled else source: fact for source, fact in facts.items()}
+
+    def _sampled_text(self) -> Path:
+        """Return the file of text sampled from the parent; a resumed run finds it in its folder."""
+        assert self.teacher is not None
+        path = self.training_dir / "self.jsonl"
+        if self.is_main_process and not path.exists():
+            training, layerwise = self.recipe.train, self.recipe.layerwise
+            budget = training.budget(outcome.pretraining_tokens(self.teacher, self.folder)) if training else 0
+            tokens = min(SELF_TOKENS, max(budget, layerwise.tokens if layerwise else 0))
+            seed, parent = self.recipe.seed, self.teacher.checkpoint
+            write_samples(parent, path, tokens, seed=seed, device=self.device, progress=self.progress)
+        self.processes.wait_for_everyone()
+        return path
 
     def _identity(self) -> dict[str, Any]:
         teacher = self.teacher.checkpoint.fingerprint() if self.teacher else None

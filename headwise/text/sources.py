@@ -21,6 +21,7 @@ from headwise.schema import not_legal
 from headwise.text import builtin, mixture
 from headwise.text.chat import Chat, read_chat
 
+SELF = "self"  # text that is sampled from the parent before the training
 STREAM_BYTES = 1 << 30  # rows of files up to this size together are read at once
 _ROWS = {".jsonl": "json", ".parquet": "parquet"}
 # Files that hold documents, but neither plain text nor rows of text.
@@ -95,6 +96,11 @@ def documents(source: str, split: str = "train", characters: int | None = None) 
         return [*builtin.library_documents(split)]
     if source == "mixture":
         return [*mixture.mixture_documents(split)]
+    if source == SELF:
+        raise HeadwiseError(
+            "The text self is sampled from the parent, for the training text of a recipe only.",
+            "Write it with `headwise sample` and give the file.",
+        )
     if source == "packages":
         return [*builtin.package_documents()]
     if source.startswith("hf:"):
@@ -216,7 +222,7 @@ def _files(source: str) -> list[Path]:
 
 def _resolved_files(source: str) -> set[Path]:
     """Return the files of a source; none for a source that is not a file."""
-    elsewhere = source in ("builtin", "mixture", "packages") or source.startswith("hf:")
+    elsewhere = source in ("builtin", "mixture", "packages", SELF) or source.startswith("hf:")
     return set() if elsewhere else {path.resolve() for path in _files(source)}
 
 

@@ -206,6 +206,19 @@ def test_text_of_ones_own(home: Path, tmp_path: Path) -> None:
     assert facts["heldout"] == {"text": held, "tokens": 2 * 31}
 
 
+def test_text_sampled_from_the_parent(home: Path, tmp_path: Path) -> None:
+    plan = replace(recipe(home), data=Data({"self": 1}, 32, heldout=str(home / "held.txt"), heldout_blocks=2))
+    uptrain_model(home / "mqa", tmp_path / "out", recipe=plan, tokens=512)
+    facts = json.loads((tmp_path / "out" / "headwise.json").read_text())["uptraining"][-1]
+    assert list(facts["text"]) == ["self"] and facts["text"]["self"]["documents"] > 0
+    assert not list((tmp_path / "out").glob("*.jsonl"))
+    alone = replace(plan, loss=Loss(cross_entropy=1.0))
+    model = shutil.copytree(home / "mqa", tmp_path / "orphan")
+    (model / "headwise.json").unlink()
+    with pytest.raises(HeadwiseError, match="The text self is sampled from the parent"):
+        uptrain_model(model, tmp_path / "other", recipe=alone)
+
+
 def test_conversations_train_on_their_answers(home: Path, tmp_path: Path) -> None:
     turns = [{"role": r, "content": f"x = {r}"} for r in ("user", "assistant")]
     chat = tmp_path / "chat.jsonl"

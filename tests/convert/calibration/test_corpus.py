@@ -80,7 +80,7 @@ def test_a_short_file_is_read_without_a_heldback_part(parent: Path, tmp_path: Pa
     path.write_text("x = 1\n" * 10)
     blocks, heldback = read_corpus(open_checkpoint(parent), plan_of(str(path), sequences=2), CPU)
     assert len(blocks) == 2 and len(heldback) < NUM_HELDBACK
-    with pytest.raises(HeadwiseError, match="blocks of 17 tokens, 900 were asked for"):
+    with pytest.raises(HeadwiseError, match="blocks of 17 tokens, 900 are needed"):
         read_corpus(open_checkpoint(parent), plan_of(str(path), sequences=900), CPU)
 
 
