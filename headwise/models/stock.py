@@ -191,17 +191,18 @@ def _attention_arguments(stub: LayerStub) -> dict[str, Any]:
 
 
 @contextmanager
-def capture_layer_calls(layers: nn.ModuleList) -> Iterator[list[LayerStub]]:
+def capture_layer_calls(layers: nn.ModuleList, *, stop: bool = True) -> Iterator[list[LayerStub]]:
     """Replace decoder layers by stubs that record their arguments, until the context ends.
 
     Args:
         layers: the decoder layers of a model, replaced in place.
+        stop: raise StopForward in the last layer.
 
     Yields:
         The stubs, in the order of the layers.
     """
     real = list(layers)
-    stubs = [LayerStub(layer, last=layer is real[-1]) for layer in real]
+    stubs = [LayerStub(layer, last=stop and layer is real[-1]) for layer in real]
     for i, stub in enumerate(stubs):
         layers[i] = stub
     try:

@@ -213,7 +213,8 @@ def _canonical_names(config: dict[str, Any], placed: Collection[str], found: Sto
 
 def _name_class(config: dict[str, Any], model: Any) -> Iterator[str]:
     """Fill in `architectures`, from which engines choose their class, and yield a note about it."""
-    if not config.get("architectures"):
+    named = config.get("architectures")
+    if not (isinstance(named, list) and named and all(isinstance(name, str) for name in named)):
         config["architectures"] = [type(model).__name__]
         yield f"config.json names no `architectures`: {type(model).__name__} is written."
 

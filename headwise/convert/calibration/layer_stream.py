@@ -73,6 +73,8 @@ class LayerStream:
         device: where a layer is computed.
         config: a config that gives the same weights other positions, in place of the checkpoint's own;
             `architecture` is then the row of that config.
+        dtype: in which layers are computed.
+        stored: round the weights to this dtype first; None: they stay as they are.
     """
 
     def __init__(
@@ -82,10 +84,15 @@ class LayerStream:
         tokens: Tensor,
         device: torch.device | str = "cpu",
         config: dict[str, Any] | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        stored: torch.dtype | None = None,
     ) -> None:
         self._checkpoint, self._architecture = checkpoint, architecture
         self._device = torch.device(device)
-        self._model = empty_model(config or checkpoint.config, architecture.auto_class)
+        self._tokens, self._stored = tokens, stored
+        self._tuples = False  # whether a layer returns a tuple
+        self._model = empty_model(config or checkpoint.config, architecture.auto_class, dtype)
         self._layers: nn.ModuleList = self._model.get_submodule(architecture.module.rpartition(".")[0])
         self._names: list[list[str]] = [[] for _ in self._layers]
         self._other: list[str] = []
@@ -122,11 +129,33 @@ class LayerStream:
                 yield record
 
     @torch.no_grad()
+    def logits(self) -> Tensor:
+        """Run all layers and return the model's logits, (sequences, length, vocabulary)."""
+        for index in range(len(self._layers)):
+            with self._real_layer(index) as layer:
+                self._pass(index, layer)
+        self._load(self._other)
+        self._model.tie_weights()
+        logits = []
+        with capture_layer_calls(self._layers, stop=False) as stubs:
+            for row, hidden in zip(self._tokens.split(1), self._hidden.split(1), strict=True):
+                last = hidden.to(self._device)
+                output = (last,) if self._tuples else last
+                handles = [stub.register_forward_hook(lambda *_, output=output: output) for stub in stubs]
+                logits.append(self._model(input_ids=row.to(self._device), use_cache=False).logits.cpu())
+                for handle in handles:
+                    handle.remove()
+        self._unload()
+        return torch.cat(logits)
+
+    @torch.no_grad()
     def _pass(self, index: int, layer: nn.Module) -> None:
         """Run a layer without recording it."""
         args, kwargs = self._arguments[index]
         for part in self._parts():
-            self._hidden[part] = _first(layer(self._hidden[part].to(self._device), *args, **kwargs)).cpu()
+            output = layer(self._hidden[part].to(self._device), *args, **kwargs)
+            self._tuples = isinstance(output, tuple)
+            self._hidden[part] = _first(output).cpu()
 
     def _parts(self) -> list[slice]:
         sequences, length, _ = self._hidden.shape
@@ -171,7 +200,7 @@ class LayerStream:
     @contextmanager
     def _real_layer(self, index: int) -> Iterator[nn.Module]:
         layer = self._layers[index]
-        load_into(self._model, {n: self._checkpoint.read(n) for n in self._names[index]}, self._device)
+        self._load(self._names[index])
         try:
             yield layer.to(self._device)  # buffers follow the weights
         finally:
@@ -185,7 +214,7 @@ class LayerStream:
         inputs = self._model.get_input_embeddings()
         skipped -= {id(p) for p in inputs.parameters()}
         names = {n for n, p in self._model.named_parameters() if id(p) in skipped}
-        load_into(self._model, {n: self._checkpoint.read(n) for n in self._other if n not in names}, self._device)
+        self._load([name for name in self._other if name not in names])
         base = self._model.base_model
         for module in base.modules():  # rotary tables are buffers, made where the model was
             for name, buffer in module.named_buffers(recurse=False):
@@ -196,11 +225,22 @@ class LayerStream:
                 with suppress(StopForward):
                     base(input_ids=row.to(self._device), use_cache=False)
                 hidden.append(stubs[0].hidden.cpu())
-        for name, parameter in self._model.named_parameters():
+        self._unload()
+        return torch.cat(hidden), [(stub.args, stub.kwargs) for stub in stubs]
+
+    def _load(self, names: Collection[str]) -> None:
+        """Load tensors of the checkpoint into the model."""
+        tensors = {name: self._checkpoint.read(name) for name in names}
+        if self._stored is not None:
+            tensors = {n: t.to(self._stored) if t.is_floating_point() else t for n, t in tensors.items()}
+        load_into(self._model, tensors, self._device)
+
+    def _unload(self) -> None:
+        """Free all weights."""
+        for name, parameter in list(self._model.named_parameters(remove_duplicate=False)):
             if parameter.device.type != "meta":
                 owner, _, leaf = name.rpartition(".")
                 setattr(self._model.get_submodule(owner), leaf, nn.Parameter(parameter.to("meta"), False))
-        return torch.cat(hidden), [(stub.args, stub.kwargs) for stub in stubs]
 
 
 def _first(output: Any) -> Tensor:

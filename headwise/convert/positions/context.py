@@ -163,9 +163,8 @@ def _length_reached(rope_set: RopeSet, stock: Any) -> int:
     length: int = stock.max_position_embeddings
     if rope_set.layer_type is not None:
         return length
-    return rope.length_reached(
-        rope_set.parameters, length, getattr(stock, "original_max_position_embeddings", None)
-    )
+    original = getattr(stock, "original_max_position_embeddings", None)
+    return rope.length_reached(rope_set.parameters, length, original if isinstance(original, int) else None)
 
 
 def _notes(rope_set: RopeSet, parameters: dict[str, Any], trained: int, context: int) -> list[str]:

@@ -99,11 +99,8 @@ def compare_grouped(
     if any(b.num_key_value_heads < a.num_key_value_heads for a, b in zip(before, after, strict=True)):
         return True, f"{len(rest)} tensors outside the converted attention are the parent's"
     attention = StockAttention(checkpoint.config, arch)
-    if moved:
-        lifted = [arch.with_groups(checkpoint.config, layout.num_key_value_heads) for layout in before]
-        reference = StockAttention(lifted[0], arch)
-    else:
-        reference = StockAttention(parent.config, old)
+    lifted = arch.with_groups(checkpoint.config, before[0].num_key_value_heads)
+    reference = StockAttention(lifted, arch) if moved else StockAttention(parent.config, old)
     tokens = check_tokens(parent, old.stock_config(parent.config).vocab_size)
     worst, worst_layer = 0.0, 0
     for layer, x in attention_inputs(parent, old, tokens):
@@ -113,7 +110,9 @@ def compare_grouped(
         error = relative_error(attention(layer, arch.tensors(checkpoint, layer), x), reference(layer, rounded, x))
         if not error <= worst:
             worst, worst_layer = error, layer
-    agree, logits = (True, "") if moved else compare_logits(checkpoint, parent, arch, old, recomputed=False)
+    agree, logits = compare_logits(
+        checkpoint, parent, arch, old, recomputed=False, config=lifted if moved else None
+    )
     detail = (
         f"attention of all layers within {worst:.1e} of the parent's (layer {worst_layer}), limit {TOLERANCE:.0e}"
     )

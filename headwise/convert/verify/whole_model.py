@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from headwise.compat import cache_of, no_progress_bars
+from headwise.convert.calibration.layer_stream import LayerStream
 from headwise.convert.verify.layer_inputs import TOKENS, check_tokens, relative_error
 from headwise.io.reader import Checkpoint
 from headwise.models.layout import AttentionLayout
@@ -70,8 +72,12 @@ def compare_logits(
     parent_stock: AttentionModel,
     *,
     recomputed: bool,
+    config: dict[str, Any] | None = None,
 ) -> tuple[bool, str]:
-    """Compare the logits of an exact conversion with its parent's, both whole in float32, on the same text.
+    """Compare the logits of an exact conversion with its parent's, in float32 on the same text.
+
+    Models of up to `WHOLE_BYTES` are loaded whole by `from_pretrained`. Larger ones run layer by layer through all
+    layers.
 
     Args:
         checkpoint: the folder.
@@ -81,21 +87,20 @@ def compare_logits(
         recomputed: whether attention weights were computed anew and rounded to the folder's dtype. The limit is
             then `ROUNDINGS` times what rounding to that dtype does to the parent's own logits. Otherwise a folder
             of another dtype is compared with the parent's weights rounded to it.
+        config: the parent's config with the positions of the folder, and of the folder's class; None: its own.
 
     Returns:
-        Whether they agree, and the end of a sentence about it; empty for models larger than `WHOLE_BYTES`.
+        Whether they agree, and the end of a sentence about it.
     """
-    if max(checkpoint.nbytes, parent.nbytes) > WHOLE_BYTES:
-        return True, ""
     dtype, parent_dtype = _dtype(checkpoint), _dtype(parent)
     stored = dtype if dtype != parent_dtype and not recomputed else torch.float32
-    expected = _logits(parent, parent, parent_stock.auto_class, torch.float32, stored)
-    error = relative_error(_logits(checkpoint, parent, stock.auto_class, torch.float32), expected)
+    tokens = check_tokens(parent, _vocab_size(parent, parent_stock))
+    reference = parent_stock if config is None else stock
+    expected = _logits(parent, reference, tokens, stored=stored, config=config)
+    error = relative_error(_logits(checkpoint, stock, tokens), expected)
     limit = LOGITS_TOLERANCE
     if recomputed and dtype != torch.float32:
-        limit = max(
-            limit, ROUNDINGS * relative_error(_logits(parent, parent, parent_stock.auto_class, dtype), expected)
-        )
+        limit = max(limit, ROUNDINGS * relative_error(_logits(parent, parent_stock, tokens, dtype), expected))
     return error < limit, f"; logits of the whole model within {error:.1e} of the parent's, limit {limit:.1e}"
 
 
@@ -103,16 +108,24 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     return next(entry.dtype for entry in checkpoint.tensors.values() if entry.dtype.is_floating_point)
 
 
+def _vocab_size(checkpoint: Checkpoint, stock: AttentionModel) -> int:
+    return empty_model(checkpoint.config, stock.auto_class).get_input_embeddings().num_embeddings  # type: ignore[no-any-return]
+
+
 def _logits(
     source: Checkpoint,
-    parent: Checkpoint,
-    auto_class: str,
-    dtype: torch.dtype,
+    stock: AttentionModel,
+    tokens: Tensor,
+    dtype: torch.dtype = torch.float32,
+    *,
     stored: torch.dtype = torch.float32,
+    config: dict[str, Any] | None = None,
 ) -> Tensor:
     """Return logits computed in `dtype`, of weights that were rounded to `stored` before."""
-    model = load_model(source, auto_class, stored if stored != torch.float32 else dtype).to(dtype)
-    tokens = check_tokens(parent, model.get_input_embeddings().num_embeddings)
+    rounded = stored if stored != torch.float32 else None
+    if config is not None or source.nbytes > WHOLE_BYTES:
+        return LayerStream(source, stock, tokens, config=config, dtype=dtype, stored=rounded).logits().double()
+    model = load_model(source, stock.auto_class, rounded or dtype).to(dtype)
     with torch.inference_mode():
         output = model(input_ids=tokens, use_cache=False)
     logits: Tensor = output.logits.double()

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
+from headwise.convert.calibration.layer_stream import LayerStream
+from headwise.io.reader import open_checkpoint
+from headwise.models.architecture import find_architecture
+from headwise.models.stock_match import match_source
 from tests import tiny_models
 from tests.convert.calibration.samples import hook_whole_model, stream
 from tests.convert.rows import ROWS, row
@@ -35,3 +40,16 @@ def test_layers_without_a_record_change_nothing(tmp_path):
     assert last.index == 2
     for name in ("inputs", "outputs", "moment", "value_moment", "distances"):
         assert torch.equal(getattr(last, name), getattr(every[2], name))
+
+
+@pytest.mark.parametrize("model_type", ROWS)
+def test_logits_a_layer_at_a_time_are_those_of_the_whole_model(model_type, tmp_path):
+    source = tiny_models.save(model_type, tmp_path / "model", tie_word_embeddings=model_type in ("llama", "gemma2"))
+    tokens = tiny_models.tokens()
+    arch, _, _, _ = row(model_type)
+    whole = getattr(transformers, arch.auto_class).from_pretrained(source, attn_implementation="eager")
+    with torch.inference_mode():
+        wanted = whole(input_ids=tokens, use_cache=False).logits
+    checkpoint = match_source(open_checkpoint(source))
+    found = LayerStream(checkpoint, find_architecture(checkpoint.config, checkpoint.tensors), tokens).logits()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

@@ -79,6 +79,25 @@ def test_the_generation_settings_of_a_folder_are_not_used(
     assert found.passed, found.failures
 
 
+@pytest.mark.parametrize("kind", ["mha", "mla", "long", "bf16"])
+def test_large_models_compare_their_logits_layer_by_layer(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    arguments = {
+        "mha": {"to": "mha"},
+        "mla": {"to": "mla", "exact": True},
+        "long": {"context": 64, "rope": "ntk"},
+        "bf16": {"dtype": "bfloat16"},
+    }
+    out = tmp_path / "out"
+    convert_model(home / "parent", out, verify=False, **arguments[kind])
+    monkeypatch.setattr("headwise.convert.verify.check.WHOLE_BYTES", 0)
+    monkeypatch.setattr("headwise.convert.verify.whole_model.WHOLE_BYTES", 0)
+    found = verify_model(out, home / "parent")
+    assert found.passed, found.failures
+    assert "logits of the whole model" in dict((name, detail) for name, _, detail in found.checks)["parent"]
+
+
 @pytest.mark.parametrize("rule", ["dynamic", "longrope"])
 def test_frequencies_that_depend_on_the_length_pass_every_check(home: Path, tmp_path: Path, rule: str) -> None:
     convert_model(home / "parent", tmp_path / "long", context=64, rope=rule)
