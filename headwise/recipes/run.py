@@ -48,6 +48,7 @@ from headwise.train.teacher import Teacher, cache_teacher_topk
 from headwise.train.trainer import Task, collate_topk, make_trainer, on_cpu, resume
 
 TRAINING = "training"
+SELF_FILE = "self.jsonl"
 SELF_TOKENS = 4_194_304  # sampled at most; a longer training reads them again
 
 
@@ -172,6 +173,7 @@ class Run:
                 raise
 
     def _run(self, writer: Writer | None) -> UptrainResult | None:
+        self._sample_text()
         self.progress.stage(f"reading {self.recipe.data.heldout}")
         self.heldout = self.heldout_blocks()
         self._measure_before(writer)
@@ -215,23 +217,22 @@ class Run:
         data = self.recipe.data
         if SELF not in data.text:
             return training_blocks(data, self.tokenizer, tokens, seed)
-        sampled = str(self._sampled_text())
+        sampled = str(self.training_dir / SELF_FILE)
         text = {sampled if source == SELF else source: times for source, times in data.text.items()}
         blocks, facts = training_blocks(replace(data, text=text), self.tokenizer, tokens, seed)
         return blocks, {SELF if source == sampled else source: fact for source, fact in facts.items()}
 
-    def _sampled_text(self) -> Path:
-        """Return the file of text sampled from the parent; a resumed run finds it in its folder."""
-        assert self.teacher is not None
-        path = self.training_dir / "self.jsonl"
-        if self.is_main_process and not path.exists():
+    def _sample_text(self) -> None:
+        """Sample text from the parent, where the recipe trains on it; a resumed run has it in its folder."""
+        path = self.training_dir / SELF_FILE
+        if SELF in self.recipe.data.text and self.is_main_process and not path.exists():
+            assert self.teacher is not None
             training, layerwise = self.recipe.train, self.recipe.layerwise
             budget = training.budget(outcome.pretraining_tokens(self.teacher, self.folder)) if training else 0
             tokens = min(SELF_TOKENS, max(budget, layerwise.tokens if layerwise else 0))
             seed, parent = self.recipe.seed, self.teacher.checkpoint
             write_samples(parent, path, tokens, seed=seed, device=self.device, progress=self.progress)
         self.processes.wait_for_everyone()
-        return path
 
     def _identity(self) -> dict[str, Any]:
         teacher = self.teacher.checkpoint.fingerprint() if self.teacher else None
