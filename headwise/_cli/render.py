@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from headwise.recipes.run import UptrainResult
     from headwise.records.push import PushResult
 
+# Layers that are named where their damage is shown.
+MOST_DAMAGED = 5
+
 
 def render_inspection(inspection: Inspection) -> None:
     """Print a model's attention, its cache, and the layouts that it can be converted to."""
@@ -57,6 +60,13 @@ def render_inspection(inspection: Inspection) -> None:
             *((_option_name(o), *_format_cache(o.cache), format_saving(o.saved)) for o in inspection.options),
         ],
     )
+    if inspection.damage:
+        worst = sorted(range(len(inspection.damage)), key=lambda layer: -inspection.damage[layer])[:MOST_DAMAGED]
+        console.print_line()
+        console.print_line(
+            f"Estimated damage, all layers together: {sum(inspection.damage):.4f} nats per token; most in "
+            f"{', '.join(f'layer {layer} ({inspection.damage[layer]:.4f})' for layer in worst)}."
+        )
     if inspection.mla:
         console.print_line()
         console.print_line(f"MLA is not possible: {inspection.mla}")

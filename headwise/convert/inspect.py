@@ -31,6 +31,7 @@ from headwise.models.config import dtype_of
 from headwise.models.layout import CONTEXTS, AttentionLayout, CacheSize, describe
 from headwise.models.protocol import find_attention_model
 from headwise.models.stock_match import match_source, refuse_quantised_names
+from headwise.records.manifest import recorded_damage
 
 # Pairs (kv_lora_rank, qk_rope_head_dim) with cache rows that engines support (serving/engines.yaml).
 LATENTS = ((256, 64), (448, 64), (512, 64))
@@ -73,6 +74,7 @@ class Inspection:
         options: the layouts it can be converted to.
         mla: why MLA is not possible; None if it is.
         rope_ranges: the ranges of the rotary frequencies; empty without `context`.
+        damage: recorded damage of every layer of a converted folder, in nats per token; else empty.
     """
 
     model: str
@@ -86,14 +88,16 @@ class Inspection:
     options: tuple[ReachableLayout, ...]
     mla: str | None
     rope_ranges: tuple[RopeRange, ...] = ()
+    damage: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the inspection as plain data."""
         return {
-            **plain_fields(self, "layouts", "cache", "options", "rope_ranges"),
+            **plain_fields(self, "layouts", "cache", "options", "rope_ranges", "damage"),
             "layers": [describe(layout) for layout in self.layouts],
             "cache": asdict(self.cache),
             "options": [asdict(option) for option in self.options],
+            "damage": list(self.damage),
             "reach": [rope_range.to_dict() for rope_range in self.rope_ranges],
         }
 
@@ -114,6 +118,7 @@ def inspect_model(
     """
     parameters: int | None
     origin: str | None
+    damage: tuple[float, ...] = ()
     if (path := find_gguf(model, revision)) is not None:
         opened, commit = open_gguf(path), None
         config, dtype = opened.config, opened.dtype
@@ -127,6 +132,7 @@ def inspect_model(
         else:
             parameters, origin = _count_parameters(str(model), folder, commit, token, dtype_of(config))
         dtype = dtype_of(config)
+        damage = recorded_damage(folder)
     layouts = find_attention_model(config).layouts(config)
     if layouts[0].kind == "mla":
         return Inspection(
@@ -140,6 +146,7 @@ def inspect_model(
             cache=CacheSize.of(layouts, dtype),
             options=(),
             mla="the model has MLA already",
+            damage=damage,
         )
     arch = architecture.find_architecture(config)
     cache = CacheSize.of(layouts, dtype)
@@ -156,6 +163,7 @@ def inspect_model(
         options=tuple(_options(layouts, arch.legal_groups(config), cache, dtype, mla is None)),
         mla=mla,
         rope_ranges=tuple(rope_ranges(config, arch, context)) if context else (),
+        damage=damage,
     )
 
 

@@ -18,14 +18,16 @@ from headwise.convert.calibration.corpus import (
     CalibrationLoss,
     measure_converted,
     measure_text,
+    read_corpus,
     whole_model_bytes,
 )
 from headwise.convert.choose import choose_target
 from headwise.convert.layers import choose_device, convert_layers
 from headwise.convert.plan import Plan, make_plan
-from headwise.convert.refit.joint import joint_notes, plan_joint, refit_jointly
+from headwise.convert.refit.joint import joint_notes, plan_joint, refit_jointly, share_text
 from headwise.convert.settings import SHARD_SIZE, ConvertSettings
 from headwise.convert.verify.check import check_folder
+from headwise.convert.verify.layer_damage import affordable_damage
 from headwise.convert.verify.verification import Verification
 from headwise.environment import find_device
 from headwise.fields import settings_of
@@ -240,6 +242,8 @@ def convert_model(
     ) as writer:
         measured = calibration if calibration and calibration.reuse is None else None
         texts = text_folder(checkpoint, measured, writer) if measured else writer.work.folder
+        if joint and measured:
+            share_text(writer, checkpoint, joint, measured, texts, requested, progress)
         if measured:
             measure_text(checkpoint, measured, writer, requested, progress, texts)
         layers = convert_layers(checkpoint, arch, target, calibration, writer, work_device, progress)
@@ -272,6 +276,11 @@ def convert_model(
                 text_loss.append(
                     measure_converted(folder, checkpoint, measured, writer, requested, progress, texts)
                 )
+                if text_loss[0]:
+                    text = read_corpus(checkpoint, measured, requested, progress, texts)[0]
+                    found = affordable_damage(open_checkpoint(folder), checkpoint, text, requested, progress)
+                    for layer, nats in enumerate(found or ()):
+                        layers.setdefault(layer, {})["damage"] = nats
             manifest = make_manifest(
                 plan,
                 checkpoint,

@@ -21,6 +21,7 @@ from headwise.registry import Kind, Method, find_method
 # Fields of the source's card that a conversion does not change.
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 MAX_CARD = 1_000_000
+MOST_DAMAGED = 5  # layers that the card names
 EVALUATION = "Evaluation"  # the section of the measured figures
 UPTRAINING = "Uptraining"  # the section of a training run
 # The words for the step of a method.
@@ -210,8 +211,9 @@ def _before_and_after(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 def _errors(manifest: Mapping[str, Any]) -> Iterator[str]:
     errors: dict[str, dict[str, float]] = {}
+    damage = {layer: report["damage"] for layer, report in manifest["layers"].items() if "damage" in report}
     for layer, report in manifest["layers"].items():
-        for name, value in _numbers(report):
+        for name, value in _numbers({key: value for key, value in report.items() if key != "damage"}):
             errors.setdefault(name, {})[layer] = value
     if not errors:
         yield "Not measured." if manifest["attention"]["shrinks"] else "No layer was approximated."
@@ -224,6 +226,11 @@ def _errors(manifest: Mapping[str, Any]) -> Iterator[str]:
     for name, values in errors.items():
         worst = max(values, key=lambda layer: values[layer])
         yield f"| {name} | {median(values.values()):.4f} | {values[worst]:.4f} (layer {worst}) |"
+    if damage:
+        first = sorted(damage, key=lambda layer: -damage[layer])[:MOST_DAMAGED]
+        yield ""
+        yield "Estimated damage of each layer alone, half the Fisher norm of its error in nats per token: in total"
+        yield f"{sum(damage.values()):.4f}; most in {', '.join(f'layer {i} ({damage[i]:.4f})' for i in first)}."
 
 
 def _recovery(stages: Sequence[Mapping[str, Any]]) -> Iterator[str]:

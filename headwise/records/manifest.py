@@ -197,6 +197,25 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
+def recorded_damage(folder: Path) -> tuple[float, ...]:
+    """Return the estimated damage of every layer, in nats per token; empty if it is not recorded for all.
+
+    Args:
+        folder: a model folder.
+
+    Raises:
+        HeadwiseError: headwise.json cannot be read.
+    """
+    record = read_record(folder)
+    layers = record.get("layers") if record else None
+    if not isinstance(layers, dict):
+        return ()
+    reports = [layers.get(str(layer)) for layer in range(len(layers))]
+    damage = [report.get("damage") if isinstance(report, dict) else None for report in reports]
+    known = tuple(nats for nats in damage if isinstance(nats, float))
+    return known if len(known) == len(layers) else ()
+
+
 def accepted_checks(record: Mapping[str, Any]) -> list[str]:
     """Return the names of the failed checks that the user accepted when the folder was written.
 

@@ -106,7 +106,31 @@ def sampling_seconds(checkpoint: Checkpoint, tokens: int, device: torch.device) 
         device: where the model runs.
     """
     rate = SAMPLING_FLOPS.get(device.type, CPU_SAMPLING_FLOPS * torch.get_num_threads())
-    return 2.0 * _num_parameters(checkpoint) * tokens / rate
+    return 2.0 * num_parameters(checkpoint) * tokens / rate
+
+
+def forward_seconds(checkpoint: Checkpoint, tokens: int, device: torch.device) -> float:
+    """Return the forecast seconds of a forward pass.
+
+    Args:
+        checkpoint: the model.
+        tokens: of the text.
+        device: where the model runs.
+    """
+    rate = FORWARD_FLOPS.get(device.type, CPU_FORWARD_FLOPS * torch.get_num_threads())
+    return 2.0 * num_parameters(checkpoint) * tokens / rate
+
+
+def keep_corpus(cache: Path, calibration: Any, blocks: Tensor) -> None:
+    """Keep a text, so that `read_corpus` returns it.
+
+    Args:
+        cache: the folder.
+        calibration: has text, sequences, length and seed.
+        blocks: int64 (sequences, length): the text and its held-back part.
+    """
+    kept = {"tokens": blocks.to(torch.int32).contiguous()}
+    write_file_atomically(cache / FILE, lambda to: save_file(kept, to, {"made": _identity(calibration)}))
 
 
 def read_corpus(
@@ -131,14 +155,12 @@ def read_corpus(
     Raises:
         HeadwiseError: the tokenizer is missing or fails, or gives a token outside the vocabulary.
     """
-    path = None if cache is None else cache / FILE
     count = calibration.sequences
-    blocks = _cached(path, calibration)
+    blocks = _cached(None if cache is None else cache / FILE, calibration)
     if blocks is None:
         blocks = _read(checkpoint, calibration, device or torch.device("cpu"), progress)
-        if path is not None:
-            kept = {"tokens": blocks.to(torch.int32)}
-            write_file_atomically(path, lambda to: save_file(kept, to, {"made": _identity(calibration)}))
+        if cache is not None:
+            keep_corpus(cache, calibration, blocks)
     return blocks[:count], blocks[count:]
 
 
@@ -276,8 +298,7 @@ def _identity(calibration: Any) -> str:
 def _affordable(checkpoint: Checkpoint, calibration: Any, device: torch.device) -> bool:
     """Return whether losses are measured: two models on held-back text, and the parent on two sets of pieces."""
     tokens = 2 * NUM_HELDBACK * calibration.length + 2 * NUM_PIECES * PIECE_LENGTH
-    rate = FORWARD_FLOPS.get(device.type, CPU_FORWARD_FLOPS * torch.get_num_threads())
-    seconds = 2.0 * _num_parameters(checkpoint) * tokens / rate
+    seconds = forward_seconds(checkpoint, tokens, device)
     if calibration.text != SAMPLED:
         seconds += sampling_seconds(checkpoint, NUM_PIECES * PIECE_LENGTH, device)
     return seconds <= LOSS_SECONDS and _fits(checkpoint, device)
@@ -290,7 +311,7 @@ def whole_model_bytes(checkpoint: Checkpoint, device: torch.device) -> int:
         checkpoint: the model.
         device: where it runs.
     """
-    return (2 if device.type == "cuda" else 4) * _num_parameters(checkpoint)
+    return (2 if device.type == "cuda" else 4) * num_parameters(checkpoint)
 
 
 def _fits(checkpoint: Checkpoint, device: torch.device) -> bool:
@@ -298,7 +319,8 @@ def _fits(checkpoint: Checkpoint, device: torch.device) -> bool:
     return free is None or whole_model_bytes(checkpoint, device) < MEMORY_SHARE * free
 
 
-def _num_parameters(checkpoint: Checkpoint) -> int:
+def num_parameters(checkpoint: Checkpoint) -> int:
+    """Return the number of a model's parameters, from its headers."""
     return sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headwise.convert.base import Target
+from headwise.convert.calibration.calibrate import CalibrationPlan
+from headwise.convert.calibration.corpus import NUM_HELDBACK, SAMPLED, keep_corpus
 from headwise.convert.forecast import REFIT_SECONDS
 from headwise.convert.settings import ConvertSettings
 from headwise.environment import available_memory
@@ -152,6 +155,36 @@ def refit_jointly(
         writer.rewrite(name, tensor)
     result: list[dict[str, Any]] = writer.notes[NOTE]
     return result
+
+
+def share_text(
+    writer: Writer,
+    parent: Checkpoint,
+    plan: JointPlan,
+    calibration: CalibrationPlan,
+    cache: Path,
+    device: torch.device,
+    progress: Progress,
+) -> None:
+    """Sample the text of the joint refit before the calibration, which reads a part of it.
+
+    Sampling takes as many steps for few sequences as for many, so one text for both saves minutes.
+
+    Args:
+        writer: of the output folder.
+        parent: the model that is converted.
+        plan: tokens and steps of the refit.
+        calibration: what is measured; text other than "sampled", or of another length, is not shared.
+        cache: folder that keeps the calibration text.
+        device: where text is sampled.
+        progress: receives the stage.
+    """
+    if calibration.text != SAMPLED or calibration.length != plan.length:
+        return
+    blocks = _sampled_blocks(writer, parent, plan, calibration.seed, device, progress)
+    heldout, rest = blocks[: plan.heldout], blocks[plan.heldout :]
+    if len(rest) >= calibration.sequences:
+        keep_corpus(cache, calibration, torch.cat([rest[: calibration.sequences], heldout[:NUM_HELDBACK]]))
 
 
 def _sampled_blocks(

@@ -11,12 +11,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headwise.convert.calibration.corpus import LOSS_SECONDS, MEMORY_SHARE, forward_seconds, num_parameters
+from headwise.environment import available_memory
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import find_architecture
 from headwise.models.mla_source import find_mla_source
 from headwise.models.protocol import find_attention_model
 from headwise.models.stock import empty_model, layer_arguments, load_model, move_to_device
 from headwise.progress import SILENT, Progress
+
+# Text that the damage is estimated on: sequences and tokens in each.
+SHAPE = {"cuda": (32, 1024)}
+CPU_SHAPE = (8, 256)
+# Bytes for each parameter: both models in float32, and activations of one sequence.
+BYTES_PER_PARAMETER = 12
+# A backward pass costs twice a forward pass.
+PASSES = 3
+
+
+def affordable_damage(
+    checkpoint: Checkpoint, parent: Checkpoint, blocks: Tensor, device: torch.device, progress: Progress
+) -> list[float] | None:
+    """Return `layer_damage` on a part of a text; None where time or memory is forecast not to suffice.
+
+    Args:
+        checkpoint: the converted folder.
+        parent: the model that it was converted from.
+        blocks: text, int64 (sequences, length).
+        device: where the models run.
+        progress: receives a stage.
+    """
+    sequences, length = SHAPE.get(device.type, CPU_SHAPE)
+    tokens = blocks[:sequences, :length]
+    free = available_memory(device)
+    if free is not None and BYTES_PER_PARAMETER * num_parameters(parent) > MEMORY_SHARE * free:
+        return None
+    if PASSES * forward_seconds(parent, tokens.numel(), device) > LOSS_SECONDS:
+        return None
+    return layer_damage(checkpoint, parent, tokens, device=device, progress=progress)
 
 
 def layer_damage(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from headwise.convert.inspect import inspect_model
 from headwise.convert.pipeline import convert_model
 from headwise.convert.verify.layer_damage import layer_damage
 from headwise.io.reader import open_checkpoint
@@ -49,3 +50,16 @@ def test_the_damage_of_the_last_layer_is_its_divergence(tmp_path: Path) -> None:
     assert found[0] == 0.0
     assert found[1] == pytest.approx(divergence, rel=0.25)
     assert layer_damage(child, parent, tokens, device=CPU) == found
+
+
+def test_a_conversion_records_the_damage_and_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headwise.convert.calibration.corpus.LOSS_SECONDS", 60.0)
+    parent = save_speaking(tmp_path / "parent", num_key_value_heads=4)
+    done = convert_model(
+        parent, tmp_path / "out", to="mqa", calibrate="builtin", calibration_tokens=256, refit="off"
+    )
+    damage = [done.layers[layer]["damage"] for layer in range(2)]
+    assert all(0 < nats < 1 for nats in damage)
+    assert inspect_model(tmp_path / "out").damage == tuple(damage)
+    assert "Estimated damage of each layer alone" in (tmp_path / "out" / "README.md").read_text()
+    assert inspect_model(parent).damage == ()

@@ -1,0 +1,93 @@
+"""The joint refit of a conversion: one sampled text, two stages, the same bytes again, and nothing made worse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from headwise.convert.calibration import corpus
+from headwise.convert.calibration.corpus import NUM_HELDBACK, SAMPLED
+from headwise.convert.pipeline import ConvertResult, convert_model
+from headwise.convert.refit import joint
+from headwise.io.reader import open_checkpoint
+from headwise.train import recovery
+from headwise.train.recovery import JointPlan
+from tests import small_parents
+
+PLAN = JointPlan(tokens=32 * 24, regression_steps=6, kl_steps=4, sequences=4, length=32, heldout=4)
+TARGETS: dict[str, dict[str, Any]] = {
+    "mqa": {"to": "mqa"},
+    "mla": {"to": "mla", "rank": 12, "rope_dim": 4},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joint, "CPU_PLAN", PLAN)
+    monkeypatch.setattr(joint, "GPU_PLAN", PLAN)
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_parents.parent(tmp_path_factory.mktemp("joint") / "parent", max_position_embeddings=32)
+
+
+def convert(parent: Path, out: Path, kind: str, **settings: Any) -> ConvertResult:
+    settings = {"refit": "joint", "calibrate": SAMPLED, "calibration_tokens": 100, "device": "cpu"} | settings
+    done = convert_model(parent, out, **TARGETS[kind], **settings)
+    assert isinstance(done, ConvertResult)
+    return done
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_both_stages_are_recorded_and_the_result_is_verified(parent: Path, tmp_path: Path, kind: str) -> None:
+    plain = convert(parent, tmp_path / "plain", kind, refit="off")
+    done = convert(parent, tmp_path / "a", kind)
+    assert [stage["stage"] for stage in done.refit] == ["regression", "kl"]
+    assert done.refit[0]["after" if done.refit[0]["kept"] else "before"] == pytest.approx(done.refit[1]["before"])
+    assert done.verification is not None and done.verification.passed
+    before, after = (load_file(each.out / "model.safetensors") for each in (plain, done))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("self_attn" in name for name in changed)
+    again = convert(parent, tmp_path / "b", kind)
+    assert again.refit == done.refit
+    repeated = load_file(again.out / "model.safetensors")
+    assert all(torch.equal(after[name], repeated[name]) for name in after)
+
+
+def test_a_stage_that_makes_it_worse_is_undone(
+    parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "REGRESSION_RATE", 1e4)
+    monkeypatch.setattr(recovery, "KL_RATE", {"mla": 1e4, "gqa": 1e4})
+    plain = convert(parent, tmp_path / "plain", "mqa", refit="off", calibrate="builtin")
+    done = convert(parent, tmp_path / "out", "mqa", calibrate="builtin")
+    assert [stage["kept"] for stage in done.refit] == [False, False]
+    before, after = (load_file(each.out / "model.safetensors") for each in (plain, done))
+    # The student holds the tensors in float32, as the folder does, so nothing is rounded.
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_calibration_reads_the_text_of_the_refit(
+    parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    sample = joint.sample_tokens
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        drawn.append(options["sequences"])
+        return sample(*arguments, **options)
+
+    monkeypatch.setattr(joint, "sample_tokens", counted)
+    monkeypatch.setattr(corpus, "sample_tokens", counted)
+    read: list[torch.Tensor] = []
+    monkeypatch.setattr(joint, "keep_corpus", lambda *given: read.append(given[2]) or corpus.keep_corpus(*given))
+    convert(parent, tmp_path / "out", "mqa")
+    assert drawn == [PLAN.num_sequences + PLAN.heldout]
+    assert read[0].shape == (100 // 32 + NUM_HELDBACK, 32)
+    assert open_checkpoint(tmp_path / "out").config["num_key_value_heads"] == 1
