@@ -22,6 +22,7 @@ from headwise.errors import HeadwiseError, SettingError
 MAX_BYTES = 1_000_000
 # Numbers beyond it become infinite somewhere.
 HUGE = 1e300
+MAX_DIGITS = 100
 SCALES = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "%": 0.01}
 
 T = TypeVar("T")
@@ -41,6 +42,15 @@ def parse_yaml(text: str) -> Any:
                 raise yaml.YAMLError("aliases (*name) are not allowed")
             return super().compose_node(parent, index)
 
+        def construct_number(self, node: Any) -> Any:
+            """Return a number; text if it is of base 60 (1:30) or longer than any number of a recipe."""
+            if ":" in node.value or len(node.value) > MAX_DIGITS:
+                return self.construct_scalar(node)
+            whole = node.tag.endswith(":int")
+            return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+
+    for kind in ("int", "float"):
+        PlainLoader.add_constructor(f"tag:yaml.org,2002:{kind}", PlainLoader.construct_number)
     try:
         return PlainLoader(text).get_single_data()
     # Besides its own errors, the library lets through what its conversions of odd numbers, dates and tags raise.

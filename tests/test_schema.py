@@ -115,3 +115,8 @@ def test_a_record_is_restored_without_checks() -> None:
     assert schema.restore(Outer, data | {"new": 1, "kind": "z"}).kind == "z"
     del data["sizes"]
     assert schema.restore(Outer, data).sizes == ()
+
+
+@pytest.mark.parametrize("number", ["1" + ":1" * 3000, "1:30", "0x" + "f" * 100_000, "9" * 100_000, "1:30.5"])
+def test_numbers_of_base_60_and_endless_numbers_are_text(number: str) -> None:
+    assert schema.parse_yaml(f"value: {number}") == {"value": number}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -235,11 +236,14 @@ class Verbs(click.Group):
         console.configure()
         try:
             code = run(*args, standalone_mode=False, **more) or 0
-        except (BrokenPipeError, SystemExit):  # a reader such as `head` closed the pipe; rich and click exit then
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            code = 0
+        except BrokenPipeError:  # a reader such as `head` closed the pipe of a help text, which click writes
+            console.discard(sys.stdout)
+            code = 0 if _running is None else 2
         except BaseException as problem:
+            if isinstance(problem, click.Abort | KeyboardInterrupt):
+                signal.signal(signal.SIGINT, signal.SIG_DFL)  # another Ctrl-C ends the process without a traceback
             code = report_error(problem)
+        console.flush()
         sys.exit(code)
 
 

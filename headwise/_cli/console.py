@@ -49,8 +49,35 @@ class _Sink:
         return _console(self.stderr)
 
 
+def discard(stream: TextIO) -> None:
+    """Send what is written to a stream from now on to nowhere: its reader has closed the pipe.
+
+    Args:
+        stream: stdout or stderr.
+    """
+    with suppress(OSError, ValueError):  # a stream in memory has no descriptor
+        handle = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(handle, stream.fileno())
+        os.close(handle)
+
+
+def flush() -> None:
+    """Write what is left in stdout and stderr, so that a closed pipe does not change the exit code afterwards."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            discard(stream)
+
+
 def _console(stream: TextIO) -> Console:
-    from rich.console import Console
+    from rich import console
+
+    class Console(console.Console):
+        def on_broken_pipe(self) -> None:
+            """Go on without the reader: a closed pipe changes neither the work nor the exit code."""
+            self.quiet = True
+            discard(stream)
 
     colour = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return Console(
@@ -147,8 +174,11 @@ def print_json(value: Any) -> None:
         value: plain data, or an object with `to_dict()`.
     """
     if _sink.json:
-        _sink.stdout.write(jsonlib.dumps(plain(value), indent=2, allow_nan=False) + "\n")
-        _sink.stdout.flush()
+        try:
+            _sink.stdout.write(jsonlib.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+            _sink.stdout.flush()
+        except BrokenPipeError:
+            discard(_sink.stdout)
 
 
 def note(text: object) -> None:

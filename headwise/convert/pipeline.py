@@ -38,7 +38,7 @@ from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.stock_match import match_source
 from headwise.progress import SILENT, Progress
 from headwise.records.card import render_card
-from headwise.records.manifest import hash_files, make_manifest, source_name
+from headwise.records.manifest import hash_files, make_manifest, source_record
 from headwise.records.push import PushResult, check_repository, push_converted
 
 
@@ -213,7 +213,7 @@ def convert_model(
     if settings.push_to_hub:  # a reason against the push at the end stops the conversion before it begins
         check_repository(
             settings.push_to_hub,
-            source_name(plan),
+            source_record(plan, checkpoint),
             private=settings.private,
             token=token,
             need_token=not settings.dry_run,

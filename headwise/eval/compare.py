@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
-from headwise.eval.result import LEVEL, Comparison, Gate, Paired, Score
+from headwise.eval.result import LEVEL, Comparison, Gate, Paired, Score, bounded_exp, growth
 from headwise.eval.stats import Difference, count_flips, holm, mcnemar, paired_mean, paired_ratio
 from headwise.eval.tasks.samples import TaskFigure, TaskResults
 from headwise.eval.verdict import gate_name
@@ -82,7 +82,7 @@ def compare_perplexity(task: str, child: Tensor, parent: Tensor | None, tokens: 
     def perplexity(nats: Tensor) -> TaskFigure:
         mean = nats.double() / tokens
         error = float(mean.std()) / math.sqrt(len(mean)) if len(mean) > 1 else None
-        value = math.exp(float(mean.mean()))
+        value = bounded_exp(float(mean.mean()))
         return TaskFigure(
             task=task,
             metric="perplexity",
@@ -160,7 +160,7 @@ def compare_figure(
         gained=gained,
         lost=lost,
     )
-    amount = None if damage is None else math.expm1(damage.estimate) if child.log else damage.estimate
+    amount = None if damage is None else growth(damage.estimate) if child.log else damage.estimate
     return GatedComparison(replace(comparison, paired=paired, damage=amount), damage)
 
 
@@ -205,7 +205,7 @@ def damage_gates(compared: Sequence[GatedComparison], fail_above: float) -> Iter
         lower_bound = damage.interval(1 - 2 * LEVEL)[0]
         unit, singular = " points", " point"
         if comparison.is_perplexity:
-            unit, singular, lower_bound = "%", "%", math.expm1(min(lower_bound, 700))
+            unit, singular, lower_bound = "%", "%", growth(lower_bound)
         # Adding zero turns -0 into 0.
         amount, bound = (f"{100 * share + 0:+.2f}{unit}" for share in (comparison.damage, lower_bound))
         allowed = f"{100 * fail_above:g}{singular if fail_above == 0.01 else unit}"
@@ -265,7 +265,7 @@ def _concatenate(group: str, figures: Sequence[TaskFigure]) -> TaskFigure:
     return replace(
         figures[0],
         task=group,
-        value=math.exp(-value) if figures[0].log else value,
+        value=bounded_exp(-value) if figures[0].log else value,
         standard_error=None if figures[0].log else error,
         keys=tuple(key for figure in figures for key in figure.keys),
         sums=sums,

@@ -9,6 +9,7 @@ measured is None or empty, never zero. `docs/reference/evaluation-json.md` lists
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -359,6 +360,28 @@ class Evaluation:
             TypeError: a value has the wrong type.
         """
         return restore(cls, data)
+
+
+# exp of more nats than this is infinite.
+MAX_NATS = 700.0
+
+
+def bounded_exp(nats: float) -> float:
+    """Return the perplexity of a loss, and a very large number where it has no float.
+
+    Args:
+        nats: per token.
+    """
+    return math.exp(min(nats, MAX_NATS))
+
+
+def growth(nats: float) -> float:
+    """Return the relative increase of the perplexity for an increase of the loss, bounded as `bounded_exp`.
+
+    Args:
+        nats: the increase, per token.
+    """
+    return math.expm1(min(nats, MAX_NATS))
 
 
 def _summary_sentences(evaluation: Evaluation) -> Iterator[str]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headwise.eval.result import Comparison, Evaluation
+from headwise.eval.result import Comparison, Evaluation, growth
 
 # A damage, or the upper end of its interval, is small up to one point or one percent.
 SMALL = 0.01
@@ -57,7 +56,7 @@ class Damage:
         sign = -1 if comparison.higher_is_better else 1
         values = [sign * paired.difference, *sorted((sign * paired.low, sign * paired.high))]
         if comparison.is_perplexity:
-            values = [math.expm1(value) for value in values]
+            values = [growth(value) for value in values]
         return cls(*values)
 
 

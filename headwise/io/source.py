@@ -304,6 +304,8 @@ def path_inside(folder: Path, name: str) -> Path:
     Raises:
         HeadwiseError: the file is a link that leads out of the folder.
     """
+    if not name.isprintable():
+        raise HeadwiseError(f"{name!r} is not the name of a file in {folder}.", "Download the folder again.")
     path, real_folder = folder / name, folder.resolve()
     # Unlike Path.resolve, this does not raise for a link to itself.
     real = Path(os.path.realpath(path))

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from filelock import FileLock, Timeout
 
@@ -95,6 +95,10 @@ def _refuse_link(path: Path) -> None:
         raise HeadwiseError(f"{path} is a link, and links are not replaced.", "Name the file or folder itself.")
 
 
+# The files of a work folder.
+_FILES = ("journal.jsonl", "owner", "lock")
+
+
 class Interrupted(HeadwiseError, KeyboardInterrupt):
     """The user stopped the work; the completed part is kept."""
 
@@ -140,6 +144,8 @@ class WorkFolder:
         with os_errors(self.out):
             if self._source is not None:
                 _check_apart(self.out, self._source)
+            for path in (self.folder, self.output, self.replaced, *map(self.folder.joinpath, _FILES)):
+                _refuse_link(path)
             fresh = not self.folder.exists()
             if fresh:
                 # Before anything is created; again below, under the lock.
@@ -196,6 +202,8 @@ class WorkFolder:
         path = self.output / name
         with os_errors(self.out):
             path.parent.mkdir(exist_ok=True)
+            for entry in (path.parent, path):
+                _refuse_link(entry)
             path.write_bytes(content)
             sync(path)
 
@@ -298,7 +306,7 @@ class WorkFolder:
                 entry = json.loads(line) if line.endswith(b"\n") else None
             except ValueError:
                 entry = None
-            if not isinstance(entry, dict) or (not lines and "identity" not in entry):
+            if not _is_journal_line(entry) or (not lines and "identity" not in entry):
                 break
             lines.append(entry)
             end += len(line)
@@ -363,5 +371,19 @@ def _is_final(error: BaseException) -> bool:
     return isinstance(error, HeadwiseError) and not error.keeps_work
 
 
+# The keys of a line of the journal, with the types of their values.
+_LINES: tuple[dict[str, type], ...] = (
+    {"identity": dict}, {"note": str, "value": object}, {"tensor": str, "sha256": str}, {"shard": str},
+    {"finished": bool},
+)  # fmt: skip
+
+
+def _is_journal_line(entry: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(entry, dict) and any(
+        entry.keys() == kinds.keys() and all(isinstance(entry[key], kind) for key, kind in kinds.items())
+        for kinds in _LINES
+    )
+
+
 def _read(path: Path) -> str | None:
-    return path.read_text() if path.exists() else None
+    return path.read_bytes().decode(errors="replace") if path.is_file() else None

@@ -322,7 +322,7 @@ class Writer:
 
     def _lay_out(self, path: Path, shard: Shard) -> None:
         """Give a weight file its length and its header; what else is in it stays."""
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             os.truncate(handle, shard.nbytes)
             write_all(handle, shard.header, 0)
@@ -335,7 +335,7 @@ class Writer:
         pending: list[Future[None]] = []
         at = self._offsets[shard.file][name]
         with os_errors(self.work.out):
-            handle = os.open(self.folder / shard.file, os.O_WRONLY)
+            handle = os.open(self.folder / shard.file, os.O_WRONLY | os.O_NOFOLLOW)
             try:
                 for chunk in chunks:
                     content = chunk.numpy().data

@@ -13,7 +13,7 @@ from headwise.errors import HeadwiseError
 
 # A hostile layer count would make the stock config class build a list of that length.
 # The others bound the search for what a model can become, and the tables of its frequencies.
-MAX_LAYERS, MAX_SIZE, MAX_HEAD_DIM = 10_000, 1_000_000, 8192
+MAX_LAYERS, MAX_SIZE, MAX_HEAD_DIM, MAX_LABELS = 10_000, 1_000_000, 8192, 10_000
 MOST = {
     "num_hidden_layers": MAX_LAYERS,
     "num_attention_heads": MAX_SIZE,
@@ -22,6 +22,8 @@ MOST = {
     "head_dim": MAX_HEAD_DIM,
     "max_position_embeddings": 1 << 40,
 }
+# Tables of a classification head, which no converted model has; every stock config object holds them.
+LABEL_TABLES = ("id2label", "label2id")
 SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
@@ -97,7 +99,9 @@ def stock_text_config(model_type: str, text_config: dict[str, Any]) -> Any:
                 f"config.json has {name}: {json.dumps(value)}, and a positive whole number is needed."
             )
     for name in MOST:
-        _refuse_enormous(name, text_config.get(name) or 1)
+        if isinstance(value := text_config.get(name), int):
+            _refuse_enormous(name, value)
+    check_labels(text_config)
     for name in ("dtype", "torch_dtype"):
         value = text_config.get(name)
         if value is not None and value != "auto" and named_dtype(value) is None:
@@ -114,6 +118,25 @@ def stock_text_config(model_type: str, text_config: dict[str, Any]) -> Any:
             "can hold that."
         )
     return _stock_config(model_type, json.dumps(text_config, sort_keys=True))
+
+
+def check_labels(config: dict[str, Any]) -> None:
+    """Refuse more labels of a classification head than any model has: the stock class builds a table of them.
+
+    Args:
+        config: the config.json, or its text config.
+
+    Raises:
+        HeadwiseError: there are more than `MAX_LABELS`.
+    """
+    for name in ("num_labels", *LABEL_TABLES):
+        value = config.get(name)
+        count = len(value) if isinstance(value, dict | list) else value
+        if isinstance(count, int | float) and count > MAX_LABELS:
+            raise HeadwiseError(
+                f"config.json has {name} for {count} labels, and the most is {MAX_LABELS:,}.",
+                "Remove `num_labels`, `id2label` and `label2id`: a language model has no classification head.",
+            )
 
 
 def named_dtype(name: Any) -> torch.dtype | None:

@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from headwise.compat import CACHE_ARGUMENTS, no_progress_bars
 from headwise.errors import HeadwiseError
 from headwise.io.reader import Checkpoint
+from headwise.models.config import check_labels
 
 
 def stock_config(config: dict[str, Any]) -> Any:
@@ -29,6 +30,7 @@ def stock_config(config: dict[str, Any]) -> Any:
     """
     import transformers
 
+    check_labels(config)
     plain = {k: v for k, v in config.items() if k != "auto_map"}
     return transformers.CONFIG_MAPPING[config["model_type"]].from_dict(plain)
 

@@ -17,10 +17,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from headwise.errors import SettingError
 from headwise.format import size
 from headwise.registry import Kind, Method, find_method
+from headwise.schema import parse_yaml
 
 # Fields of the source's card that a conversion does not change.
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
-MAX_CARD = 1_000_000
+# Bytes of a card and of its front matter, which is YAML and slow to read.
+MAX_CARD, MAX_FRONT_MATTER = 1_000_000, 32_000
 MOST_DAMAGED = 5  # layers that the card names
 EVALUATION = "Evaluation"  # the section of the measured figures
 UPTRAINING = "Uptraining"  # the section of a training run
@@ -145,10 +147,13 @@ def inherited(source_card: Path | None) -> dict[str, Any]:
     """
     if source_card is None or not source_card.is_file() or source_card.stat().st_size > MAX_CARD:
         return {}
+    text = source_card.read_bytes().decode(errors="replace")
+    found = re.match(r"\s*---\r?\n(.*?)\r?\n---\r?\n", text[:MAX_FRONT_MATTER], re.DOTALL)
     try:
-        data = ModelCard.load(source_card, ignore_metadata_errors=True).data.to_dict()
-    except Exception:
-        # The front matter may be any YAML; a conversion does not fail because of it.
+        data = parse_yaml(found[1]) if found else {}
+    except ValueError:  # a conversion does not fail because of the card of its source
+        return {}
+    if not isinstance(data, dict):
         return {}
     return {key: data[key] for key in INHERITED if data.get(key) and _is_words(data[key])}
 

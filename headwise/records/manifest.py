@@ -13,7 +13,7 @@ from headwise.errors import HeadwiseError
 from headwise.format import layout_names
 from headwise.io.fs import os_errors
 from headwise.io.reader import CHUNK, Checkpoint, make_buffers
-from headwise.io.source import path_inside, read_json
+from headwise.io.source import find_weights, path_inside, read_json
 from headwise.models.layout import AttentionLayout, CacheSize
 from headwise.progress import SILENT, Progress
 
@@ -103,14 +103,7 @@ def make_manifest(
         "headwise": HEADWISE_VERSION,
         "command": command_of(plan, out, verification),
         "arguments": plan.arguments,
-        "source": {
-            "model": source_name(plan),
-            "revision": plan.revision,
-            "files": {
-                name: {"bytes": state.size, "header_sha256": state.header}
-                for name, state in checkpoint.files.items()
-            },
-        },
+        "source": source_record(plan, checkpoint),
         "versions": versions(PACKAGES),
         "device": device,
         "attention": {
@@ -162,6 +155,17 @@ def command_of(plan: DecidedConversion, out: str, verification: Mapping[str, Any
     else:
         command += [word for name in verification.get("accepted", ()) for word in ("--accept", name)]
     return shlex.join(command)
+
+
+def source_record(plan: DecidedConversion, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the source as headwise.json records it: name, commit, and the size and header of every weight file.
+
+    Args:
+        plan: the decided conversion.
+        checkpoint: the source.
+    """
+    files = {name: {"bytes": state.size, "header_sha256": state.header} for name, state in checkpoint.files.items()}
+    return {"model": source_name(plan), "revision": plan.revision, "files": files}
 
 
 def source_name(plan: DecidedConversion) -> str:
@@ -233,11 +237,20 @@ def hash_files(folder: Path) -> dict[str, str]:
     Args:
         folder: a converted folder.
     """
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
         name: hash_file(path)
+        for name, path in _visible_files(folder).items()
+        if name not in NOT_HASHED and path.suffix != ".safetensors"
+    }
+
+
+def _visible_files(folder: Path) -> dict[str, Path]:
+    """Return the files of a folder and of the folders in it by name; a dot hides a file or a folder."""
+    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
+    return {
+        name.as_posix(): path
         for name, path in files.items()
-        if name not in NOT_HASHED and path.suffix != ".safetensors" and not name.startswith(".")
+        if not any(part.startswith(".") for part in name.parts)
     }
 
 
@@ -262,7 +275,9 @@ def hash_tensors(checkpoint: Checkpoint, progress: Progress = SILENT) -> dict[st
 
 
 def changed_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """Return the names of the recorded small files that changed or are missing.
+    """Return the names of the small files that changed, are missing or are new, and of weight files that are new.
+
+    A new file can change what a library loads: an adapter, a chat template, added tokens.
 
     Args:
         folder: a converted folder.
@@ -270,7 +285,10 @@ def changed_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
     """
     recorded: Mapping[str, str] = record.get("files") or {}
     paths = {name: path_inside(folder, name) for name in recorded}
-    return [n for n, path in paths.items() if not path.is_file() or hash_file(path) != recorded[n]]
+    changed = [n for n, path in paths.items() if not path.is_file() or hash_file(path) != recorded[n]]
+    expected = {*recorded, *NOT_HASHED, *find_weights(folder)[0]}
+    new = [name for name in _visible_files(folder) if name not in expected] if recorded else []
+    return changed + new
 
 
 def changed_tensors(checkpoint: Checkpoint, record: Mapping[str, Any], progress: Progress = SILENT) -> list[str]:

@@ -114,7 +114,8 @@ def push_model(
         raise HeadwiseError(f"{path} {problem}.", "Convert it again, or give `unverified` to push it unchanged.")
     target = check_repository(
         repo,
-        str(record["source"]["model"]),
+        record["source"],
+        hashes=record["sha256"],
         revision=revision,
         private=private,
         create_pr=create_pr,
@@ -184,8 +185,9 @@ class HubRepository:
 
 def check_repository(
     repo: str,
-    model: str,
+    source: Mapping[str, Any],
     *,
+    hashes: Mapping[str, str] | None = None,
     revision: str | None = None,
     private: bool = False,
     create_pr: bool = False,
@@ -197,7 +199,8 @@ def check_repository(
 
     Args:
         repo: `org/name[@revision]`.
-        model: the source of the folder; a repository with a model must have the same source.
+        source: the source of the folder, as headwise.json records it; a repository with a model must have the same.
+        hashes: of the folder's tensors; None before they exist.
         revision: the branch.
         private: whether a new repository is to be private.
         create_pr: whether the push opens a pull request.
@@ -242,7 +245,8 @@ def check_repository(
                 new_branch = True
         at = None if new_branch else revision
         files = tuple(api.list_repo_files(repo, revision=at))
-        if not (force or create_pr or new_branch) and _is_other(repo, at, token, files, model):
+        if not (force or create_pr or new_branch) and _is_other(repo, at, token, files, source, hashes):
+            model = source["model"]
             held = f"another model than one made from {model}" if repo != model else "the source of this model"
             raise HeadwiseError(
                 f"{repo}{f'@{at}' if at else ''} holds {held}.",
@@ -295,14 +299,40 @@ def _verification_problem(folder: Path, record: Mapping[str, Any], progress: Pro
     return f"has changed since it was verified ({', '.join(changed[:3])}{more})" if changed else ""
 
 
-def _is_other(repo: str, revision: str | None, token: str | None, files: Sequence[str], model: str) -> bool:
-    """Return whether a branch holds a model that was not converted from `model`."""
+def _is_other(
+    repo: str,
+    revision: str | None,
+    token: str | None,
+    files: Sequence[str],
+    source: Mapping[str, Any],
+    hashes: Mapping[str, str] | None,
+) -> bool:
+    """Return whether a branch holds a model that was not converted from the same source.
+
+    A repository of the Hub identifies a source. The name of a local folder does not: the headers of its
+    weight files must be the same, and most tensors that both conversions hold must be equal.
+    """
     if set(files) <= EMPTY:
         return False
     if RECORD not in files:
         return True
-    source = read_json(hub.download_files(repo, revision, token, [RECORD]), RECORD).get("source")
-    return not isinstance(source, dict) or source.get("model") != model
+    record = read_json(hub.download_files(repo, revision, token, [RECORD]), RECORD)
+    present, tensors = record.get("source"), record.get("sha256")
+    if not isinstance(present, dict) or present.get("model") != source["model"]:
+        return True
+    if bool(present.get("revision")) != bool(source.get("revision")):
+        return True
+    if source.get("revision"):
+        return False
+    if present.get("files") != source.get("files"):
+        return True
+    if hashes is None:
+        return False
+    if not isinstance(tensors, dict):
+        return True
+    shared = hashes.keys() & tensors.keys()
+    equal = sum(hashes[name] == str(tensors[name]) for name in shared)
+    return 2 * equal <= len(shared)
 
 
 def _upload(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from headwise.eval.result import Evaluation
+from headwise.eval.result import Evaluation, bounded_exp, growth
 from headwise.format import plain
 from tests.eval.evaluations import alone, full, identical, unharmed
 
@@ -34,3 +34,8 @@ def test_the_summary_names_significant_figures_agreement_cache_and_failed_gates(
 
 def test_parts_that_were_not_measured_have_no_sentence() -> None:
     assert replace(alone(), comparisons=()).summary == ()
+
+
+def test_a_broken_model_has_a_finite_perplexity() -> None:
+    assert growth(1e6) == bounded_exp(1e6) - 1 < float("inf")
+    assert growth(0.5) == pytest.approx(bounded_exp(0.5) - 1)

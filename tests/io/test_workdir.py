@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from headwise.errors import HeadwiseError
-from headwise.io.workdir import discard_folder, publish_folder, write_file_atomically
+from headwise.io.workdir import WorkFolder, discard_folder, publish_folder, write_file_atomically
 
 
 def folder(path: Path, text: str) -> Path:
@@ -113,3 +113,32 @@ def test_a_folder_is_discarded_by_a_rename_first(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # killed before anything is deleted
     discard_folder(old, tmp_path / "trash")
     assert not old.exists() and text_of(tmp_path / "trash") == "1"
+
+
+@pytest.mark.parametrize(
+    "line", ['{"identity": []}', '{"identity": {}, "more": 1}', "[]", '{"tensor": 3, "sha256": ""}', "\xff"]
+)
+def test_a_journal_that_headwise_did_not_write_is_not_resumed(tmp_path: Path, line: str) -> None:
+    work = WorkFolder(tmp_path / "out", resume=True)
+    (work.output).mkdir(parents=True)
+    (work.folder / "journal.jsonl").write_bytes(line.encode("latin-1") + b"\n")
+    (work.folder / "owner").write_bytes(b"\xff\xfe")
+    with pytest.raises(HeadwiseError, match="is being written by"):
+        work.start({"a": 1}, 1)
+    (work.folder / "owner").unlink()
+    work.start({"a": 1}, 1)
+    assert work.journal == [{"identity": {"a": 1}}]
+    work.close(None)
+
+
+@pytest.mark.parametrize("name", ["", "output", "journal.jsonl", "owner", "lock"])
+def test_a_work_folder_with_links_is_refused(tmp_path: Path, name: str) -> None:
+    work = WorkFolder(tmp_path / "out", resume=True)
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    link = work.folder / name if name else work.folder
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(victim)
+    with pytest.raises(HeadwiseError, match="is a link"):
+        work.start({}, 1)
+    assert not list(victim.iterdir())

@@ -12,6 +12,8 @@ import torch
 
 from headwise.errors import HeadwiseError
 from headwise.models import architecture, table
+from headwise.models.config import stock_text_config
+from headwise.models.stock import stock_config
 from tests import tiny_models
 
 SHARED_CONFIGS = Path(__file__).parents[3] / "shared" / "configs"
@@ -333,3 +335,13 @@ def test_every_shared_config_has_layouts_or_a_reason():
         "mimo",
         "mixformer-sequential",
     }
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_labels": 20_000_000}, {"id2label": {str(i): "x" for i in range(10_001)}}, {"num_labels": 1e9}]
+)
+def test_more_labels_than_any_model_has_are_refused(change):
+    with pytest.raises(HeadwiseError, match="labels, and the most is 10,000"):
+        stock_config({"model_type": "llama"} | change)
+    with pytest.raises(HeadwiseError, match="labels, and the most is 10,000"):
+        stock_text_config("llama", {"model_type": "llama"} | change)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import pytest
+
+from headwise.errors import HeadwiseError
 from headwise.io.reader import open_checkpoint
-from headwise.records.manifest import command_of, make_manifest
+from headwise.records.manifest import changed_files, command_of, hash_files, make_manifest
 from tests.convert.test_plan import model, plan_for
 
 __all__ = ["model"]
@@ -53,3 +56,20 @@ def test_the_command_repeats_every_decision(model):
         "headwise convert org/name@c0ffee out --to mla --rank 16 --exact --seed 3 "
         "--calibrate builtin --calibration-tokens 4096 --refit off --no-verify"
     )
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "a/b/added_tokens.json"])
+def test_a_file_without_a_record_is_a_change(model, name):
+    record = {"files": hash_files(model)}
+    assert changed_files(model, record) == []
+    (model / name).parent.mkdir(parents=True, exist_ok=True)
+    (model / name).write_text("{}")
+    changed = changed_files(model, record)
+    (model / name).unlink()
+    assert changed == [name]
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\nb", "\ud800"])
+def test_a_record_with_an_impossible_file_name_is_refused(model, name):
+    with pytest.raises(HeadwiseError, match="is not the name of a file"):
+        changed_files(model, {"files": {name: "0" * 64}})

@@ -217,11 +217,11 @@ def failed(out: Path) -> None:
 def test_an_accepted_failure_is_pushed_and_named(hub, out):
     record = json.loads((out / "headwise.json").read_text())
     record["verification"]["checks"][1]["passed"] = record["verification"]["passed"] = False
-    record["verification"]["accepted"] = ["promise"]
+    record["verification"]["accepted"] = ["layout"]
     (out / "headwise.json").write_text(json.dumps(record))
     pushed = push_model(out, "org/new", token=TOKEN)
-    assert pushed.verified and pushed.accepted == ("promise",)
-    assert "failed the check promise, and the failure was accepted" in hub.descriptions[-1]
+    assert pushed.verified and pushed.accepted == ("layout",)
+    assert "failed the check layout, and the failure was accepted" in hub.descriptions[-1]
     record["verification"]["accepted"] = ["cache"]
     (out / "headwise.json").write_text(json.dumps(record))
     with pytest.raises(HeadwiseError, match="failed its verification"):

@@ -57,6 +57,7 @@ def optimal(gram: Tensor, costs: Tensor, *, sign_only: bool = False) -> tuple[Te
     # The pair is free up to a scale: give the shared rows the members' mean size, which trains and rounds best.
     size = values.sum(-1).clamp_min(TINY).sqrt()
     scale = _energies(gram).clamp_min(0).mean(-1).sqrt() / size
+    scale = torch.where(scale > 0, scale, 1.0)  # rows of zeros have no size
     return (mix * scale[..., None, None, None]).transpose(-3, -2), maps / scale[..., None, None, None]
 
 

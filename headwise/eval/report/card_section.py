@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -16,13 +15,17 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, eval_result_
 from headwise.errors import HeadwiseError
 from headwise.eval.model import content_hash
 from headwise.eval.report import tables
+from headwise.eval.report.publish import REPORT
 from headwise.eval.report.report import figures_table, limits, read_report
 from headwise.eval.result import Comparison, Evaluation
 from headwise.eval.verdict import figure_name, verdict_of
-from headwise.io.source import source_in_folder
+from headwise.io.source import path_inside, read_json, source_in_folder
 from headwise.io.workdir import write_file_atomically
 from headwise.records.card import EVALUATION, with_section
 
+AGAIN = "Run `headwise eval` again."
+# Largest result file of lm-eval, in bytes; its samples are in files of their own.
+MAX_RESULTS = 100_000_000
 TASK_FIELDS = ("dataset_path", "dataset_name", "test_split", "validation_split")
 
 
@@ -90,6 +93,7 @@ def update_card(
     files = []
     for task, entry in entries:
         file = home / ".eval_results" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', task)}.yaml"
+        path_inside(home, ".eval_results")
         file.parent.mkdir(exist_ok=True)
         entry_yaml = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
         write_file_atomically(file, entry_yaml.encode())
@@ -128,7 +132,10 @@ def _public_command(evaluation: Evaluation) -> str:
     """Return the command with every local folder shortened to the last part of its path."""
     subjects = [evaluation.child, *([evaluation.parent] if evaluation.parent else [])]
     folders = {subject.model for subject in subjects if subject.revision is None}
-    words = shlex.split(evaluation.command)
+    try:
+        words = shlex.split(evaluation.command)
+    except (ValueError, AttributeError):
+        raise HeadwiseError("The `command` of report.json is not a command line.", AGAIN) from None
     return shlex.join(Path(word).name if word in folders or Path(word).is_absolute() else word for word in words)
 
 
@@ -173,11 +180,20 @@ def _eval_result(evaluation: Evaluation, task: str, dataset: str, task_id: str) 
 
 def _task_configs(evaluation: Evaluation, folder: Path) -> dict[str, dict[str, Any]]:
     """Return the dataset of each task from lm-eval's result files; empty without the files."""
-    logs = evaluation.logs.get("child")
+    logs = evaluation.logs.get("child") if isinstance(evaluation.logs, dict) else None
+    if not logs:
+        return {}
+    if not isinstance(logs, str) or Path(logs).is_absolute() or ".." in Path(logs).parts:
+        raise HeadwiseError(
+            f"{folder / REPORT} names {logs!r} as `logs.child`, which is not a folder of the report.",
+            AGAIN,
+        )
+    home = folder if folder.is_dir() else folder.parent
     configs: dict[str, dict[str, Any]] = {}
-    for file in sorted((folder / logs).rglob("results_*.json")) if logs else ():
-        content = json.loads(file.read_text(encoding="utf-8"))
-        configs |= {task: _task_fields(config) for task, config in content.get("configs", {}).items()}
+    for file in sorted(path_inside(home, logs).rglob("results_*.json")):
+        found = read_json(home, file.relative_to(home).as_posix(), MAX_RESULTS).get("configs")
+        if isinstance(found, dict):
+            configs |= {str(task): _task_fields(config) for task, config in found.items()}
     return configs
 
 

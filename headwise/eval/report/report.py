@@ -6,6 +6,7 @@ The page is one file: it contains its figures and loads nothing over the network
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from headwise.eval.report.publish import REPORT
 from headwise.eval.result import Evaluation, Subject
 from headwise.eval.verdict import verdict_of
 from headwise.format import clean, duration, plain
+from headwise.io.source import read_json
 
 NAMES = ("report.html", "report.md", REPORT)
 TEMPLATE = Path(__file__).parent / "report.html"
@@ -68,9 +70,9 @@ def read_report(path: str | Path) -> Evaluation:
     file = Path(path).expanduser()
     file = file / REPORT if file.is_dir() else file
     try:
-        return Evaluation.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise HeadwiseError(f"There is no report {file}.", "Name the folder that `headwise eval` wrote.") from None
+        if not os.path.lexists(file):
+            raise HeadwiseError(f"There is no report {file}.", "Name the folder that `headwise eval` wrote.")
+        return Evaluation.from_dict(read_json(file.parent, file.name))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise HeadwiseError(f"{file} is not a report of `headwise eval`: {type(error).__name__} {error}.") from None
 

@@ -59,3 +59,13 @@ def test_optimal_cannot_be_improved_by_small_steps():
         total = cost(subspace, moment, (mix, maps))
         for gradient, value in zip(torch.autograd.grad(total, (mix, maps)), (mix, maps), strict=True):
             assert gradient.norm() * value.norm() < 1e-6 * total
+
+
+def test_rows_of_zeros_merge_to_zeros() -> None:
+    gram, costs = (
+        torch.zeros(2, 3, 4, 3, 4, dtype=torch.float64),
+        torch.eye(4, dtype=torch.float64).expand(2, 3, 4, 4),
+    )
+    mix, maps = optimal(gram, costs)
+    assert mix.shape == (2, 4, 3, 4)
+    assert mix.isfinite().all() and maps.isfinite().all()

@@ -146,8 +146,8 @@ def test_generated_text_stays_text():
     ("content", "words"),
     [
         (None, "There is no report"),
-        ("[", "is not a report"),
-        ("[]", "is not a report"),
+        ("[", "is not valid JSON"),
+        ("[]", "a JSON object is expected"),
         ('{"child": 3}', "is not a"),
     ],
 )
