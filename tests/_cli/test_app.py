@@ -98,6 +98,16 @@ def test_flags_replace_the_field_names_of_a_message() -> None:
     assert with_flags("`settings` is wrong", cli.commands["uptrain"]) == "--set is wrong"
 
 
+def test_a_closed_pipe_does_not_change_the_exit_code_of_a_failure() -> None:
+    with subprocess.Popen(
+        [*SCRIPT, "inspect", "nowhere"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        process.stderr.close()
+        assert process.wait() == 2
+
+
 def test_a_closed_pipe_is_not_an_error() -> None:
     with subprocess.Popen(
         [*SCRIPT, "recipes", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

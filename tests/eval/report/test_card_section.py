@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +133,27 @@ def test_a_refusal_leaves_the_folder_unchanged(folders, out, spoil, words):
     with pytest.raises(HeadwiseError, match=words):
         update_card(out, folders / "report", eval_results=[GSM8K])
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def with_logs(folders: Path, into: Path, logs: object) -> Path:
+    shutil.copytree(folders / "report", into)
+    content = json.loads((into / "report.json").read_text()) | {"logs": {"child": logs}}
+    (into / "report.json").write_text(json.dumps(content))
+    return into
+
+
+@pytest.mark.parametrize("logs", ["/", "../elsewhere", 7])
+def test_nothing_outside_the_report_is_read(folders, out, tmp_path, logs):
+    with pytest.raises(HeadwiseError, match=r"not a folder of the report"):
+        update_card(out, with_logs(folders, tmp_path / "report", logs))
+
+
+def test_a_pipe_in_place_of_a_result_file_is_refused(folders, out, tmp_path):
+    report = with_logs(folders, tmp_path / "report", "l")
+    (report / "l").mkdir()
+    os.mkfifo(report / "l" / "results_1.json")
+    with pytest.raises(HeadwiseError, match="is not a file"):
+        update_card(out, report)
 
 
 @pytest.mark.parametrize(
