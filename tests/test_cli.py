@@ -112,7 +112,7 @@ def test_every_option_is_a_parameter_of_the_function(verb: str, function: object
 
 
 def test_a_failed_gate_exits_1_and_prints_its_object(library: SimpleNamespace) -> None:
-    library.action = lambda **_: SimpleNamespace(passed=False, to_dict=lambda: {"passed": False})
+    library.action = lambda **_: SimpleNamespace(passed=False, accepted=(), to_dict=lambda: {"passed": False})
     result = run("verify", "out", "--json")
     assert result.exit_code == 1 and json.loads(result.stdout) == {"passed": False}
     assert "failed its checks" in result.stderr

@@ -64,12 +64,23 @@ def printed(tmp_path_factory) -> dict[str, Any]:
     plan = convert_model(model, home / "out", **asked, dry_run=True)
     speed = DecodeSpeed("m", 1, 8, 1.0, 1.0, 1.0, 1, 1, None)
     measured = Measurement("GQA-4", "mean", 1, 1.0, 1.0)
-    pushed = PushResult(home, "org/name", None, {"config.json": 3}, ("old.safetensors",), True, True, False)
+    pushed = PushResult(
+        home,
+        "org/name",
+        None,
+        {"config.json": 3},
+        ("old.safetensors",),
+        ("other.json",),
+        True,
+        ("loading",),
+        True,
+        False,
+    )
     results = {
         "inspect": inspect_model(model, context=64),
         "convert --dry-run": plan,
         "convert": convert_model(model, home / "out", **asked),
-        "uptrain": UptrainResult(home, "distill", 3.0, 2.0, None, 1, 1.0, {0: {"before": 0.1}}),
+        "uptrain": UptrainResult(home, "distill", 3.0, 2.0, None, 1, 1.0, {0: {"before": 0.1}}, None),
         "sample": SampleResult(home / "a.jsonl", 3, 700, 0),
         "verify": verify_model(home / "out"),
         "bench": BenchResult([speed], [speed, speed], 1, "cpu"),

@@ -204,7 +204,8 @@ class Verb(click.Command):
         _quiet_libraries(verbose)
         global _running
         _running = ctx
-        ctx.params = {name: value for name, value in ctx.params.items() if value is not None}
+        # A repeatable option that was not typed is an empty tuple.
+        ctx.params = {name: value for name, value in ctx.params.items() if value is not None and value != ()}
         return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
