@@ -20,8 +20,9 @@ from headwise.models.architecture import Architecture
 
 # Longest calibration sequence: how far attention looks is measured on it.
 CALIBRATION_LENGTH = 1024
-# Tokens for the closed forms, and for a refit, which learns from every one of them.
-TOKENS, TOKENS_FOR_REFIT = 32_768, 196_608
+# Tokens for the closed forms, for a refit of each layer, which learns from every one of them, and for closed forms
+# before a joint refit, which samples far more text anyway.
+TOKENS, TOKENS_FOR_REFIT, TOKENS_BEFORE_JOINT = 32_768, 196_608, 98_304
 # Numbers of hidden states kept in memory for calibration at most: 512 MiB in float32.
 HIDDEN_NUMBERS = 1 << 27
 # Refit by itself only if this is not exceeded.
@@ -44,16 +45,18 @@ def trained_length(checkpoint: Checkpoint, arch: Architecture) -> int:
     return length if isinstance(length, int) and length > 0 else 2048
 
 
-def calibration_tokens(checkpoint: Checkpoint, arch: Architecture, steps: int) -> int:
+def calibration_tokens(checkpoint: Checkpoint, arch: Architecture, steps: int, *, joint: bool = False) -> int:
     """Return the number of calibration tokens where the settings name none.
 
     Args:
         checkpoint: the source.
         arch: its architecture.
         steps: of regression for every layer; 0: none.
+        joint: whether a joint refit follows.
     """
     width = arch.stock_config(checkpoint.config).hidden_size
-    tokens: int = max(4 * CALIBRATION_LENGTH, min(TOKENS_FOR_REFIT if steps else TOKENS, HIDDEN_NUMBERS // width))
+    most = TOKENS_FOR_REFIT if steps else TOKENS_BEFORE_JOINT if joint else TOKENS
+    tokens: int = max(4 * CALIBRATION_LENGTH, min(most, HIDDEN_NUMBERS // width))
     return tokens
 
 

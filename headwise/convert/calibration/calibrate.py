@@ -103,7 +103,7 @@ def plan_calibration(
         return None
     count = settings.calibration_tokens
     if count is None:
-        count = forecast.calibration_tokens(checkpoint, arch, steps)
+        count = forecast.calibration_tokens(checkpoint, arch, steps, joint=settings.refit == "joint")
     if count < 2 * length:
         raise SettingError(
             "calibration_tokens",

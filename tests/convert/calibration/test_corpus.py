@@ -50,12 +50,13 @@ def plan_of(text: str, **changes: Any) -> Any:
 def test_auto_samples_where_the_forecast_allows_it(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(parent)
     arch = find_architecture(checkpoint.config, checkpoint.tensors)
-    chosen = choose_text(checkpoint, arch, "auto", 1000, CPU)
+    assert choose_text(checkpoint, arch, "auto", 32_768, CPU).text == MIXTURE
+    chosen = choose_text(checkpoint, arch, "auto", 98_304, CPU)
     assert chosen.text == SAMPLED and "within the limit of" in str(chosen.reason)
     assert choose_text(checkpoint, arch, "auto", 10**12, CPU).text == MIXTURE
     assert choose_text(checkpoint, arch, "builtin", 10**12, CPU) == corpus.TextChoice("builtin")
     monkeypatch.setattr(corpus, "available_memory", lambda device: 1000)
-    refused = choose_text(checkpoint, arch, "auto", 1000, CPU)
+    refused = choose_text(checkpoint, arch, "auto", 98_304, CPU)
     assert refused.text == MIXTURE and "memory" in str(refused.reason)
 
 
@@ -80,7 +81,7 @@ def test_a_short_file_is_read_without_a_heldback_part(parent: Path, tmp_path: Pa
     path.write_text("x = 1\n" * 10)
     blocks, heldback = read_corpus(open_checkpoint(parent), plan_of(str(path), sequences=2), CPU)
     assert len(blocks) == 2 and len(heldback) < NUM_HELDBACK
-    with pytest.raises(HeadwiseError, match="blocks of 17 tokens, 900 are needed"):
+    with pytest.raises(HeadwiseError, match="blocks of 17 tokens, and 900 are needed"):
         read_corpus(open_checkpoint(parent), plan_of(str(path), sequences=900), CPU)
 
 
@@ -88,6 +89,7 @@ def test_plan_and_record_name_the_text_and_the_reason(
     parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(corpus, "LOSS_SECONDS", 100.0)
+    monkeypatch.setattr(corpus, "FEWEST_SAMPLED", 0)
     dry = convert_model(parent, tmp_path / "out", **TARGET, calibrate="auto", dry_run=True)
     assert isinstance(dry, Plan)
     assert any(note.startswith("Calibration text: sampled, because sampling is forecast") for note in dry.notes)
