@@ -173,7 +173,9 @@ def _uptrain(**options: Any) -> None:
     from headwise.recipes.uptrain import uptrain_model
 
     with console.progress() as progress:
-        result = uptrain_model(**options, command=shlex.join(["headwise", *sys.argv[1:]]), progress=progress)
+        # Where a user keeps files is not published.
+        words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+        result = uptrain_model(**options, command=shlex.join(["headwise", *words]), progress=progress)
     if result is not None:  # in the first of several processes
         render.render_uptraining(result)
         console.print_json(result)

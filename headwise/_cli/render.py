@@ -232,6 +232,8 @@ def render_evaluation(evaluation: Evaluation) -> None:
         console.print_table((), agreement)
     for label, heads in tables.flagged_heads(evaluation):
         console.print_line(f"{label}: {heads}.")
+    for note in evaluation.notes:
+        console.warn(note)
     for gate in evaluation.gates if evaluation.fail_above is not None else ():
         console.print_line(f"Gate {gate.name} {'passed' if gate.passed else 'FAILED'}: {gate.detail}")
     for layer in evaluation.diagnostics.layers if evaluation.diagnostics else ():

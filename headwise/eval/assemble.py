@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from headwise.eval.metrics.generation import assess_generation
 from headwise.eval.metrics.model_metrics import ModelMetrics
 from headwise.eval.pair import EvalPair
 from headwise.eval.result import (
+    FINITE,
     DraftAcceptance,
     Evaluation,
     Gate,
@@ -59,6 +60,8 @@ def assemble(
     generation = _assess_generation(pair, child, parent, tokenizer)
     if generation is not None:
         gates.append(_generation_gate(generation))
+    roles = {"child": child.results, "parent": parent.results if parent else None}
+    gates += _finite_gates(roles)
     parent_measured = "parent: tasks" in pair.seconds
     pair.seconds["comparison"] = time.perf_counter() - start
     return Evaluation(
@@ -78,6 +81,7 @@ def assemble(
         passkey=tuple(_passkey_cells(child.results, parent.results if parent else None)),
         fail_above=fail_above,
         gates=tuple(gates),
+        notes=tuple(_cut_prompts(roles)),
         logs={
             role: pair.folder(role).relative_to(pair.work).as_posix()
             for role in ("child", *(["parent"] if parent else []))
@@ -102,6 +106,26 @@ def _generation_gate(generation: GenerationComparison) -> Gate:
     if generation.parent is not None:
         no_complaints = "No more repetition and early ends than the parent, and the first tokens agree."
     return Gate("generation", not generation.complaints, " ".join(generation.complaints) or no_complaints)
+
+
+def _finite_gates(roles: Mapping[str, TaskResults | None]) -> Iterator[Gate]:
+    """Yield a failed gate for each task with answers that are not finite; lm-eval counts them as answers."""
+    for role, results in roles.items():
+        for task, counts in (results.answers if results else {}).items():
+            if counts.not_finite:
+                share = f"{counts.not_finite:,} of {counts.questions:,} answers"
+                yield Gate(FINITE, False, f"{share} of the {role} to {task} are NaN or infinite.")
+
+
+def _cut_prompts(roles: Mapping[str, TaskResults | None]) -> Iterator[str]:
+    """Yield a sentence for each task whose prompts exceed a model's context."""
+    for role, results in roles.items():
+        for task, counts in (results.answers if results else {}).items():
+            if counts.cut:
+                yield (
+                    f"{counts.cut:,} of {counts.questions:,} prompts of {task} exceed the context of the {role} "
+                    "and were truncated from the left."
+                )
 
 
 def _compare_positions(

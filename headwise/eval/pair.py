@@ -86,7 +86,10 @@ class EvalPair:
             return cached, True
         metrics = self._measure("parent", self.baseline)
         if metrics is not None and self.settings.cache:
-            cache.store(into)
+            try:
+                cache.store(into)
+            except OSError as error:  # the cache only saves time
+                self.progress.note(f"The cache {cache.folder.parent} cannot be written: {error.strerror or error}.")
         return metrics, False
 
     def measure_together(self) -> tuple[Divergence | None, DraftAcceptance | None]:

@@ -58,6 +58,10 @@ class Score:
     standard_error: float | None
 
 
+# The gate that fails where an answer is NaN or infinite.
+FINITE = "finite"
+
+
 @dataclass(frozen=True)
 class Paired:
     """Child minus parent on the same samples.
@@ -300,6 +304,7 @@ class Evaluation:
         passkey: empty if the recipe has no passkey task.
         fail_above: damage that the gate allows; None without a gate.
         gates: conditions; they decide the exit code only with `fail_above`.
+        notes: sentences on what limits the figures, such as prompts that were truncated.
         figures: name ("entropy", "positions", "passkey") -> PNG, relative to the report's folder.
         logs: "child", "parent" -> folder with lm-eval's result and sample files, relative to the report's folder.
         schema_version: version of this format.
@@ -322,6 +327,7 @@ class Evaluation:
     passkey: tuple[PasskeyCell, ...] = ()
     fail_above: float | None = None
     gates: tuple[Gate, ...] = ()
+    notes: tuple[str, ...] = ()
     figures: dict[str, str] = field(default_factory=dict)
     logs: dict[str, str] = field(default_factory=dict)
     schema_version: int = 1
@@ -415,3 +421,4 @@ def _summary_sentences(evaluation: Evaluation) -> Iterator[str]:
     for gate in evaluation.gates:
         if not gate.passed:
             yield f"Gate {gate.name} fails: {gate.detail}"
+    yield from evaluation.notes

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headwise.eval.result import Comparison, Evaluation, growth
+from headwise.eval.result import FINITE, Comparison, Evaluation, growth
 
 # A damage, or the upper end of its interval, is small up to one point or one percent.
 SMALL = 0.01
@@ -72,6 +72,9 @@ def verdict_of(evaluation: Evaluation) -> Verdict:
     Returns:
         Tone and text.
     """
+    infinite = [gate.detail for gate in evaluation.gates if gate.name == FINITE and not gate.passed]
+    if infinite:
+        return Verdict("bad", f"{_capital(BROKEN)} {' '.join(infinite)}")
     if evaluation.parent is None:
         no_parent = "No parent was measured, so the figures are compared with nothing: give `baseline`."
         complaints = evaluation.generation.complaints if evaluation.generation else ()

@@ -20,7 +20,7 @@ from headwise.errors import GateFailed, HeadwiseError
 from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.io.source import EMBEDDED_MODEL, find_gguf, read_json
 from headwise.io.writer import Writer
-from headwise.progress import Progress
+from headwise.progress import SILENT, Progress
 from headwise.records.card import render_card
 from headwise.records.manifest import RECORD, hash_files
 from headwise.train.student import ModelFolder, Student
@@ -114,6 +114,7 @@ def verify_and_write_metadata(
     before: Mapping[str, Any] | None,
     checkpoint: Checkpoint,
     accept: Collection[str] = (),
+    progress: Progress = SILENT,
 ) -> None:
     """Verify the unpublished folder, and write headwise.json and the model card.
 
@@ -123,13 +124,16 @@ def verify_and_write_metadata(
         before: the record of the folder that was trained.
         checkpoint: the folder that was trained.
         accept: names of checks whose failure is accepted and recorded.
+        progress: gets one stage.
 
     Raises:
         GateFailed: the folder failed a check that is not in `accept`; both files are written.
     """
     record = record_before(before, checkpoint)
     record["uptraining"] = [*record.get("uptraining", []), dict(facts)]
-    verification = check_folder(open_checkpoint(writer.folder), None, arguments=record["arguments"])
+    verification = check_folder(
+        open_checkpoint(writer.folder), None, arguments=record["arguments"], progress=progress
+    )
     verification = verification.accepting(accept)
     record |= {
         "verification": verification.to_dict(),
@@ -214,6 +218,6 @@ def model_name(checkpoint: Checkpoint) -> str:
 
 def hardware() -> str:
     """Return the kind and number of devices of the run."""
-    if torch.cuda.is_available():
+    if PartialState().device.type == "cuda":
         return f"{PartialState().num_processes} x {torch.cuda.get_device_name()}"
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"

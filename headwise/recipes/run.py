@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from headwise import environment
@@ -45,7 +44,7 @@ from headwise.train.curve_plot import draw_curve
 from headwise.train.memory import check_memory
 from headwise.train.student import ModelFolder, Student
 from headwise.train.teacher import Teacher, cache_teacher_topk
-from headwise.train.trainer import Task, collate_topk, make_trainer, on_cpu, resume
+from headwise.train.trainer import Task, collate_topk, make_trainer, process_state, resume
 
 TRAINING = "training"
 SELF_FILE = "self.jsonl"
@@ -96,6 +95,7 @@ class Run:
         command: for the record.
         progress: gets the stages and figures of the first process.
         accept: names of checks whose failure is accepted and recorded.
+        device: "cpu" or "cuda"; None: an accelerator if there is one.
 
     Raises:
         HeadwiseError: the parts do not match, or memory is too small.
@@ -111,10 +111,11 @@ class Run:
         command: str,
         progress: Progress,
         accept: Collection[str] = (),
+        device: str | None = None,
     ) -> None:
         self.recipe, self.name, self.folder, self.out = recipe, name, folder, out
         self.command, self.accept = command, accept
-        self.processes = PartialState(cpu=on_cpu())
+        self.processes = process_state(device)
         self.is_main_process, self.device = self.processes.is_main_process, self.processes.device
         self.progress = progress if self.is_main_process else SILENT
         self.record = read_record(folder.checkpoint.folder)
@@ -255,7 +256,7 @@ class Run:
 
     def _nats(self, folder: ModelFolder) -> float:
         """Return the nats per token of a folder's stock model on the held-out text."""
-        network = folder.load(torch.float32 if on_cpu() else torch.bfloat16).to(self.device)
+        network = folder.load(torch.float32 if self.device.type == "cpu" else torch.bfloat16).to(self.device)
         return nats_per_token(network, self.heldout).nats
 
     def _layer_by_layer(self, student: Student, writer: Writer | None) -> None:
@@ -354,6 +355,7 @@ class Run:
             checkpoints=checkpoints,
             tokens=tokens,
             figures={"parent": self.parent, "before": self.before},
+            device=self.device.type,
         )
         started = time.monotonic()
         resume(trainer, last)
@@ -392,7 +394,8 @@ class Run:
         def check(folder: Path) -> None:
             nonlocal after
             after = self._nats(ModelFolder.of(open_checkpoint(folder)))
-            outcome.verify_and_write_metadata(writer, self._facts(after), self.record, checkpoint, self.accept)
+            facts = self._facts(after)
+            outcome.verify_and_write_metadata(writer, facts, self.record, checkpoint, self.accept, self.progress)
 
         if (curve := self.training_dir / "curve.csv").exists():
             draw_curve(curve, curve.with_suffix(".png"), parent=self.parent, title=f"Uptraining: {self.name}")

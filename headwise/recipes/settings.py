@@ -253,6 +253,9 @@ class UptrainSettings:
         "Start processes through accelerate: single, ddp or fsdp2.", LAUNCH_KINDS, section="Several processes"
     )
     processes: int | None = fields.number("Number of processes [one for each GPU].", section="Several processes")
+    device: str | None = fields.choice(
+        "Device of one process [an accelerator if there is one].", ("cpu", "cuda"), metavar="DEVICE"
+    )
     max_shard_size: int | str = fields.other(
         f"Largest weight file [{SHARD_SIZE}].",
         default=SHARD_SIZE,
@@ -280,6 +283,8 @@ class UptrainSettings:
             raise SettingError(
                 "processes", f"`processes` is {self.processes}, and `launch` single starts one: give ddp or fsdp2."
             )
+        if self.launch is not None and self.device is not None:
+            raise SettingError("device", "`launch` chooses the device of its processes: leave out `device`.")
         if self.launch is not None and isinstance(self.recipe, UptrainRecipe):
             raise SettingError(
                 "launch", "`launch` starts processes that read the recipe from its file: give a name or a file."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from headwise.environment import find_device
 from headwise.errors import HeadwiseError
 from headwise.io.reader import open_checkpoint
 from headwise.progress import SILENT, Progress
@@ -32,6 +33,7 @@ def uptrain_model(
     launch: str | None = None,
     processes: int | None = None,
     accept: str | Sequence[str] = (),
+    device: str | None = None,
     command: str = "",
     progress: Progress = SILENT,
 ) -> UptrainResult | None:
@@ -53,6 +55,7 @@ def uptrain_model(
         launch: start processes of this machine through accelerate: "single", "ddp" or "fsdp2".
         processes: number of processes; None: one for each accelerator.
         accept: names of checks whose failure does not stop the run; the record keeps it.
+        device: "cpu" or "cuda"; None: an accelerator if there is one.
         command: the command line, for the record.
         progress: gets stages and figures.
 
@@ -81,12 +84,17 @@ def uptrain_model(
         force=force,
         resume=resume,
         accept=accept,
+        device=device,
     )
     target = Path(out) if out is not None else _default_out(model)
     if chosen.launch is not None:
         return _launch(chosen, model, target, command)
+    if chosen.device is not None:
+        find_device(chosen.device)
     folder = ModelFolder.of(open_checkpoint(model, progress=progress))
-    run = Run(chosen.plan, chosen.name, folder, chosen.teacher, target, command, progress, chosen.accept)
+    run = Run(
+        chosen.plan, chosen.name, folder, chosen.teacher, target, command, progress, chosen.accept, chosen.device
+    )
     return run(resume=chosen.resume, force=chosen.force, max_shard_size=chosen.max_shard_size)
 
 

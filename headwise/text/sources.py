@@ -230,23 +230,29 @@ def _read_file(path: Path) -> list[str | Chat]:
     if path.suffix == ".parquet":
         return list(stream_documents(str(path), open_stream(str(path))))
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise HeadwiseError(f"{path} cannot be read as UTF-8 text: {error}.") from None
     if path.suffix != ".jsonl":
         return [text]
     return [
         document
-        for number, line in enumerate(text.splitlines(), start=1)
+        # Not `splitlines`: JSON strings may hold other separators, such as U+2028.
+        for number, line in enumerate(text.split("\n"), start=1)
         if line.strip()
         for document in _read_line(line, f"{path}, line {number}")
     ]
 
 
 def _read_line(line: str, where: str) -> list[str | Chat]:
-    """Return the document of a line of JSON."""
+    """Return the document of a line of JSON; none where its text is null, as in a stream."""
     try:
         row = json.loads(line)
-        return [read_chat(row["messages"], where) if "messages" in row else str(row["text"])]
-    except (ValueError, KeyError, TypeError):
+        if row.get("messages") is not None:
+            return [read_chat(row["messages"], where)]
+        text = row["text"]
+    except (ValueError, KeyError, AttributeError):
         raise HeadwiseError(f'{where}, is not a JSON object with a "text" or "messages".') from None
+    if text is not None and not isinstance(text, str):
+        raise HeadwiseError(f'{where}, has a "text" that is not a string: {json.dumps(text)[:40]}.')
+    return [text] if text else []

@@ -89,7 +89,7 @@ class CurveCallback(TrainerCallback):
             self.max_steps = state.max_steps
             self.progress.stage("training", self.max_steps * self.batch_tokens - self.reported_tokens, "tokens")
         shown = {name: logs[key] for key, name in (("loss", "loss"), ("eval_loss", "heldout")) if key in logs}
-        if self.closed is not None:
+        if self.closed is not None and "eval_loss" in logs:
             shown["gap closed"] = f"{self.closed:.1%}"
         if tokens > self.resumed_tokens:
             shown["tokens/s"] = f"{(tokens - self.resumed_tokens) / (now - self._resumed_at):,.0f}"

@@ -7,6 +7,8 @@ from the parent, end to end. Only attention is trained. A stage that raises the 
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headwise.io.fs import DiskError
+from headwise.io.workdir import write_file_atomically
 from headwise.models.stock import empty_model, layer_arguments, move_to_device
 from headwise.progress import SILENT, Progress
+from headwise.train.checkpoints import WEIGHTS, Checkpoints, load_tensors, save_tensors
 from headwise.train.optimizer import RelativeAdam
 from headwise.train.settings import Loss, Training
 from headwise.train.student import ModelFolder, Student
@@ -27,6 +32,8 @@ from headwise.train.trainer import Task, Trainer, make_trainer, resume
 REGRESSION_RATE = 0.1
 KL_RATE = {"mla": 0.003, "gqa": 0.008}
 WARMUP = 0.1
+# Checkpoints of a stage, and the file of its result.
+CHECKPOINTS, REPORT = 4, "report.json"
 
 
 @dataclass(frozen=True)
@@ -151,9 +158,12 @@ def recover_jointly(
     work: Path,
     *,
     seed: int = 0,
+    device: torch.device,
     progress: Progress = SILENT,
 ) -> list[StageReport]:
     """Train the attention of a student in place.
+
+    A call with the files of an interrupted one in `work` continues it.
 
     Args:
         student: loaded from its folder; its attention has closed-form weights.
@@ -161,8 +171,9 @@ def recover_jointly(
         blocks: training text, int64 (sequences, length).
         heldout: text that measures, int64 (sequences, length).
         plan: steps of both stages.
-        work: a folder for the curves.
+        work: a folder for curves, checkpoints and results of the stages.
         seed: of the order of the text.
+        device: where the models are trained.
         progress: receives the figures of both stages.
 
     Returns:
@@ -170,61 +181,106 @@ def recover_jointly(
 
     Raises:
         SettingError: the text does not fill one step.
+        KeyboardInterrupt: a signal stopped a stage; its checkpoint is written.
     """
     kind = "mla" if student.folder.is_latent else "gqa"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device.type)  # the Trainer has one accelerator: the first
     teacher = Teacher(parent, device)
-    reports = []
-    for stage, steps, rate in (
-        ("regression", plan.regression_steps, REGRESSION_RATE),
-        ("kl", plan.kl_steps, KL_RATE[kind]),
-    ):
-        if not steps:
-            continue
-        tokens = steps * plan.sequences * plan.length
-        training = Training(
-            tokens=tokens,
-            parameters="attention",
-            batch_tokens=plan.sequences * plan.length,
-            micro_batch_tokens=None if device.type == "cuda" else plan.length,
-            learning_rate=rate,
-            warmup=WARMUP,
-            weight_decay=0.0,
-            max_grad_norm=0.0,
-            save_every=0,
-            precision="bf16" if device.type == "cuda" else "float32",
-            seed=seed,
+    return [
+        _run_stage(stage, steps, rate, student, teacher, blocks, heldout, plan, work / stage, seed, progress)
+        for stage, steps, rate in (
+            ("regression", plan.regression_steps, REGRESSION_RATE),
+            ("kl", plan.kl_steps, KL_RATE[kind]),
         )
-        student.select_parameters(training)
-        task = Task(Loss(kl=1.0), teacher, student.scales(parent), student.attention_paths)
-        trainer = make_trainer(
-            student.network,
-            blocks,
-            heldout,
-            training,
-            task,
-            work,
-            progress,
-            length=plan.length,
-            collate=_collate,
-            trainer_class=RegressionTrainer if stage == "regression" else Trainer,
-        )
-        parameters = list(student.trained_parameters().values())
-        trainer.optimizer = RelativeAdam(parameters, lr=rate)
-        if isinstance(trainer, RegressionTrainer):
-            trainer.prepare_layers(student, plan.length)
-        start = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
-        before = trainer.measure(student.network)
-        progress.stage("Regression of all layers" if stage == "regression" else "KL to the parent", total=steps)
-        resume(trainer, None)
-        after = trainer.measure(student.network)
-        kept = after < before  # False for NaN
-        if not kept:
-            with torch.no_grad():
-                for parameter, old in zip(parameters, start, strict=True):
-                    parameter.copy_(old)
-        reports.append(StageReport(stage, steps, tokens, before, after, kept))
-    return reports
+        if steps
+    ]
+
+
+def _run_stage(
+    stage: str,
+    steps: int,
+    rate: float,
+    student: Student,
+    teacher: Teacher,
+    blocks: Tensor,
+    heldout: Tensor,
+    plan: JointPlan,
+    work: Path,
+    seed: int,
+    progress: Progress,
+) -> StageReport:
+    """Run one stage, or load the result of a finished one. A stage resumes from its last checkpoint."""
+    cpu = teacher.device.type == "cpu"
+    tokens = steps * plan.sequences * plan.length
+    training = Training(
+        tokens=tokens,
+        parameters="attention",
+        batch_tokens=plan.sequences * plan.length,
+        micro_batch_tokens=plan.length if cpu else None,
+        learning_rate=rate,
+        warmup=WARMUP,
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        save_every=max(1, steps // CHECKPOINTS),
+        precision="float32" if cpu else "bf16",
+        seed=seed,
+    )
+    student.select_parameters(training)
+    trained = student.trained_parameters()
+    report_file, weights = work / REPORT, work / WEIGHTS
+    if report_file.exists():
+        load_tensors(student.network, weights)
+        return StageReport(**json.loads(report_file.read_text()))
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoints = _checkpoints(work, trained)
+    task = Task(Loss(kl=1.0), teacher, student.scales(teacher.folder), student.attention_paths)
+    trainer = make_trainer(
+        student.network,
+        blocks,
+        heldout,
+        training,
+        task,
+        work,
+        progress,
+        length=plan.length,
+        collate=_collate,
+        checkpoints=checkpoints,
+        trainer_class=RegressionTrainer if stage == "regression" else Trainer,
+        device=teacher.device.type,
+    )
+    parameters = list(trained.values())
+    trainer.optimizer = RelativeAdam(parameters, lr=rate)
+    if isinstance(trainer, RegressionTrainer):
+        trainer.prepare_layers(student, plan.length)
+    start = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+    before = trainer.measure(student.network)
+    progress.stage("Regression of all layers" if stage == "regression" else "KL to the parent", total=steps)
+    last = checkpoints.last if checkpoints else None
+    if checkpoints and last:
+        checkpoints.load(student.network, last)
+    resume(trainer, last)
+    after = trainer.measure(student.network)
+    kept = after < before  # False for NaN
+    if not kept:
+        with torch.no_grad():
+            for parameter, old in zip(parameters, start, strict=True):
+                parameter.copy_(old)
+    report = StageReport(stage, steps, tokens, before, after, kept)
+    save_tensors(student.network.state_dict(), trained, weights)
+    write_file_atomically(report_file, json.dumps(asdict(report)).encode())
+    for checkpoint in checkpoints.all() if checkpoints else ():
+        shutil.rmtree(checkpoint)
+    return report
+
+
+def _checkpoints(work: Path, trained: Mapping[str, nn.Parameter]) -> Checkpoints | None:
+    """Return the checkpoints of a stage; None without room: an interrupted stage then begins again."""
+    checkpoints = Checkpoints(work, {name: p.numel() for name, p in trained.items()}, num_kept=1)
+    try:
+        checkpoints.check_space()
+    except DiskError:
+        return None
+    return checkpoints
 
 
 def as_records(reports: list[StageReport]) -> list[dict[str, Any]]:
@@ -234,4 +290,6 @@ def as_records(reports: list[StageReport]) -> list[dict[str, Any]]:
 
 def _collate(rows: list[Tensor]) -> dict[str, Tensor]:
     tokens = torch.stack([row.long() for row in rows])
-    return {"input_ids": tokens, "labels": tokens.clone()}
+    labels = tokens.clone()
+    labels[:, 0] = -100
+    return {"input_ids": tokens, "labels": labels}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
@@ -68,18 +69,26 @@ class Trainer(transformers.Trainer):
     ) -> None:
         super().__init__(*arguments, **options)
         self.training, self.task, self.checkpoints = training, task, checkpoints
-        # The loss is a mean over the tokens of a micro-batch, so the Trainer has to divide by their number.
-        self.model_accepts_loss_kwargs = False
-        self._bf16 = training.precision == "bf16" and not on_cpu()
+        # The Trainer then counts the predicted tokens of a whole step; `compute_loss` weighs a micro-batch by them.
+        self.model_accepts_loss_kwargs = True
+        self._bf16 = training.precision == "bf16" and not self.args.use_cpu
         if task.teacher is not None:
             task.teacher.prepare(self.accelerator)
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
-        """Return the task's loss on a batch, a mean over its predicted tokens.
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Return the task's loss on a micro-batch; those of a step add up to the mean over its predicted tokens.
 
         Args:
             model: the network, wrapped.
             inputs: the batch: keyword arguments of the model, `labels`, and the teacher's top-k tokens.
+            return_outputs: not used.
+            num_items_in_batch: predicted tokens of the whole step, all processes together; None: those of `inputs`.
         """
         labels = inputs.pop("labels")
         topk = [inputs.pop(name) for name in TOPK_ARRAYS if name in inputs]
@@ -96,7 +105,7 @@ class Trainer(transformers.Trainer):
         # No cache: it would hold a bfloat16 copy of every weight, even with gradient checkpointing.
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._bf16, cache_enabled=False):
             actual = forward_with_hooks(model, inputs, hidden_states=hidden_states, attention=attention)
-        return total_loss(
+        mean = total_loss(
             loss.weights,
             actual,
             labels,
@@ -106,6 +115,11 @@ class Trainer(transformers.Trainer):
             temperature=loss.temperature,
             compiled=self.training.compile,
         )
+        if num_items_in_batch is None:
+            return mean
+        processes = self.args.world_size if self.args.average_tokens_across_devices else 1
+        weighted: Tensor = mean * processes * (labels[..., 1:] != -100).sum() / num_items_in_batch
+        return weighted
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Return the schedule. It reads `state.max_steps` at each step, because a time budget may shorten the run.
@@ -206,6 +220,7 @@ def make_trainer(
     tokens: int | None = None,
     figures: Mapping[str, float | None] | None = None,
     trainer_class: type[Trainer] = Trainer,
+    device: str | None = None,
 ) -> Trainer:
     """Make a Trainer over blocks of text; its curve goes to work/curve.csv as it runs.
 
@@ -223,6 +238,7 @@ def make_trainer(
         tokens: of the run, where the settings alone do not give them.
         figures: `parent` and `before`, nats on the held-out text, for the curve.
         trainer_class: what to make; a subclass has another loss.
+        device: "cpu" trains on the CPU of a machine with an accelerator; None: on the accelerator if there is one.
 
     Returns:
         The Trainer; `resume` starts it.
@@ -231,7 +247,7 @@ def make_trainer(
         SettingError: `batch_tokens` does not divide into the processes, or the text does not fill one step.
     """
     tokens = tokens or training.budget()
-    arguments = _arguments(training, length, work, tokens, checkpoints is not None)
+    arguments = _arguments(training, length, work, tokens, checkpoints is not None, device)
     rows = training.batch_tokens // length
     if not isinstance(blocks, IterableDataset) and len(blocks) < rows:
         # The Trainer drops a batch that is not full: it would take no step, without an error.
@@ -304,8 +320,10 @@ def resume(trainer: Trainer, checkpoint: Path | None) -> None:
         raise KeyboardInterrupt
 
 
-def _arguments(training: Training, length: int, work: Path, tokens: int, checkpoints: bool) -> TrainingArguments:
-    processes = PartialState(cpu=on_cpu()).num_processes
+def _arguments(
+    training: Training, length: int, work: Path, tokens: int, checkpoints: bool, device: str | None
+) -> TrainingArguments:
+    processes, cpu = process_state(device).num_processes, on_cpu(device)
     rows = training.batch_tokens // (length * processes)
     micro_rows = min(rows, (training.micro_batch_tokens or training.batch_tokens) // length)
     if micro_rows < 1 or rows % micro_rows or rows * length * processes != training.batch_tokens:
@@ -320,7 +338,7 @@ def _arguments(training: Training, length: int, work: Path, tokens: int, checkpo
     save_every = training.save_every if training.save_every is not None else default_every
     arguments = TrainingArguments(
         output_dir=str(work),
-        use_cpu=on_cpu(),
+        use_cpu=cpu,
         max_steps=steps,
         per_device_train_batch_size=micro_rows,
         gradient_accumulation_steps=rows // micro_rows,
@@ -339,7 +357,7 @@ def _arguments(training: Training, length: int, work: Path, tokens: int, checkpo
         save_strategy="steps" if checkpoints and save_every else "no",
         save_steps=save_every or 1,
         dataloader_drop_last=True,
-        dataloader_pin_memory=not on_cpu(),
+        dataloader_pin_memory=not cpu,
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=list(training.report_to),
@@ -359,9 +377,27 @@ def _checkpointing(training: Training) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
-def on_cpu() -> bool:
-    """Return whether training runs on the CPU."""
-    return not torch.accelerator.is_available()
+def on_cpu(device: str | None = None) -> bool:
+    """Return whether training runs on the CPU.
+
+    Args:
+        device: "cpu", or None for an accelerator if there is one.
+    """
+    return device == "cpu" or not torch.accelerator.is_available()
+
+
+def process_state(device: str | None = None) -> PartialState:
+    """Return accelerate's state of this process, on the device that the training uses.
+
+    Args:
+        device: "cpu", or None for an accelerator if there is one.
+    """
+    cpu = on_cpu(device)
+    state = PartialState(cpu=cpu)
+    if (state.device.type == "cpu") != cpu:  # accelerate keeps the device of an earlier run in the same process
+        AcceleratorState._reset_state(reset_partial_state=True)
+        state = PartialState(cpu=cpu)
+    return state
 
 
 def _is_sharded(network: Any) -> bool:

@@ -169,6 +169,8 @@ GOOD = UptrainRecipe("a test", Data({"builtin": 1}), Training(tokens=8))
             "which is not one or several of tensors, .*'function'",
         ),
         (lambda: UptrainSettings(accept=["cache", "all"]), "accept", r"`accept` is \['cache', 'all'\]"),
+        (lambda: UptrainSettings(device="cuda:1"), "device", "`device` is 'cuda:1', which is not one of cpu, cuda"),
+        (lambda: UptrainSettings(device="cpu", launch="ddp"), "device", "leave out `device`"),
         (lambda: UptrainSettings(heldout=""), "heldout", "`heldout` is ''"),
         (lambda: UptrainSettings(max_shard_size="much"), "max_shard_size", "not a size such as 5GB"),
         (lambda: UptrainSettings(settings="train.tokns=1"), "train.tokns", r"unknown key train\.tokns"),

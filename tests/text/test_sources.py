@@ -21,6 +21,27 @@ def test_text_and_jsonl_files(tmp_path: Path) -> None:
     assert sources.documents(str(tmp_path / "a.txt")) == ["hello world\n"]
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])
+def test_a_line_of_jsonl_ends_at_a_newline_only(tmp_path: Path, separator: str) -> None:
+    lines, texts = tmp_path / "a.jsonl", [f"one{separator}two", "three"]
+    rows = "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    lines.write_bytes(rows.encode())
+    assert sources.documents(str(lines)) == texts
+
+
+def test_a_text_is_a_string_or_null(tmp_path: Path) -> None:
+    lines = tmp_path / "a.jsonl"
+    lines.write_text('{"text": "a"}\n{"text": null}\n{"text": "b", "messages": null}\n')
+    assert sources.documents(str(lines)) == ["a", "b"]
+    for wrong in ('["a"]', "42", '{"a": "b"}', "true"):
+        lines.write_text('{"text": "a"}\n{"text": ' + wrong + "}\n")
+        with pytest.raises(HeadwiseError, match=r'a\.jsonl, line 2, has a "text" that is not a string: '):
+            sources.documents(str(lines))
+    lines.write_text('"a"\n')
+    with pytest.raises(HeadwiseError, match="line 1, is not a JSON object"):
+        sources.documents(str(lines))
+
+
 def test_bad_text_is_refused_by_name(tmp_path: Path) -> None:
     broken, binary = tmp_path / "b.jsonl", tmp_path / "b.txt"
     broken.write_text('{"text": "ok"}\n{"body": 1}\n')

@@ -11,9 +11,10 @@ import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
+from headwise.text.marks import BEGINS
 from headwise.text.packing import Collator
 from headwise.train.settings import Loss, Training
-from headwise.train.trainer import Task, Trainer, learning_rate, make_trainer
+from headwise.train.trainer import Task, Trainer, learning_rate, make_trainer, resume
 
 TINY = {
     "model_type": "llama",
@@ -65,3 +66,47 @@ def test_schedules() -> None:
     assert shares == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.5, 0.0])
     assert learning_rate(0.0, replace(TRAINING, warmup=0.0)) == 1.0
     assert learning_rate(1.0, replace(TRAINING, warmup=1.0)) == pytest.approx(1.0)
+
+
+def test_a_step_in_parts_has_the_loss_of_the_whole_step(tmp_path: Path) -> None:
+    """Documents of one token leave few predicted tokens in some micro-batches."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**TINY, vocab_size=32)
+    weights = AutoModelForCausalLM.from_config(config).state_dict()
+    blocks = torch.randint(32, (8, 64), dtype=torch.int32)
+    blocks[1::2, 2:] |= BEGINS
+    losses, gradients = [], []
+    for micro in (512, 64):
+        network = AutoModelForCausalLM.from_config(config)
+        network.load_state_dict(weights)
+        settings = replace(TRAINING, tokens=512, micro_batch_tokens=micro, log_every=1, max_grad_norm=1e9)
+        trainer = make_trainer(
+            network, blocks, blocks[:1], settings, Task(Loss(cross_entropy=1.0)), tmp_path / str(micro), length=64,
+            collate=Collator(True),
+        )  # fmt: skip
+        resume(trainer, None)
+        first = next(line for line in trainer.state.log_history if "loss" in line)
+        losses.append(first["loss"])
+        gradients.append(float(first["grad_norm"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert gradients[0] == pytest.approx(gradients[1], rel=1e-3)
+
+
+def test_the_cpu_trains_where_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with a GPU, which the Trainer would use."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY, vocab_size=32))
+    blocks = torch.zeros(16, 64, dtype=torch.int32)
+    trainer = make_trainer(
+        network,
+        blocks,
+        blocks[:1],
+        replace(TRAINING, precision="bf16"),
+        Task(Loss(cross_entropy=1.0)),
+        tmp_path,
+        length=64,
+        collate=Collator(True),
+        device="cpu",
+    )
+    assert trainer.args.use_cpu and trainer.args.device.type == trainer.accelerator.device.type == "cpu"
+    assert not trainer.args.dataloader_pin_memory and not trainer._bf16

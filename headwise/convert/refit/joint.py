@@ -7,6 +7,7 @@ The closed forms are on disk already. Text is sampled from the parent, the atten
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -126,14 +127,18 @@ def refit_jointly(
         names: the tensors that the conversion computed; no others are written again.
         plan: tokens and steps.
         seed: of the sampled text and its order.
-        device: where text is sampled.
+        device: where text is sampled and the models are trained.
         progress: receives the stages.
 
     Returns:
         A report for each stage, as headwise.json holds it.
     """
     work = writer.work.folder
+    stages = work / "joint"
     if NOTE not in writer.notes:
+        if "joint stages" not in writer.notes:
+            shutil.rmtree(stages, ignore_errors=True)  # of an earlier run
+            writer.note("joint stages", True)
         blocks = _sampled_blocks(writer, parent, plan, seed, device, progress)
         student = Student.load(ModelFolder.of(open_checkpoint(writer.folder)), ModelFolder.of(parent))
         reports = recover_jointly(
@@ -142,8 +147,9 @@ def refit_jointly(
             blocks[plan.heldout :],
             blocks[: plan.heldout],
             plan,
-            work,
+            stages,
             seed=seed,
+            device=device,
             progress=progress,
         )
         state = {name: tensor.detach().to("cpu") for name, tensor in student.network.state_dict().items()}

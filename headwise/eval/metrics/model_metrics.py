@@ -167,13 +167,13 @@ class ResultCache:
         Returns:
             The figures; None if there are no readable results, and then `into` does not exist.
         """
-        if not self.folder.is_dir():
-            return None
-        shutil.copytree(self.folder, into)
         try:
+            if not self.folder.is_dir():
+                return None
+            shutil.copytree(self.folder, into)
             return read_metrics(into, tasks=tasks)
         except Exception:  # an interrupted run or another program wrote it: measure again
-            shutil.rmtree(into)
+            shutil.rmtree(into, ignore_errors=True)
             return None
 
     def store(self, folder: Path) -> None:

@@ -177,6 +177,7 @@ def limits(evaluation: Evaluation) -> Iterator[str]:
     """
     if evaluation.parent is None:
         yield "No parent was measured, so the figures do not show the loss of the conversion."
+    yield from evaluation.notes
     if evaluation.settings.get("limit"):
         yield "The tasks used a part of their samples (`limit`): do not compare these figures with published ones."
     if evaluation.comparisons:

@@ -19,6 +19,7 @@ from headwise import compat
 from headwise.errors import HeadwiseError, SettingError
 from headwise.eval import processes
 from headwise.eval.settings import EvalSettings
+from headwise.eval.tasks.answers import count_answers, write_counts
 from headwise.progress import SILENT, Progress
 
 OWN_TASKS = Path(__file__).parent
@@ -121,15 +122,18 @@ class Harness:
                 torch_random_seed=1234 + settings.seed,
                 fewshot_random_seed=1234 + settings.seed,
             )
+            counts = {}
             if results is not None:  # only the first process of `accelerate launch` has results
                 samples = results.pop("samples")
                 tracker.save_results_aggregated(results=results, samples=samples)
+                counts = {task: count_answers(logged, lm) for task, logged in samples.items()}
                 for task, logged in samples.items():
                     tracker.save_results_samples(task_name=task, samples=logged)
             seconds = time.perf_counter() - start
             into.mkdir(parents=True, exist_ok=True)
             for path in Path(scratch).rglob("*.json*"):
                 path.replace(into / path.name)
+            write_counts(counts, into)
         return seconds
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
+from headwise.eval.tasks.answers import AnswerCounts, read_counts
 
 # The main figure of a task is the first of these metrics that it has.
 HEADLINES = ("acc_norm", "acc", "exact_match")
@@ -71,12 +72,14 @@ class TaskResults:
         groups: outermost groups of tasks -> the tasks in them.
         group_values: group -> lm-eval's own figures of it.
         samples: task -> logged samples.
+        answers: task -> counts of its answers.
     """
 
     figures: dict[tuple[str, str, str | None], TaskFigure]
     groups: dict[str, tuple[str, ...]]
     group_values: dict[str, dict[str, Any]]
     samples: dict[str, list[dict[str, Any]]]
+    answers: dict[str, AnswerCounts] = field(default_factory=dict)
 
     def headline(self, task: str) -> TaskFigure | None:
         """Return the main figure of a task: a metric of HEADLINES, else the first one that pairs can compare.
@@ -122,7 +125,8 @@ def read_results(folder: Path) -> TaskResults:
         for task, samples in logged.items()
         for figure in _figures(task, results, samples)
     }
-    return TaskResults(figures, _outermost(results.get("group_subtasks", {})), results.get("groups", {}), logged)
+    groups = _outermost(results.get("group_subtasks", {}))
+    return TaskResults(figures, groups, results.get("groups", {}), logged, read_counts(folder))
 
 
 def _outermost(subtasks: dict[str, list[str]]) -> dict[str, tuple[str, ...]]:
