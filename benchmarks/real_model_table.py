@@ -26,9 +26,9 @@ NAMES = {"mla:128+64": "MLA 128+64", "mla:64+32": "MLA 64+32", "gqa:1": "MQA (1 
 PARENT_CACHE = 384
 LABELS = {
     ("optimal", "joint"): "headwise, defaults on a GPU",
-    ("optimal", "off"): "headwise, closed form only",
+    ("optimal", "off"): "headwise, closed form on two CPU cores",
     ("transmla", "off"): "TransMLA's algorithm",
-    ("mean", "off"): "mean of the heads (GQA paper)",
+    ("mean", "off"): "mean of the heads (the GQA paper)",
 }
 
 
@@ -89,28 +89,30 @@ def plot(rows: list[dict[str, Any]], parent: dict[str, Any], file: Path) -> None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150)
+    figure, axes = plt.subplots(figsize=(8, 4.2), dpi=150)
     points = defaultdict(list)
     for (target, method, refit), same in groups(rows).items():
         gap = mean(row["wiki"] for row in same) - parent["wiki"]
         points[LABELS[method, refit]].append((100 * CACHE[target] / PARENT_CACHE, gap, NAMES[target]))
-    for (label, found), marker, color in zip(
-        points.items(), "osD^", ("tab:blue", "tab:cyan", "tab:orange", "tab:red"), strict=False
-    ):
-        axes.scatter(
-            *zip(*[(x, y) for x, y, _ in found], strict=True), label=label, marker=marker, color=color, s=60
+    for (label, found), marker in zip(points.items(), "osD^", strict=False):
+        found = [*sorted(found), (100.0, 0.0, "parent")]
+        axes.plot(
+            *zip(*[(x, y) for x, y, _ in found], strict=True), marker, linestyle=":", markersize=8, label=label
         )
-        for x, y, name in found:
-            axes.annotate(f"{name}\n+{y:.2f}", (x, y), xytext=(8, -4), textcoords="offset points", fontsize=8)
-    axes.set_yscale("log")
-    axes.set_xlim(20, 62)
-    axes.set_xlabel("KV cache, % of the parent's")
-    axes.set_ylabel("loss above the parent on WikiText-2\n(nats per token, log scale)")
-    axes.set_title(
-        "SmolLM2-135M-Instruct: what a smaller KV cache costs, without any data of the user", fontsize=10
+        for x, y, name in found[:-1]:
+            axes.annotate(f"{name}: +{y:.2f}", (x, y), xytext=(9, 4), textcoords="offset points", fontsize=9)
+    axes.annotate(
+        "parent: 3 KV heads", (100, 0), xytext=(8, -14), textcoords="offset points", fontsize=9, ha="right"
     )
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+    axes.set_xlim(15, 105)
+    axes.set_ylim(bottom=-0.04)
+    axes.set_xlabel("KV cache, % of the parent's")
+    axes.set_ylabel("loss above the parent on WikiText-2\n(nats per token)")
+    axes.set_title(
+        "SmolLM2-135M-Instruct with a smaller KV cache, converted without any data of the user", fontsize=10
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9, frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.tight_layout()
