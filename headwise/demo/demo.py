@@ -175,7 +175,7 @@ def demo(
         parent,
         results,
         result.picture,
-        title="What a smaller KV cache costs, and what healing gives back",
+        title="Loss against the size of the KV cache, by method",
         ylabel="nats per token on held-out Python source",
     )
     (out / "demo.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")

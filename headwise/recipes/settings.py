@@ -226,7 +226,8 @@ class UptrainSettings:
         "Budget as a fraction of the pretraining, such as 5%.", section="Training"
     )
     text: Sequence[str] = fields.other(
-        "Text to train on: a FILE (txt, jsonl, parquet), hf:DATASET or builtin; repeatable [the recipe's].",
+        "Training text: builtin, mixture, packages, self, a FILE (txt, jsonl, parquet) or hf:DATASET; repeatable "
+        "[the recipe's].",
         default=(),
         check=_check_words,
         wanted="a text source or a list of them",

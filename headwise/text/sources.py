@@ -208,7 +208,7 @@ def _files(source: str) -> list[Path]:
         if not source or not path.exists():
             raise HeadwiseError(
                 f"There is no text file {source or repr(source)}.",
-                "A source is builtin, mixture, packages, a .txt, .jsonl or .parquet file, or hf:DATASET.",
+                "A source is builtin, mixture, packages, self, a .txt, .jsonl or .parquet file, or hf:DATASET.",
             )
         if path.is_dir():
             raise HeadwiseError(f"{path} is a folder, not a text.", f"Name its files, such as '{path}/*.jsonl'.")

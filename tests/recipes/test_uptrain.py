@@ -1,4 +1,4 @@
-"""A run of uptrain: what it heals and writes, how it stops and goes on, and what it refuses."""
+"""A run of uptrain: what it trains and writes, how it stops and resumes, and what it refuses."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes as long as training a tiny model."""
-    if "healed" not in request.node.name:
+    if "trained_folder" not in request.node.name:
         monkeypatch.setattr(run, "draw_curve", lambda *_, **__: None)
 
 
@@ -91,7 +91,7 @@ class At(Progress):
 
 
 @pytest.mark.parametrize("layout", ["mla", pytest.param("mqa", marks=pytest.mark.full)])
-def test_a_healed_folder_is_stock_verified_and_recorded(home: Path, tmp_path: Path, layout: str) -> None:
+def test_a_trained_folder_is_stock_verified_and_recorded(home: Path, tmp_path: Path, layout: str) -> None:
     before = contents(home / layout)
     out = tmp_path / "out"
     done = uptrain_model(home / layout, out, recipe=recipe(home), command="typed")

@@ -79,7 +79,7 @@ def test_every_kind_has_its_configuration() -> None:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with parent, child, recipe, and `one`: the child healed by one process."""
+    """A folder with parent, child, recipe, and `one`: the child trained by one process."""
     home = tmp_path_factory.mktemp("scale")
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     torch.manual_seed(0)

@@ -1,14 +1,14 @@
-"""How much of a conversion's damage each recipe heals, and with how many tokens.
+"""Measure how much of a conversion's damage each recipe recovers, and with how many tokens.
 
-    python benchmarks/healing.py OUT --headlines             # the rows that have a number to reach, three seeds
-    python benchmarks/healing.py OUT --text mixed            # the grid: conversions, recipes and budgets
-    python benchmarks/healing.py OUT --text mixed --sweep    # learning rates, batches and losses
-    python benchmarks/healing.py OUT --only MLA --seconds 200
+    python benchmarks/uptraining.py OUT --headlines             # the rows that have a target, three seeds
+    python benchmarks/uptraining.py OUT --text mixed            # the grid: conversions, recipes and budgets
+    python benchmarks/uptraining.py OUT --text mixed --sweep    # learning rates, batches and losses
+    python benchmarks/uptraining.py OUT --only MLA --seconds 200
 
-Converts the embedded model, refits each conversion layer by layer where the recipe begins with that, and uptrains
-it with the library's own `uptrain`, several runs at a time on each GPU. Every model is measured in float32 on all
-held-out modules, the parent in the same run. Results go to OUT/results.jsonl as they come: a second call goes on
-where the first was stopped. Ends with OUT/table.md, gap.png and stages.png. One OUT belongs to one text.
+The benchmark converts the embedded model and uptrains each conversion with the package's own code, several runs at
+a time on each GPU. Recipes that begin layer by layer share that stage. The parent and every result are measured in
+float32 on all held-out modules. Rows are appended to OUT/results.jsonl, and a second call continues from them. The
+last step writes OUT/table.md, gap.png and stages.png. One OUT belongs to one text.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from healing_report import write
+from uptraining_report import write
 
 MODEL = "headwise/demo/model"
 PRETRAINING = 707_919_872
 LENGTH = 1024
-# What convert is asked for. The layer-by-layer stage is its own step here, so that runs can share its result.
+# Arguments of `convert_model`. The layer-by-layer stage is a separate step, so that runs can share its result.
 TARGETS = {
     "GQA-2": {"to": "gqa", "groups": 2},
     "MQA": {"to": "mqa"},
@@ -40,10 +40,9 @@ TARGETS = {
     "MLA -94%": {"to": "mla", "rank": 16, "rope_dim": 16},
 }
 MERGES, LATENTS = ("mean", "aligned", "optimal"), ("transmla", "optimal")
-# The library, of which the held-out modules are a part that is never trained on; and the parent's own pretraining,
-# nine tenths of which are packages.
+# The Python library without its held-out modules; and the text of the parent's pretraining, nine tenths packages.
 TEXTS = {"library": {"builtin": 1}, "mixed": {"builtin": 4, "packages": 1}}
-# The rows that have a number to reach, in percent of the pretraining, and the gap to reach.
+# The rows that have a target: the budget in percent of the pretraining, and the target gap in nats.
 HEADLINES = {
     ("GQA-2", 0.5): 0.01,
     ("MQA", 2.0): 0.01,
@@ -56,7 +55,7 @@ SEEDS = 3
 
 @dataclass(frozen=True)
 class Task:
-    """One run: what to convert to, how, and what to do then (`convert`, `layerwise`, or a recipe)."""
+    """One run: target, method, and the step after the conversion (`convert` for none, `layerwise`, or a recipe)."""
 
     target: str
     method: str
@@ -74,14 +73,14 @@ class Task:
 
 
 def headlines() -> Iterator[Task]:
-    """The rows that have a number to reach, over seeds."""
+    """Yield the rows that have a target, over seeds."""
     for target, percent in HEADLINES:
         for seed in range(SEEDS):
             yield Task(target, "optimal", "two-stage", percent, seed)
 
 
 def grid() -> Iterator[Task]:
-    """The runs, those that matter most first."""
+    """Yield the runs of the grid, the most important first."""
     yield from headlines()
     for target, methods in (("GQA-2", MERGES), ("MQA", ("mean", "optimal"))):
         for method in methods:
@@ -128,19 +127,19 @@ def sweep() -> Iterator[Task]:
 
 
 def learning_rate(task: Task) -> float:
-    """Of those swept, a best one (docs/results/uptraining.md): more for longer runs, less where little was lost."""
+    """Return the best rate of the sweep (docs/results/uptraining.md): larger for longer runs and more damage."""
     if task.recipe == "paper" or task.percent >= 2:
         return 1e-3
     return 2e-4 if task.target == "MLA -75%" and task.percent <= 0.25 else 4e-4
 
 
 def batch_tokens(percent: float) -> int:
-    """Some hundreds of steps, whatever the budget."""
+    """Return the batch size that gives some hundreds of steps at any budget."""
     return 8192 if percent <= 0.5 else 16384 if percent <= 2 else 32768
 
 
 def recipe_of(task: Task, scale: float, text: str) -> Any:
-    """The library's recipe with this benchmark's budget: what `--set` would do."""
+    """Return the package's recipe with this benchmark's budget, as `--set` changes it."""
     from headwise.recipes.settings import Loss, load_uptrain_recipe
 
     name = "distill" if task.recipe == "two-stage" else task.recipe
@@ -157,7 +156,7 @@ def recipe_of(task: Task, scale: float, text: str) -> Any:
 
 
 def work(place: str | None, home: Path, scale: float, text: str, device: str, tasks: Any, results: Any) -> None:
-    """A worker: imports once, then does what it is given, on one GPU."""
+    """Run tasks on one GPU until the process ends; packages are imported once."""
     if place is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = place
     import numpy as np
@@ -171,13 +170,13 @@ def work(place: str | None, home: Path, scale: float, text: str, device: str, ta
     from headwise.train.student import ModelFolder
 
     torch.set_num_threads(1)
-    # The first task comes when the text has been read.
+    # The first task arrives after the text was written.
     task = tasks.get()
     blocks = torch.from_numpy(np.load(home / "blocks.npy"))
     heldout = torch.from_numpy(np.load(home / "heldout.npy")).long()
 
     class Shared(Run):
-        """A run whose text was read once for all."""
+        """A run on the text blocks that all workers share."""
 
         def heldout_blocks(self) -> torch.Tensor:
             return heldout[: self.recipe.data.heldout_blocks]
@@ -232,7 +231,7 @@ def work(place: str | None, home: Path, scale: float, text: str, device: str, ta
 
 
 def read_text(home: Path, percent: float, scale: float, text: str) -> None:
-    """Blocks of the training text, enough for the largest budget or all there are, and all held-out blocks."""
+    """Write the training blocks for the largest budget, or all there are, and all held-out blocks."""
     import numpy as np
     from transformers import AutoTokenizer
 
@@ -244,7 +243,7 @@ def read_text(home: Path, percent: float, scale: float, text: str) -> None:
     if read.exists():
         there = json.loads(read.read_text())
         if there | {"tokens": 0} != wanted | {"tokens": 0}:
-            raise SystemExit(f"{home} is of another text or scale: {there}; take another folder")
+            raise SystemExit(f"{home} has another text or scale: {there}; name another folder")
         if there["tokens"] >= tokens:
             return
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -257,7 +256,7 @@ def read_text(home: Path, percent: float, scale: float, text: str) -> None:
 
 
 def _gpus() -> list[str]:
-    """The names of the GPUs that may be used, asked without loading CUDA."""
+    """Return the names of the visible GPUs, without loading CUDA."""
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if allowed is not None:
         return [name for name in allowed.split(",") if name]
@@ -265,7 +264,7 @@ def _gpus() -> list[str]:
 
 
 class Pool:
-    """Workers that live as long as the benchmark, and the results file."""
+    """The worker processes and the results file."""
 
     def __init__(self, home: Path, jobs: int, scale: float, text: str, device: str) -> None:
         context = multiprocessing.get_context("spawn")
@@ -280,7 +279,7 @@ class Pool:
             worker.start()
 
     def run(self, tasks: list[Task]) -> list[dict[str, Any]]:
-        """The rows of these tasks; those done before are not repeated, those after the deadline not begun."""
+        """Return the rows of these tasks. Finished runs are not repeated, and none starts after the deadline."""
         tasks = list({task.name: task for task in tasks}.values())
         names = [task.name for task in tasks]
         done = {row["name"] for row in self.rows}
@@ -294,7 +293,7 @@ class Pool:
                 task, found = self.results.get(timeout=10)
             except queue.Empty:
                 if not all(worker.is_alive() for worker in self.workers):
-                    raise SystemExit("a worker died") from None
+                    raise SystemExit("a worker process has ended; see its output") from None
                 continue
             under_way -= 1
             row = {"name": task.name, **asdict(task), **found}
@@ -307,7 +306,7 @@ class Pool:
             shown = f"{row['nats']:.4f} nats, {row['seconds']:.0f} s"
             print(f"{time.strftime('%H:%M:%S')} {task.name}: {shown}", flush=True)
         if waiting:
-            print(f"{len(waiting)} runs were not begun: the time is up", flush=True)
+            print(f"{len(waiting)} runs were not started before the deadline", flush=True)
         return [row for row in self.rows if row["name"] in names]
 
 
@@ -316,12 +315,12 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--text", choices=TEXTS, default="library")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--headlines", action="store_true", help="the rows that have a number to reach, no others")
-    what.add_argument("--sweep", action="store_true", help="try settings")
-    parser.add_argument("--only", default="", help="runs whose name holds this")
+    what.add_argument("--headlines", action="store_true", help="only the rows that have a target")
+    what.add_argument("--sweep", action="store_true", help="learning rates, batches and losses")
+    parser.add_argument("--only", default="", help="runs whose name contains this")
     parser.add_argument("--jobs", type=int, default=12)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after this long")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of every budget, to try the benchmark out")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after this time")
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of every budget, for a trial")
     parser.add_argument("--device", default=None)
     options = parser.parse_args()
     began = time.time()
@@ -332,7 +331,7 @@ def main() -> None:
     asked = headlines() if options.headlines else sweep() if options.sweep else grid()
     planned = [task for task in asked if options.only in task.name]
     if not planned:
-        raise SystemExit(f"no run's name holds {options.only!r}")
+        raise SystemExit(f"no name of a run contains {options.only!r}")
     starts = list(dict.fromkeys((task.target, task.method) for task in planned))
     read_text(home, max(task.percent for task in planned), options.scale, options.text)
     print(f"{time.time() - began:.0f} s: text is read", flush=True)
@@ -341,7 +340,7 @@ def main() -> None:
     refitted = {(t.target, t.method) for t in planned if t.recipe == "two-stage"}
     ready += len(pool.run([Task(*start, "layerwise") for start in starts if start in refitted]))
     if ready < len(starts) + len(refitted):
-        raise SystemExit("not every start was made: see above, mend it and run the same command again")
+        raise SystemExit("a conversion or layer-by-layer run failed; its traceback is above")
     print(f"{time.time() - began:.0f} s: converted and refitted", flush=True)
     pool.deadline = began + options.seconds
     pool.run(planned)

@@ -1,6 +1,6 @@
-"""The tables and pictures of benchmarks/healing.py; by itself it makes them again from a results file:
+"""Write the tables and pictures of benchmarks/uptraining.py, or write them again from a results file.
 
-python benchmarks/healing_report.py OUT/results.jsonl OUT
+python benchmarks/uptraining_report.py OUT/results.jsonl OUT
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from statistics import mean, stdev
 from typing import Any
 
 INK, PALE = "#1f2937", "#e5e7eb"
-# A colour for each start, a dash for each recipe; told apart by people who do not see red from green.
+# A colour for each start, a dash for each recipe; distinct for readers with red-green colour blindness.
 COLOURS = {"mean": "#8a8a8a", "transmla": "#8a8a8a", "aligned": "#c77700", "optimal": "#0072b2"}
 DASHES = {"paper": (0, (1, 1.5)), "distill": (0, (5, 2)), "two-stage": "-"}
 MARKERS = {"paper": "s", "distill": "^", "two-stage": "o"}
-# Of a row that is no healing: the same layout, trained from nothing on all the tokens.
+# The recipe of a reference row: the same layout, pretrained from random weights on all tokens.
 PRETRAINED = "pretrain-demo"
 
 Row = dict[str, Any]
 
 
 def write(home: Path, rows: Sequence[Row], parent: float, headlines: dict[tuple[str, float], float]) -> None:
-    """OUT/results.csv of all rows; OUT/table.md, gap.png and stages.png of the grid's, not of a sweep's."""
+    """Write OUT/results.csv with all rows; OUT/table.md, gap.png and stages.png without the rows of a sweep."""
     every = [row | {"gap": row["nats"] - parent} for row in rows if row["recipe"] != "parent"]
     names = ("text", "target", "method", "recipe", "percent", "seed", "tokens", "nats", "gap", "train_seconds")
     with (home / "results.csv").open("w", newline="") as file:
@@ -42,7 +42,7 @@ def write(home: Path, rows: Sequence[Row], parent: float, headlines: dict[tuple[
 
 
 def _headlines(rows: Sequence[Row], wanted: dict[tuple[str, float], float]) -> Iterator[str]:
-    yield "| target | tokens | gap, three seeds | mean ± sd | to reach |"
+    yield "| target | tokens | gap, three seeds | mean ± sd | target gap |"
     yield "|---|---|---|---|---|"
     for (target, percent), least in wanted.items():
         gaps = sorted(r["gap"] for r in _of(rows, target, "optimal", "two-stage") if r["percent"] == percent)
@@ -68,7 +68,7 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def draw_stages(rows: Sequence[Row], wanted: dict[tuple[str, float], float], path: Path) -> None:
-    """Each target after the conversion, after the layerwise stage, and after its headline budget end to end."""
+    """Draw the gap of each target after the conversion, the layer-by-layer stage and the end-to-end stage."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -81,7 +81,7 @@ def draw_stages(rows: Sequence[Row], wanted: dict[tuple[str, float], float], pat
         stages = [[r["gap"] for r in _of(rows, target, "optimal", s)][:1] for s in ("convert", "layerwise")] + [
             ended
         ]
-        styles = (("#8a8a8a", "converted"), ("#c77700", "layer by layer"), ("#0072b2", "and end to end"))
+        styles = (("#8a8a8a", "converted"), ("#c77700", "layer by layer"), ("#0072b2", "end to end"))
         for shift, (gaps, (colour, label)) in enumerate(zip(stages, styles, strict=True)):
             if gaps:
                 x = place + 0.22 * (shift - 1)
@@ -98,7 +98,7 @@ def draw_stages(rows: Sequence[Row], wanted: dict[tuple[str, float], float], pat
     axes.set_ylim(0.007, 4)
     axes.set_xticks(range(len(labels)), labels)
     axes.set_ylabel("nats above the parent (held-out modules)", color=INK)
-    axes.set_title("What each stage heals; the short lines are what was to be reached", loc="left", fontsize=11)
+    axes.set_title("Gap after each stage; short lines are the target gaps", loc="left", fontsize=11)
     axes.grid(axis="y", color=PALE, linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
@@ -106,7 +106,7 @@ def draw_stages(rows: Sequence[Row], wanted: dict[tuple[str, float], float], pat
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """One panel for each target: gap to the parent against tokens, a line for each start and recipe."""
+    """Draw one panel for each target: gap against tokens, with one line for each start and recipe."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -127,7 +127,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             shown[f"{method}, {recipe}"] = axes.plot(xs, ys, linewidth=1.6, markersize=5, alpha=0.9, **style)[0]
         for row in rows:
             if (row["target"], row["recipe"]) == (target, PRETRAINED):
-                label = "this layout, trained from nothing on 100%"
+                label = "this layout, pretrained from random weights on 100%"
                 shown[label] = axes.axhline(row["gap"], color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -148,7 +148,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         free.legend(loc="center", **legend)
     else:
         figure.legend(loc="outside right center", **legend)
-    figure.supxlabel("tokens, as a share of the pretraining", fontsize=10)
+    figure.supxlabel("tokens, in percent of the pretraining", fontsize=10)
     figure.supylabel("nats above the parent (held-out modules)", fontsize=10)
     figure.savefig(path)
 
@@ -166,7 +166,7 @@ def _of(rows: Sequence[Row], target: str, method: str, recipe: str) -> list[Row]
 
 
 def main() -> None:
-    from healing import HEADLINES
+    from uptraining import HEADLINES
 
     rows = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
     parent = next(row["nats"] for row in rows if row["recipe"] == "parent")
