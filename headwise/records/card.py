@@ -248,7 +248,8 @@ def _recovery(stages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "| stage | steps | tokens | before | after |"
     yield "|---|---|---|---|---|"
     for stage in stages:
-        after = f"{stage['after']:.4f}" + ("" if stage["kept"] else " (undone)")
+        after = "not finite" if stage["after"] is None else f"{stage['after']:.4f}"
+        after += "" if stage["kept"] else " (undone)"
         yield f"| {stage['stage']} | {stage['steps']:,} | {stage['tokens']:,} | {stage['before']:.4f} | {after} |"
 
 

@@ -8,8 +8,10 @@ from the parent, end to end. Only attention is trained. A stage that raises the 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from headwise.io.fs import DiskError
 from headwise.io.workdir import write_file_atomically
 from headwise.models.stock import empty_model, layer_arguments, move_to_device
 from headwise.progress import SILENT, Progress
+from headwise.train.callbacks import Diverged
 from headwise.train.checkpoints import WEIGHTS, Checkpoints, load_tensors, save_tensors
 from headwise.train.optimizer import RelativeAdam
 from headwise.train.settings import Loss, Training
@@ -71,7 +74,7 @@ class StageReport:
         steps: of the optimizer.
         tokens: read, repeats included.
         before: held-out loss before, nats per token.
-        after: held-out loss after.
+        after: held-out loss after; None: it was not finite.
         kept: whether the stage's weights are used; False where the loss rose.
     """
 
@@ -79,7 +82,7 @@ class StageReport:
     steps: int
     tokens: int
     before: float
-    after: float
+    after: float | None
     kept: bool
 
 
@@ -258,9 +261,11 @@ def _run_stage(
     last = checkpoints.last if checkpoints else None
     if checkpoints and last:
         checkpoints.load(student.network, last)
-    resume(trainer, last)
-    after = trainer.measure(student.network)
-    kept = after < before  # False for NaN
+    with suppress(Diverged):  # its loss is measured, and the stage is undone
+        resume(trainer, last)
+    loss = trainer.measure(student.network)
+    after = loss if math.isfinite(loss) else None
+    kept = after is not None and after < before
     if not kept:
         with torch.no_grad():
             for parameter, old in zip(parameters, start, strict=True):
