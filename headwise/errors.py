@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class HeadwiseError(Exception):
     """An error that the user can correct.
@@ -44,3 +46,29 @@ class SettingError(HeadwiseError):
     def __init__(self, field: str, message: str, hint: str | None = None) -> None:
         super().__init__(message, hint)
         self.field = field
+
+
+# What torch reports as a RuntimeError, and safetensors as text, where an allocation fails on the CPU or on a GPU.
+_NO_MEMORY = (
+    "out of memory",
+    "cannot allocate memory",
+    "can't allocate memory",
+    "not enough memory",
+    "alloc_failed",
+    "bad_alloc",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception says that memory, of the machine or of a GPU, is used up.
+
+    Args:
+        error: the exception of any library.
+    """
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, HeadwiseError):
+        return False
+    text = str(error).lower()
+    named = type(error).__name__ == "SafetensorError" or isinstance(error, RuntimeError)
+    return isinstance(error, MemoryError) or (named and any(words in text for words in _NO_MEMORY))

@@ -16,6 +16,8 @@ from typing import Any
 
 from headwise.errors import SettingError
 
+LONGEST_VALUE = 200  # characters of a value in a message
+
 
 class Setting:
     """The rules and the description of one field.
@@ -110,7 +112,9 @@ def check_fields(settings: Any) -> None:
             wrong = [str(word).casefold() for word in words if word not in setting.choices]
             close = [match for word in wrong for match in get_close_matches(word, setting.choices, 1)]
             hint = f"Did you mean {close[0]!r}?" if close else None
-            raise SettingError(name, f"`{name}` is {value!r}, which is not {setting.wanted}.", hint) from None
+            shown = repr(value)
+            shown = shown if len(shown) <= LONGEST_VALUE else f"{shown[:LONGEST_VALUE]}..."
+            raise SettingError(name, f"`{name}` is {shown}, which is not {setting.wanted}.", hint) from None
         object.__setattr__(settings, name, legal)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import reprlib
 import types
@@ -278,22 +279,40 @@ def nearest(key: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def restore(kind: type[T], data: dict[str, Any]) -> T:
-    """Return the dataclass that `dataclasses.asdict` and JSON turned into `data`; headwise wrote it, so no checks.
+    """Return the dataclass that `dataclasses.asdict` and JSON turned into `data`.
 
     Args:
-        kind: the dataclass; it may hold others and tuples.
+        kind: the dataclass; it may hold others, tuples and mappings.
         data: its fields. Unknown keys are passed over and missing fields get their defaults, because the record may
-            be of another version.
+            be of another version. None, which JSON has for NaN, is NaN where a number is needed.
+
+    Raises:
+        TypeError: a value does not have the type of its field, or a field without default is missing.
     """
-    hints = typing.get_type_hints(kind)
-    names = [item.name for item in dataclasses.fields(typing.cast(Any, kind))]
-    return kind(**{name: _restored(hints[name], data[name]) for name in names if name in data})
+    return typing.cast(T, _restored(kind, data, ""))
 
 
-def _restored(hint: Any, value: Any) -> Any:
+def _restored(hint: Any, value: Any, path: str) -> Any:
+    optional = types.NoneType in typing.get_args(hint)
+    if hint is Any or (value is None and optional):
+        return value
     hint, origin, arguments = _unwrapped(hint)
-    if value is None:
-        return None
-    if origin is tuple:
-        return tuple(_restored(arguments[0], item) for item in value)
-    return restore(typing.cast(type, hint), value) if dataclasses.is_dataclass(hint) else value
+    if hint is float and value is None:
+        return math.nan
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        hints = typing.get_type_hints(hint)
+        names = [item.name for item in dataclasses.fields(hint) if item.name in value]
+        return typing.cast(Any, hint)(**{n: _restored(hints[n], value[n], f"{path}.{n}") for n in names})
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_restored(arguments[0], item, f"{path}.{i}") for i, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {key: _restored(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
+    if hint in (int, float):
+        if isinstance(value, int | float) and _number(value) == value and (hint is float or value == int(value)):
+            return value
+    elif origin is Literal:  # another version may know other words
+        if isinstance(value, tuple(map(type, arguments))):
+            return value
+    elif origin is None and isinstance(value, hint):
+        return value
+    raise TypeError(f"`{path[1:]}` is {reprlib.repr(value)}, which is not {getattr(hint, '__name__', hint)}")

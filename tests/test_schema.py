@@ -108,13 +108,32 @@ def test_files_are_found_by_name_and_by_path(tmp_path: Path) -> None:
         schema.find_file("god", tmp_path)
 
 
-def test_a_record_is_restored_without_checks() -> None:
+def test_a_record_is_restored() -> None:
     built = build(inner={"count": 2}, sizes=[1, 2], more={"x": [1]})
     data = json.loads(json.dumps(asdict(built)))
     assert schema.restore(Outer, data) == built
     assert schema.restore(Outer, data | {"new": 1, "kind": "z"}).kind == "z"
     del data["sizes"]
     assert schema.restore(Outer, data).sizes == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", None),
+        ("name", ["n"]),
+        ("inner", []),
+        ("inner", {"count": 1.5}),
+        ("inner", {"rate": "0.1"}),
+        ("sizes", 7),
+        ("sizes", [True]),
+        ("shares", {"x": 10**400}),
+        ("kind", 3),
+    ],
+)
+def test_a_record_with_a_value_of_another_type_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"^`{key}.*`"):
+        schema.restore(Outer, asdict(build()) | {key: value})
 
 
 @pytest.mark.parametrize("number", ["1" + ":1" * 3000, "1:30", "0x" + "f" * 100_000, "9" * 100_000, "1:30.5"])

@@ -18,13 +18,12 @@ import click.shell_completion
 
 from headwise._cli import console
 from headwise.convert.settings import methods_of
-from headwise.errors import HeadwiseError, SettingError
+from headwise.errors import HeadwiseError, SettingError, is_out_of_memory
 from headwise.fields import Setting, settings_of
 from headwise.io.fs import REASONS
 
 # The messages of torch for a failed allocation, on the CPU and on a GPU.
-NO_MEMORY = ("can't allocate memory", "out of memory")
-MEMORY_HINT = "`--dry-run` forecasts the memory of a conversion; --resume continues from the work that is done."
+RESUME_HINT = "`--dry-run` forecasts the memory of a conversion; --resume continues from the work that is done."
 
 
 class Choice(click.Choice[str]):
@@ -276,10 +275,9 @@ def report_error(problem: BaseException) -> int:
         case click.Abort() | KeyboardInterrupt():
             console.error("Interrupted.")
             return 130
-        case MemoryError():
-            console.error("There is not enough memory.", MEMORY_HINT)
-        case RuntimeError() if any(words in str(problem) for words in NO_MEMORY):
-            console.error(f"There is not enough memory: {str(problem).strip().splitlines()[0]}", MEMORY_HINT)
+        case _ if is_out_of_memory(problem):
+            detail = next(iter(str(problem).strip().splitlines()), "").rstrip(".")
+            console.error(f"There is not enough memory{detail and f': {detail}'}.", _memory_hint())
         case OSError(filename=str(name), strerror=str(reason)):
             console.error(f"{name}: {reason}.")
         case OSError(errno=int(number)) if number in REASONS:
@@ -292,6 +290,12 @@ def report_error(problem: BaseException) -> int:
                 "This is a bug: run it again with HEADWISE_DEBUG=1 and report the traceback.",
             )
     return 2
+
+
+def _memory_hint() -> str:
+    """Return what to do without memory; only some verbs have a forecast and can resume."""
+    options = {option.name for option in _running.command.params} if _running else set()
+    return RESUME_HINT if {"dry_run", "resume"} <= options else "Free some memory, or use a machine with more."
 
 
 def _help_hint(context: click.Context | None) -> str:

@@ -14,6 +14,7 @@ from headwise.compat import no_progress_bars
 from headwise.demo.picture import Measurement, draw_costs
 from headwise.errors import HeadwiseError
 from headwise.io.source import EMBEDDED_MODEL, find_source
+from headwise.io.workdir import write_file_atomically
 from headwise.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def demo(
         title="Loss against the size of the KV cache, by method",
         ylabel="nats per token on held-out Python source",
     )
-    (out / "demo.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_file_atomically(out / "demo.json", (json.dumps(result.to_dict(), indent=2) + "\n").encode())
     return result
 
 

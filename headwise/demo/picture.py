@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from headwise.format import size
+from headwise.io.workdir import write_file_atomically
 
 INK, PALE = "#1f2937", "#e5e7eb"
 # Distinct for readers with red-green colour blindness; the baseline is grey.
@@ -115,7 +116,8 @@ def draw_costs(
     axes.tick_params(colors=INK, length=0, labelsize=10)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(PALE)
-    figure.savefig(path)
+    kind = path.suffix.lstrip(".")
+    write_file_atomically(path, lambda to: figure.savefig(to, format=kind))
 
 
 def _lines(measured: Sequence[Measurement]) -> dict[str, list[Measurement]]:

@@ -21,11 +21,13 @@ REASONS = {
     errno.EIO: ("the disk reports an error", "Check the disk, then continue with `resume`."),
     errno.EXDEV: ("its file system cannot rename folders", "Choose a folder on another file system."),
     errno.ESTALE: ("the network file system lost it", "Mount it again, then continue with `resume`."),
+    errno.ENOMEM: ("memory is used up", "Free some memory, then continue with `resume`."),
     errno.EMFILE: ("this process has too many open files", "Raise `ulimit -n`, then continue with `resume`."),
     errno.EFBIG: (
         "a file exceeds the size limit",
         "Raise `ulimit -f` or choose another file system, then continue with `resume`.",
     ),
+    errno.ELOOP: ("it holds a link in place of a file", "Delete the link, or name another folder."),
     errno.ENOTDIR: ("a file is where a folder should be", "Name another folder."),
 }
 # What torch.save reports where a file ends early.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from headwise.errors import HeadwiseError
+from headwise.errors import HeadwiseError, is_out_of_memory
 from headwise.io.source import read_json
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -73,9 +73,9 @@ def tokenizer_errors(complaint: str, hint: str) -> Iterator[None]:
     """
     try:
         yield
-    except (HeadwiseError, MemoryError):
-        raise
     except BaseException as error:
+        if isinstance(error, HeadwiseError) or is_out_of_memory(error):
+            raise
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

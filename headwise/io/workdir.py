@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -59,6 +61,48 @@ def discard_folder(folder: Path, trash: Path) -> None:
     with suppress(OSError):
         os.rename(folder, trash)
     shutil.rmtree(trash, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Make a hidden folder that is removed at the end; remove those that killed processes left there before.
+
+    Args:
+        parent: the folder in which it is made.
+        name: what it is for; folders of the same name on the same machine are searched for remains.
+
+    Yields:
+        The folder.
+    """
+    prefix = f".{name}.{re.sub(r'[^A-Za-z0-9-]', '_', socket.gethostname())}."
+    for path in parent.iterdir():
+        if path.name.startswith(prefix) and path.name.endswith(_SCRATCH) and not path.is_symlink():
+            _remove_abandoned(path)
+    while True:
+        folder = Path(tempfile.mkdtemp(_SCRATCH, prefix, parent))
+        lock = FileLock(folder / "lock")
+        with suppress(FileNotFoundError):
+            lock.acquire()
+            if (folder / "lock").exists():  # another process may have removed the folder before it was locked
+                break
+            lock.release()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
+
+
+_SCRATCH = ".scratch"
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove a scratch folder whose process is dead: the system releases the lock of a dead process."""
+    lock = FileLock(folder / "lock", blocking=False)
+    with suppress(Timeout, OSError):
+        if (folder / "lock").is_file() and not (folder / "lock").is_symlink():
+            with lock:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_file_atomically(path: Path, content: bytes | Callable[[Path], object]) -> None:

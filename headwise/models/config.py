@@ -120,21 +120,23 @@ def stock_text_config(model_type: str, text_config: dict[str, Any]) -> Any:
     return _stock_config(model_type, json.dumps(text_config, sort_keys=True))
 
 
-def check_labels(config: dict[str, Any]) -> None:
-    """Refuse more labels of a classification head than any model has: the stock class builds a table of them.
+def check_labels(config: dict[str, Any], most: int = MAX_LABELS) -> None:
+    """Refuse more labels of a classification head than a model can have: the stock class builds a table of them.
 
     Args:
         config: the config.json, or its text config.
+        most: the largest number. Where headers are known, no label is without a row in some tensor.
 
     Raises:
-        HeadwiseError: there are more than `MAX_LABELS`.
+        HeadwiseError: there are more.
     """
+    most = min(most, MAX_LABELS)
     for name in ("num_labels", *LABEL_TABLES):
         value = config.get(name)
         count = len(value) if isinstance(value, dict | list) else value
-        if isinstance(count, int | float) and count > MAX_LABELS:
+        if isinstance(count, int | float) and count > most:
             raise HeadwiseError(
-                f"config.json has {name} for {count} labels, and the most is {MAX_LABELS:,}.",
+                f"config.json has {name} for {count} labels, and the most is {most:,}.",
                 "Remove `num_labels`, `id2label` and `label2id`: a language model has no classification head.",
             )
 

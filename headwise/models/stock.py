@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from headwise.compat import CACHE_ARGUMENTS, no_progress_bars
-from headwise.errors import HeadwiseError
+from headwise.errors import HeadwiseError, is_out_of_memory
 from headwise.io.reader import Checkpoint
 from headwise.models.config import check_labels
 
@@ -229,13 +229,13 @@ def run_check(check: Callable[..., tuple[bool, str]], *given: Any, **more: Any) 
 
     Raises:
         HeadwiseError: `check` raised it.
-        MemoryError: `check` raised it.
+        MemoryError: `check` raised it, or torch's own error of this kind.
     """
     try:
         return check(*given, **more)
-    except (HeadwiseError, MemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, HeadwiseError) or is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split()).rstrip(".")
         return False, f"the stock class fails with {type(error).__name__}: {reason}"
 

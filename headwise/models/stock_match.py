@@ -20,7 +20,7 @@ from headwise.format import dtype_name
 from headwise.io.reader import Checkpoint, make_buffers
 from headwise.io.source import ADAPTER_CONFIG, adapter_error
 from headwise.models.architecture import Architecture, find_architecture
-from headwise.models.config import stored_dtype
+from headwise.models.config import check_labels, stored_dtype
 from headwise.models.stock import empty_model, load_into
 
 # Buffers that old releases of transformers saved and no release reads.
@@ -33,6 +33,7 @@ QUANTISED = re.compile(
 LORA = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|modules_to_save)\.")
 # Config fields that count the layers behind `num_hidden_layers`.
 EXTRA_LAYERS = ("num_nextn_predict_layers",)
+DEFAULT_LABELS = 2  # every stock config has them
 FOREIGN = "The checkpoint and its config.json do not belong together, or a shard is incomplete."
 
 
@@ -79,7 +80,14 @@ def match_stock_class(checkpoint: Checkpoint, auto_class: str) -> StockMatch:
 
     Returns:
         The model without weights, and its differences from the checkpoint.
+
+    Raises:
+        HeadwiseError: the class cannot build a model, or config.json has more labels than any tensor has rows.
     """
+    rows = max((size for entry in checkpoint.tensors.values() for size in entry.shape), default=0)
+    for config in (checkpoint.config, checkpoint.config.get("text_config")):
+        if isinstance(config, dict):
+            check_labels(config, max(rows, DEFAULT_LABELS))
     # A config may name more layers or experts than there are files for. Each takes its time to make, so the
     # class gets as many parameters as the checkpoint could fill, were its tensors fused by the dozen.
     model = empty_model(checkpoint.config, auto_class, most=1000 + 12 * len(checkpoint.tensors))

@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from headwise.errors import SettingError
+from headwise.errors import HeadwiseError, SettingError
 from headwise.format import size
 from headwise.registry import Kind, Method, find_method
 from headwise.schema import parse_yaml
@@ -22,7 +22,8 @@ from headwise.schema import parse_yaml
 # Fields of the source's card that a conversion does not change.
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 # Bytes of a card and of its front matter, which is YAML and slow to read.
-MAX_CARD, MAX_FRONT_MATTER = 1_000_000, 32_000
+MAX_CARD, MAX_FRONT_MATTER = 1_000_000, 100_000
+FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(.*?)^---[ \t]*$\n?", re.DOTALL | re.MULTILINE)
 MOST_DAMAGED = 5  # layers that the card names
 EVALUATION = "Evaluation"  # the section of the measured figures
 UPTRAINING = "Uptraining"  # the section of a training run
@@ -139,21 +140,46 @@ def _headings(lines: Sequence[str]) -> list[tuple[int, str]]:
     return headings
 
 
+def read_card(path: Path) -> tuple[dict[str, Any], str]:
+    """Return the front matter of a model card as plain data, and the text below it.
+
+    Args:
+        path: the README.md.
+
+    Raises:
+        HeadwiseError: the card or its front matter is too large, or the front matter is not plain YAML.
+    """
+    hint = "Shorten or delete its front matter."
+    if path.stat().st_size > MAX_CARD:
+        raise HeadwiseError(f"{path} is larger than {MAX_CARD:,} bytes, so it is not a model card.")
+    text = path.read_bytes().decode(errors="replace").replace("\r\n", "\n")
+    match = FRONT_MATTER.match(text)
+    if match is None:
+        return {}, text
+    if len(match[1]) > MAX_FRONT_MATTER:
+        raise HeadwiseError(f"The front matter of {path} is longer than {MAX_FRONT_MATTER:,} characters.", hint)
+    try:
+        data = parse_yaml(match[1])
+    except ValueError as error:
+        raise HeadwiseError(f"The front matter of {path} cannot be read: {str(error)[:200]}.", hint) from None
+    if data is None:
+        data = {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise HeadwiseError(f"The front matter of {path} is not a mapping of names to values.", hint)
+    return data, text[match.end() :]
+
+
 def inherited(source_card: Path | None) -> dict[str, Any]:
     """Return the licence and language of the source's card; nothing if there is none or it cannot be read.
 
     Args:
         source_card: the source's README.md.
     """
-    if source_card is None or not source_card.is_file() or source_card.stat().st_size > MAX_CARD:
+    if source_card is None or not source_card.is_file():
         return {}
-    text = source_card.read_bytes().decode(errors="replace")
-    found = re.match(r"\s*---\r?\n(.*?)\r?\n---\r?\n", text[:MAX_FRONT_MATTER], re.DOTALL)
     try:
-        data = parse_yaml(found[1]) if found else {}
-    except ValueError:  # a conversion does not fail because of the card of its source
-        return {}
-    if not isinstance(data, dict):
+        data, _ = read_card(source_card)
+    except HeadwiseError:  # a conversion does not fail because of the card of its source
         return {}
     return {key: data[key] for key in INHERITED if data.get(key) and _is_words(data[key])}
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 import pytest
+import torch
 
 from headwise._cli.app import with_flags
 from headwise.cli import cli
@@ -63,6 +64,10 @@ def test_every_verb_has_help_with_each_option_once(verb: tuple[str, ...]) -> Non
         (OSError(5, "Input/output error"), 2, "the disk reports an error"),
         (MemoryError(), 2, "not enough memory"),
         (RuntimeError("CUDA out of memory. Tried to allocate"), 2, "not enough memory"),
+        (torch.OutOfMemoryError("HIP out of memory. Tried to allocate 2 GiB"), 2, "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "not enough memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), 2, "not enough memory"),
+        (OSError(12, "Cannot allocate memory"), 2, "not enough memory"),
         (KeyError("q_proj"), 2, "HEADWISE_DEBUG=1"),
     ],
 )

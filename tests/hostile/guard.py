@@ -135,17 +135,19 @@ class Guard:
             path, mode, flags = arguments
             writes = bool((flags or 0) & WRITING) or (isinstance(mode, str) and set(mode) & set("wax+"))
             if writes and not isinstance(path, int):
-                self._must_be_allowed(event, path)
+                # A link is then not followed: the system refuses to open it.
+                self._must_be_allowed(event, path, follows=not (flags or 0) & os.O_NOFOLLOW)
         elif event in ("compile", "exec"):
             code = arguments[0] if event == "exec" else arguments[1]
             name = getattr(code, "co_filename", code)
             if isinstance(name, str) and (name.startswith(self.home) or "modeling_evil" in name):
                 self.seen.append(f"{event} of {name}")
 
-    def _must_be_allowed(self, event: str, path: Any) -> None:
+    def _must_be_allowed(self, event: str, path: Any, follows: bool = True) -> None:
         if isinstance(path, int):
             return
-        real = os.path.realpath(os.fsdecode(path))
+        folder, name = os.path.split(os.fsdecode(path))
+        real = os.path.realpath(os.fsdecode(path)) if follows else os.path.join(os.path.realpath(folder), name)
         if not (real.startswith(self.allowed) or real in ("/dev/null",)):
             self.seen.append(f"{event} {real!r:.200}")
 

@@ -28,6 +28,7 @@ from headwise.convert.verify.check import verify_model
 from headwise.io.reader import make_buffers, open_checkpoint
 from headwise.recipes.settings import LIBRARY, load_uptrain_recipe
 from tests.convert.speaking import TEXT, save_speaking
+from tests.hostile import written
 from tests.hostile.guard import Guard, Outcome
 from tests.hostile.mutations import ESCAPES, VALUES, WORDS, dumps, flip, garble, nested, tree
 from tests.tiny_models import _COMMON, CONFIGS
@@ -502,4 +503,9 @@ TARGETS: dict[str, tuple[Callable[[Prey, Random], Outcome], int]] = {
     "recipe YAML": (recipe, 100),
     "whole conversion": (whole, 6),
     "converted folder, verified": (converted, 6),
+    "record": (written.record, 10),
+    "generation config": (written.generation, 10),
+    "report": (written.report, 30),
+    "model card": (written.card, 30),
+    "work folder": (written.work_folder, 10),
 }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from headwise.errors import HeadwiseError
-from headwise.io.workdir import WorkFolder, discard_folder, publish_folder, write_file_atomically
+from headwise.io.workdir import WorkFolder, discard_folder, publish_folder, scratch_folder, write_file_atomically
 
 
 def folder(path: Path, text: str) -> Path:
@@ -142,3 +144,19 @@ def test_a_work_folder_with_links_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(HeadwiseError, match="is a link"):
         work.start({}, 1)
     assert not list(victim.iterdir())
+
+
+def test_a_scratch_folder_of_a_killed_process_is_removed_and_a_live_one_is_not(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from headwise.io.workdir import scratch_folder\n"
+        "with scratch_folder(Path(sys.argv[1]), 'r') as f: (f / 'new').mkdir(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    (dead,) = tmp_path.iterdir()
+    assert (dead / "new").is_dir()
+    other = tmp_path / ".r.another-host.x.scratch"
+    other.mkdir()
+    (other / "lock").touch()
+    with scratch_folder(tmp_path, "r") as first, scratch_folder(tmp_path, "r") as second:
+        assert sorted(tmp_path.iterdir()) == sorted([other, first, second])
+    assert list(tmp_path.iterdir()) == [other]

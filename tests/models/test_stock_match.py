@@ -206,3 +206,11 @@ def test_a_tensor_that_the_index_does_not_assign_is_read_as_stock_transformers_r
     index = {"metadata": {}, "weight_map": dict.fromkeys(sorted(names), "model-00001-of-00001.safetensors")}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     converted(model)
+
+
+def test_more_labels_than_a_tensor_has_rows_are_refused(tmp_path: Path) -> None:
+    model = tiny_models.save("llama", tmp_path / "m")
+    rows = max(size for tensor in load_file(model / "model.safetensors").values() for size in tensor.shape)
+    plan_of(edit(model, num_labels=rows))
+    with pytest.raises(HeadwiseError, match=f"num_labels for {rows + 1} labels, and the most is {rows}"):
+        plan_of(edit(model, num_labels=rows + 1))

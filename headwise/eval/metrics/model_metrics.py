@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from headwise.eval.model import EvalModel
 from headwise.eval.settings import EvalSettings
 from headwise.eval.tasks.harness import Harness
 from headwise.eval.tasks.samples import TaskResults, read_results
-from headwise.io.workdir import publish_folder
+from headwise.io.workdir import publish_folder, scratch_folder
 from headwise.measure.loss import token_nats
 from headwise.measure.positions import PositionLoss, average_by_position
 from headwise.progress import Progress
@@ -183,10 +182,10 @@ class ResultCache:
             folder: the folder that `measure_model` made.
         """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.folder.parent) as scratch:
-            new = Path(scratch) / "new"
+        with scratch_folder(self.folder.parent, "store") as scratch:
+            new = scratch / "new"
             shutil.copytree(folder, new)
-            publish_folder(new, self.folder, replaced=Path(scratch) / "old")
+            publish_folder(new, self.folder, replaced=scratch / "old")
 
 
 def _free_memory() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, eval_result_entries_to_yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from headwise.errors import HeadwiseError
 from headwise.eval.model import content_hash
@@ -21,7 +21,7 @@ from headwise.eval.result import Comparison, Evaluation
 from headwise.eval.verdict import figure_name, verdict_of
 from headwise.io.source import path_inside, read_json, source_in_folder
 from headwise.io.workdir import write_file_atomically
-from headwise.records.card import EVALUATION, with_section
+from headwise.records.card import EVALUATION, read_card, with_section
 
 AGAIN = "Run `headwise eval` again."
 # Largest result file of lm-eval, in bytes; its samples are in files of their own.
@@ -80,15 +80,11 @@ def update_card(
             "Run `headwise eval` on the folder again.",
         )
     entries = [_eval_result(evaluation, *benchmark) for benchmark in eval_results]
-    try:
-        card = ModelCard(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise HeadwiseError(f"The front matter of {path} cannot be read: {str(error).splitlines()[0]}.") from None
+    metadata, body = read_card(path)
     configs = _task_configs(evaluation, Path(report_folder).expanduser())
     figures = [_model_index_entry(c, configs.get(c.task, {})) for c in evaluation.headlines]
-    card.data["model_name"] = home.resolve().name
-    card.data["eval_results"] = figures or None
-    text = with_section(str(card), EVALUATION, evaluation_section(evaluation), before="Errors")
+    card = _with_figures(path, metadata, home.resolve().name, figures)
+    text = with_section(f"{card}{body}", EVALUATION, evaluation_section(evaluation), before="Errors")
     write_file_atomically(path, text.encode())
     files = []
     for task, entry in entries:
@@ -99,6 +95,21 @@ def update_card(
         write_file_atomically(file, entry_yaml.encode())
         files.append(file)
     return CardUpdate(path, len(figures), tuple(files))
+
+
+def _with_figures(path: Path, metadata: dict[str, Any], name: str, figures: list[EvalResult]) -> str:
+    """Return the front matter of a card with its `model-index` replaced."""
+    kept = {key: value for key, value in metadata.items() if key != "model-index"}
+    try:
+        data = ModelCardData(**kept)
+        data["model_name"], data["eval_results"] = name, figures or None
+        return f"---\n{data.to_yaml(original_order=list(metadata))}\n---\n"
+    # Hugging Face's class raises whatever its handling of an odd value raises.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+        raise HeadwiseError(
+            f"The front matter of {path} cannot be written again: {reason}.", "Correct or delete it."
+        ) from error
 
 
 def evaluation_section(evaluation: Evaluation) -> str:

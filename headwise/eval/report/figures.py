@@ -103,7 +103,7 @@ def write_png(draw: Draw, path: Path) -> None:
         path: the file to write.
     """
     with rc_context(STYLE):
-        draw(LIGHT).savefig(path, dpi=160)
+        draw(LIGHT).savefig(path, dpi=160, format="png")
 
 
 def render_svg(draw: Draw, label: str) -> str:

@@ -19,6 +19,7 @@ from headwise.convert.positions import rope_bound
 from headwise.convert.positions.context import rope_sets
 from headwise.io.gguf import open_gguf
 from headwise.io.source import find_folder, find_gguf, read_config
+from headwise.io.workdir import write_file_atomically
 from headwise.measure.positions import PositionLoss
 from headwise.models import rope
 from headwise.models.architecture import find_architecture
@@ -148,5 +149,6 @@ def _mark_trained_length(axes: Any, trained: int | None) -> None:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=120)
+    kind = path.suffix.lstrip(".") or "png"
+    write_file_atomically(path, lambda to: figure.savefig(to, dpi=120, format=kind))
     return path

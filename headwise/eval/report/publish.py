@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from headwise.errors import HeadwiseError
-from headwise.io.workdir import publish_folder
+from headwise.io.workdir import publish_folder, scratch_folder
 
 REPORT = "report.json"
 
@@ -46,11 +45,11 @@ def published(out: Path, force: bool) -> Iterator[Path]:
         HeadwiseError: `out` exists by now and is not replaced.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        work = Path(scratch) / "new"
+    with scratch_folder(out.parent, out.name) as scratch:
+        work = scratch / "new"
         work.mkdir()
         yield work
         if not (work / REPORT).is_file():  # a process that only computed its share of the tasks
             return
         check_report(out, force)
-        publish_folder(work, out, replaced=Path(scratch) / "old")
+        publish_folder(work, out, replaced=scratch / "old")

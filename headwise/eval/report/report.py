@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from headwise.eval.result import Evaluation, Subject
 from headwise.eval.verdict import verdict_of
 from headwise.format import clean, duration, plain
 from headwise.io.source import read_json
+from headwise.io.workdir import write_file_atomically
 
 NAMES = ("report.html", "report.md", REPORT)
 TEMPLATE = Path(__file__).parent / "report.html"
@@ -46,12 +48,12 @@ def write_report(evaluation: Evaluation, folder: str | Path) -> Evaluation:
     drawings = make_drawings(evaluation)
     evaluation = replace(evaluation, figures={**evaluation.figures, **{name: f"{name}.png" for name in drawings}})
     for name, (draw, _) in drawings.items():
-        write_png(draw, home / f"{name}.png")
-    (home / "report.md").write_text(render_markdown(evaluation), encoding="utf-8")
-    (home / "report.html").write_text(render_page(evaluation), encoding="utf-8")
+        write_file_atomically(home / f"{name}.png", partial(write_png, draw))
+    write_file_atomically(home / "report.md", render_markdown(evaluation).encode())
+    write_file_atomically(home / "report.html", render_page(evaluation).encode())
     # The last file, so that a folder with report.json is complete.
     text = json.dumps(plain(evaluation), indent=2, allow_nan=False) + "\n"
-    (home / REPORT).write_text(text, encoding="utf-8")
+    write_file_atomically(home / REPORT, text.encode())
     return evaluation
 
 
@@ -74,7 +76,8 @@ def read_report(path: str | Path) -> Evaluation:
             raise HeadwiseError(f"There is no report {file}.", "Name the folder that `headwise eval` wrote.")
         return Evaluation.from_dict(read_json(file.parent, file.name))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise HeadwiseError(f"{file} is not a report of `headwise eval`: {type(error).__name__} {error}.") from None
+        reason = str(error) if isinstance(error, TypeError) else f"{type(error).__name__} {error}"
+        raise HeadwiseError(f"{file} is not a report of `headwise eval`: {reason}.") from None
 
 
 def render_page(evaluation: Evaluation) -> str:

@@ -53,6 +53,18 @@ def out(folders, tmp_path) -> Path:
     return shutil.copytree(folders / "out", tmp_path / "out")
 
 
+def _front_matter(out: Path, text: str) -> None:
+    (out / "README.md").write_text(f"---\n{text}\n---\n# x\n")
+
+
+def test_a_base_60_number_of_a_card_is_kept_as_text(folders, out):
+    number = "1" + ":59" * 3000
+    _front_matter(out, f"time: {number}\nmodel-index: 7\ntags: [a]")
+    update_card(out, folders / "report")
+    data = ModelCard((out / "README.md").read_text()).data
+    assert data["time"] == number and data["tags"] == ["a"] and data["eval_results"]
+
+
 def test_the_card_gets_the_figures_and_keeps_its_text(folders, out):
     before = (out / "README.md").read_text()
     update = update_card(out, folders / "report")
@@ -121,6 +133,11 @@ def test_a_part_of_the_samples_is_no_benchmark_result(folders, out, tmp_path):
     [
         (lambda out: (out / "README.md").unlink(), r"has no README\.md"),
         (lambda out: (out / "README.md").write_text("---\na: [\n---\n"), "front matter .* cannot be read"),
+        (lambda out: _front_matter(out, "a: " + "[" * 4000 + "]" * 4000), "front matter .* cannot be read"),
+        (lambda out: _front_matter(out, f"a: {'x' * 100_000}"), "longer than 100,000 characters"),
+        (lambda out: _front_matter(out, "[1, 2]"), "is not a mapping"),
+        (lambda out: _front_matter(out, "1: 2"), "is not a mapping"),
+        (lambda out: (out / "README.md").write_text("x" * 1_000_001), "larger than 1,000,000 bytes"),
         (
             lambda out: (out / "config.json").write_text((out / "config.json").read_text() + " "),
             "not of .* as it is now",
@@ -144,7 +161,7 @@ def with_logs(folders: Path, into: Path, logs: object) -> Path:
 
 @pytest.mark.parametrize("logs", ["/", "../elsewhere", 7])
 def test_nothing_outside_the_report_is_read(folders, out, tmp_path, logs):
-    with pytest.raises(HeadwiseError, match=r"not a folder of the report"):
+    with pytest.raises(HeadwiseError, match=r"not a folder of the report|`logs.child` is 7, which is not str"):
         update_card(out, with_logs(folders, tmp_path / "report", logs))
 
 
