@@ -139,6 +139,13 @@ def _refuse_link(path: Path) -> None:
         raise HeadwiseError(f"{path} is a link, and links are not replaced.", "Name the file or folder itself.")
 
 
+def _refuse_special(path: Path) -> None:
+    """Refuse what is not a plain file: a named pipe would block for ever."""
+    _refuse_link(path)
+    if path.exists() and not path.is_file():
+        raise HeadwiseError(f"{path} is not a file.", "Delete it, then run the command again.")
+
+
 # The files of a work folder.
 _FILES = ("journal.jsonl", "owner", "lock")
 
@@ -188,8 +195,10 @@ class WorkFolder:
         with os_errors(self.out):
             if self._source is not None:
                 _check_apart(self.out, self._source)
-            for path in (self.folder, self.output, self.replaced, *map(self.folder.joinpath, _FILES)):
+            for path in (self.folder, self.output, self.replaced):
                 _refuse_link(path)
+            for path in map(self.folder.joinpath, _FILES):
+                _refuse_special(path)
             fresh = not self.folder.exists()
             if fresh:
                 # Before anything is created; again below, under the lock.
@@ -246,8 +255,8 @@ class WorkFolder:
         path = self.output / name
         with os_errors(self.out):
             path.parent.mkdir(exist_ok=True)
-            for entry in (path.parent, path):
-                _refuse_link(entry)
+            _refuse_link(path.parent)
+            _refuse_special(path)
             path.write_bytes(content)
             sync(path)
 
