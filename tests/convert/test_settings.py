@@ -55,7 +55,8 @@ def from_shell(values: dict[str, Any]) -> str | None:
     words = ["convert", "model", "out"]
     for name, value in values.items():
         spelling = flag_of(name, DECLARED[name][1])
-        words += [spelling] if DECLARED[name][1].is_flag else [f"{spelling}={value}"]
+        repeated = value if isinstance(value, tuple) else [value]
+        words += [spelling] if DECLARED[name][1].is_flag else [f"{spelling}={word}" for word in repeated]
     result = CliRunner().invoke(cli, words)
     if isinstance(result.exception, Reached) or "headwise failed: Reached" in result.stderr:
         return None
@@ -127,6 +128,8 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
     yield "save_moments", {"to": "mqa", "calibrate": "none", "save_moments": "folder"}, "--calibrate none"
     yield "refit", {"to": "mqa", "calibrate": "none", "refit": 5}, "needs calibration text"
     yield "refit", {"to": "mqa", "moments": "folder", "refit": 5}, "needs calibration text"
+    yield "accept", {"to": "mqa", "accept": ("layuot",)}, "which is not one or several of"
+    yield "accept", {"to": "mqa", "accept": ("layout",), "verify": False}, "has no effect"
     yield "verify", {"to": "mqa", "push_to_hub": "a/b", "verify": False}, "leave out --no-verify"
     yield "rope_theta", {"context": 99, "rope": "base"}, "belong together"
     yield "rope_theta", {"context": 99, "rope": "ntk", "rope_theta": 1e6}, "belong together"
@@ -191,6 +194,7 @@ RIGHT: dict[str, list[Any]] = {
     "force": [True],
     "resume": [True],
     "verify": [False],
+    "accept": [("layout",), ("cache", "function")],
     "push_to_hub": ["org/name"],
     "private": [True],
     "allow_nan": [True],
