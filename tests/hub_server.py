@@ -348,7 +348,8 @@ def main() -> None:
     folder, *command = sys.argv[1:]
     Path(folder).mkdir(parents=True)
     with serve({}, Path(folder)) as hub:
-        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": f"{folder}/home"}
+        client = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": f"{folder}/home"}
+        environment = {**os.environ, **client, "HF_HUB_DISABLE_XET": "1"}
         code = subprocess.run(command, env=environment, check=False).returncode
         for name, repository in hub.repositories.items():
             files = sorted(path.name for path in repository.folder("main").rglob("*") if path.is_file())
