@@ -24,13 +24,17 @@ MAX_BYTES = 1_000_000
 # Numbers beyond it become infinite somewhere.
 HUGE = 1e300
 MAX_DIGITS = 100
+MAX_DEPTH = 32
 SCALES = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "%": 0.01}
 
 T = TypeVar("T")
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the plain value of a YAML text. Aliases are refused: ten lines of them can stand for a billion values.
+    """Return the plain value of a YAML text.
+
+    Aliases are refused, because ten lines of them can stand for a billion values. Deep nesting is refused, because
+    the parser's time grows with the square of the depth.
 
     Raises:
         ValueError: the text is not YAML; one line says why.
@@ -38,10 +42,17 @@ def parse_yaml(text: str) -> Any:
     import yaml  # takes longer to import than `headwise --help` may
 
     class PlainLoader(yaml.SafeLoader):
+        depth = 0
+
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
                 raise yaml.YAMLError("aliases (*name) are not allowed")
-            return super().compose_node(parent, index)
+            if self.depth == MAX_DEPTH:
+                raise yaml.YAMLError(f"it is nested more than {MAX_DEPTH} levels deep")
+            self.depth += 1
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
 
         def construct_number(self, node: Any) -> Any:
             """Return a number; text if it is of base 60 (1:30) or longer than any number of a recipe."""

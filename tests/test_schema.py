@@ -139,3 +139,10 @@ def test_a_record_with_a_value_of_another_type_is_refused(key: str, value: Any) 
 @pytest.mark.parametrize("number", ["1" + ":1" * 3000, "1:30", "0x" + "f" * 100_000, "9" * 100_000, "1:30.5"])
 def test_numbers_of_base_60_and_endless_numbers_are_text(number: str) -> None:
     assert schema.parse_yaml(f"value: {number}") == {"value": number}
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ("{a: ", "}"), ("- ", "")])
+def test_deep_nesting_is_refused_before_it_takes_time(opening: str, closing: str) -> None:
+    assert schema.parse_yaml(opening * 20 + "1" + closing * 20)
+    with pytest.raises(ValueError, match="nested more than 32 levels deep"):
+        schema.parse_yaml(opening * 20_000)
