@@ -208,6 +208,49 @@ def test_one_output_sink() -> None:
     assert [m for m in FILES if "rich" in {name.split(".")[0] for name in imports(m)}] == [sink]
 
 
+def test_files_are_written_through_io_only() -> None:
+    """`io` refuses links in place of files; a library's own writer gets its path from `write_file_atomically`."""
+    sinks, no_files = {"headwise.io.fs", "headwise.io.workdir", "headwise.io.writer"}, {"os.devnull", "buffer"}
+    wrong = []
+    for module in FILES.keys() - sinks:
+        nodes = list(ast.walk(tree(module)))
+        called = [node for node in nodes if isinstance(node, ast.Call)]
+        given = [n for call in called if _name_of(call) == "write_file_atomically" for n in ast.walk(call)]
+        names = {node.id for node in given if isinstance(node, ast.Name)}
+        writers = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name in names]
+        allowed = {id(node) for node in [*given, *(n for writer in writers for n in ast.walk(writer))]}
+        wrong += [
+            f"{module}:{call.lineno}: {ast.unparse(call)}"
+            for call in called
+            if id(call) not in allowed and _writes_a_file(call) and not no_files & set(map(ast.unparse, call.args))
+        ]
+    assert not wrong
+
+
+def _name_of(call: ast.Call) -> str:
+    function = call.func
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def _writes_a_file(call: ast.Call) -> bool:
+    if _name_of(call) in ("copyfile", "savefig", "save_file", "symlink_to", "touch", "write_bytes", "write_text"):
+        return True
+    whole = (
+        "os.open",
+        "json.dump",
+        "yaml.dump",
+        "torch.save",
+        "np.save",
+        "np.lib.format.open_memmap",
+        "shutil.copy",
+    )
+    if _name_of(call) != "open":
+        return ast.unparse(call.func) in whole
+    mode = [*call.args[:2], *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+    modes = [str(node.value) for node in mode if isinstance(node, ast.Constant)]
+    return ast.unparse(call.func) in whole or any(re.fullmatch(r"[rbt+]*[wax+][wbt+]*", mode) for mode in modes)
+
+
 def test_the_library_names_no_flags() -> None:
     """Messages name fields in backquotes; the command line puts its flags in their place."""
     flags = {

@@ -28,7 +28,7 @@ from headwise.compat import no_progress_bars
 from headwise.demo import scratch
 from headwise.demo.settings import DEMO_SETTINGS, PretrainSettings, load_settings
 from headwise.errors import HeadwiseError
-from headwise.io.workdir import publish_folder
+from headwise.io.workdir import publish_folder, write_file_atomically
 from headwise.measure.loss import nats_per_token
 from headwise.progress import SILENT, Progress
 from headwise.recipes.outcome import RECORDED_PACKAGES, hardware
@@ -106,7 +106,7 @@ def pretrain(
             "versions": environment.versions(RECORDED_PACKAGES),
             "heldout": measure(work, heldout),
         }
-        (work / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_file_atomically(work / "training.json", (json.dumps(record, indent=2) + "\n").encode())
         publish_folder(work, out)
     except BaseException:
         if processes.is_main_process:

@@ -9,6 +9,7 @@ from typing import Any
 
 from headwise.demo.settings import PretrainSettings
 from headwise.errors import SettingError
+from headwise.io.workdir import write_file_atomically
 from headwise.text.sources import documents
 
 END_OF_TEXT = "<|endoftext|>"
@@ -69,7 +70,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_file_atomically(path, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def new_tokenizer(settings: PretrainSettings) -> Any:

@@ -38,6 +38,7 @@ from headwise.io.gguf_config import (
 from headwise.io.gguf_parser import HeaderParser, gguf_error
 from headwise.io.gguf_tokenizer import write_tokenizer
 from headwise.io.header import TensorEntry
+from headwise.io.workdir import write_file_atomically
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 ALIGNMENT, MAX_TENSORS = 32, 1_000_000
@@ -258,10 +259,11 @@ def write_model_files(model: GgufModel, folder: Path) -> None:
         ("config.json", model.config),
         ("generation_config.json", generation_config(model.metadata, model.config)),
     ):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        write_file_atomically(folder / name, (json.dumps(content, indent=2) + "\n").encode())
     write_tokenizer(model.metadata, folder, model.path, model.config["max_position_embeddings"])
     if card := card_fields(model.metadata):
-        (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card, allow_unicode=True)}---\n", "utf-8")
+        text = f"---\n{yaml.safe_dump(card, allow_unicode=True)}---\n"
+        write_file_atomically(folder / "README.md", text.encode())
 
 
 def header_hash(file: FileIO, header: GgufHeader) -> str:

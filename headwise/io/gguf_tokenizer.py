@@ -17,6 +17,7 @@ import numpy as np
 from headwise.errors import HeadwiseError
 from headwise.io.gguf_config import load_gguf_table
 from headwise.io.tokenizer import tokenizer_errors
+from headwise.io.workdir import write_file_atomically
 
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
 SPACE = "\u2581"  # what sentencepiece writes for a space
@@ -58,14 +59,15 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path, path: Path, max_l
         _add_template(
             tokenizer, special["bos_token"] if add_bos else None, special["eos_token"] if add_eos else None
         )
-        tokenizer.save(str(folder / "tokenizer.json"))
+        write_file_atomically(folder / "tokenizer.json", lambda to: tokenizer.save(str(to)))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
         **{name: token for name, token in special.items() if token is not None},
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    write_file_atomically(folder / "tokenizer_config.json", text.encode())
     _write_templates(metadata, folder)
 
 
@@ -177,7 +179,7 @@ def _write_templates(metadata: Mapping[str, Any], folder: Path) -> None:
             continue
         file = folder / (f"additional_chat_templates/{match[1]}.jinja" if match else "chat_template.jinja")
         file.parent.mkdir(exist_ok=True)
-        file.write_text(text, "utf-8")
+        write_file_atomically(file, text.encode())
 
 
 def _token(metadata: Mapping[str, Any], key: str, tokens: Sequence[str], path: Path) -> str | None:

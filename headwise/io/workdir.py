@@ -134,6 +134,25 @@ def write_file_atomically(path: Path, content: bytes | Callable[[Path], object])
     sync(path.parent)
 
 
+def append_to_file(path: Path, content: bytes) -> None:
+    """Append to a file, which is made if there is none.
+
+    Args:
+        path: the file.
+        content: what to append.
+
+    Raises:
+        HeadwiseError: `path` is not a plain file.
+        OSError: the operating system's error; a part may be written.
+    """
+    _refuse_special(path)
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        write_all(handle, content)
+    finally:
+        os.close(handle)
+
+
 def _refuse_link(path: Path) -> None:
     if path.is_symlink():
         raise HeadwiseError(f"{path} is a link, and links are not replaced.", "Name the file or folder itself.")
@@ -236,11 +255,7 @@ class WorkFolder:
         """
         self.journal.append(line)
         with os_errors(self.out):
-            handle = os.open(self.folder / "journal.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-            try:
-                write_all(handle, json.dumps(line).encode() + b"\n")
-            finally:
-                os.close(handle)
+            append_to_file(self.folder / "journal.jsonl", json.dumps(line).encode() + b"\n")
 
     def add(self, name: str, content: bytes) -> None:
         """Write a small file of the output.
@@ -315,18 +330,18 @@ class WorkFolder:
             self._filelock.acquire()
         except Timeout:
             raise HeadwiseError(
-                f"{self.out} is being written by {_read(owner) or 'another process'}.",
+                f"{self.out} is being written by {_owner(owner) or 'another process'}.",
                 "Wait for it, or name another OUT.",
             ) from None
         # The system releases the lock of a process that dies, but network file systems may not share locks.
         host = socket.gethostname()
-        previous = _read(owner)
+        previous = _owner(owner)
         if previous and not previous.endswith(f" on {host}"):
             self._filelock.release()
             raise HeadwiseError(
                 f"{self.out} is being written by {previous}.", f"If that process has ended, delete {owner}."
             )
-        owner.write_text(f"process {os.getpid()} on {host}")
+        write_file_atomically(owner, f"process {os.getpid()} on {host}".encode())
 
     def _unlock(self, *, remove: bool) -> None:
         if not self._filelock.is_locked:
@@ -436,6 +451,15 @@ def _is_journal_line(entry: Any) -> TypeGuard[dict[str, Any]]:
         entry.keys() == kinds.keys() and all(isinstance(entry[key], kind) for key, kind in kinds.items())
         for kinds in _LINES
     )
+
+
+def _owner(path: Path) -> str | None:
+    """Return the process that a work folder's owner file names; None if there is none, or an empty one."""
+    content = _read(path)
+    if not content:
+        return None
+    known = content.isprintable() and re.fullmatch(r"process \d+ on [^\ufffd]+", content)
+    return content if known else "an unknown process"
 
 
 def _read(path: Path) -> str | None:

@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from headwise.environment import HEADWISE_VERSION
 from headwise.errors import GateFailed, HeadwiseError
 from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.io.source import EMBEDDED_MODEL, find_gguf, read_json
+from headwise.io.workdir import write_file_atomically
 from headwise.io.writer import Writer
 from headwise.progress import SILENT, Progress
 from headwise.records.card import render_card
@@ -55,11 +57,11 @@ def write_stock_model(student: Student, state: Mapping[str, Tensor], folder: Pat
     folder.mkdir(parents=True)
     tensors = dict(student.export(state))
     tensors |= {name: source.read(name) for name in source.tensors if name not in tensors}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_file_atomically(folder / "model.safetensors", lambda to: save_file(tensors, to, {"format": "pt"}))
     for path in (source.folder / "config.json", *source.sidecars):
         to = folder / path.relative_to(source.folder)
         to.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, to)
+        write_file_atomically(to, partial(shutil.copyfile, path))
 
 
 def add_files(writer: Writer, checkpoint: Checkpoint, training_dir: Path) -> None:

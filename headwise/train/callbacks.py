@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import TrainerCallback, integrations
 
 from headwise.errors import HeadwiseError
 from headwise.io.fs import os_errors
+from headwise.io.workdir import append_to_file, write_file_atomically
 from headwise.progress import Progress
 from headwise.train.checkpoints import Checkpoints
 
@@ -68,7 +70,7 @@ class CurveCallback(TrainerCallback):
             self.closed = gap_closed(self.before, self.parent, self.before)
             rows = [[0, 0, "0.0", "", "", self.before, "" if self.closed is None else f"{self.closed:.4f}"]]
         if state.is_world_process_zero:
-            self._write([self.COLUMNS, *rows], "w")
+            self._write([self.COLUMNS, *rows], write_file_atomically)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Measure after the last step, however seldom the recipe measures."""
@@ -84,7 +86,7 @@ class CurveCallback(TrainerCallback):
             self.closed = gap_closed(logs["eval_loss"], self.parent, self.before)
         closed = "" if self.closed is None or "eval_loss" not in logs else f"{self.closed:.4f}"
         figures = [logs.get(key, "") for key in ("loss", "learning_rate", "eval_loss")]
-        self._write([[state.global_step, tokens, f"{now - self.started:.1f}", *figures, closed]], "a")
+        self._write([[state.global_step, tokens, f"{now - self.started:.1f}", *figures, closed]], append_to_file)
         if self.max_steps != state.max_steps:  # the first report, or a time budget has shortened the run
             self.max_steps = state.max_steps
             self.progress.stage("training", self.max_steps * self.batch_tokens - self.reported_tokens, "tokens")
@@ -96,9 +98,11 @@ class CurveCallback(TrainerCallback):
         self.progress.advance(tokens - self.reported_tokens, **shown)
         self.reported_tokens = tokens
 
-    def _write(self, rows: Sequence[Sequence[Any]], mode: str) -> None:
-        with os_errors(self.path), self.path.open(mode, newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+    def _write(self, rows: Sequence[Sequence[Any]], write: Callable[[Path, bytes], None]) -> None:
+        lines = io.StringIO(newline="")
+        csv.writer(lines, lineterminator="\n").writerows(rows)
+        with os_errors(self.path):
+            write(self.path, lines.getvalue().encode())
 
 
 def gap_closed(nats: float, parent: float | None, before: float | None) -> float | None:

@@ -6,6 +6,8 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from headwise.io.workdir import write_file_atomically
+
 INK, PALE, HELDOUT, TRAINING = "#1f2937", "#e5e7eb", "#0072b2", "#8a8a8a"
 
 
@@ -40,7 +42,7 @@ def draw_curve(curve: Path, path: Path, *, parent: float | None = None, title: s
         _style_axes(axes)
     panels[0].set_title(title, loc="left", color=INK, fontsize=13, fontweight="bold", pad=12)
     panels[-1].set_xlabel("tokens (millions)", color=INK)
-    figure.savefig(path)
+    write_file_atomically(path, lambda to: figure.savefig(to, format="png"))
 
 
 def _column(curve: Path, name: str) -> list[tuple[float, float]]:

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from headwise.io.fs import check_space, os_errors
-from headwise.io.workdir import publish_folder
+from headwise.io.workdir import publish_folder, write_file_atomically
 from headwise.progress import SILENT, Progress
 from headwise.train.losses import ModelOutputs
 from headwise.train.student import ModelFolder
@@ -173,8 +174,7 @@ def cache_teacher_topk(
                 check_space(cache_dir, element_bytes * int(np.prod(shape)))
                 unfinished.mkdir(parents=True)
                 for name, dtype in TOPK_ARRAYS.items():
-                    path = unfinished / f"{name}.npy"
-                    np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
+                    write_file_atomically(unfinished / f"{name}.npy", partial(_make_array, dtype, shape))
             processes.wait_for_everyone()
             _write_topk(folder, blocks, collate, topk, temperature, unfinished, progress)
             processes.wait_for_everyone()
@@ -182,6 +182,10 @@ def cache_teacher_topk(
                 publish_folder(unfinished, complete)
         processes.wait_for_everyone()
     return TeacherTopK(blocks, complete)
+
+
+def _make_array(dtype: Any, shape: tuple[int, ...], path: Path) -> None:
+    np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
 
 
 @torch.no_grad()

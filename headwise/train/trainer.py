@@ -18,6 +18,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from headwise.errors import SettingError
+from headwise.io.workdir import write_file_atomically
 from headwise.measure.loss import nats_per_token
 from headwise.progress import SILENT, Progress
 from headwise.train.callbacks import CurveCallback, DivergenceGuard, SignalStop, TimeBudget
@@ -166,7 +167,7 @@ class Trainer(transformers.Trainer):
             self.checkpoints.write_weights(Path(output_dir), state)
             if isinstance(stream := self.train_dataset, IterableDataset):
                 position = stream.state_dict(self.state.global_step * self._rows_per_step)  # type: ignore[attr-defined]
-                Path(output_dir, STREAM_STATE).write_text(json.dumps(position))
+                write_file_atomically(Path(output_dir, STREAM_STATE), json.dumps(position).encode())
 
     @property
     def _rows_per_step(self) -> int:

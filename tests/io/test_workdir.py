@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from headwise.errors import HeadwiseError
-from headwise.io.workdir import WorkFolder, discard_folder, publish_folder, scratch_folder, write_file_atomically
+from headwise.io.workdir import (
+    WorkFolder,
+    append_to_file,
+    discard_folder,
+    publish_folder,
+    scratch_folder,
+    write_file_atomically,
+)
 
 
 def folder(path: Path, text: str) -> Path:
@@ -102,6 +109,17 @@ def test_a_failing_writer_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_bytes() == b"1" and os.listdir(tmp_path) == ["file"]
 
 
+def test_a_file_is_continued_and_never_through_a_link_or_into_a_pipe(tmp_path: Path) -> None:
+    append_to_file(tmp_path / "file", b"1")
+    append_to_file(tmp_path / "file", b"2")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    os.mkfifo(tmp_path / "pipe")
+    for name, problem in (("link", "is a link"), ("pipe", "is not a file")):
+        with pytest.raises(HeadwiseError, match=problem):
+            append_to_file(tmp_path / name, b"3")
+    assert (tmp_path / "file").read_bytes() == b"12"
+
+
 def test_the_remains_of_a_killed_writer_are_no_obstacle(tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("1")
@@ -125,7 +143,7 @@ def test_a_journal_that_headwise_did_not_write_is_not_resumed(tmp_path: Path, li
     (work.output).mkdir(parents=True)
     (work.folder / "journal.jsonl").write_bytes(line.encode("latin-1") + b"\n")
     (work.folder / "owner").write_bytes(b"\xff\xfe")
-    with pytest.raises(HeadwiseError, match="is being written by"):
+    with pytest.raises(HeadwiseError, match="is being written by an unknown process"):
         work.start({"a": 1}, 1)
     (work.folder / "owner").unlink()
     work.start({"a": 1}, 1)

@@ -25,6 +25,7 @@ from headwise.convert.settings import ConvertSettings
 from headwise.environment import available_memory
 from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.io.tokenizer import load_tokenizer
+from headwise.io.workdir import write_file_atomically
 from headwise.io.writer import Writer
 from headwise.models.architecture import Architecture
 from headwise.progress import Progress
@@ -154,7 +155,7 @@ def refit_jointly(
         )
         state = {name: tensor.detach().to("cpu") for name, tensor in student.network.state_dict().items()}
         trained = {name: tensor for name, tensor in student.export(state) if name in names}
-        save_file(trained, work / TRAINED)
+        write_file_atomically(work / TRAINED, lambda to: save_file(trained, to))
         writer.note(NOTE, as_records(reports))
     tensors: dict[str, Tensor] = load_file(work / TRAINED)
     for name, tensor in tensors.items():
@@ -207,6 +208,6 @@ def _sampled_blocks(
         seed=seed,
         progress=progress,
     )
-    save_file({"tokens": blocks.to(torch.int32)}, path)
+    write_file_atomically(path, lambda to: save_file({"tokens": blocks.to(torch.int32)}, to))
     writer.note("joint text", True)
     return blocks

@@ -25,7 +25,7 @@ from headwise.eval.model import EvalModel
 from headwise.eval.settings import EvalSettings
 from headwise.eval.tasks.harness import Harness
 from headwise.eval.tasks.samples import TaskResults, read_results
-from headwise.io.workdir import publish_folder, scratch_folder
+from headwise.io.workdir import publish_folder, scratch_folder, write_file_atomically
 from headwise.measure.loss import token_nats
 from headwise.measure.positions import PositionLoss, average_by_position
 from headwise.progress import Progress
@@ -100,7 +100,7 @@ def measure_model(
         del loaded
         _free_memory()
     plain = {key: value for key, value in asdict(metrics).items() if key != "results"}
-    (into / METRICS).write_text(json.dumps(plain), encoding="utf-8")
+    write_file_atomically(into / METRICS, json.dumps(plain).encode())
     return read_metrics(into, tasks=harness is not None)
 
 

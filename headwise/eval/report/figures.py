@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from headwise.eval.result import Comparison, Evaluation
 from headwise.eval.verdict import Damage, figure_name
+from headwise.io.workdir import write_file_atomically
 from headwise.measure.divergence import LayerError
 from headwise.measure.entropy import AttentionEntropy, HeadIndex
 from headwise.measure.positions import PositionLoss
@@ -103,7 +104,7 @@ def write_png(draw: Draw, path: Path) -> None:
         path: the file to write.
     """
     with rc_context(STYLE):
-        draw(LIGHT).savefig(path, dpi=160, format="png")
+        write_file_atomically(path, lambda to: draw(LIGHT).savefig(to, dpi=160, format="png"))
 
 
 def render_svg(draw: Draw, label: str) -> str:

@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ def write_report(evaluation: Evaluation, folder: str | Path) -> Evaluation:
     drawings = make_drawings(evaluation)
     evaluation = replace(evaluation, figures={**evaluation.figures, **{name: f"{name}.png" for name in drawings}})
     for name, (draw, _) in drawings.items():
-        write_file_atomically(home / f"{name}.png", partial(write_png, draw))
+        write_png(draw, home / f"{name}.png")
     write_file_atomically(home / "report.md", render_markdown(evaluation).encode())
     write_file_atomically(home / "report.html", render_page(evaluation).encode())
     # The last file, so that a folder with report.json is complete.

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from headwise.io.workdir import write_file_atomically
+
 FILE = "answers.json"
 
 
@@ -51,7 +53,7 @@ def write_counts(counts: Mapping[str, AnswerCounts], folder: Path) -> None:
         folder: the folder.
     """
     content = {task: asdict(each) for task, each in counts.items()}
-    (folder / FILE).write_text(json.dumps(content), encoding="utf-8")
+    write_file_atomically(folder / FILE, json.dumps(content).encode())
 
 
 def read_counts(folder: Path) -> dict[str, AnswerCounts]:
