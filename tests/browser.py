@@ -49,7 +49,8 @@ class Page:
             answer = self._read()
             if answer.get("id") == self._number:
                 assert "error" not in answer, answer
-                return answer["result"]
+                result: dict[str, Any] = answer["result"]
+                return result
 
     def open(self, path: Path, *, width: int, dark: bool = False) -> None:
         """Load a file into a window of that many CSS pixels."""
@@ -78,7 +79,7 @@ class Page:
         while (byte := self._receive.read(1)) != b"\0":
             assert byte, "the browser is gone"
             text += byte
-        message = json.loads(text)
+        message: dict[str, Any] = json.loads(text)
         method, told = message.get("method", ""), message.get("params", {})
         self._events.append(method)
         if method == "Network.requestWillBeSent":

@@ -61,7 +61,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     for name in ("convert.pipeline.convert_model", "convert.verify.check.verify_model"):
         module, function = f"headwise.{name}".rsplit(".", 1)
-        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{function: substitute}))  # type: ignore[misc]
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{function: substitute}))
     for kind in ("render_plan", "render_conversion", "render_verification"):
         monkeypatch.setattr(render, kind, lambda _: None)
     return calls

@@ -22,8 +22,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+if TYPE_CHECKING:
+    import pytest
 
 TOKEN = "hf_the_right_token"
 READ_ONLY = "hf_the_read_token"
@@ -103,25 +106,23 @@ class _Handler(BaseHTTPRequestHandler):
             return self._fail(500, "")
         if token not in ("", TOKEN, READ_ONLY, XET):
             return self._fail(401, "", {"X-Error-Message": "Invalid credentials in Authorization header"})
-        routes = (
-            (re.fullmatch(pattern, self.path_), *rest)
-            for method, pattern, *rest in ROUTES
-            if method == self.command
-        )
-        match, verb, reads = next((route for route in routes if route[0]), (None, "", True))
-        if match is None:
+        found = _route(self.command, self.path_)
+        if found is None:
             return self._fail(404, "RepoNotFound")
+        match, verb, reads = found
         named = match.groupdict().get("repo")
-        self.name, self.repository = named or "", self.hub.repositories.get(named or "")
-        if named and (self.repository is None or (self.repository.private and not token)):
+        repository = self.hub.repositories.get(named or "")
+        if named and (repository is None or (repository.private and not token)):
             return self._fail(404, "RepoNotFound")
         if not reads and not token:
             return self._fail(401, "", {"X-Error-Message": "Invalid username or password."})
         if not reads and (token == READ_ONLY or (named and not named.startswith("org/"))):
             return self._fail(403, "", {"X-Error-Message": "You need write access"})
         self.revision = match.groupdict().get("rev") or "main"
-        if self.repository and self.repository.commit(self.revision) is None:
+        if repository and repository.commit(self.revision) is None:
             return self._fail(404, "RevisionNotFound")
+        # Only the routes that name a repository read it.
+        self.name, self.repository = named or "", repository or Repository({})
         getattr(self, verb)(match)
 
     do_HEAD = do_GET = do_POST = do_PUT = do_DELETE = _answer
@@ -294,6 +295,15 @@ ROUTES = [
 ]
 
 
+def _route(method: str, path: str) -> tuple[re.Match[str], str, bool] | None:
+    """Return the match of a path, what answers it, and whether that only reads; None without a route."""
+    for wanted, pattern, verb, reads in ROUTES:
+        match = re.fullmatch(pattern, path) if wanted == method else None
+        if match:
+            return match, verb, reads
+    return None
+
+
 def _names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
@@ -313,18 +323,21 @@ def _oid(path: Path, mode: str) -> str:
 @contextmanager
 def serve(repositories: dict[str, Repository], storage: Path | None = None) -> Iterator[Hub]:
     """Run a Hub with these repositories until the block ends; `storage` is an empty folder for what is written."""
-    handler = type("Handler", (_Handler,), {})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    handler.hub = Hub(f"http://127.0.0.1:{server.server_port}", repositories, storage or Path("/nonexistent"))
+
+    class Handler(_Handler):
+        pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Handler.hub = Hub(f"http://127.0.0.1:{server.server_port}", repositories, storage or Path("/nonexistent"))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield handler.hub
+        yield Handler.hub
     finally:
         server.shutdown()
         server.server_close()
 
 
-def point_client_to(monkeypatch, hub: Hub, cache: Path) -> None:
+def point_client_to(monkeypatch: pytest.MonkeyPatch, hub: Hub, cache: Path) -> None:
     """Let this process's `huggingface_hub` talk to `hub` and keep its files in `cache`.
 
     The client reads HF_ENDPOINT and HF_HOME once, when it is imported.

@@ -42,6 +42,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def make_models(folder: Path) -> None:
             else transformers.AutoModelForCausalLM
         )
         with torch.random.fork_rng():
-            model = kind.from_config(config)
+            model = kind.from_config(config)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for key, parameter in model.named_parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
@@ -223,6 +224,10 @@ def make_text() -> list[str]:
     return [" ".join(choose.choices(words, k=30)) for _ in range(120)]
 
 
+def _update(config: dict[str, Any], fields: dict[str, Any]) -> None:
+    config.update(fields)
+
+
 def make_broken_models(folder: Path) -> None:
     """Write checkpoints that a conversion refuses, or takes with an option only."""
     import torch
@@ -240,7 +245,7 @@ def make_broken_models(folder: Path) -> None:
     copy_changed(folder / "mha", folder / "left-over", tensors=lambda t: t.update({"extra.weight": torch.zeros(3)}))
     copy_changed(folder / "mha", folder / "incomplete", tensors=lambda t: t.pop(bad_key))
     for name, fields in BAD_CONFIGS.items():
-        copy_changed(folder / "mha", folder / name, config=lambda config, fields=fields: config.update(fields))
+        copy_changed(folder / "mha", folder / name, config=partial(_update, fields=fields))
     for name, text in (("not-json", "{"), ("a-list", "[]")):
         copy_changed(folder / "mha", folder / name)
         (folder / name / "config.json").write_text(text)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,7 +45,8 @@ def attend(weights: LayerWeights, x: Tensor, freqs: Tensor) -> Tensor:
     scores = q @ k.mT / layout.head_dim**0.5
     mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
     p = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-    return torch.einsum("htv,hdv->td", p @ v, weights.o)
+    attended: Tensor = torch.einsum("htv,hdv->td", p @ v, weights.o)
+    return attended
 
 
 def random_layer(
@@ -59,12 +63,12 @@ def random_layer(
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64) / shape[-1] ** 0.5
+        return torch.randn(*shape, generator=g, dtype=torch.float64) / math.sqrt(shape[-1])
 
     rotary = head_dim if rotary_dim is None else rotary_dim
     inputs = hidden_size + bias
     layout = AttentionLayout(heads, groups, head_dim, head_dim, rotary)
-    norms = {}
+    norms: dict[str, Any] = {}
     if norm_scope:
         q_norm = 1 + 0.3 * torch.randn(heads if norm_scope == "all" else 1, head_dim, generator=g).double()
         k_norm = 1 + 0.3 * torch.randn(groups if norm_scope == "all" else 1, head_dim, generator=g).double()

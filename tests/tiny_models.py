@@ -171,7 +171,8 @@ def config_of(model_type: str, **overrides: Any) -> dict[str, Any]:
         fields["text_config"] |= overrides
     else:
         fields = _COMMON | fields | overrides
-    return json.loads(AutoConfig.for_model(model_type, **fields).to_json_string(use_diff=False))
+    config: dict[str, Any] = json.loads(AutoConfig.for_model(model_type, **fields).to_json_string(use_diff=False))
+    return config
 
 
 def build(model_type: str, **overrides: Any) -> tuple[transformers.PreTrainedModel, dict[str, Any]]:
@@ -193,11 +194,13 @@ def from_config(config: dict[str, Any]) -> transformers.PreTrainedModel:
     """The stock model that a config.json describes, its weights as they come."""
     fields = {name: value for name, value in config.items() if name != "model_type"}
     auto_class = getattr(transformers, architecture.find_architecture(config).auto_class)
-    return auto_class.from_config(
+    model: transformers.PreTrainedModel = auto_class.from_config(
         AutoConfig.for_model(config["model_type"], **fields),
         attn_implementation="eager",
         experts_implementation="eager",
-    ).eval()
+    )
+    model.eval()
+    return model
 
 
 def save(model_type: str, folder: Path, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
@@ -212,7 +215,7 @@ def _saved(model_type: str, dtype: torch.dtype, overrides: str) -> tempfile.Temp
     """The folder, which lasts as long as this object does."""
     folder = tempfile.TemporaryDirectory()
     model, _ = build(model_type, **json.loads(overrides))
-    model.to(dtype).save_pretrained(folder.name)
+    model.to(dtype).save_pretrained(folder.name)  # type: ignore[arg-type]
     return folder
 
 
@@ -233,7 +236,8 @@ def tokens(count: int = 12) -> torch.Tensor:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
 
 
 def checkpoint(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:

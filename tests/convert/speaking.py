@@ -35,7 +35,7 @@ def save_speaking(folder: Path, dtype: torch.dtype = torch.float32, **overrides:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
-    model.to(dtype).save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)  # type: ignore[arg-type]
     alphabet = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({byte: number for number, byte in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

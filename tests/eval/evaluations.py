@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from headwise.eval.result import (
     Comparison,
@@ -27,7 +28,7 @@ CHILD = Subject("out/gqa-4", None, "llama", "GQA, 4 KV heads", 8_192, 4_540_000,
 PARENT = Subject("org/parent", "c0ffee" * 6 + "abcd", "llama", "MHA, 8 KV heads", 16_384, 4_900_000, "cd" * 32)
 
 
-def accuracy(task: str, parent: float, difference: float, error: float, p: float, **more) -> Comparison:
+def accuracy(task: str, parent: float, difference: float, error: float, p: float, **more: Any) -> Comparison:
     """A task of 1,000 questions."""
     gained = 40
     pair = Paired(

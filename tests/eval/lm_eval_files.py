@@ -55,4 +55,4 @@ def _aggregate(metric: str, values: list[Any]) -> float:
     if metric == "f1":
         return 0.123
     counted = [value for value in values if value != -1]
-    return sum(counted) / len(counted)
+    return float(sum(counted) / len(counted))

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -90,7 +90,7 @@ class Faults:
 
     @contextmanager
     def __call__(self) -> Iterator[Faults]:
-        with mock.patch.multiple(os, **{name: self._watched(*row) for name, row in _CALLS(os).items()}):
+        with mock.patch.multiple(os, **cast(Any, {name: self._watched(*row) for name, row in _CALLS(os).items()})):
             opened = self._opened(builtins.open)
             with (
                 mock.patch.object(builtins, "open", opened),
@@ -123,7 +123,7 @@ class Faults:
         faults = self
 
         class File(io.FileIO):
-            def read(self, size: int = -1) -> Any:
+            def read(self, size: int | None = -1) -> Any:
                 faults.meet("read")
                 return super().read(size)
 
@@ -150,7 +150,7 @@ class Faults:
             if buffering == 0:
                 return raw
             kind = io.BufferedRandom if "+" in mode else io.BufferedReader if "r" in mode else io.BufferedWriter
-            buffered = kind(raw)  # type: ignore[arg-type]
+            buffered = kind(raw)
             return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding, errors, newline)
 
         return opened

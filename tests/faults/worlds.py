@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from headwise.convert import pipeline
 from headwise.convert.pipeline import convert_model
+from headwise.io.writer import Writer
 from tests.convert.speaking import TEXT, save_speaking
 from tests.faults.harness import World
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 24,
     "head_dim": 4,
@@ -47,19 +48,23 @@ def make(home: Path, scenario: str = "fresh", kind: str = "mean") -> World:
     kept = home / "kept"
     if scenario == "replace":
         convert_model(source, kept, to="gqa", groups=1, method="mean", calibrate="none", verify=False)
-        return World(home, source, job, lambda out: shutil.copytree(kept, out))
+        return World(home, source, job, partial(_lay, kept))
     if scenario == "resume":
         interrupt(source, home / "target" / "out", options)
         work = home / "target" / ".out.headwise-work"
         shutil.copytree(work, kept)
-        return World(home, source, job, lambda out: shutil.copytree(kept, work))
+        return World(home, source, job, lambda out: _lay(kept, work))
     return World(home, source, job)
+
+
+def _lay(kept: Path, place: Path) -> None:
+    shutil.copytree(kept, place)
 
 
 def interrupt(source: Path, out: Path, options: dict[str, Any]) -> None:
     """Stop a conversion when half of its tensors are written."""
     calls = 0
-    copy = pipeline.Writer.copy
+    copy = Writer.copy
 
     def stop(self: Any, *arguments: Any) -> None:
         nonlocal calls
@@ -70,6 +75,6 @@ def interrupt(source: Path, out: Path, options: dict[str, Any]) -> None:
 
     os.makedirs(out.parent)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.Writer, "copy", stop)
+        patch.setattr(Writer, "copy", stop)
         with pytest.raises(KeyboardInterrupt):
             convert_model(source, out, **options)

@@ -33,7 +33,7 @@ from tests.hostile.guard import Guard, Outcome
 from tests.hostile.mutations import ESCAPES, VALUES, WORDS, dumps, flip, garble, nested, tree
 from tests.tiny_models import _COMMON, CONFIGS
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_attention_heads": 4,
@@ -225,7 +225,7 @@ def index(prey: Prey, random: Random) -> Outcome:
     model = prey.lay("config.json", **shards)
     (model / "model.safetensors.index.json").write_bytes(text.encode(errors="surrogatepass"))
     if "link.safe" in text:
-        target = random.choice([prey.home / "sound" / "model.safetensors", "/dev/zero"])
+        target = random.choice([prey.home / "sound" / "model.safetensors", Path("/dev/zero")])
         (model / "link.safetensors").symlink_to(target)
     if "loop.safe" in text:
         (model / "loop.safetensors").symlink_to("loop.safetensors")
@@ -345,7 +345,7 @@ def tokenizer(prey: Prey, random: Random) -> Outcome:
 
     def call() -> Any:
         checkpoint = open_checkpoint(model)
-        return read_corpus(checkpoint, CalibrationPlan(TEXT["calibrate"], 2, 32, 0, 0))
+        return read_corpus(checkpoint, CalibrationPlan(str(TEXT["calibrate"]), 2, 32, 0, 0))
 
     return prey.judge(call)
 

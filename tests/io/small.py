@@ -36,7 +36,7 @@ def make_checkpoint(folder: Path, tensors: dict[str, Tensor], *, shards: int = 1
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
         part = {name: tensors[name] for name in list(tensors)[number::shards]}

@@ -33,6 +33,6 @@ def train_and_look(self: Any, *arguments: Any, **options: Any) -> Any:
 
 
 if __name__ == "__main__":
-    accelerate.state.PartialState.__init__ = as_accelerators  # type: ignore[method-assign]
+    accelerate.state.PartialState.__init__ = as_accelerators
     trainer.Trainer.train = train_and_look  # type: ignore[method-assign]
     sys.exit(run_worker(sys.argv[1]))

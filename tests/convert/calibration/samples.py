@@ -14,18 +14,20 @@ from tests import tiny_models
 from tests.convert.rows import load
 
 
-def hook_whole_model(source: Path, arch: Architecture, tokens: torch.Tensor, **options: Any) -> list[dict]:
+def hook_whole_model(
+    source: Path, arch: Architecture, tokens: torch.Tensor, **options: Any
+) -> list[dict[str, Any]]:
     """Each layer's attention input x, output y, weights p and input z of the output matrix, from hooks."""
     model = load(source, arch, **options)
-    captured: list[dict] = []
+    captured: list[dict[str, Any]] = []
     for layer in range(len(arch.layouts(tiny_models.read_config(source)))):
         attention = model.get_submodule(f"{arch.module.format(layer=layer)}.{arch.attention}")
-        here: dict = {}
+        here: dict[str, Any] = {}
 
-        def note(module, args, kwargs, output, here=here):
+        def note(module: Any, args: Any, kwargs: Any, output: Any, here: dict[str, Any] = here) -> None:
             here |= {"x": kwargs.get("hidden_states", args[0] if args else None), "y": output[0], "p": output[1]}
 
-        def note_values(module, args, here=here):
+        def note_values(module: Any, args: Any, here: dict[str, Any] = here) -> None:
             here["z"] = args[0]
 
         attention.register_forward_hook(note, with_kwargs=True)

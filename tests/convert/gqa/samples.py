@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -20,13 +21,15 @@ SHAPES = [  # heads, key-value heads, head_dim, rotary_dim, hidden size, bias
 def inputs_like(weights: LayerWeights, tokens: int = 40, seed: int = 1) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
     mix = torch.randn(weights.hidden_size, weights.hidden_size, generator=g, dtype=torch.float64)
-    return torch.randn(tokens, weights.hidden_size, generator=g, dtype=torch.float64) @ mix / mix.shape[0] ** 0.5
+    inputs = torch.randn(tokens, weights.hidden_size, generator=g, dtype=torch.float64)
+    return inputs @ mix / math.sqrt(weights.hidden_size)
 
 
 def moment_of(weights: LayerWeights, x: torch.Tensor) -> torch.Tensor:
     if weights.has_bias:
         x = torch.cat([x, torch.ones_like(x[:, :1])], -1)
-    return x.mT @ x / len(x)
+    moment: torch.Tensor = x.mT @ x / len(x)
+    return moment
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -42,7 +45,10 @@ def gauge(weights: LayerWeights, seed: int = 3) -> LayerWeights:
     free = layout.head_dim - r
     m = torch.randn(layout.num_key_value_heads, free, free, generator=g, dtype=torch.float64)
     w = torch.randn(layout.num_key_value_heads, layout.v_head_dim, layout.v_head_dim, generator=g).double()
-    expand = lambda t: t.repeat_interleave(reads, 0)  # noqa: E731
+
+    def expand(t: torch.Tensor) -> torch.Tensor:
+        return t.repeat_interleave(reads, 0)
+
     q_rotary = from_planes(to_planes(weights.q, r) / expand(scalar).conj())
     return replace(
         weights,

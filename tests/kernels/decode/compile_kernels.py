@@ -80,7 +80,9 @@ def measure(kernel: Any, on_hopper: bool) -> dict[str, int]:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    registers, stack = map(int, found.groups())
     ptx = kernel.asm["ptx"]
     return {
         "hopper": on_hopper,
