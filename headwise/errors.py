@@ -60,7 +60,7 @@ _NO_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception says that memory, of the machine or of a GPU, is used up.
+    """Return whether an exception means that memory, of the machine or of a GPU, is used up.
 
     Args:
         error: the exception of any library.

@@ -37,7 +37,7 @@ def parse_yaml(text: str) -> Any:
     the parser's time grows with the square of the depth.
 
     Raises:
-        ValueError: the text is not YAML; one line says why.
+        ValueError: the text is not YAML; the message is one line.
     """
     import yaml  # takes longer to import than `headwise --help` may
 

@@ -47,8 +47,8 @@ def refused(model: Path, words: str, *options: str, out: Path | None = None) -> 
     before = contents(home)
     done = run("convert", model, out or home / "out", *(options or UNCALIBRATED))
     assert done.exit_code == 2, done.stderr
-    said = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(said) == 1 and words in done.stderr, done.stderr
+    messages = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(messages) == 1 and words in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and "This is a bug" not in done.stderr
     assert done.stdout == "" and contents(home) == before
     assert not list(home.glob(".*"))
@@ -114,8 +114,8 @@ def test_an_index_that_names_a_missing_shard_or_a_path_outside(model: Path, plac
 @pytest.mark.parametrize("name", [BAD_KEY, "model.layers.0.self_attn.o_proj.weight"])
 def test_an_attention_tensor_of_the_wrong_shape(model: Path, name: str) -> None:
     edit_tensors(model, lambda tensors: tensors.update({name: tensors[name][:-8].clone()}))
-    said = refused(model, f"tensor {name} has shape")
-    assert "by config.json it is (" in said
+    message = refused(model, f"tensor {name} has shape")
+    assert "by config.json it is (" in message
 
 
 @pytest.mark.parametrize("name", [BAD, "model.norm.weight", "model.embed_tokens.weight"])
@@ -146,8 +146,8 @@ def test_weights_that_are_not_finite_may_be_allowed(model: Path, tmp_path: Path)
     assert done.exit_code == 0, done.stderr
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert after[name].isnan().sum() == 1 and after[BAD_KEY].shape[0] == 16
-    said = refused(model, "inputs of layer 1 are NaN", *CALIBRATED, "--allow-nan", out=tmp_path / "b")
-    assert "--calibrate none" in said
+    message = refused(model, "inputs of layer 1 are NaN", *CALIBRATED, "--allow-nan", out=tmp_path / "b")
+    assert "--calibrate none" in message
 
 
 def test_keys_that_are_not_finite_may_be_averaged(model: Path, tmp_path: Path) -> None:
@@ -171,14 +171,14 @@ def test_a_group_count_that_is_not_reachable(tmp_path: Path) -> None:
 
 def test_a_quantised_checkpoint(model: Path) -> None:
     edit_config(model, quantization_config={"quant_method": "gptq", "bits": 4})
-    said = refused(model, "quantised (gptq)")
-    assert "unquantised" in said
+    message = refused(model, "quantised (gptq)")
+    assert "unquantised" in message
 
 
 def test_an_unknown_model_type(model: Path) -> None:
     edit_config(model, model_type="lama")
-    said = refused(model, "model type lama")
-    assert "Did you mean llama?" in said and "qwen3" in said
+    message = refused(model, "model type lama")
+    assert "Did you mean llama?" in message and "qwen3" in message
 
 
 @pytest.mark.parametrize("place", [".", "out", "a/out", ".."])
@@ -293,6 +293,6 @@ def test_a_real_interrupt_of_the_real_command(model: Path, tmp_path: Path) -> No
             time.sleep(0.05)
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "--resume" in said and "Traceback" not in said
+        message = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "--resume" in message and "Traceback" not in message
     assert not out.exists() and journal.exists()

@@ -15,8 +15,8 @@ MLA = ("--to", "mla", "--calibrate", "none")
 SHAPE = (*MLA, "--rank", "16", "--rope-dim", "4")
 
 
-def sentence(said: str) -> str:
-    return " ".join(said.split())
+def sentence(message: str) -> str:
+    return " ".join(message.split())
 
 
 @pytest.mark.parametrize(
@@ -30,34 +30,34 @@ def sentence(said: str) -> str:
 )
 def test_a_shape_the_model_does_not_have(tmp_path: Path, rank: str, rope_dim: str, words: str) -> None:
     model = save_speaking(tmp_path / "model")
-    said = sentence(refused(model, "--r", *MLA, "--rank", rank, "--rope-dim", rope_dim))
-    assert words in said
+    message = sentence(refused(model, "--r", *MLA, "--rank", rank, "--rope-dim", rope_dim))
+    assert words in message
     # The shapes offered, each with the share of the 128 numbers it keeps.
-    offered = re.findall(r"(\d+) \+ (\d+) \((\d+)%\)", said)
+    offered = re.findall(r"(\d+) \+ (\d+) \((\d+)%\)", message)
     assert offered and all(round((int(r) + int(p)) / 1.28) == int(share) for r, p, share in offered)
 
 
 @pytest.mark.parametrize(("rank", "rope_dim"), [("24", "12"), ("16", "16")], ids=["more", "all"])
 def test_a_shape_that_keeps_all_there_is(tmp_path: Path, rank: str, rope_dim: str) -> None:
     model = save_speaking(tmp_path / "model", num_key_value_heads=2)
-    said = sentence(refused(model, "", *MLA, "--rank", rank, "--rope-dim", rope_dim))
-    assert "where the model itself caches 32" in said and "--exact" in said
+    message = sentence(refused(model, "", *MLA, "--rank", rank, "--rope-dim", rope_dim))
+    assert "where the model itself caches 32" in message and "--exact" in message
 
 
 def test_a_share_of_more_than_a_latent_can_use(tmp_path: Path) -> None:
     """128 numbers, of which a latent takes the hidden_size of 48 and a rotary key twice a head's 8."""
     model = save_speaking(tmp_path / "model")
     for share in ("0.75", "1"):
-        said = sentence(refused(model, f"--cache {share} leaves", *MLA, "--cache", share))
-        assert "can use 64" in said and "at most 50.0%" in said and "--exact" in said
+        message = sentence(refused(model, f"--cache {share} leaves", *MLA, "--cache", share))
+        assert "can use 64" in message and "at most 50.0%" in message and "--exact" in message
 
 
 @pytest.mark.parametrize("option", ["--rank", "--rope-dim"])
 def test_a_shape_of_nothing(tmp_path: Path, option: str) -> None:
     model = save_speaking(tmp_path / "model")
     sizes = {"--rank": "16", "--rope-dim": "4"} | {option: "0"}
-    said = sentence(refused(model, option, *MLA, *(word for pair in sizes.items() for word in pair)))
-    assert "0" in said
+    message = sentence(refused(model, option, *MLA, *(word for pair in sizes.items() for word in pair)))
+    assert "0" in message
 
 
 def test_a_share_too_small_for_a_rotary_key(tmp_path: Path) -> None:
@@ -85,5 +85,5 @@ def test_float16_has_no_room_for_the_latent_norm(tmp_path: Path, shape: tuple[st
 )
 def test_a_model_that_stock_deepseek_cannot_express(tmp_path: Path, model_type: str, reason: str) -> None:
     model = tiny_models.save(model_type, tmp_path / "model")
-    said = sentence(refused(model, "", *SHAPE))
-    assert reason in said and "It can become GQA or MQA: --to gqa --groups N." in said
+    message = sentence(refused(model, "", *SHAPE))
+    assert reason in message and "It can become GQA or MQA: --to gqa --groups N." in message

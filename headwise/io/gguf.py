@@ -1,8 +1,9 @@
 """Read a GGUF file: its metadata and its table of tensors first, then one dequantised tensor at a time.
 
-The header is read as if a stranger had made the file. Blocks are dequantised by the package `gguf`, a few megabytes
-at a time. Its `GGUFReader` is not used: it maps the file, keeps several arrays for every token of the vocabulary,
-and reports a damaged file by whatever error numpy raises. Format: https://github.com/ggml-org/ggml, docs/gguf.md.
+Every length and offset of the header is checked before it is used. Blocks are dequantised by the package `gguf`, a
+few megabytes at a time. Its `GGUFReader` is not used: it maps the file, keeps several arrays for every token of the
+vocabulary, and reports a damaged file by whatever error numpy raises. Format: https://github.com/ggml-org/ggml,
+docs/gguf.md.
 """
 
 from __future__ import annotations

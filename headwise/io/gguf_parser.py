@@ -1,4 +1,4 @@
-"""Parse the header of a GGUF file piece by piece, as if a stranger had made it."""
+"""Parse the header of a GGUF file piece by piece. Every length and offset is checked before it is used."""
 
 from __future__ import annotations
 

@@ -312,9 +312,9 @@ class Writer:
                 for tensor in shard.tensors:
                     self.hashes.pop(tensor.name, None)
             elif shard.file not in complete:
-                # The journal says nothing of the header, which may have been cut off.
+                # The journal does not cover the header, which may have been cut off.
                 self._lay_out(path, shard)
-                # A lost power supply may have lost bytes that the journal says were written.
+                # A power failure may have lost bytes that the journal lists as written.
                 for tensor in shard.tensors:
                     if tensor.name in self.hashes and self._hash_on_disk(tensor, shard) != self.hashes[tensor.name]:
                         del self.hashes[tensor.name]

@@ -117,7 +117,7 @@ def match_source(checkpoint: Checkpoint) -> Checkpoint:
         checkpoint: the source, as it was opened.
 
     Returns:
-        The source. Its config says what the stock class makes of it: the class, the dtype, and whether the head is
+        The source. Its config holds what the stock class makes of it: the class, the dtype, and whether the head is
         tied. Its notes and warnings name every difference from the files.
 
     Raises:

@@ -256,10 +256,10 @@ def test_an_output_that_other_sequences_do_not_confirm_is_left_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs, weight = torch.randn(4, 40, 4, generator=generator), torch.randn(4, 4, generator=generator)
     parent = Mixed(weight)
-    said = parent(inputs)
+    exact = parent(inputs)
     # What one sequence misses, the others miss in the opposite direction.
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None, None]
-    record = LayerRecord(0, torch.eye(5), inputs=inputs, outputs=said + sign * parent.heads(inputs))
+    record = LayerRecord(0, torch.eye(5), inputs=inputs, outputs=exact + sign * parent.heads(inputs))
     found = solve_output_projection(parent, parent.o_proj, record)
     assert not found.kept and found.after > found.before and torch.equal(parent.o_proj.weight, weight)
 

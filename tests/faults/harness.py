@@ -238,9 +238,9 @@ class World:
             self.job(self.out, self.work.exists())
         assert self.check() == "new", "the resumed job did not finish"
         if self.work.exists():  # it died after the rename; the next command says so and tidies up
-            said = attempt(lambda: self.job(self.out, True))
-            # Nothing is said where --force made it anew.
-            assert said is None or "complete" in said or "exists already" in said, said
+            message = attempt(lambda: self.job(self.out, True))
+            # There is no message where --force replaced it.
+            assert message is None or "complete" in message or "exists already" in message, message
             assert self.check() == "new"
         assert not self.work.exists(), "the work folder is still there"
 
@@ -255,9 +255,9 @@ def attempt(call: Callable[[], Any]) -> str | None:
             console.configure(quiet=True)
             report_error(problem)
         console.configure()
-        said = stream.getvalue()
-        assert said.startswith("Error: ") and "This is a bug" not in said, said
-        return said
+        message = stream.getvalue()
+        assert message.startswith("Error: ") and "This is a bug" not in message, message
+        return message
     return None
 
 
@@ -267,10 +267,10 @@ def sweep(world: World, operation: str, error: int, *, lasting: bool = False, st
         world.reset()
         faults = Faults(world.home, operation, at, error, lasting=lasting)
         with faults():
-            said = attempt(lambda: world.job(world.out, world.work.exists()))
-        where = f"{operation} {at}, {errno.errorcode.get(error, error)}: {said}"
+            message = attempt(lambda: world.job(world.out, world.work.exists()))
+        where = f"{operation} {at}, {errno.errorcode.get(error, error)}: {message}"
         try:
-            if said is None:
+            if message is None:
                 # Some failures are survived without a word, such as one while tidying up.
                 assert world.check() == "new"
             world.finish()

@@ -107,8 +107,8 @@ def test_a_second_writer_is_refused_until_the_first_is_dead(world: World, monkey
     assert os.WIFSTOPPED(os.waitpid(first, os.WUNTRACED)[1])
     monkeypatch.undo()
     for resume in (False, True):
-        said = attempt(lambda resume=resume: world.job(world.out, resume))  # type: ignore[misc]
-        assert said is not None and f"is being written by process {first} on" in said
+        message = attempt(lambda resume=resume: world.job(world.out, resume))  # type: ignore[misc]
+        assert message is not None and f"is being written by process {first} on" in message
     assert world.check() == "none"
     os.kill(first, signal.SIGKILL)
     os.waitpid(first, 0)
@@ -133,8 +133,8 @@ def test_a_source_that_changes_meanwhile(world: World, monkeypatch: pytest.Monke
 
     with monkeypatch.context() as patch:
         patch.setattr(Writer, "copy", copy)
-        said = attempt(lambda: world.job(world.out, False))
-    assert said is not None and "changed while it was being read" in said
+        message = attempt(lambda: world.job(world.out, False))
+    assert message is not None and "changed while it was being read" in message
     assert not world.out.exists() and not world.work.exists()
     file.write_bytes(content)
     world.job(world.out, False)
@@ -145,8 +145,8 @@ def test_a_source_that_changes_meanwhile(world: World, monkeypatch: pytest.Monke
 def test_a_file_system_that_cannot_rename_folders(world: World) -> None:
     faults = Faults(world.home, "rename", 1, errno.EXDEV)
     with faults():
-        said = attempt(lambda: world.job(world.out, False))
-    assert said is not None and "cannot rename folders" in said and "another file system" in said
+        message = attempt(lambda: world.job(world.out, False))
+    assert message is not None and "cannot rename folders" in message and "another file system" in message
     assert not list(world.out.parent.iterdir())  # before any work was done
 
 
@@ -154,16 +154,16 @@ def test_a_rename_that_copies(world: World, monkeypatch: pytest.MonkeyPatch) -> 
     import shutil
 
     monkeypatch.setattr(os, "rename", lambda a, b: shutil.copytree(a, b))
-    said = attempt(lambda: world.job(world.out, False))
-    assert said is not None and "not atomic" in said
+    message = attempt(lambda: world.job(world.out, False))
+    assert message is not None and "not atomic" in message
     assert not list(world.out.parent.iterdir())
 
 
 def test_a_target_that_may_only_be_read(world: World) -> None:
     faults = Faults(world.home, "mkdir", 1, errno.EROFS, lasting=True)
     with faults():
-        said = attempt(lambda: world.job(world.out, False))
-    assert said is not None and "the file system is read-only" in said and "--resume" not in said
+        message = attempt(lambda: world.job(world.out, False))
+    assert message is not None and "the file system is read-only" in message and "--resume" not in message
     assert not list(world.out.parent.iterdir())
 
 

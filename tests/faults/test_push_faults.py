@@ -88,8 +88,8 @@ def failing(remote: Remote, monkeypatch: pytest.MonkeyPatch, at: int, times: int
     remote.reset()
     with monkeypatch.context() as patch:
         patch.setattr(remote.hub, "fails", fails)
-        said = attempt(remote.push)
-    assert said is not None or remote.check(), "said to be done, and is not"
+        message = attempt(remote.push)
+    assert message is not None or remote.check(), "reported as done, and is not"
     remote.finish()
     return asked >= at
 
@@ -118,9 +118,9 @@ def test_any_read_of_the_folder_may_fail(remote: Remote, monkeypatch: pytest.Mon
         remote.reset()
         faults = Faults(remote.folder, operation, at, error)
         with faults():
-            said = attempt(remote.push)
-        assert (said is None) == remote.check(), said
-        assert said is None or "cannot be reached" not in said, said
+            message = attempt(remote.push)
+        assert (message is None) == remote.check(), message
+        assert message is None or "cannot be reached" not in message, message
         remote.finish()
         return faults.struck
 

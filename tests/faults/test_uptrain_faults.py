@@ -91,9 +91,9 @@ def limited(world: World, nbytes: int) -> bool:
 
     def job() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, resource.RLIM_INFINITY))
-        said = attempt(lambda: world.job(world.out, False))
-        assert said is None or "cannot be written" in said, said
-        os._exit(3 if said else 0)
+        message = attempt(lambda: world.job(world.out, False))
+        assert message is None or "cannot be written" in message, message
+        os._exit(3 if message else 0)
 
     world.reset()
     code = os.waitstatus_to_exitcode(os.waitpid(in_child(job), 0)[1])

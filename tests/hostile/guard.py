@@ -63,10 +63,10 @@ class Overtime(BaseException):
 
 @dataclass
 class Outcome:
-    """`kind`: "done", "refused", or the name of an escape; `said` what the user would have read."""
+    """`kind`: "done", "refused", or the name of an escape; `message` what the user would have read."""
 
     kind: str
-    said: str
+    message: str
     value: Any = None
     escapes: tuple[str, ...] = ()
 
@@ -106,13 +106,15 @@ class Guard:
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 _install(None)
         console.configure()
-        said = stdout.getvalue() + stderr.getvalue()
+        message = stdout.getvalue() + stderr.getvalue()
         escapes = [*self.seen]
         if kind not in ("done", "refused"):
             escapes.append(kind)
-        if kind == "refused" and (said.count("\nError: ") + said.startswith("Error: ") != 1 or len(said) > MESSAGE):
-            escapes.append(f"not a sentence: {len(said)} characters")
-        unsafe = {c for c in set(said) - {"\n"} if unicodedata.category(c) in UNSAFE}
+        if kind == "refused" and (
+            message.count("\nError: ") + message.startswith("Error: ") != 1 or len(message) > MESSAGE
+        ):
+            escapes.append(f"not a sentence: {len(message)} characters")
+        unsafe = {c for c in set(message) - {"\n"} if unicodedata.category(c) in UNSAFE}
         if unsafe:
             escapes.append(f"control characters {unsafe} in the output")
         grown = peak() - before
@@ -120,7 +122,7 @@ class Guard:
             escapes.append(f"memory grew by {grown >> 20} MiB")
         if kind == "overtime":
             gc.collect()
-        return Outcome(kind, said, value, tuple(escapes))
+        return Outcome(kind, message, value, tuple(escapes))
 
     def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         """One audit event of the interpreter."""

@@ -70,11 +70,11 @@ def run(
             kinds[f"{name}: {outcome.kind}"] += 1
             if outcome.escapes:
                 escapes.append(
-                    {"number": number, "target": name, "escapes": outcome.escapes, "said": outcome.said[:600]}
+                    {"number": number, "target": name, "escapes": outcome.escapes, "message": outcome.message[:600]}
                 )
                 print(json.dumps(escapes[-1]), file=sys.stderr, flush=True)
             if only is not None:
-                print(name, outcome.kind, outcome.escapes, outcome.said, sep="\n")
+                print(name, outcome.kind, outcome.escapes, outcome.message, sep="\n")
                 break
             number += 1
             if out and number % 500 == 0:

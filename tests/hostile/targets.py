@@ -126,7 +126,7 @@ class Prey:
             escapes.append("OUT is there after a failure")
         for path in list(self.out.parent.iterdir()):
             shutil.rmtree(path, ignore_errors=True)
-        return Outcome(outcome.kind, outcome.said, outcome.value, tuple(escapes))
+        return Outcome(outcome.kind, outcome.message, outcome.value, tuple(escapes))
 
 
 def _read_all(model: Path, **options: Any) -> Any:

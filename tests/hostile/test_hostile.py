@@ -93,7 +93,7 @@ def test_a_tokenizer_that_brings_code_is_not_run_and_nobody_is_asked(prey: Prey)
     targets._with_evil(model)
     outcome = prey.judge(lambda: convert_model(model, prey.out, to="gqa", groups=2))
     assert outcome.kind == "refused" and not outcome.escapes
-    assert "no tokenizer that transformers can load" in outcome.said
+    assert "no tokenizer that transformers can load" in outcome.message
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
@@ -101,17 +101,17 @@ def test_a_config_that_names_a_kernel_on_the_hub_is_refused(prey: Prey, key: str
     for value in ("stranger/kernel", {"": "stranger/kernel@v1"}):
         model = prey.lay(**{"config.json": dumps(prey.config | {"text_config": {key: value}}).encode()})
         outcome = prey.judge(lambda model=model: open_checkpoint(model))  # type: ignore[misc]
-        assert "names code on the Hub" in outcome.said and not outcome.escapes
+        assert "names code on the Hub" in outcome.message and not outcome.escapes
 
 
 def test_what_a_config_says_of_code_is_not_passed_on(prey: Prey) -> None:
-    said = {"auto_map": {"AutoConfig": "evil.Evil"}, "_attn_implementation": "flash_attention_2"}
-    model = prey.lay(**{"config.json": dumps(prey.config | said).encode()})
+    lure = {"auto_map": {"AutoConfig": "evil.Evil"}, "_attn_implementation": "flash_attention_2"}
+    model = prey.lay(**{"config.json": dumps(prey.config | lure).encode()})
     outcome = prey.judge(
         lambda: (convert_model(model, prey.out, to="gqa", groups=2, calibrate="none"), _config(prey.out))
     )
     assert outcome.kind == "done" and not outcome.escapes
-    assert not outcome.value[1].keys() & said.keys()
+    assert not outcome.value[1].keys() & lure.keys()
 
 
 def _config(out: Path) -> dict[str, object]:
@@ -125,7 +125,7 @@ def test_laughing_recipes_stay_small(prey: Prey) -> None:
     from headwise.recipes.settings import load_uptrain_recipe
 
     outcome = prey.judge(lambda: load_uptrain_recipe(model / "recipe.yaml"))
-    assert "aliases" in outcome.said and not outcome.escapes
+    assert "aliases" in outcome.message and not outcome.escapes
 
 
 @pytest.mark.parametrize("filling", ["[],", '"":', "[" * 3000, "0,"])
@@ -155,7 +155,7 @@ def test_what_a_library_logs_of_a_config_is_clean() -> None:
 def test_an_hour_is_not_needed_to_refuse_ten_thousand_layers(prey: Prey) -> None:
     model = prey.lay(**{"config.json": dumps(prey.config | {"num_hidden_layers": 10_000}).encode()})
     outcome = prey.judge(lambda: convert_model(model, prey.out, to="gqa", groups=2, calibrate="none", dry_run=True))
-    assert "far more than its files hold" in outcome.said and not outcome.escapes
+    assert "far more than its files hold" in outcome.message and not outcome.escapes
 
 
 def test_memory_that_a_config_asks_for_is_not_given(prey: Prey) -> None:
@@ -169,4 +169,4 @@ def test_a_pickle_that_repeats_a_number_for_ever(prey: Prey) -> None:
     model = prey.lay("config.json")
     torch.save({"a": torch.zeros(1).expand(1 << 40)}, model / "pytorch_model.bin")
     outcome = prey.judge(lambda: open_checkpoint(model, allow_pickle=True))
-    assert "not a table of" in outcome.said and not outcome.escapes
+    assert "not a table of" in outcome.message and not outcome.escapes

@@ -87,7 +87,7 @@ UNKNOWN = {"name": "c", "skip_reason": "not found"}
 def test_an_audit_says_what_it_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], answer: Any, code: int, words: str
 ) -> None:
-    said = ("", answer) if isinstance(answer, str) else (json.dumps({"dependencies": answer}), "")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, *said))
+    printed = ("", answer) if isinstance(answer, str) else (json.dumps({"dependencies": answer}), "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, *printed))
     assert audit.main() == code
     assert words in capsys.readouterr().out

@@ -105,8 +105,8 @@ def test_a_reporter_that_is_not_there_is_refused() -> None:
 def test_a_time_budget_shortens_the_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.0, 100.0, 105.0])  # made, begun, half-way through the timed steps, their end
     monkeypatch.setattr(time, "time", lambda: next(clock))
-    said: list[str] = []
-    budget = TimeBudget(125.0, SimpleNamespace(note=said.append))  # type: ignore[arg-type]
+    notes: list[str] = []
+    budget = TimeBudget(125.0, SimpleNamespace(note=notes.append))  # type: ignore[arg-type]
     arguments = SimpleNamespace(world_size=1)
     state = SimpleNamespace(global_step=0, max_steps=1000, is_world_process_zero=True)
     budget.on_train_begin(arguments, state, None)
@@ -114,7 +114,7 @@ def test_a_time_budget_shortens_the_run_once(monkeypatch: pytest.MonkeyPatch) ->
         state.global_step = step
         budget.on_step_end(arguments, state, None)
     assert state.max_steps == 150  # 25 steps took 5 s, 20 s are left after step 50
-    assert len(said) == 1
+    assert len(notes) == 1
 
 
 @pytest.mark.parametrize(

@@ -55,9 +55,9 @@ def refused(operation: str) -> Callable[[Checkpoints, int], bool]:
     def refuse(checkpoints: Checkpoints, at: int) -> bool:
         faults = Faults(checkpoints.folder, operation, at, errno.EIO)
         with faults():
-            said = attempt(lambda: write(checkpoints, 2))
-        assert said is None or "cannot be written" in said
-        assert said is not None or steps(checkpoints)[-1] == 2
+            message = attempt(lambda: write(checkpoints, 2))
+        assert message is None or "cannot be written" in message
+        assert message is not None or steps(checkpoints)[-1] == 2
         return faults.struck
 
     return refuse

@@ -137,6 +137,6 @@ def test_a_sharded_student_and_teacher_train_as_whole_ones_do(case: Path) -> Non
 @pytest.mark.full
 def test_a_mistake_is_told_once_with_its_exit_code(case: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert launch.launch_processes("ddp", 2, arguments(case, "none") | {"settings": ["train.tokns=1"]}) == 2
-    said = capfd.readouterr().err
-    assert said.count("unknown key train.tokns") == 1 and "Traceback" not in said
+    output = capfd.readouterr().err
+    assert output.count("unknown key train.tokns") == 1 and "Traceback" not in output
     assert not (case / "none").exists()
