@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from headwise.models.layout import AttentionLayout, CacheSize
     from headwise.recipes.run import UptrainResult
     from headwise.records.push import PushResult
+    from headwise.serving.engines import EngineVerdict
 
 # Layers that are named where their damage is shown.
 MOST_DAMAGED = 5
@@ -110,13 +111,20 @@ def render_plan(plan: Plan) -> None:
             ("files", f"{len(plan.shards)} of weights, {len(plan.sidecars)} copied beside them"),
             ("disk", size(plan.disk)),
             ("peak memory", size(plan.peak_memory)),
-            *(("engine", engine) for engine in plan.engines),
+            *(row for verdict in plan.engines for row in _engine_rows(verdict)),
             *(("not copied", name) for name in plan.left_out),
             *(("note", note) for note in plan.notes),
         ],
     )
     for warning in plan.warnings:
         console.warn(warning)
+
+
+def _engine_rows(verdict: EngineVerdict) -> Iterator[tuple[str, str]]:
+    """Yield the verdict of an engine, and the commands that serve the result."""
+    yield "engine", verdict.line
+    for command in verdict.commands if verdict.verdict == "command" else ():
+        yield "", command
 
 
 def render_conversion(result: ConvertResult) -> None:

@@ -34,7 +34,6 @@ class Target(Protocol):
         fitted: whether the output matrices of a converted layer are solved for on the calibration text.
         notes: lines of the plan about the decisions.
         warnings: lines of the plan that the user must not miss.
-        engines: one line per serving engine.
     """
 
     config: dict[str, Any]
@@ -47,7 +46,6 @@ class Target(Protocol):
     fitted: bool
     notes: list[str]
     warnings: list[str]
-    engines: list[str]
 
     def converted_names(self, layer: int) -> tuple[str, ...]:
         """Return the names of a layer's converted output tensors; none if the layer is only copied.

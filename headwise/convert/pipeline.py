@@ -32,7 +32,7 @@ from headwise.convert.verify.verification import Verification
 from headwise.environment import find_device
 from headwise.fields import settings_of
 from headwise.io.reader import Checkpoint, open_checkpoint
-from headwise.io.tokenizer import TOKENIZER_CONFIG, raised_max_length
+from headwise.io.tokenizer import TOKENIZER_CONFIG, raised_max_length, tokenizer_kind
 from headwise.io.writer import Writer
 from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.stock_match import match_source
@@ -40,6 +40,7 @@ from headwise.progress import SILENT, Progress
 from headwise.records.card import render_card
 from headwise.records.manifest import hash_files, make_manifest, source_record
 from headwise.records.push import PushResult, check_repository, push_converted
+from headwise.serving.engines import engine_verdicts, require_engines
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def convert_model(
     exact: bool = False,
     rope_frequencies: str | None = None,
     pad_values: bool = False,
+    engines: str | Sequence[str] = (),
     calibrate: str | None = None,
     calibration_tokens: int | None = None,
     save_moments: str | Path | None = None,
@@ -138,6 +140,8 @@ def convert_model(
         rope_frequencies: "default", the grid that every engine computes, or "free", frequencies of the source with
             the least error.
         pad_values: pad value heads with zeros for engines that need it.
+        engines: the engines to serve, of "transformers", "vllm", "sglang" and "llama.cpp"; empty: the plan gives
+            the verdict of each, and no shape is chosen for one.
         calibrate: calibration text: "sampled" from the parent, "mixture", "builtin", "none", a file, `hf:DATASET`,
             or "auto": sampled if that is affordable, else the mixture; None: "auto".
         calibration_tokens: number of calibration tokens; None: by the model's size.
@@ -184,6 +188,13 @@ def convert_model(
     arch = find_architecture(checkpoint.config, checkpoint.tensors)
     requested = find_device(settings.device)
     target = choose_target(checkpoint, arch, settings)
+    verdicts = engine_verdicts(
+        target.config,
+        window=any(layout.sliding_window for layout in target.layouts),
+        tokenizer=tokenizer_kind(checkpoint.folder),
+        engines=settings.engines,
+    )
+    require_engines(verdicts, settings.engines)
     joint = plan_joint(checkpoint, arch, target, settings, requested)
     if joint:
         settings = replace(settings, refit="joint")
@@ -206,7 +217,7 @@ def convert_model(
         arguments=recorded,
         peak_memory=_peak_memory(checkpoint, arch, target, calibration, requested),
         max_shard_size=settings.max_shard_size,
-        engines=target.engines,
+        engines=verdicts,
         warnings=target.warnings,
         notes=[*target.notes, *plan_notes(target, calibration, settings), *joint_notes(joint)],
     )

@@ -15,8 +15,7 @@ from headwise.io.writer import OutputTensor, Shard, plan_shards
 from headwise.models.architecture import Architecture
 from headwise.models.config import dtype_of
 from headwise.models.layout import AttentionLayout, CacheSize, describe
-
-SAME_ARCHITECTURE = "every engine that loads the source: the architecture is the same"
+from headwise.serving.engines import EngineVerdict
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Plan:
         peak_memory: forecast in bytes.
         sidecars: files copied beside the weights.
         left_out: files of the source that are not copied.
-        engines: one line per engine: whether it loads the output, and why not.
+        engines: for each engine whether it loads the output, with which command, and why not.
         warnings: lines that the user must not miss.
         notes: lines about the decisions.
     """
@@ -78,7 +77,7 @@ class Plan:
     peak_memory: int
     sidecars: tuple[str, ...]
     left_out: tuple[str, ...]
-    engines: tuple[str, ...] = (SAME_ARCHITECTURE,)
+    engines: tuple[EngineVerdict, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -99,7 +98,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data."""
-        hidden = ("config", "layouts_before", "layouts_after", "actions", "outputs", "shards")
+        hidden = ("config", "layouts_before", "layouts_after", "actions", "outputs", "shards", "engines")
         return {
             **plain_fields(self, *hidden),
             "cache_before": asdict(self.cache_before),
@@ -107,6 +106,7 @@ class Plan:
             "bytes_after": self.bytes_after,
             "parameters_after": self.parameters_after,
             "disk": self.disk,
+            "engines": [verdict.to_dict() for verdict in self.engines],
             "layers": [
                 {"before": describe(before), "after": describe(after)}
                 for before, after in zip(self.layouts_before, self.layouts_after, strict=True)
@@ -157,7 +157,7 @@ def make_plan(
     arguments: dict[str, Any],
     peak_memory: int,
     max_shard_size: int | str = "5GB",
-    engines: Iterable[str] = (SAME_ARCHITECTURE,),
+    engines: Iterable[EngineVerdict] = (),
     warnings: Iterable[str] = (),
     notes: Iterable[str] = (),
 ) -> Plan:
@@ -172,7 +172,7 @@ def make_plan(
         arguments: the settings in force; a resumed run must have the same.
         peak_memory: forecast in bytes.
         max_shard_size: the largest weight file.
-        engines: lines of the plan about engines.
+        engines: verdicts of the engines on the output.
         warnings: lines that the user must not miss.
         notes: lines about the decisions.
     """

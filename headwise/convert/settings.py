@@ -18,6 +18,7 @@ from headwise.convert.verify.verification import CHECKS
 from headwise.errors import SettingError
 from headwise.fields import Setting, check_fields, declare, is_given, settings_of
 from headwise.format import parse_bytes
+from headwise.serving.engines import ENGINES
 
 LAYOUTS = ("gqa", "mqa", "mha", "mla")
 MERGED, LOSSY = ("gqa", "mqa"), ("gqa", "mqa", "mla")
@@ -137,6 +138,14 @@ class ConvertSettings:
         "Pad value heads with zeros for engines that need it.",
         section="Latent attention (MLA)",
         acts_with=("mla",),
+    )
+    # Engines
+    engines: Sequence[str] = fields.several(
+        f"Choose shapes that this engine serves: {', '.join(ENGINES)}; may be repeated.",
+        ENGINES,
+        metavar="ENGINE",
+        flag="--engine",
+        section="Output",
     )
     # Calibration
     calibrate: str | None = fields.text(
@@ -260,7 +269,11 @@ class ConvertSettings:
         """
         declared = settings_of(self)
         values = {name: getattr(self, name) for name, (_, setting) in declared.items() if setting.recorded}
-        recorded = {name: value for name, value in values.items() if value is not None and value is not False}
+        recorded = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value is not None and value is not False and value != ()
+        }
         if self.max_shard_size == SHARD_SIZE:
             recorded.pop("max_shard_size")
         return recorded | {"seed": self.seed}

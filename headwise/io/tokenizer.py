@@ -11,6 +11,7 @@ from typing import Any
 from headwise.errors import HeadwiseError, is_out_of_memory
 from headwise.io.source import read_json
 
+TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
@@ -34,6 +35,29 @@ def load_tokenizer(
 
     with tokenizer_errors(f"{source} has no tokenizer that transformers can load", hint):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def tokenizer_kind(folder: Path) -> str:
+    """Return the kind of a folder's vocabulary, from its files alone.
+
+    Args:
+        folder: with the files of a tokenizer.
+
+    Returns:
+        "bpe" (byte-level BPE), "sentencepiece" (also BPE with byte fallback), "other", "none" or "unreadable".
+    """
+    if not (folder / TOKENIZER).is_file():
+        return "sentencepiece" if (folder / "tokenizer.model").is_file() else "none"
+    try:
+        fields = read_json(folder, TOKENIZER)
+    except HeadwiseError:  # the file is only described here; whoever loads it reports the error
+        return "unreadable"
+    model = fields.get("model")
+    if not isinstance(model, dict) or model.get("type") != "BPE":
+        return "other"
+    if model.get("byte_fallback"):
+        return "sentencepiece"
+    return "bpe" if "ByteLevel" in json.dumps([fields.get("pre_tokenizer"), fields.get("decoder")]) else "other"
 
 
 def raised_max_length(folder: Path, length: int) -> tuple[int, str] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -133,7 +134,6 @@ def attention_tensors(
     *,
     residual: float = 1.0,
     o_bias: Tensor | None = None,
-    v_head_dim: int | None = None,
     q_lora_rank: int | None = None,
     moment: Tensor | None = None,
     rms: float | None = None,
@@ -147,9 +147,9 @@ def attention_tensors(
         prefix: "model.layers.3.self_attn".
         residual: factor on the attention output (`residual_scale`, Granite's multiplier).
         o_bias: (D,) the source's output bias, before `residual`.
-        v_head_dim: pad the value heads with zeros to this width. This costs weights, but no cache.
         q_lora_rank: write the queries in two factors of this rank. Queries with a bias need it, since only
-            `q_a_proj` can have a bias. `query_rank` gives the smallest rank that is exact.
+            `q_a_proj` can have a bias. `query_rank` gives the smallest rank that is exact. With `hidden_size` and
+            without a bias, `q_a_proj` is a multiple of the identity.
         moment: (inputs, inputs) second moment of the inputs, which gives the size of the latent.
         rms: root-mean-square of the latent, if known. It replaces `moment` for the latent.
         tolerance: of the linear norm, see `linear_norm`.
@@ -163,14 +163,11 @@ def attention_tensors(
     """
     layout, inputs = latent.layout, latent.q_nope.shape[2]
     hidden, rank = latent.o.shape[1], latent.kv_down.shape[0]
-    width = v_head_dim or layout.v_head_dim
     if latent.q_nope.shape[2] > hidden and q_lora_rank is None:
         raise ValueError("queries with a bias need q_lora_rank")
 
-    value_pad = (0, 0, 0, width - layout.v_head_dim)
-    v_up = torch.nn.functional.pad(latent.v_up, value_pad)
-    o = torch.nn.functional.pad(latent.o.transpose(1, 2), value_pad).flatten(0, 1).T * residual
-    up = torch.cat([latent.k_up, v_up], dim=1).flatten(0, 1)
+    o = latent.o.transpose(1, 2).flatten(0, 1).T * residual
+    up = torch.cat([latent.k_up, latent.v_up], dim=1).flatten(0, 1)
     rms = rms or latent_rms(latent.kv_down, moment)
     down, norm, up = linear_norm(latent.kv_down, up, rms=rms, tolerance=tolerance)
     kv_a = torch.cat([down, interleave(latent.k_rope)])
@@ -186,9 +183,10 @@ def attention_tensors(
     if q_lora_rank is None:
         tensors["q_proj.weight"] = queries
     else:
-        u, s, vh = torch.linalg.svd(queries, full_matrices=False)
-        q_a, q_b = _pad_rank(vh, u * s, q_lora_rank)
-        q_a, q_norm, q_b = linear_norm(q_a, q_b, rms=latent_rms(q_a, moment), tolerance=tolerance)
+        q_a, q_b = _query_factors(queries, hidden, q_lora_rank)
+        # A power of two keeps the rounding of `q_b_proj` the only one.
+        q_rms = 2.0 ** math.ceil(math.log2(latent_rms(q_a, moment)))
+        q_a, q_norm, q_b = linear_norm(q_a, q_b, rms=q_rms, tolerance=tolerance)
         tensors |= {
             "q_a_proj.weight": q_a[:, :hidden],
             "q_a_layernorm.weight": q_norm,
@@ -203,12 +201,32 @@ def attention_tensors(
     return {f"{prefix}.{name}": tensor.to(dtype).contiguous() for name, tensor in sorted(tensors.items())}
 
 
+def pad_heads(latent: LatentWeights, nope: int, value: int) -> LatentWeights:
+    """Pad the heads of a layer with zeros: the same function, more weights, and the same cache.
+
+    Args:
+        latent: the layer.
+        nope: position-free width of queries and keys afterwards.
+        value: width of the values afterwards.
+    """
+    layout = latent.layout
+    more_keys, more_values = nope - latent.q_nope.shape[1], value - layout.v_head_dim
+    pad = torch.nn.functional.pad
+    return replace(
+        latent,
+        layout=replace(layout, head_dim=layout.head_dim + more_keys, v_head_dim=value),
+        q_nope=pad(latent.q_nope, (0, 0, 0, more_keys)),
+        k_up=pad(latent.k_up, (0, 0, 0, more_keys)),
+        v_up=pad(latent.v_up, (0, 0, 0, more_values)),
+        o=pad(latent.o, (0, more_values)),
+    )
+
+
 def attention_shapes(
     layout: AttentionLayout,
     hidden_size: int,
     *,
     bias: bool = False,
-    v_head_dim: int | None = None,
     q_lora_rank: int | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """Return the name inside the attention module and the shape of every tensor of `attention_tensors`.
@@ -217,11 +235,10 @@ def attention_shapes(
         layout: of the MLA layer.
         hidden_size: of the model.
         bias: whether the projections have biases.
-        v_head_dim: the padded width of value heads; None: the layout's own.
         q_lora_rank: the rank of queries in two factors; None: one projection.
     """
     heads, rank, rope_dim = layout.num_attention_heads, layout.kv_lora_rank or 0, layout.rotary_dim
-    value, nope = v_head_dim or layout.v_head_dim, layout.head_dim - rope_dim
+    value, nope = layout.v_head_dim, layout.head_dim - rope_dim
     shapes: dict[str, tuple[int, ...]] = {
         "kv_a_layernorm.weight": (rank,),
         "kv_a_proj_with_mqa.weight": (rank + rope_dim, hidden_size),
@@ -248,6 +265,14 @@ def query_rank(layout: AttentionLayout, hidden_size: int) -> int:
         hidden_size: width of the residual stream.
     """
     return min(layout.num_attention_heads * layout.head_dim, hidden_size + 1)
+
+
+def _query_factors(queries: Tensor, hidden: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the factors (rank, inputs) and (outputs, rank) of queries (outputs, inputs), before the norm."""
+    if rank == hidden == queries.shape[1]:
+        return torch.eye(rank, dtype=queries.dtype, device=queries.device), queries
+    u, s, vh = torch.linalg.svd(queries, full_matrices=False)
+    return _pad_rank(vh, u * s, rank)
 
 
 def _pad_rank(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -352,7 +377,6 @@ def make_config(
     frequencies: Tensor,
     attention_bias: bool = False,
     q_lora_rank: int | None = None,
-    v_head_dim: int | None = None,
     dtype: str = "bfloat16",
 ) -> dict[str, Any]:
     """Build a stock dense DeepseekV3 `config.json` (engines.yaml gives the reason for each value).
@@ -364,7 +388,6 @@ def make_config(
         frequencies: radians per token of each rotary plane, see `rope_parameters`.
         attention_bias: whether `kv_a_proj_with_mqa` and `o_proj` have biases.
         q_lora_rank: rank of the query factors, as in `attention_tensors`.
-        v_head_dim: padded width of the value heads, as in `attention_tensors`.
         dtype: name of the dtype of the weights.
 
     Returns:
@@ -385,7 +408,7 @@ def make_config(
         "kv_lora_rank": layout.kv_lora_rank,
         "qk_nope_head_dim": position_free,
         "qk_rope_head_dim": layout.rotary_dim,
-        "v_head_dim": v_head_dim or layout.v_head_dim,
+        "v_head_dim": layout.v_head_dim,
         "rms_norm_eps": NORM_EPS,
         "rope_interleave": True,
         "rope_parameters": rope,
@@ -395,7 +418,8 @@ def make_config(
         "tie_word_embeddings": False,
         # Every layer dense; the rest describes experts that no layer has.
         "first_k_dense_replace": source["num_hidden_layers"],
-        "n_routed_experts": 1,
+        # llama.cpp aborts unless there are more experts than groups.
+        "n_routed_experts": 2,
         "n_shared_experts": 1,
         "num_experts_per_tok": 1,
         "n_group": 1,

@@ -52,6 +52,7 @@ def render_card(manifest: Mapping[str, Any], source_card: Path | None = None) ->
         *(_conversion(manifest) if attention else [f"# {source['model']}, uptrained"]),
         *(line for facts in manifest.get("uptraining") or [] for line in _uptraining(facts)),
         "",
+        *_serving(manifest.get("engines") or []),
         "## Checks",
         "",
         *_checks(manifest.get("verification")),
@@ -277,6 +278,37 @@ def _recovery(stages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         after = "not finite" if stage["after"] is None else f"{stage['after']:.4f}"
         after += "" if stage["kept"] else " (undone)"
         yield f"| {stage['stage']} | {stage['steps']:,} | {stage['tokens']:,} | {stage['before']:.4f} | {after} |"
+
+
+# What the card writes for each verdict of an engine.
+SERVED = {
+    "loads": "loads",
+    "command": "loads with the commands below",
+    "wrong": "**loads, and computes another function**",
+    "no": "does not load",
+    "unknown": "not known",
+}
+
+
+def _serving(verdicts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the section about serving engines, with the commands that serve the folder."""
+    if not verdicts:
+        return
+    yield "## Serving"
+    yield ""
+    yield "| engine | verdict | reason | evidence |"
+    yield "|---|---|---|---|"
+    for row in verdicts:
+        evidence = f"{row['evidence']}: {row['versions']}" if row["evidence"] else ""
+        yield f"| {row['name']} | {SERVED[row['verdict']]} | {row['reason']} | {evidence} |"
+    if commands := [command for row in verdicts for command in row["commands"]]:
+        yield ""
+        yield "OUT is this folder."
+        yield ""
+        yield "```"
+        yield from commands
+        yield "```"
+    yield ""
 
 
 def _numbers(report: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

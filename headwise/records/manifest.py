@@ -20,7 +20,16 @@ from headwise.progress import SILENT, Progress
 RECORD = "headwise.json"
 # People may edit the card; weights are recorded tensor by tensor.
 NOT_HASHED = (RECORD, "README.md")
+# The options whose name is not that of their field.
+FLAGS = {"engines": "--engine"}
 PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy")
+
+
+class ServingVerdict(Protocol):
+    """The part of `headwise.serving.engines.EngineVerdict` that the record needs."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the verdict as plain data."""
 
 
 class DecidedConversion(Protocol):
@@ -53,6 +62,10 @@ class DecidedConversion(Protocol):
     @property
     def cache_after(self) -> CacheSize:
         """KV cache of the output."""
+
+    @property
+    def engines(self) -> Sequence[ServingVerdict]:
+        """The verdicts of serving engines on the output."""
 
     @property
     def bytes_before(self) -> int:
@@ -118,6 +131,7 @@ def make_manifest(
         "cache": {"before": _cache_bytes(plan.cache_before), "after": _cache_bytes(plan.cache_after)},
         "parameters": {"before": plan.parameters_before, "after": plan.parameters_after},
         "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},
+        "engines": [verdict.to_dict() for verdict in plan.engines],
         "layers": {str(layer): dict(report) for layer, report in layers.items()},
         "refit": [dict(stage) for stage in refit],
         "text_loss": None if text_loss is None else dict(text_loss),
@@ -148,8 +162,9 @@ def command_of(plan: DecidedConversion, out: str, verification: Mapping[str, Any
     if plan.arguments.get("joint"):
         options["refit"] = "joint"
     for key, value in options.items():
-        flag = "--" + key.replace("_", "-")
-        command += [flag] if value is True else [flag, str(value)]
+        flag = FLAGS.get(key) or "--" + key.replace("_", "-")
+        for word in value if isinstance(value, list) else [value]:
+            command += [flag] if word is True else [flag, str(word)]
     if verification is None:
         command.append("--no-verify")
     else:

@@ -1,21 +1,30 @@
-"""Check which serving engines load a converted model, by the rules of engines.yaml."""
+"""Decide which serving engines load a model, with which command and why, by the rules of engines.yaml."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
 from typing import Any
 
-import yaml
+from headwise.errors import SettingError
 
-# Numbers of layers for which llama.cpp expects a direct query projection.
-DIRECT_QUERY_DEPTHS = (26, 27, 48)
+# The engines of engines.yaml, for settings and shell completion, which read no YAML.
+ENGINES = ("transformers", "vllm", "sglang", "llama.cpp")
+# Numbers of layers for which llama.cpp expects a single query projection; the last one only with its vocabulary.
+DIRECT_QUERY_DEPTHS = ((26, None), (27, None), (48, 128256))
 # Largest relative distance between a wanted cache row and the one that replaces it.
 NEAR = 0.2
-SEVERITY = ("no", "wrong", "unread")
-VERDICTS = {"yes": "loads", "no": "does not load", "wrong": "loads, and computes another function"}
+SEVERITY = ("no", "wrong", "unknown", "command", "loads")
+MEANINGS = {
+    "no": "does not load",
+    "wrong": "loads, and computes another function",
+    "unknown": "not known",
+    "command": "loads with this command",
+    "loads": "loads",
+}
 
 
 @dataclass(frozen=True)
@@ -24,89 +33,262 @@ class EngineVerdict:
 
     Attributes:
         name: of the engine.
-        loads: "yes"; "no": it stops with an error; "wrong": it loads the model and computes another function;
-            "unread": its source was not read for such a config.
-        reason: the rules that the config breaks; empty for "yes".
-        read: the version and files from which the rules were read.
+        verdict: "loads"; "command": it loads with `commands`; "wrong": it loads and computes another function;
+            "no": it stops with an error; "unknown": no rule was read for such a model.
+        reason: the rules that decide; empty if none apply.
+        commands: shell lines that serve the folder OUT; empty unless the engine loads it.
+        evidence: "run", "read", both, or empty where the verdict is "unknown".
+        versions: of the engine, to which the evidence applies.
     """
 
     name: str
-    loads: str
+    verdict: str
     reason: str
-    read: str
+    commands: tuple[str, ...]
+    evidence: str
+    versions: str
+
+    @property
+    def serves(self) -> bool:
+        """Return whether the engine loads the model and computes its function."""
+        return self.verdict in ("loads", "command")
 
     @property
     def line(self) -> str:
         """Return the verdict as a line of a plan."""
         reason = f" ({self.reason})" if self.reason else ""
-        return f"{self.name}: {VERDICTS.get(self.loads, 'not known')}{reason}"
+        evidence = f" [{self.evidence}: {self.versions}]" if self.evidence else ""
+        return f"{self.name}: {MEANINGS[self.verdict]}{reason}{evidence}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the verdict as plain data."""
+        return asdict(self) | {"commands": list(self.commands)}
 
 
 @cache
 def _table() -> dict[str, Any]:
-    table: dict[str, Any] = yaml.safe_load(resources.files(__package__).joinpath("engines.yaml").read_text("utf-8"))
-    return table
+    import yaml  # takes longer to import than `headwise --help` may
+
+    text = resources.files(__package__).joinpath("engines.yaml").read_text("utf-8")
+    table: dict[str, Any] = yaml.safe_load(text)
+    return {engine["name"]: engine for engine in table["engines"]}
 
 
-def engine_facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the facts of a config that the rules check.
+def engine_facts(config: Mapping[str, Any], *, window: bool = False, tokenizer: str = "none") -> dict[str, Any]:
+    """Return the facts of a model that the rules check.
 
     Args:
-        config: the config.json of a DeepseekV3.
+        config: the config.json.
+        window: whether a layer has a sliding window.
+        tokenizer: the kind of its vocabulary, see `headwise.io.tokenizer.tokenizer_kind`.
     """
-    direct = config.get("q_lora_rank") is None
-    return {
-        "cache_row": config["kv_lora_rank"] + config["qk_rope_head_dim"],
+    named = config.get("architectures") or [None]
+    kind, factor = _rope_facts(config)
+    facts = {
+        "stock_class": named[0],
+        "window": window,
+        "tokenizer": tokenizer,
+        "rope_type": kind,
+        "rope_attention_factor": factor,
+    }
+    if config.get("kv_lora_rank") is None:
+        return facts
+    nope, rope, value = (config[f"{name}_head_dim"] for name in ("qk_nope", "qk_rope", "v"))
+    return facts | {
+        "cache_row": config["kv_lora_rank"] + rope,
+        "head_dims": f"{nope}/{rope}/{value}",
         "attention_bias": config.get("attention_bias", False),
-        "rope_type": config["rope_parameters"]["rope_type"],
         "rope_interleave": config.get("rope_interleave", True),
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
         "rms_norm_eps": config["rms_norm_eps"],
         "hidden_act": config.get("hidden_act", "silu"),
-        "direct_queries_of_unknown_depth": direct and config["num_hidden_layers"] not in DIRECT_QUERY_DEPTHS,
+        "queries": "direct" if config.get("q_lora_rank") is None else "factored",
+        "direct_query_depth": _has_direct_query_depth(config["num_hidden_layers"], config["vocab_size"]),
+        "experts_exceed_groups": (config.get("n_routed_experts") or 0) > (config.get("n_group") or 0),
     }
 
 
-def engine_verdicts(config: Mapping[str, Any]) -> list[EngineVerdict]:
-    """Check a config against the rules of every engine.
+def _rope_facts(config: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the rope type, and whether its attention factor is the default of its type."""
+    text = config.get("text_config") or config
+    parameters = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if any(isinstance(value, Mapping) for value in parameters.values()):
+        return "per layer type", "default"
+    given, factor = parameters.get("attention_factor"), parameters.get("factor")
+    usual = given is None or (factor is not None and math.isclose(given, 0.1 * math.log(max(factor, 1)) + 1))
+    return parameters.get("rope_type") or parameters.get("type") or "default", "default" if usual else "other"
+
+
+def engine_verdicts(
+    config: Mapping[str, Any],
+    *,
+    window: bool = False,
+    tokenizer: str = "none",
+    engines: Collection[str] = (),
+) -> tuple[EngineVerdict, ...]:
+    """Check a model against the rules of the engines.
 
     Args:
-        config: the config.json of a DeepseekV3.
+        config: the config.json.
+        window: whether a layer has a sliding window.
+        tokenizer: the kind of its vocabulary.
+        engines: names of the engines to check; empty: all of them.
 
     Returns:
-        One verdict for each engine of the table; the most severe broken rule decides it.
+        One verdict for each engine; the most severe rule that applies decides it.
     """
-    facts = engine_facts(config)
-    verdicts = []
-    for engine in _table()["engines"]:
-        broken = [rule for rule in engine["rules"] if facts[rule["fact"]] not in rule["allowed"]]
-        broken.sort(key=lambda rule: SEVERITY.index(rule["otherwise"]))
-        reason = "; ".join(f"{rule['fact']} is {facts[rule['fact']]}: {rule['reason']}" for rule in broken)
-        loads = broken[0]["otherwise"] if broken else "yes"
-        verdicts.append(EngineVerdict(engine["name"], loads, reason, engine["read"]))
-    return verdicts
+    facts = engine_facts(config, window=window, tokenizer=tokenizer)
+    return tuple(_verdict(engine, facts) for name, engine in _table().items() if name in (engines or ENGINES))
 
 
-def window_verdicts(stock_class: str) -> list[EngineVerdict]:
-    """Return what engines do with a stock class that has a sliding window.
+def _verdict(engine: Mapping[str, Any], facts: Mapping[str, Any]) -> EngineVerdict:
+    rules = [rule for rule in engine.get("mla" if "cache_row" in facts else "grouped", ()) if _applies(rule, facts)]
+    severity = min((SEVERITY.index(rule["verdict"]) for rule in rules), default=len(SEVERITY) - 1)
+    verdict = SEVERITY[severity]
+    name = facts["stock_class"]
+    covered = next((row for row in engine["classes"] if row["names"] == "all" or name in row["names"]), None)
+    if covered is None and severity > SEVERITY.index("unknown"):
+        reason = f"no rule was read for {name}"
+        return EngineVerdict(engine["name"], "unknown", reason, (), "", "")
+    deciding = [rule for rule in rules if rule["verdict"] == verdict]
+    sources = [covered] if verdict == "loads" else deciding
+    return EngineVerdict(
+        name=engine["name"],
+        verdict=verdict,
+        reason="; ".join(rule["reason"] for rule in deciding),
+        commands=_commands(engine, rules) if verdict in ("loads", "command") else (),
+        evidence=_join(source["evidence"] for source in sources if source),
+        versions=_join(source["versions"] for source in sources if source),
+    )
+
+
+def _applies(rule: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+    holds = all(facts[fact] in values for fact, values in rule.get("if", {}).items())
+    return holds and not any(facts[fact] in values for fact, values in rule.get("unless", {}).items())
+
+
+def _commands(engine: Mapping[str, Any], rules: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    flags = {"serve": "", "quantize": ""}
+    for rule in rules:
+        for slot, words in rule.get("flags", {}).items():
+            flags[slot] += f" {words}"
+    return tuple(command.format(**flags) for command in engine["commands"])
+
+
+def _join(words: Iterable[Any]) -> str:
+    return ", ".join(dict.fromkeys(map(str, words)))
+
+
+def require_engines(verdicts: Iterable[EngineVerdict], engines: Collection[str]) -> None:
+    """Refuse a conversion whose result an engine that the user names cannot serve.
 
     Args:
-        stock_class: the name in `architectures`.
+        verdicts: of the result.
+        engines: the engines that the user names.
 
-    Returns:
-        One verdict for each engine; none for a class without an entry in the table.
+    Raises:
+        SettingError: one of them does not load the result, or computes another function.
     """
-    return [EngineVerdict(**row) for row in _table()["windows"].get(stock_class, ())]
+    for verdict in verdicts:
+        if verdict.name in engines and verdict.verdict in ("no", "wrong"):
+            raise SettingError(
+                "engines",
+                f"`engines` names {verdict.name}, which {_negation(verdict)}: {verdict.reason}.",
+                "Give another shape, or leave out this engine.",
+            )
 
 
-def nearest_cache_row(size: int) -> int:
+def _negation(verdict: EngineVerdict) -> str:
+    return {"no": "does not load this result", "wrong": "computes another function of this result"}[verdict.verdict]
+
+
+def require_cache_dtype(engines: Collection[str], dtype: str) -> None:
+    """Refuse a cache type that an engine which the user names does not have.
+
+    Args:
+        engines: the engines that the user names.
+        dtype: element type of the cache, such as "fp8".
+
+    Raises:
+        SettingError: an engine does not have it.
+    """
+    for name in engines:
+        legal = _table()[name]["cache_dtypes"]
+        if dtype not in legal:
+            raise SettingError(
+                "cache_dtype", f"`cache_dtype` is {dtype}, and {name} has caches of {', '.join(legal)} only."
+            )
+
+
+def cache_rows(engines: Collection[str] = ()) -> list[int]:
+    """Return the cache rows of MLA for which engines have their fastest kernels; empty: every row is alike.
+
+    Args:
+        engines: names of the engines; empty: all of them.
+    """
+    rows = [set(engine["cache_rows"]) for engine in _named(engines) if "cache_rows" in engine]
+    return sorted(set.intersection(*rows) if engines and rows else set().union(*rows))
+
+
+def nearest_cache_row(size: int, engines: Collection[str] = ()) -> int:
     """Return the nearest cache row for which MLA engines have kernels, or `size` made even if none is near.
 
     Args:
         size: wanted elements per token and layer (kv_lora_rank + qk_rope_head_dim).
+        engines: names of the engines to serve; empty: all of them.
     """
-    nearest: int = min(_table()["cache_rows"], key=lambda row: abs(row - size))
+    nearest = min(cache_rows(engines), key=lambda row: abs(row - size), default=0)
     return nearest if abs(nearest - size) <= NEAR * size else size // 2 * 2
+
+
+def padded_head_dims(nope: int, rope: int, value: int, engines: Collection[str]) -> tuple[int, int]:
+    """Return the widths to which MLA heads are padded for the engines that a user names.
+
+    Args:
+        nope: position-free width of queries and keys.
+        rope: rotary width.
+        value: width of the values.
+        engines: names of the engines; none: nothing is padded.
+
+    Returns:
+        (qk_nope_head_dim, v_head_dim): the smallest that every engine takes, or the given widths if none is wide
+        enough.
+    """
+    for engine in _named(engines) if engines else ():
+        wide = [(n, v) for n, r, v in engine.get("head_dims", ()) if r == rope and n >= nope and v >= value]
+        nope, value = min(wide, default=(nope, value))
+    return nope, value
+
+
+def rope_dims(engines: Collection[str]) -> set[int] | None:
+    """Return the rotary widths that the engines which a user names take; None: all of them.
+
+    Args:
+        engines: names of the engines.
+    """
+    limited = [engine["head_dims"] for engine in _named(engines) if "head_dims" in engine] if engines else []
+    widths = [{rope for _, rope, _ in dims} for dims in limited]
+    return set.intersection(*widths) if widths else None
+
+
+def needs_factored_queries(num_hidden_layers: int, vocab_size: int, engines: Collection[str]) -> bool:
+    """Return whether an engine that the user names reads queries in two factors only, at this depth.
+
+    Args:
+        num_hidden_layers: of the model.
+        vocab_size: of the model.
+        engines: names of the engines.
+    """
+    asked = engines and any(engine.get("factored_queries") for engine in _named(engines))
+    return bool(asked) and not _has_direct_query_depth(num_hidden_layers, vocab_size)
+
+
+def _has_direct_query_depth(num_hidden_layers: int, vocab_size: int) -> bool:
+    return any(num_hidden_layers == n and size in (None, vocab_size) for n, size in DIRECT_QUERY_DEPTHS)
+
+
+def _named(engines: Collection[str]) -> Sequence[dict[str, Any]]:
+    return [engine for name, engine in _table().items() if name in (engines or ENGINES)]
 
 
 def rank_splits(size: int, rotary_dim: int, num_key_value_heads: int) -> list[tuple[int, int]]:

@@ -129,6 +129,7 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
     yield "refit", {"to": "mqa", "calibrate": "none", "refit": 5}, "needs calibration text"
     yield "refit", {"to": "mqa", "moments": "folder", "refit": 5}, "needs calibration text"
     yield "accept", {"to": "mqa", "accept": ("layuot",)}, "which is not one or several of"
+    yield "engines", {"to": "mqa", "engines": ("vLMM",)}, "which is not one or several of"
     yield "accept", {"to": "mqa", "accept": ("layout",), "verify": False}, "has no effect"
     yield "verify", {"to": "mqa", "push_to_hub": "a/b", "verify": False}, "leave out --no-verify"
     yield "rope_theta", {"context": 99, "rope": "base"}, "belong together"
@@ -178,6 +179,7 @@ RIGHT: dict[str, list[Any]] = {
     "exact": [True],
     "rope_frequencies": ["default", "free"],
     "pad_values": [True],
+    "engines": [("vllm",), ("llama.cpp", "transformers")],
     "calibrate": ["builtin", "none", "text.jsonl"],
     "calibration_tokens": [4096],
     "save_moments": ["folder"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -78,13 +79,14 @@ def read_layer(model, layer):
     )
 
 
-def export(model, to_latent, *, dtype=torch.float32, v_head_dim=None, tolerance=deepseek.NORM_TOLERANCE):
+def export(model, to_latent, *, dtype=torch.float32, tolerance=deepseek.NORM_TOLERANCE, q_lora_rank=None):
     """(config, tensors) of a model whose layers `to_latent` turned into LatentWeights."""
     source_config = model.config.to_dict()
     source = mla_source.find_mla_source(source_config, dtype)
     layers = [to_latent(read_layer(model, i)) for i in range(model.config.num_hidden_layers)]
     biased = layers[0].q_nope.shape[2] > model.config.hidden_size
-    q_lora_rank = deepseek.query_rank(read_layer(model, 0).layout, model.config.hidden_size) if biased else None
+    if biased:
+        q_lora_rank = deepseek.query_rank(read_layer(model, 0).layout, model.config.hidden_size)
     config = deepseek.make_config(
         source_config,
         layers[0].layout,
@@ -92,7 +94,6 @@ def export(model, to_latent, *, dtype=torch.float32, v_head_dim=None, tolerance=
         frequencies=layers[0].frequencies,
         attention_bias=biased,
         q_lora_rank=q_lora_rank,
-        v_head_dim=v_head_dim,
         dtype=str(dtype).removeprefix("torch."),
     )
     state = dict(model.state_dict())
@@ -109,7 +110,6 @@ def export(model, to_latent, *, dtype=torch.float32, v_head_dim=None, tolerance=
             f"model.layers.{i}.self_attn",
             residual=source.factors["residual"],
             o_bias=None if o_bias is None else o_bias.detach().double(),
-            v_head_dim=v_head_dim,
             q_lora_rank=q_lora_rank,
             tolerance=tolerance,
             dtype=dtype,
@@ -214,10 +214,23 @@ def test_the_cache_holds_rank_plus_rope_dim_numbers(tmp_path):
     assert torch.equal(out.sequences, expected)
 
 
-def test_padded_value_heads_change_nothing(tmp_path):
+def test_padded_heads_change_nothing(tmp_path):
     parent = make(SOURCES["gqa, tied"])
-    config, tensors = export(parent, exact(parent), v_head_dim=16)
-    assert config["v_head_dim"] == 16
+    convert = exact(parent)
+    config, tensors = export(parent, lambda layer: deepseek.pad_heads(convert(layer), 17, 16))
+    assert (config["qk_nope_head_dim"], config["v_head_dim"]) == (17, 16)
+    child = reload(config, tensors, tmp_path, torch.float32)
+    assert relative(logits(child, TOKENS), logits(parent, TOKENS)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa, tied"])
+def test_queries_in_two_factors_change_nothing(name, tmp_path):
+    parent = make(SOURCES[name])
+    hidden = parent.config.hidden_size
+    config, tensors = export(parent, exact(parent), q_lora_rank=hidden)
+    first = tensors["model.layers.1.self_attn.q_a_proj.weight"]
+    assert config["q_lora_rank"] == hidden and torch.equal(first, first[0, 0] * torch.eye(hidden))
+    assert math.log2(first[0, 0]).is_integer(), "bfloat16 holds the factor exactly"
     child = reload(config, tensors, tmp_path, torch.float32)
     assert relative(logits(child, TOKENS), logits(parent, TOKENS)) < 1e-5
 

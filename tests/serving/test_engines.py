@@ -6,13 +6,20 @@ from typing import Any
 
 import pytest
 
+from headwise.errors import SettingError
 from headwise.serving import engines
 
 GOOD: dict[str, Any] = dict(
+    architectures=["DeepseekV3ForCausalLM"],
+    vocab_size=102400,
     kv_lora_rank=512,
     qk_rope_head_dim=64,
+    qk_nope_head_dim=128,
+    v_head_dim=128,
     q_lora_rank=None,
     num_hidden_layers=27,
+    n_routed_experts=2,
+    n_group=1,
     attention_bias=False,
     rope_parameters=dict(rope_type="default", rope_theta=10000.0),
     rope_interleave=True,
@@ -20,56 +27,136 @@ GOOD: dict[str, Any] = dict(
     rms_norm_eps=1e-6,
     hidden_act="silu",
 )
+LONGROPE = dict(rope_parameters=dict(rope_type="longrope"))
 
 
-def verdicts(**changes: Any) -> dict[str, engines.EngineVerdict]:
-    return {verdict.name: verdict for verdict in engines.engine_verdicts({**GOOD, **changes})}
+def verdicts(*, window: bool = False, tokenizer: str = "bpe", **changes: Any) -> dict[str, engines.EngineVerdict]:
+    found = engines.engine_verdicts({**GOOD, **changes}, window=window, tokenizer=tokenizer)
+    return {verdict.name: verdict for verdict in found}
+
+
+def grouped(name: str, *, window: bool = False, tokenizer: str = "sentencepiece", **rope: Any) -> dict[str, str]:
+    config = {"architectures": [name], "rope_parameters": rope}
+    return {v.name: v.verdict for v in engines.engine_verdicts(config, window=window, tokenizer=tokenizer)}
 
 
 def test_deepseeks_own_shape_loads_everywhere() -> None:
-    assert {verdict.loads for verdict in verdicts().values()} == {"yes"}
+    found = verdicts()
+    assert tuple(found) == engines.ENGINES
+    assert all(verdict.serves for verdict in found.values())
+    assert found["vllm"].verdict == found["sglang"].verdict == "loads"
+    assert found["vllm"].commands == ("vllm serve OUT",)
 
 
 @pytest.mark.parametrize(
-    ("changes", "engine", "loads", "word"),
+    ("changes", "engine", "verdict", "word"),
     [
-        (dict(kv_lora_rank=448), "vLLM", "yes", ""),
-        (dict(kv_lora_rank=300), "vLLM", "no", "320"),
-        (dict(kv_lora_rank=300), "vLLM, transformers backend", "unread", "320"),
-        (dict(kv_lora_rank=300), "SGLang", "unread", "576"),
-        (dict(kv_lora_rank=300), "llama.cpp", "yes", ""),
-        (dict(attention_bias=True), "transformers", "yes", ""),
-        (dict(attention_bias=True), "vLLM", "no", "bias"),
-        (dict(attention_bias=True), "SGLang", "wrong", "bias"),
-        (dict(attention_bias=True), "llama.cpp", "no", "bias"),
-        (dict(rope_parameters=dict(rope_type="longrope")), "vLLM", "wrong", "rope type"),
-        (dict(rope_parameters=dict(rope_type="longrope")), "llama.cpp", "wrong", "frequency"),
-        (dict(rope_parameters=dict(rope_type="longrope")), "SGLang", "unread", "rope scaling"),
-        (dict(rope_interleave=False), "vLLM", "wrong", "interleaved"),
-        (dict(tie_word_embeddings=True), "vLLM", "no", "lm_head"),
-        (dict(rms_norm_eps=1e-5), "vLLM", "wrong", "1e-6"),
-        (dict(rms_norm_eps=1e-5), "SGLang", "wrong", "1e-6"),
+        (dict(kv_lora_rank=448), "vllm", "command", "FlashMLA"),
+        (dict(kv_lora_rank=300), "vllm", "command", "prefix"),
+        (dict(kv_lora_rank=300), "sglang", "command", "Triton"),
+        (dict(kv_lora_rank=17), "llama.cpp", "command", "bfloat16"),
+        (dict(v_head_dim=64, qk_nope_head_dim=64), "vllm", "no", "64/64/128"),
+        (dict(v_head_dim=128, qk_nope_head_dim=64), "vllm", "loads", ""),
+        (dict(attention_bias=True), "transformers", "loads", ""),
+        (dict(attention_bias=True), "vllm", "wrong", "drops the biases"),
+        (dict(attention_bias=True), "sglang", "wrong", "drops the biases"),
+        (dict(attention_bias=True), "llama.cpp", "no", "biases"),
+        (LONGROPE, "vllm", "wrong", "rope type"),
+        (LONGROPE, "llama.cpp", "wrong", "longrope"),
+        (LONGROPE, "sglang", "wrong", "rope type"),
+        (dict(rope_interleave=False), "vllm", "wrong", "interleaved"),
+        (dict(tie_word_embeddings=True), "vllm", "no", "lm_head"),
+        (dict(rms_norm_eps=1e-5), "vllm", "wrong", "1e-6"),
+        (dict(rms_norm_eps=1e-5), "sglang", "wrong", "1e-6"),
         (dict(rms_norm_eps=1e-5), "llama.cpp", "wrong", "1e-6"),
-        (dict(hidden_act="gelu"), "vLLM", "no", "silu"),
+        (dict(hidden_act="gelu"), "vllm", "no", "silu"),
+        (dict(hidden_act="gelu"), "sglang", "no", "silu"),
         (dict(hidden_act="gelu"), "llama.cpp", "wrong", "silu"),
-        (dict(num_hidden_layers=32), "llama.cpp", "no", "q_lora_rank"),
-        (dict(num_hidden_layers=32, q_lora_rank=1024), "llama.cpp", "yes", ""),
-        (dict(rms_norm_eps=1e-5, attention_bias=True), "vLLM", "no", "1e-6"),
+        (dict(n_routed_experts=1), "llama.cpp", "no", "n_group"),
+        (dict(num_hidden_layers=32), "llama.cpp", "command", "takes 0"),
+        (dict(num_hidden_layers=48), "llama.cpp", "command", "takes 0"),
+        (dict(num_hidden_layers=32, q_lora_rank=1024), "llama.cpp", "command", "first query factor"),
+        (dict(num_hidden_layers=26, q_lora_rank=1024), "llama.cpp", "no", "q_proj only"),
+        (dict(num_hidden_layers=48, vocab_size=128256, q_lora_rank=9), "llama.cpp", "no", "q_proj only"),
+        (dict(tokenizer="sentencepiece"), "llama.cpp", "no", "BPE"),
+        (dict(tokenizer="unreadable"), "llama.cpp", "unknown", "tokenizer.json"),
+        (dict(rms_norm_eps=1e-5, tie_word_embeddings=True), "vllm", "no", "lm_head"),
+        (dict(architectures=["OtherForCausalLM"]), "sglang", "unknown", "OtherForCausalLM"),
     ],
 )
-def test_rules(changes: dict[str, Any], engine: str, loads: str, word: str) -> None:
-    verdict = verdicts(**changes)[engine]
-    assert verdict.loads == loads
-    assert word in verdict.reason
+def test_rules_of_mla(changes: dict[str, Any], engine: str, verdict: str, word: str) -> None:
+    found = verdicts(**changes)[engine]
+    assert found.verdict == verdict
+    assert word in found.reason
+    assert bool(found.commands) == (found.serves and engine != "transformers")
+
+
+def test_the_commands_of_llama_cpp_keep_what_quantizing_destroys() -> None:
+    direct = verdicts(num_hidden_layers=30)["llama.cpp"].commands
+    factored = verdicts(num_hidden_layers=30, q_lora_rank=576)["llama.cpp"].commands
+    key = "--override-kv deepseek2.attention.q_lora_rank=int:0"
+    assert all("--outtype bf16" in commands[0] for commands in (direct, factored))
+    assert all("--tensor-type attn_kv_a_mqa=bf16" in commands[1] for commands in (direct, factored))
+    assert key in direct[1] and direct[2].endswith(key)
+    assert "--tensor-type attn_q_a=bf16" in factored[1] and not any(key in command for command in factored)
+
+
+def test_rules_of_grouped_models() -> None:
+    assert set(grouped("LlamaForCausalLM").values()) == {"loads"}
+    assert grouped("LlamaForCausalLM", tokenizer="bpe")["llama.cpp"] == "command"
+    windowed = grouped("MistralForCausalLM", window=True)
+    assert windowed == {"transformers": "loads", "vllm": "loads", "sglang": "wrong", "llama.cpp": "wrong"}
+    assert grouped("MistralForCausalLM") == dict.fromkeys(engines.ENGINES, "loads")
+    refused = grouped("MinistralForCausalLM", window=True)
+    assert refused == {"transformers": "loads", "vllm": "no", "sglang": "no", "llama.cpp": "no"}
+    assert grouped("Gemma2ForCausalLM", window=True)["llama.cpp"] == "unknown"
+    assert set(grouped("NovelForCausalLM").values()) == {"loads", "unknown"}
+
+
+@pytest.mark.parametrize(
+    ("rope", "verdict"),
+    [
+        (dict(rope_type="yarn", factor=4.0), "loads"),
+        (dict(rope_type="yarn", factor=4.0, attention_factor=1.138629436111989), "loads"),
+        (dict(rope_type="yarn", factor=4.0, attention_factor=1.0), "unknown"),
+        (dict(rope_type="llama3", factor=8.0), "loads"),
+        (dict(rope_type="dynamic", factor=2.0), "wrong"),
+        (dict(rope_type="longrope"), "wrong"),
+        (dict(full_attention=dict(rope_type="default")), "unknown"),
+    ],
+)
+def test_rope_rules_of_llama_cpp(rope: dict[str, Any], verdict: str) -> None:
+    assert grouped("LlamaForCausalLM", **rope)["llama.cpp"] == verdict
 
 
 def test_every_rule_is_well_formed() -> None:
     facts = engines.engine_facts(GOOD)
-    for engine in engines._table()["engines"]:
-        assert engine["read"]
-        for rule in engine["rules"]:
-            assert set(rule) == {"fact", "allowed", "otherwise", "reason"}
-            assert rule["fact"] in facts and rule["otherwise"] in engines.SEVERITY
+    assert tuple(engines._table()) == engines.ENGINES
+    for engine in engines._table().values():
+        assert all(row.keys() == {"names", "evidence", "versions"} for row in engine["classes"])
+        for kind in ("mla", "grouped"):
+            for rule in engine.get(kind, ()):
+                assert {"verdict", "evidence", "versions", "reason"} <= set(rule)
+                assert set(rule) <= {"verdict", "evidence", "versions", "reason", "if", "unless", "flags"}
+                assert rule["verdict"] in engines.SEVERITY and rule["evidence"] in ("run", "read")
+                conditions = rule.get("if", {}).keys() | rule.get("unless", {}).keys()
+                assert conditions <= facts.keys()
+                assert set(rule.get("flags", ())) <= {"serve", "quantize"}
+
+
+def test_an_engine_that_the_user_names_must_serve_the_result() -> None:
+    found = tuple(verdicts(attention_bias=True).values())
+    engines.require_engines(found, ["transformers"])
+    for name, words in (("vllm", "computes another function"), ("llama.cpp", "does not load")):
+        with pytest.raises(SettingError, match=words) as caught:
+            engines.require_engines(found, [name])
+        assert caught.value.field == "engines"
+
+
+def test_a_cache_type_that_an_engine_has_not() -> None:
+    engines.require_cache_dtype(["vllm", "sglang"], "fp8")
+    with pytest.raises(SettingError, match=r"llama\.cpp has caches of bf16 only"):
+        engines.require_cache_dtype(["vllm", "llama.cpp"], "fp8")
 
 
 @pytest.mark.parametrize(
@@ -79,18 +166,34 @@ def test_nearest_cache_row(size: int, row: int) -> None:
     assert engines.nearest_cache_row(size) == row
 
 
+def test_cache_rows_of_the_engines_that_the_user_names() -> None:
+    assert engines.nearest_cache_row(300, ["llama.cpp"]) == 300
+    assert engines.nearest_cache_row(300, ["vllm", "llama.cpp"]) == 320
+    assert engines.nearest_cache_row(500, ["vllm", "sglang"]) == 576
+
+
+@pytest.mark.parametrize(
+    ("dims", "padded"),
+    [((80, 64, 80), (128, 128)), ((64, 64, 64), (64, 128)), ((160, 64, 130), (192, 256)), ((300, 64, 9), (300, 9))],
+)
+def test_heads_are_padded_for_vllm_alone(dims: tuple[int, int, int], padded: tuple[int, int]) -> None:
+    assert engines.padded_head_dims(*dims, ["llama.cpp", "vllm"]) == padded
+    assert (
+        engines.padded_head_dims(*dims, ["llama.cpp"]) == engines.padded_head_dims(*dims, []) == (dims[0], dims[2])
+    )
+    assert engines.rope_dims(["vllm"]) == {64} and engines.rope_dims(["sglang"]) is engines.rope_dims([]) is None
+
+
+def test_queries_have_two_factors_where_llama_cpp_needs_them() -> None:
+    assert engines.needs_factored_queries(30, 49152, ["llama.cpp"])
+    assert engines.needs_factored_queries(48, 49152, ["llama.cpp"])
+    for layers, vocabulary in ((26, 9), (27, 9), (48, 128256)):
+        assert not engines.needs_factored_queries(layers, vocabulary, ["llama.cpp"])
+    assert not engines.needs_factored_queries(30, 9, ["vllm"]) and not engines.needs_factored_queries(30, 9, [])
+
+
 def test_splits_fill_the_cache_row() -> None:
     pairs = engines.rank_splits(160, 32, 8)
     assert (128, 32) in pairs and (96, 64) in pairs
     assert all(rank + rope == 160 and rope % 2 == 0 and rank > 0 for rank, rope in pairs)
     assert all(rope <= 8 for _, rope in engines.rank_splits(64, 8, 1))
-
-
-def test_a_class_with_a_window_has_a_verdict_for_every_engine() -> None:
-    loads = {
-        name: {verdict.name: verdict.loads for verdict in engines.window_verdicts(name)}
-        for name in ("MistralForCausalLM", "MinistralForCausalLM", "LlamaForCausalLM")
-    }
-    assert loads["MistralForCausalLM"]["llama.cpp"] == "wrong"
-    assert loads["MinistralForCausalLM"] == dict(transformers="yes", vLLM="no", SGLang="no", **{"llama.cpp": "no"})
-    assert loads["LlamaForCausalLM"] == {}

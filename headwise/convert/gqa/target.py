@@ -14,14 +14,13 @@ from headwise.convert.base import Refittable
 from headwise.convert.calibration.layer_stream import LayerRecord
 from headwise.convert.gqa.grouping import contiguous_groups
 from headwise.convert.gqa.merge import merge_heads
-from headwise.convert.plan import SAME_ARCHITECTURE, grouped_outputs
+from headwise.convert.plan import grouped_outputs
 from headwise.convert.settings import ConvertSettings
 from headwise.errors import SettingError
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.layout import AttentionLayout, LayerWeights
 from headwise.models.stock import empty_model, load_into
-from headwise.serving import engines
 
 
 class GroupedTarget:
@@ -86,11 +85,10 @@ class GroupedTarget:
         }
         self.outputs = grouped_outputs(checkpoint, self.arch, config, dtype=dtype, computed=converted)
         self._dtypes = {tensor.name: tensor.dtype for tensor in self.outputs}
-        self.engines = [SAME_ARCHITECTURE]
         self.warnings: list[str] = []
         self.notes: list[str] = []
         if settings.sliding_window:
-            self._explain_window()
+            self._name_new_class()
         if self.calibrated and self.arch.norms is not None:
             self.notes.append(
                 f"{self.arch.model_type} normalizes queries and keys: before they are merged, keys can be given a "
@@ -98,13 +96,11 @@ class GroupedTarget:
                 "limit."
             )
 
-    def _explain_window(self) -> None:
-        """Name a change of the class, and what engines do with the window."""
+    def _name_new_class(self) -> None:
+        """Name a change of the class by a window."""
         before, after = (config["architectures"][0] for config in (self.source.config, self.config))
         if before != after:
             self.notes.append(f"The stock class becomes {after}, which has the window; it was {before}.")
-        if verdicts := engines.window_verdicts(after):
-            self.engines = [verdict.line for verdict in verdicts]
 
     def converted_names(self, layer: int) -> tuple[str, ...]:
         """See `Target`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from headwise.models import deepseek, mla_source, rope
 from headwise.models.architecture import Architecture
 from headwise.models.config import dtype_of
 from headwise.models.deepseek import ATTENTION, LAYERS
-from headwise.models.layout import LatentWeights, LayerWeights
+from headwise.models.layout import AttentionLayout, LatentWeights, LayerWeights
 from headwise.models.norm_free import from_norm_free_state, norm_free_attention
 from headwise.models.stock import empty_model, layer_arguments, move_to_device
 from headwise.serving import engines
@@ -86,10 +86,15 @@ class LatentTarget:
 
         biased = arch.has_bias(config)
         bias = biased or self._o_bias_name(0) in checkpoint.tensors
-        layout = latent_layout(self._before[0], rank, rope_dim)
+        self.layouts = [self._padded(latent_layout(old, rank, rope_dim), settings) for old in self._before]
+        layout = self.layouts[0]
         self.q_lora_rank = deepseek.query_rank(layout, self._hidden_size) if biased else None
-        pads = settings.pad_values and layout.v_head_dim < PADDED_V_HEAD_DIM
-        self.v_head_dim = PADDED_V_HEAD_DIM if pads else None
+        if not biased and engines.needs_factored_queries(len(self._before), stock.vocab_size, settings.engines):
+            self.q_lora_rank = self._hidden_size
+            self.notes.append(
+                "Queries are written in two factors, which llama.cpp needs at this depth. The first is a multiple "
+                f"of the identity, and adds {self._hidden_size**2:,} weights per layer."
+            )
         self.config = deepseek.make_config(
             # A field that the config leaves out has the default of the source's class, which may not be DeepSeek's.
             stock.to_dict(),
@@ -98,19 +103,14 @@ class LatentTarget:
             frequencies=self._grid,
             attention_bias=bias,
             q_lora_rank=self.q_lora_rank,
-            v_head_dim=self.v_head_dim,
             dtype=str(self.dtype).removeprefix("torch."),
         )
-        self.layouts = [latent_layout(old, rank, rope_dim) for old in self._before]
         layers = range(len(self._before))
         attention = [n for i in layers for n in (*arch.tensor_names(config, i), self._o_bias_name(i))]
         copies = mla_source.plan_scaled_copies(self.rule, checkpoint.tensors, attention)
         self._copies = {copy.name: copy for copy in copies}
-        self._shapes = deepseek.attention_shapes(
-            layout, self._hidden_size, bias=bias, v_head_dim=self.v_head_dim, q_lora_rank=self.q_lora_rank
-        )
+        self._shapes = deepseek.attention_shapes(layout, self._hidden_size, bias=bias, q_lora_rank=self.q_lora_rank)
         self.outputs = mla_source.plan_outputs(copies, checkpoint.tensors, self._shapes, self.dtype)
-        self.engines = [verdict.line for verdict in engines.engine_verdicts(self.config)]
 
     def converted_names(self, layer: int) -> tuple[str, ...]:
         """See `Target`."""
@@ -125,7 +125,8 @@ class LatentTarget:
         layout = self.layouts[layer]
         if self.exact:
             shape = {"rank": layout.kv_lora_rank, "rope_dim": layout.qk_rope_head_dim}
-            return exact_mla(weights, grid, scale=self._scale, **shape), {"key_error": 0.0, "value_error": 0.0}
+            exact = exact_mla(weights, grid, scale=self._scale, **shape)
+            return self._pad(exact, layer), {"key_error": 0.0, "value_error": 0.0}
         measured: dict[str, Any] = {}
         if record is not None:
             measured = {**record.moments(), "distances": record.distances}
@@ -138,7 +139,7 @@ class LatentTarget:
             method=self.method.name,
             **measured,
         )
-        return converted, {k: v for k, v in asdict(report).items() if k != "errors"}
+        return self._pad(converted, layer), {k: v for k, v in asdict(report).items() if k != "errors"}
 
     def export_layer(self, layer: int, converted: LatentWeights, record: LayerRecord | None) -> dict[str, Tensor]:
         """See `Target`."""
@@ -175,11 +176,24 @@ class LatentTarget:
             f"{LAYERS.format(layer=layer)}.{ATTENTION}",
             residual=self.rule.factors["residual"],
             o_bias=o_bias,
-            v_head_dim=self.v_head_dim,
             q_lora_rank=self.q_lora_rank,
             moment=moment,
             dtype=self.dtype,
         )
+
+    def _pad(self, converted: LatentWeights, layer: int) -> LatentWeights:
+        layout = self.layouts[layer]
+        return deepseek.pad_heads(converted, layout.head_dim - layout.rotary_dim, layout.v_head_dim)
+
+    @staticmethod
+    def _padded(layout: AttentionLayout, settings: ConvertSettings) -> AttentionLayout:
+        """Return a layout with the heads padded for the engines that the settings name."""
+        rope_dim = layout.rotary_dim
+        nope, value = layout.head_dim - rope_dim, layout.v_head_dim
+        if settings.pad_values:
+            value = max(value, PADDED_V_HEAD_DIM)
+        nope, value = engines.padded_head_dims(nope, rope_dim, value, settings.engines)
+        return replace(layout, head_dim=nope + rope_dim, v_head_dim=value)
 
     def _check_rotary_layers(self) -> None:
         """Raise SettingError if the method needs RoPE in every layer and a layer has none."""
@@ -219,25 +233,39 @@ class LatentTarget:
         rank, rope_dim = settings.rank, settings.rope_dim
         if settings.cache is not None:
             wanted = round(settings.cache * source_cache(self._before))
-            size = engines.nearest_cache_row(wanted)
+            size = engines.nearest_cache_row(wanted, settings.engines)
             if size not in (wanted, wanted - 1):
                 self.notes.append(
                     f"The cache has {size} elements per token and layer, for which engines have kernels, in place "
                     f"of {wanted}."
                 )
-            rope_dims = self._rope_dims(size)
+            rope_dims = self._rope_dims(size, settings)
             rank, rope_dim = choose_shape(self._before, self._hidden_size, settings.cache, size, rope_dims)
         assert rank is not None and rope_dim is not None  # ConvertSettings needs one of the three
         check_shape(self._before, self._hidden_size, rank, rope_dim)
         return rank, rope_dim
 
-    def _rope_dims(self, size: int) -> list[int]:
+    def _rope_dims(self, size: int, settings: ConvertSettings) -> list[int]:
         """Return the widths of the rotary key to choose from, for a cache row of `size`."""
         first = next(layout for layout in self._before if layout.rotary_dim)
         groups = first.num_key_value_heads
         if self.method.planes:
-            return list(range(2 * groups, min(groups * first.rotary_dim, size // 2) + 1, 2 * groups))
-        return [rope_dim for _, rope_dim in engines.rank_splits(size, first.rotary_dim, groups)]
+            possible = list(range(2 * groups, min(groups * first.rotary_dim, size // 2) + 1, 2 * groups))
+        else:
+            possible = [rope_dim for _, rope_dim in engines.rank_splits(size, first.rotary_dim, groups)]
+        legal = engines.rope_dims(settings.engines)
+        if legal is None:
+            return possible
+        taken = sorted(legal.intersection(range(2, min(groups * first.rotary_dim, size - 2) + 1, 2)))
+        if not taken:
+            raise SettingError(
+                "engines",
+                f"`engines` {', '.join(settings.engines)}: the rotary key has {', '.join(map(str, sorted(legal)))} "
+                f"elements there, which {groups} KV heads of {first.rotary_dim} rotary dimensions cannot fill in a "
+                f"row of {size}.",
+                "Give a larger `cache`, or leave out the engine.",
+            )
+        return taken
 
     def _choose_frequencies(self, rope_dim: int, grid: str) -> Tensor:
         """Choose the frequencies of the rotary key, (rope_dim / 2,) radians per token, one list for all layers."""

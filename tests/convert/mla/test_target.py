@@ -20,7 +20,8 @@ from headwise.convert.pipeline import ConvertResult, convert_model
 from headwise.convert.plan import Plan
 from headwise.convert.refit.regression import refit
 from headwise.convert.verify.check import verify_model
-from headwise.errors import HeadwiseError
+from headwise.errors import HeadwiseError, SettingError
+from headwise.io.source import EMBEDDED_MODEL
 from headwise.io.workdir import Interrupted
 from headwise.models import deepseek
 from headwise.models.layout import AttentionLayout, LatentWeights
@@ -288,6 +289,73 @@ def test_verify_finds_another_base(model: Path, folders: Path, tmp_path: Path, k
     (out / "config.json").write_text(json.dumps(changed))
     found = verify_model(out, model)
     assert "parent: config.json differs from the parent's in rope_theta" in found.failures
+
+
+@pytest.mark.parametrize("heads", [8, 2], ids=["mha", "gqa"])
+def test_queries_in_two_factors_have_the_parents_logits(tmp_path: Path, heads: int) -> None:
+    shape = {"hidden_size": 40, "num_attention_heads": 10 if heads == 2 else 8, "num_key_value_heads": heads}
+    parent = save_speaking(tmp_path / "parent", num_hidden_layers=3, head_dim=6, **shape)
+    options = {"to": "mla", "rank": 16, "rope_dim": 6, "calibrate": "none", "engines": "llama.cpp"}
+    result = passed(convert_model(parent, tmp_path / "out", **options))
+    plain = passed(convert_model(parent, tmp_path / "plain", **options | {"engines": ()}))
+    assert config(tmp_path / "out")["q_lora_rank"] == 40 and config(tmp_path / "plain")["q_lora_rank"] is None
+    assert relative(logits(load(tmp_path / "out")), logits(load(tmp_path / "plain"))) < 1e-5
+    assert [verdict.name for verdict in result.plan.engines] == ["llama.cpp"] and len(plain.plan.engines) == 4
+    assert "--engine llama.cpp" in json.loads((tmp_path / "out" / "headwise.json").read_text())["command"]
+
+
+def test_two_factors_of_the_embedded_model(tmp_path: Path) -> None:
+    options = {"to": "mla", "rank": 192, "rope_dim": 32, "calibrate": "none", "dtype": "float32", "verify": False}
+    for name in ("plain", "factored"):
+        convert_model(
+            EMBEDDED_MODEL, tmp_path / name, **options, engines=["llama.cpp"] if name == "factored" else ()
+        )
+    tokens = torch.arange(2 * 40).reshape(2, 40)
+    plain, factored = (load(tmp_path / name)(tokens).logits.detach() for name in ("plain", "factored"))
+    assert relative(factored, plain) < 1e-5
+
+
+def test_queries_have_one_factor_where_llama_cpp_reads_one(tmp_path: Path) -> None:
+    parent = save_speaking(tmp_path / "parent", num_hidden_layers=26)
+    options = {"to": "mla", "rank": 16, "rope_dim": 8, "calibrate": "none", "engines": "llama.cpp"}
+    plan = convert_model(parent, tmp_path / "out", **options, dry_run=True)
+    assert isinstance(plan, Plan) and plan.config["q_lora_rank"] is None
+
+
+def test_heads_are_padded_for_vllm(tmp_path: Path) -> None:
+    parent = save_speaking(tmp_path / "parent")
+    options = {"to": "mla", "rank": 28, "rope_dim": 64, "calibrate": "none"}
+    convert_model(parent, tmp_path / "plain", verify=False, **options)
+    result = passed(convert_model(parent, tmp_path / "out", engines=["vllm"], **options))
+    written = config(tmp_path / "out")
+    assert [written[f"{part}_head_dim"] for part in ("qk_nope", "qk_rope", "v")] == [64, 64, 128]
+    assert relative(logits(load(tmp_path / "out")), logits(load(tmp_path / "plain"))) < 1e-5
+    assert result.plan.engines[0].serves
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rank": 20, "rope_dim": 8, "engines": "vllm"}, "no MLA prefill takes these head dims"),
+        ({"cache": 0.25, "engines": "vllm"}, "the rotary key has 64 elements there"),
+        ({"exact": True, "engines": "llama.cpp"}, "longrope"),
+    ],
+)
+def test_a_shape_that_a_named_engine_cannot_serve(
+    model: Path, tmp_path: Path, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(SettingError, match=words) as caught:
+        convert_model(model, tmp_path / "out", to="mla", **options)
+    assert caught.value.field == "engines" and not list(tmp_path.iterdir())
+
+
+def test_padded_heads_can_be_refitted(model: Path, tmp_path: Path) -> None:
+    options = {"to": "mla", "rank": 24, "rope_dim": 8, **TEXT, "refit": 2}
+    plain = passed(convert_model(model, tmp_path / "plain", **options))
+    padded = passed(convert_model(model, tmp_path / "padded", pad_values=True, **options))
+    assert config(tmp_path / "padded")["v_head_dim"] == 128
+    assert padded.layers.keys() == plain.layers.keys()
+    assert relative(logits(load(tmp_path / "padded")), logits(load(tmp_path / "plain"))) < 1e-3
 
 
 def test_saved_moments_replace_the_text(model: Path, tmp_path: Path) -> None:

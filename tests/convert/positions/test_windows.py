@@ -138,7 +138,7 @@ def test_refusals(model_type: str, window: int | None, layers: str, message: str
     ("layers", "stock_class", "engine"),
     [
         ("all", "MistralForCausalLM", "llama.cpp: loads, and computes another function"),
-        ("alternate", "MinistralForCausalLM", "vLLM: does not load"),
+        ("alternate", "MinistralForCausalLM", "vllm: does not load"),
     ],
 )
 def test_the_plan_names_the_new_class_and_the_engines_without_its_window(
@@ -148,7 +148,7 @@ def test_the_plan_names_the_new_class_and_the_engines_without_its_window(
     plan = convert_model(model, tmp_path / "out", sliding_window=WINDOW, window_layers=layers, dry_run=True)
     assert isinstance(plan, Plan)
     assert f"The stock class becomes {stock_class}" in " ".join(plan.notes)
-    assert any(line.startswith(engine) for line in plan.engines)
+    assert any(verdict.line.startswith(engine) for verdict in plan.engines)
 
 
 @pytest.mark.parametrize("model_type", ["mistral", "qwen2"])

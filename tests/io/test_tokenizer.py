@@ -1,0 +1,41 @@
+"""The kind of a vocabulary, from the files of a folder alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headwise.io.source import EMBEDDED_MODEL
+from headwise.io.tokenizer import tokenizer_kind
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False}
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"model": {"type": "BPE"}, "pre_tokenizer": BYTES}, "bpe"),
+        ({"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES]}}, "bpe"),
+        ({"model": {"type": "BPE", "byte_fallback": True}}, "sentencepiece"),
+        ({"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Whitespace"}}, "other"),
+        ({"model": {"type": "Unigram"}}, "other"),
+        ({"model": 7}, "other"),
+        ([], "unreadable"),
+    ],
+)
+def test_tokenizer_json(tmp_path: Path, fields: Any, kind: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    assert tokenizer_kind(tmp_path) == kind
+
+
+def test_folders_without_tokenizer_json(tmp_path: Path) -> None:
+    assert tokenizer_kind(tmp_path) == "none"
+    (tmp_path / "tokenizer.model").write_bytes(b"sentencepiece")
+    assert tokenizer_kind(tmp_path) == "sentencepiece"
+
+
+def test_the_embedded_model() -> None:
+    assert tokenizer_kind(Path(EMBEDDED_MODEL)) == "bpe"
