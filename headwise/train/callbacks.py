@@ -23,6 +23,8 @@ from headwise.train.checkpoints import Checkpoints
 
 # Steps that are timed for a time budget: the first half includes compilation, the second gives the pace.
 _TIMED_STEPS = 50
+# Nats per token: a smaller gap to the parent is noise, and so is a fraction of it.
+SMALLEST_GAP = 0.01
 # A loss has diverged when it is above twice the lowest loss so far, and by this many nats more.
 MARGIN = 1.0
 
@@ -114,9 +116,9 @@ def gap_closed(nats: float, parent: float | None, before: float | None) -> float
         before: the loss before training.
 
     Returns:
-        The fraction; None where there is no parent, or no gap.
+        The fraction; None without a parent, and where the gap is smaller than 0.01 nats: a fraction of noise.
     """
-    if parent is None or before is None or before <= parent:
+    if parent is None or before is None or before - parent < SMALLEST_GAP:
         return None
     return (before - nats) / (before - parent)
 

@@ -92,7 +92,7 @@ def test_the_gap() -> None:
     assert gap_closed(2.5, parent=2.0, before=3.0) == pytest.approx(0.5)
     assert gap_closed(1.9, parent=2.0, before=3.0) == pytest.approx(1.1)
     assert gap_closed(3.5, parent=2.0, before=3.0) == pytest.approx(-0.5)
-    assert gap_closed(2.0, parent=2.0, before=2.0) is None
+    assert gap_closed(2.0, parent=2.0, before=2.009) is None
     assert gap_closed(2.0, parent=None, before=3.0) is None
 
 
