@@ -61,8 +61,13 @@ def parse_yaml(text: str) -> Any:
             whole = node.tag.endswith(":int")
             return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
 
+        def construct_bool(self, node: Any) -> Any:
+            """Return true and false as YAML 1.2 knows them: `no` is text, the language code of Norwegian."""
+            return node.value.lower() == "true" if node.value.lower() in ("true", "false") else node.value
+
     for kind in ("int", "float"):
         PlainLoader.add_constructor(f"tag:yaml.org,2002:{kind}", PlainLoader.construct_number)
+    PlainLoader.add_constructor("tag:yaml.org,2002:bool", PlainLoader.construct_bool)
     try:
         return PlainLoader(text).get_single_data()
     # Besides its own errors, the library lets through what its conversions of odd numbers, dates and tags raise.

@@ -146,3 +146,8 @@ def test_deep_nesting_is_refused_before_it_takes_time(opening: str, closing: str
     assert schema.parse_yaml(opening * 20 + "1" + closing * 20)
     with pytest.raises(ValueError, match="nested more than 32 levels deep"):
         schema.parse_yaml(opening * 20_000)
+
+
+def test_only_true_and_false_are_booleans() -> None:
+    assert schema.parse_yaml("language: [da, no, sv]") == {"language": ["da", "no", "sv"]}
+    assert schema.parse_yaml("[true, False, yes, off]") == [True, False, "yes", "off"]

@@ -19,9 +19,13 @@ from headwise.records.manifest import RECORD, accepted_checks, changed_files, ch
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-# Files of the repository that the commit deletes: transformers would load them in place of the new weights, or,
-# with peft, follow the adapter's configuration to another base model.
-REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json")
+# Files of the repository that the commit deletes where the folder has none of that name. transformers would load
+# them in place of the new weights or beside them; with peft it follows an adapter's config to another base model.
+REPLACED = (
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*", "generation_config.json"),
+    *("tokenizer*", "added_tokens.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
+)
 # Files that a repository without a model may hold.
 EMPTY = {".gitattributes", ".gitignore", "README.md", "LICENSE"}
 EVAL_RESULTS = ".eval_results"
@@ -36,7 +40,7 @@ class PushResult:
         repo: the repository, `org/name`.
         revision: the branch; None: the main branch.
         files: bytes of every file of the commit, by name.
-        deleted: weight files and adapters of the repository that the commit deletes.
+        deleted: files of the repository that the commit deletes: weights, adapters, tokenizer files, templates.
         left: other files of the repository that the folder does not have; the commit leaves them.
         verified: whether the folder passed its verification and has not changed since.
         accepted: failed checks that the user accepted when the folder was written.

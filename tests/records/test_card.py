@@ -78,9 +78,9 @@ def test_card_says_when_nothing_was_checked_or_approximated(model):
 
 def test_licence_comes_from_the_source(model, tmp_path):
     card = tmp_path / "README.md"
-    card.write_text("---\nlicense: other\nlicense_name: llama2\nlanguage: [en, de]\ntags: [chat]\n---\n# Parent\n")
+    card.write_text("---\nlicense: other\nlicense_name: llama2\nlanguage: [en, no]\ntags: [chat]\n---\n# Parent\n")
     data = ModelCard(render_card(record_of(model), card)).data.to_dict()
-    assert (data["license"], data["license_name"], data["language"]) == ("other", "llama2", ["en", "de"])
+    assert (data["license"], data["license_name"], data["language"]) == ("other", "llama2", ["en", "no"])
     assert "chat" not in data["tags"]
 
 

@@ -187,6 +187,20 @@ def test_a_new_conversion_of_the_same_model_replaces_the_old(hub, out, converted
         push_model(tmp_path / "mqa", "org/new", token=TOKEN)
 
 
+def test_what_would_be_loaded_beside_the_weights_is_deleted(hub, out, tmp_path):
+    push_model(out, "org/new", token=TOKEN)
+    repository = hub.repositories["org/new"]
+    before = shutil.copytree(repository.folder("main"), tmp_path / "before")
+    loaded = {"adapter_config.json", "chat_template.jinja", "additional_chat_templates/tool.jinja", "added_tokens.json"}
+    for name in (*loaded, "train.py"):
+        (before / name).parent.mkdir(exist_ok=True)
+        (before / name).write_text("{}")
+    repository.move("main", before, "f" * 40)
+    pushed = push_model(out, "org/new", token=TOKEN)
+    assert set(pushed.deleted) == loaded and "train.py" in pushed.left
+    assert not loaded & contents(repository.folder("main")).keys()
+
+
 def test_a_dry_run_changes_nothing(hub, out):
     planned = push_model(out, "org/new", dry_run=True)
     assert planned.commit is None and planned.creates_repository and planned.files.keys() == contents(out).keys()
