@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 REPLACED = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*", "generation_config.json"),
-    *("tokenizer*", "added_tokens.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
+    *("tokenizer*", "added_tokens.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model"),
 )
 # Files that a repository without a model may hold.
 EMPTY = {".gitattributes", ".gitignore", "README.md", "LICENSE"}

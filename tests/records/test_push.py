@@ -191,7 +191,7 @@ def test_what_would_be_loaded_beside_the_weights_is_deleted(hub, out, tmp_path):
     push_model(out, "org/new", token=TOKEN)
     repository = hub.repositories["org/new"]
     before = shutil.copytree(repository.folder("main"), tmp_path / "before")
-    loaded = {"adapter_config.json", "chat_template.jinja", "additional_chat_templates/tool.jinja", "added_tokens.json"}
+    loaded = {"adapter_config.json", "chat_template.jinja", "additional_chat_templates/x.jinja", "vocab.txt"}
     for name in (*loaded, "train.py"):
         (before / name).parent.mkdir(exist_ok=True)
         (before / name).write_text("{}")
