@@ -43,7 +43,8 @@ PURE = (
 )
 IMPURE = {
     *("convert.gqa.target", "convert.mla.target"),
-    *("convert.positions.context", "convert.positions.windows", "convert.positions.rope_range"),
+    *("convert.positions.context", "convert.positions.moved", "convert.positions.rope_range"),
+    "convert.positions.windows",
 }
 MATHEMATICS = {"torch", "math", "scipy", "statsmodels", "numpy"}
 TYPES = {"__future__", "collections", "dataclasses", "functools", "importlib", "itertools", "typing"}

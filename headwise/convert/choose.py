@@ -7,8 +7,7 @@ import torch
 from headwise.convert.base import Target
 from headwise.convert.gqa.target import GroupedTarget
 from headwise.convert.mla.target import LatentTarget
-from headwise.convert.positions.context import extend_context
-from headwise.convert.positions.windows import with_window
+from headwise.convert.positions.moved import with_positions
 from headwise.convert.settings import ConvertSettings
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import Architecture, find_architecture
@@ -28,17 +27,11 @@ def choose_target(checkpoint: Checkpoint, arch: Architecture, settings: ConvertS
     dtype: torch.dtype | None = getattr(torch, settings.dtype) if settings.dtype else None
     config = checkpoint.config
     layout = arch.layouts(config)[0]
-    notes: list[str] = []
     config = arch.with_groups(config, layout.num_key_value_heads)
     if settings.dtype is not None:
         for part in (config, arch.text_config(config)):
             part["dtype"] = part["torch_dtype"] = settings.dtype
-    if settings.context is not None:
-        config, notes = extend_context(
-            config, arch, context=settings.context, rule=settings.rope or "auto", rope_theta=settings.rope_theta
-        )
-    if settings.sliding_window is not None:
-        config = with_window(config, arch, settings.sliding_window or None, settings.window_layers or "all")
+    config, notes = with_positions(config, arch, settings)
     parent = find_architecture(config, checkpoint.tensors)
     target: Target
     if settings.to == "mla":

@@ -102,6 +102,7 @@ def load_model(checkpoint: Checkpoint, auto_class: str, dtype: torch.dtype, **ar
 
     Args:
         checkpoint: a folder, or a GGUF file. Loading a GGUF file temporarily holds its tensors in memory twice.
+            The model has the checkpoint's config, which may differ from the folder's.
         auto_class: name of the transformers auto class.
         dtype: dtype of the weights.
         arguments: more arguments of `from_pretrained`.
@@ -111,15 +112,15 @@ def load_model(checkpoint: Checkpoint, auto_class: str, dtype: torch.dtype, **ar
     """
     import transformers
 
+    config = stock_config(checkpoint.config)
     if checkpoint.gguf is None:
         with no_progress_bars():
             return getattr(transformers, auto_class).from_pretrained(
-                checkpoint.folder, dtype=dtype, trust_remote_code=False, **arguments
+                checkpoint.folder, config=config, dtype=dtype, trust_remote_code=False, **arguments
             )
     tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
     # The auto classes take no weights without a folder.
     stock_class = type(empty_model(checkpoint.config, auto_class))
-    config = stock_config(checkpoint.config)
     with no_progress_bars():
         return stock_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **arguments)
 

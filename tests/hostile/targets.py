@@ -119,7 +119,10 @@ class Prey:
         if self.canary.exists():
             escapes.append("code from the checkpoint ran")
             self.canary.unlink()
-        left = [path.name for path in self.out.parent.iterdir() if path != self.out]
+        # A result that fails its last check is kept, in the folder that the message names.
+        left = [
+            path.name for path in self.out.parent.iterdir() if path != self.out and str(path) not in outcome.message
+        ]
         if left and "overtime" not in escapes:
             escapes.append(f"left behind: {left}")
         if self.out.exists() and outcome.kind != "done":

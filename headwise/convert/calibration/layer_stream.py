@@ -8,7 +8,7 @@ layer runs over all sequences, hooks record its attention's inputs and outputs, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,6 +75,8 @@ class LayerStream:
             `architecture` is then the row of that config.
         dtype: in which layers are computed.
         stored: round the weights to this dtype first; None: they stay as they are.
+        attention: computes the output of a layer's attention from the layer's index and the attention's input, in
+            place of the stock module; None: the stock module does.
     """
 
     def __init__(
@@ -87,12 +89,15 @@ class LayerStream:
         *,
         dtype: torch.dtype = torch.float32,
         stored: torch.dtype | None = None,
+        attention: Callable[[int, Tensor], Tensor] | None = None,
     ) -> None:
         self._checkpoint, self._architecture = checkpoint, architecture
         self._device = torch.device(device)
-        self._tokens, self._stored = tokens, stored
+        self._tokens, self._stored, self._attention = tokens, stored, attention
         self._tuples = False  # whether a layer returns a tuple
         self._model = empty_model(config or checkpoint.config, architecture.auto_class, dtype)
+        if dtype == torch.float64:  # the usual grouped experts compute in no such dtype
+            self._model.set_experts_implementation("eager")
         self._layers: nn.ModuleList = self._model.get_submodule(architecture.module.rpartition(".")[0])
         self._names: list[list[str]] = [[] for _ in self._layers]
         self._other: list[str] = []
@@ -201,10 +206,28 @@ class LayerStream:
     def _real_layer(self, index: int) -> Iterator[nn.Module]:
         layer = self._layers[index]
         self._load(self._names[index])
+        with self._replaced_attention(index, layer):
+            try:
+                yield layer.to(self._device)  # buffers follow the weights
+            finally:
+                layer.to("meta")
+
+    @contextmanager
+    def _replaced_attention(self, index: int, layer: nn.Module) -> Iterator[None]:
+        attend = self._attention
+        if attend is None:
+            yield
+            return
+
+        def replace(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            new = attend(index, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+            return (new, *output[1:]) if isinstance(output, tuple) else new
+
+        handle = layer.get_submodule(self._architecture.attention).register_forward_hook(replace, with_kwargs=True)
         try:
-            yield layer.to(self._device)  # buffers follow the weights
+            yield
         finally:
-            layer.to("meta")
+            handle.remove()
 
     @torch.no_grad()
     def _embed(self, tokens: Tensor) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:

@@ -10,14 +10,17 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from headwise.compat import cache_of
-from headwise.convert.verify.factored import check_factors, compare_with_parent
-from headwise.convert.verify.grouped import check_groups, compare_grouped
+from headwise.convert.positions.moved import POSITION_SETTINGS, with_positions
+from headwise.convert.settings import ConvertSettings
+from headwise.convert.verify.factored import FactoredAttention, check_factors, compare_with_parent
+from headwise.convert.verify.grouped import RepeatedAttention, check_groups, compare_grouped, shares_heads
 from headwise.convert.verify.layer_inputs import TOKENS
 from headwise.convert.verify.verification import Verification
 from headwise.convert.verify.whole_model import WHOLE_BYTES, check_loading
@@ -25,6 +28,7 @@ from headwise.errors import HeadwiseError
 from headwise.format import layout_names
 from headwise.io.reader import Checkpoint, as_bytes, has_nonfinite, open_checkpoint
 from headwise.io.source import find_gguf
+from headwise.models.architecture import find_architecture
 from headwise.models.layout import AttentionLayout
 from headwise.models.protocol import AttentionModel, find_attention_model
 from headwise.models.rope import unscaled
@@ -32,18 +36,6 @@ from headwise.models.stock import empty_model, run_check, stock_config
 from headwise.models.stock_match import match_source, match_stock_class
 from headwise.progress import SILENT, Progress
 from headwise.records.manifest import accepted_checks, changed_files, check_hashes, read_record
-
-# Config fields that a conversion's arguments may change, by argument.
-MOVED = {
-    "context": (
-        "max_position_embeddings",
-        "original_max_position_embeddings",
-        "rope_parameters",
-        "rope_scaling",
-        "rope_theta",
-    ),
-    "sliding_window": ("layer_types", "max_window_layers", "model_type", "sliding_window", "use_sliding_window"),
-}
 
 
 def verify_model(
@@ -104,7 +96,8 @@ def check_folder(
 
     Args:
         checkpoint: the folder.
-        parent: the source, to compare functions with; None: no comparison.
+        parent: the source, to compare functions with; it gets the context and the window of `arguments`. None: no
+            comparison.
         planned: the layouts of the plan; None: those of the folder's own config.
         arguments: settings of the conversion, which determine how the folder may differ from its parent.
         record: headwise.json, whose hashes of tensors and files are compared if `finite`.
@@ -138,19 +131,32 @@ def check_folder(
             changed += changed_files(checkpoint.folder, record)
             detail = f"{', '.join(changed[:3])} not as written" if changed else "every tensor is as it was written"
             add("record", lambda: (not changed, detail))
-    moved = frozenset(field for what in arguments.keys() & MOVED.keys() for field in MOVED[what])
+    parent = _with_same_positions(parent, arguments) if parent is not None else None
     trained = bool(record and record.get("uptraining"))
     if own_layouts[0].kind == "mla":
+        attention: Any = FactoredAttention(checkpoint)
         add("function", check_factors, checkpoint, model)
         if parent is not None:
-            add("parent", compare_with_parent, checkpoint, parent, model, moved, trained)
+            add("parent", compare_with_parent, checkpoint, parent, model, trained)
     else:
+        attention = RepeatedAttention(checkpoint) if shares_heads(checkpoint) else None
         add("function", check_groups, checkpoint, model)
         if parent is not None:
-            add("parent", compare_grouped, checkpoint, parent, model, compare=finite, moved=moved, trained=trained)
+            add("parent", compare_grouped, checkpoint, parent, model, compare=finite, trained=trained)
     if checkpoint.nbytes <= WHOLE_BYTES:
-        add("loading", check_loading, checkpoint, model, layouts, allow_nan="allow_nan" in arguments)
+        allow_nan = "allow_nan" in arguments
+        add("loading", check_loading, checkpoint, model, layouts, allow_nan=allow_nan, attention=attention)
     return Verification(tuple(checks))
+
+
+def _with_same_positions(parent: Checkpoint, arguments: Mapping[str, Any]) -> Checkpoint:
+    """Return a parent with the context and the window that a conversion gave its result."""
+    given = {name: arguments[name] for name in POSITION_SETTINGS if name in arguments}
+    if not given:
+        return parent
+    arch = find_architecture(parent.config, parent.tensors)
+    config = arch.with_groups(parent.config, arch.layouts(parent.config)[0].num_key_value_heads)
+    return replace(parent, config=with_positions(config, arch, ConvertSettings(**given))[0])
 
 
 def _layouts_are_recorded(layouts: Sequence[AttentionLayout], arguments: Mapping[str, Any]) -> tuple[bool, str]:

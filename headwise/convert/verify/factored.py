@@ -5,7 +5,6 @@ The inputs of every layer are those that the folder's own model, or the parent, 
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -62,6 +61,27 @@ def latent_attention(weights: LatentWeights, x: Tensor, o_bias: Tensor | None = 
     return output if o_bias is None else output + o_bias.double()
 
 
+class FactoredAttention:
+    """Evaluate the attention of single layers from the factors of an MLA folder, without its norm, in float64.
+
+    Args:
+        checkpoint: the folder.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def __call__(self, layer: int, inputs: Tensor) -> Tensor:
+        """Return the outputs of one layer, (sequences, tokens, D) float64.
+
+        Args:
+            layer: its index.
+            inputs: (sequences, tokens, D) float64.
+        """
+        weights, o_bias = read_latent_layer(self._checkpoint, layer)
+        return latent_attention(weights, inputs, o_bias)
+
+
 def check_factors(checkpoint: Checkpoint, model: AttentionModel) -> tuple[bool, str]:
     """Compare the stock attention, latent norm included, with the factors without a norm, in every layer.
 
@@ -72,13 +92,12 @@ def check_factors(checkpoint: Checkpoint, model: AttentionModel) -> tuple[bool, 
     Returns:
         Whether they agree, and the measured errors in words.
     """
-    attention = StockAttention(checkpoint.config, model)
+    attention, factored = StockAttention(checkpoint.config, model), FactoredAttention(checkpoint)
     tokens = check_tokens(checkpoint, checkpoint.config["vocab_size"])
     worst, worst_layer, bend = 0.0, 0, 0.0
     for layer, x in attention_inputs(checkpoint, model, tokens):
         tensors = model.tensors(checkpoint, layer)
-        weights, o_bias = read_latent_layer(checkpoint, layer)
-        error = relative_error(attention(layer, tensors, x), latent_attention(weights, x, o_bias))
+        error = relative_error(attention(layer, tensors, x), factored(layer, x))
         if not error <= worst:
             worst, worst_layer = error, layer
         bend = max(bend, _norm_bend(tensors, model.attention_path(layer), checkpoint.config["kv_lora_rank"], x))
@@ -101,22 +120,21 @@ def _norm_bend(tensors: dict[str, Tensor], path: str, rank: int, x: Tensor) -> f
 
 
 def compare_with_parent(
-    checkpoint: Checkpoint, parent: Checkpoint, model: AttentionModel, moved: Collection[str], trained: bool
+    checkpoint: Checkpoint, parent: Checkpoint, model: AttentionModel, trained: bool
 ) -> tuple[bool, str]:
     """Compare what is not attention with the parent's tensors, and an exact conversion with the parent's attention.
 
     Args:
         checkpoint: the MLA folder.
-        parent: the model that it was converted from.
+        parent: the model that it was converted from, with the folder's context and window.
         model: the folder's stock class.
-        moved: config fields that the conversion changed on purpose; attention then differs too.
         trained: whether the folder was trained since; only its shape is then the parent's.
     """
     arch = find_architecture(parent.config, parent.tensors)
     before, after = arch.layouts(parent.config), model.layouts(checkpoint.config)
     if len(before) != len(after):
         return False, f"the parent has {len(before)} layers, and the folder {len(after)}"
-    changed = _changed_fields(checkpoint.config, parent.config, arch, moved)
+    changed = _changed_fields(checkpoint.config, parent.config, arch)
     if changed:
         return False, f"config.json differs from the parent's in {', '.join(changed)}"
     if trained:
@@ -131,16 +149,15 @@ def compare_with_parent(
             return False, f"{carried.name} is not what the parent's {carried.source} becomes"
     largest = [max(sizes) for sizes in zip(*map(exact_mla_shape, before), strict=True)]
     shape = after[0]
-    if moved or (shape.kv_lora_rank or 0) < largest[0] or shape.rotary_dim < largest[1]:
+    if (shape.kv_lora_rank or 0) < largest[0] or shape.rotary_dim < largest[1]:
         return True, "outside attention, every tensor is what the parent's becomes"
-    attention = StockAttention(parent.config, arch)
+    attention, factored = StockAttention(parent.config, arch), FactoredAttention(checkpoint)
     tokens = check_tokens(parent, arch.stock_config(parent.config).vocab_size)
     worst, worst_layer = 0.0, 0
     for layer, x in attention_inputs(parent, arch, tokens):
         expected = attention(layer, arch.tensors(parent, layer), x)
-        weights, o_bias = read_latent_layer(checkpoint, layer)
         # The folder's residual stream, and with it the attention output, may have another scale.
-        error = relative_error(latent_attention(weights, x, o_bias) / rule.factors["residual"], expected)
+        error = relative_error(factored(layer, x) / rule.factors["residual"], expected)
         if not error <= worst:
             worst, worst_layer = error, layer
     limit = EXACT_TOLERANCE.get(dtype, 3e-2)
@@ -149,12 +166,10 @@ def compare_with_parent(
     return worst < limit and agree, f"exact: {detail}{logits}"
 
 
-def _changed_fields(
-    config: dict[str, Any], parent: dict[str, Any], arch: Architecture, moved: Collection[str]
-) -> list[str]:
+def _changed_fields(config: dict[str, Any], parent: dict[str, Any], arch: Architecture) -> list[str]:
     """Return the copied config fields that differ from the parent's."""
     stock = arch.stock_config(parent).to_dict()
     before = {key: stock[key] for key in deepseek.COPIED_CONFIG_KEYS if key in stock}
     before["rope_theta"] = float(rope_sets(parent, arch)[0].parameters["rope_theta"])
     after = {**stock_config(config).to_dict(), "rope_theta": float(config["rope_parameters"]["rope_theta"])}
-    return [key for key, value in before.items() if key not in moved and after.get(key) != value]
+    return [key for key, value in before.items() if after.get(key) != value]

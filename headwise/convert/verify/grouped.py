@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from headwise.convert.gqa.merge import merge_heads
 from headwise.convert.verify.layer_inputs import StockAttention, attention_inputs, check_tokens, relative_error
@@ -15,6 +15,46 @@ from headwise.models.architecture import Architecture, find_architecture
 
 # Float64 evaluations of the same weights differ by rounding; some stock classes round to float32 inside.
 TOLERANCE = 1e-5
+
+
+class RepeatedAttention:
+    """Evaluate the attention of single layers with its keys and values repeated for every query head, in float64.
+
+    Args:
+        checkpoint: the folder.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._arch = arch = find_architecture(checkpoint.config, checkpoint.tensors)
+        self._groups = arch.legal_groups(checkpoint.config)[-1]
+        self._config = arch.with_groups(checkpoint.config, self._groups)
+        self._stock = StockAttention(self._config, arch)
+
+    def __call__(self, layer: int, inputs: Tensor) -> Tensor:
+        """Return the outputs of one layer, (sequences, tokens, D) float64.
+
+        Args:
+            layer: its index.
+            inputs: (sequences, tokens, D) float64.
+        """
+        arch, config = self._arch, self._checkpoint.config
+        tensors = arch.tensors(self._checkpoint, layer)
+        names = arch.tensor_names(config, layer)
+        weights, _ = merge_heads(arch.read_layer(config, layer, {n: tensors[n] for n in names}), self._groups)
+        return self._stock(
+            layer, {**tensors, **arch.write_layer(self._config, layer, weights, torch.float64)}, inputs
+        )
+
+
+def shares_heads(checkpoint: Checkpoint) -> bool:
+    """Return whether query heads of a folder share keys and values.
+
+    Args:
+        checkpoint: the folder.
+    """
+    arch = find_architecture(checkpoint.config, checkpoint.tensors)
+    return arch.legal_groups(checkpoint.config)[-1] > arch.layouts(checkpoint.config)[0].num_key_value_heads
 
 
 def check_groups(checkpoint: Checkpoint, arch: Architecture) -> tuple[bool, str]:
@@ -27,19 +67,13 @@ def check_groups(checkpoint: Checkpoint, arch: Architecture) -> tuple[bool, str]
     Returns:
         Whether they agree, and the measured errors in words.
     """
-    full = arch.legal_groups(checkpoint.config)[-1]
-    if full == arch.layouts(checkpoint.config)[0].num_key_value_heads:
+    if not shares_heads(checkpoint):
         return True, "every query head has its own keys and values"
-    lifted = arch.with_groups(checkpoint.config, full)
-    grouped, repeated = StockAttention(checkpoint.config, arch), StockAttention(lifted, arch)
+    grouped, repeated = StockAttention(checkpoint.config, arch), RepeatedAttention(checkpoint)
     tokens = check_tokens(checkpoint, arch.stock_config(checkpoint.config).vocab_size)
     worst, worst_layer = 0.0, 0
     for layer, x in attention_inputs(checkpoint, arch, tokens):
-        tensors = arch.tensors(checkpoint, layer)
-        names = arch.tensor_names(checkpoint.config, layer)
-        weights, _ = merge_heads(arch.read_layer(checkpoint.config, layer, {n: tensors[n] for n in names}), full)
-        wide = {**tensors, **arch.write_layer(lifted, layer, weights, torch.float64)}
-        error = relative_error(grouped(layer, tensors, x), repeated(layer, wide, x))
+        error = relative_error(grouped(layer, arch.tensors(checkpoint, layer), x), repeated(layer, x))
         if not error <= worst:
             worst, worst_layer = error, layer
     detail = (
@@ -55,25 +89,22 @@ def compare_grouped(
     arch: Architecture,
     *,
     compare: bool,
-    moved: Collection[str],
     trained: bool,
 ) -> tuple[bool, str]:
     """Compare what is not attention with the parent's tensors, and an exact conversion with the parent's attention.
 
     Args:
         checkpoint: the folder.
-        parent: the model that it was converted from.
+        parent: the model that it was converted from, with the folder's context and window.
         arch: the folder's stock class.
         compare: compare the tensors outside the converted attention too.
-        moved: config fields of positions that the conversion changed on purpose; the parent is then compared with
-            the same positions.
         trained: whether the folder was trained since; only its shape is then the parent's.
     """
     old = find_architecture(parent.config, parent.tensors)
     before, after = old.layouts(parent.config), arch.layouts(checkpoint.config)
     if len(before) != len(after):
         return False, f"the parent has {len(before)} layers, and the folder {len(after)}"
-    fields = _changed_fields(old, parent.config, arch, checkpoint.config, moved)
+    fields = _changed_fields(old, parent.config, arch, checkpoint.config)
     if fields:
         return False, f"config.json differs from the parent's in {', '.join(fields)}"
     converted = {
@@ -98,9 +129,7 @@ def compare_grouped(
         return True, "the parent's names and configuration; its weights were trained since"
     if any(b.num_key_value_heads < a.num_key_value_heads for a, b in zip(before, after, strict=True)):
         return True, f"{len(rest)} tensors outside the converted attention are the parent's"
-    attention = StockAttention(checkpoint.config, arch)
-    lifted = arch.with_groups(checkpoint.config, before[0].num_key_value_heads)
-    reference = StockAttention(lifted, arch) if moved else StockAttention(parent.config, old)
+    attention, reference = StockAttention(checkpoint.config, arch), StockAttention(parent.config, old)
     tokens = check_tokens(parent, old.stock_config(parent.config).vocab_size)
     worst, worst_layer = 0.0, 0
     for layer, x in attention_inputs(parent, old, tokens):
@@ -110,9 +139,7 @@ def compare_grouped(
         error = relative_error(attention(layer, arch.tensors(checkpoint, layer), x), reference(layer, rounded, x))
         if not error <= worst:
             worst, worst_layer = error, layer
-    agree, logits = compare_logits(
-        checkpoint, parent, arch, old, recomputed=False, config=lifted if moved else None
-    )
+    agree, logits = compare_logits(checkpoint, parent, arch, old, recomputed=False)
     detail = (
         f"attention of all layers within {worst:.1e} of the parent's (layer {worst_layer}), limit {TOLERANCE:.0e}"
     )
@@ -120,7 +147,7 @@ def compare_grouped(
 
 
 def _changed_fields(
-    old: Architecture, before: dict[str, Any], arch: Architecture, after: dict[str, Any], moved: Collection[str]
+    old: Architecture, before: dict[str, Any], arch: Architecture, after: dict[str, Any]
 ) -> list[str]:
     """Return the fields that both stock configs of the language model have and that differ."""
     a, b = old.stock_config(before).to_dict(), arch.stock_config(after).to_dict()
@@ -129,4 +156,4 @@ def _changed_fields(
         free.add(
             "partial_rotary_factor"
         )  # it is in rope_parameters; some classes also keep an unused default of it
-    return sorted(name for name in a.keys() & b.keys() - free - {*moved} if a[name] != b[name])
+    return sorted(name for name in a.keys() & b.keys() - free if a[name] != b[name])

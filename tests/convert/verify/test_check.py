@@ -32,6 +32,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     convert_model(parent, home / "gqa", to="gqa", groups=2, calibrate="none", verify=False)
     convert_model(parent, home / "mha", to="mha", verify=False)
     convert_model(parent, home / "long", context=64, rope="ntk", verify=False)
+    convert_model(parent, home / "long-mla", to="mla", exact=True, context=64, rope="yarn", verify=False)
     return home
 
 
@@ -40,7 +41,7 @@ def failed(found: Verification) -> set[str]:
     return {name for name, passed, _ in found.checks if not passed}
 
 
-@pytest.mark.parametrize("kind", ["gqa", "mha", "long"])
+@pytest.mark.parametrize("kind", ["gqa", "mha", "long", "long-mla"])
 def test_a_sound_folder_passes_every_check(home: Path, kind: str) -> None:
     found = verify_model(home / kind, home / "parent")
     assert found.passed, found.failures
@@ -50,6 +51,50 @@ def test_a_sound_folder_passes_every_check(home: Path, kind: str) -> None:
     assert [name for name in names if name not in ("finite", "record")] == list(CHECKS)
     assert verify_model(home / kind).passed
     assert json.loads(json.dumps(found.to_dict()))["passed"] is True
+
+
+def details(found: Verification) -> dict[str, str]:
+    return {name: detail for name, _, detail in found.checks}
+
+
+@pytest.mark.parametrize("arguments", [{"to": "mla", "exact": True}, {"to": "mha"}])
+def test_an_exact_conversion_without_its_windows_has_the_logits_of_the_parent_without_them(
+    tmp_path: Path, arguments: dict[str, Any]
+) -> None:
+    parent = tiny_models.save("mistral", tmp_path / "parent")
+    convert_model(parent, tmp_path / "out", sliding_window=0, context=4096, rope="yarn", **arguments)
+    found = verify_model(tmp_path / "out", parent)
+    assert found.passed, found.failures
+    assert "logits of the whole model" in details(found)["parent"]
+
+
+def test_other_positions_than_those_of_the_record_are_not_the_parents(home: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(home / "long-mla", tmp_path / "out")
+    record = json.loads((folder / "headwise.json").read_text())
+    for change, words in (
+        ({"rope": "linear"}, "attention of all layers"),
+        ({"context": 128}, "max_position_embeddings"),
+    ):
+        changed = record | {"arguments": record["arguments"] | change}
+        (folder / "headwise.json").write_text(json.dumps(changed))
+        found = verify_model(folder, home / "parent")
+        assert failed(found) == {"parent"} and words in details(found)["parent"]
+
+
+@pytest.mark.parametrize("arguments", [{"to": "gqa", "groups": 2}, {"to": "mla", "rank": 8, "rope_dim": 4}])
+def test_the_loaded_model_has_the_logits_of_its_weights_in_float64(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any]
+) -> None:
+    convert_model(home / "parent", tmp_path / "out", calibrate="none", verify=False, **arguments)
+    found = verify_model(tmp_path / "out")
+    assert found.passed and "float64 evaluation" in details(found)["loading"]
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def wrong_in_float32(query: Tensor, *given: Any, **more: Any) -> Tensor:
+        return real(query * 1.1 if query.dtype == torch.float32 else query, *given, **more)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", wrong_in_float32)
+    assert failed(verify_model(tmp_path / "out")) == {"loading"}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -232,6 +277,7 @@ def another_base(config: dict[str, Any]) -> None:
         ("gqa", set_field("rms_norm_eps", 0.1), {"parent", "record"}, "rms_norm_eps"),
         ("gqa", set_field("hidden_act", "gelu"), {"parent", "record"}, "hidden_act"),
         ("long", set_field("rms_norm_eps", 0.1), {"parent", "record"}, "rms_norm_eps"),
+        ("long", another_base, {"parent", "record"}, "rope_parameters"),
     ],
 )
 def test_a_changed_config_is_seen(
