@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from headwise._cli import console
-from headwise.format import dtype_name, layout_names, size
+from headwise.format import dtype_name, duration, layout_names, size
 
 if TYPE_CHECKING:
     from headwise.convert.inspect import Inspection, ReachableLayout
@@ -97,10 +99,11 @@ def render_plan(plan: Plan) -> None:
     tensors: dict[tuple[Any, ...], list[str]] = {}
     for action in plan.actions:
         pattern = re.sub(r"\.\d+(?=\.)", ".*", action.name)
-        key = (pattern, action.action, _format_tensor(action.before), _format_tensor(action.after))
+        shapes = (_format_tensor(action.before), _format_tensor(action.after))
+        key = (pattern, action.action, *shapes, action.reason)
         tensors.setdefault(key, []).append(action.name)
     console.print_table(
-        (">tensors", "name", "action", "before", "after"),
+        (">tensors", "name", "action", "before", "after", "reason"),
         [(len(names), *key) for key, names in tensors.items()],
     )
     console.print_line()
@@ -111,6 +114,7 @@ def render_plan(plan: Plan) -> None:
             ("files", f"{len(plan.shards)} of weights, {len(plan.sidecars)} copied beside them"),
             ("disk", size(plan.disk)),
             ("peak memory", size(plan.peak_memory)),
+            *([("time", _format_forecast(plan.seconds))] if plan.seconds else []),
             *(row for verdict in plan.engines for row in _engine_rows(verdict)),
             *(("not copied", name) for name in plan.left_out),
             *(("note", note) for note in plan.notes),
@@ -127,6 +131,12 @@ def _engine_rows(verdict: EngineVerdict) -> Iterator[tuple[str, str]]:
         yield "", command
 
 
+def _format_forecast(seconds: Mapping[str, float]) -> str:
+    """Return "about 3:05 on this machine: calibration 2:10, layers 41 s"."""
+    parts = ", ".join(f"{stage} {duration(each)}" for stage, each in seconds.items() if each >= 1)
+    return f"about {duration(sum(seconds.values()))} on this device" + (f": {parts}" if parts else "")
+
+
 def render_conversion(result: ConvertResult) -> None:
     """Print a finished conversion in a few lines; --verbose adds the layers."""
     plan = result.plan
@@ -137,18 +147,34 @@ def render_conversion(result: ConvertResult) -> None:
     console.note(f"{layout_names(plan.layouts_before)} -> {layout_names(plan.layouts_after)}")
     if after < before:
         console.note(f"Cache per token: {size(before)} -> {size(after)}, {format_saving(1 - after / before)} saved")
-    if (loss := result.text_loss) and loss.before is not None and loss.after is not None:
-        change = f"{loss.before:.4f} -> {loss.after:.4f} nats per token"
-        console.note(f"Loss on {loss.tokens:,} held-back tokens of the calibration text: {change}.")
-    if result.verification and result.verification.accepted:
-        _warn_accepted(result.verification)
-    elif result.verification:
-        console.note(f"Verified: {len(result.verification.checks)} checks passed.")
-    else:
-        console.warn("Not verified.")
     console.note(f"Wrote {result.out} ({size(plan.disk)}).")
     if result.pushed:
         console.note(f"Pushed it to {result.pushed.repo}: {result.pushed.url}")
+    if result.verification and result.verification.accepted:
+        _warn_accepted(result.verification)
+    elif result.verification:
+        checks = len(result.verification.checks)
+        console.note(f"Verified: the folder is what the plan promised ({checks} checks passed).")
+    else:
+        console.warn("Not verified.")
+    console.note(_quality(result))
+
+
+def _quality(result: ConvertResult) -> str:
+    """Return what is known of the quality, which the checks of the folder do not cover, and how to measure it."""
+    if result.plan.exact:
+        return "Quality: the conversion is exact, so the output computes the parent's function."
+    evaluate = shlex.join(["headwise", "eval", str(result.out), "--baseline", result.plan.model])
+    loss = result.text_loss
+    if loss is None or loss.before is None or loss.after is None:
+        return f"Quality not measured: run {evaluate}"
+    change = loss.after - loss.before
+    times = math.exp(min(change, 700))
+    return (
+        f"Quality: the loss on {loss.tokens:,} held-back tokens of {loss.source} is {loss.before:.4f} before and "
+        f"{loss.after:.4f} after, {change:+.4f} nats per token ({times:,.3g} times the perplexity). Tasks not "
+        f"measured: run {evaluate}"
+    )
 
 
 def render_push(push: PushResult) -> None:
@@ -226,7 +252,7 @@ def render_evaluation(evaluation: Evaluation) -> None:
 
     console.print_line(verdict_of(evaluation).text, style="bold")
     console.print_line()
-    rows = [row for row in tables.figure_rows(evaluation) if not row.part]
+    rows = [row for row in tables.figure_rows(evaluation) if row.main]
     if rows and evaluation.parent is None:
         console.print_table(("figure", "metric", ">value"), [(row.figure, row.detail, row.child) for row in rows])
     elif rows:

@@ -47,6 +47,13 @@ class Target(Protocol):
     notes: list[str]
     warnings: list[str]
 
+    def explain(self, name: str) -> str:
+        """Return why an output tensor is not a copy of the source's, in a few words.
+
+        Args:
+            name: of the output tensor, or of a source tensor that has no place in the output.
+        """
+
     def converted_names(self, layer: int) -> tuple[str, ...]:
         """Return the names of a layer's converted output tensors; none if the layer is only copied.
 

@@ -30,6 +30,10 @@ REFIT_SECONDS = 600.0
 # Sustained float32 rates on small layers, on the low side of what was measured.
 CUDA_FLOPS = 5e12
 CPU_FLOPS_PER_THREAD = 2e10
+# Work of the MLA search in units of heads x cache row x width^2, measured on SmolLM2-135M.
+MLA_SEARCH = 110.0
+# Bytes of weights read and written in a second, measured on two cores.
+FILE_RATE = 2.5e8
 # An idle process that has imported torch and transformers.
 RESTING_BYTES = 450 << 20
 
@@ -107,6 +111,31 @@ def refit_seconds(
                 length,
                 DEFAULT_STEPS,
             )
+    rate = CUDA_FLOPS if device.type == "cuda" else CPU_FLOPS_PER_THREAD * torch.get_num_threads()
+    return flops / rate
+
+
+def layer_seconds(checkpoint: Checkpoint, arch: Architecture, target: Any, device: torch.device) -> float:
+    """Return the forecast seconds of the closed forms of every converted layer.
+
+    Merging heads is the work of a few products of the attention's matrices. The search of MLA solves the normal
+    equations of every head again and again.
+
+    Args:
+        checkpoint: the source.
+        arch: its architecture.
+        target: the decided conversion.
+        device: where the layers are converted.
+    """
+    width = arch.stock_config(checkpoint.config).hidden_size
+    flops = 0.0
+    for i, layout in enumerate(target.layouts):
+        if not target.converted_names(i):
+            continue
+        if layout.kv_lora_rank is None or target.exact:
+            flops += 1.0 * layout.num_attention_heads * layout.head_dim * width**2
+        else:
+            flops += MLA_SEARCH * layout.num_attention_heads * layout.cache_elements_per_token * width**2
     rate = CUDA_FLOPS if device.type == "cuda" else CPU_FLOPS_PER_THREAD * torch.get_num_threads()
     return flops / rate
 

@@ -12,19 +12,29 @@ import torch
 
 from headwise.convert import forecast
 from headwise.convert.base import Target
-from headwise.convert.calibration.calibrate import CalibrationPlan, plan_calibration, plan_notes, text_folder
+from headwise.convert.calibration.calibrate import (
+    CalibrationPlan,
+    plan_calibration,
+    plan_loss,
+    plan_notes,
+    plan_warnings,
+    text_folder,
+)
 from headwise.convert.calibration.corpus import (
     SAMPLED,
     CalibrationLoss,
+    forward_seconds,
     measure_converted,
     measure_text,
+    num_parameters,
     read_corpus,
+    sampling_seconds,
     whole_model_bytes,
 )
 from headwise.convert.choose import choose_target
 from headwise.convert.layers import choose_device, convert_layers
 from headwise.convert.plan import Plan, make_plan
-from headwise.convert.refit.joint import joint_notes, plan_joint, refit_jointly, share_text
+from headwise.convert.refit.joint import joint_notes, joint_seconds, plan_joint, refit_jointly, share_text
 from headwise.convert.settings import SHARD_SIZE, ConvertSettings
 from headwise.convert.verify.check import check_folder
 from headwise.convert.verify.layer_damage import affordable_damage
@@ -41,6 +51,7 @@ from headwise.records.card import render_card
 from headwise.records.manifest import hash_files, make_manifest, source_record
 from headwise.records.push import PushResult, check_repository, push_converted
 from headwise.serving.engines import engine_verdicts, require_engines
+from headwise.train.recovery import JointPlan
 
 
 @dataclass(frozen=True)
@@ -216,9 +227,12 @@ def convert_model(
         layouts=target.layouts,
         arguments=recorded,
         peak_memory=_peak_memory(checkpoint, arch, target, calibration, requested),
+        seconds=_seconds(checkpoint, arch, target, calibration, joint, requested),
+        exact=target.exact and settings.context is None and settings.sliding_window is None,
+        explain=target.explain,
         max_shard_size=settings.max_shard_size,
         engines=verdicts,
-        warnings=target.warnings,
+        warnings=[*target.warnings, *plan_warnings(calibration)],
         notes=[*target.notes, *plan_notes(target, calibration, settings), *joint_notes(joint)],
     )
     if settings.push_to_hub:  # a reason against the push at the end stops the conversion before it begins
@@ -255,8 +269,9 @@ def convert_model(
         texts = text_folder(checkpoint, measured, writer) if measured else writer.work.folder
         if joint and measured:
             share_text(writer, checkpoint, joint, measured, texts, requested, progress)
-        if measured:
-            measure_text(checkpoint, measured, writer, requested, progress, texts)
+        heldback = plan_loss(arch, target, settings, calibration)
+        if heldback:
+            measure_text(checkpoint, heldback, writer, requested, progress, texts)
         layers = convert_layers(checkpoint, arch, target, calibration, writer, work_device, progress)
         _copy_rest(checkpoint, target, writer, progress)
         if longer:
@@ -283,11 +298,11 @@ def convert_model(
                     progress=progress,
                 )
                 verification.append(checked.accepting(settings.accept))
-            if measured and (not verification or verification[0].passed):
+            if heldback and (not verification or verification[0].passed):
                 text_loss.append(
-                    measure_converted(folder, checkpoint, measured, writer, requested, progress, texts)
+                    measure_converted(folder, checkpoint, heldback, writer, requested, progress, texts)
                 )
-                if text_loss[0]:
+                if text_loss[0] and measured:
                     text = read_corpus(checkpoint, measured, requested, progress, texts)[0]
                     found = affordable_damage(open_checkpoint(folder), checkpoint, text, requested, progress)
                     for layer, nats in enumerate(found or ()):
@@ -338,6 +353,37 @@ def _peak_memory(
     if calibration is None or calibration.reuse is not None or calibration.text != SAMPLED:
         return peak
     return max(peak, forecast.RESTING_BYTES + whole_model_bytes(checkpoint, device))
+
+
+def _seconds(
+    checkpoint: Checkpoint,
+    arch: Architecture,
+    target: Target,
+    calibration: CalibrationPlan | None,
+    joint: JointPlan | None,
+    device: torch.device,
+) -> dict[str, float]:
+    """Return the forecast of the time by stage."""
+    stages: dict[str, float] = {}
+    if calibration and calibration.reuse is None:
+        if calibration.text == SAMPLED and not joint:  # a joint refit has text of its own, and shares it
+            stages["sampling"] = sampling_seconds(checkpoint, calibration.tokens, device)
+        stages["calibration"] = forward_seconds(checkpoint, calibration.tokens, device)
+    stages["layers"] = forecast.layer_seconds(checkpoint, arch, target, device)
+    if calibration and calibration.steps:
+        default = forecast.refit_seconds(checkpoint, arch, target, calibration.length, device)
+        stages["refit"] = default * calibration.steps / forecast.DEFAULT_STEPS
+    if joint:
+        width = arch.stock_config(checkpoint.config).hidden_size
+        attention = sum(layout.num_parameters(width) for layout in target.layouts)
+        slower = (
+            1.0
+            if device.type == "cuda"
+            else forward_seconds(checkpoint, 1, device) / forward_seconds(checkpoint, 1, torch.device("cuda"))
+        )
+        stages["joint refit"] = slower * joint_seconds(num_parameters(checkpoint), attention, joint)
+    stages["files"] = checkpoint.nbytes / forecast.FILE_RATE
+    return {stage: round(seconds, 1) for stage, seconds in stages.items()}
 
 
 def _copy_rest(checkpoint: Checkpoint, target: Target, writer: Writer, progress: Progress) -> None:

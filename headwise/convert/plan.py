@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -27,12 +27,14 @@ class TensorAction:
         action: "copy" (byte for byte), "convert" (computed) or "drop".
         before: dtype and shape in the source; None for a tensor that is new.
         after: dtype and shape in the output; None for a dropped tensor.
+        reason: why it is converted or dropped; empty for a copy.
     """
 
     name: str
     action: str
     before: tuple[torch.dtype, tuple[int, ...]] | None
     after: tuple[torch.dtype, tuple[int, ...]] | None
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Plan:
         bytes_before: weights of the source.
         parameters_before: number of parameters of the source.
         peak_memory: forecast in bytes.
+        seconds: forecast by stage, on this machine; empty: not forecast.
+        exact: whether the output computes the parent's function.
         sidecars: files copied beside the weights.
         left_out: files of the source that are not copied.
         engines: for each engine whether it loads the output, with which command, and why not.
@@ -77,6 +81,8 @@ class Plan:
     peak_memory: int
     sidecars: tuple[str, ...]
     left_out: tuple[str, ...]
+    seconds: dict[str, float] = field(default_factory=dict)
+    exact: bool = False
     engines: tuple[EngineVerdict, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -112,7 +118,13 @@ class Plan:
                 for before, after in zip(self.layouts_before, self.layouts_after, strict=True)
             ],
             "tensors": [
-                {"name": a.name, "action": a.action, "before": _to_plain(a.before), "after": _to_plain(a.after)}
+                {
+                    "name": a.name,
+                    "action": a.action,
+                    "before": _to_plain(a.before),
+                    "after": _to_plain(a.after),
+                    "reason": a.reason,
+                }
                 for a in self.actions
             ],
             "shards": [{"file": s.file, "bytes": s.nbytes, "tensors": len(s.tensors)} for s in self.shards],
@@ -156,6 +168,9 @@ def make_plan(
     layouts: Sequence[AttentionLayout],
     arguments: dict[str, Any],
     peak_memory: int,
+    seconds: dict[str, float] | None = None,
+    exact: bool = False,
+    explain: Callable[[str], str] = lambda name: "",
     max_shard_size: int | str = "5GB",
     engines: Iterable[EngineVerdict] = (),
     warnings: Iterable[str] = (),
@@ -171,6 +186,9 @@ def make_plan(
         layouts: the new layout of every layer.
         arguments: the settings in force; a resumed run must have the same.
         peak_memory: forecast in bytes.
+        seconds: forecast by stage.
+        exact: whether the output computes the parent's function.
+        explain: returns why a tensor is converted or dropped.
         max_shard_size: the largest weight file.
         engines: verdicts of the engines on the output.
         warnings: lines that the user must not miss.
@@ -185,7 +203,7 @@ def make_plan(
         config=config,
         layouts_before=tuple(before),
         layouts_after=tuple(layouts),
-        actions=tuple(_tensor_actions(checkpoint, outputs)),
+        actions=tuple(_tensor_actions(checkpoint, outputs, explain)),
         outputs=outputs,
         shards=tuple(plan_shards(outputs, max_shard_size)),
         cache_before=CacheSize.of(before, dtype_of(checkpoint.config)),
@@ -193,6 +211,8 @@ def make_plan(
         bytes_before=checkpoint.nbytes,
         parameters_before=sum(math.prod(entry.shape) for entry in checkpoint.tensors.values()),
         peak_memory=peak_memory,
+        seconds=dict(seconds or {}),
+        exact=exact,
         sidecars=tuple(path.relative_to(checkpoint.folder).as_posix() for path in checkpoint.sidecars),
         left_out=tuple(checkpoint.left_out),
         engines=tuple(engines),
@@ -201,7 +221,9 @@ def make_plan(
     )
 
 
-def _tensor_actions(checkpoint: Checkpoint, outputs: Sequence[OutputTensor]) -> Iterator[TensorAction]:
+def _tensor_actions(
+    checkpoint: Checkpoint, outputs: Sequence[OutputTensor], explain: Callable[[str], str]
+) -> Iterator[TensorAction]:
     stored_entries = checkpoint.tensors | checkpoint.dropped
 
     def stored(name: str) -> tuple[torch.dtype, tuple[int, ...]] | None:
@@ -210,11 +232,18 @@ def _tensor_actions(checkpoint: Checkpoint, outputs: Sequence[OutputTensor]) -> 
 
     for tensor in outputs:
         action = "copy" if tensor.source else "convert"
-        yield TensorAction(tensor.name, action, stored(tensor.source or tensor.name), (tensor.dtype, tensor.shape))
+        yield TensorAction(
+            tensor.name,
+            action,
+            stored(tensor.source or tensor.name),
+            (tensor.dtype, tensor.shape),
+            "" if tensor.source else explain(tensor.name),
+        )
     kept = {tensor.source or tensor.name for tensor in outputs}
     for name in stored_entries:
         if name not in kept:
-            yield TensorAction(name, "drop", stored(name), None)
+            reason = "the stock class does not read it" if name in checkpoint.dropped else explain(name)
+            yield TensorAction(name, "drop", stored(name), None, reason)
 
 
 def _to_plain(tensor: tuple[torch.dtype, tuple[int, ...]] | None) -> dict[str, Any] | None:

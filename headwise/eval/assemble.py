@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 
-from headwise.eval.compare import GatedComparison, compare_perplexity, compare_tasks, correct, damage_gates
+from headwise.eval.compare import (
+    GatedComparison,
+    compare_perplexity,
+    compare_tasks,
+    correct,
+    damage_gates,
+    name_unfit_task,
+    name_unfit_text,
+)
 from headwise.eval.metrics.generation import assess_generation
 from headwise.eval.metrics.model_metrics import ModelMetrics
 from headwise.eval.pair import EvalPair
@@ -51,9 +59,14 @@ def assemble(
     compared: list[GatedComparison] = []
     if child.nats:
         parent_nats = None if parent is None else torch.tensor(parent.nats)
-        compared.append(compare_perplexity("heldout", torch.tensor(child.nats), parent_nats, child.tokens))
+        heldout = compare_perplexity("heldout", torch.tensor(child.nats), parent_nats, child.tokens)
+        compared.append(name_unfit_text(heldout, pair.child.vocabulary))
     if child.results is not None:
-        compared += compare_tasks(child.results, parent.results if parent else None)
+        samples = child.results.samples
+        compared += [
+            name_unfit_task(gated, samples.get(gated.comparison.task, ()))
+            for gated in compare_tasks(child.results, parent.results if parent else None)
+        ]
     compared = correct(compared)
     fail_above = pair.settings.fail_above
     gates = [] if fail_above is None else list(damage_gates(compared, fail_above))

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
 from headwise.eval.result import LEVEL, Comparison, Gate, Paired, Score, bounded_exp, growth
-from headwise.eval.stats import Difference, count_flips, holm, mcnemar, paired_mean, paired_ratio
+from headwise.eval.stats import (
+    Difference,
+    count_flips,
+    holm,
+    mcnemar,
+    paired_mean,
+    paired_ratio,
+    smallest_significant,
+    t_quantile,
+)
 from headwise.eval.tasks.samples import TaskFigure, TaskResults
 from headwise.eval.verdict import gate_name
 
@@ -165,24 +175,76 @@ def compare_figure(
 
 
 def correct(compared: Sequence[GatedComparison]) -> list[GatedComparison]:
-    """Apply Holm's correction to the headline figures.
+    """Apply Holm's correction, and compute the smallest damage that each figure could show.
+
+    The headline figures are one family. Every other figure with a damage is corrected for all figures together, so
+    that more metrics of a task do not weaken the test of its main figure.
 
     Args:
         compared: all figures.
 
     Returns:
-        The same figures; those of the headlines have a `p_holm`.
+        The same figures with `p_holm` and `detectable`.
     """
-    headlines = [c.comparison.paired for c in compared if c.comparison.headline and c.comparison.paired]
-    adjusted = iter(holm([paired.p_value for paired in headlines]))
+    paired = [gated for gated in compared if gated.comparison.paired]
+    headlines = [gated for gated in paired if gated.comparison.headline]
+    judged = [gated for gated in paired if gated.comparison.headline or gated.damage]
+    adjusted: dict[int, tuple[float, int]] = {}
+    for family in (judged, headlines):  # a headline takes the value of the second, smaller family
+        p_values = holm([g.comparison.paired.p_value for g in family if g.comparison.paired])
+        adjusted |= {id(g): (p_value, len(family)) for g, p_value in zip(family, p_values, strict=True)}
     corrected = []
     for gated in compared:
-        paired = gated.comparison.paired
-        if gated.comparison.headline and paired:
-            paired = replace(paired, p_holm=next(adjusted))
-            gated = replace(gated, comparison=replace(gated.comparison, paired=paired))
+        comparison = gated.comparison
+        if comparison.paired and id(gated) in adjusted:
+            p_holm, tests = adjusted[id(gated)]
+            comparison = replace(comparison, paired=replace(comparison.paired, p_holm=p_holm))
+            if gated.damage is not None:
+                gained = comparison.paired.gained if comparison.higher_is_better else comparison.paired.lost
+                smallest = smallest_significant(gated.damage, LEVEL / tests, gained)
+                if smallest is not None and comparison.is_perplexity:
+                    smallest = growth(smallest)
+                comparison = replace(comparison, detectable=smallest)
+            gated = replace(gated, comparison=comparison)
         corrected.append(gated)
     return corrected
+
+
+# Nats of the parent, as a share of those of a uniform guess, above which a text is unfit to show a loss.
+UNFIT_SHARE = 0.5
+
+
+def name_unfit_text(gated: GatedComparison, vocabulary: int | None) -> GatedComparison:
+    """Mark the perplexity of a text on which the parent itself fails.
+
+    Args:
+        gated: the perplexity of held-out text.
+        vocabulary: number of tokens that the models know; None if it is unknown.
+    """
+    comparison = gated.comparison
+    if comparison.parent is None or not vocabulary or comparison.parent.value <= vocabulary**UNFIT_SHARE:
+        return gated
+    reason = f"the parent's own perplexity is {comparison.parent.value:,.0f}, so the text does not fit the model"
+    return replace(gated, comparison=replace(comparison, unfit=reason))
+
+
+def name_unfit_task(gated: GatedComparison, samples: Sequence[Mapping[str, Any]]) -> GatedComparison:
+    """Mark the accuracy of a multiple-choice task at which the parent is not better than a guess.
+
+    Args:
+        gated: a figure of the task.
+        samples: what lm-eval logged of the task.
+    """
+    comparison = gated.comparison
+    choices = [len(sample.get("resps") or ()) for sample in samples]
+    if comparison.parent is None or comparison.metric not in ("acc", "acc_norm") or min(choices, default=0) < 2:
+        return gated
+    chance = sum(1 / number for number in choices) / len(choices)
+    error = math.sqrt(chance * (1 - chance) / comparison.samples)
+    if comparison.parent.value > chance + t_quantile(1 - LEVEL, max(1, comparison.samples - 1)) * error:
+        return gated
+    reason = f"the parent has {comparison.parent.value:.0%}, and a guess has {chance:.0%}"
+    return replace(gated, comparison=replace(comparison, unfit=reason))
 
 
 def damage_gates(compared: Sequence[GatedComparison], fail_above: float) -> Iterator[Gate]:

@@ -54,6 +54,13 @@ class EvalModel:
         return text.get("max_position_embeddings") or text.get("n_positions")
 
     @property
+    def vocabulary(self) -> int | None:
+        """Return `vocab_size`; None if config.json has none."""
+        text = self.source.config.get("text_config") or self.source.config
+        size = text.get("vocab_size")
+        return size if isinstance(size, int) else None
+
+    @property
     def architecture(self) -> AttentionModel | None:
         """Return where the decoder layers and their attention are; None for an unknown model type."""
         try:

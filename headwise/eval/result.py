@@ -75,7 +75,8 @@ class Paired:
         samples: number of pairs.
         p_value: two-sided p-value of no difference: exact McNemar for figures of 0 and 1, else as the interval.
         test: "mcnemar", "t" or "bootstrap".
-        p_holm: `p_value` after Holm's correction over the headline figures; None for other figures.
+        p_holm: `p_value` after Holm's correction: of a headline figure over the headlines, of another figure over
+            all figures. None for a figure without a damage that is no headline.
         gained: samples that only the child gets right; None if the figure does not consist of 0 and 1.
         lost: samples that only the parent gets right; None likewise.
     """
@@ -111,6 +112,9 @@ class Comparison:
         paired: None without a baseline, or for a figure that is not a mean over samples (F1, BLEU).
         damage: loss of quality: points for accuracies (0.01 is one point), relative increase for perplexities (0.01
             is 1%). None without a baseline or a direction.
+        detectable: smallest damage that these samples would show as significant. None with a damage: no damage of
+            any size.
+        unfit: why the figure cannot show a loss, such as a parent that guesses; None: it can.
     """
 
     task: str
@@ -126,6 +130,8 @@ class Comparison:
     parent: Score | None = None
     paired: Paired | None = None
     damage: float | None = None
+    detectable: float | None = None
+    unfit: str | None = None
 
     @property
     def is_perplexity(self) -> bool:
@@ -392,7 +398,9 @@ def growth(nats: float) -> float:
 
 def _summary_sentences(evaluation: Evaluation) -> Iterator[str]:
     """Yield sentences about the headline figures, the agreement with the parent and the gates."""
-    compared = [comparison for comparison in evaluation.headlines if comparison.paired is not None]
+    headlines = [comparison for comparison in evaluation.headlines if comparison.paired is not None]
+    others = [c for c in evaluation.comparisons if not c.headline and c.damage is not None]
+    compared = [*headlines, *others]
     significant = [comparison for comparison in compared if comparison.is_significant]
     if compared:
         worse = [comparison.describe() for comparison in significant if (comparison.damage or 0) > 0]

@@ -194,6 +194,27 @@ def mcnemar(gained: int, lost: int) -> float:
     return float(_distributions().binomtest(gained, gained + lost).pvalue)
 
 
+def smallest_significant(damage: Difference, level: float, gained: int | None = None) -> float | None:
+    """Compute the smallest estimated damage that these samples would show as significant.
+
+    Args:
+        damage: the damage with its sampling error; a larger estimate is worse.
+        level: two-sided p-value below which a difference is significant.
+        gained: questions that only the child gets right, where the exact McNemar test decides. None: the interval
+            of `damage` decides.
+
+    Returns:
+        The damage in the unit of `damage`; None where no damage would be significant.
+    """
+    if gained is None:
+        smallest = damage.estimate - damage.interval(1 - level)[0]
+        return smallest if math.isfinite(smallest) else None
+    for lost in range(gained + 1, damage.samples - gained + 1):
+        if mcnemar(gained, lost) < level:
+            return (lost - gained) / damage.samples
+    return None
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Correct p-values for their number by Holm's step-down procedure (1979).
 

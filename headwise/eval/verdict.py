@@ -51,7 +51,7 @@ class Damage:
             None without a parent or a direction.
         """
         paired = comparison.paired
-        if paired is None or comparison.higher_is_better is None:
+        if paired is None or comparison.higher_is_better is None or comparison.damage is None:
             return None
         sign = -1 if comparison.higher_is_better else 1
         values = [sign * paired.difference, *sorted((sign * paired.low, sign * paired.high))]
@@ -89,7 +89,8 @@ def verdict_of(evaluation: Evaluation) -> Verdict:
 
 
 def _compared(evaluation: Evaluation) -> tuple[str, str]:
-    pairs = [(c, damage) for c in evaluation.headlines if (damage := Damage.of(c)) is not None]
+    # Every metric counts, in its own direction: a perplexity can collapse while an accuracy on ten items does not.
+    pairs = [(c, damage) for c in evaluation.comparisons if (damage := Damage.of(c)) is not None]
     worse = [(c, damage) for c, damage in pairs if c.is_significant and damage.value > 0]
     if evaluation.generation and evaluation.generation.complaints:
         largest = [f"{_capital(_largest(worse))}."] if worse else []
@@ -109,17 +110,36 @@ def _compared(evaluation: Evaluation) -> tuple[str, str]:
     # Equal accuracies do not prove equality on other questions; a perplexity that is equal to the last bit does.
     if all(damage.value == 0 for _, damage in pairs) and any(damage == Damage(0, 0, 0) for _, damage in pairs):
         return "good", "every figure equals the parent's."
-    comparison, damage = max(pairs, key=lambda pair: pair[1].high)
+    unfit = "".join(f" {_capital(figure_name(c))} cannot show a loss: {c.unfit}." for c, _ in pairs if c.unfit)
+    # The parts of a group have wide intervals; the group has them all.
+    fit = [(c, damage) for c, damage in pairs if not c.unfit and c.group is None]
+    if not fit:
+        return "open", f"a loss of quality could not be measured.{unfit} Measure text and tasks that fit the model."
+    comparison, damage = max(fit, key=lambda pair: pair[1].high)
     bound = f"{format_amount(comparison, damage.high)} in {figure_name(comparison)}"
     if damage.high <= SMALL:
-        return "good", f"no significant loss, and a loss above {bound} is unlikely."
+        return "good", f"no significant loss, and a loss above {bound} is unlikely.{unfit}"
     return "open", (
-        f"no significant loss, but the samples do not rule out a loss of up to {bound}: measure more samples."
+        f"no significant loss, but the samples do not rule out a loss of up to {bound}. {_power(comparison)}"
+        f" Measure more samples.{unfit}"
     )
+
+
+def _power(comparison: Comparison) -> str:
+    """Return the smallest loss that the samples of a figure could show, in a sentence."""
+    samples = f"{comparison.samples:,} {'block' if comparison.task == 'heldout' else 'item'}"
+    samples += "s" * (comparison.samples != 1)
+    if comparison.detectable is None:
+        return f"{samples} could not show a loss of any size."
+    return f"{samples} could not show a loss below {format_amount(comparison, comparison.detectable)}."
 
 
 def _largest(worse: Sequence[_Damaged]) -> str:
     comparison, damage = max(worse, key=lambda pair: pair[1].value)
+    if comparison.is_perplexity and damage.value >= 1:
+        low, high = (f"{1 + value:,.3g}" for value in (damage.low, damage.high))
+        times = f"{1 + damage.value:,.3g} times the parent's"
+        return f"{figure_name(comparison)} is {times} (95% interval {low} to {high})"
     return (
         f"{figure_name(comparison)} is {format_amount(comparison, damage.value)} worse "
         f"(95% interval {format_interval(damage)})"
@@ -160,13 +180,15 @@ def gate_name(comparison: Comparison) -> str:
 
 
 def figure_name(comparison: Comparison) -> str:
-    """Return the name of a figure for readers: "arc_easy" or "held-out perplexity".
+    """Return the name of a figure for readers: "arc_easy", "held-out perplexity", "arc_easy acc" beside a headline.
 
     Args:
         comparison: the figure.
     """
     task = "held-out" if comparison.task == "heldout" else comparison.task
-    return f"{task} perplexity" if comparison.is_perplexity else task
+    if comparison.is_perplexity:
+        return f"{task} {comparison.metric.replace('_', ' ')}"
+    return task if comparison.headline or comparison.group else f"{task} {comparison.metric}"
 
 
 def format_amount(comparison: Comparison, value: float) -> str:

@@ -165,7 +165,14 @@ def equal_answers() -> Comparison:
     """Twenty questions with equal answers."""
     comparison = accuracy("arc_easy", 0.4, 0.0, 0.0, 1.0)
     assert comparison.paired is not None
-    return replace(comparison, samples=20, paired=replace(comparison.paired, low=-0.139, high=0.139))
+    return replace(
+        comparison, samples=20, paired=replace(comparison.paired, low=-0.139, high=0.139), detectable=0.3
+    )
+
+
+def few_answers() -> Comparison:
+    """Five questions, which cannot show a loss."""
+    return replace(equal_answers(), samples=5, detectable=None)
 
 
 def broken() -> Evaluation:

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from headwise.errors import HeadwiseError
-from headwise.eval.compare import compare_perplexity, compare_tasks, correct, damage_gates, same_questions
+from headwise.eval.compare import (
+    compare_perplexity,
+    compare_tasks,
+    correct,
+    damage_gates,
+    name_unfit_task,
+    name_unfit_text,
+    same_questions,
+)
 from tests.eval.lm_eval_files import ACC, write_results
 
 
@@ -39,6 +47,33 @@ def test_perplexity_is_compared_by_its_logarithm() -> None:
     )
     assert one.damage == pytest.approx(one.child.value / one.parent.value - 1, rel=1e-5)
     assert compared.exceeds(0.01) < 0.05 < compared.exceeds(0.06)
+
+
+def test_every_metric_of_a_task_is_tested(tmp_path: Path) -> None:
+    """A perplexity collapses while the accuracy of ten questions shows nothing."""
+    acc = [1.0, 0.0] * 5
+    nats = [-4.0 - 0.1 * i for i in range(10)]
+    collapsed = [each - 5.0 - 0.05 * i for i, each in enumerate(nats)]
+    child = write_results(tmp_path / "child", {"a": {"acc": acc[::-1], "perplexity": collapsed}})
+    parent = write_results(tmp_path / "parent", {"a": {"acc": acc, "perplexity": nats}})
+    headline, other = (gated.comparison for gated in correct(compare_tasks(child, parent)))
+    assert headline.metric == "acc" and not headline.is_significant
+    assert other.is_perplexity and other.is_significant and other.damage and other.damage > 100
+    assert headline.detectable is None  # 5 gained, 5 lost: no more than 5 more can be lost
+    assert other.detectable and 0 < other.detectable < other.damage
+
+
+def test_a_text_on_which_the_parent_fails_is_unfit(tmp_path: Path) -> None:
+    nats = torch.full((4,), math.log(598) * 50)
+    gated = compare_perplexity("heldout", nats, nats, tokens=50)
+    assert "598" in (name_unfit_text(gated, 49_152).comparison.unfit or "")
+    assert name_unfit_text(gated, 10**6).comparison.unfit is None
+    assert name_unfit_text(gated, None).comparison.unfit is None
+    guesses = write_results(tmp_path / "a", {"a": {"acc": [1.0, 0.0, 0.0, 0.0] * 10}})
+    (guess,) = compare_tasks(guesses, guesses)
+    assert "guess has 25%" in (name_unfit_task(guess, [{"resps": [0] * 4}] * 40).comparison.unfit or "")
+    assert name_unfit_task(guess, [{"resps": [0] * 20}] * 40).comparison.unfit is None
+    assert name_unfit_task(guess, [{"resps": [0]}] * 40).comparison.unfit is None  # one answer, no choices
 
 
 def test_a_group_has_the_headline_figure_of_its_tasks(tmp_path: Path) -> None:

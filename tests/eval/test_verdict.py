@@ -16,6 +16,7 @@ from tests.eval.evaluations import (
     alone,
     broken,
     equal_answers,
+    few_answers,
     full,
     identical,
     only,
@@ -30,12 +31,12 @@ from tests.eval.evaluations import (
         (
             full(),
             "bad",
-            r"50% of the parent's KV cache: a significant loss in 2 of 6 .* held-out perplexity is 3\.1% worse",
+            r"50% of the parent's KV cache: a significant loss in 2 of 8 .* held-out perplexity is 3\.1% worse",
         ),
         (
             replace(full(), fail_above=0.01),
             "bad",
-            r"fails the gate of 1% in 1 of 6 figures; arc_easy is 2\.9 points worse",
+            r"fails the gate of 1% in 1 of 8 figures; arc_easy is 2\.9 points worse",
         ),
         (
             broken(),
@@ -45,7 +46,22 @@ from tests.eval.evaluations import (
         ),
         (unharmed(), "good", r"no significant loss, and a loss above 0\.69 points in arc_easy is unlikely"),
         (identical(), "good", "every figure equals the parent's"),
-        (only(equal_answers()), "open", r"do not rule out a loss of up to 13\.9 points in arc_easy"),
+        (
+            only(equal_answers()),
+            "open",
+            r"up to 13\.9 points in arc_easy\. 20 items could not .* below 30\.0 points",
+        ),
+        (only(few_answers()), "open", r"5 items could not show a loss of any size"),
+        (
+            only(accuracy("lambada", 0.4, -0.01, 0.02, 0.6), replace(perplexity(5.92, 0.5), task="lambada")),
+            "bad",
+            r"in 1 of 2 figures; lambada perplexity is 372 times the parent's \(95% interval 137 to 1.01e\+03\)",
+        ),
+        (
+            only(replace(equal_answers(), unfit="the parent has 25%, and a guess has 25%")),
+            "open",
+            r"could not be measured\. Arc_easy cannot show a loss: the parent has 25%",
+        ),
         (alone(), "plain", "No parent was measured.*`baseline`"),
         (
             only(accuracy("arc_easy", 0.4, -0.01, 0.02, 0.6)),

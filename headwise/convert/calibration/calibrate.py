@@ -22,6 +22,9 @@ from headwise.io.writer import Writer
 from headwise.models.architecture import Architecture, find_architecture
 from headwise.progress import Progress
 
+# Tokens in a held-back sequence where no calibration has its own length.
+LOSS_LENGTH = 1024
+
 
 @dataclass(frozen=True)
 class CalibrationPlan:
@@ -146,6 +149,41 @@ def plan_notes(target: Target, calibration: CalibrationPlan | None, settings: Co
         yield f"Refit: {calibration.steps} steps per layer."
     elif settings.refit == "auto":
         yield "No refit: its forecast is over ten minutes on this device; give `refit` a number of steps to run it."
+
+
+def plan_warnings(calibration: CalibrationPlan | None) -> Iterator[str]:
+    """Yield a line of the plan for calibration text that the user did not choose and the parent did not write.
+
+    Args:
+        calibration: what is measured on the parent; None: nothing.
+    """
+    if calibration is not None and calibration.reason and calibration.text == MIXTURE:
+        yield (
+            "The calibration text is foreign to the model: English prose, dialogue and Python of this package. "
+            "Text like the model's own is better: give `calibrate` sampled, or a file."
+        )
+
+
+def plan_loss(
+    arch: Architecture, target: Target, settings: ConvertSettings, calibration: CalibrationPlan | None
+) -> CalibrationPlan | None:
+    """Return the text on which the loss of parent and result is measured.
+
+    Args:
+        arch: of the source.
+        target: the decided conversion.
+        settings: of the conversion.
+        calibration: what is measured on the parent; None: nothing.
+
+    Returns:
+        The calibration with its held-back text; without calibration, held-back text of the mixture. None for a
+        conversion that loses nothing.
+    """
+    if calibration is not None and calibration.reuse is None:
+        return calibration
+    if target.exact or settings.allow_nan or arch.auto_class != "AutoModelForCausalLM":
+        return None
+    return CalibrationPlan(MIXTURE, 0, LOSS_LENGTH, 0, settings.seed)
 
 
 def iter_layer_stats(

@@ -62,6 +62,7 @@ class CalibrationLoss:
 
     Attributes:
         tokens: predicted tokens of the held-back part.
+        source: the text, as `calibrate` names it; a file by its name alone.
         before: the parent's loss on it.
         after: the converted model's loss on it.
         text: the parent's loss on short pieces of the calibration text.
@@ -73,6 +74,7 @@ class CalibrationLoss:
     after: float | None = None
     text: float | None = None
     samples: float | None = None
+    source: str = "the calibration text"
 
 
 def choose_text(
@@ -190,14 +192,19 @@ def measure_text(
     """
     if NOTE in writer.notes or not _affordable(checkpoint, calibration, device):
         return
-    blocks, heldback = read_corpus(checkpoint, calibration, device, progress, cache)
+    try:
+        blocks, heldback = read_corpus(checkpoint, calibration, device, progress, cache)
+    except HeadwiseError:
+        if calibration.sequences:
+            raise
+        return  # a conversion without calibration needs no tokenizer
     if not len(heldback):
         return
     progress.stage("Measuring the parent on the calibration text")
     network = load_for_sampling(checkpoint, device)
     before = nats_per_token(network, heldback, batch_size=1)
     loss: dict[str, Any] = {"tokens": before.tokens, "before": _number(before.nats)}
-    if calibration.text != SAMPLED:
+    if calibration.text != SAMPLED and len(blocks):
         length = min(PIECE_LENGTH, calibration.length)
         tokenizer = load_tokenizer(checkpoint.folder, checkpoint.source)
         try:
@@ -245,7 +252,8 @@ def measure_converted(
     progress.stage("Measuring the result on held-back text")
     heldback = read_corpus(checkpoint, calibration, device, progress, cache)[1]
     after = nats_per_token(load_for_sampling(open_checkpoint(folder), device), heldback, batch_size=1)
-    return CalibrationLoss(**{**measured, "after": _number(after.nats)})
+    source = Path(calibration.text).name if Path(calibration.text).is_absolute() else calibration.text
+    return CalibrationLoss(**{**measured, "after": _number(after.nats), "source": source})
 
 
 def _read(checkpoint: Checkpoint, calibration: Any, device: torch.device, progress: Progress) -> Tensor:
@@ -303,7 +311,7 @@ def _affordable(checkpoint: Checkpoint, calibration: Any, device: torch.device) 
     """Return whether losses are measured: two models on held-back text, and the parent on two sets of pieces."""
     tokens = 2 * NUM_HELDBACK * calibration.length + 2 * NUM_PIECES * PIECE_LENGTH
     seconds = forward_seconds(checkpoint, tokens, device)
-    if calibration.text != SAMPLED:
+    if calibration.text != SAMPLED and calibration.sequences:
         seconds += sampling_seconds(checkpoint, NUM_PIECES * PIECE_LENGTH, device)
     return seconds <= LOSS_SECONDS and _fits(checkpoint, device)
 

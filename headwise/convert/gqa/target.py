@@ -84,6 +84,7 @@ class GroupedTarget:
             n for layer in range(len(pairs)) for n in self.converted_names(layer)
         }
         self.outputs = grouped_outputs(checkpoint, self.arch, config, dtype=dtype, computed=converted)
+        self._attention = {n for i in range(len(pairs)) for n in self.arch.tensor_names(config, i)}
         self._dtypes = {tensor.name: tensor.dtype for tensor in self.outputs}
         self.warnings: list[str] = []
         self.notes: list[str] = []
@@ -101,6 +102,19 @@ class GroupedTarget:
         before, after = (config["architectures"][0] for config in (self.source.config, self.config))
         if before != after:
             self.notes.append(f"The stock class becomes {after}, which has the window; it was {before}.")
+
+    def explain(self, name: str) -> str:
+        """See `Target`."""
+        if self.source.tensors[name].dtype != self._dtypes.get(name) and name not in self._attention:
+            return "another dtype"
+        part = next((role for role, module in self.arch.projections.items() if f".{module}." in name), None)
+        if self.exact:
+            return "heads repeated"
+        if part in ("q", "o"):
+            return "turned into the space of its merged KV head" + "; solved on text" * (
+                part == "o" and self.fitted
+            )
+        return "heads merged"
 
     def converted_names(self, layer: int) -> tuple[str, ...]:
         """See `Target`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -33,6 +34,19 @@ from headwise.serving import engines
 PADDED_V_HEAD_DIM = 128
 # The number of layers from which frequencies are chosen.
 NUM_SAMPLED_LAYERS = 3
+
+
+# What the tensors of DeepSeek's attention hold, for the plan.
+EXPLAINED = {
+    "kv_a_proj_with_mqa": "the latent and the shared rotary key",
+    "kv_a_layernorm": "a norm that is made linear",
+    "kv_b_proj": "keys and values of every head, read from the latent",
+    "q_proj": "queries in the latent's terms, with rotary rows",
+    "q_a_proj": "queries, first factor",
+    "q_a_layernorm": "a norm that is made linear",
+    "q_b_proj": "queries, second factor, with rotary rows",
+    "o_proj": "output of the new values",
+}
 
 
 class LatentTarget:
@@ -111,6 +125,44 @@ class LatentTarget:
         self._copies = {copy.name: copy for copy in copies}
         self._shapes = deepseek.attention_shapes(layout, self._hidden_size, bias=bias, q_lora_rank=self.q_lora_rank)
         self.outputs = mla_source.plan_outputs(copies, checkpoint.tensors, self._shapes, self.dtype)
+        self._written = {tensor.name for tensor in self.outputs}
+        self._explain_growth()
+
+    def explain(self, name: str) -> str:
+        """See `Target`."""
+        copy = self._copies.get(name)
+        if copy is None:
+            part = name.rpartition(".weight")[0].rpartition(".")[2]
+            return EXPLAINED.get(part, "attention of DeepSeek") if name in self._written else "held by the latent"
+        reasons = []
+        if name == mla_source.HEAD and copy.source == mla_source.EMBEDDING:
+            reasons.append("a head of its own, which engines need and scaled embeddings force")
+        if copy.part:
+            reasons.append(f"part {copy.part[0] + 1} of {copy.part[1]} of {copy.source.rpartition('.weight')[0]}")
+        if copy.factor != 1:
+            reasons.append(f"scaled by {copy.factor:.4g} for the norms' fixed epsilon of DeepSeek")
+        return "; ".join(reasons) or "another dtype"
+
+    def _explain_growth(self) -> None:
+        """Note why the weights grow, and how to avoid it."""
+        numbers = {tensor.name: math.prod(tensor.shape) for tensor in self.outputs}
+        before = sum(math.prod(entry.shape) for entry in self.source.tensors.values())
+        grown = sum(numbers.values()) - before
+        if grown <= 0:
+            return
+        head = numbers[mla_source.HEAD] if mla_source.HEAD not in self.source.tensors else 0
+        parts = []
+        if head:
+            parts.append(f"{head:,} for the output head, which was tied to the embeddings and is written out")
+        if grown - head > 0:
+            parts.append(
+                f"{grown - head:,} for attention: queries of {self.layouts[0].num_attention_heads} heads get "
+                "rotary rows of their own, and kv_b_proj expands the latent for every head"
+            )
+        self.notes.append(
+            f"The weights grow by {grown:,} parameters ({grown / before:.0%}): {'; '.join(parts)}. "
+            "A smaller `rank` or `rope_dim` grows them less; `to` gqa or mqa does not."
+        )
 
     def converted_names(self, layer: int) -> tuple[str, ...]:
         """See `Target`."""

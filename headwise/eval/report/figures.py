@@ -63,7 +63,8 @@ def make_drawings(evaluation: Evaluation) -> dict[str, tuple[Draw, str]]:
         Name -> the function that draws the figure, and its caption.
     """
     drawings: dict[str, tuple[Draw, str]] = {}
-    rows = [(c, damage) for c in evaluation.headlines if (damage := Damage.of(c)) is not None and _has_scale(c)]
+    shown = [c for c in evaluation.comparisons if c.headline or c.is_significant]
+    rows = [(c, damage) for c in shown if (damage := Damage.of(c)) is not None and _has_scale(c)]
     if rows:
         drawings["differences"] = (
             lambda palette: _differences(rows, evaluation.fail_above, palette),

@@ -154,12 +154,12 @@ def figures_table(evaluation: Evaluation, *, headlines: bool = False) -> list[st
 
     Args:
         evaluation: the whole result.
-        headlines: whether only the main figures are in it.
+        headlines: whether only headlines, perplexities and significant differences are in it.
 
     Returns:
         The lines.
     """
-    rows = [row for row in tables.figure_rows(evaluation) if not (headlines and row.part)]
+    rows = [row for row in tables.figure_rows(evaluation) if row.main or not headlines]
     rows = [replace(row, figure=f"↳ {row.figure}") if row.part else row for row in rows]
     if evaluation.parent is None:
         return _table(("figure", "", "child"), [(r.figure, r.detail, r.child) for r in rows], right=(2,))

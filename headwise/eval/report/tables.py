@@ -31,6 +31,7 @@ class FigureRow:
         p: corrected p-value.
         tone: "bad" or "good" for a significant difference, else "".
         part: whether the figure is a part of a group or another metric of the task above.
+        main: whether a short table has the row: a headline, a perplexity or a significant difference.
     """
 
     figure: str
@@ -43,6 +44,7 @@ class FigureRow:
     p: str
     tone: str
     part: bool
+    main: bool
 
 
 def figure_rows(evaluation: Evaluation) -> Iterator[FigureRow]:
@@ -75,6 +77,7 @@ def _row(comparison: Comparison) -> FigureRow:
         p="" if p_value is None else "< 0.001" if p_value < 0.001 else f"{p_value:.3f}",
         tone=tone,
         part=not comparison.headline,
+        main=comparison.headline or comparison.is_perplexity or bool(tone),
     )
 
 
@@ -92,7 +95,8 @@ def _difference(comparison: Comparison) -> str:
     if paired is None:
         return ""
     if comparison.is_perplexity:
-        return format_signed(100 * (Damage.of(comparison) or Damage(0, 0, 0)).value, "%")
+        value = (Damage.of(comparison) or Damage(0, 0, 0)).value
+        return f"×{1 + value:,.3g}" if value >= 1 else format_signed(100 * value, "%")
     if _is_share(comparison):
         return format_signed(100 * paired.difference)
     return format_signed(paired.difference, digits=4)
@@ -103,6 +107,8 @@ def _interval(comparison: Comparison) -> str:
     if paired is None:
         return ""
     if comparison.is_perplexity and (damage := Damage.of(comparison)) is not None:
+        if damage.value >= 1:
+            return f"×{1 + damage.low:,.3g} to ×{1 + damage.high:,.3g}"
         return f"{format_signed(100 * damage.low)} to {format_signed(100 * damage.high)}"
     scale, digits = (100, 1) if _is_share(comparison) else (1, 4)
     low, high = (format_signed(scale * end, digits=digits) for end in (paired.low, paired.high))
