@@ -35,6 +35,7 @@ from headwise.convert.choose import choose_target
 from headwise.convert.layers import choose_device, convert_layers
 from headwise.convert.plan import Plan, make_plan
 from headwise.convert.refit.joint import joint_notes, joint_seconds, plan_joint, refit_jointly, share_text
+from headwise.convert.refit.regression import DEFAULT_STEPS
 from headwise.convert.settings import SHARD_SIZE, ConvertSettings
 from headwise.convert.verify.check import check_folder
 from headwise.convert.verify.layer_damage import affordable_damage
@@ -49,6 +50,7 @@ from headwise.models.stock_match import match_source
 from headwise.progress import SILENT, Progress
 from headwise.records.card import render_card
 from headwise.records.manifest import hash_files, make_manifest, source_record
+from headwise.records.parent import PARENT
 from headwise.records.push import PushResult, check_repository, push_converted
 from headwise.serving.engines import engine_verdicts, require_engines
 from headwise.train.recovery import JointPlan
@@ -269,7 +271,7 @@ def convert_model(
         texts = text_folder(checkpoint, measured, writer) if measured else writer.work.folder
         if joint and measured:
             share_text(writer, checkpoint, joint, measured, texts, requested, progress)
-        heldback = plan_loss(arch, target, settings, calibration)
+        heldback = plan_loss(checkpoint, arch, target, settings, calibration)
         if heldback:
             measure_text(checkpoint, heldback, writer, requested, progress, texts)
         layers = convert_layers(checkpoint, arch, target, calibration, writer, work_device, progress)
@@ -321,6 +323,8 @@ def convert_model(
             )
             writer.add_text("headwise.json", json.dumps(manifest, indent=2) + "\n")
             writer.add_text("README.md", render_card(manifest, checkpoint.folder / "README.md"))
+            if checkpoint.revision is None:
+                writer.add_text(PARENT, f"{checkpoint.path.resolve()}\n")
             if verification:
                 verification[0].require(folder)
 
@@ -372,7 +376,7 @@ def _seconds(
     stages["layers"] = forecast.layer_seconds(checkpoint, arch, target, device)
     if calibration and calibration.steps:
         default = forecast.refit_seconds(checkpoint, arch, target, calibration.length, device)
-        stages["refit"] = default * calibration.steps / forecast.DEFAULT_STEPS
+        stages["refit"] = default * calibration.steps / DEFAULT_STEPS
     if joint:
         width = arch.stock_config(checkpoint.config).hidden_size
         attention = sum(layout.num_parameters(width) for layout in target.layouts)

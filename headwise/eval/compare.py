@@ -195,12 +195,12 @@ def correct(compared: Sequence[GatedComparison]) -> list[GatedComparison]:
         adjusted |= {id(g): (p_value, len(family)) for g, p_value in zip(family, p_values, strict=True)}
     corrected = []
     for gated in compared:
-        comparison = gated.comparison
-        if comparison.paired and id(gated) in adjusted:
+        comparison, pairs = gated.comparison, gated.comparison.paired
+        if pairs and id(gated) in adjusted:
             p_holm, tests = adjusted[id(gated)]
-            comparison = replace(comparison, paired=replace(comparison.paired, p_holm=p_holm))
+            comparison = replace(comparison, paired=replace(pairs, p_holm=p_holm))
             if gated.damage is not None:
-                gained = comparison.paired.gained if comparison.higher_is_better else comparison.paired.lost
+                gained = pairs.gained if comparison.higher_is_better else pairs.lost
                 smallest = smallest_significant(gated.damage, LEVEL / tests, gained)
                 if smallest is not None and comparison.is_perplexity:
                     smallest = growth(smallest)

@@ -25,7 +25,10 @@ from headwise.eval.settings import EvalSettings
 from headwise.eval.stats import require_packages
 from headwise.eval.tasks.harness import Harness
 from headwise.fields import settings_of
+from headwise.io.source import find_source
 from headwise.progress import SILENT, Progress
+from headwise.records.manifest import read_record
+from headwise.records.parent import recorded_source
 
 
 def evaluate_model(
@@ -54,7 +57,8 @@ def evaluate_model(
 
     Args:
         child: a folder, or `org/name[@revision]`.
-        baseline: the parent, a folder or `org/name[@revision]`; None: nothing is compared.
+        baseline: the parent, a folder or `org/name[@revision]`; None: the one that the record of `child` names, if
+            it can be found. Nothing is compared without one.
         recipe: name of a recipe in the library (quick, standard, long-context), or a YAML file. None: quick, or
             only `tasks` if they are given.
         tasks: names or patterns of lm-eval's tasks, or YAML files; they are added to those of the recipe.
@@ -82,6 +86,7 @@ def evaluate_model(
         HeadwiseError: there is no such model, recipe or task; parent and child have different tokenizers; a task
             needs the network; a package is not installed.
     """
+    baseline = recorded_parent(child, token, progress) if baseline is None else baseline
     given = locals()
     settings = EvalSettings(**{name: given[name] for name in settings_of(EvalSettings)})
     chosen = settings.choose_recipe()
@@ -138,6 +143,30 @@ def evaluate_model(
     _warn_of_fixed_examples(evaluation, settings, progress)
     progress.note(f"Report: {out}")
     return evaluation
+
+
+def recorded_parent(child: str | Path, token: str | None, progress: Progress) -> str | Path | None:
+    """Return the parent that the record of a converted model names, if it can be found.
+
+    Args:
+        child: a folder, or `org/name[@revision]`.
+        token: token of the Hub.
+        progress: receives a note that names the parent.
+
+    Raises:
+        HeadwiseError: there is no such model.
+    """
+    source = find_source(child, token=token, progress=progress)
+    if (record := read_record(source.folder)) is None:
+        return None
+    parent = recorded_source(record, source.folder)
+    named = record.get("source")
+    name = named.get("model") if isinstance(named, dict) else None
+    if parent is not None:
+        progress.note(f"Parent: {parent}, from the record of {child}.")
+    elif name:
+        progress.warn(f"The parent {name} was not found, so nothing is compared: give `baseline`.")
+    return parent
 
 
 def _warn_of_fixed_examples(evaluation: Evaluation, settings: EvalSettings, progress: Progress) -> None:

@@ -65,7 +65,10 @@ def check_compatible(
         if SELF in recipe.data.text:
             raise SettingError("teacher", "The text self is sampled from the parent.", "Give `teacher`.")
         if recipe.needs_teacher:
-            raise SettingError("teacher", "This recipe needs the parent as a teacher.", "Give `teacher`.")
+            named = (record or {}).get("source")
+            name = named.get("model") if isinstance(named, dict) else None
+            missing = f", and {name}, which headwise.json names, is not where it was" if name else ""
+            raise SettingError("teacher", f"This recipe needs the parent as a teacher{missing}.", "Give `teacher`.")
         return
     teacher_config, source = teacher.text, teacher.checkpoint.source
     if config.vocab_size != teacher_config.vocab_size:

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from headwise.convert.verify.check import check_folder
 from headwise.environment import HEADWISE_VERSION
-from headwise.errors import GateFailed, HeadwiseError
+from headwise.errors import GateFailed
 from headwise.io.reader import Checkpoint, open_checkpoint
-from headwise.io.source import EMBEDDED_MODEL, find_gguf, read_json
+from headwise.io.source import read_json
 from headwise.io.workdir import write_file_atomically
 from headwise.io.writer import Writer
 from headwise.progress import SILENT, Progress
 from headwise.records.card import render_card
 from headwise.records.manifest import RECORD, hash_files
+from headwise.records.parent import PARENT, read_parent_path
 from headwise.train.student import ModelFolder, Student
 
 CARD, CURVES = "README.md", ("curve.csv", "curve.png")
@@ -144,6 +145,8 @@ def verify_and_write_metadata(
     }
     writer.add_text(RECORD, json.dumps(record, indent=2) + "\n")
     writer.add_text(CARD, render_card(record, checkpoint.folder / CARD))
+    if (parent := read_parent_path(checkpoint.folder)) is not None:
+        writer.add_text(PARENT, f"{parent}\n")
     verification.require(writer.folder)
 
 
@@ -156,37 +159,6 @@ def record_before(before: Mapping[str, Any] | None, checkpoint: Checkpoint) -> d
     """
     source = {"model": model_name(checkpoint).partition("@")[0], "revision": checkpoint.revision}
     return {"headwise": HEADWISE_VERSION, "arguments": {}, "source": source} | dict(before or {})
-
-
-def recorded_source(record: Mapping[str, Any] | None, checkpoint: Checkpoint) -> str | Path | None:
-    """Return the parent that a folder's record names, where it can be found.
-
-    Args:
-        record: the folder's headwise.json, or None.
-        checkpoint: the folder.
-
-    Returns:
-        The repository and its commit, or a folder or GGUF file of the recorded name and files: beside the converted
-        folder, in the working directory, or the embedded model. None where there is none.
-    """
-    source = (record or {}).get("source")
-    if not isinstance(source, dict) or not isinstance(source.get("model"), str):
-        return None
-    if source.get("revision"):
-        return f"{source['model']}@{source['revision']}"
-    folders = [checkpoint.folder.parent / source["model"], Path(source["model"]), EMBEDDED_MODEL]
-    return next((folder for folder in folders if _has_files(folder, source.get("files"))), None)
-
-
-def _has_files(folder: Path, files: Any) -> bool:
-    """Return whether a model folder, or a GGUF file, has the recorded files."""
-    if not isinstance(files, dict) or not ((folder / "config.json").is_file() or find_gguf(folder)):
-        return False
-    try:
-        opened = open_checkpoint(folder).files
-    except HeadwiseError:
-        return False
-    return {name: {"bytes": state.size, "header_sha256": state.header} for name, state in opened.items()} == files
 
 
 def pretraining_tokens(*folders: ModelFolder | None) -> int | None:

@@ -34,6 +34,7 @@ from headwise.recipes.compatibility import check_compatible
 from headwise.recipes.layerwise import train_layers
 from headwise.recipes.settings import UptrainRecipe
 from headwise.records.manifest import read_record
+from headwise.records.parent import recorded_source
 from headwise.text import packing
 from headwise.text.blocks import blocks_from, training_blocks
 from headwise.text.marks import given_tokens, tokens_of
@@ -119,7 +120,7 @@ class Run:
         self.is_main_process, self.device = self.processes.is_main_process, self.processes.device
         self.progress = progress if self.is_main_process else SILENT
         self.record = read_record(folder.checkpoint.folder)
-        parent = teacher if teacher is not None else outcome.recorded_source(self.record, folder.checkpoint)
+        parent = teacher if teacher is not None else recorded_source(self.record, folder.checkpoint.folder)
         self.teacher = ModelFolder.of(open_checkpoint(parent, progress=progress)) if parent is not None else None
         self.tokenizer = load_tokenizer(folder.checkpoint.folder, folder.checkpoint.source)
         check_compatible(recipe, folder, self.teacher, self.tokenizer, self.record)

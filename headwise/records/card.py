@@ -6,7 +6,7 @@ The card does not depend on the time or the machine: a repeated conversion write
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
@@ -25,6 +25,8 @@ INHERITED = ("license", "license_name", "license_link", "language", "pipeline_ta
 MAX_CARD, MAX_FRONT_MATTER = 1_000_000, 100_000
 FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(.*?)^---[ \t]*$\n?", re.DOTALL | re.MULTILINE)
 MOST_DAMAGED = 5  # layers that the card names
+# The first words of common licence files, and the Hub's names of the licences.
+LICENCES = {"Apache License Version 2.0": "apache-2.0", "MIT License": "mit", "BSD 3-Clause": "bsd-3-clause"}
 EVALUATION = "Evaluation"  # the section of the measured figures
 UPTRAINING = "Uptraining"  # the section of a training run
 # The words for the step of a method.
@@ -39,20 +41,28 @@ def render_card(manifest: Mapping[str, Any], source_card: Path | None = None) ->
         source_card: the source's README.md, for its licence and language.
     """
     source, attention = manifest["source"], manifest.get("attention")
-    revision = source.get("revision")
+    revision, known = source.get("revision"), inherited(source_card)
+    if "license" not in known:
+        known |= _licence_of(source_card.parent if source_card else None, manifest.get("files") or {})
+    if _is_causal(manifest):
+        known.setdefault("pipeline_tag", "text-generation")
     data = ModelCardData(
         base_model=source["model"] if revision else None,
         # Of the relations the Hub knows (adapter, merge, quantized, finetune), the one for changed weights.
         base_model_relation="finetune" if revision else None,
         library_name="transformers",
         tags=["headwise", "attention-conversion", attention["kind"]] if attention else ["headwise"],
-        **inherited(source_card),
+        **known,
     )
     lines = [
-        *(_conversion(manifest) if attention else [f"# {source['model']}, uptrained"]),
+        *(_title(manifest) if attention else [f"# {source['model']}, uptrained", ""]),
+        *_usage(manifest),
+        *_serving(manifest.get("engines") or []),
+        *_origin(manifest, known),
+        *_quality(manifest),
+        *(_conversion(manifest) if attention else []),
         *(line for facts in manifest.get("uptraining") or [] for line in _uptraining(facts)),
         "",
-        *_serving(manifest.get("engines") or []),
         "## Checks",
         "",
         *_checks(manifest.get("verification")),
@@ -62,14 +72,97 @@ def render_card(manifest: Mapping[str, Any], source_card: Path | None = None) ->
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"))
 
 
-def _conversion(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the title, and what the conversion did."""
+def _is_causal(manifest: Mapping[str, Any]) -> bool:
+    return str(manifest.get("class") or "ForCausalLM").endswith("ForCausalLM")
+
+
+def _licence_of(folder: Path | None, files: Collection[str]) -> dict[str, str]:
+    """Return the licence that a licence file of the source is, where no card names it.
+
+    Args:
+        folder: the source; None: it is unknown.
+        files: names of the files beside the weights.
+    """
+    name = next((name for name in sorted(files) if name.upper().startswith(("LICENSE", "LICENCE"))), None)
+    if folder is None or name is None or not (folder / name).is_file():
+        return {}
+    start = " ".join((folder / name).read_bytes()[:400].decode(errors="replace").split())
+    known = next((spdx for words, spdx in LICENCES.items() if words in start), None)
+    if known:
+        return {"license": known}
+    return {"license": "other", "license_name": "see-licence-file", "license_link": name}
+
+
+def _title(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the title, and the model in two sentences."""
     source = manifest["source"]
     origin = f"`{source['model']}`" + (f" at commit `{source['revision']}`" if source["revision"] else "")
     yield f"# {source['model']} with {manifest['attention']['after']}"
     yield ""
     yield f"Converted from {origin} by headwise {manifest['headwise']}. Stock transformers loads it without custom"
     yield "code. `headwise.json` is the record of the conversion."
+    yield ""
+
+
+def _usage(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the section with the code that loads the model; OUT stands for the folder or its repository."""
+    auto, reader = "AutoModelForCausalLM", "AutoTokenizer"
+    if not _is_causal(manifest):
+        auto, reader = "AutoModelForImageTextToText", "AutoProcessor"
+    yield "## Usage"
+    yield ""
+    yield "OUT is the path of this folder, or the name of its repository on the Hub."
+    yield ""
+    yield "```python"
+    yield f"from transformers import {auto}, {reader}"
+    yield ""
+    yield f'model = {auto}.from_pretrained("OUT", dtype="auto", device_map="auto")'
+    yield f'tokenizer = {reader}.from_pretrained("OUT")'
+    yield 'inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)'
+    yield "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"
+    yield "```"
+    yield ""
+
+
+def _origin(manifest: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the section about the base model, its licence and the intended use."""
+    source = manifest["source"]
+    link = f"[{source['model']}](https://huggingface.co/{source['model']})"
+    yield "## Base model, licence and intended use"
+    yield ""
+    local = f"`{source['model']}`, a local folder"
+    yield f"- Base model: {link if source.get('revision') else local}."
+    if known.get("license"):
+        yield f"- Licence: that of the base model, `{known.get('license_name') or known['license']}`."
+    else:
+        yield "- Licence: that of the base model, which names none in its files."
+    yield "- Intended use: that of the base model, where its KV cache is too large. Its limits and risks apply here"
+    yield "  too. Lossy conversions can lose facts, long contexts or instructions: evaluate your own use first."
+    yield ""
+
+
+def _quality(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the section that `headwise card` replaces by the figures of an evaluation."""
+    yield f"## {EVALUATION}"
+    yield ""
+    if manifest.get("exact") and not manifest.get("uptraining"):
+        yield "The conversion is exact: the model computes the function of its base model. No task was measured."
+        yield ""
+        return
+    yield "> [!WARNING]"
+    yield "> The quality of this model was not measured on any task. `headwise eval` measures it against its base"
+    yield "> model, and `headwise card` writes the figures here."
+    yield ""
+    loss = manifest.get("text_loss")
+    if loss and loss["before"] is not None and loss["after"] is not None and not manifest.get("uptraining"):
+        yield f"Loss on {loss['tokens']:,} held-back tokens of {loss['source']}, in nats per token: the base model"
+        yield f"{loss['before']:.4f}, this model {loss['after']:.4f} ({loss['after'] - loss['before']:+.4f})."
+        yield ""
+
+
+def _conversion(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the conversion did."""
+    yield "## Conversion"
     yield ""
     yield from _method_lines(manifest)
     yield from _before_and_after(manifest)
@@ -302,8 +395,6 @@ def _serving(verdicts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         evidence = f"{row['evidence']}: {row['versions']}" if row["evidence"] else ""
         yield f"| {row['name']} | {SERVED[row['verdict']]} | {row['reason']} | {evidence} |"
     if commands := [command for row in verdicts for command in row["commands"]]:
-        yield ""
-        yield "OUT is this folder."
         yield ""
         yield "```"
         yield from commands

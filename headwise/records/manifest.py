@@ -48,6 +48,14 @@ class DecidedConversion(Protocol):
         """The settings in force."""
 
     @property
+    def config(self) -> dict[str, Any]:
+        """The new config.json."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the output computes the parent's function."""
+
+    @property
     def layouts_before(self) -> tuple[AttentionLayout, ...]:
         """The layouts of the source."""
 
@@ -119,6 +127,8 @@ def make_manifest(
         "source": source_record(plan, checkpoint),
         "versions": versions(PACKAGES),
         "device": device,
+        "class": next(iter(plan.config.get("architectures") or []), None),
+        "exact": plan.exact,
         "attention": {
             "before": layout_names(before),
             "after": layout_names(after),

@@ -28,8 +28,8 @@ from headwise.io.reader import Checkpoint, as_bytes, make_buffers, open_checkpoi
 from headwise.io.tokenizer import load_tokenizer
 from headwise.models.config import stock_text_config
 from headwise.models.stock import load_model
-from headwise.recipes.outcome import recorded_source
 from headwise.records.manifest import read_record
+from headwise.records.parent import recorded_source
 from headwise.train.student import ModelFolder
 from tests.command_line import run
 from tests.io.gguf_files import (
@@ -394,11 +394,11 @@ def test_the_file_is_found_as_the_recorded_parent(llama: Path, tmp_path: Path) -
     path = Path(shutil.copy(llama, tmp_path / llama.name))
     convert_model(path, tmp_path / "out", to="mqa", calibrate="none", verify=False)
     converted, record = open_checkpoint(tmp_path / "out"), read_record(tmp_path / "out")
-    assert recorded_source(record, converted) == path
+    assert recorded_source(record, converted.folder) == path
     teacher = ModelFolder.of(open_checkpoint(path)).load(torch.float32)
     assert relative(logits_of(teacher), logits_of(tiny_model("llama"))) < 5e-2
     write_gguf(path, "llama", Kind.Q4_0)
-    assert recorded_source(record, converted) is None
+    assert recorded_source(record, converted.folder) is None
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -69,6 +71,35 @@ def test_card_names_the_repository_it_came_from(model):
     plan = replace(plan_for(model, 4), model="org/name", revision="c0ffee")
     data = ModelCard(render_card(record_of(model, plan=plan))).data.to_dict()
     assert (data["base_model"], data["base_model_relation"]) == ("org/name", "finetune")
+
+
+def test_card_loads_the_model_and_warns_until_it_is_measured(model):
+    loss = {"source": "mixture", "tokens": 70, "before": 2.0, "after": 2.5, "text": None, "samples": None}
+    text = render_card(record_of(model, text_loss=loss))
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    ast.parse(code)
+    assert (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer" in code and 'from_pretrained("OUT"' in code
+    )
+    assert "> [!WARNING]\n> The quality of this model was not measured" in text
+    assert "base model\n2.0000, this model 2.5000 (+0.5000)." in text
+    assert "- Licence: that of the base model, which names none" in text
+    assert ModelCard(text).data.pipeline_tag == "text-generation"
+    measured = with_section(text, "Evaluation", "No loss.")
+    assert "WARNING" not in measured and measured.count("## Evaluation") == 1
+    seeing = record_of(model) | {"class": "LlavaForConditionalGeneration"}
+    assert "AutoModelForImageTextToText, AutoProcessor" in render_card(seeing)
+    exact = record_of(model) | {"exact": True}
+    assert "WARNING" not in render_card(exact) and "conversion is exact" in render_card(exact)
+
+
+def test_licence_comes_from_a_licence_file_where_no_card_names_it(model, tmp_path):
+    record = record_of(model) | {"files": {"LICENSE": "00"}}
+    for words, licence in (("Apache License\n  Version 2.0, January 2004", "apache-2.0"), ("Own words", "other")):
+        (tmp_path / "LICENSE").write_text(words)
+        data = ModelCard(render_card(record, tmp_path / "README.md")).data
+        assert data.license == licence
+    assert data.license_link == "LICENSE"
 
 
 def test_card_says_when_nothing_was_checked_or_approximated(model):

@@ -22,9 +22,6 @@ from headwise.io.writer import Writer
 from headwise.models.architecture import Architecture, find_architecture
 from headwise.progress import Progress
 
-# Tokens in a held-back sequence where no calibration has its own length.
-LOSS_LENGTH = 1024
-
 
 @dataclass(frozen=True)
 class CalibrationPlan:
@@ -165,12 +162,17 @@ def plan_warnings(calibration: CalibrationPlan | None) -> Iterator[str]:
 
 
 def plan_loss(
-    arch: Architecture, target: Target, settings: ConvertSettings, calibration: CalibrationPlan | None
+    checkpoint: Checkpoint,
+    arch: Architecture,
+    target: Target,
+    settings: ConvertSettings,
+    calibration: CalibrationPlan | None,
 ) -> CalibrationPlan | None:
     """Return the text on which the loss of parent and result is measured.
 
     Args:
-        arch: of the source.
+        checkpoint: the source.
+        arch: its architecture.
         target: the decided conversion.
         settings: of the conversion.
         calibration: what is measured on the parent; None: nothing.
@@ -183,7 +185,8 @@ def plan_loss(
         return calibration
     if target.exact or settings.allow_nan or arch.auto_class != "AutoModelForCausalLM":
         return None
-    return CalibrationPlan(MIXTURE, 0, LOSS_LENGTH, 0, settings.seed)
+    length = min(forecast.CALIBRATION_LENGTH, forecast.trained_length(checkpoint, arch))
+    return CalibrationPlan(MIXTURE, 0, length, 0, settings.seed)
 
 
 def iter_layer_stats(

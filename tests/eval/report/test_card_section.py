@@ -72,7 +72,7 @@ def test_the_card_gets_the_figures_and_keeps_its_text(folders, out):
     assert text.index("## Evaluation") < text.index("## Errors") < text.index("## Command")
     assert before.split("## Errors")[1] == text.split("## Errors")[1]
     assert (
-        "a significant loss in 2 of 6" in text
+        "a significant loss in 2 of 8" in text
         and "| arc_easy | acc_norm, 1,000 samples | 43.1% | 40.2% | **−2.9** |" in text
     )
     assert "mmlu_anatomy" not in text, "only the main figures"
@@ -187,7 +187,7 @@ def test_a_refused_benchmark_gets_one_sentence(folders, out, argument, words):
         cli, ["card", str(out), str(folders / "report"), "--eval-result", argument]
     )
     assert result.exit_code == 2 and words in result.stderr and "Traceback" not in result.stderr
-    assert "## Evaluation" not in (out / "README.md").read_text() and not (out / ".eval_results").exists()
+    assert "[!WARNING]" in (out / "README.md").read_text() and not (out / ".eval_results").exists()
 
 
 def test_the_command(folders, out):
