@@ -293,7 +293,7 @@ def render_uptraining(result: UptrainResult) -> None:
         console.print_line(f"Gap to the parent closed: {result.gap_closed:.1%}.")
     _detail_layers(result.layers)
     if result.tokens:
-        console.note(f"Trained on {result.tokens:,} tokens in {result.seconds:,.0f} s.")
+        console.note(f"Trained on {result.tokens:,} tokens in {result.seconds:,.0f} s, measurements included.")
     console.note(f"Wrote {result.out}.")
 
 

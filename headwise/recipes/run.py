@@ -302,6 +302,12 @@ class Run:
         self.progress.stage(f"reading {', '.join(recipe.data.text)}")
         # Whole steps of text and no more: the order of rows follows their number.
         whole_steps = math.ceil(tokens / training.batch_tokens) * training.batch_tokens
+        if whole_steps != tokens:
+            steps = whole_steps // training.batch_tokens
+            self.progress.note(
+                f"The budget of {tokens:,} tokens is rounded up to {steps:,} whole step{'s' * (steps != 1)} of "
+                f"{training.batch_tokens:,}: {whole_steps:,} tokens."
+            )
         blocks, self.text = self.training_blocks(whole_steps, training.seed)
         if isinstance(blocks, Tensor):
             blocks = self._fill_a_step(blocks[: whole_steps // recipe.data.length], training.batch_tokens)
@@ -399,7 +405,9 @@ class Run:
             outcome.verify_and_write_metadata(writer, facts, self.record, checkpoint, self.accept, self.progress)
 
         if (curve := self.training_dir / "curve.csv").exists():
-            draw_curve(curve, curve.with_suffix(".png"), parent=self.parent, title=f"Uptraining: {self.name}")
+            title = f"Uptraining: {self.name}"
+            if not draw_curve(curve, curve.with_suffix(".png"), parent=self.parent, title=title):
+                self.progress.note("No curve is drawn: fewer than three losses were measured.")
         outcome.add_files(writer, checkpoint, self.training_dir)
         out = writer.publish(check)
         self.progress.finish()

@@ -60,6 +60,8 @@ class CurveCallback(TrainerCallback):
         self.parent, self.before = parent, before
         self.started, self.max_steps = time.time(), 0
         self.reported_tokens, self.resumed_tokens = 0, 0
+        # Seconds outside the training: measurements and checkpoints between two steps.
+        self.paused, self._step_ended, self._interrupted = 0.0, 0.0, False
         self.closed: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -67,16 +69,26 @@ class CurveCallback(TrainerCallback):
         rows: list[list[Any]] = _rows_until(self.path, state.global_step) if state.global_step else []
         self.resumed_tokens = self.reported_tokens = state.global_step * self.batch_tokens
         self.started = time.time() - (float(rows[-1][2]) if rows else 0.0)
-        self._resumed_at = time.time()
+        self._resumed_at = self._step_ended = time.time()
         if not rows and self.before is not None and math.isfinite(self.before):
             self.closed = gap_closed(self.before, self.parent, self.before)
             rows = [[0, 0, "0.0", "", "", self.before, "" if self.closed is None else f"{self.closed:.4f}"]]
         if state.is_world_process_zero:
             self._write([self.COLUMNS, *rows], write_file_atomically)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Leave the time of a measurement or a checkpoint out of the rate."""
+        if self._interrupted:
+            self.paused += time.time() - self._step_ended
+        self._interrupted = False
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Measure after the last step, however seldom the recipe measures."""
         control.should_evaluate |= state.global_step >= state.max_steps
+        self._interrupted = control.should_evaluate or control.should_save
+        if self._interrupted and torch.cuda.is_available():
+            torch.cuda.synchronize()  # steps are queued, and count as training
+        self._step_ended = time.time()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Write a line for a report that has a training loss or a held-out loss."""
@@ -96,7 +108,8 @@ class CurveCallback(TrainerCallback):
         if self.closed is not None and "eval_loss" in logs:
             shown["gap closed"] = f"{self.closed:.1%}"
         if tokens > self.resumed_tokens:
-            shown["tokens/s"] = f"{(tokens - self.resumed_tokens) / (now - self._resumed_at):,.0f}"
+            seconds = self._step_ended - self._resumed_at - self.paused
+            shown["tokens/s"] = f"{(tokens - self.resumed_tokens) / max(seconds, 1e-9):,.0f}"
         self.progress.advance(tokens - self.reported_tokens, **shown)
         self.reported_tokens = tokens
 

@@ -11,7 +11,10 @@ from headwise.io.workdir import write_file_atomically
 INK, PALE, HELDOUT, TRAINING = "#1f2937", "#e5e7eb", "#0072b2", "#8a8a8a"
 
 
-def draw_curve(curve: Path, path: Path, *, parent: float | None = None, title: str = "") -> None:
+FEWEST_POINTS = 3  # two points are a line that shows no course
+
+
+def draw_curve(curve: Path, path: Path, *, parent: float | None = None, title: str = "") -> bool:
     """Draw a PNG of a curve.csv: the held-out loss with the parent's as a line, and the training loss below.
 
     Args:
@@ -19,12 +22,19 @@ def draw_curve(curve: Path, path: Path, *, parent: float | None = None, title: s
         path: where the PNG goes.
         parent: the parent's nats per token on the same held-out text.
         title: the sentence above.
+
+    Returns:
+        Whether a picture was drawn: a curve of fewer than three points is left out.
     """
+    heldout, training = (_column(curve, name) for name in ("heldout", "loss"))
+    curves = (("held-out", heldout), ("training", training))
+    shown = [(name, points) for name, points in curves if len(points) >= FEWEST_POINTS]
+    if not shown:
+        path.unlink(missing_ok=True)
+        return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    heldout, training = (_column(curve, name) for name in ("heldout", "loss"))
-    shown = [(name, points) for name, points in (("held-out", heldout), ("training", training)) if points]
     figure = Figure(figsize=(8, 5), dpi=160, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     ratios = [3, 2][: len(shown)] or [1]
@@ -43,6 +53,7 @@ def draw_curve(curve: Path, path: Path, *, parent: float | None = None, title: s
     panels[0].set_title(title, loc="left", color=INK, fontsize=13, fontweight="bold", pad=12)
     panels[-1].set_xlabel("tokens (millions)", color=INK)
     write_file_atomically(path, lambda to: figure.savefig(to, format="png"))
+    return True
 
 
 def _column(curve: Path, name: str) -> list[tuple[float, float]]:

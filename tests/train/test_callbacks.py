@@ -50,11 +50,18 @@ def run(curve: CurveCallback, begin: int, reports: dict[int, dict[str, float]]) 
 
 
 def test_a_curve_has_how_much_of_the_gap_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 100.0, 100.0, 100.0, 110.0, 120.0])
-    monkeypatch.setattr(time, "time", lambda: next(clock))
+    clock = [100.0]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
     heard = Heard()
     curve = CurveCallback(tmp_path / "curve.csv", 1000, heard, parent=2.0)
-    run(curve, 0, {0: {"eval_loss": 3.0}, 10: {"loss": 2.6, "learning_rate": 0.1}, 20: {"eval_loss": 2.25}})
+    run(curve, 0, {0: {"eval_loss": 3.0}})
+    for step, logs in ((10, {"loss": 2.6, "learning_rate": 0.1}), (20, {"eval_loss": 2.25})):
+        control = SimpleNamespace(should_evaluate=True, should_save=False)
+        curve.on_step_begin(None, state(step - 1), control)
+        clock[0] += 10.0
+        curve.on_step_end(None, state(step), control)
+        clock[0] += 77.0  # a measurement, which is not training
+        curve.on_log(None, state(step), control, logs=logs)
 
     read = rows(tmp_path / "curve.csv")
     assert [row["tokens"] for row in read] == ["0", "10000", "20000"]
@@ -72,7 +79,7 @@ def test_a_curve_has_both_its_ends(tmp_path: Path) -> None:
     curve.on_train_begin(None, state(0), None)
     assert [(row["tokens"], row["heldout"], row["closed"]) for row in rows(curve.path)] == [("0", "3.0", "0.0000")]
     for step, measured in ((39, False), (40, True)):
-        control = SimpleNamespace(should_evaluate=False)
+        control = SimpleNamespace(should_evaluate=False, should_save=False)
         curve.on_step_end(None, state(step), control)
         assert control.should_evaluate is measured
 

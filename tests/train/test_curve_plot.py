@@ -12,6 +12,14 @@ from headwise.train.curve_plot import draw_curve
 HEADER = "step,tokens,seconds,loss,learning_rate,heldout,closed\n"
 
 
+def test_two_points_are_no_curve(tmp_path: Path) -> None:
+    path = tmp_path / "curve.csv"
+    path.write_text(HEADER + "0,0,0.0,,,3.0,\n10,100000,1.0,2.5,1e-3,2.8,\n")
+    (tmp_path / "curve.png").write_bytes(b"of an earlier run")
+    assert not draw_curve(path, tmp_path / "curve.png", parent=2.0)
+    assert not (tmp_path / "curve.png").exists()
+
+
 @pytest.mark.parametrize("measured", [True, False])
 def test_the_picture_shows_the_parent(tmp_path: Path, measured: bool) -> None:
     path = tmp_path / "curve.csv"
@@ -19,7 +27,7 @@ def test_the_picture_shows_the_parent(tmp_path: Path, measured: bool) -> None:
     if measured:
         lines += [f"{step},{step}00000,1.0,,,{2 + 1 / (1 + step)}," for step in (0, 15, 30)]
     path.write_text(HEADER + "\n".join(lines) + "\n")
-    draw_curve(path, tmp_path / "with.png", parent=2.0, title="A title")
+    assert draw_curve(path, tmp_path / "with.png", parent=2.0, title="A title")
     draw_curve(path, tmp_path / "without.png", title="A title")
     one, other = imread(tmp_path / "with.png"), imread(tmp_path / "without.png")
     assert one.shape == other.shape and one.std() > 0.02

@@ -37,6 +37,7 @@ class CalibrationPlan:
         fitted: whether output matrices are solved for.
         keep: folder to save the moments in.
         reuse: folder to read the moments from instead of measuring them.
+        asked: tokens that the settings name, before they are rounded down to whole sequences; None: none.
     """
 
     text: str
@@ -48,6 +49,7 @@ class CalibrationPlan:
     fitted: bool = False
     keep: Path | None = None
     reuse: Path | None = None
+    asked: int | None = None
 
     @property
     def keeps_text(self) -> bool:
@@ -58,6 +60,12 @@ class CalibrationPlan:
     def tokens(self) -> int:
         """Return the number of calibration tokens."""
         return self.sequences * self.length
+
+    @property
+    def amount(self) -> str:
+        """Return the number of tokens in words, and that it is rounded."""
+        rounded = f" (rounded down from {self.asked:,})" if self.asked not in (None, self.tokens) else ""
+        return f"{self.tokens:,} tokens{rounded}"
 
     def described(self) -> dict[str, Any]:
         """Return what the measurement depends on, for the record; local folders are left out."""
@@ -122,6 +130,7 @@ def plan_calibration(
         reason=chosen.reason,
         fitted=target.fitted,
         keep=settings.save_moments,
+        asked=settings.calibration_tokens,
     )
 
 
@@ -137,7 +146,7 @@ def plan_notes(target: Target, calibration: CalibrationPlan | None, settings: Co
         if target.calibrated:
             yield "Not calibrated: every direction of the attention input counts the same."
         return
-    yield f"Calibration: {calibration.tokens:,} tokens of {calibration.text} in sequences of {calibration.length}."
+    yield f"Calibration: {calibration.amount} of {calibration.text} in sequences of {calibration.length}."
     if calibration.reason:
         yield f"Calibration text: {calibration.text}, because {calibration.reason}."
     if target.fitted and not calibration.fitted:
@@ -216,9 +225,7 @@ def iter_layer_stats(
         saved = Moments.open(calibration.reuse, checkpoint)
         yield from ((saved.read(i, device), i) for i in layers)
         return
-    progress.note(
-        f"Reading {calibration.tokens:,} tokens of {calibration.text} through the parent, layer by layer."
-    )
+    progress.note(f"Reading {calibration.amount} of {calibration.text} through the parent, layer by layer.")
     blocks, _ = read_corpus(checkpoint, calibration, device, progress, cache)
     arch = find_architecture(target.parent_config, checkpoint.tensors)
     stream = LayerStream(checkpoint, arch, blocks, device, target.parent_config)

@@ -111,9 +111,7 @@ class GroupedTarget:
         if self.exact:
             return "heads repeated"
         if part in ("q", "o"):
-            return "turned into the space of its merged KV head" + "; solved on text" * (
-                part == "o" and self.fitted
-            )
+            return "turned to its merged KV head" + "; solved on text" * (part == "o" and self.fitted)
         return "heads merged"
 
     def converted_names(self, layer: int) -> tuple[str, ...]:

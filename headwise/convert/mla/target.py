@@ -38,13 +38,13 @@ NUM_SAMPLED_LAYERS = 3
 
 # What the tensors of DeepSeek's attention hold, for the plan.
 EXPLAINED = {
-    "kv_a_proj_with_mqa": "the latent and the shared rotary key",
-    "kv_a_layernorm": "a norm that is made linear",
-    "kv_b_proj": "keys and values of every head, read from the latent",
-    "q_proj": "queries in the latent's terms, with rotary rows",
+    "kv_a_proj_with_mqa": "latent and shared rotary key",
+    "kv_a_layernorm": "a norm, made linear",
+    "kv_b_proj": "keys and values, from the latent",
+    "q_proj": "queries of the latent, rotary rows",
     "q_a_proj": "queries, first factor",
-    "q_a_layernorm": "a norm that is made linear",
-    "q_b_proj": "queries, second factor, with rotary rows",
+    "q_a_layernorm": "a norm, made linear",
+    "q_b_proj": "queries, second factor",
     "o_proj": "output of the new values",
 }
 
@@ -136,11 +136,11 @@ class LatentTarget:
             return EXPLAINED.get(part, "attention of DeepSeek") if name in self._written else "held by the latent"
         reasons = []
         if name == mla_source.HEAD and copy.source == mla_source.EMBEDDING:
-            reasons.append("a head of its own, which engines need and scaled embeddings force")
+            reasons.append("a head of its own: scaled embeddings")
         if copy.part:
             reasons.append(f"part {copy.part[0] + 1} of {copy.part[1]} of {copy.source.rpartition('.weight')[0]}")
         if copy.factor != 1:
-            reasons.append(f"scaled by {copy.factor:.4g} for the norms' fixed epsilon of DeepSeek")
+            reasons.append(f"scaled by {copy.factor:.4g}: fixed norm epsilon")
         return "; ".join(reasons) or "another dtype"
 
     def _explain_growth(self) -> None:

@@ -23,6 +23,7 @@ from headwise.measure.divergence import LayerError
 from headwise.measure.entropy import AttentionEntropy, HeadIndex
 from headwise.measure.positions import PositionLoss
 
+FEWEST_POINTS = 3  # two points are a line that shows no course
 WIDTH = 4.2  # inches of 72 points
 STYLE: Any = {
     "font.size": 10,
@@ -71,14 +72,14 @@ def make_drawings(evaluation: Evaluation) -> dict[str, tuple[Draw, str]]:
             "Child against parent on the same samples, in points, for perplexities in percent. Bars are 95% "
             "intervals; hollow marks are differences that are not significant after Holm's correction.",
         )
-    if (positions := evaluation.positions) is not None:
+    if (positions := evaluation.positions) is not None and len(positions.child.nats) >= FEWEST_POINTS:
         drawings["positions"] = (
             lambda palette: _positions(positions.child, positions.parent, positions.trained, palette),
             f"Loss by position. Each point is the mean over {positions.child.width} positions of the same text. "
             "Lower is better.",
         )
     divergence = evaluation.diagnostics
-    if divergence is not None and divergence.layers:
+    if divergence is not None and len(divergence.layers) >= FEWEST_POINTS:
         drawings["layers"] = (
             lambda palette: _layers(divergence.layers, palette),
             "Relative error of the child's activations against the parent's, errors of earlier layers included.",
