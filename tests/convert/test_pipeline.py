@@ -28,6 +28,7 @@ from headwise.errors import HeadwiseError
 from headwise.io.reader import open_checkpoint
 from headwise.io.workdir import Interrupted
 from headwise.progress import Progress
+from headwise.records.parent import PARENT
 from tests.convert.speaking import TEXT, contents, save_speaking
 
 QUICK = {"calibrate": "none", "verify": False}
@@ -124,7 +125,7 @@ def test_sidecars_travel_byte_for_byte(model: Path, tmp_path: Path) -> None:
     before, after = contents(model), contents(tmp_path / "out")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert after[name] == before[name]
-    assert after.keys() == before.keys() | {"README.md", "headwise.json"}
+    assert after.keys() == before.keys() | {"README.md", "headwise.json", PARENT}
 
 
 def test_calibration_reads_a_text_file(model: Path, tmp_path: Path) -> None:
