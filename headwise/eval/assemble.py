@@ -13,6 +13,7 @@ from headwise.eval.compare import (
     compare_perplexity,
     compare_tasks,
     correct,
+    cut_for_one,
     damage_gates,
     name_unfit_task,
     name_unfit_text,
@@ -135,10 +136,13 @@ def _cut_prompts(roles: Mapping[str, TaskResults | None]) -> Iterator[str]:
     for role, results in roles.items():
         for task, counts in (results.answers if results else {}).items():
             if counts.cut:
-                yield (
-                    f"{counts.cut:,} of {counts.questions:,} prompts of {task} exceed the context of the {role} "
-                    "and were truncated from the left."
-                )
+                share = f"{len(counts.cut):,} of {counts.questions:,} prompts"
+                yield f"{share} of {task} exceed the context of the {role} and were truncated from the left."
+    child, parent = roles["child"], roles["parent"]
+    if child and parent:
+        for task, left_out in cut_for_one(child, parent).items():
+            if left_out:
+                yield f"{len(left_out):,} questions of {task} are not compared: one model alone reads them whole."
 
 
 def _compare_positions(

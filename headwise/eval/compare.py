@@ -52,6 +52,8 @@ class GatedComparison:
 def compare_tasks(child: TaskResults, parent: TaskResults | None) -> list[GatedComparison]:
     """Compare all figures of all tasks.
 
+    A question whose prompt was cut for one model only is left out: the models did not read the same.
+
     Args:
         child: results of the child.
         parent: results of the parent; None without a baseline.
@@ -64,14 +66,17 @@ def compare_tasks(child: TaskResults, parent: TaskResults | None) -> list[GatedC
     """
     compared: list[GatedComparison] = []
     group_of = {task: group for group, tasks in child.groups.items() for task in tasks}
-    pooled = {group: _pool(group, child, parent) for group in child.groups}
+    cut = cut_for_one(child, parent)
+    pooled = {group: _pool(group, child, parent, cut) for group in child.groups}
     for figure in child.figures.values():
         group = group_of.get(figure.task)
         group_figures = pooled.get(group) if group else None
         if group_figures and not any(c.comparison.task == group for c in compared):
             compared.append(compare_figure(*group_figures, headline=True))
         headline = group_figures is None and figure is child.headline(figure.task)
-        compared.append(compare_figure(figure, _parent_figure(figure, parent), headline=headline, group=group))
+        counterpart = _parent_figure(figure, parent)
+        figures = _without(figure, cut), counterpart and _without(counterpart, cut)
+        compared.append(compare_figure(*figures, headline=headline, group=group))
     # The headline is the first figure of its task.
     order = {task: place for place, task in enumerate(dict.fromkeys(c.comparison.task for c in compared))}
     compared.sort(key=lambda c: (order[c.comparison.task], not c.comparison.headline))
@@ -289,6 +294,40 @@ def same_questions(child: TaskResults, parent: TaskResults) -> bool:
     return keys == {place: figure.keys for place, figure in parent.figures.items()}
 
 
+def cut_for_one(child: TaskResults, parent: TaskResults | None) -> dict[str, frozenset[str]]:
+    """Return the questions whose prompts exceed the context of one model, and not of the other.
+
+    Args:
+        child: results of the child.
+        parent: results of the parent; None without a baseline.
+
+    Returns:
+        task -> keys of its questions, for each task of which a prompt was cut.
+    """
+    cut: dict[str, frozenset[str]] = {}
+    for task, answers in child.answers.items():
+        ours, theirs = set(answers.cut), set(answers.cut)
+        if parent is not None and task in parent.answers:
+            theirs = set(parent.answers[task].cut)
+        if ours | theirs:
+            cut[task] = frozenset(ours ^ theirs)
+    return cut
+
+
+def _without(figure: TaskFigure, cut: Mapping[str, frozenset[str]]) -> TaskFigure:
+    """Return a figure without the questions that were cut for one model; a cut prompt has fewer examples."""
+    if figure.task not in cut:
+        return figure
+    figure = replace(figure, num_fewshot=None)
+    kept = [key not in cut[figure.task] for key in figure.keys]
+    if all(kept) or figure.sums is None or figure.weights is None:
+        return figure
+    if not any(kept):
+        return replace(figure, sums=None, weights=None)
+    keys = tuple(key for key, keep in zip(figure.keys, kept, strict=True) if keep)
+    return _of_samples(figure, keys, figure.sums[kept], figure.weights[kept])
+
+
 def _parent_figure(figure: TaskFigure, parent: TaskResults | None) -> TaskFigure | None:
     if parent is None:
         return None
@@ -302,7 +341,7 @@ def _parent_figure(figure: TaskFigure, parent: TaskResults | None) -> TaskFigure
 
 
 def _pool(
-    group: str, child: TaskResults, parent: TaskResults | None
+    group: str, child: TaskResults, parent: TaskResults | None, cut: Mapping[str, frozenset[str]]
 ) -> tuple[TaskFigure, TaskFigure | None] | None:
     """Return a group's headline: the first figure of lm-eval that equals the mean over the samples of all tasks."""
     for key, value in child.group_values.get(group, {}).items():
@@ -311,26 +350,33 @@ def _pool(
         figures = [child.figures[place] for place in places if place in child.figures]
         if len(figures) < len(places) or any(figure.sums is None for figure in figures):
             continue
-        pooled = _concatenate(group, figures)
-        if math.isclose(value, pooled.value, rel_tol=1e-6):
-            counterparts = [_parent_figure(figure, parent) for figure in figures] if parent else []
-            parent_figures = [figure for figure in counterparts if figure]
-            return pooled, _concatenate(group, parent_figures) if parent_figures else None
+        if math.isclose(value, _concatenate(group, figures).value, rel_tol=1e-6):
+            counterparts = [figure for each in figures if (figure := _parent_figure(each, parent))]
+            pooled, others = (
+                [kept for figure in each if (kept := _without(figure, cut)).sums is not None]
+                for each in (figures, counterparts)
+            )
+            if pooled:
+                return _concatenate(group, pooled), _concatenate(group, others) if others else None
     return None
 
 
 def _concatenate(group: str, figures: Sequence[TaskFigure]) -> TaskFigure:
     sums = torch.cat([figure.sums for figure in figures if figure.sums is not None])
     weights = torch.cat([figure.weights for figure in figures if figure.weights is not None])
+    keys = tuple(key for figure in figures for key in figure.keys)
+    return _of_samples(replace(figures[0], task=group, version=None), keys, sums, weights)
+
+
+def _of_samples(figure: TaskFigure, keys: tuple[str, ...], sums: Tensor, weights: Tensor) -> TaskFigure:
+    """Return a figure of these samples alone."""
     error = float((sums / weights).std()) / math.sqrt(len(sums)) if len(sums) > 1 else None
     value = float(sums.sum() / weights.sum())
     return replace(
-        figures[0],
-        task=group,
-        value=bounded_exp(-value) if figures[0].log else value,
-        standard_error=None if figures[0].log else error,
-        keys=tuple(key for figure in figures for key in figure.keys),
+        figure,
+        value=bounded_exp(-value) if figure.log else value,
+        standard_error=None if figure.log else error,
+        keys=keys,
         sums=sums,
         weights=weights,
-        version=None,
     )

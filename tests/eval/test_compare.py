@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,14 @@ from headwise.eval.compare import (
     compare_perplexity,
     compare_tasks,
     correct,
+    cut_for_one,
     damage_gates,
     name_unfit_task,
     name_unfit_text,
     same_questions,
 )
+from headwise.eval.tasks.answers import AnswerCounts
+from headwise.eval.tasks.samples import TaskResults
 from tests.eval.lm_eval_files import ACC, write_results
 
 
@@ -61,6 +65,28 @@ def test_every_metric_of_a_task_is_tested(tmp_path: Path) -> None:
     assert other.is_perplexity and other.is_significant and other.damage and other.damage > 100
     assert headline.detectable is None  # 5 gained, 5 lost: no more than 5 more can be lost
     assert other.detectable and 0 < other.detectable < other.damage
+
+
+def test_a_question_cut_for_one_model_is_left_out(tmp_path: Path) -> None:
+    right, worse = [1.0] * 8, [0.0] * 3 + [1.0] * 5
+    samples = {"a": {"acc": worse}, "b": {"acc": right}}, {"a": {"acc": right}, "b": {"acc": right}}
+    group = {"groups": {"g": {"acc,none": 13 / 16}}, "group_subtasks": {"g": ["a", "b"]}}
+    child = write_results(tmp_path / "child", samples[0], **group)
+    parent = write_results(tmp_path / "parent", samples[1])
+
+    def cut(results: TaskResults, *numbers: int) -> TaskResults:
+        keys = tuple(f"a{number}p" for number in numbers)
+        return replace(results, answers={"a": AnswerCounts(8, keys, 0)})
+
+    both = compare_tasks(cut(child, 0, 1), cut(parent, 0, 1))
+    assert [c.comparison.samples for c in both] == [16, 8, 8]
+    assert [c.comparison.num_fewshot for c in both] == [None, None, 5]
+    whole, a, b = (c.comparison for c in compare_tasks(cut(child, 0, 1, 7), cut(parent, 7)))
+    assert (whole.samples, a.samples, b.samples) == (14, 6, 8)
+    assert a.paired and (a.child.value, a.paired.lost) == (5 / 6, 1) and whole.child.value == 13 / 14
+    assert cut_for_one(cut(child, 0, 7), cut(parent, 7)) == {"a": {"a0p"}}
+    none = compare_tasks(cut(child, *range(8)), cut(parent))
+    assert [c.comparison.paired is None for c in none] == [False, True, False]
 
 
 def test_a_text_on_which_the_parent_fails_is_unfit(tmp_path: Path) -> None:

@@ -23,12 +23,12 @@ class AnswerCounts:
 
     Attributes:
         questions: number of questions.
-        cut: questions with a prompt that was cut from the left, because it exceeds the model's context.
+        cut: keys of the questions with a prompt that was cut from the left, because it exceeds the model's context.
         not_finite: questions with a log-likelihood that is NaN or infinite.
     """
 
     questions: int
-    cut: int
+    cut: tuple[str, ...]
     not_finite: int
 
 
@@ -40,9 +40,9 @@ def count_answers(samples: Sequence[Mapping[str, Any]], lm: Any) -> AnswerCounts
         lm: the model of lm-eval, with the length of its context and its tokenizer.
     """
     questions = {sample["doc_id"]: sample for sample in samples}.values()
-    cut = sum(any(_is_cut(arguments, lm) for arguments in sample["arguments"]) for sample in questions)
+    cut = (sample for sample in questions if any(_is_cut(arguments, lm) for arguments in sample["arguments"]))
     not_finite = sum(not all(map(math.isfinite, _numbers(sample["resps"]))) for sample in questions)
-    return AnswerCounts(len(questions), cut, not_finite)
+    return AnswerCounts(len(questions), tuple(map(question_key, cut)), not_finite)
 
 
 def write_counts(counts: Mapping[str, AnswerCounts], folder: Path) -> None:
@@ -65,7 +65,16 @@ def read_counts(folder: Path) -> dict[str, AnswerCounts]:
     if not (folder / FILE).is_file():
         return {}
     content = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    return {task: AnswerCounts(**each) for task, each in content.items()}
+    return {task: AnswerCounts(**each | {"cut": tuple(each["cut"])}) for task, each in content.items()}
+
+
+def question_key(sample: Mapping[str, Any]) -> str:
+    """Return what names a question with its prompt, in the samples of every model.
+
+    Args:
+        sample: as lm-eval logs it.
+    """
+    return str(sample["doc_hash"]) + str(sample["prompt_hash"])
 
 
 def _is_cut(arguments: Sequence[Any], lm: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
-from headwise.eval.tasks.answers import AnswerCounts, read_counts
+from headwise.eval.tasks.answers import AnswerCounts, question_key, read_counts
 
 # The main figure of a task is the first of these metrics that it has.
 HEADLINES = ("acc_norm", "acc", "exact_match")
@@ -72,7 +72,7 @@ class TaskResults:
         groups: outermost groups of tasks -> the tasks in them.
         group_values: group -> lm-eval's own figures of it.
         samples: task -> logged samples.
-        answers: task -> counts of its answers.
+        answers: task -> what was counted of its answers.
     """
 
     figures: dict[tuple[str, str, str | None], TaskFigure]
@@ -159,7 +159,7 @@ def _figures(task: str, results: dict[str, Any], samples: list[dict[str, Any]]) 
             higher_is_better=direction.get(metric),
             num_fewshot=results.get("n-shot", {}).get(task),
             version=None if version is None else str(version),
-            keys=tuple(sample["doc_hash"] + sample["prompt_hash"] for sample in measured),
+            keys=tuple(map(question_key, measured)),
         )
         yield _with_samples(figure, [sample[metric] for sample in measured])
 
