@@ -81,7 +81,7 @@ def shard(model: Path) -> dict[str, Any]:
         part = {n: t for i, (n, t) in enumerate(tensors.items()) if i % 2 == number}
         save_file(part, model / name, metadata={"format": "pt"})
     (model / "model.safetensors").unlink()
-    index = {"weight_map": {n: names[i % 2] for i, n in enumerate(tensors)}}
+    index = {"metadata": {}, "weight_map": {n: names[i % 2] for i, n in enumerate(tensors)}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     return index
 

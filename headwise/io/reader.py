@@ -69,6 +69,8 @@ class Checkpoint:
         notes: lines of a plan about how the checkpoint is read.
         warnings: lines of a plan about it that the user must not miss.
         dropped: tensors of the files that the stock class does not read.
+        headless: whether it is a base model without a language-model head. Its config then ties a head to the
+            embeddings, as the stock class needs one; the logits mean nothing.
     """
 
     source: str
@@ -83,6 +85,7 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     dropped: dict[str, TensorEntry] = field(default_factory=dict)
+    headless: bool = False
     _pickled: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
     _temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False, compare=False)
 

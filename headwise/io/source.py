@@ -272,12 +272,18 @@ def read_weight_map(folder: Path, index: str) -> dict[str, str]:
         index: name of the index.
 
     Raises:
-        HeadwiseError: there is none, or a file name leads out of the folder.
+        HeadwiseError: there is none, the index has no metadata, or a file name leads out of the folder.
     """
-    weight_map = read_json(folder, index).get("weight_map")
+    content = read_json(folder, index)
+    weight_map = content.get("weight_map")
     suffix = ".bin" if index == PICKLE_INDEX else ".safetensors"
     if not isinstance(weight_map, dict) or not weight_map:
         raise HeadwiseError(f"{folder / index} has no weight_map.", "Download the checkpoint again.")
+    if not isinstance(content.get("metadata"), dict):
+        raise HeadwiseError(
+            f"{folder / index} has no metadata, without which stock transformers does not load the model.",
+            'Add `"metadata": {}` to it.',
+        )
     for name, shard in weight_map.items():
         if not (isinstance(shard, str) and _is_plain(shard) and shard.endswith(suffix)):
             raise HeadwiseError(

@@ -129,16 +129,24 @@ def match_source(checkpoint: Checkpoint) -> Checkpoint:
         raise adapter_error(checkpoint.folder, "has a LoRA adapter beside the weights")
     refuse_quantised_names(checkpoint.source, checkpoint.tensors)
     found = match_stock_class(checkpoint, arch.auto_class)
+    if headless := _lacks_a_head(checkpoint, arch, found):
+        config = _tied(config, arch)
+        found = match_stock_class(replace(checkpoint, config=config), arch.auto_class)
     _refuse_unloadable(checkpoint, arch, found)
     placed = {name: entry for name, entry in checkpoint.tensors.items() if found.places[name] is not None}
     dropped = {name: entry for name, entry in checkpoint.tensors.items() if found.places[name] is None}
     new = copy.deepcopy(config)
     notes = [*_name_class(new, found.model), *_name_dtype(new, checkpoint)]
+    if headless:
+        notes.append(
+            "A base model without a language-model head: tie_word_embeddings: true is written, so that the stock "
+            "class has a head without weights of its own. AutoModel reads no head."
+        )
     names = _canonical_names(config, placed, found)
     if changed := [(old, name) for old, name in names.items() if old != name]:
         notes.append(f"{len(changed)} tensors get the names of the stock class, such as {changed[0][1]}.")
     tensors = {names[name]: entry for name, entry in placed.items()}
-    source = replace(checkpoint, tensors=tensors, dropped=dropped, config=new)
+    source = replace(checkpoint, tensors=tensors, dropped=dropped, config=new, headless=headless)
     notes += _untie(source, arch, found)
     drop_notes, warnings = _explain_dropped(new, arch, found.model, dropped)
     return replace(source, notes=[*checkpoint.notes, *notes, *drop_notes], warnings=warnings)
@@ -194,13 +202,40 @@ def _explain_missing(checkpoint: Checkpoint, arch: Architecture, found: StockMat
                 "names.",
                 "Save the model that the wrapper holds, or rename its tensors.",
             )
-    head = found.model.get_output_embeddings()
-    heads = {name for name, p in found.model.named_parameters() if head is not None and p is head.weight}
-    if heads.issuperset(found.missing):
+    if _heads(found.model).issuperset(found.missing):
         raise HeadwiseError(
-            f"{source} has no {found.missing[0]}: it is a base model without a language-model head.",
-            "Convert a checkpoint with a head.",
+            f"{source} has no {found.missing[0]}, and config.json names a class with a language-model head.",
+            f"A shard may be missing. For a base model, name its class in `architectures`: "
+            f"{type(found.model.base_model).__name__}.",
         )
+
+
+def _heads(model: Any) -> set[str]:
+    """Return the names of the weights of a model's language-model head."""
+    head = model.get_output_embeddings()
+    return {name for name, p in model.named_parameters() if head is not None and p is head.weight}
+
+
+def _lacks_a_head(checkpoint: Checkpoint, arch: Architecture, found: StockMatch) -> bool:
+    """Return whether a checkpoint is a base model, as `AutoModel` saves it: without a head, and known as one.
+
+    It is known by the base class in `architectures`, or by tensor names without the prefix of the base model.
+    """
+    if not found.missing or not _heads(found.model).issuperset(found.missing):
+        return False
+    named = checkpoint.config.get("architectures")
+    prefix = f"{found.model.base_model_prefix}."
+    return named == [type(found.model.base_model).__name__] or not any(
+        name.startswith(prefix) for name in checkpoint.tensors
+    )
+
+
+def _tied(config: dict[str, Any], arch: Architecture) -> dict[str, Any]:
+    """Return a config whose head is tied to the embeddings."""
+    new = copy.deepcopy(config)
+    for part in (new, arch.text_config(new)):
+        part["tie_word_embeddings"] = True
+    return new
 
 
 def _canonical_names(config: dict[str, Any], placed: Collection[str], found: StockMatch) -> dict[str, str]:

@@ -157,6 +157,8 @@ def test_index_without_a_map(tmp_path):
     for content in ({}, {"weight_map": {}}, {"weight_map": ["a"]}):
         (model / "model.safetensors.index.json").write_text(json.dumps(content))
         refused(model, "no weight_map")
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    refused(model, "no metadata, without which stock transformers does not load")
 
 
 def test_a_tensor_in_two_shards(tmp_path):

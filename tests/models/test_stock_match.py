@@ -14,11 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headwise.convert.inspect import inspect_model
-from headwise.convert.pipeline import convert_model
+from headwise.convert.pipeline import ConvertResult, convert_model
 from headwise.convert.plan import Plan
+from headwise.convert.sample import sample_text
 from headwise.convert.verify.check import verify_model
 from headwise.errors import HeadwiseError
+from headwise.io.reader import open_checkpoint
+from headwise.models.stock_match import match_source
 from tests import tiny_models
+from tests.convert.speaking import save_speaking
 
 Tensors = dict[str, Tensor]
 GQA = {"to": "gqa", "groups": 1, "method": "mean", "calibrate": "none"}
@@ -172,7 +176,7 @@ def gptq(tensors: Tensors) -> Tensors:
         (lambda t: {n: x.to(torch.int8) for n, x in t.items()}, "has quantised weights"),
         (
             lambda t: {n: x for n, x in t.items() if n != "lm_head.weight"},
-            "base model without a language-model head",
+            "names a class with a language-model head",
         ),
     ],
 )
@@ -183,6 +187,37 @@ def test_what_stock_transformers_does_not_load_is_refused(
     for refused in (lambda: plan_of(model), lambda: inspect_model(model)):
         with pytest.raises(HeadwiseError, match=reason):
             refused()
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("LlamaModel", ""), ("LlamaForCausalLM", ""), ("LlamaModel", "model.")]
+)
+def test_a_base_model_without_a_head_converts_within_its_class(tmp_path: Path, name: str, prefix: str) -> None:
+    model = save_speaking(tmp_path / "model", num_key_value_heads=4, tie_word_embeddings=False)
+    transformers.AutoModel.from_pretrained(model).save_pretrained(model)
+    edit(model, prefixed(prefix), architectures=[name])
+    checkpoint = match_source(open_checkpoint(model))
+    assert checkpoint.headless and "without a language-model head" in " ".join(checkpoint.notes)
+    out = tmp_path / "mha"
+    convert_model(model, out, to="mha")
+    tokens = torch.arange(12)[None]
+    expected, actual = (
+        transformers.AutoModel.from_pretrained(folder)(tokens).last_hidden_state for folder in (model, out)
+    )
+    assert torch.allclose(actual, expected, atol=1e-5)
+    assert json.loads((out / "config.json").read_text())["architectures"] == [name]
+    result = convert_model(model, tmp_path / "mqa", to="mqa", calibrate="auto", calibration_tokens=512)
+    assert isinstance(result, ConvertResult) and result.verification and result.verification.passed
+    assert result.text_loss is None and result.plan.arguments["calibration"]["text"] == "mixture"
+    for refused, words in (
+        ({"to": "mla", "exact": True}, "without a language-model head"),
+        ({"to": "mqa", "calibrate": "sampled"}, "has none"),
+        ({"to": "mqa", "refit": "joint"}, "has no head"),
+    ):
+        with pytest.raises(HeadwiseError, match=words):
+            convert_model(model, tmp_path / "other", **refused, dry_run=True)  # type: ignore[arg-type]
+    with pytest.raises(HeadwiseError, match="writes no text"):
+        sample_text(model, tmp_path / "x.jsonl")
 
 
 def test_an_adapter_that_is_not_merged_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headwise.convert import forecast
 from headwise.convert.base import Target
-from headwise.convert.calibration.corpus import MIXTURE, NUM_HELDBACK, choose_text, read_corpus
+from headwise.convert.calibration.corpus import MIXTURE, NUM_HELDBACK, SAMPLED, choose_text, read_corpus
 from headwise.convert.calibration.layer_stream import LayerRecord, LayerStream
 from headwise.convert.calibration.moments import Moments
 from headwise.convert.settings import ConvertSettings
@@ -118,8 +118,15 @@ def plan_calibration(
             f"`calibration_tokens` is {count}, which is less than two sequences of {length} tokens.",
             f"Give {2 * length} or more.",
         )
-    # A model whose weights are not finite cannot be sampled from.
-    asked = MIXTURE if settings.calibrate == "auto" and settings.allow_nan else settings.calibrate or "auto"
+    if settings.calibrate == SAMPLED and checkpoint.headless:
+        raise SettingError(
+            "calibrate",
+            f"`calibrate` {SAMPLED} needs a language-model head, and {checkpoint.source} has none.",
+            "Leave out `calibrate`, or name a text.",
+        )
+    # Neither a model without a head nor one whose weights are not finite can be sampled from.
+    unsampled = settings.allow_nan or checkpoint.headless
+    asked = MIXTURE if settings.calibrate == "auto" and unsampled else settings.calibrate or "auto"
     chosen = choose_text(checkpoint, arch, asked, count + NUM_HELDBACK * length, device)
     return CalibrationPlan(
         chosen.text,

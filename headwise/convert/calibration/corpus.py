@@ -180,7 +180,7 @@ def measure_text(
 ) -> None:
     """Measure the parent's loss on the text before the conversion, and warn if the text does not fit.
 
-    Nothing is measured where the parent does not fit into memory or the forecast is too long.
+    Nothing is measured where the parent has no head, does not fit into memory, or the forecast is too long.
 
     Args:
         checkpoint: the source.
@@ -190,7 +190,7 @@ def measure_text(
         progress: receives a warning.
         cache: folder that keeps the text.
     """
-    if NOTE in writer.notes or not _affordable(checkpoint, calibration, device):
+    if NOTE in writer.notes or checkpoint.headless or not _affordable(checkpoint, calibration, device):
         return
     try:
         blocks, heldback = read_corpus(checkpoint, calibration, device, progress, cache)

@@ -77,6 +77,11 @@ class LatentTarget:
         dtype: torch.dtype | None = None,
     ) -> None:
         text = arch.text_config(config)
+        if checkpoint.headless:
+            raise HeadwiseError(
+                f"{checkpoint.source} is a base model without a language-model head, and an MLA folder has one.",
+                "It can become GQA or MQA: `to` gqa with `groups`.",
+            )
         self.dtype = dtype or dtype_of(config)
         self.rule = mla_source.find_mla_source(text, self.dtype)
         self.source, self.arch, self.parent_config = checkpoint, arch, config

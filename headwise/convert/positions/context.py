@@ -109,6 +109,7 @@ def extend_context(
     stock = architecture.stock_config(config)
     trained = stock.max_position_embeddings
     reached = max(_length_reached(rope_set, stock) for rope_set in sets)
+    unclear = [note for rope_set in sets if (note := _unclear_length(rope_set, stock))]
     if context <= reached:
         kinds = " and ".join(sorted({rope.rope_type(s.parameters) for s in sets} - {"default"}))
         present = f"the {reached} tokens that its {kinds} scaling reaches already"
@@ -116,13 +117,13 @@ def extend_context(
             "context",
             f"`context` {context} is not larger than "
             f"{present if reached > trained else f'the present max_position_embeddings: {trained}'}.",
-            f"Give more than {reached} tokens, or leave out `context`.",
+            " ".join([f"Give more than {reached} tokens, or leave out `context`.", *unclear]),
         )
     rescaled = [s for s in sets if s.window is None or s.window > trained]
     if not rescaled and rule != "auto":
         rescaled = sets
     changed: dict[str | None, dict[str, Any]] = {}
-    notes = [
+    notes = unclear + [
         f"{s.where} attend to at most {s.window:,} tokens: their frequencies stay"
         for s in sets
         if s not in rescaled
@@ -165,6 +166,21 @@ def _length_reached(rope_set: RopeSet, stock: Any) -> int:
         return length
     original = getattr(stock, "original_max_position_embeddings", None)
     return rope.length_reached(rope_set.parameters, length, original if isinstance(original, int) else None)
+
+
+def _unclear_length(rope_set: RopeSet, stock: Any) -> str:
+    """Return a line for a linear scaling whose config does not show if its length includes the factor; else ''."""
+    factor = rope_set.parameters.get("factor")
+    known = rope_set.parameters.get("original_max_position_embeddings") or getattr(
+        stock, "original_max_position_embeddings", None
+    )
+    if rope.rope_type(rope_set.parameters) != "linear" or known or rope_set.layer_type is not None or not factor:
+        return ""
+    length = stock.max_position_embeddings
+    return (
+        f"max_position_embeddings: {length} is taken as the length before the linear factor {factor:g}. If it "
+        f"includes the factor, add original_max_position_embeddings: {round(length / factor)} to config.json."
+    )
 
 
 def _notes(rope_set: RopeSet, parameters: dict[str, Any], trained: int, context: int) -> list[str]:

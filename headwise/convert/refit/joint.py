@@ -23,6 +23,7 @@ from headwise.convert.calibration.corpus import NUM_HELDBACK, SAMPLED, keep_corp
 from headwise.convert.forecast import REFIT_SECONDS
 from headwise.convert.settings import ConvertSettings
 from headwise.environment import available_memory
+from headwise.errors import SettingError
 from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.io.tokenizer import load_tokenizer
 from headwise.io.workdir import write_file_atomically
@@ -64,14 +65,23 @@ def plan_joint(
 
     Returns:
         The steps and tokens; None: no joint refit.
+
+    Raises:
+        SettingError: `refit` is "joint", and the source has no language-model head.
     """
     plan = GPU_PLAN if device.type == "cuda" else CPU_PLAN
     trained = getattr(arch.stock_config(checkpoint.config), "max_position_embeddings", plan.length)
     plan = replace(plan, length=min(plan.length, trained))
     if settings.refit == "joint":
+        if checkpoint.headless:
+            raise SettingError(
+                "refit",
+                f"`refit` joint trains towards the parent's logits, and {checkpoint.source} has no head.",
+                "Give `refit` layers or off.",
+            )
         return plan
     changed = target.exact or settings.context is not None or settings.sliding_window is not None
-    if settings.refit != "auto" or device.type != "cuda" or not target.calibrated or changed:
+    if settings.refit != "auto" or device.type != "cuda" or not target.calibrated or changed or checkpoint.headless:
         return None
     parameters = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
     width = arch.stock_config(checkpoint.config).hidden_size

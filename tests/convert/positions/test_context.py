@@ -182,6 +182,19 @@ def test_the_factor_of_a_scaled_source_is_counted_once(
     assert again["rope_parameters"]["factor"] == 4 * reached / 128
 
 
+def test_a_linear_source_that_may_state_its_whole_length_is_named() -> None:
+    linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    config, arch = tiny("llama", max_position_embeddings=512, rope_parameters=linear)
+    with pytest.raises(SettingError, match="2048 tokens that its linear scaling reaches") as refused:
+        context.extend_context(config, arch, context=1024, rule="linear")
+    assert "add original_max_position_embeddings: 128 to config.json" in str(refused.value.hint)
+    _, notes = context.extend_context(config, arch, context=4096, rule="linear")
+    assert "taken as the length before the linear factor 4" in notes[0]
+    stated = config | {"original_max_position_embeddings": 128}
+    new, notes = context.extend_context(stated, arch, context=1024, rule="linear")
+    assert new["rope_parameters"]["factor"] == 8.0 and not any("taken as" in note for note in notes)
+
+
 def test_a_larger_base_on_a_linear_source_counts_from_what_it_reaches() -> None:
     linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
     config, arch = tiny("llama", max_position_embeddings=128, rope_parameters=linear)
