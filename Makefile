@@ -18,8 +18,8 @@ FUZZ_INPUTS ?= 2000
 EXTRAS := eval,train
 SMOKE := -m pytest -p no:cacheprovider -n $(JOBS) --dist loadgroup -m smoke tests/smoke
 
-.PHONY: env demo real docs lint types actions check cov test test-newest test-lowest check-full audit wheel release-check \
-	release bench clean
+.PHONY: env demo real docs lint types actions check cov test test-newest test-lowest llama-cpp check-full audit wheel \
+	release-check release bench clean
 
 # torch is installed first and by its pin: any looser request lets pip choose a build with gigabytes of CUDA.
 $(READY): pyproject.toml constraints.txt
@@ -81,7 +81,27 @@ test-lowest: $(READY)
 		--editable '.[$(EXTRAS)]'
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python $(SMOKE)
 
-check-full: check test audit test-newest test-lowest wheel real
+# llama.cpp itself, for `pytest -m full`: the source in the archive of llama-cpp-python, with its converter, the library
+# and the quantizer. It needs a C++ compiler, and takes twenty minutes on one core.
+LLAMA_CPP := build/llama.cpp
+LLAMA_CPP_OPTIONS := -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DLLAMA_BUILD_TESTS=OFF \
+	-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_TOOLS=ON \
+	-DLLAMA_BUILD_COMMON=ON -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DGGML_OPENMP=OFF
+
+llama-cpp: $(LLAMA_CPP)/.ready
+
+$(LLAMA_CPP)/.ready: $(READY)
+	rm -rf $(LLAMA_CPP) && mkdir -p $(LLAMA_CPP)/source
+	$(BIN)/pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(LLAMA_CPP) llama-cpp-python==0.3.36
+	tar xzf $(LLAMA_CPP)/llama_cpp_python-0.3.36.tar.gz --strip-components 1 -C $(LLAMA_CPP)/source
+	$(BIN)/pip install --quiet --no-deps --target $(LLAMA_CPP)/python sentencepiece==0.2.3
+	$(PYTHON) -m venv $(LLAMA_CPP)/cmake
+	$(LLAMA_CPP)/cmake/bin/pip install --quiet cmake
+	$(LLAMA_CPP)/cmake/bin/cmake -S $(LLAMA_CPP)/source/vendor/llama.cpp -B $(LLAMA_CPP)/build $(LLAMA_CPP_OPTIONS)
+	nice $(LLAMA_CPP)/cmake/bin/cmake --build $(LLAMA_CPP)/build --target llama llama-quantize --parallel 1
+	touch $@
+
+check-full: check test audit test-newest test-lowest wheel real llama-cpp
 	$(BIN)/pytest -m full
 	nice $(BIN)/python tests/hostile/long_run.py --inputs $(FUZZ_INPUTS)
 

@@ -18,6 +18,7 @@ from headwise.convert.settings import ConvertSettings
 from headwise.eval import settings as evaluation
 from headwise.fields import settings_of
 from headwise.recipes.settings import Layerwise, UptrainSettings
+from headwise.serving.settings import ServingSettings
 from headwise.text.sources import Data
 from headwise.train.settings import Lora, Loss, TeacherSettings, Training
 
@@ -42,6 +43,7 @@ SETTINGS: tuple[tuple[str, type, str], ...] = (
     ("Training recipe: teacher", TeacherSettings, "The section `teacher`."),
     ("Training recipe: layerwise", Layerwise, "The section `layerwise`; without it layers are not trained alone."),
     ("EvalSettings", evaluation.EvalSettings, "The options of `headwise eval` and of `evaluate_model`."),
+    ("ServingSettings", ServingSettings, "The options of `headwise inspect` and of `inspect_model` for serving."),
     ("Evaluation recipe", evaluation.EvalRecipe, "The top level of an evaluation recipe."),
     ("Evaluation recipe: perplexity", evaluation.PerplexityPart, "The section `perplexity`."),
     ("Evaluation recipe: positions", evaluation.PositionsPart, "The section `positions`."),

@@ -19,6 +19,7 @@ from headwise._cli.app import (
     choice_option,
     flag_option,
     number_option,
+    options_of,
     parsed_option,
 )
 from headwise._cli.options import (
@@ -38,9 +39,11 @@ from headwise.convert.settings import ConvertSettings
 from headwise.environment import HEADWISE_VERSION
 from headwise.errors import GateFailed
 from headwise.eval.settings import EvalSettings
+from headwise.fields import settings_of
 from headwise.format import parse_bytes
 from headwise.recipes.settings import UptrainSettings
 from headwise.schema import parse_count
+from headwise.serving.settings import ServingSettings
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -56,16 +59,22 @@ def cli() -> None:
     "inspect",
     params=[
         MODEL,
-        number_option("--context", "Check the RoPE base at this context length."),
+        number_option("--context", "Check the RoPE base at this context length, and forecast sequences of it."),
         Option("--plot", "Draw the bound that --context computes.", type=Path, metavar="PNG"),
+        *options_of(ServingSettings),
         *SOURCE,
     ],
 )
 def _inspect(**options: Any) -> None:
     """Show attention, KV cache and possible layouts of MODEL.
 
-    Reads the configuration and the file headers only.
+    Reads the configuration and the file headers only. An option of the section Serving adds a forecast: cache,
+    weights and sequences on each GPU.
+
+    \b
+    headwise inspect MODEL --engine vllm --tp 8 --card h100 --context 32768
     """
+    check_options(ServingSettings, options)
     from headwise.convert.inspect import inspect_model
 
     plot = options.pop("plot", None)
@@ -76,7 +85,8 @@ def _inspect(**options: Any) -> None:
     if plot:
         from headwise.eval.report.plots import plot_model_bound
 
-        plot_model_bound(**options, path=plot)
+        kept = {name: value for name, value in options.items() if name not in settings_of(ServingSettings)}
+        plot_model_bound(**kept, path=plot)
         console.note(f"Drew {plot}.")
     console.print_json(inspection)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from headwise.recipes.run import UptrainResult
     from headwise.records.push import PushResult
     from headwise.serving.engines import EngineVerdict
+    from headwise.serving.planner import ServingForecast
 
 # Layers that are named where their damage is shown.
 MOST_DAMAGED = 5
@@ -63,6 +64,7 @@ def render_inspection(inspection: Inspection) -> None:
             *((_option_name(o), *_format_cache(o.cache), format_saving(o.saved)) for o in inspection.options),
         ],
     )
+    _render_serving(inspection)
     if inspection.damage:
         worst = sorted(range(len(inspection.damage)), key=lambda layer: -inspection.damage[layer])[:MOST_DAMAGED]
         console.print_line()
@@ -77,6 +79,50 @@ def render_inspection(inspection: Inspection) -> None:
         console.print_line()
         for line in rope_range.lines():
             console.print_line(line)
+
+
+def _render_serving(inspection: Inspection) -> None:
+    """Print the forecast for each GPU, and the verdicts of engines, where they were asked for."""
+    own = ("unchanged", inspection.serving, inspection.engines)
+    layouts = [own, *((_option_name(option), option.serving, option.engines) for option in inspection.options)]
+    if inspection.serving is not None:
+        console.print_line()
+        console.print_line(f"On each GPU, with sequences of {inspection.serving.context:,} tokens:")
+        console.print_table(
+            (
+                "layout",
+                ">cache per token",
+                ">cache of a sequence",
+                ">weights",
+                ">sequences",
+                ">decode step",
+                ">tokens/s",
+            ),
+            [_forecast_row(name, serving) for name, serving, _ in layouts if serving is not None],
+        )
+    verdicts = [(name, verdict) for name, _, found in layouts for verdict in found]
+    if verdicts:
+        console.print_line()
+        console.print_table(
+            ("layout", "engine"),
+            [(name if label else "", text) for name, verdict in verdicts for label, text in _engine_rows(verdict)],
+        )
+    for note in inspection.notes:
+        console.print_line()
+        console.print_line(note)
+
+
+def _forecast_row(name: str, serving: ServingForecast) -> tuple[str, ...]:
+    """Return a layout's figures on one GPU; empty where they are not known."""
+    return (
+        name,
+        f"{serving.cache_bytes_per_token:,.0f} B",
+        size(round(serving.cache_bytes)),
+        "" if serving.weight_bytes is None else size(serving.weight_bytes),
+        "" if serving.sequences is None else f"{serving.sequences:,}",
+        "" if serving.seconds_per_step is None else f"{1e3 * serving.seconds_per_step:.2f} ms",
+        "" if serving.tokens_per_second is None else f"{serving.tokens_per_second:,.0f}",
+    )
 
 
 def render_plan(plan: Plan) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from headwise.convert.mla.exact import latent_layout
 from headwise.convert.positions.rope_range import RopeRange, rope_ranges
 from headwise.errors import HeadwiseError
 from headwise.format import plain_fields
@@ -26,12 +27,18 @@ from headwise.io.source import (
     read_weight_map,
     source_in_folder,
 )
+from headwise.io.tokenizer import tokenizer_kind
 from headwise.models import architecture, mla_source
+from headwise.models.architecture import Architecture
 from headwise.models.config import dtype_of
 from headwise.models.layout import CONTEXTS, AttentionLayout, CacheSize, describe
 from headwise.models.protocol import find_attention_model
 from headwise.models.stock_match import match_source, refuse_quantised_names
 from headwise.records.manifest import recorded_damage
+from headwise.serving.engines import EngineVerdict, engine_verdicts
+from headwise.serving.latent_shape import latent_config
+from headwise.serving.planner import ModelSize, ServingForecast, forecast, serving_notes
+from headwise.serving.settings import ServingSettings
 
 # Pairs (kv_lora_rank, qk_rope_head_dim) with cache rows that engines support (serving/engines.yaml).
 LATENTS = ((256, 64), (448, 64), (512, 64))
@@ -48,6 +55,8 @@ class ReachableLayout:
         qk_rope_head_dim: of MLA; else None.
         cache: size of the KV cache.
         saved: fraction of the present cache that is saved at the longest of `CONTEXTS`.
+        serving: what it costs on each GPU; None without a forecast.
+        engines: verdicts of the engines that the settings name.
     """
 
     to: str
@@ -56,6 +65,12 @@ class ReachableLayout:
     qk_rope_head_dim: int | None
     cache: CacheSize
     saved: float
+    serving: ServingForecast | None = None
+    engines: tuple[EngineVerdict, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the layout as plain data."""
+        return asdict(self) | {"engines": [verdict.to_dict() for verdict in self.engines]}
 
 
 @dataclass(frozen=True)
@@ -75,6 +90,9 @@ class Inspection:
         mla: why MLA is not possible; None if it is.
         rope_ranges: the ranges of the rotary frequencies; empty without `context`.
         damage: recorded damage of every layer of a converted folder, in nats per token; else empty.
+        serving: what the model itself costs on each GPU; None without a forecast.
+        engines: verdicts of the engines that the settings name, on the model itself.
+        notes: what a user should know before a conversion for these GPUs.
     """
 
     model: str
@@ -89,38 +107,62 @@ class Inspection:
     mla: str | None
     rope_ranges: tuple[RopeRange, ...] = ()
     damage: tuple[float, ...] = ()
+    serving: ServingForecast | None = None
+    engines: tuple[EngineVerdict, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the inspection as plain data."""
         return {
-            **plain_fields(self, "layouts", "cache", "options", "rope_ranges", "damage"),
+            **plain_fields(self, "layouts", "cache", "options", "rope_ranges", "damage", "serving", "engines"),
             "layers": [describe(layout) for layout in self.layouts],
             "cache": asdict(self.cache),
-            "options": [asdict(option) for option in self.options],
+            "options": [option.to_dict() for option in self.options],
+            "serving": asdict(self.serving) if self.serving else None,
+            "engines": [verdict.to_dict() for verdict in self.engines],
             "damage": list(self.damage),
             "reach": [rope_range.to_dict() for rope_range in self.rope_ranges],
         }
 
 
 def inspect_model(
-    model: str | Path, *, context: int | None = None, revision: str | None = None, token: str | None = None
+    model: str | Path,
+    *,
+    context: int | None = None,
+    engines: str | Sequence[str] = (),
+    tp: int | None = None,
+    dcp: int | None = None,
+    memory: int | str | None = None,
+    cache_dtype: str | None = None,
+    card: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> Inspection:
     """Inspect a model; only config, index and headers are read.
 
     Args:
         model: a folder, a GGUF file, or `org/name[@revision]` on the Hub.
-        context: also check the rotary frequencies up to this many tokens.
+        context: also check the rotary frequencies up to this many tokens; the length of sequences in a forecast.
+        engines: also judge whether these engines serve each layout.
+        tp: GPUs of tensor parallelism, for a forecast of what each layout costs on each GPU.
+        dcp: GPUs that divide the cache of a sequence.
+        memory: of one GPU, such as "80GB"; None: the card's.
+        cache_dtype: element type of the cache, "bf16" or "fp8".
+        card: a GPU of `headwise/serving/cards.yaml`.
         revision: branch, tag or commit of a Hub repository.
         token: of the Hub.
 
     Raises:
+        SettingError: a setting is not legal, or does not fit the model.
         HeadwiseError: there is no such model, or its type cannot be converted.
     """
+    settings = ServingSettings(engines, tp, dcp, memory, cache_dtype, card)
     parameters: int | None
     origin: str | None
     damage: tuple[float, ...] = ()
     if (path := find_gguf(model, revision)) is not None:
         opened, commit = open_gguf(path), None
+        tokenizer = "unreadable"
         config, dtype = opened.config, opened.dtype
         parameters, origin = sum(math.prod(entry.shape) for entry in opened.entries.values()), "headers"
     else:
@@ -133,8 +175,12 @@ def inspect_model(
             parameters, origin = _count_parameters(str(model), folder, commit, token, dtype_of(config))
         dtype = dtype_of(config)
         damage = recorded_damage(folder)
-    layouts = find_attention_model(config).layouts(config)
+        tokenizer = "unreadable" if commit is not None else tokenizer_kind(folder)
+    attention = find_attention_model(config)
+    layouts = attention.layouts(config)
+    serving = _Serving(settings, context, tokenizer)
     if layouts[0].kind == "mla":
+        serving.measure(parameters, layouts, config["hidden_size"], dtype)
         return Inspection(
             model=str(model),
             revision=commit,
@@ -147,10 +193,17 @@ def inspect_model(
             options=(),
             mla="the model has MLA already",
             damage=damage,
+            serving=serving.forecast(layouts),
+            engines=serving.verdicts(config, layouts),
         )
     arch = architecture.find_architecture(config)
     cache = CacheSize.of(layouts, dtype)
     mla = _why_not_mla(arch.text_config(config), layouts, dtype)
+    serving.measure(parameters, layouts, arch.stock_config(config).hidden_size, dtype)
+    options = tuple(
+        serving.judge(option, new, config, arch)
+        for option, new in _options(layouts, arch.legal_groups(config), cache, dtype, mla is None)
+    )
     return Inspection(
         model=str(model),
         revision=commit,
@@ -160,27 +213,85 @@ def inspect_model(
         parameters_from=origin,
         layouts=tuple(layouts),
         cache=cache,
-        options=tuple(_options(layouts, arch.legal_groups(config), cache, dtype, mla is None)),
+        options=options,
         mla=mla,
         rope_ranges=tuple(rope_ranges(config, arch, context)) if context else (),
         damage=damage,
+        serving=serving.forecast(layouts),
+        engines=serving.verdicts(config, layouts),
+        notes=tuple(serving.notes(layouts, options)),
     )
 
 
 def _options(
     layouts: Sequence[AttentionLayout], legal: Sequence[int], cache: CacheSize, dtype: torch.dtype, mla: bool
-) -> Iterator[ReachableLayout]:
+) -> Iterator[tuple[ReachableLayout, list[AttentionLayout]]]:
     for groups in legal:
         new = [layout.with_groups(groups) for layout in layouts]
         if new != list(layouts):
             after = CacheSize.of(new, dtype)
-            yield ReachableLayout(new[0].kind, groups, None, None, after, _saved(cache, after))
+            yield ReachableLayout(new[0].kind, groups, None, None, after, _saved(cache, after)), new
     for rank, rope in LATENTS if mla else ():
         # The stock MLA class has no windows.
-        new = [replace(x, kv_lora_rank=rank, qk_rope_head_dim=rope, sliding_window=None) for x in layouts]
+        new = [latent_layout(layout, rank, rope) for layout in layouts]
         after = CacheSize.of(new, dtype)
         if after.bytes_per_token < cache.bytes_per_token:
-            yield ReachableLayout("mla", None, rank, rope, after, _saved(cache, after))
+            yield ReachableLayout("mla", None, rank, rope, after, _saved(cache, after)), new
+
+
+class _Serving:
+    """Forecast and judge the layouts of one model.
+
+    Args:
+        settings: of the forecast, and the engines.
+        context: tokens of a sequence; None: the planner's default.
+        tokenizer: the kind of the vocabulary.
+    """
+
+    def __init__(self, settings: ServingSettings, context: int | None, tokenizer: str) -> None:
+        self.settings, self.context, self.tokenizer = settings, context, tokenizer
+        self.model: ModelSize | None = None
+
+    def measure(
+        self, parameters: int | None, layouts: Sequence[AttentionLayout], hidden_size: int, dtype: torch.dtype
+    ) -> None:
+        """Set what no layout of the attention changes."""
+        if parameters is not None:
+            self.model = ModelSize.of(parameters, layouts, hidden_size, dtype.itemsize)
+
+    def forecast(self, layouts: Sequence[AttentionLayout]) -> ServingForecast | None:
+        """Return what a layout costs on each GPU; None without a forecast."""
+        return forecast(layouts, self.model, self.settings, self.context) if self.settings.forecasts else None
+
+    def verdicts(self, config: Mapping[str, Any], layouts: Sequence[AttentionLayout]) -> tuple[EngineVerdict, ...]:
+        """Return the verdicts of the engines that the settings name."""
+        if not self.settings.engines:
+            return ()
+        window = any(layout.sliding_window for layout in layouts)
+        return engine_verdicts(config, window=window, tokenizer=self.tokenizer, engines=self.settings.engines)
+
+    def judge(
+        self, option: ReachableLayout, layouts: list[AttentionLayout], config: dict[str, Any], arch: Architecture
+    ) -> ReachableLayout:
+        """Return an option with its forecast and its verdicts."""
+        if not (self.settings.engines or self.settings.forecasts):
+            return option
+        if option.num_key_value_heads is not None:
+            new = arch.with_groups(config, option.num_key_value_heads)
+        else:
+            new = latent_config(arch.stock_config(config).to_dict(), layouts[0], self.settings.engines)
+        return replace(option, serving=self.forecast(layouts), engines=self.verdicts(new, layouts))
+
+    def notes(self, layouts: Sequence[AttentionLayout], options: Sequence[ReachableLayout]) -> Iterator[str]:
+        """Yield what the user should know before a conversion for these GPUs."""
+        own = self.forecast(layouts)
+        if own is not None:
+            found = [
+                (f"MLA {option.kv_lora_rank}+{option.qk_rope_head_dim}", option.serving.cache_bytes_per_token)
+                for option in options
+                if option.to == "mla" and option.serving
+            ]
+            yield from serving_notes(layouts, found, own.cache_bytes_per_token, self.settings)
 
 
 def _saved(before: CacheSize, after: CacheSize) -> float:

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, PhiConfig
 
 from headwise.compat import cache_of
 from headwise.convert.inspect import inspect_model
-from headwise.errors import HeadwiseError
+from headwise.errors import HeadwiseError, SettingError
 from headwise.models.layout import AttentionLayout, CacheSize
 from tests.convert.test_plan import llama_config, model
 
@@ -51,6 +51,25 @@ def test_mla_is_an_option_where_it_saves(tmp_path: Path) -> None:
     inspection = inspect_model(tmp_path)
     latents = {o.kv_lora_rank: o.cache.bytes_per_token for o in inspection.options if o.to == "mla"}
     assert latents == {rank: 3 * (rank + 64) * 2 for rank in (256, 448, 512)}
+
+
+def test_a_forecast_and_verdicts_of_every_layout(tmp_path: Path) -> None:
+    shape = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
+    (tmp_path / "config.json").write_text(json.dumps(llama_config(**shape).to_dict()))
+    plain = inspect_model(tmp_path)
+    assert plain.serving is None and not plain.engines and not plain.notes
+    found = inspect_model(tmp_path, tp=8, engines=["vllm", "llama.cpp"])
+    assert found.serving is not None and found.serving.cache_bytes_per_token == 3 * 256 * 2
+    latent = {o.kv_lora_rank: o for o in found.options if o.to == "mla"}
+    assert {rank: o.serving.cache_bytes_per_token for rank, o in latent.items() if o.serving} == {
+        rank: 3 * (rank + 64) * 2 for rank in (256, 448, 512)
+    }
+    # Heads of 128, and a depth at which llama.cpp needs two factors.
+    assert [verdict.verdict for verdict in latent[512].engines] == ["loads", "command"]
+    assert "attn_q_a" in latent[512].engines[1].commands[1]
+    assert any("MLA 512+64 does not pay at tensor parallel 8" in note for note in found.notes)
+    with pytest.raises(SettingError, match="does not divide the 32 query heads"):
+        inspect_model(tmp_path, tp=3)
 
 
 def test_the_reason_against_mla_is_given(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -25,10 +25,12 @@ from headwise.models import deepseek, mla_source, rope
 from headwise.models.architecture import Architecture
 from headwise.models.config import dtype_of
 from headwise.models.deepseek import ATTENTION, LAYERS
-from headwise.models.layout import AttentionLayout, LatentWeights, LayerWeights
+from headwise.models.layout import LatentWeights, LayerWeights
 from headwise.models.norm_free import from_norm_free_state, norm_free_attention
 from headwise.models.stock import empty_model, layer_arguments, move_to_device
 from headwise.serving import engines
+from headwise.serving.latent_shape import pad_layout
+from headwise.serving.planner import unpaid_degree
 
 # Padding for engines whose prefill needs values as wide as queries (engines.yaml).
 PADDED_V_HEAD_DIM = 128
@@ -105,7 +107,12 @@ class LatentTarget:
 
         biased = arch.has_bias(config)
         bias = biased or self._o_bias_name(0) in checkpoint.tensors
-        self.layouts = [self._padded(latent_layout(old, rank, rope_dim), settings) for old in self._before]
+        least = PADDED_V_HEAD_DIM if settings.pad_values else 0
+        self.layouts = [
+            pad_layout(latent_layout(old, rank, rope_dim), settings.engines, least) for old in self._before
+        ]
+        if (note := unpaid_degree(self._before[0], self.layouts[0])) is not None:
+            self.notes.append(note)
         layout = self.layouts[0]
         self.q_lora_rank = deepseek.query_rank(layout, self._hidden_size) if biased else None
         if not biased and engines.needs_factored_queries(len(self._before), stock.vocab_size, settings.engines):
@@ -241,16 +248,6 @@ class LatentTarget:
     def _pad(self, converted: LatentWeights, layer: int) -> LatentWeights:
         layout = self.layouts[layer]
         return deepseek.pad_heads(converted, layout.head_dim - layout.rotary_dim, layout.v_head_dim)
-
-    @staticmethod
-    def _padded(layout: AttentionLayout, settings: ConvertSettings) -> AttentionLayout:
-        """Return a layout with the heads padded for the engines that the settings name."""
-        rope_dim = layout.rotary_dim
-        nope, value = layout.head_dim - rope_dim, layout.v_head_dim
-        if settings.pad_values:
-            value = max(value, PADDED_V_HEAD_DIM)
-        nope, value = engines.padded_head_dims(nope, rope_dim, value, settings.engines)
-        return replace(layout, head_dim=nope + rope_dim, v_head_dim=value)
 
     def _check_rotary_layers(self) -> None:
         """Raise SettingError if the method needs RoPE in every layer and a layer has none."""

@@ -1,0 +1,1 @@
+"""Converted models in llama.cpp itself, built by `make llama-cpp`."""

@@ -1,0 +1,95 @@
+"""The forecast for each GPU: cache, weights, sequences and the time of a decode step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from headwise.errors import SettingError
+from headwise.models.layout import AttentionLayout
+from headwise.serving import planner
+from headwise.serving.planner import ModelSize, cache_elements, forecast
+from headwise.serving.settings import CARDS, ServingSettings
+
+# Llama-3-8B.
+GQA = AttentionLayout(32, 8, 128, 128, 128)
+MLA = AttentionLayout(32, 32, 192, 128, 64, None, 512, 64)
+LAYERS, HIDDEN, PARAMETERS = 32, 4096, 8_030_261_248
+
+
+def size(layout: AttentionLayout = GQA) -> ModelSize:
+    return ModelSize.of(PARAMETERS, [layout] * LAYERS, HIDDEN, 2)
+
+
+def test_eight_kv_heads_beat_the_latent_at_tensor_parallel_8() -> None:
+    assert cache_elements(GQA) == 2048 and cache_elements(MLA) == 576
+    assert cache_elements(MLA, 8) / cache_elements(GQA, 8) == 2.25
+    assert cache_elements(MLA, 8, 8) == 72
+    notes = list(
+        planner.serving_notes([GQA], [("MLA 512+64", 576), ("MLA 64+64", 128)], 256, ServingSettings(tp=8))
+    )
+    assert len(notes) == 1 and "MLA 512+64 does not pay" in notes[0] and "2.25 times" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("tp", "dcp", "elements"), [(1, 1, 2048), (2, 1, 1024), (8, 1, 256), (16, 1, 256), (16, 2, 128), (16, 8, 128)]
+)
+def test_kv_heads_are_divided_and_then_repeated(tp: int, dcp: int, elements: int) -> None:
+    assert cache_elements(GQA, tp, dcp) == elements
+
+
+def test_the_parameters_add_up() -> None:
+    attention = LAYERS * HIDDEN * (32 * 256 + 8 * 256)
+    assert size().other + attention == PARAMETERS
+    alone = forecast([GQA] * LAYERS, size(), ServingSettings(tp=1))
+    assert alone.weight_bytes == 2 * PARAMETERS
+    divided = forecast([GQA] * LAYERS, size(), ServingSettings(tp=8))
+    assert divided.weight_bytes == pytest.approx(2 * PARAMETERS / 8, rel=1e-9)
+    latent = planner.attention_parameters(MLA, HIDDEN, 1)
+    assert latent == HIDDEN * 32 * (192 + 128) + 576 * HIDDEN + 512 * 32 * 256
+
+
+def test_sequences_and_time() -> None:
+    settings = ServingSettings(tp=8, card="h100", cache_dtype="fp8")
+    found = forecast([GQA] * LAYERS, size(), settings, 32_768)
+    assert found.cache_bytes_per_token == 256 * LAYERS and found.cache_bytes == 256 * LAYERS * 32_768
+    assert found.weight_bytes is not None and found.seconds_per_step is not None
+    assert found.sequences == int((0.9 * 80e9 - found.weight_bytes) / found.cache_bytes)
+    read = found.weight_bytes + found.sequences * found.cache_bytes
+    assert found.seconds_per_step == pytest.approx(read / 3.35e12)
+    assert found.tokens_per_second == pytest.approx(found.sequences / found.seconds_per_step)
+    small = forecast([GQA] * LAYERS, size(), replace(settings, memory="1GB"), 32_768)
+    assert small.sequences == 0 and small.seconds_per_step is None
+    unknown = forecast([GQA] * LAYERS, None, settings)
+    assert unknown.weight_bytes is unknown.sequences is unknown.tokens_per_second is None
+
+
+def test_a_window_limits_the_cache() -> None:
+    windowed = replace(GQA, sliding_window=100)
+    found = forecast([GQA, windowed], None, ServingSettings(), 1000)
+    assert found.cache_bytes == 2 * 2048 * (1000 + 100)
+
+
+def test_kv_heads_are_repeated_for_more_gpus() -> None:
+    notes = list(planner.serving_notes([GQA], [], 2048, ServingSettings(tp=16)))
+    assert len(notes) == 1 and "--to gqa --groups 16" in notes[0]
+    assert not list(planner.serving_notes([GQA], [], 2048, ServingSettings(tp=8)))
+
+
+def test_the_degree_from_which_mla_saves_nothing() -> None:
+    assert (planner.unpaid_degree(GQA, MLA) or "").startswith("From tensor parallel 4 on")
+    small = replace(MLA, kv_lora_rank=64)
+    assert planner.unpaid_degree(replace(GQA, num_key_value_heads=32), small) is None
+    assert planner.unpaid_degree(MLA, MLA) is None
+
+
+def test_tp_must_divide_the_query_heads() -> None:
+    with pytest.raises(SettingError, match=r"`tp` 3 does not divide the 32 query heads") as caught:
+        forecast([GQA], None, ServingSettings(tp=3))
+    assert caught.value.field == "tp"
+
+
+def test_the_cards_of_the_settings_are_those_of_the_file() -> None:
+    assert tuple(planner._cards()) == CARDS
+    assert all(card["memory"] > 1e9 and card["bandwidth"] > 1e11 for card in planner._cards().values())
