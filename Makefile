@@ -18,8 +18,8 @@ FUZZ_INPUTS ?= 2000
 EXTRAS := eval,train
 SMOKE := -m pytest -p no:cacheprovider -n $(JOBS) --dist loadgroup -m smoke tests/smoke
 
-.PHONY: env demo real docs lint types actions check cov test test-newest test-lowest llama-cpp check-full audit wheel \
-	release-check release bench clean
+.PHONY: env demo real docs lint types actions check cov test test-newest test-lowest llama-cpp check-full reliability \
+	audit wheel release-check release bench clean
 
 # torch is installed first and by its pin: any looser request lets pip choose a build with gigabytes of CUDA.
 $(READY): pyproject.toml constraints.txt
@@ -102,7 +102,12 @@ $(LLAMA_CPP)/.ready: $(READY)
 	touch $@
 
 check-full: check test audit test-newest test-lowest wheel real llama-cpp
-	$(BIN)/pytest -m full
+	$(BIN)/pytest -m full --ignore tests/faults
+	$(MAKE) reliability
+
+# The campaign of docs/results/reliability.md: faults, kills, full disks, and hostile files of every kind.
+reliability: $(READY)
+	OMP_NUM_THREADS=1 nice $(BIN)/pytest -s -n 0 -m full tests/faults
 	nice $(BIN)/python tests/hostile/long_run.py --inputs $(FUZZ_INPUTS)
 
 # Known vulnerabilities of the pinned versions, as far as the service of pip-audit answers.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from headwise import environment
+from headwise.errors import HeadwiseError
 from headwise.eval import processes
 from headwise.eval.compare import same_questions
 from headwise.eval.metrics.acceptance import measure_acceptance
@@ -88,8 +89,9 @@ class EvalPair:
         if metrics is not None and self.settings.cache:
             try:
                 cache.store(into)
-            except OSError as error:  # the cache only saves time
-                self.progress.note(f"The cache {cache.folder.parent} cannot be written: {error.strerror or error}.")
+            except (OSError, HeadwiseError) as error:  # the cache only saves time
+                reason = getattr(error, "strerror", None) or str(error)
+                self.progress.note(f"The cache {cache.folder.parent} cannot be written: {reason.rstrip('.')}.")
         return metrics, False
 
     def measure_together(self) -> tuple[Divergence | None, DraftAcceptance | None]:

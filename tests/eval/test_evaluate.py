@@ -79,6 +79,25 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.stem: path for path in home.iterdir()}
 
 
+@pytest.mark.parametrize("place", ["/dev/null/x", "link"])
+def test_a_cache_that_cannot_be_written_costs_no_report(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    cache = Path(place) if place.startswith("/") else tmp_path / "cache"
+    if place == "link":
+        cache.mkdir()
+        (cache / "eval").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setenv("HEADWISE_CACHE", str(cache))
+    (tmp_path / "text.yaml").write_text("about: Text.\nperplexity: {length: 32, blocks: 2, stretches: 2}\n")
+    out = tmp_path / "report"
+    result = run(
+        folders["twin"], "--baseline", folders["parent"], "--recipe", tmp_path / "text.yaml", "--report", out
+    )
+    assert result.exit_code == 0, result.stderr
+    assert (out / "report.json").is_file() and "cannot be written" in result.stderr
+    assert not (tmp_path / "nowhere").exists()
+
+
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli, ["eval", *map(str, arguments)])
 
