@@ -72,6 +72,8 @@ def _inspect(**options: Any) -> None:
     weights and sequences on each GPU.
 
     \b
+    headwise inspect MODEL
+    headwise inspect MODEL --context 131072 --plot bound.png
     headwise inspect MODEL --engine vllm --tp 8 --card h100 --context 32768
     """
     check_options(ServingSettings, options)
@@ -123,7 +125,12 @@ def _convert(**options: Any) -> None:
     ],
 )
 def _verify(**options: Any) -> None:
-    """Reload OUT with the stock classes and check it."""
+    """Reload OUT with the stock classes and check it.
+
+    \b
+    headwise verify OUT --against MODEL
+    headwise verify OUT --hashes
+    """
     if "against" not in options and options.keys() & {"revision", "token"}:
         raise click.UsageError("--revision and --token are for the parent: they need --against MODEL.")
     if options.keys() >= {"hashes", "against"}:
@@ -144,7 +151,7 @@ def _verify(**options: Any) -> None:
     "sample",
     params=[
         MODEL,
-        parsed_option("--tokens", parse_count, "a number such as 4M", "Tokens to sample [262144].", "N"),
+        parsed_option("--tokens", parse_count, "a number such as 40K or 4M", "Tokens to sample [262144].", "N"),
         Option("--out", "The file, .jsonl [MODEL-samples.jsonl].", type=Path, metavar="FILE"),
         SEED,
         DEVICE,
@@ -240,6 +247,10 @@ def _bench(**options: Any) -> None:
     """Time decoding of OUT and of its parent.
 
     The fused kernels are used where they can run.
+
+    \b
+    headwise bench OUT --baseline MODEL --context 8192 --batch 8
+    headwise bench OUT --baseline MODEL --memory 24GB
     """
     if "baseline" not in options:
         raise click.UsageError("bench compares with a parent: give --baseline MODEL.")
@@ -305,6 +316,10 @@ def _push(**options: Any) -> None:
     """Upload FOLDER to the Hub repository REPO (org/name).
 
     One commit publishes all files. After an interruption run it again: files that have arrived are not sent twice.
+
+    \b
+    headwise push OUT org/name --dry-run
+    headwise push OUT org/name --private
     """
     from headwise.records.push import push_model
 
@@ -324,7 +339,11 @@ def _push(**options: Any) -> None:
     ],
 )
 def _demo(**options: Any) -> None:
-    """Convert the embedded model and measure the loss of quality."""
+    """Convert the embedded model and measure the loss of quality.
+
+    \b
+    headwise demo --quick
+    """
     from headwise.demo.demo import demo
 
     with console.progress() as progress:
@@ -335,7 +354,11 @@ def _demo(**options: Any) -> None:
 
 @cli.command("env")
 def _env() -> None:
-    """Show versions and devices, for a bug report."""
+    """Show versions and devices, for a bug report.
+
+    \b
+    headwise env --json
+    """
     from headwise.environment import environment
 
     facts = environment()
@@ -350,7 +373,11 @@ def _recipes() -> None:
 
 @_recipes.command("list")
 def _list_recipes() -> None:
-    """List every recipe with its purpose."""
+    """List every recipe with its purpose.
+
+    \b
+    headwise recipes list
+    """
     from headwise.eval import settings as evaluation
     from headwise.recipes import settings as training
 
@@ -368,15 +395,25 @@ def _list_recipes() -> None:
     console.print_json(recipes)
 
 
+def _complete_recipe(context: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Return the names of recipes that begin with a word, for shell completion."""
+    names = {name for kind in (UptrainSettings, EvalSettings) for name in settings_of(kind)["recipe"][1].choices}
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
 RECIPE = [
-    click.Argument(["recipe"]),
+    click.Argument(["recipe"], shell_complete=_complete_recipe),
     flag_option("--eval evaluation", "Of two recipes with one name, take the one of `headwise eval`."),
 ]
 
 
 @_recipes.command("show", params=RECIPE)
 def _show_recipe(recipe: str, evaluation: bool = False) -> None:
-    """Print the file of a recipe."""
+    """Print the file of a recipe.
+
+    \b
+    headwise recipes show distill > own.yaml
+    """
     path, loaded = _load_recipe(recipe, evaluation)
     console.print_lines(path.read_text(encoding="utf-8"))
     console.print_json(loaded)
@@ -384,7 +421,11 @@ def _show_recipe(recipe: str, evaluation: bool = False) -> None:
 
 @_recipes.command("validate", params=RECIPE)
 def _validate_recipe(recipe: str, evaluation: bool = False) -> None:
-    """Check a recipe: its keys, their types and values."""
+    """Check a recipe: its keys, their types and values.
+
+    \b
+    headwise recipes validate own.yaml
+    """
     console.print_json(_load_recipe(recipe, evaluation)[1])
     console.print_line(f"{recipe} is valid.")
 

@@ -25,7 +25,7 @@ MAX_BYTES = 1_000_000
 HUGE = 1e300
 MAX_DIGITS = 100
 MAX_DEPTH = 32
-SCALES = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "%": 0.01}
+SCALES = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "%": 0.01}
 
 T = TypeVar("T")
 
@@ -264,7 +264,7 @@ def _number(value: Any) -> float | None:
         return None
     if isinstance(value, int | float):
         return value if -HUGE < value < HUGE else None
-    match = re.fullmatch(r"([+-]?[\d.]+(?:e[+-]?\d+)?)([kMBT%]?)", value) if isinstance(value, str) else None
+    match = re.fullmatch(r"([+-]?[\d.]+(?:e[+-]?\d+)?)([kKMBT%]?)", value) if isinstance(value, str) else None
     try:
         return _number(float(match[1]) * SCALES[match[2]]) if match else None
     except ValueError:

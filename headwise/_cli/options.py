@@ -37,5 +37,5 @@ DEVICE = Option("--device", "cpu, cuda or cuda:N [a GPU if there is one].", meta
 SEED = number_option("--seed", "Random seed [0].", minimum=0)
 
 CONVERT = [MODEL, OUT, *options_of(ConvertSettings), *SOURCE]
-UPTRAIN = [MODEL, click.Argument(["out"], type=Path, required=False), *options_of(UptrainSettings)]
+UPTRAIN = [MODEL, click.Argument(["out"], type=Path, required=False), *options_of(UptrainSettings), TOKEN]
 EVAL = [click.Argument(["out"]), *options_of(EvalSettings), TOKEN]

@@ -386,8 +386,8 @@ def _cache_rows(before: CacheSize, after: CacheSize) -> Iterator[tuple[str, str,
 
 
 def format_saving(saved: float) -> str:
-    """Return "75.0%" for 0.75, and "2x" for -1.0, a cache that doubles."""
-    return f"{saved:.1%}" if saved > 0 else f"{1 - saved:.3g}x"
+    """Return "75.0%" for 0.75, and "grows 2x" for -1.0, a cache that doubles."""
+    return f"{saved:.1%}" if saved > 0 else f"grows {1 - saved:.3g}x" if saved < 0 else "none"
 
 
 def _option_name(option: ReachableLayout) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from headwise.format import dtype_name, plain_fields
+from headwise.format import dtype_name, duration, layout_names, plain_fields, size
 from headwise.io.reader import Checkpoint
 from headwise.io.writer import OutputTensor, Shard, plan_shards
 from headwise.models.architecture import Architecture
@@ -101,6 +102,25 @@ class Plan:
     def disk(self) -> int:
         """Return the bytes of the weight files, headers included."""
         return sum(shard.nbytes for shard in self.shards)
+
+    def __str__(self) -> str:
+        """Return the plan in a few lines; `to_dict` has every tensor."""
+        counts = Counter(action.action for action in self.actions)
+        return "\n".join(
+            [
+                f"Plan for {self.model}: {layout_names(self.layouts_before)} -> {layout_names(self.layouts_after)}",
+                f"KV cache per token: {size(self.cache_before.bytes_per_token)} -> "
+                f"{size(self.cache_after.bytes_per_token)}",
+                f"Parameters: {self.parameters_before:,} -> {self.parameters_after:,}",
+                f"Weights: {size(self.bytes_before)} -> {size(self.bytes_after)}",
+                f"Tensors: {counts['copy']} copied, {counts['convert']} converted, {counts['drop']} dropped",
+                f"Forecast: {duration(sum(self.seconds.values()))}, {size(self.peak_memory)} of memory, "
+                f"{size(self.disk)} on disk",
+                *(f"Engine: {verdict.line}" for verdict in self.engines),
+                *(f"Note: {note}" for note in self.notes),
+                *(f"Warning: {warning}" for warning in self.warnings),
+            ]
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data."""

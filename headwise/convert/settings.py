@@ -18,6 +18,7 @@ from headwise.convert.verify.verification import CHECKS
 from headwise.errors import SettingError
 from headwise.fields import Setting, check_fields, declare, is_given, settings_of
 from headwise.format import parse_bytes
+from headwise.schema import parse_count
 from headwise.serving.engines import ENGINES
 
 LAYOUTS = ("gqa", "mqa", "mha", "mla")
@@ -156,7 +157,8 @@ class ConvertSettings:
         recorded=False,
     )
     calibration_tokens: int | None = fields.number(
-        "Number of calibration tokens [by the model's size].",
+        "Number of calibration tokens, such as 40K [by the model's size].",
+        parse=parse_count,
         section="Calibration",
         acts_with=LOSSY,
         recorded=False,

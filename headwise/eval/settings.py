@@ -274,6 +274,7 @@ class EvalSettings:
         check=_check_model,
         parse=str,
         wanted="the name of a recipe or a YAML file",
+        choices=[path.stem for path in sorted(LIBRARY.glob("*.yaml"))],
         metavar="RECIPE",
         section="What to measure",
     )

@@ -160,7 +160,7 @@ def find_row(config: dict[str, Any], table: Table) -> ArchitectureRow:
     if model_type in table.rows:
         return table.rows[model_type]
     if model_type not in table.wrappers:
-        raise _unsupported(model_type, table)
+        raise _unsupported(model_type, table, config)
     wrapper = table.wrappers[model_type]
     text_key = wrapper["text_key"]
     if text_key not in config and wrapper["may_be_flat"]:
@@ -173,7 +173,7 @@ def find_row(config: dict[str, Any], table: Table) -> ArchitectureRow:
             "model belongs there."
         )
     if not isinstance(inner, str) or inner not in table.rows:
-        raise _unsupported(inner, table)
+        raise _unsupported(inner, table, config[text_key] if text_key else config)
     return replace(
         table.rows[inner],
         auto_class=wrapper["auto_class"],
@@ -184,11 +184,20 @@ def find_row(config: dict[str, Any], table: Table) -> ArchitectureRow:
     )
 
 
-def _unsupported(model_type: Any, table: Table) -> HeadwiseError:
+def _unsupported(model_type: Any, table: Table, config: dict[str, Any]) -> HeadwiseError:
     known = sorted([*table.rows, *table.wrappers])
     if isinstance(model_type, str) and model_type in table.refused:
         return HeadwiseError(
             f"headwise cannot convert model type {model_type}: {table.refused[model_type].strip()}."
+        )
+    architectures = config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    other = isinstance(name, str) and not name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    if other or config.get("is_encoder_decoder") is True:
+        kind = "an encoder-decoder model" if config.get("is_encoder_decoder") is True else "no language model"
+        return HeadwiseError(
+            f"headwise cannot convert model type {model_type}: {name or 'it'} is {kind}.",
+            "It converts decoder-only language models, alone or inside a multimodal model.",
         )
     near = difflib.get_close_matches(str(model_type), known, n=1)
     why = (

@@ -97,6 +97,7 @@ class Run:
         progress: gets the stages and figures of the first process.
         accept: names of checks whose failure is accepted and recorded.
         device: "cpu" or "cuda"; None: an accelerator if there is one.
+        token: of the Hub, for the parent.
 
     Raises:
         HeadwiseError: the parts do not match, or memory is too small.
@@ -113,6 +114,7 @@ class Run:
         progress: Progress,
         accept: Collection[str] = (),
         device: str | None = None,
+        token: str | None = None,
     ) -> None:
         self.recipe, self.name, self.folder, self.out = recipe, name, folder, out
         self.command, self.accept = command, accept
@@ -121,7 +123,9 @@ class Run:
         self.progress = progress if self.is_main_process else SILENT
         self.record = read_record(folder.checkpoint.folder)
         parent = teacher if teacher is not None else recorded_source(self.record, folder.checkpoint.folder)
-        self.teacher = ModelFolder.of(open_checkpoint(parent, progress=progress)) if parent is not None else None
+        self.teacher = (
+            ModelFolder.of(open_checkpoint(parent, token=token, progress=progress)) if parent is not None else None
+        )
         self.tokenizer = load_tokenizer(folder.checkpoint.folder, folder.checkpoint.source)
         check_compatible(recipe, folder, self.teacher, self.tokenizer, self.record)
         if recipe.train is not None:

@@ -209,6 +209,7 @@ class UptrainSettings:
         wanted="a recipe, its name or its file",
         metavar="RECIPE",
         parse=str,
+        choices=[path.stem for path in sorted(LIBRARY.glob("*.yaml"))],
         section="Training",
     )
     teacher: str | Path | None = fields.other(
@@ -254,6 +255,7 @@ class UptrainSettings:
         "Start processes through accelerate: single, ddp or fsdp2.", LAUNCH_KINDS, section="Several processes"
     )
     processes: int | None = fields.number("Number of processes [one for each GPU].", section="Several processes")
+    seed: int | None = fields.number("Seed of everything random [the recipe's, 0].", minimum=0)
     device: str | None = fields.choice(
         "Device of one process [an accelerator if there is one].", ("cpu", "cuda"), metavar="DEVICE"
     )
@@ -292,12 +294,12 @@ class UptrainSettings:
             )
         mapping, where = _read(self.recipe)
         schema.assign(mapping, self.settings)
-        for name in ("tokens", "fraction"):
+        for name in ("tokens", "fraction", "seed"):
             if getattr(self, name) is not None and mapping.get("train") is None:
                 raise SettingError(
                     name,
                     f"The recipe has no `train` section, so `{name}` has no effect.",
-                    "Give layerwise.tokens instead.",
+                    None if name == "seed" else "Give layerwise.tokens instead.",
                 )
         schema.assign(mapping, self._from_fields())
         object.__setattr__(self, "plan", schema.build(UptrainRecipe, mapping, where))
@@ -316,6 +318,8 @@ class UptrainSettings:
         if self.tokens is not None or self.fraction is not None:
             yield f"train.tokens={json.dumps(self.tokens)}"
             yield f"train.fraction={json.dumps(self.fraction)}"
+        if self.seed is not None:
+            yield f"train.seed={self.seed}"
         if self.text:
             # YAML does not know JSON's pairs of escapes for what lies beyond 16 bits.
             yield f"data.text={json.dumps(dict.fromkeys(self.text, 1), ensure_ascii=False)}"

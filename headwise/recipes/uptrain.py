@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from headwise.environment import find_device
-from headwise.errors import HeadwiseError
+from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import open_checkpoint
 from headwise.progress import SILENT, Progress
 from headwise.recipes.run import Run, UptrainResult
@@ -33,7 +33,9 @@ def uptrain_model(
     launch: str | None = None,
     processes: int | None = None,
     accept: str | Sequence[str] = (),
+    seed: int | None = None,
     device: str | None = None,
+    token: str | None = None,
     command: str = "",
     progress: Progress = SILENT,
 ) -> UptrainResult | None:
@@ -55,7 +57,9 @@ def uptrain_model(
         launch: start processes of this machine through accelerate: "single", "ddp" or "fsdp2".
         processes: number of processes; None: one for each accelerator.
         accept: names of checks whose failure does not stop the run; the record keeps it.
+        seed: of everything random; None: the recipe's.
         device: "cpu" or "cuda"; None: an accelerator if there is one.
+        token: of the Hub, for the model and its parent.
         command: the command line, for the record.
         progress: gets stages and figures.
 
@@ -84,16 +88,32 @@ def uptrain_model(
         force=force,
         resume=resume,
         accept=accept,
+        seed=seed,
         device=device,
     )
     target = Path(out) if out is not None else _default_out(model)
     if chosen.launch is not None:
+        if token is not None:
+            raise SettingError(
+                "token",
+                "`token` is not passed to other processes.",
+                "Set HF_TOKEN, or log in with `hf auth login`.",
+            )
         return _launch(chosen, model, target, command)
     if chosen.device is not None:
         find_device(chosen.device)
-    folder = ModelFolder.of(open_checkpoint(model, progress=progress))
+    folder = ModelFolder.of(open_checkpoint(model, token=token, progress=progress))
     run = Run(
-        chosen.plan, chosen.name, folder, chosen.teacher, target, command, progress, chosen.accept, chosen.device
+        chosen.plan,
+        chosen.name,
+        folder,
+        chosen.teacher,
+        target,
+        command,
+        progress,
+        chosen.accept,
+        chosen.device,
+        token,
     )
     return run(resume=chosen.resume, force=chosen.force, max_shard_size=chosen.max_shard_size)
 

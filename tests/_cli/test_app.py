@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import click
+import click.shell_completion
 import pytest
 import torch
 
@@ -46,6 +47,9 @@ def test_every_verb_has_help_with_each_option_once(verb: tuple[str, ...]) -> Non
     for name in verb:
         command = command.commands[name]
     assert command.help
+    words = ["headwise", *verb]
+    assert any(line.split()[: len(words)] == words for line in result.stdout.splitlines()), "an example"
+    assert max(map(len, result.stdout.splitlines())) <= 100
     listed = [line.strip().split("  ")[0].replace(",", " ").split() for line in result.stdout.splitlines()]
     for param in command.params:
         if isinstance(param, click.Option):
@@ -53,6 +57,20 @@ def test_every_verb_has_help_with_each_option_once(verb: tuple[str, ...]) -> Non
             assert sum(words[:1] != [] and words[0].startswith("-") and flag in words for words in listed) == 1, (
                 flag
             )
+
+
+@pytest.mark.parametrize(
+    ("words", "incomplete", "expected"),
+    [
+        (["uptrain", "m", "--recipe"], "di", "distill"),
+        (["eval", "m", "--recipe"], "qu", "quick"),
+        (["recipes", "show"], "lay", "layerwise"),
+        (["convert", "m", "out", "--to", "mla", "--method"], "trans", "transmla"),
+    ],
+)
+def test_recipes_and_methods_are_completed(words: list[str], incomplete: str, expected: str) -> None:
+    completion = click.shell_completion.ShellComplete(cli, {}, "headwise", "_HEADWISE_COMPLETE")
+    assert [item.value for item in completion.get_completions(words, incomplete)] == [expected]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ def test_layers_are_listed_as_ranges() -> None:
     assert render.format_ranges(range(0, 80, 2)).startswith("40 layers: 0, 2")
 
 
-@pytest.mark.parametrize(("saved", "text"), [(0.75, "75.0%"), (0.001, "0.1%"), (0.0, "1x"), (-1.0, "2x")])
+@pytest.mark.parametrize(("saved", "text"), [(0.75, "75.0%"), (0.001, "0.1%"), (0.0, "none"), (-1.0, "grows 2x")])
 def test_a_saving_is_a_share_or_a_factor(saved: float, text: str) -> None:
     assert render.format_saving(saved) == text
 

@@ -57,6 +57,7 @@ def test_the_plan_has_the_tensors_of_the_stock_class(model: Path, groups: int) -
     assert plan.parameters_after == sum(t.numel() for t in stock.values())
     assert plan.cache_before.bytes_per_token * groups == plan.cache_after.bytes_per_token * 8
     assert plan.disk == sum(shard.nbytes for shard in plan.shards) > plan.bytes_after
+    assert f"GQA, {groups} KV heads" in str(plan).replace("MQA", "GQA, 1 KV heads") and "Weights: " in str(plan)
     plain = json.loads(json.dumps(plan.to_dict()))
     assert plain["layers"][2]["after"]["num_key_value_heads"] == groups
     assert sum(math.prod(t["after"]["shape"]) for t in plain["tensors"]) == plan.parameters_after

@@ -207,6 +207,8 @@ def test_a_head_on_top_chooses_the_class_that_loads_it():
     [
         ({"model_type": "lama"}, "lama: transformers has no class.*Did you mean llama.*Supported: apertus, "),
         ({"model_type": "bert"}, "bert: it has no row in the table"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "it is an encoder-decoder model"),
+        ({"model_type": "vit", "architectures": ["ViTModel"]}, "ViTModel is no language model"),
         ({"model_type": "qwen"}, "transformers has no class for it, and headwise never runs code"),
         ({"model_type": "gpt2"}, "no num_key_value_heads"),
         ({"model_type": "gpt_oss"}, "learned sink"),

@@ -22,7 +22,7 @@ from headwise.convert.settings import ConvertSettings
 from headwise.convert.verify.factored import FactoredAttention, check_factors, compare_with_parent
 from headwise.convert.verify.grouped import RepeatedAttention, check_groups, compare_grouped, shares_heads
 from headwise.convert.verify.layer_inputs import TOKENS
-from headwise.convert.verify.verification import Verification
+from headwise.convert.verify.verification import Check, Verification
 from headwise.convert.verify.whole_model import WHOLE_BYTES, check_loading
 from headwise.errors import HeadwiseError
 from headwise.format import layout_names
@@ -110,11 +110,11 @@ def check_folder(
     arguments = arguments or {}
     model = find_attention_model(checkpoint.config, checkpoint.tensors)
     own_layouts = model.layouts(checkpoint.config)
-    checks: list[tuple[str, bool, str]] = []
+    checks: list[Check] = []
     progress.stage("Verifying", unit="checks")
 
     def add(name: str, check: Callable[..., tuple[bool, str]], *given: Any, **more: Any) -> None:
-        checks.append((name, *run_check(check, *given, **more)))
+        checks.append(Check(name, *run_check(check, *given, **more)))
         progress.advance(1)
 
     layouts = list(planned) if planned is not None else own_layouts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from headwise.errors import GateFailed
 
@@ -13,16 +13,30 @@ from headwise.errors import GateFailed
 CHECKS = ("tensors", "layout", "cache", "function", "parent", "loading")
 
 
+class Check(NamedTuple):
+    """One check.
+
+    Attributes:
+        name: one of `CHECKS`, or "hashes".
+        passed: whether it passed.
+        detail: the measured value and its limit.
+    """
+
+    name: str
+    passed: bool
+    detail: str
+
+
 @dataclass(frozen=True)
 class Verification:
     """The checks made.
 
     Attributes:
-        checks: (name, passed, detail) of each; the detail has the measured value and its limit.
+        checks: in the order in which they were made.
         accepted: the failed checks that the user accepted.
     """
 
-    checks: tuple[tuple[str, bool, str], ...]
+    checks: tuple[Check, ...]
     accepted: tuple[str, ...] = ()
 
     @property
@@ -66,7 +80,14 @@ class Verification:
             "again.",
         )
 
+    def __str__(self) -> str:
+        """Return a line for each check."""
+        return "\n".join(f"{name}: {'passed' if passed else 'FAILED'}. {d}" for name, passed, d in self.checks)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the checks as plain data."""
-        checks = [{"name": n, "passed": p, "detail": d} for n, p, d in self.checks]
-        return {"passed": self.passed, "checks": checks, "accepted": list(self.accepted)}
+        return {
+            "passed": self.passed,
+            "checks": [Check(*check)._asdict() for check in self.checks],
+            "accepted": list(self.accepted),
+        }
