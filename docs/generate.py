@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import yaml
 
 from headwise import registry
 from headwise._cli.app import Option, flag_of
@@ -17,6 +18,8 @@ from headwise.cli import cli
 from headwise.convert.settings import ConvertSettings
 from headwise.eval import settings as evaluation
 from headwise.fields import settings_of
+from headwise.models import deepseek
+from headwise.models.table import load_table
 from headwise.recipes.settings import Layerwise, UptrainSettings
 from headwise.serving.settings import ServingSettings
 from headwise.text.sources import Data
@@ -56,13 +59,29 @@ SETTINGS: tuple[tuple[str, type, str], ...] = (
 
 def make_pages() -> dict[Path, str]:
     """Return the text of every page that this script writes, by its path."""
-    guide = DOCS / "guide" / "convert.md"
+    guide, readme = DOCS / "guide" / "convert.md", DOCS.parent / "README.md"
     methods = methods_tables(("merge", "latent", "grouping"))
     return {
         DOCS / "reference" / "cli.md": join_lines(cli_page()),
         DOCS / "reference" / "settings.md": join_lines(settings_page()),
+        readme: with_block(readme.read_text(encoding="utf-8"), "models", models_lines()),
         guide: with_block(guide.read_text(encoding="utf-8"), "methods", methods),
     }
+
+
+def models_lines() -> Iterator[str]:
+    """Yield the table of the model types, by what they can become."""
+    known = load_table()
+    latent = set(yaml.safe_load((Path(deepseek.__file__).with_name("deepseek.yaml")).read_text("utf-8"))["sources"])
+    groups = {
+        "GQA, MQA, MHA, MLA": sorted(latent),
+        "GQA, MQA, MHA": sorted(known.rows.keys() - latent),
+        "the language model inside a multimodal model, likewise": sorted(known.wrappers),
+    }
+    yield from table(
+        ("target", "model types (`model_type` of config.json)"),
+        [(target, ", ".join(f"`{name}`" for name in names)) for target, names in groups.items()],
+    )
 
 
 def join_lines(lines: Iterable[str]) -> str:

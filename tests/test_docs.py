@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
+
+from headwise._cli.app import check_options
+from headwise.cli import cli
+from headwise.convert.settings import ConvertSettings
+from headwise.errors import HeadwiseError
+from headwise.eval.settings import EvalSettings
+from headwise.recipes.settings import UptrainSettings
+from headwise.records import push
+from headwise.records.push import HubRepository
+from tests.convert.speaking import save_speaking
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -22,6 +37,10 @@ SOURCES = sorted(
 # Pages that describe the code: every file that they name exists.
 DESCRIPTIONS = [ROOT / "docs/architecture.md", ROOT / "docs/mathematics.md", *DECISIONS]
 PARTS = ["Context", "Decision", "Consequences", "Measured"]
+
+# Pages with commands and code for users.
+GUIDE = [ROOT / "README.md", ROOT / "docs/index.md", *sorted(ROOT.glob("docs/guide/*.md"))]
+SETTINGS = {"convert": ConvertSettings, "uptrain": UptrainSettings, "eval": EvalSettings}
 
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
@@ -89,6 +108,101 @@ def missing_files(page: Path) -> Iterator[str]:
             places += [*(ROOT / "headwise").rglob(name.rstrip("/")), *(ROOT / "tests").rglob(name.rstrip("/"))]
         if not any(place.exists() for place in places):
             yield name
+
+
+def commands(page: Path) -> list[str]:
+    """Return the headwise commands in the code blocks of a page, and in its text those with their arguments."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = [match[0] for match in FENCE.finditer(text)]
+    blocks += [line for line in FENCE.sub("", text).splitlines() if line.startswith("    ")]
+    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    inline = [code for code in CODE.findall(prose(page)) if re.match(r"headwise [a-z]+ [A-Z]", code)]
+    lines += [code for code in inline if not {"...", "N", "FILE"} & set(code.split())]
+    launched = [line.partition("-m headwise")[2] for line in lines if "-m headwise " in line]
+    own = [line.removeprefix("headwise") for line in lines if re.match(r"headwise [a-z]", line)]
+    return [command.strip() for command in (*own, *launched)]
+
+
+def check_command(command: str) -> None:
+    """Parse a command as the command line does, and make its settings object."""
+    words = shlex.split(command.partition(" > ")[0], comments=True)
+    verb: Any = cli
+    names = []
+    while isinstance(verb, click.Group):
+        names.append(words.pop(0))
+        verb = verb.commands[names[-1]]
+    context = verb.make_context(names[-1], words)
+    given = {name: value for name, value in context.params.items() if value is not None and value != ()}
+    if names[-1] in SETTINGS:
+        check_options(SETTINGS[names[-1]], given)
+
+
+@pytest.mark.parametrize("page", GUIDE, ids=lambda page: page.stem)
+def test_the_commands_of_the_guide_are_legal(page: Path) -> None:
+    wrong = []
+    for command in commands(page):
+        try:
+            check_command(command)
+        except (click.ClickException, click.exceptions.Exit, HeadwiseError, KeyError) as error:
+            wrong.append(f"{command}: {error if str(error) else type(error).__name__}")
+    assert not wrong
+
+
+def test_wrong_commands_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```\n$ headwise convert A B --to gqa \\\n    --groups 0\n```\n`headwise evl A`\n    headwise eval A -x\n"
+    )
+    found = commands(page)
+    assert found == ["convert A B --to gqa      --groups 0", "eval A -x", "evl A"]
+    for command in found:
+        with pytest.raises((click.ClickException, HeadwiseError, KeyError)):
+            check_command(command)
+
+
+def code_blocks(page: Path) -> list[str]:
+    """Return the Python code of a page."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def test_the_python_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code runs on a tiny model in place of the embedded one, and without the Hub."""
+    pytest.importorskip("lm_eval")
+    save_speaking(tmp_path / "headwise/demo/model", max_position_embeddings=256)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HEADWISE_CACHE", str(tmp_path / "cache"))
+    free = HubRepository("org/name", None, exists=False, private=True, new_branch=False, files=())
+    monkeypatch.setattr(push, "check_repository", lambda *_, **__: free)
+    blocks = code_blocks(ROOT / "docs/guide/python.md")
+    assert len(blocks) >= 2
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "python.md", "exec"), names)
+    assert names["result"].verification.passed and names["evaluation"].parent is not None
+
+
+@pytest.mark.parametrize("page", GUIDE, ids=lambda page: page.stem)
+def test_python_code_compiles_and_its_imports_exist(page: Path) -> None:
+    for block in code_blocks(page):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                module = importlib.import_module(node.module)
+                assert not [name.name for name in node.names if not hasattr(module, name.name)]
+
+
+def test_the_messages_of_troubleshooting_exist() -> None:
+    page = (ROOT / "docs/guide/troubleshooting.md").read_text(encoding="utf-8")
+    sources = "".join(
+        # Strings that Python joins are joined.
+        re.sub(r'"\s*\n\s*f?"', "", path.read_text(encoding="utf-8"))
+        for kind in ("py", "yaml")
+        for path in ROOT.glob(f"headwise/**/*.{kind}")
+    )
+    tables = re.findall(r"^\| message contains .*?\n\n", page + "\n\n", re.MULTILINE | re.DOTALL)
+    rows = [line for table in tables for line in table.splitlines()[2:] if line]
+    messages = [part for row in rows for code in CODE.findall(row.split("|")[1]) for part in code.split(" ... ")]
+    assert len(messages) > 15
+    assert not [message for message in messages if message not in sources]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -16,7 +16,7 @@ from headwise.errors import HeadwiseError, SettingError
 from headwise.eval import processes
 from headwise.eval.assemble import assemble
 from headwise.eval.metrics.inputs import make_inputs, task_arguments
-from headwise.eval.model import find_model, same_tokenizer
+from headwise.eval.model import EvalModel, find_model, same_tokenizer
 from headwise.eval.pair import EvalPair, package_versions
 from headwise.eval.report.publish import check_report, published
 from headwise.eval.report.report import write_report
@@ -25,7 +25,6 @@ from headwise.eval.settings import EvalSettings
 from headwise.eval.stats import require_packages
 from headwise.eval.tasks.harness import Harness
 from headwise.fields import settings_of
-from headwise.io.source import find_source
 from headwise.progress import SILENT, Progress
 from headwise.records.manifest import read_record
 from headwise.records.parent import recorded_source
@@ -86,7 +85,6 @@ def evaluate_model(
         HeadwiseError: there is no such model, recipe or task; parent and child have different tokenizers; a task
             needs the network; a package is not installed.
     """
-    baseline = recorded_parent(child, token, progress) if baseline is None else baseline
     given = locals()
     settings = EvalSettings(**{name: given[name] for name in settings_of(EvalSettings)})
     chosen = settings.choose_recipe()
@@ -100,6 +98,8 @@ def evaluate_model(
     settings = settings.resolve(chosen, settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     progress = progress if processes.is_main() else SILENT
     ours = find_model(child, token=token, progress=progress)
+    if baseline is None and (baseline := recorded_parent(ours, progress)) is not None:
+        settings = replace(settings, baseline=baseline)
     theirs = None if baseline is None else find_model(baseline, token=token, progress=progress)
     out = settings.report or Path(f"{ours.name.replace('/', '--')}-eval")
     check_report(out, settings.force)
@@ -145,25 +145,20 @@ def evaluate_model(
     return evaluation
 
 
-def recorded_parent(child: str | Path, token: str | None, progress: Progress) -> str | Path | None:
+def recorded_parent(child: EvalModel, progress: Progress) -> str | Path | None:
     """Return the parent that the record of a converted model names, if it can be found.
 
     Args:
-        child: a folder, or `org/name[@revision]`.
-        token: token of the Hub.
+        child: the converted model.
         progress: receives a note that names the parent.
-
-    Raises:
-        HeadwiseError: there is no such model.
     """
-    source = find_source(child, token=token, progress=progress)
-    if (record := read_record(source.folder)) is None:
+    if (record := read_record(child.source.folder)) is None:
         return None
-    parent = recorded_source(record, source.folder)
+    parent = recorded_source(record, child.source.folder)
     named = record.get("source")
     name = named.get("model") if isinstance(named, dict) else None
     if parent is not None:
-        progress.note(f"Parent: {parent}, from the record of {child}.")
+        progress.note(f"Parent: {parent}, from the record of {child.name}.")
     elif name:
         progress.warn(f"The parent {name} was not found, so nothing is compared: give `baseline`.")
     return parent
