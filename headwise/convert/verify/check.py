@@ -70,7 +70,7 @@ def verify_model(
         )
     checkpoint = open_checkpoint(out, progress=progress)
     if hashes:
-        return Verification((("hashes", *check_hashes(checkpoint, progress)),))
+        return Verification((Check("hashes", *check_hashes(checkpoint, progress)),))
     parent = None
     if against is not None:
         parent = match_source(open_checkpoint(against, revision=revision, token=token, progress=progress))
