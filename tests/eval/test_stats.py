@@ -196,7 +196,7 @@ def false_alarms(tasks: int, flip: float, samples: int, repetitions: int) -> flo
                 damages.append(paired_ratio(child, parent, words[drawn], resamples=500, seed=task))
             else:
                 damages.append(-paired_mean(child, parent))
-        with mock.patch("gc.collect"):  # statsmodels calls it for every correction: 99% of the time
+        with mock.patch("gc.collect"):  # statsmodels calls it at every correction, for most of the time
             num_fired += min(holm([damage.above(0.0) for damage in damages])) < 0.05
     return num_fired / repetitions
 
