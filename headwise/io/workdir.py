@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import reprlib
 import shutil
 import socket
 import tempfile
@@ -382,13 +383,12 @@ class WorkFolder:
         return lines
 
     def _check_same(self, before: dict[str, Any], now: dict[str, Any]) -> None:
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key):
-                raise HeadwiseError(
-                    f"The unfinished conversion in {self.folder} cannot be resumed: its {key} was "
-                    f"{before.get(key)!r} and is now {now.get(key)!r}.",
-                    "Repeat it as it was, or pass `force` to begin again.",
-                )
+        for key, old, new in _differences(before, now):
+            raise HeadwiseError(
+                f"The unfinished conversion in {self.folder} cannot be resumed: its {key} was "
+                f"{reprlib.repr(old)} and is now {reprlib.repr(new)}.",
+                "Repeat it as it was, or pass `force` to begin again.",
+            )
 
     def _begin(self, identity: dict[str, Any], nbytes: int) -> None:
         for path in (self.output, self.replaced):
@@ -444,6 +444,16 @@ _LINES: tuple[dict[str, type], ...] = (
     {"identity": dict}, {"note": str, "value": object}, {"tensor": str, "sha256": str}, {"shard": str},
     {"finished": bool},
 )  # fmt: skip
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the dotted path of each value that differs, and the value before and now."""
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key}", old, new
 
 
 def _is_journal_line(entry: Any) -> TypeGuard[dict[str, Any]]:

@@ -25,7 +25,7 @@ from headwise.io.workdir import Interrupted
 from headwise.io.writer import OutputTensor, Writer, plan_shards
 from tests.io.small import make_checkpoint, tensors_for
 
-IDENTITY = {"source": "abc", "groups": 2, "seed": 0}
+IDENTITY = {"source": "abc", "groups": 2, "recipe": {"train": {"tokens": 8}, "seed": 0}}
 LIMIT = 2000
 
 
@@ -213,6 +213,10 @@ def test_resume_repeats_a_shard_that_is_gone_and_ignores_half_a_journal_line(mod
     [
         ({"identity": IDENTITY | {"groups": 4}}, "groups was 2 and is now 4"),
         ({"identity": IDENTITY | {"source": "changed"}}, "source was 'abc' and is now 'changed'"),
+        (
+            {"identity": IDENTITY | {"recipe": {"train": {"tokens": 9}, "seed": 0}}},
+            "recipe.train.tokens was 8 and is now 9",
+        ),
         ({"max_shard_size": "5GB"}, "its tensors was"),
     ],
 )
