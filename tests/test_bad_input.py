@@ -296,3 +296,13 @@ def test_a_real_interrupt_of_the_real_command(model: Path, tmp_path: Path) -> No
         message = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "--resume" in message and "Traceback" not in message
     assert not out.exists() and journal.exists()
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file names are UTF-8")
+def test_names_that_are_not_utf_8_are_refused(model: Path) -> None:
+    """Records and cards are UTF-8; the bytes of a file name may be anything."""
+    odd = Path(os.fsdecode(os.fsencode(model.parent) + b"/odd\xff"))
+    refused(model, "is not a name in UTF-8", out=odd)
+    model.rename(odd)
+    refused(odd, "is not a name in UTF-8")
+    assert run("inspect", odd).exit_code == 2

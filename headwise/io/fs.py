@@ -76,6 +76,23 @@ def _os_error_of(error: Exception) -> OSError | None:
     return None
 
 
+def check_name(path: str | Path) -> None:
+    """Check that a path is text, as the records and cards that name it are.
+
+    Args:
+        path: as the user gave it.
+
+    Raises:
+        HeadwiseError: it has bytes that are not UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise HeadwiseError(
+            f"{str(path)!r} is not a name in UTF-8, and records and cards cannot hold it.", "Rename it."
+        ) from None
+
+
 def sync(path: Path) -> None:
     """Make a file's content, or a folder's entries, survive a loss of power.
 

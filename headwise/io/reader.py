@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
-from headwise.io.fs import os_errors
+from headwise.io.fs import check_name, os_errors
 from headwise.io.gguf import GgufModel, header_hash, open_gguf, write_model_files
 from headwise.io.header import DTYPE_NAMES, MAX_HEADER, TensorEntry, header_error, parse_header
 from headwise.io.source import Source, find_gguf, find_sidecars, find_source, path_inside
@@ -225,6 +225,7 @@ def open_checkpoint(
     Raises:
         HeadwiseError: the source is missing, incomplete, inconsistent or pickled.
     """
+    check_name(model)
     if (path := find_gguf(model, revision)) is not None:
         return read_gguf(path)
     source = find_source(model, revision=revision, token=token, allow_pickle=allow_pickle, progress=progress)

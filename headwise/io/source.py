@@ -16,7 +16,7 @@ from typing import Any
 
 from headwise.errors import HeadwiseError
 from headwise.io import hub
-from headwise.io.fs import os_errors
+from headwise.io.fs import check_name, os_errors
 from headwise.io.header import refuse_dense_json
 from headwise.progress import SILENT, Progress
 
@@ -154,8 +154,9 @@ def find_folder(
         patterns: the files of a repository to download; by default all but its weights.
 
     Raises:
-        HeadwiseError: there is no such model, or the Hub refuses it.
+        HeadwiseError: there is no such model, its name is not UTF-8, or the Hub refuses it.
     """
+    check_name(model)
     path = Path(model).expanduser()
     if path.is_dir():
         if revision:

@@ -18,7 +18,7 @@ from typing import Any, TypeGuard
 from filelock import FileLock, Timeout
 
 from headwise.errors import HeadwiseError
-from headwise.io.fs import check_space, disk_usage, os_errors, sync, write_all
+from headwise.io.fs import check_name, check_space, disk_usage, os_errors, sync, write_all
 
 
 def publish_folder(folder: Path, out: Path, *, replaced: Path | None = None) -> None:
@@ -186,11 +186,15 @@ class WorkFolder:
         source: a folder that must not overlap with `out`.
         resume: continue an interrupted run if there is one.
         force: replace an existing model folder.
+
+    Raises:
+        HeadwiseError: the name of `out` is not UTF-8.
     """
 
     def __init__(
         self, out: str | Path, *, source: Path | None = None, resume: bool = False, force: bool = False
     ) -> None:
+        check_name(out)
         self.out = Path(os.path.abspath(Path(out).expanduser()))
         self.folder = self.out.parent / f".{self.out.name}.headwise-work"
         self.output, self.replaced = self.folder / "output", self.folder / "replaced"

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from headwise.errors import HeadwiseError
+from headwise.io.fs import check_name
 from headwise.io.workdir import publish_folder, scratch_folder
 
 REPORT = "report.json"
@@ -21,8 +22,9 @@ def check_report(out: Path, force: bool) -> None:
         force: whether a report may be replaced; no other folder ever is.
 
     Raises:
-        HeadwiseError: the folder exists and is not replaced.
+        HeadwiseError: the folder exists and is not replaced, or its name is not UTF-8.
     """
+    check_name(out)
     if not os.path.lexists(out):
         return
     if not force:
