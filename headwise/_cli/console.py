@@ -274,7 +274,8 @@ class _Lines(Progress):
     def finish(self) -> None:
         if self.name:
             elapsed = duration(self.clock() - self.start)
-            note(f"{self.name}: {format_amount_done(self.done, None, self.unit)} in {elapsed}")
+            amount = f"{format_amount_done(self.done, None, self.unit)} in " if self.unit or self.done else ""
+            note(f"{self.name}: {amount}{elapsed}")
         self.name = ""
 
     note = staticmethod(note)

@@ -216,9 +216,10 @@ def _quality(result: ConvertResult) -> str:
         return f"Quality not measured: run {evaluate}"
     change = loss.after - loss.before
     times = math.exp(min(change, 700))
+    perplexity = f"perplexity {times - 1:+.1%}" if times < 2 else f"{times:,.3g} times the perplexity"
     return (
         f"Quality: the loss on {loss.tokens:,} held-back tokens of {loss.source} is {loss.before:.4f} before and "
-        f"{loss.after:.4f} after, {change:+.4f} nats per token ({times:,.3g} times the perplexity). Tasks not "
+        f"{loss.after:.4f} after, {change:+.4f} nats per token ({perplexity}). Tasks not "
         f"measured: run {evaluate}"
     )
 
