@@ -22,7 +22,6 @@ from tests.faults.worlds import POOLED, SHAPE
 from tests.hub_server import TOKEN, Hub, Repository, point_client_to, serve
 
 REPO = "org/model"
-NEW = ".gitattributes"
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="handles are told apart through /proc")
 
@@ -33,7 +32,7 @@ class Remote:
     def __init__(self, hub: Hub, folder: Path, older: Path | None) -> None:
         self.hub, self.folder, self.older = hub, folder, older
         self.sound = contents(folder)
-        self.before = contents(older) if older else {}
+        self.wanted, self.before = _shown(self.sound), _shown(contents(older)) if older else {}
 
     def reset(self) -> None:
         shutil.rmtree(self.hub.storage, ignore_errors=True)
@@ -48,15 +47,19 @@ class Remote:
         """Whether the whole folder is there; an AssertionError unless that or nothing of it."""
         assert contents(self.folder) == self.sound, "the folder changed"
         found = self.hub.repositories.get(REPO)
-        there = contents(found.folder("main")) if found else {}
-        there.pop(NEW, None)
-        assert there in (self.before, self.sound), f"half a commit: {sorted(there)}"
-        return there == self.sound
+        there = _shown(contents(found.folder("main"))) if found else {}
+        assert there in (self.before, self.wanted), f"half a commit: {sorted(there)}"
+        return there == self.wanted
 
     def finish(self) -> None:
         self.check()
         self.push()
         assert self.check(), "the second push did not finish"
+
+
+def _shown(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Return the files that a push uploads: hidden ones are local, or made by the Hub."""
+    return {name: content for name, content in files.items() if not name.startswith(".")}
 
 
 @pytest.fixture(params=["new", "older"])
