@@ -139,22 +139,22 @@ def compare_figure(
         samples=len(child.keys),
         child=Score(child.value, child.standard_error),
         parent=None if parent is None else Score(parent.value, parent.standard_error),
+        clusters=len(set(child.clusters)) or None,
     )
     if parent is None or child.sums is None or parent.sums is None:
         return GatedComparison(comparison)
     assert child.weights is not None and parent.weights is not None
     binary = child.is_binary and parent.is_binary
     gained = lost = None
+    ours, theirs, weights = (_by_cluster(child.clusters, each) for each in (child.sums, parent.sums, child.weights))
     if child.log:
-        difference = paired_ratio(-child.sums, -parent.sums, child.weights)
+        difference = paired_ratio(-ours, -theirs, weights)
         damage: Difference | None = difference
         test, p_value = "bootstrap", difference.p_value()
     else:
-        equal_weights = bool((child.weights == child.weights[0]).all())
+        equal_weights = bool((weights == weights[0]).all())
         difference = (
-            paired_mean(child.sums / child.weights, parent.sums / parent.weights)
-            if equal_weights
-            else paired_ratio(child.sums, parent.sums, child.weights)
+            paired_mean(ours / weights, theirs / weights) if equal_weights else paired_ratio(ours, theirs, weights)
         )
         difference = replace(difference, binary=binary)
         has_damage = child.is_share and child.higher_is_better is not None
@@ -162,6 +162,8 @@ def compare_figure(
         test, p_value = "t" if equal_weights else "bootstrap", difference.p_value()
         if binary:
             gained, lost = count_flips(child.sums, parent.sums)
+        if binary and not child.clusters:  # McNemar's test takes the questions as independent
+            assert gained is not None and lost is not None
             test, p_value = "mcnemar", mcnemar(gained, lost)
     low, high = difference.interval()
     paired = Paired(
@@ -169,7 +171,7 @@ def compare_figure(
         standard_error=difference.standard_error,
         low=low,
         high=high,
-        samples=difference.samples,
+        samples=len(child.sums),
         p_value=p_value,
         test=test,
         gained=gained,
@@ -177,6 +179,15 @@ def compare_figure(
     )
     amount = None if damage is None else growth(damage.estimate) if child.log else damage.estimate
     return GatedComparison(replace(comparison, paired=paired, damage=amount), damage)
+
+
+def _by_cluster(clusters: Sequence[str], values: Tensor) -> Tensor:
+    """Return the sums of values over the samples of each passage; the values themselves without passages."""
+    if not clusters:
+        return values
+    numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
+    index = torch.tensor([numbers[cluster] for cluster in clusters])
+    return torch.zeros(len(numbers), dtype=torch.float64).index_add(0, index, values.double())
 
 
 def correct(compared: Sequence[GatedComparison]) -> list[GatedComparison]:
@@ -206,6 +217,7 @@ def correct(compared: Sequence[GatedComparison]) -> list[GatedComparison]:
             comparison = replace(comparison, paired=replace(pairs, p_holm=p_holm))
             if gated.damage is not None:
                 gained = pairs.gained if comparison.higher_is_better else pairs.lost
+                gained = gained if pairs.test == "mcnemar" else None
                 smallest = smallest_significant(gated.damage, LEVEL / tests, gained)
                 if smallest is not None and comparison.is_perplexity:
                     smallest = growth(smallest)
@@ -365,7 +377,8 @@ def _concatenate(group: str, figures: Sequence[TaskFigure]) -> TaskFigure:
     sums = torch.cat([figure.sums for figure in figures if figure.sums is not None])
     weights = torch.cat([figure.weights for figure in figures if figure.weights is not None])
     keys = tuple(key for figure in figures for key in figure.keys)
-    return _of_samples(replace(figures[0], task=group, version=None), keys, sums, weights)
+    passages = {key: passage for figure in figures for key, passage in figure.passages.items()}
+    return _of_samples(replace(figures[0], task=group, version=None, passages=passages), keys, sums, weights)
 
 
 def _of_samples(figure: TaskFigure, keys: tuple[str, ...], sums: Tensor, weights: Tensor) -> TaskFigure:

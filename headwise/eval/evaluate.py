@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,9 @@ def evaluate_model(
     limit: float | None = None,
     batch_size: int | str | None = None,
     include_path: Sequence[str | Path] = (),
+    task_data: str | Path | None = None,
     backend: str = "hf",
+    apply_chat_template: bool = False,
     fail_above: float | None = None,
     report: str | Path | None = None,
     force: bool = False,
@@ -58,15 +61,18 @@ def evaluate_model(
         child: a folder, or `org/name[@revision]`.
         baseline: the parent, a folder or `org/name[@revision]`; None: the one that the record of `child` names, if
             it can be found. Nothing is compared without one.
-        recipe: name of a recipe in the library (quick, standard, long-context), or a YAML file. None: quick, or
-            only `tasks` if they are given.
+        recipe: name of a recipe in the library (quick, standard, long-context, retrieval), or a YAML file. None:
+            quick, or only `tasks` if they are given.
         tasks: names or patterns of lm-eval's tasks, or YAML files; they are added to those of the recipe.
         online: add the recipe's tasks that download their questions.
         num_fewshot: examples in each prompt; None: the recipe's, or each task's own.
         limit: questions of each task, a number or a share below 1; None: the recipe's.
         batch_size: batch size of lm-eval, a number, "auto" or "auto:N"; None: 16 on a CPU, "auto" on a GPU.
         include_path: folders with more tasks.
+        task_data: folder with files such as hellaswag.jsonl, which the tasks headwise_hellaswag and others read in
+            place of the Hub.
         backend: what runs the tasks, "hf" (transformers) or "vllm".
+        apply_chat_template: put the questions of the tasks into the chat template, the same for both models.
         fail_above: damage that the gate of each headline figure allows (0.01: one point, or 1% of perplexity).
         report: the folder to write; None: NAME-eval in the working folder.
         force: replace that folder if it exists.
@@ -104,7 +110,10 @@ def evaluate_model(
     out = settings.report or Path(f"{ours.name.replace('/', '--')}-eval")
     check_report(out, settings.force)
     tokenizer = ours.load_tokenizer()
-    if theirs is not None and not same_tokenizer(tokenizer, theirs.load_tokenizer()):
+    parent_tokenizer = None if theirs is None else theirs.load_tokenizer()
+    if settings.apply_chat_template:
+        check_chat_template(tokenizer, parent_tokenizer)
+    if parent_tokenizer is not None and not same_tokenizer(tokenizer, parent_tokenizer):
         raise HeadwiseError(
             f"{child} and {baseline} have different tokenizers, so their tokens cannot be compared.",
             "The baseline must be the model that was converted, or one with its tokenizer.",
@@ -118,7 +127,7 @@ def evaluate_model(
             chosen.tasks,
             include=settings.include_path,
             tokenizer=tokenizer,
-            metadata=task_arguments(chosen, ours.context, settings.seed),
+            metadata=task_arguments(chosen, ours.context, settings.seed, settings.task_data),
         )
     inputs = make_inputs(chosen, tokenizer, ours.context, settings.seed)
     with processes.end_together(), published(out, settings.force) as work:
@@ -143,6 +152,29 @@ def evaluate_model(
     _warn_of_fixed_examples(evaluation, settings, progress)
     progress.note(f"Report: {out}")
     return evaluation
+
+
+def check_chat_template(child: Any, parent: Any) -> None:
+    """Refuse chat evaluation without a template, or with two templates.
+
+    Args:
+        child: tokenizer of the child.
+        parent: tokenizer of the parent; None without a baseline.
+
+    Raises:
+        SettingError: there is no template, or there are two.
+    """
+    template = getattr(child, "chat_template", None)
+    if not template:
+        raise SettingError(
+            "apply_chat_template", "`apply_chat_template` is True, and the model has no chat template."
+        )
+    if parent is not None and getattr(parent, "chat_template", None) != template:
+        raise SettingError(
+            "apply_chat_template",
+            "`apply_chat_template` is True, and child and parent have different chat templates.",
+            "Give the child the parent's chat_template.jinja.",
+        )
 
 
 def recorded_parent(child: EvalModel, progress: Progress) -> str | Path | None:

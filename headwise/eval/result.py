@@ -114,6 +114,8 @@ class Comparison:
             is 1%). None without a baseline or a direction.
         detectable: smallest damage that these samples would show as significant. None with a damage: no damage of
             any size.
+        clusters: number of passages, where several samples share one and the test resamples passages (Miller 2024,
+            arXiv 2411.00640); None: the samples are independent.
         unfit: why the figure cannot show a loss, such as a parent that guesses; None: it can.
     """
 
@@ -131,6 +133,7 @@ class Comparison:
     paired: Paired | None = None
     damage: float | None = None
     detectable: float | None = None
+    clusters: int | None = None
     unfit: str | None = None
 
     @property

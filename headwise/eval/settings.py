@@ -270,7 +270,7 @@ class EvalSettings:
     )
     # What to measure
     recipe: str | Path | None = fields.other(
-        "quick, standard, long-context or a FILE [quick].",
+        "quick, standard, long-context, retrieval or a FILE [quick].",
         check=_check_model,
         parse=str,
         wanted="the name of a recipe or a YAML file",
@@ -300,10 +300,18 @@ class EvalSettings:
         multiple=True,
         default=(),
     )
+    task_data: Path | None = fields.folder(
+        "Read headwise_hellaswag and others from files such as DIR/hellaswag.jsonl [the Hub].",
+        metavar="DIR",
+        section="What to measure",
+    )
     num_fewshot: int | None = fields.number(
         "Examples in each prompt [each task's own].", minimum=0, section="What to measure"
     )
     limit: float | None = _limit("Questions of each task [all].", section="What to measure")
+    apply_chat_template: bool = fields.flag(
+        "Put the questions into the model's chat template, for both models alike.", section="What to measure"
+    )
     fail_above: float | None = fields.fraction(
         "Exit with code 1 if a loss of quality is significantly larger.", zero=True, section="What to measure"
     )
@@ -384,7 +392,7 @@ class EvalSettings:
 
     def harness_options(self) -> dict[str, Any]:
         """Return the options of lm-eval, under its names."""
-        names = ("num_fewshot", "limit", "batch_size", "backend", "dtype", "device", "seed")
+        names = ("num_fewshot", "limit", "batch_size", "backend", "dtype", "device", "seed", "apply_chat_template")
         return {name: getattr(self, name) for name in names}
 
     def recorded(self, recipe: EvalRecipe) -> dict[str, Any]:

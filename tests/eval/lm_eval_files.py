@@ -12,8 +12,10 @@ from headwise.eval.tasks.samples import TaskResults, read_results
 ACC = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
 
 
-def write_results(folder: Path, tasks: dict[str, dict[str, list[Any]]], **more: Any) -> TaskResults:
-    """Write the files of lm-eval for samples of metrics, and read them."""
+def write_results(
+    folder: Path, tasks: dict[str, dict[str, list[Any]]], *, docs: list[dict[str, Any]] | None = None, **more: Any
+) -> TaskResults:
+    """Write the files of lm-eval for samples of metrics, and read them; `docs` adds fields to each sample."""
     folder.mkdir(parents=True)
     results: dict[str, dict[str, Any]] = {}
     for task, metrics in tasks.items():
@@ -22,6 +24,7 @@ def write_results(folder: Path, tasks: dict[str, dict[str, list[Any]]], **more: 
         rows = [
             {"doc_id": i, "filter": "none", "doc_hash": f"{task}{i}", "prompt_hash": "p", "target_hash": "t"}
             | {metric: values[i] for metric, values in metrics.items()}
+            | (docs[i] if docs else {})
             for i in range(count)
         ]
         for metric, values in metrics.items():

@@ -89,6 +89,22 @@ def test_a_question_cut_for_one_model_is_left_out(tmp_path: Path) -> None:
     assert [c.comparison.paired is None for c in none] == [False, True, False]
 
 
+def test_questions_on_one_passage_are_resampled_together(tmp_path: Path) -> None:
+    """Ten passages of eight questions: the child loses whole passages, so 80 answers are ten observations."""
+    passages = [f"passage {i // 8}" for i in range(80)]
+    worse = [0.0 if i < 24 else 1.0 for i in range(80)]
+    results = []
+    for name, values in (("child", worse), ("parent", [1.0] * 80)):
+        docs = [{"doc": {"passage": passage}} for passage in passages]
+        results.append(write_results(tmp_path / name, {"a": {"acc": values}}, docs=docs))
+    (gated,) = correct(compare_tasks(*results))
+    paired = gated.comparison.paired
+    assert gated.comparison.clusters == 10 and gated.comparison.samples == 80
+    assert paired and (paired.test, paired.gained, paired.lost) == ("t", 0, 24)
+    # Three of ten passages lost: the standard error of ten observations, and no certainty.
+    assert paired.standard_error == pytest.approx(math.sqrt(0.3 * 0.7 / 9)) and 0.05 < paired.p_value < 0.2
+
+
 def test_a_text_on_which_the_parent_fails_is_unfit(tmp_path: Path) -> None:
     nats = torch.full((4,), math.log(598) * 50)
     gated = compare_perplexity("heldout", nats, nats, tokens=50)

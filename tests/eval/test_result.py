@@ -26,7 +26,7 @@ def test_the_summary_names_significant_figures_agreement_cache_and_failed_gates(
     )
     assert "arc_easy acc_norm 43.1% -> 40.2% (-2.9 points, 95% -4.0 to -1.8)" in worse
     assert better.startswith("Significantly better: a_task_with_a_remarkably_long_name")
-    assert others == "No significant difference in 3 of 6 figures."
+    assert others == "No significant difference in 5 of 8 figures."
     assert "91.2% of 65,536 predictions (KL 0.0412 nats)" in agreement and "87.1%" in drafts
     assert cache == "KV cache: 16,384 -> 8,192 bytes per token (50.0%)."
     assert gate == "Gate arc_easy acc_norm fails: 0.029 lost, above 0.01 (p 0.001)."

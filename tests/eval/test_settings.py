@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -244,7 +245,7 @@ def test_recipes_of_both_kinds_are_listed_shown_and_checked(tmp_path: Path) -> N
         return CliRunner().invoke(cli, ["recipes", *map(str, arguments)])
 
     listed = json.loads(recipes("list", "--json").stdout)
-    assert set(listed["eval"]) == {"quick", "standard", "long-context"} and "long-context" in listed["uptrain"]
+    assert set(listed["eval"]) == {"quick", "standard", "long-context", "retrieval"} and "long-context" in listed["uptrain"]
     assert "headwise_cloze_code" in recipes("show", "quick").stdout
     assert "batch_tokens" in recipes("show", "long-context").stdout
     assert "headwise_passkey" in recipes("show", "long-context", "--eval").stdout
@@ -256,3 +257,12 @@ def test_recipes_of_both_kinds_are_listed_shown_and_checked(tmp_path: Path) -> N
     assert result.exit_code == 2 and "generation.promts" in result.stderr and "prompts" in result.stderr
     path.write_text("about: Half of it.\nacceptance: {prompts: 3}\n")
     assert "`generation`, which is missing" in recipes("validate", path).stderr
+
+
+def test_chat_evaluation_needs_one_template_for_both_models() -> None:
+    chat, other = SimpleNamespace(chat_template="{{ messages }}"), SimpleNamespace(chat_template="{{ other }}")
+    evaluate.check_chat_template(chat, chat)
+    evaluate.check_chat_template(chat, None)
+    for child, parent, words in ((SimpleNamespace(), None, "no chat template"), (chat, other, "different chat")):
+        with pytest.raises(SettingError, match=words):
+            evaluate.check_chat_template(child, parent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -77,15 +78,20 @@ def make_inputs(recipe: EvalRecipe, tokenizer: Any, context: int | None, seed: i
     return EvalInputs(blocks, windows, prompts, width, writing.new_tokens if writing else 0)
 
 
-def task_arguments(recipe: EvalRecipe, context: int | None, seed: int) -> dict[str, Any]:
+def task_arguments(
+    recipe: EvalRecipe, context: int | None, seed: int, task_data: Path | None = None
+) -> dict[str, Any]:
     """Build the arguments of the tasks that generate their own questions: passkey, cloze and RULER.
 
     Args:
         recipe: what is measured.
         context: `max_position_embeddings` of the child; None if it is unknown.
         seed: random seed of the questions.
+        task_data: folder with the questions of benchmarks; None: the Hub.
     """
     arguments: dict[str, Any] = {"seed": seed}
+    if task_data is not None:
+        arguments["task_data"] = str(task_data)
     if recipe.passkey is not None:
         arguments |= {"depths": list(recipe.passkey.depths), "samples": recipe.passkey.samples}
         arguments |= {"lengths": [int(share * (context or 0)) for share in recipe.passkey.lengths]}

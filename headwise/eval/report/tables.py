@@ -68,7 +68,7 @@ def _row(comparison: Comparison) -> FigureRow:
     p_value = None if paired is None else paired.p_value if paired.p_holm is None else paired.p_holm
     return FigureRow(
         figure=metric if is_other_metric else figure_name(comparison),
-        detail=f"{'' if is_other_metric else f'{metric}{shots}, '}{comparison.samples:,} samples",
+        detail=f"{'' if is_other_metric else f'{metric}{shots}, '}{_format_samples(comparison)}",
         parent=_format_score(comparison, comparison.parent),
         child=_format_score(comparison, comparison.child),
         difference=_difference(comparison),
@@ -79,6 +79,11 @@ def _row(comparison: Comparison) -> FigureRow:
         part=not comparison.headline,
         main=comparison.headline or comparison.is_perplexity or bool(tone),
     )
+
+
+def _format_samples(comparison: Comparison) -> str:
+    passages = f" in {comparison.clusters:,} passages" if comparison.clusters else ""
+    return f"{comparison.samples:,} samples{passages}"
 
 
 def _format_score(comparison: Comparison, score: Score | None) -> str:

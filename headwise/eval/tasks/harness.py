@@ -113,6 +113,7 @@ class Harness:
                 task_manager=self._manager,  # otherwise lm-eval lists its own tasks again
                 num_fewshot=settings.num_fewshot,
                 limit=settings.limit,
+                apply_chat_template=settings.apply_chat_template,
                 batch_size=settings.batch_size,
                 device=settings.device,
                 bootstrap_iters=BOOTSTRAP_RESAMPLES,

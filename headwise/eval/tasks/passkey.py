@@ -106,16 +106,31 @@ def passkey_dataset(
         HeadwiseError: there is no tokenizer, or a length is too short.
     """
     from datasets import Dataset
+
+    tokenizer = find_tokenizer(tokenizer, pretrained)
+    return {"test": Dataset.from_list(make_passkey_documents(tokenizer, lengths, depths, samples, seed))}
+
+
+def find_tokenizer(tokenizer: Any, pretrained: str | None) -> Any:
+    """Return the tokenizer that measures the prompts of a generated task.
+
+    Args:
+        tokenizer: a tokenizer or its folder; None: that of `pretrained`.
+        pretrained: the model that lm-eval runs.
+
+    Raises:
+        HeadwiseError: there is none.
+    """
     from transformers import AutoTokenizer
 
-    if tokenizer is None or isinstance(tokenizer, str):
-        if (name := tokenizer or pretrained) is None:
-            raise HeadwiseError(
-                "The passkey task has no tokenizer, which it needs to measure its prompts in tokens.",
-                'Add it to the metadata: {"tokenizer": "FOLDER"}',
-            )
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    return {"test": Dataset.from_list(make_passkey_documents(tokenizer, lengths, depths, samples, seed))}
+    if tokenizer is not None and not isinstance(tokenizer, str):
+        return tokenizer
+    if (name := tokenizer or pretrained) is None:
+        raise HeadwiseError(
+            "The passkey task has no tokenizer, which it needs to measure its prompts in tokens.",
+            'Add it to the metadata: {"tokenizer": "FOLDER"}',
+        )
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 @torch.inference_mode()

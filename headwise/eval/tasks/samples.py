@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from headwise.eval.tasks.answers import AnswerCounts, question_key, read_counts
 
 # The main figure of a task is the first of these metrics that it has.
 HEADLINES = ("acc_norm", "acc", "exact_match")
+# Fields of a question that hold the passage which several questions share.
+PASSAGES = ("passage", "article", "paragraph", "story", "context")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class TaskFigure:
             for a perplexity. None where lm-eval computes the figure in another way.
         weights: weight of each sample, (samples,): 1, or the number of words that the task counts.
         log: whether the figure is a perplexity; `sums` are then log-likelihoods.
+        passages: the passage of each sample by its key; empty where the task has none.
     """
 
     task: str
@@ -51,6 +55,13 @@ class TaskFigure:
     sums: Tensor | None = None
     weights: Tensor | None = None
     log: bool = False
+    passages: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def clusters(self) -> tuple[str, ...]:
+        """Return the passage of each sample; empty unless at least two samples share one."""
+        clusters = tuple(self.passages.get(key, key) for key in self.keys)
+        return clusters if len(set(clusters)) < len(set(self.keys)) else ()
 
     @property
     def is_share(self) -> bool:
@@ -160,8 +171,21 @@ def _figures(task: str, results: dict[str, Any], samples: list[dict[str, Any]]) 
             num_fewshot=results.get("n-shot", {}).get(task),
             version=None if version is None else str(version),
             keys=tuple(map(question_key, measured)),
+            passages=_passages(measured),
         )
         yield _with_samples(figure, [sample[metric] for sample in measured])
+
+
+def _passages(samples: list[dict[str, Any]]) -> dict[str, str]:
+    """Return the hash of the passage of each question by its key; empty unless every question has one."""
+    documents = [doc if isinstance(doc := sample.get("doc"), dict) else {} for sample in samples]
+    name = next((name for name in PASSAGES if all(isinstance(doc.get(name), str) for doc in documents)), None)
+    if name is None:
+        return {}
+    return {
+        question_key(sample): hashlib.sha256(doc[name].encode()).hexdigest()
+        for sample, doc in zip(samples, documents, strict=True)
+    }
 
 
 def _with_samples(figure: TaskFigure, values: list[Any]) -> TaskFigure:

@@ -1,0 +1,151 @@
+"""Questions of published benchmarks, from a local file or from the Hub, in one form.
+
+The prompts are those of lm-eval's tasks of the same names. A local file is FOLDER/NAME.jsonl or .json, with rows as
+the data set has them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from headwise.errors import HeadwiseError
+
+Row = dict[str, Any]
+
+
+def _clean(text: str) -> str:
+    """Return a text of HellaSwag without the marks of its source."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def ask_hellaswag(row: Row) -> Row:
+    """Return the question of a row: its context and four endings.
+
+    Args:
+        row: of Rowan/hellaswag.
+    """
+    if "query" in row:  # already in lm-eval's form
+        return {"context": row["query"], "choices": row["choices"], "answer": int(row["gold"])}
+    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    return {
+        "context": _clean(context),
+        "choices": [_clean(ending) for ending in row["endings"]],
+        "answer": int(row["label"]),
+    }
+
+
+def ask_piqa(row: Row) -> Row:
+    """Return the question of a row: a goal and two solutions.
+
+    Args:
+        row: of baber/piqa.
+    """
+    choices = [row["sol1"], row["sol2"]]
+    return {"context": f"Question: {row['goal']}\nAnswer:", "choices": choices, "answer": int(row["label"])}
+
+
+def ask_arc(row: Row) -> Row:
+    """Return the question of a row, from the data set's form on the Hub or from that of its authors' files.
+
+    Args:
+        row: of allenai/ai2_arc.
+    """
+    question, choices = row["question"], row.get("choices")
+    if isinstance(question, dict):
+        choices = {key: [choice[key] for choice in question["choices"]] for key in ("text", "label")}
+        question = question["stem"]
+    assert choices is not None
+    answer = choices["label"].index(row["answerKey"])
+    return {"context": f"Question: {question}\nAnswer:", "choices": choices["text"], "answer": answer}
+
+
+def ask_winogrande(row: Row) -> Row:
+    """Return the question of a row: two beginnings of one sentence, and its end.
+
+    Args:
+        row: of allenai/winogrande.
+    """
+    begin, _, end = row["sentence"].partition("_")
+    choices = [begin + row["option1"], begin + row["option2"]]
+    return {"choices": choices, "continuation": end.strip(), "answer": int(row["answer"]) - 1}
+
+
+def ask_lambada(row: Row) -> Row:
+    """Return the question of a row: a passage and its last word.
+
+    Args:
+        row: of EleutherAI/lambada_openai.
+    """
+    prompt, _, word = row["text"].rpartition(" ")
+    return {"prompt": prompt, "answer": word}
+
+
+# Name of a file -> repository, configuration and split on the Hub, and the form of a question.
+SOURCES: dict[str, tuple[str, str | None, str, Callable[[Row], Row]]] = {
+    "hellaswag": ("Rowan/hellaswag", None, "validation", ask_hellaswag),
+    "piqa": ("baber/piqa", None, "validation", ask_piqa),
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test", ask_arc),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test", ask_arc),
+    "winogrande": ("allenai/winogrande", "winogrande_xl", "validation", ask_winogrande),
+    "lambada": ("EleutherAI/lambada_openai", "default", "test", ask_lambada),
+}
+
+
+def read_questions(name: str, folder: str | Path | None = None) -> list[Row]:
+    """Return the questions of a benchmark.
+
+    Args:
+        name: a key of `SOURCES`.
+        folder: holds NAME.jsonl or NAME.json; None: the Hub.
+
+    Raises:
+        HeadwiseError: there is no such file, or a row has another form.
+    """
+    repository, configuration, split, ask = SOURCES[name]
+    if folder is None:
+        from datasets import load_dataset
+
+        rows = list(load_dataset(repository, configuration, split=split))
+        where = repository
+    else:
+        paths = [Path(folder).expanduser() / f"{name}.{kind}" for kind in ("jsonl", "json")]
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None:
+            raise HeadwiseError(
+                f"There is no {paths[0]}, which the task headwise_{name} reads.",
+                f"Write the rows of {repository} there, one JSON object in each line, or leave out `task_data`.",
+            )
+        where = str(path)
+        text = path.read_text(encoding="utf-8")
+        try:
+            lines = [line for line in text.split("\n") if line.strip()]
+            rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise HeadwiseError(f"{where} is not JSON: {error}.", "Write one JSON object in each line.") from None
+    try:
+        return [ask(row) for row in rows]
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise HeadwiseError(
+            f"{where} has a row that is no question of {name}: {type(error).__name__} {error}.",
+            f"Its rows need the fields of {repository}.",
+        ) from None
+
+
+def _dataset(name: str, task_data: str | None = None, **_: Any) -> dict[str, Any]:
+    from datasets import Dataset
+
+    return {"test": Dataset.from_list(read_questions(name, task_data))}
+
+
+hellaswag_dataset = partial(_dataset, "hellaswag")
+piqa_dataset = partial(_dataset, "piqa")
+arc_easy_dataset = partial(_dataset, "arc_easy")
+arc_challenge_dataset = partial(_dataset, "arc_challenge")
+winogrande_dataset = partial(_dataset, "winogrande")
+lambada_dataset = partial(_dataset, "lambada")
