@@ -245,7 +245,8 @@ def test_recipes_of_both_kinds_are_listed_shown_and_checked(tmp_path: Path) -> N
         return CliRunner().invoke(cli, ["recipes", *map(str, arguments)])
 
     listed = json.loads(recipes("list", "--json").stdout)
-    assert set(listed["eval"]) == {"quick", "standard", "long-context", "retrieval"} and "long-context" in listed["uptrain"]
+    assert set(listed["eval"]) == {"quick", "standard", "long-context", "retrieval"}
+    assert "long-context" in listed["uptrain"]
     assert "headwise_cloze_code" in recipes("show", "quick").stdout
     assert "batch_tokens" in recipes("show", "long-context").stdout
     assert "headwise_passkey" in recipes("show", "long-context", "--eval").stdout
