@@ -159,8 +159,8 @@ class EvalPair:
 
     def _identity(self, model: EvalModel) -> dict[str, Any]:
         """Return everything that the figures depend on; questions that tasks download are compared one by one."""
-        folders = self.settings.include_path
-        folders = [*folders, *([self.settings.task_data] if self.settings.task_data else [])]
+        more = self.settings.task_data
+        folders = [*self.settings.include_path, *([more] if more else [])]
         files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
         return {
             "model": model.subject.sha256,
