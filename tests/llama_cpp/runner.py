@@ -52,6 +52,8 @@ class Session:
             entry.tag, entry.key = bindings.LLAMA_KV_OVERRIDE_TYPE_INT, key.encode()
             entry.value.val_i64 = value
         parameters.kv_overrides = entries
+        # As `--no-repack`: without it a CPU with AMX aborts on the Q8_0 tensors of DeepSeek's attention.
+        parameters.use_extra_bufts = False
         self.model = bindings.llama_model_load_from_file(str(path).encode(), parameters)
         if not self.model:
             raise SystemExit("llama.cpp does not load the model")

@@ -97,7 +97,7 @@ def test_the_commands_of_llama_cpp_keep_what_quantizing_destroys() -> None:
     key = "--override-kv deepseek2.attention.q_lora_rank=int:0"
     assert all("--outtype bf16" in commands[0] for commands in (direct, factored))
     assert all("--tensor-type attn_kv_a_mqa=bf16" in commands[1] for commands in (direct, factored))
-    assert key in direct[1] and direct[2].endswith(key)
+    assert key in direct[1] and key in direct[2]
     assert "--tensor-type attn_q_a=bf16" in factored[1] and not any(key in command for command in factored)
 
 
