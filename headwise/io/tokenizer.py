@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headwise.errors import HeadwiseError, is_out_of_memory
+from headwise.io.fs import REASONS, DiskError
 from headwise.io.source import read_json
 
 TOKENIZER = "tokenizer.json"
@@ -93,6 +94,7 @@ def tokenizer_errors(complaint: str, hint: str) -> Iterator[None]:
         hint: what to do.
 
     Raises:
+        DiskError: in place of the operating system's error.
         HeadwiseError: in place of the library's error.
     """
     try:
@@ -102,5 +104,8 @@ def tokenizer_errors(complaint: str, hint: str) -> Iterator[None]:
             raise
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
+        if isinstance(error, OSError) and error.errno in REASONS:
+            why, advice = REASONS[error.errno]
+            raise DiskError(f"{complaint}: {why}.", advice) from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise HeadwiseError(f"{complaint}: {reason}.", hint) from error

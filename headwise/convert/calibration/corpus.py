@@ -15,6 +15,7 @@ from torch import Tensor
 from headwise.environment import available_memory
 from headwise.errors import HeadwiseError
 from headwise.format import duration
+from headwise.io.fs import DiskError
 from headwise.io.reader import Checkpoint, has_nonfinite, open_checkpoint
 from headwise.io.tokenizer import load_tokenizer, tokenizer_errors
 from headwise.io.workdir import write_file_atomically
@@ -194,8 +195,8 @@ def measure_text(
         return
     try:
         blocks, heldback = read_corpus(checkpoint, calibration, device, progress, cache)
-    except HeadwiseError:
-        if calibration.sequences:
+    except HeadwiseError as error:
+        if calibration.sequences or isinstance(error, DiskError):
             raise
         return  # a conversion without calibration needs no tokenizer
     if not len(heldback):
