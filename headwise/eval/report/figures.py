@@ -70,7 +70,8 @@ def make_drawings(evaluation: Evaluation) -> dict[str, tuple[Draw, str]]:
         drawings["differences"] = (
             lambda palette: _differences(rows, evaluation.fail_above, palette),
             "Child against parent on the same samples, in points, for perplexities in percent. Bars are 95% "
-            "intervals; hollow marks are differences that are not significant after Holm's correction.",
+            "intervals; hollow marks are differences that are not significant after Holm's correction. A perplexity "
+            "that at least doubles is in the table only.",
         )
     if (positions := evaluation.positions) is not None and len(positions.child.nats) >= FEWEST_POINTS:
         drawings["positions"] = (
@@ -132,7 +133,9 @@ def render_svg(draw: Draw, label: str) -> str:
 
 
 def _has_scale(comparison: Comparison) -> bool:
-    """Return whether a figure can be drawn in points or percent."""
+    """Return whether a figure can be drawn in points or percent: a perplexity that doubles would hide the rest."""
+    if comparison.damage is not None and comparison.damage >= 1:
+        return False
     assert comparison.parent is not None
     scores = (comparison.child, comparison.parent)
     return comparison.is_perplexity or all(0 <= score.value <= 1 for score in scores)

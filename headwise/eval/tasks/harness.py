@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -100,7 +101,7 @@ class Harness:
         from lm_eval.loggers import EvaluationTracker
 
         processes.check_questions(self.tasks, settings.limit)
-        with silenced(), tempfile.TemporaryDirectory(dir=into.parent) as scratch:
+        with silenced(), in_one_process(), tempfile.TemporaryDirectory(dir=into.parent) as scratch:
             lm = _make_lm(folder, settings)
             _report_requests(lm, progress, label)
             tracker = EvaluationTracker(output_path=scratch)
@@ -143,6 +144,24 @@ def silenced() -> Iterator[None]:
     """Discard what lm-eval and its dependencies print, progress bars included."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), compat.silent_lm_eval_git():
         yield
+
+
+@contextmanager
+def in_one_process() -> Iterator[None]:
+    """Keep lm-eval's bootstrap of perplexities in this process.
+
+    Its pool forks a process in which torch already runs threads. A fork that happens while a thread holds a lock
+    never ends: an evaluation of LAMBADA hung that way.
+    """
+    before = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = before
 
 
 def _is_known(manager: Any, name: str) -> bool:
