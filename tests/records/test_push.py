@@ -21,6 +21,7 @@ from headwise.cli import cli
 from headwise.convert.pipeline import ConvertResult, convert_model
 from headwise.convert.verify.check import verify_model
 from headwise.errors import HeadwiseError
+from headwise.records.parent import PARENT
 from headwise.records.push import push_model
 from tests.convert.speaking import contents, save_speaking
 from tests.hub_server import READ_ONLY, TOKEN, Repository, point_client_to, serve
@@ -60,6 +61,11 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def published(folder: Path) -> dict[str, bytes]:
+    """The files of a folder that are for others: the path of its parent is not."""
+    return {name: content for name, content in contents(folder).items() if name != PARENT}
+
+
 def shards(files) -> set[str]:
     return {name for name in files if name.endswith(".safetensors")}
 
@@ -70,7 +76,7 @@ def test_a_folder_arrives_whole_and_is_pulled_again(hub, out, tmp_path):
     assert pushed.creates_repository and pushed.verified and not pushed.private and len(shards(pushed.files)) > 2
     assert pushed.changed
     arrived = contents(remote.folder("main"))
-    assert arrived.pop(".gitattributes") and arrived == contents(out)
+    assert arrived.pop(".gitattributes") and arrived == published(out)
     assert (pushed.commit, pushed.url) == (remote.commit("main"), f"{hub.endpoint}/org/new/commit/{pushed.commit}")
     assert hub.count("POST .*/commit/main") == 1, "all files appear together"
     # The repository can be converted again, and the record has the commit.
@@ -109,7 +115,7 @@ def test_an_error_in_the_middle_is_reported_and_the_next_run_continues(hub, out,
     before, hub.failures[broken] = hub.count("PUT"), 0
     push_model(out, "org/new", token=TOKEN)
     assert hub.count("PUT") - before == len(files) - uploaded
-    assert contents(out).items() <= contents(remote.folder("main")).items()
+    assert published(out).items() <= contents(remote.folder("main")).items()
 
 
 def test_the_default_storage_of_the_real_hub(hub, out, monkeypatch):
@@ -203,7 +209,7 @@ def test_what_would_be_loaded_beside_the_weights_is_deleted(hub, out, tmp_path):
 
 def test_a_dry_run_changes_nothing(hub, out):
     planned = push_model(out, "org/new", dry_run=True)
-    assert planned.commit is None and planned.creates_repository and planned.files.keys() == contents(out).keys()
+    assert planned.commit is None and planned.creates_repository and planned.files.keys() == published(out).keys()
     assert not hub.repositories and {method for method, _ in hub.requests} == {"GET"}
 
 

@@ -70,8 +70,8 @@ def make_drawings(evaluation: Evaluation) -> dict[str, tuple[Draw, str]]:
         drawings["differences"] = (
             lambda palette: _differences(rows, evaluation.fail_above, palette),
             "Child against parent on the same samples, in points, for perplexities in percent. Bars are 95% "
-            "intervals; hollow marks are differences that are not significant after Holm's correction. A perplexity "
-            "that at least doubles is in the table only.",
+            "intervals; hollow marks are differences that are not significant after Holm's correction. A "
+            "perplexity that at least doubles is in the table only.",
         )
     if (positions := evaluation.positions) is not None and len(positions.child.nats) >= FEWEST_POINTS:
         drawings["positions"] = (
