@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not (measure.ROOT / "build" / "bin" / "llama-quantize").exists(), reason="make llama-cpp"),
 ]
 REPOSITORY = Path(__file__).parents[2]
-STORIES = REPOSITORY / "shared" / "models" / "stories260K"
+STORIES = REPOSITORY.parent / "shared" / "models" / "stories260K"
 # The layouts and positions, by the names of `measure.cases`.
 NAMES = ("MHA", "GQA", "MQA", "YaRN", "window", "MLA, override", "MLA, two factors")
 EXACT, ANOTHER_FUNCTION = 1e-6, 1e-3
