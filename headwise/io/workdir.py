@@ -221,8 +221,7 @@ class WorkFolder:
                 _check_apart(self.out, self._source)
             for path in (self.folder, self.output, self.replaced):
                 _refuse_link(path)
-            for path in map(self.folder.joinpath, _FILES):
-                _refuse_special(path)
+            self._refuse_odd_entries()
             fresh = not self.folder.exists()
             if fresh:
                 # Before anything is created; again below, under the lock.
@@ -315,6 +314,16 @@ class WorkFolder:
                 f"Interrupted; the completed part is kept in {self.folder}.",
                 "The same command with `resume` finishes it.",
             ) from None
+
+    def _refuse_odd_entries(self) -> None:
+        """Refuse what this program never writes into a work folder: links, named pipes and other special files."""
+        for path in map(self.folder.joinpath, _FILES):
+            _refuse_special(path)
+        for entry in self.folder.iterdir() if self.folder.is_dir() else ():
+            # An old OUT may hold links of its user.
+            for path in (entry, *entry.rglob("*")) if entry != self.replaced else ():
+                if path.is_symlink() or not path.is_dir():
+                    _refuse_special(path)
 
     def _check_target(self) -> None:
         if not self.out.name:

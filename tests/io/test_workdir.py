@@ -180,12 +180,13 @@ def test_a_scratch_folder_of_a_killed_process_is_removed_and_a_live_one_is_not(t
     assert list(tmp_path.iterdir()) == [other]
 
 
-@pytest.mark.parametrize("name", ["journal.jsonl", "owner", "output/card"])
+@pytest.mark.parametrize("name", ["journal.jsonl", "owner", "output/model.safetensors", "text/x", "output/card"])
 def test_a_pipe_in_a_work_folder_is_refused(tmp_path: Path, name: str) -> None:
     work = WorkFolder(tmp_path / "out", resume=True)
     work.start({}, 1)
     work.close(OSError())
     (work.folder / name).unlink(missing_ok=True)
+    (work.folder / name).parent.mkdir(exist_ok=True)
     os.mkfifo(work.folder / name)
     with pytest.raises(HeadwiseError, match=f"{name} is not a file"):
         work.start({}, 1)

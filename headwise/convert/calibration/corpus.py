@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from headwise.io.writer import Writer
 from headwise.measure.loss import nats_per_token
 from headwise.models.architecture import Architecture, find_architecture
 from headwise.progress import SILENT, Progress
+from headwise.schema import restore
 from headwise.text.blocks import blocks_from
 from headwise.text.sampled import sample_tokens
 from headwise.train.student import load_for_sampling
@@ -250,11 +251,18 @@ def measure_converted(
     measured = writer.notes.get(NOTE)
     if measured is None:
         return None
+    try:
+        loss = restore(CalibrationLoss, measured)
+    except TypeError as error:
+        raise HeadwiseError(
+            f"The journal in {writer.work.folder} holds another loss than headwise wrote: {error}.",
+            "Pass `force` to begin again.",
+        ) from None
     progress.stage("Measuring the result on held-back text")
     heldback = read_corpus(checkpoint, calibration, device, progress, cache)[1]
     after = nats_per_token(load_for_sampling(open_checkpoint(folder), device), heldback, batch_size=1)
     source = Path(calibration.text).name if Path(calibration.text).is_absolute() else calibration.text
-    return CalibrationLoss(**{**measured, "after": _number(after.nats), "source": source})
+    return replace(loss, after=_number(after.nats), source=source)
 
 
 def _read(checkpoint: Checkpoint, calibration: Any, device: torch.device, progress: Progress) -> Tensor:

@@ -139,3 +139,11 @@ def test_a_broken_tensor_is_named_where_text_is_sampled(parent: Path, tmp_path: 
         convert_model(model, tmp_path / "out", **TARGET, calibrate="sampled")
     planned = convert_model(model, tmp_path / "out", **TARGET, calibrate="auto", allow_nan=True, dry_run=True)
     assert isinstance(planned, Plan) and planned.arguments["calibration"]["text"] == MIXTURE
+
+
+@pytest.mark.parametrize("loss", [[], {}, {"tokens": "x", "before": 1.0}, {"tokens": 1, "before": "yarn"}])
+def test_a_journal_with_another_loss_is_refused(tmp_path: Path, loss: Any) -> None:
+    nothing: list[Any] = [None] * 5
+    writer: Any = SimpleNamespace(notes={corpus.NOTE: loss}, work=SimpleNamespace(folder=tmp_path))
+    with pytest.raises(HeadwiseError, match="holds another loss"):
+        corpus.measure_converted(tmp_path, *nothing[:2], writer, *nothing[2:])
