@@ -44,6 +44,8 @@ SIDECARS = (
 # Files that a conversion writes itself, or that describe weights of another model.
 NOT_SIDECARS = ("config.json", "headwise.json", "params.json", "*.index.json", "*.py", "adapter_*")
 MAX_JSON, MAX_CONFIG = 50_000_000, 5_000_000
+# transformers copies and prints it whole whenever a model is loaded: deep nesting costs the square of its size.
+MAX_GENERATION_CONFIG = 100_000
 # Config keys that make transformers choose code.
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 
@@ -198,6 +200,11 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise adapter_error(folder, "has a LoRA adapter and no model")
         raise HeadwiseError(f"{folder} has no config.json.", "Name the folder that save_pretrained wrote.")
     config = read_json(folder, "config.json", MAX_CONFIG)
+    generation = folder / "generation_config.json"
+    if generation.is_file() and generation.stat().st_size > MAX_GENERATION_CONFIG:
+        raise HeadwiseError(
+            f"{generation} is larger than {MAX_GENERATION_CONFIG:,} bytes.", "Shorten or delete the file."
+        )
     for key, value in _implementations(config):
         raise HeadwiseError(
             f"{folder / 'config.json'} has {key}: {value!r}, which names code on the Hub.",

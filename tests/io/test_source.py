@@ -191,3 +191,12 @@ def test_inspect_downloads_no_weights(hub):
     assert hub.downloaded() == {"config.json", "model.safetensors"} and len(whole) == 1
     cached = {path.name for path in Path(constants.HF_HUB_CACHE).rglob("snapshots/*/*")}
     assert cached == {"config.json"}
+
+
+def test_a_huge_generation_config_is_refused_before_a_model_is_loaded(tmp_path):
+    folder = make_checkpoint(tmp_path / "model", tensors_for())
+    (folder / "generation_config.json").write_text(json.dumps({"stop_strings": ["x"]}))
+    assert open_checkpoint(folder).tensors
+    (folder / "generation_config.json").write_text('{"stop_strings": ' + "[" * 60_000 + "]" * 60_000 + "}")
+    with pytest.raises(HeadwiseError, match=r"generation_config\.json is larger than 100,000 bytes"):
+        open_checkpoint(folder)
