@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -138,3 +140,18 @@ def test_a_closed_pipe_is_not_an_error() -> None:
         assert process.stdout and process.stderr
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait() == 0
+
+
+def test_a_second_interrupt_ends_the_process_without_a_traceback() -> None:
+    """The first one ends the verb; the second comes while the interpreter shuts down."""
+    program = (
+        "import atexit, os, signal, time\n"
+        "from headwise.cli import cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60)))\n"
+        "cli.commands['recipes'].commands['list'].callback = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+        "cli.main(['recipes', 'list'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGINT
+    assert "Interrupted" in done.stderr and "Traceback" not in done.stderr
