@@ -507,6 +507,7 @@ TARGETS: dict[str, tuple[Callable[[Prey, Random], Outcome], int]] = {
     "whole conversion": (whole, 6),
     "converted folder, verified": (converted, 6),
     "record": (written.record, 10),
+    "record, its hashes": (written.record_read, 30),
     "generation config": (written.generation, 10),
     "report": (written.report, 30),
     "model card": (written.card, 30),

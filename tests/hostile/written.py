@@ -41,12 +41,7 @@ def _lay(prey: Any, **changed: bytes) -> Path:
 
 def record(prey: Any, random: Random) -> Outcome:
     """headwise.json of a converted folder, given to `verify` and `inspect`."""
-    content = prey.converted["headwise.json"]
-    if random.random() < 0.2:
-        changed = garble(random, content.decode()).encode(errors="surrogatepass")
-    else:
-        changed = dumps(tree(random, json.loads(content), ["arguments", "sha256", "files", "layers"])).encode()
-    folder = _lay(prey, **{"headwise.json": changed})
+    folder = _lay_record(prey, random)
 
     def call() -> Any:
         inspect_model(folder)
@@ -54,6 +49,22 @@ def record(prey: Any, random: Random) -> Outcome:
 
     outcome: Outcome = prey.judge(call, render.render_verification)
     return outcome
+
+
+def record_read(prey: Any, random: Random) -> Outcome:
+    """The same record, given to `verify --hashes`, which loads no model."""
+    folder = _lay_record(prey, random)
+    outcome: Outcome = prey.judge(lambda: verify_model(folder, hashes=True), render.render_verification)
+    return outcome
+
+
+def _lay_record(prey: Any, random: Random) -> Path:
+    content = prey.converted["headwise.json"]
+    if random.random() < 0.2:
+        changed = garble(random, content.decode()).encode(errors="surrogatepass")
+    else:
+        changed = dumps(tree(random, json.loads(content), ["arguments", "sha256", "files", "layers"])).encode()
+    return _lay(prey, **{"headwise.json": changed})
 
 
 def generation(prey: Any, random: Random) -> Outcome:
