@@ -91,19 +91,23 @@ def engine_facts(config: Mapping[str, Any], *, window: bool = False, tokenizer: 
         "rope_type": kind,
         "rope_attention_factor": factor,
     }
-    if config.get("kv_lora_rank") is None:
+    sizes: list[Any] = [
+        config.get(name) for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    ]
+    # Other classes pass over such a field: a stray one makes no MLA.
+    if not all(isinstance(size, int) for size in sizes):
         return facts
-    nope, rope, value = (config[f"{name}_head_dim"] for name in ("qk_nope", "qk_rope", "v"))
+    rank, nope, rope, value = sizes
     return facts | {
-        "cache_row": config["kv_lora_rank"] + rope,
+        "cache_row": rank + rope,
         "head_dims": f"{nope}/{rope}/{value}",
         "attention_bias": config.get("attention_bias", False),
         "rope_interleave": config.get("rope_interleave", True),
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
-        "rms_norm_eps": config["rms_norm_eps"],
+        "rms_norm_eps": config.get("rms_norm_eps"),
         "hidden_act": config.get("hidden_act", "silu"),
         "queries": "direct" if config.get("q_lora_rank") is None else "factored",
-        "direct_query_depth": _has_direct_query_depth(config["num_hidden_layers"], config["vocab_size"]),
+        "direct_query_depth": _has_direct_query_depth(config.get("num_hidden_layers"), config.get("vocab_size")),
         "experts_exceed_groups": (config.get("n_routed_experts") or 0) > (config.get("n_group") or 0),
     }
 
@@ -111,11 +115,16 @@ def engine_facts(config: Mapping[str, Any], *, window: bool = False, tokenizer: 
 def _rope_facts(config: Mapping[str, Any]) -> tuple[str, str]:
     """Return the rope type, and whether its attention factor is the default of its type."""
     text = config.get("text_config") or config
+    text = text if isinstance(text, Mapping) else config
     parameters = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if not isinstance(parameters, Mapping):
+        return "unknown", "other"
     if any(isinstance(value, Mapping) for value in parameters.values()):
         return "per layer type", "default"
     given, factor = parameters.get("attention_factor"), parameters.get("factor")
-    usual = given is None or (factor is not None and math.isclose(given, 0.1 * math.log(max(factor, 1)) + 1))
+    usual = given is None
+    if isinstance(given, int | float) and isinstance(factor, int | float):
+        usual = math.isclose(given, 0.1 * math.log(max(factor, 1)) + 1)
     return parameters.get("rope_type") or parameters.get("type") or "default", "default" if usual else "other"
 
 
@@ -283,7 +292,7 @@ def needs_factored_queries(num_hidden_layers: int, vocab_size: int, engines: Col
     return bool(asked) and not _has_direct_query_depth(num_hidden_layers, vocab_size)
 
 
-def _has_direct_query_depth(num_hidden_layers: int, vocab_size: int) -> bool:
+def _has_direct_query_depth(num_hidden_layers: int | None, vocab_size: int | None) -> bool:
     return any(num_hidden_layers == n and size in (None, vocab_size) for n, size in DIRECT_QUERY_DEPTHS)
 
 

@@ -95,17 +95,17 @@ def test_killed_at_random_moments_again_and_again(tmp_path: Path, scenario: str)
     assert kills.killed >= 110
 
 
-def test_a_second_writer_is_refused_until_the_first_is_dead(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_writer_is_refused_until_the_first_is_dead(world: World) -> None:
     real = Writer.finish
 
     def wait(self: Any) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
         real(self)
 
-    monkeypatch.setattr(Writer, "finish", wait)
-    first = in_child(lambda: world.job(world.out, False))
-    assert os.WIFSTOPPED(os.waitpid(first, os.WUNTRACED)[1])
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Writer, "finish", wait)
+        first = in_child(lambda: world.job(world.out, False))
+        assert os.WIFSTOPPED(os.waitpid(first, os.WUNTRACED)[1])
     for resume in (False, True):
         message = attempt(lambda resume=resume: world.job(world.out, resume))  # type: ignore[misc]
         assert message is not None and f"is being written by process {first} on" in message

@@ -197,3 +197,10 @@ def test_splits_fill_the_cache_row() -> None:
     assert (128, 32) in pairs and (96, 64) in pairs
     assert all(rank + rope == 160 and rope % 2 == 0 and rank > 0 for rank, rope in pairs)
     assert all(rope <= 8 for _, rope in engines.rank_splits(64, 8, 1))
+
+
+def test_a_stray_field_makes_no_mla_and_odd_rope_fields_no_error() -> None:
+    config = {"architectures": ["LlamaForCausalLM"], "kv_lora_rank": 64}
+    assert "cache_row" not in engines.engine_facts(config)
+    for odd in ("yarn", ["yarn"], {"rope_type": "yarn", "attention_factor": "1", "factor": None}):
+        assert engines.engine_facts(config | {"rope_parameters": odd})["rope_attention_factor"] == "other"

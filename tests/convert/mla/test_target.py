@@ -264,7 +264,7 @@ def change_mlp(tensors: Tensors) -> None:
     [
         ("exact", change_up, {"record", "parent"}),
         ("lossy", change_up, {"record"}),
-        ("lossy", break_norm, {"record", "function"}),
+        ("lossy", break_norm, {"record", "function", "loading"}),
         ("lossy", change_mlp, {"record", "parent"}),
         ("lossy", drop_up, {"tensors"}),
     ],
