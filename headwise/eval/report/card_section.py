@@ -85,7 +85,8 @@ def update_card(
     figures = [_model_index_entry(c, configs.get(c.task, {})) for c in evaluation.headlines]
     card = _with_figures(path, metadata, home.resolve().name, figures)
     text = with_section(f"{card}{body}", EVALUATION, evaluation_section(evaluation), before="Errors")
-    write_file_atomically(path, text.encode())
+    # JSON can hold halves of surrogate pairs, which no file can.
+    write_file_atomically(path, text.encode(errors="replace"))
     files = []
     for task, entry in entries:
         file = home / ".eval_results" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', task)}.yaml"

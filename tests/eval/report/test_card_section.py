@@ -195,3 +195,12 @@ def test_the_command(folders, out):
     result = CliRunner(env={"HEADWISE_DEBUG": ""}).invoke(cli, words)
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["figures"] == 6
+
+
+def test_half_a_surrogate_pair_in_a_report_is_replaced(folders, out, tmp_path):
+    report = shutil.copytree(folders / "report", tmp_path / "report")
+    content = json.loads((report / "report.json").read_text())
+    content["comparisons"][0]["task"] = "half \ud800"
+    (report / "report.json").write_text(json.dumps(content))
+    update_card(out, report)
+    assert "half ?" in (out / "README.md").read_text()
