@@ -275,7 +275,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 REPO, REV = r"(?P<repo>[^/]+/[^/]+)", r"(?P<rev>refs/pr/\d+|[^/]+)"
 API = f"/api/models/{REPO}"
-# Method, path, what answers, and whether that only reads.
+# Method, path, the handler, and whether the handler only reads.
 ROUTES = [
     *((method, f"/{REPO}/resolve/{REV}/(?P<file>.+)", "resolve", True) for method in ("GET", "HEAD")),
     ("GET", API, "info", True),
@@ -296,7 +296,7 @@ ROUTES = [
 
 
 def _route(method: str, path: str) -> tuple[re.Match[str], str, bool] | None:
-    """Return the match of a path, what answers it, and whether that only reads; None without a route."""
+    """Return the match of a path, its handler, and whether the handler only reads; None without a route."""
     for wanted, pattern, verb, reads in ROUTES:
         match = re.fullmatch(pattern, path) if wanted == method else None
         if match:

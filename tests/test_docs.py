@@ -22,6 +22,7 @@ from headwise.eval.settings import EvalSettings
 from headwise.recipes.settings import UptrainSettings
 from headwise.records import push
 from headwise.records.push import HubRepository
+from headwise.serving.settings import ServingSettings
 from tests.convert.speaking import save_speaking
 
 ROOT = Path(__file__).parents[1]
@@ -39,8 +40,18 @@ DESCRIPTIONS = [ROOT / "docs/architecture.md", ROOT / "docs/mathematics.md", *DE
 PARTS = ["Context", "Decision", "Consequences", "Measured"]
 
 # Pages with commands and code for users.
-GUIDE = [ROOT / "README.md", ROOT / "docs/index.md", *sorted(ROOT.glob("docs/guide/*.md"))]
-SETTINGS = {"convert": ConvertSettings, "uptrain": UptrainSettings, "eval": EvalSettings}
+GUIDE = [
+    ROOT / "README.md",
+    ROOT / "docs/index.md",
+    ROOT / "docs/results/serving.md",
+    *sorted(ROOT.glob("docs/guide/*.md")),
+]
+SETTINGS = {
+    "convert": ConvertSettings,
+    "inspect": ServingSettings,
+    "uptrain": UptrainSettings,
+    "eval": EvalSettings,
+}
 
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
@@ -200,7 +211,7 @@ def test_the_messages_of_troubleshooting_exist() -> None:
     )
     tables = re.findall(r"^\| message contains .*?\n\n", page + "\n\n", re.MULTILINE | re.DOTALL)
     rows = [line for table in tables for line in table.splitlines()[2:] if line]
-    messages = [part for row in rows for code in CODE.findall(row.split("|")[1]) for part in code.split(" ... ")]
+    messages = [code for row in rows for code in CODE.findall(row.split("|")[1])]
     assert len(messages) > 15
     assert not [message for message in messages if message not in sources]
 

@@ -82,9 +82,12 @@ def render_inspection(inspection: Inspection) -> None:
 
 
 def _render_serving(inspection: Inspection) -> None:
-    """Print the forecast for each GPU, and the verdicts of engines, where they were asked for."""
-    own = ("unchanged", inspection.serving, inspection.engines)
-    layouts = [own, *((_option_name(option), option.serving, option.engines) for option in inspection.options)]
+    """Print the forecast for each GPU, and the verdicts of the engines that the settings name."""
+    unchanged = ("unchanged", inspection.serving, inspection.engines)
+    layouts = [
+        unchanged,
+        *((_option_name(option), option.serving, option.engines) for option in inspection.options),
+    ]
     if inspection.serving is not None:
         console.print_line()
         console.print_line(f"On each GPU, with sequences of {inspection.serving.context:,} tokens:")
@@ -178,7 +181,7 @@ def _engine_rows(verdict: EngineVerdict) -> Iterator[tuple[str, str]]:
 
 
 def _format_forecast(seconds: Mapping[str, float]) -> str:
-    """Return "about 3:05 on this machine: calibration 2:10, layers 41 s"."""
+    """Return "about 3:05 on this device: calibration 2:10, layers 41 s"."""
     parts = ", ".join(f"{stage} {duration(each)}" for stage, each in seconds.items() if each >= 1)
     return f"about {duration(sum(seconds.values()))} on this device" + (f": {parts}" if parts else "")
 
@@ -200,7 +203,7 @@ def render_conversion(result: ConvertResult) -> None:
         _warn_accepted(result.verification)
     elif result.verification:
         checks = len(result.verification.checks)
-        console.note(f"Verified: the folder is what the plan promised ({checks} checks passed).")
+        console.note(f"Verified: the folder is as planned ({checks} checks passed).")
     else:
         console.warn("Not verified.")
     console.note(_quality(result))

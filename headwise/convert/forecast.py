@@ -133,7 +133,7 @@ def layer_seconds(checkpoint: Checkpoint, arch: Architecture, target: Any, devic
         if not target.converted_names(i):
             continue
         if layout.kv_lora_rank is None or target.exact:
-            flops += 1.0 * layout.num_attention_heads * layout.head_dim * width**2
+            flops += layout.num_attention_heads * layout.head_dim * width**2
         else:
             flops += MLA_SEARCH * layout.num_attention_heads * layout.cache_elements_per_token * width**2
     rate = CUDA_FLOPS if device.type == "cuda" else CPU_FLOPS_PER_THREAD * torch.get_num_threads()

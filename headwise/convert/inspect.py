@@ -175,7 +175,8 @@ def inspect_model(
             parameters, origin = _count_parameters(str(model), folder, commit, token, dtype_of(config))
         dtype = dtype_of(config)
         damage = recorded_damage(folder)
-        tokenizer = "unreadable" if commit is not None else tokenizer_kind(folder)
+        # A vocabulary is large, and only the engines' rules need it.
+        tokenizer = tokenizer_kind(folder) if commit is None and settings.engines else "unreadable"
     attention = find_attention_model(config)
     layouts = attention.layouts(config)
     serving = _Serving(settings, context, tokenizer)
@@ -232,7 +233,6 @@ def _options(
             after = CacheSize.of(new, dtype)
             yield ReachableLayout(new[0].kind, groups, None, None, after, _saved(cache, after)), new
     for rank, rope in LATENTS if mla else ():
-        # The stock MLA class has no windows.
         new = [latent_layout(layout, rank, rope) for layout in layouts]
         after = CacheSize.of(new, dtype)
         if after.bytes_per_token < cache.bytes_per_token:
@@ -286,12 +286,12 @@ class _Serving:
         """Yield what the user should know before a conversion for these GPUs."""
         own = self.forecast(layouts)
         if own is not None:
-            found = [
+            mla_caches = [
                 (f"MLA {option.kv_lora_rank}+{option.qk_rope_head_dim}", option.serving.cache_bytes_per_token)
                 for option in options
                 if option.to == "mla" and option.serving
             ]
-            yield from serving_notes(layouts, found, own.cache_bytes_per_token, self.settings)
+            yield from serving_notes(layouts[0], mla_caches, own.cache_bytes_per_token, self.settings)
 
 
 def _saved(before: CacheSize, after: CacheSize) -> float:

@@ -162,9 +162,8 @@ def compare_figure(
         test, p_value = "t" if equal_weights else "bootstrap", difference.p_value()
         if binary:
             gained, lost = count_flips(child.sums, parent.sums)
-        if binary and not child.clusters:  # McNemar's test takes the questions as independent
-            assert gained is not None and lost is not None
-            test, p_value = "mcnemar", mcnemar(gained, lost)
+            if not child.clusters:  # McNemar's test takes the questions as independent
+                test, p_value = "mcnemar", mcnemar(gained, lost)
     low, high = difference.interval()
     paired = Paired(
         difference=difference.estimate,
@@ -317,12 +316,10 @@ def cut_for_one(child: TaskResults, parent: TaskResults | None) -> dict[str, fro
         task -> keys of its questions, for each task of which a prompt was cut.
     """
     cut: dict[str, frozenset[str]] = {}
-    for task, answers in child.answers.items():
-        ours, theirs = set(answers.cut), set(answers.cut)
-        if parent is not None and task in parent.answers:
-            theirs = set(parent.answers[task].cut)
-        if ours | theirs:
-            cut[task] = frozenset(ours ^ theirs)
+    for task, counts in child.answers.items():
+        other = counts if parent is None else parent.answers.get(task, counts)
+        if counts.cut or other.cut:
+            cut[task] = frozenset(counts.cut) ^ frozenset(other.cut)
     return cut
 
 

@@ -73,7 +73,8 @@ class Paired:
             documents for perplexities.
         high: upper end of the same interval.
         samples: number of pairs.
-        p_value: two-sided p-value of no difference: exact McNemar for figures of 0 and 1, else as the interval.
+        p_value: two-sided p-value of no difference: exact McNemar for independent figures of 0 and 1, else as
+            the interval.
         test: "mcnemar", "t" or "bootstrap".
         p_holm: `p_value` after Holm's correction: of a headline figure over the headlines, of another figure over
             all figures. None for a figure without a damage that is no headline.
@@ -114,8 +115,8 @@ class Comparison:
             is 1%). None without a baseline or a direction.
         detectable: smallest damage that these samples would show as significant. None with a damage: no damage of
             any size.
-        clusters: number of passages, where several samples share one and the test resamples passages (Miller 2024,
-            arXiv 2411.00640); None: the samples are independent.
+        clusters: number of passages, where several samples share one and the test takes passages as
+            independent (Miller 2024, arXiv 2411.00640); None: the samples are independent.
         unfit: why the figure cannot show a loss, such as a parent that guesses; None: it can.
     """
 

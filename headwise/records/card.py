@@ -44,7 +44,7 @@ def render_card(manifest: Mapping[str, Any], source_card: Path | None = None) ->
     revision, known = source.get("revision"), inherited(source_card)
     if "license" not in known:
         known |= _licence_of(source_card.parent if source_card else None, manifest.get("files") or {})
-    if _is_causal(manifest):
+    if _auto_class(manifest) == "AutoModelForCausalLM":
         known.setdefault("pipeline_tag", "text-generation")
     data = ModelCardData(
         base_model=source["model"] if revision else None,
@@ -72,8 +72,12 @@ def render_card(manifest: Mapping[str, Any], source_card: Path | None = None) ->
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"))
 
 
-def _is_causal(manifest: Mapping[str, Any]) -> bool:
-    return str(manifest.get("class") or "ForCausalLM").endswith("ForCausalLM")
+def _auto_class(manifest: Mapping[str, Any]) -> str:
+    """Return the auto class of transformers that loads the model's class; records before 2026-11-29 name none."""
+    name = str(manifest.get("class") or "ForCausalLM")
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "AutoModelForCausalLM"
+    return "AutoModelForImageTextToText" if name.endswith("ForConditionalGeneration") else "AutoModel"
 
 
 def _licence_of(folder: Path | None, files: Collection[str]) -> dict[str, str]:
@@ -106,9 +110,10 @@ def _title(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 def _usage(manifest: Mapping[str, Any]) -> Iterator[str]:
     """Yield the section with the code that loads the model; OUT stands for the folder or its repository."""
-    auto, reader = "AutoModelForCausalLM", "AutoTokenizer"
-    if not _is_causal(manifest):
-        auto, reader = "AutoModelForImageTextToText", "AutoProcessor"
+    auto = _auto_class(manifest)
+    reader, name = "AutoTokenizer", "tokenizer"
+    if auto == "AutoModelForImageTextToText":
+        reader, name = "AutoProcessor", "processor"
     yield "## Usage"
     yield ""
     yield "OUT is the path of this folder, or the name of its repository on the Hub."
@@ -117,9 +122,12 @@ def _usage(manifest: Mapping[str, Any]) -> Iterator[str]:
     yield f"from transformers import {auto}, {reader}"
     yield ""
     yield f'model = {auto}.from_pretrained("OUT", dtype="auto", device_map="auto")'
-    yield f'tokenizer = {reader}.from_pretrained("OUT")'
-    yield 'inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)'
-    yield "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"
+    yield f'{name} = {reader}.from_pretrained("OUT")'
+    yield f'inputs = {name}(text="Once upon a time", return_tensors="pt").to(model.device)'
+    if auto == "AutoModel":
+        yield "print(model(**inputs).last_hidden_state.shape)"
+    else:
+        yield f"print({name}.decode(model.generate(**inputs, max_new_tokens=64)[0]))"
     yield "```"
     yield ""
 
@@ -130,7 +138,7 @@ def _origin(manifest: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[s
     link = f"[{source['model']}](https://huggingface.co/{source['model']})"
     yield "## Base model, licence and intended use"
     yield ""
-    local = f"`{source['model']}`, a local folder"
+    local = f"`{source['model']}`, a local model"
     yield f"- Base model: {link if source.get('revision') else local}."
     if known.get("license"):
         yield f"- Licence: that of the base model, `{known.get('license_name') or known['license']}`."

@@ -147,7 +147,7 @@ def engine_verdicts(
         One verdict for each engine; the most severe rule that applies decides it.
     """
     facts = engine_facts(config, window=window, tokenizer=tokenizer)
-    return tuple(_verdict(engine, facts) for name, engine in _table().items() if name in (engines or ENGINES))
+    return tuple(_verdict(engine, facts) for engine in _named(engines or ENGINES))
 
 
 def _verdict(engine: Mapping[str, Any], facts: Mapping[str, Any]) -> EngineVerdict:
@@ -230,17 +230,17 @@ def require_cache_dtype(engines: Collection[str], dtype: str) -> None:
 
 
 def cache_rows(engines: Collection[str] = ()) -> list[int]:
-    """Return the cache rows of MLA for which engines have their fastest kernels; empty: every row is alike.
+    """Return the cache rows of MLA that engines serve with a cached prefix; empty: every row is alike.
 
     Args:
         engines: names of the engines; empty: all of them.
     """
-    rows = [set(engine["cache_rows"]) for engine in _named(engines) if "cache_rows" in engine]
+    rows = [set(engine["cache_rows"]) for engine in _named(engines or ENGINES) if "cache_rows" in engine]
     return sorted(set.intersection(*rows) if engines and rows else set().union(*rows))
 
 
 def nearest_cache_row(size: int, engines: Collection[str] = ()) -> int:
-    """Return the nearest cache row for which MLA engines have kernels, or `size` made even if none is near.
+    """Return the nearest cache row that MLA engines serve in full, or `size` made even if none is near.
 
     Args:
         size: wanted elements per token and layer (kv_lora_rank + qk_rope_head_dim).
@@ -263,7 +263,7 @@ def padded_head_dims(nope: int, rope: int, value: int, engines: Collection[str])
         (qk_nope_head_dim, v_head_dim): the smallest that every engine takes, or the given widths if none is wide
         enough.
     """
-    for engine in _named(engines) if engines else ():
+    for engine in _named(engines):
         wide = [(n, v) for n, r, v in engine.get("head_dims", ()) if r == rope and n >= nope and v >= value]
         nope, value = min(wide, default=(nope, value))
     return nope, value
@@ -275,7 +275,7 @@ def rope_dims(engines: Collection[str]) -> set[int] | None:
     Args:
         engines: names of the engines.
     """
-    limited = [engine["head_dims"] for engine in _named(engines) if "head_dims" in engine] if engines else []
+    limited = [engine["head_dims"] for engine in _named(engines) if "head_dims" in engine]
     widths = [{rope for _, rope, _ in dims} for dims in limited]
     return set.intersection(*widths) if widths else None
 
@@ -288,8 +288,8 @@ def needs_factored_queries(num_hidden_layers: int, vocab_size: int, engines: Col
         vocab_size: of the model.
         engines: names of the engines.
     """
-    asked = engines and any(engine.get("factored_queries") for engine in _named(engines))
-    return bool(asked) and not _has_direct_query_depth(num_hidden_layers, vocab_size)
+    factored = any(engine.get("factored_queries") for engine in _named(engines))
+    return factored and not _has_direct_query_depth(num_hidden_layers, vocab_size)
 
 
 def _has_direct_query_depth(num_hidden_layers: int | None, vocab_size: int | None) -> bool:
@@ -297,17 +297,17 @@ def _has_direct_query_depth(num_hidden_layers: int | None, vocab_size: int | Non
 
 
 def _named(engines: Collection[str]) -> Sequence[dict[str, Any]]:
-    return [engine for name, engine in _table().items() if name in (engines or ENGINES)]
+    return [engine for name, engine in _table().items() if name in engines]
 
 
-def rank_splits(size: int, rotary_dim: int, num_key_value_heads: int) -> list[tuple[int, int]]:
-    """Return the pairs (kv_lora_rank, qk_rope_head_dim) to try for a cache row.
+def rope_dims_to_try(size: int, rotary_dim: int, num_key_value_heads: int) -> list[int]:
+    """Return the values of qk_rope_head_dim to try for a cache row; the rest of the row is kv_lora_rank.
 
     Args:
-        size: elements of the row; each pair has this sum.
+        size: elements of the row.
         rotary_dim: of the source; the rotary widths lie between a quarter of it and twice it.
         num_key_value_heads: of the source, whose rotary dimensions together are the upper limit.
     """
     dims = {max(rotary_dim * quarters // 8 * 2, 2) for quarters in (1, 2, 3, 4, 6, 8)}
     limit = min(rotary_dim * num_key_value_heads, size // 2)
-    return [(size - dim, dim) for dim in sorted(dims) if dim <= limit]
+    return [dim for dim in sorted(dims) if dim <= limit]

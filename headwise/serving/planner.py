@@ -160,7 +160,7 @@ def forecast(
 
 
 def serving_notes(
-    layouts: Sequence[AttentionLayout],
+    layout: AttentionLayout,
     others: Sequence[tuple[str, float]],
     source: float,
     settings: ServingSettings,
@@ -168,12 +168,12 @@ def serving_notes(
     """Yield what the user should know before a conversion for these GPUs.
 
     Args:
-        layouts: of the source's layers.
+        layout: of a layer of the source.
         others: name and cache bytes per token on each GPU of every MLA layout that it can become.
         source: cache bytes per token of the source on each GPU.
         settings: of the forecast.
     """
-    tp, first = settings.tp or 1, layouts[0]
+    tp, groups = settings.tp or 1, layout.num_key_value_heads
     for name, size in others:
         if size >= source:
             yield (
@@ -181,14 +181,11 @@ def serving_notes(
                 "caches of the unchanged model, because every GPU holds the whole latent. Decode context "
                 "parallelism (`dcp`) divides it."
             )
-    groups = first.num_key_value_heads
-    if first.kind == "mla" or tp <= groups:
-        return
-    repeats = f"The model has {groups} KV heads for {tp} GPUs"
-    if tp % groups == 0:
+    if layout.kind != "mla" and tp > groups and tp % groups == 0:
         yield (
-            f"{repeats}: engines repeat each head {tp // groups} times. For an engine that does not, "
-            f"`headwise convert MODEL OUT --to gqa --groups {tp}` writes them repeated, exactly."
+            f"The model has {groups} KV heads for {tp} GPUs: engines repeat each head {tp // groups} times. For an "
+            f"engine that does not, `headwise convert MODEL OUT --to gqa --groups {tp}` writes them repeated, "
+            "exactly."
         )
 
 

@@ -212,10 +212,10 @@ def rows(model: Path, home: Path) -> Iterator[str]:
         out = home / f"{number}"
         verdict = convert(model, out, settings)
         kept[name] = out, verdict
-        found = compare(out, to_gguf(out), ids, overrides_of(verdict))
+        result = compare(out, to_gguf(out), ids, overrides_of(verdict))
         yield (
-            f"| {model.name} | {name} | {verdict.verdict} | {found.kl:.1e} | {found.largest:.1e} | {found.greedy}/"
-            f"{GREEDY} | {found.tokens_per_second:,.0f} |"
+            f"| {model.name} | {name} | {verdict.verdict} | {result.kl:.1e} | {result.largest:.1e} | "
+            f"{result.greedy}/{GREEDY} | {result.tokens_per_second:,.0f} |"
         )
     for name in (next(iter(kept)), "MLA, two factors", "MLA, override"):
         out, verdict = kept[name]
@@ -224,11 +224,8 @@ def rows(model: Path, home: Path) -> Iterator[str]:
             command = verdict.commands[1].replace("Q8_0", kind)
             for words in dict.fromkeys((without_types(command), command)):
                 path = quantize(words, out)
-                try:
-                    found = compare(out, path, ids, overrides_of(verdict))
-                    figures = f"{found.expected:.3f} | {found.nats:.3f} | {found.kl:.4f}"
-                except subprocess.CalledProcessError:
-                    figures = " | aborts | "
+                result = compare(out, path, ids, overrides_of(verdict))
+                figures = f"{result.expected:.3f} | {result.nats:.3f} | {result.kl:.4f}"
                 yield f"| {model.name} | {name} | `{words}` | {figures} |"
 
 

@@ -89,6 +89,9 @@ def test_card_loads_the_model_and_warns_until_it_is_measured(model):
     assert "WARNING" not in measured and measured.count("## Evaluation") == 1
     seeing = record_of(model) | {"class": "LlavaForConditionalGeneration"}
     assert "AutoModelForImageTextToText, AutoProcessor" in render_card(seeing)
+    assert 'processor(text="Once upon a time"' in render_card(seeing)
+    headless = render_card(record_of(model) | {"class": "LlamaModel"})
+    assert "AutoModel, AutoTokenizer" in headless and "generate(" not in headless and "pipeline_tag" not in headless
     exact = record_of(model) | {"exact": True}
     assert "WARNING" not in render_card(exact) and "conversion is exact" in render_card(exact)
 

@@ -26,9 +26,7 @@ def test_eight_kv_heads_beat_the_latent_at_tensor_parallel_8() -> None:
     assert cache_elements(GQA) == 2048 and cache_elements(MLA) == 576
     assert cache_elements(MLA, 8) / cache_elements(GQA, 8) == 2.25
     assert cache_elements(MLA, 8, 8) == 72
-    notes = list(
-        planner.serving_notes([GQA], [("MLA 512+64", 576), ("MLA 64+64", 128)], 256, ServingSettings(tp=8))
-    )
+    notes = list(planner.serving_notes(GQA, [("MLA 512+64", 576), ("MLA 64+64", 128)], 256, ServingSettings(tp=8)))
     assert len(notes) == 1 and "MLA 512+64 does not pay" in notes[0] and "2.25 times" in notes[0]
 
 
@@ -72,9 +70,9 @@ def test_a_window_limits_the_cache() -> None:
 
 
 def test_kv_heads_are_repeated_for_more_gpus() -> None:
-    notes = list(planner.serving_notes([GQA], [], 2048, ServingSettings(tp=16)))
+    notes = list(planner.serving_notes(GQA, [], 2048, ServingSettings(tp=16)))
     assert len(notes) == 1 and "--to gqa --groups 16" in notes[0]
-    assert not list(planner.serving_notes([GQA], [], 2048, ServingSettings(tp=8)))
+    assert not list(planner.serving_notes(GQA, [], 2048, ServingSettings(tp=8)))
 
 
 def test_the_degree_from_which_mla_saves_nothing() -> None:

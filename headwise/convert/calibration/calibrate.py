@@ -173,7 +173,7 @@ def plan_warnings(calibration: CalibrationPlan | None) -> Iterator[str]:
     if calibration is not None and calibration.reason and calibration.text == MIXTURE:
         yield (
             "The calibration text is foreign to the model: English prose, dialogue and Python of this package. "
-            "Text like the model's own is better: give `calibrate` sampled, or a file."
+            "Text like the model's own is better: give `calibrate` a file of it."
         )
 
 

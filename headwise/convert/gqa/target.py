@@ -80,11 +80,10 @@ class GroupedTarget:
                 if changed
                 for name in _keys_and_values(self.arch, config, layer)
             }
-        converted = self._tensorwise.keys() or {
+        self._computed = set(self._tensorwise) or {
             n for layer in range(len(pairs)) for n in self.converted_names(layer)
         }
-        self.outputs = grouped_outputs(checkpoint, self.arch, config, dtype=dtype, computed=converted)
-        self._attention = {n for i in range(len(pairs)) for n in self.arch.tensor_names(config, i)}
+        self.outputs = grouped_outputs(checkpoint, self.arch, config, dtype=dtype, computed=self._computed)
         self._dtypes = {tensor.name: tensor.dtype for tensor in self.outputs}
         self.warnings: list[str] = []
         self.notes: list[str] = []
@@ -105,7 +104,7 @@ class GroupedTarget:
 
     def explain(self, name: str) -> str:
         """See `Target`."""
-        if self.source.tensors[name].dtype != self._dtypes.get(name) and name not in self._attention:
+        if name not in self._computed:
             return "another dtype"
         part = next((role for role, module in self.arch.projections.items() if f".{module}." in name), None)
         if self.exact:

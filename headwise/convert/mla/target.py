@@ -303,15 +303,14 @@ class LatentTarget:
         """Return the widths of the rotary key to choose from, for a cache row of `size`."""
         first = next(layout for layout in self._before if layout.rotary_dim)
         groups = first.num_key_value_heads
-        if self.method.planes:
-            possible = list(range(2 * groups, min(groups * first.rotary_dim, size // 2) + 1, 2 * groups))
-        else:
-            possible = [rope_dim for _, rope_dim in engines.rank_splits(size, first.rotary_dim, groups)]
+        step, limit = 2 * groups if self.method.planes else 2, groups * first.rotary_dim
         legal = engines.rope_dims(settings.engines)
         if legal is None:
-            return possible
-        taken = sorted(legal.intersection(range(2, min(groups * first.rotary_dim, size - 2) + 1, 2)))
-        if not taken:
+            if self.method.planes:
+                return list(range(step, min(limit, size // 2) + 1, step))
+            return engines.rope_dims_to_try(size, first.rotary_dim, groups)
+        fitting = sorted(legal.intersection(range(step, min(limit, size - 2) + 1, step)))
+        if not fitting:
             raise SettingError(
                 "engines",
                 f"`engines` {', '.join(settings.engines)}: the rotary key has {', '.join(map(str, sorted(legal)))} "
@@ -319,7 +318,7 @@ class LatentTarget:
                 f"row of {size}.",
                 "Give a larger `cache`, or leave out the engine.",
             )
-        return taken
+        return fitting
 
     def _choose_frequencies(self, rope_dim: int, grid: str) -> Tensor:
         """Choose the frequencies of the rotary key, (rope_dim / 2,) radians per token, one list for all layers."""

@@ -17,7 +17,7 @@ class Check(NamedTuple):
     """One check.
 
     Attributes:
-        name: one of `CHECKS`, or "hashes".
+        name: one of `CHECKS`, or "finite", "record" or "hashes".
         passed: whether it passed.
         detail: the measured value and its limit.
     """

@@ -1,6 +1,6 @@
 """Questions of published benchmarks, from a local file or from the Hub, in one form.
 
-The prompts are those of lm-eval's tasks of the same names. A local file is FOLDER/NAME.jsonl or .json, with rows as
+The prompts follow lm-eval's tasks of the same names. A local file is FOLDER/NAME.jsonl or .json, with rows as
 the data set has them.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from headwise.errors import HeadwiseError
+from headwise.io.fs import os_errors
 
 Row = dict[str, Any]
 
@@ -24,48 +25,49 @@ def _clean(text: str) -> str:
     return text.replace("  ", " ")
 
 
-def ask_hellaswag(row: Row) -> Row:
+def hellaswag_question(row: Row) -> Row:
     """Return the question of a row: its context and four endings.
 
     Args:
         row: of Rowan/hellaswag.
     """
     if "query" in row:  # already in lm-eval's form
-        return {"context": row["query"], "choices": row["choices"], "answer": int(row["gold"])}
+        return {"prompt": row["query"], "choices": row["choices"], "answer": int(row["gold"])}
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
     return {
-        "context": _clean(context),
+        "prompt": _clean(context),
         "choices": [_clean(ending) for ending in row["endings"]],
         "answer": int(row["label"]),
     }
 
 
-def ask_piqa(row: Row) -> Row:
+def piqa_question(row: Row) -> Row:
     """Return the question of a row: a goal and two solutions.
 
     Args:
         row: of baber/piqa.
     """
     choices = [row["sol1"], row["sol2"]]
-    return {"context": f"Question: {row['goal']}\nAnswer:", "choices": choices, "answer": int(row["label"])}
+    return {"prompt": f"Question: {row['goal']}\nAnswer:", "choices": choices, "answer": int(row["label"])}
 
 
-def ask_arc(row: Row) -> Row:
+def arc_question(row: Row) -> Row:
     """Return the question of a row, from the data set's form on the Hub or from that of its authors' files.
 
     Args:
         row: of allenai/ai2_arc.
     """
-    question, choices = row["question"], row.get("choices")
+    question = row["question"]
     if isinstance(question, dict):
         choices = {key: [choice[key] for choice in question["choices"]] for key in ("text", "label")}
         question = question["stem"]
-    assert choices is not None
+    else:
+        choices = row["choices"]
     answer = choices["label"].index(row["answerKey"])
-    return {"context": f"Question: {question}\nAnswer:", "choices": choices["text"], "answer": answer}
+    return {"prompt": f"Question: {question}\nAnswer:", "choices": choices["text"], "answer": answer}
 
 
-def ask_winogrande(row: Row) -> Row:
+def winogrande_question(row: Row) -> Row:
     """Return the question of a row: two beginnings of one sentence, and its end.
 
     Args:
@@ -76,7 +78,7 @@ def ask_winogrande(row: Row) -> Row:
     return {"choices": choices, "continuation": end.strip(), "answer": int(row["answer"]) - 1}
 
 
-def ask_lambada(row: Row) -> Row:
+def lambada_question(row: Row) -> Row:
     """Return the question of a row: a passage and its last word.
 
     Args:
@@ -88,12 +90,12 @@ def ask_lambada(row: Row) -> Row:
 
 # Name of a file -> repository, configuration and split on the Hub, and the form of a question.
 SOURCES: dict[str, tuple[str, str | None, str, Callable[[Row], Row]]] = {
-    "hellaswag": ("Rowan/hellaswag", None, "validation", ask_hellaswag),
-    "piqa": ("baber/piqa", None, "validation", ask_piqa),
-    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test", ask_arc),
-    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test", ask_arc),
-    "winogrande": ("allenai/winogrande", "winogrande_xl", "validation", ask_winogrande),
-    "lambada": ("EleutherAI/lambada_openai", "default", "test", ask_lambada),
+    "hellaswag": ("Rowan/hellaswag", None, "validation", hellaswag_question),
+    "piqa": ("baber/piqa", None, "validation", piqa_question),
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test", arc_question),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test", arc_question),
+    "winogrande": ("allenai/winogrande", "winogrande_xl", "validation", winogrande_question),
+    "lambada": ("EleutherAI/lambada_openai", "default", "test", lambada_question),
 }
 
 
@@ -107,7 +109,7 @@ def read_questions(name: str, folder: str | Path | None = None) -> list[Row]:
     Raises:
         HeadwiseError: there is no such file, or a row has another form.
     """
-    repository, configuration, split, ask = SOURCES[name]
+    repository, configuration, split, make_question = SOURCES[name]
     if folder is None:
         from datasets import load_dataset
 
@@ -122,14 +124,15 @@ def read_questions(name: str, folder: str | Path | None = None) -> list[Row]:
                 f"Write the rows of {repository} there, one JSON object in each line, or leave out `task_data`.",
             )
         where = str(path)
-        text = path.read_text(encoding="utf-8")
         try:
+            with os_errors(path, "read"):
+                text = path.read_text(encoding="utf-8")
             lines = [line for line in text.split("\n") if line.strip()]
             rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
         except ValueError as error:
             raise HeadwiseError(f"{where} is not JSON: {error}.", "Write one JSON object in each line.") from None
     try:
-        return [ask(row) for row in rows]
+        return [make_question(row) for row in rows]
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise HeadwiseError(
             f"{where} has a row that is no question of {name}: {type(error).__name__} {error}.",

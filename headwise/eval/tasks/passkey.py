@@ -55,29 +55,47 @@ def make_passkey_documents(
     Raises:
         HeadwiseError: a length is too short for the question alone.
     """
-
-    def num_tokens(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
-
     rng = random.Random(seed)
+    question = BEGIN + NEEDLE.format(key=88888) + END + " 88888"
+    fixed = count_tokens(tokenizer, question) + SLACK_TOKENS
     documents = []
     for length in lengths:
-        fixed = num_tokens(BEGIN + NEEDLE.format(key=88888) + END + " 88888") + SLACK_TOKENS
         if fixed >= length:
             raise HeadwiseError(
                 f"A passkey prompt of {length} tokens is too short: the question alone has {fixed} tokens.",
                 "Use a longer length.",
             )
-        num_lines = int((length - fixed) / (num_tokens(" ".join(FILLER * 8)) + 1) * 8 * len(FILLER))
-        filler = [FILLER[i % len(FILLER)] for i in range(num_lines)]
+        filler = filler_lines(tokenizer, length - fixed)
         for depth in depths:
             for _ in range(samples):
                 key = str(rng.randint(10000, 99999))
-                place = round(depth * num_lines)
+                place = round(depth * len(filler))
                 text = [*filler[:place], NEEDLE.format(key=key), *filler[place:]]
                 prompt = BEGIN + " ".join(text) + END
                 documents.append({"prompt": prompt, "key": key, "length": length, "depth": depth})
     return documents
+
+
+def count_tokens(tokenizer: Any, text: str) -> int:
+    """Return the tokens of a text, without special ones.
+
+    Args:
+        tokenizer: the tokenizer.
+        text: the text.
+    """
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def filler_lines(tokenizer: Any, num_tokens: int) -> list[str]:
+    """Return lines of filler text.
+
+    Args:
+        tokenizer: measures them.
+        num_tokens: most tokens of all lines together.
+    """
+    lines = FILLER * 8
+    num_lines = int(num_tokens / (count_tokens(tokenizer, " ".join(lines)) + 1) * len(lines))
+    return [FILLER[i % len(FILLER)] for i in range(num_lines)]
 
 
 def passkey_dataset(
@@ -127,7 +145,7 @@ def find_tokenizer(tokenizer: Any, pretrained: str | None) -> Any:
         return tokenizer
     if (name := tokenizer or pretrained) is None:
         raise HeadwiseError(
-            "The passkey task has no tokenizer, which it needs to measure its prompts in tokens.",
+            "The task has no tokenizer, which it needs to measure its prompts in tokens.",
             'Add it to the metadata: {"tokenizer": "FOLDER"}',
         )
     return AutoTokenizer.from_pretrained(name, trust_remote_code=False)

@@ -13,70 +13,48 @@ from itertools import pairwise
 from typing import Any
 
 from headwise.errors import HeadwiseError
-from headwise.eval.tasks.passkey import FILLER, LENGTHS, SAMPLES, SLACK_TOKENS, find_tokenizer
+from headwise.eval.tasks.passkey import (
+    LENGTHS,
+    SAMPLES,
+    SLACK_TOKENS,
+    count_tokens,
+    filler_lines,
+    find_tokenizer,
+)
 
 NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Felix")
-WORDS = tuple(
-    [
-        "apple",
-        "river",
-        "candle",
-        "window",
-        "garden",
-        "mirror",
-        "pencil",
-        "bridge",
-        "kitchen",
-        "feather",
-        "button",
-        "island",
-        "ladder",
-        "pocket",
-        "silver",
-        "thunder",
-        "village",
-        "whistle",
-        "blanket",
-        "compass",
-        "dolphin",
-        "engine",
-        "forest",
-        "harbor",
-        "jacket",
-        "lantern",
-        "meadow",
-        "needle",
-        "orange",
-        "pepper",
-    ]
-)
-DISTRACTORS, HOPS, REPEATS = 4, 4, 4
+WORDS = (
+    "apple", "river", "candle", "window", "garden", "mirror", "pencil", "bridge", "kitchen", "feather",
+    "button", "island", "ladder", "pocket", "silver", "thunder", "village", "whistle", "blanket", "compass",
+    "dolphin", "engine", "forest", "harbor", "jacket", "lantern", "meadow", "needle", "orange", "pepper",
+)  # fmt: skip
+NUM_KEYS, NUM_VARIABLES, REPEATS = 4, 4, 4
 
 # A task makes (begin, facts in their order, end, answer) from random numbers.
 Question = tuple[str, list[str], str, str]
 
 
-def ask_key(rng: random.Random) -> Question:
+def key_question(rng: random.Random) -> Question:
     """Return several keys with their owners, and ask for one of them.
 
     Args:
         rng: the source of chance.
     """
-    names = rng.sample(NAMES, DISTRACTORS)
-    keys = rng.sample(range(10_000, 100_000), DISTRACTORS)
+    names = rng.sample(NAMES, NUM_KEYS)
+    keys = rng.sample(range(10_000, 100_000), NUM_KEYS)
     facts = [f"The pass key of {name} is {key}." for name, key in zip(names, keys, strict=True)]
     rng.shuffle(facts)
     end = f"\n\nWhat is the pass key of {names[0]}? The pass key of {names[0]} is"
     return "Memorize the pass keys that are hidden in this text.\n\n", facts, end, str(keys[0])
 
 
-def ask_variable(rng: random.Random) -> Question:
+def variable_question(rng: random.Random) -> Question:
     """Return a chain of assignments, and ask for the value at its end.
 
     Args:
         rng: the source of chance.
     """
-    letters = rng.sample("ABCDEFGHKMNPRSTUVWXYZ", HOPS)
+    letters = rng.sample("ABCDEFGHKMNPRSTUVWXYZ", NUM_VARIABLES)
     value = str(rng.randint(10_000, 99_999))
     facts = [f"Variable {letters[0]} is {value}."]
     facts += [f"Variable {new} equals variable {old}." for old, new in pairwise(letters)]
@@ -84,7 +62,7 @@ def ask_variable(rng: random.Random) -> Question:
     return "Memorize the assignments that are hidden in this text.\n\n", facts, end, value
 
 
-def ask_word(rng: random.Random) -> Question:
+def word_question(rng: random.Random) -> Question:
     """Return words of which one is repeated, and ask for it.
 
     Args:
@@ -98,7 +76,7 @@ def ask_word(rng: random.Random) -> Question:
 
 
 def make_documents(
-    ask: Callable[[random.Random], Question],
+    make_question: Callable[[random.Random], Question],
     tokenizer: Any,
     lengths: Sequence[int] = LENGTHS,
     samples: int = SAMPLES,
@@ -107,7 +85,7 @@ def make_documents(
     """Hide the facts of questions in filler text, in their order and at random places.
 
     Args:
-        ask: makes a question.
+        make_question: draws a question.
         tokenizer: measures the prompts.
         lengths: most tokens of prompt and answer together; lengths that are too short for a question are left out.
         samples: documents of each length.
@@ -120,22 +98,17 @@ def make_documents(
     Raises:
         HeadwiseError: every length is too short.
     """
-
-    def num_tokens(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
-
     rng = random.Random(seed)
-    line_tokens = (num_tokens(" ".join(FILLER * 8)) + 1) / (8 * len(FILLER))
     documents = []
     for length in lengths:
         for _ in range(samples):
-            begin, facts, end, answer = ask(rng)
-            fixed = num_tokens(begin + " ".join(facts) + f"{end} {answer}") + len(facts) + SLACK_TOKENS
+            begin, facts, end, answer = make_question(rng)
+            question = begin + " ".join(facts) + f"{end} {answer}"
+            fixed = count_tokens(tokenizer, question) + len(facts) + SLACK_TOKENS
             if fixed >= length:
                 continue
-            num_lines = int((length - fixed) / line_tokens)
-            lines = [FILLER[i % len(FILLER)] for i in range(num_lines)]
-            places = sorted(rng.randint(0, num_lines) for _ in facts)
+            lines = filler_lines(tokenizer, length - fixed)
+            places = sorted(rng.randint(0, len(lines)) for _ in facts)
             for place, fact in reversed(list(zip(places, facts, strict=True))):
                 lines.insert(place, fact)
             documents.append({"prompt": begin + " ".join(lines) + end, "answer": answer, "length": length})
@@ -145,22 +118,22 @@ def make_documents(
 
 
 def key_dataset(**arguments: Any) -> dict[str, Any]:
-    """Build the data of lm-eval's task headwise_multikey; the arguments are those of `passkey_dataset`."""
-    return _dataset(ask_key, **arguments)
+    """Build the data of the task headwise_multikey, with the arguments of `passkey_dataset` except `depths`."""
+    return _dataset(key_question, **arguments)
 
 
 def variable_dataset(**arguments: Any) -> dict[str, Any]:
-    """Build the data of lm-eval's task headwise_variables; the arguments are those of `passkey_dataset`."""
-    return _dataset(ask_variable, **arguments)
+    """Build the data of the task headwise_variables, with the arguments of `passkey_dataset` except `depths`."""
+    return _dataset(variable_question, **arguments)
 
 
 def word_dataset(**arguments: Any) -> dict[str, Any]:
-    """Build the data of lm-eval's task headwise_words; the arguments are those of `passkey_dataset`."""
-    return _dataset(ask_word, **arguments)
+    """Build the data of the task headwise_words, with the arguments of `passkey_dataset` except `depths`."""
+    return _dataset(word_question, **arguments)
 
 
 def _dataset(
-    ask: Callable[[random.Random], Question],
+    make_question: Callable[[random.Random], Question],
     tokenizer: Any = None,
     pretrained: str | None = None,
     lengths: Sequence[int] = LENGTHS,
@@ -170,5 +143,5 @@ def _dataset(
 ) -> dict[str, Any]:
     from datasets import Dataset
 
-    documents = make_documents(ask, find_tokenizer(tokenizer, pretrained), lengths, samples, seed)
+    documents = make_documents(make_question, find_tokenizer(tokenizer, pretrained), lengths, samples, seed)
     return {"test": Dataset.from_list(documents)}

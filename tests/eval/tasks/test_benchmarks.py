@@ -1,4 +1,4 @@
-"""Questions of published benchmarks: their prompts are lm-eval's, from files of either form."""
+"""Questions of published benchmarks, from files of either form."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "lambada": {"text": "he said no word"},
 }  # fmt: skip
 EXPECTED: dict[str, dict[str, Any]] = {
-    "hellaswag": {"context": "Roof: A man. sits. He", "choices": ["a ", "b", "c", "d"], "answer": 3},
-    "piqa": {"context": "Question: Go?\nAnswer:", "choices": ["Yes", "No"], "answer": 1},
-    "arc_easy": {"context": "Question: Why?\nAnswer:", "choices": ["x", "y"], "answer": 1},
+    "hellaswag": {"prompt": "Roof: A man. sits. He", "choices": ["a ", "b", "c", "d"], "answer": 3},
+    "piqa": {"prompt": "Question: Go?\nAnswer:", "choices": ["Yes", "No"], "answer": 1},
+    "arc_easy": {"prompt": "Question: Why?\nAnswer:", "choices": ["x", "y"], "answer": 1},
     "winogrande": {"choices": ["The cup fell as it", "The cup fell as he"], "continuation": "broke .", "answer": 1},
     "lambada": {"prompt": "he said no", "answer": "word"},
 }
@@ -48,7 +48,7 @@ def test_other_forms_of_rows_are_read(tmp_path: Path) -> None:
     assert read_questions("arc_easy", write(tmp_path, "arc_easy", authors)) == [EXPECTED["arc_easy"]]
     ready = {"query": "Q", "choices": ["a", "b"], "gold": 1}
     (tmp_path / "hellaswag.json").write_text(json.dumps([ready]))
-    assert read_questions("hellaswag", tmp_path) == [{"context": "Q", "choices": ["a", "b"], "answer": 1}]
+    assert read_questions("hellaswag", tmp_path) == [{"prompt": "Q", "choices": ["a", "b"], "answer": 1}]
 
 
 def test_a_missing_file_and_a_wrong_row_are_named(tmp_path: Path) -> None:
@@ -56,6 +56,11 @@ def test_a_missing_file_and_a_wrong_row_are_named(tmp_path: Path) -> None:
         read_questions("piqa", tmp_path)
     with pytest.raises(HeadwiseError, match=r"piqa\.jsonl has a row that is no question of piqa: KeyError"):
         read_questions("piqa", write(tmp_path, "piqa", {"goal": "Go?"}))
+    with pytest.raises(HeadwiseError, match=r"arc_easy\.jsonl has a row that is no question of arc_easy: KeyError"):
+        read_questions("arc_easy", write(tmp_path, "arc_easy", {"question": "Why?", "answerKey": "A"}))
+    (tmp_path / "lambada.jsonl").write_bytes(b"\xff")
+    with pytest.raises(HeadwiseError, match=r"lambada\.jsonl is not JSON"):
+        read_questions("lambada", tmp_path)
     (tmp_path / "lambada.jsonl").write_text("{")
     with pytest.raises(HeadwiseError, match=r"lambada\.jsonl is not JSON"):
         read_questions("lambada", tmp_path)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from headwise.errors import HeadwiseError
-from headwise.eval.tasks.retrieval import ask_key, ask_variable, ask_word, make_documents
+from headwise.eval.tasks.retrieval import key_question, make_documents, variable_question, word_question
 
 
 def by_words(text: str, **_: Any) -> dict[str, list[str]]:
@@ -28,7 +28,7 @@ def solve(prompt: str) -> str:
     return max(set(words), key=words.count)
 
 
-@pytest.mark.parametrize("ask", [ask_key, ask_variable, ask_word])
+@pytest.mark.parametrize("ask", [key_question, variable_question, word_question])
 def test_documents_fit_and_can_be_solved(ask: Any) -> None:
     documents = make_documents(ask, by_words, lengths=(5, 200, 401), samples=3, seed=7)
     assert [document["length"] for document in documents] == [200] * 3 + [401] * 3, "5 tokens hold no question"
@@ -42,4 +42,4 @@ def test_documents_fit_and_can_be_solved(ask: Any) -> None:
 
 def test_a_length_for_no_question_is_refused() -> None:
     with pytest.raises(HeadwiseError, match="too short"):
-        make_documents(ask_key, by_words, lengths=(9,), samples=1)
+        make_documents(key_question, by_words, lengths=(9,), samples=1)
