@@ -35,19 +35,24 @@ def llama_2_7b(layers: int = 32) -> LlamaConfig:
     )
 
 
-def make(out: Path, layers: int = 32, seed: int = 0) -> Path:
-    """Write the checkpoint; weights are normal with the deviation that Llama starts from, norms are ones."""
+def make(out: Path, layers: int = 32, seed: int = 0, device: str = "cpu") -> Path:
+    """Write the checkpoint; weights are normal with the deviation that Llama starts from, norms are ones.
+
+    A GPU draws them faster than a CPU, and draws others.
+    """
     config = llama_2_7b(layers)
     with torch.device("meta"):
         shapes = LlamaForCausalLM(config).state_dict()
     outputs = [OutputTensor(name, torch.bfloat16, tuple(tensor.shape)) for name, tensor in shapes.items()]
-    random = torch.Generator().manual_seed(seed)
-    with Writer(out, outputs, identity={"layers": layers, "seed": seed}, max_shard_size="3GB") as writer:
+    random = torch.Generator(device).manual_seed(seed)
+    with Writer(
+        out, outputs, identity={"layers": layers, "seed": seed, "device": device}, max_shard_size="3GB"
+    ) as writer:
         for output in outputs:
-            tensor = torch.ones(output.shape)
+            tensor = torch.ones(output.shape, device=device)
             if len(output.shape) > 1:
                 tensor.normal_(0, config.initializer_range, generator=random)
-            writer.write(output.name, tensor.to(output.dtype))
+            writer.write(output.name, tensor.to(output.dtype).cpu())
         writer.add_text("config.json", json.dumps(config.to_dict(), indent=2))
         for path in sorted(TOKENIZER.glob("tokenizer*")):
             # Any tokenizer whose ids are below 32000 will do for calibrating on random weights.
