@@ -147,7 +147,7 @@ def _unfinished(home: Path) -> dict[str, bytes]:
     """Return the files of the work folder of a conversion that was interrupted before it was published."""
     out = home / "interrupted"
     with mock.patch.object(WorkFolder, "publish", side_effect=KeyboardInterrupt), suppress(Interrupted):
-        convert_model(home / "sound", out, **GQA)
+        convert_model(home / "micro", out, **GQA)
     return _content(home / ".interrupted.headwise-work")
 
 
@@ -176,7 +176,7 @@ def work_folder(prey: Any, random: Random) -> Outcome:
         _odd_entry(folder / name, random, prey)
     resume = random.random() < 0.8
     outcome = prey.guard.watch(
-        lambda: convert_model(prey.home / "sound", prey.out, **GQA, resume=resume, force=not resume)
+        lambda: convert_model(prey.home / "micro", prey.out, **GQA, resume=resume, force=not resume)
     )
     escapes = list(outcome.escapes)
     weights = prey.out / "model.safetensors"
@@ -192,7 +192,7 @@ def _odd_entry(path: Path, random: Random, prey: Any) -> None:
     path.unlink()
     makers: list[Callable[[], Any]] = [
         path.mkdir,
-        lambda: path.symlink_to(prey.home / "sound" / "config.json"),
+        lambda: path.symlink_to(prey.home / "micro" / "config.json"),
         lambda: os.mkfifo(path),
         lambda: path.write_bytes(content[: len(content) // 2]),
         lambda: None,
