@@ -95,7 +95,7 @@ def assemble(
         passkey=tuple(_passkey_cells(child.results, parent.results if parent else None)),
         fail_above=fail_above,
         gates=tuple(gates),
-        notes=tuple(_cut_prompts(roles)),
+        notes=(*_tasks_not_run(pair), *_cut_prompts(roles)),
         logs={
             role: pair.folder(role).relative_to(pair.work).as_posix()
             for role in ("child", *(["parent"] if parent else []))
@@ -129,6 +129,13 @@ def _finite_gates(roles: Mapping[str, TaskResults | None]) -> Iterator[Gate]:
             if counts.not_finite:
                 share = f"{counts.not_finite:,} of {counts.questions:,} answers"
                 yield Gate(FINITE, False, f"{share} of the {role} to {task} are NaN or infinite.")
+
+
+def _tasks_not_run(pair: EvalPair) -> Iterator[str]:
+    """Yield a sentence that names the tasks of the recipe without reachable questions."""
+    if pair.harness is not None and pair.harness.not_run:
+        names = ", ".join(pair.harness.not_run)
+        yield f"Not run, because the folder has no questions and the Hub cannot be reached: {names}."
 
 
 def _cut_prompts(roles: Mapping[str, TaskResults | None]) -> Iterator[str]:

@@ -22,7 +22,7 @@ from headwise.eval.pair import EvalPair, package_versions
 from headwise.eval.report.publish import check_report, published
 from headwise.eval.report.report import write_report
 from headwise.eval.result import Evaluation
-from headwise.eval.settings import EvalSettings
+from headwise.eval.settings import EvalRecipe, EvalSettings
 from headwise.eval.stats import require_packages
 from headwise.eval.tasks.harness import Harness
 from headwise.fields import settings_of
@@ -70,7 +70,8 @@ def evaluate_model(
         batch_size: batch size of lm-eval, a number, "auto" or "auto:N"; None: 16 on a CPU, "auto" on a GPU.
         include_path: folders with more tasks.
         task_data: folder with files such as hellaswag.jsonl, which the tasks headwise_hellaswag and others read in
-            place of the Hub.
+            place of the Hub. The recipe's own tasks read them too; those without a file and without a reachable Hub
+            are left out, and the report names them.
         backend: what runs the tasks, "hf" (transformers) or "vllm".
         apply_chat_template: put the questions of the tasks into the chat template, the same for both models.
         fail_above: damage that the gate of each headline figure allows (0.01: one point, or 1% of perplexity).
@@ -121,6 +122,10 @@ def evaluate_model(
     for folder in settings.include_path:
         if not folder.is_dir():
             raise SettingError("include_path", f"There is no folder {folder}.", "`include_path` names folders.")
+    if settings.task_data is not None and not settings.task_data.expanduser().is_dir():
+        raise SettingError(
+            "task_data", f"There is no folder {settings.task_data}.", "`task_data` names a folder with questions."
+        )
     harness = None
     if chosen.tasks:
         harness = Harness(
@@ -128,6 +133,7 @@ def evaluate_model(
             include=settings.include_path,
             tokenizer=tokenizer,
             metadata=task_arguments(chosen, ours.context, settings.seed, settings.task_data),
+            optional=optional_tasks(chosen, settings),
         )
     inputs = make_inputs(chosen, tokenizer, ours.context, settings.seed)
     with processes.end_together(), published(out, settings.force) as work:
@@ -175,6 +181,19 @@ def check_chat_template(child: Any, parent: Any) -> None:
             "`apply_chat_template` is True, and child and parent have different chat templates.",
             "Give the child the parent's chat_template.jinja.",
         )
+
+
+def optional_tasks(recipe: EvalRecipe, settings: EvalSettings) -> list[str]:
+    """Return the tasks that may be left out: those of the recipe, if a folder with questions is given.
+
+    Args:
+        recipe: what is measured.
+        settings: of the evaluation.
+    """
+    # Several processes load their tasks for themselves, and must have the same ones.
+    if settings.task_data is None or processes.num_processes() > 1:
+        return []
+    return [task for task in recipe.tasks if task not in settings.tasks]
 
 
 def recorded_parent(child: EvalModel, progress: Progress) -> str | Path | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from headwise import fields, schema
 from headwise.errors import SettingError
+from headwise.eval.tasks.benchmarks import local_task
 from headwise.fields import check_fields, is_given, settings_of
 from headwise.format import plain
 
@@ -301,7 +302,7 @@ class EvalSettings:
         default=(),
     )
     task_data: Path | None = fields.folder(
-        "Read headwise_hellaswag and others from files such as DIR/hellaswag.jsonl [the Hub].",
+        "Read questions from files such as DIR/hellaswag.jsonl [the Hub].",
         metavar="DIR",
         section="What to measure",
     )
@@ -349,6 +350,8 @@ class EvalSettings:
     def choose_recipe(self) -> EvalRecipe:
         """Load the recipe and add the given tasks and options to it.
 
+        With `task_data`, a task of the recipe whose questions are in that folder reads them there.
+
         Raises:
             HeadwiseError: there is no such recipe.
             SettingError: a value of the recipe is not legal, or `online` adds nothing to it.
@@ -362,10 +365,12 @@ class EvalSettings:
                 f"`online` is True, which adds a recipe's tasks that download their questions, but {place}.",
                 "Leave out `online`.",
             )
-        online = recipe.online if self.online else []
+        tasks = [*recipe.tasks, *(recipe.online if self.online else [])]
+        if self.task_data is not None:
+            tasks = [local_task(task, self.task_data) for task in tasks]
         return replace(
             recipe,
-            tasks=list(dict.fromkeys([*recipe.tasks, *online, *self.tasks])),
+            tasks=list(dict.fromkeys([*tasks, *self.tasks])),
             num_fewshot=recipe.num_fewshot if self.num_fewshot is None else self.num_fewshot,
             limit=recipe.limit if self.limit is None else self.limit,
         )

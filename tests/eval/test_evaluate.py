@@ -304,6 +304,31 @@ def test_a_task_that_downloads_is_refused_offline(
         )
 
 
+def test_tasks_of_a_recipe_read_the_folder_of_questions_and_the_rest_is_named(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("datasets.config", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+    (tmp_path / "fruit.yaml").write_text(
+        re.sub("dataset_kwargs.*", "", OWN_TASK.replace("dataset_path: json", "dataset_path: someone/fruit"))
+    )
+    questions = tmp_path / "questions"
+    questions.mkdir()
+    (questions / "piqa.jsonl").write_text('{"goal": "Go?", "sol1": "Yes", "sol2": "No", "label": 1}\n' * 3)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("about: Two tasks.\ntasks: [piqa, fruit]\n")
+    options = {"recipe": recipe, "include_path": [tmp_path], "report": tmp_path / "out"}
+    with pytest.raises(HeadwiseError, match="cannot be reached"):
+        headwise.evaluate_model(folders["parent"], **options)
+    with pytest.raises(HeadwiseError, match=r"There is no folder .*nowhere"):
+        headwise.evaluate_model(folders["parent"], **options, task_data=tmp_path / "nowhere")
+    result = headwise.evaluate_model(folders["parent"], **options, task_data=questions)
+    assert result is not None and {each.task for each in result.comparisons} == {"headwise_piqa"}
+    assert [note for note in result.notes if note.startswith("Not run") and note.endswith(": fruit.")]
+    with pytest.raises(HeadwiseError, match="cannot be reached"):  # a task that the user names is not left out
+        headwise.evaluate_model(folders["parent"], tasks=["fruit"], **options, task_data=questions, force=True)
+
+
 def test_without_lm_eval_the_extra_is_named_and_the_rest_works(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,6 +97,33 @@ SOURCES: dict[str, tuple[str, str | None, str, Callable[[Row], Row]]] = {
     "winogrande": ("allenai/winogrande", "winogrande_xl", "validation", winogrande_question),
     "lambada": ("EleutherAI/lambada_openai", "default", "test", lambada_question),
 }
+# Tasks of lm-eval whose names are not those of their files.
+LM_EVAL_NAMES = {"lambada_openai": "lambada"}
+
+
+def question_file(name: str, folder: Path) -> Path | None:
+    """Return the file of a benchmark's questions in a folder; None if there is none.
+
+    Args:
+        name: a key of `SOURCES`.
+        folder: may hold NAME.jsonl or NAME.json.
+    """
+    paths = (folder.expanduser() / f"{name}.{kind}" for kind in ("jsonl", "json"))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def local_task(task: str, folder: Path) -> str:
+    """Return the task of this package that reads the questions of a task of lm-eval from a folder.
+
+    Args:
+        task: name of a task of lm-eval.
+        folder: holds files such as hellaswag.jsonl.
+
+    Returns:
+        A name such as headwise_hellaswag; `task` itself if the folder does not have its questions.
+    """
+    name = LM_EVAL_NAMES.get(task, task)
+    return f"headwise_{name}" if name in SOURCES and question_file(name, folder) else task
 
 
 def read_questions(name: str, folder: str | Path | None = None) -> list[Row]:
@@ -116,11 +143,10 @@ def read_questions(name: str, folder: str | Path | None = None) -> list[Row]:
         rows = list(load_dataset(repository, configuration, split=split))
         where = repository
     else:
-        paths = [Path(folder).expanduser() / f"{name}.{kind}" for kind in ("jsonl", "json")]
-        path = next((path for path in paths if path.is_file()), None)
+        path = question_file(name, Path(folder))
         if path is None:
             raise HeadwiseError(
-                f"There is no {paths[0]}, which the task headwise_{name} reads.",
+                f"There is no {Path(folder) / name}.jsonl, which the task headwise_{name} reads.",
                 f"Write the rows of {repository} there, one JSON object in each line, or leave out `task_data`.",
             )
         where = str(path)

@@ -9,7 +9,7 @@ import io
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from difflib import get_close_matches
 from fnmatch import fnmatch
@@ -31,14 +31,23 @@ BOOTSTRAP_RESAMPLES = 1000
 REQUEST_TYPES = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 
 
+class UnreachableQuestions(HeadwiseError):
+    """A task downloads its questions, and the Hub cannot be reached."""
+
+
 class Harness:
     """Loaded tasks of lm-eval.
+
+    Attributes:
+        tasks: the loaded tasks.
+        not_run: names of the optional tasks whose questions cannot be reached.
 
     Args:
         tasks: names that lm-eval knows, patterns such as "mmlu_*", or YAML files.
         include: more folders with tasks.
         tokenizer: for tasks that measure their prompts in tokens.
         metadata: arguments of tasks that generate their own questions.
+        optional: names of tasks that are left out if their questions cannot be reached.
 
     Raises:
         HeadwiseError: lm-eval is not installed; there is no such task; its data cannot be loaded.
@@ -51,6 +60,7 @@ class Harness:
         include: Sequence[Path] = (),
         tokenizer: Any = None,
         metadata: dict[str, Any] | None = None,
+        optional: Collection[str] = (),
     ) -> None:
         try:
             from lm_eval.tasks import TaskManager
@@ -69,7 +79,20 @@ class Harness:
             manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
             if not all(_is_known(manager, name) for name in tasks):
                 manager = TaskManager(include_path=folders, metadata=metadata)
-            self.tasks = [task for name in tasks for task in _load_tasks(manager, name)]
+            self.tasks: list[Any] = []
+            self.not_run: list[str] = []
+            for name in tasks:
+                try:
+                    self.tasks += _load_tasks(manager, name)
+                except UnreachableQuestions:
+                    if name not in optional:
+                        raise
+                    self.not_run.append(name)
+            if not self.tasks:
+                raise UnreachableQuestions(
+                    f"`task_data` has no questions of {', '.join(self.not_run)}, and the Hub cannot be reached.",
+                    "Write files such as hellaswag.jsonl into that folder, or use the recipe quick.",
+                )
             self._manager = manager
 
     def run(
@@ -199,9 +222,9 @@ def _load_task(manager: Any, task: str) -> Any:
         raise HeadwiseError(f"Task {task} needs more packages: {_first_line(error)}.") from error
     except Exception as error:  # the task's own files, its data and the network can raise anything
         if _is_connection_error(error):
-            raise HeadwiseError(
+            raise UnreachableQuestions(
                 f"Task {task} downloads its questions, and the Hub cannot be reached.",
-                "Run it once with a connection, or use the recipe quick, which needs none.",
+                "Run it once with a connection, give `task_data`, or use the recipe quick, which needs neither.",
             ) from error
         raise HeadwiseError(f"Task {task} cannot be loaded: {_first_line(error)}.") from error
 

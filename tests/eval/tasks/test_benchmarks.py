@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from headwise.errors import HeadwiseError
-from headwise.eval.tasks.benchmarks import read_questions
+from headwise.eval.tasks.benchmarks import local_task, read_questions
 
 ROWS: dict[str, dict[str, Any]] = {
     "hellaswag": {
@@ -49,6 +49,12 @@ def test_other_forms_of_rows_are_read(tmp_path: Path) -> None:
     ready = {"query": "Q", "choices": ["a", "b"], "gold": 1}
     (tmp_path / "hellaswag.json").write_text(json.dumps([ready]))
     assert read_questions("hellaswag", tmp_path) == [{"prompt": "Q", "choices": ["a", "b"], "answer": 1}]
+
+
+def test_a_task_of_lm_eval_reads_its_questions_from_a_folder_that_has_them(tmp_path: Path) -> None:
+    write(tmp_path, "lambada", ROWS["lambada"])
+    names = ["lambada_openai", "piqa", "mmlu"]
+    assert [local_task(name, tmp_path) for name in names] == ["headwise_lambada", "piqa", "mmlu"]
 
 
 def test_a_missing_file_and_a_wrong_row_are_named(tmp_path: Path) -> None:
