@@ -16,7 +16,7 @@ from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.io.tokenizer import load_tokenizer
 from headwise.io.workdir import write_file_atomically
 from headwise.models.architecture import find_architecture
-from headwise.models.stock_match import match_source
+from headwise.models.stock_match import match_source, require_head
 from headwise.progress import SILENT, Progress
 from headwise.text.sampled import documents_of, sample_tokens
 from headwise.train.student import load_for_sampling
@@ -92,11 +92,7 @@ def sample_text(
         raise SettingError("out", f"The folder {path.parent} does not exist.", "Make the folder first.")
     where = find_device(device)
     checkpoint = match_source(open_checkpoint(model, revision=revision, token=token, progress=progress))
-    if checkpoint.headless:
-        raise HeadwiseError(
-            f"{checkpoint.source} is a base model without a language-model head, and writes no text.",
-            "Name a model with a head.",
-        )
+    require_head(checkpoint, "text is sampled from its logits")
     result = write_samples(checkpoint, path, tokens, seed=seed, device=where, progress=progress)
     progress.finish()
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from headwise.convert.inspect import inspect_model
 from headwise.errors import HeadwiseError
 from headwise.eval.result import Subject
 from headwise.format import layout_names
+from headwise.io.reader import read_headers
 from headwise.io.source import Source, find_source
 from headwise.io.tokenizer import load_tokenizer
 from headwise.models.protocol import AttentionModel, find_attention_model
+from headwise.models.stock_match import require_head
 from headwise.progress import SILENT, Progress
 from headwise.records.manifest import hash_file
 
@@ -103,16 +106,17 @@ def find_model(model: str | Path, *, token: str | None = None, progress: Progres
         progress: receives the download.
 
     Raises:
-        HeadwiseError: there is no such model.
+        HeadwiseError: there is no such model, a tensor is missing, or the model has no language-model head.
     """
     source = find_source(model, token=token, progress=progress)
     attention = cache_bytes = parameters = None
-    try:
+    with suppress(HeadwiseError):  # a model type that headwise cannot convert can still be evaluated
+        attention = layout_names(find_attention_model(source.config).layouts(source.config))
+    if attention is not None:  # stock transformers fills a missing tensor with random values
         inspection = inspect_model(source.folder)
-        attention, cache_bytes = layout_names(inspection.layouts), inspection.cache.bytes_per_token
-        parameters = inspection.parameters
-    except HeadwiseError:  # a model type that headwise cannot convert can still be evaluated
-        pass
+        cache_bytes, parameters = inspection.cache.bytes_per_token, inspection.parameters
+        if inspection.layouts[0].kind != "mla":
+            require_head(read_headers(source), "its text is scored by its logits")
     subject = Subject(
         model=str(model),
         revision=source.revision,

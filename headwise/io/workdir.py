@@ -235,7 +235,7 @@ class WorkFolder:
                 self.journal = self._read_journal()
                 if self.journal and not (self.resume or self.force):
                     raise HeadwiseError(
-                        f"An unfinished conversion to {self.out} is in {self.folder}.",
+                        f"Unfinished work on {self.out} is in {self.folder}.",
                         "Pass `resume` to finish it, or `force` to begin again.",
                     )
                 if self.journal and self.resume:
@@ -320,8 +320,12 @@ class WorkFolder:
         for path in map(self.folder.joinpath, _FILES):
             _refuse_special(path)
         for entry in self.folder.iterdir() if self.folder.is_dir() else ():
-            # An old OUT may hold links of its user.
-            for path in (entry, *entry.rglob("*")) if entry != self.replaced else ():
+            if entry == self.replaced:  # an old OUT may hold links of its user
+                continue
+            if entry.is_symlink() or not entry.is_dir():
+                _refuse_special(entry)
+                continue
+            for path in entry.rglob("*"):
                 if path.is_symlink() or not path.is_dir():
                     _refuse_special(path)
 
@@ -398,7 +402,7 @@ class WorkFolder:
     def _check_same(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         for key, old, new in _differences(before, now):
             raise HeadwiseError(
-                f"The unfinished conversion in {self.folder} cannot be resumed: its {key} was "
+                f"The unfinished work in {self.folder} cannot be resumed: its {key} was "
                 f"{reprlib.repr(old)} and is now {reprlib.repr(new)}.",
                 "Repeat it as it was, or pass `force` to begin again.",
             )

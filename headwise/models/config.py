@@ -275,6 +275,17 @@ def has_stock_class(model_type: str) -> bool:
     return model_type in CONFIG_MAPPING
 
 
+def has_causal_class(model_type: str) -> bool:
+    """Return whether transformers has a causal language model of this model type.
+
+    Args:
+        model_type: the `model_type` of a config.json.
+    """
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return has_stock_class(model_type) and CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
 def both_spellings(
     text_config: dict[str, Any],
     model_type: str,

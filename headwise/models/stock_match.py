@@ -129,7 +129,7 @@ def match_source(checkpoint: Checkpoint) -> Checkpoint:
         raise adapter_error(checkpoint.folder, "has a LoRA adapter beside the weights")
     refuse_quantised_names(checkpoint.source, checkpoint.tensors)
     found = match_stock_class(checkpoint, arch.auto_class)
-    if headless := _lacks_a_head(checkpoint, arch, found):
+    if headless := _lacks_a_head(checkpoint, found):
         config = _tied(config, arch)
         found = match_stock_class(replace(checkpoint, config=config), arch.auto_class)
     _refuse_unloadable(checkpoint, arch, found)
@@ -150,6 +150,24 @@ def match_source(checkpoint: Checkpoint) -> Checkpoint:
     notes += _untie(source, arch, found)
     drop_notes, warnings = _explain_dropped(new, arch, found.model, dropped)
     return replace(source, notes=[*checkpoint.notes, *notes, *drop_notes], warnings=warnings)
+
+
+def require_head(checkpoint: Checkpoint, purpose: str) -> None:
+    """Refuse a model without a language-model head, from headers alone: its logits mean nothing.
+
+    Args:
+        checkpoint: the model; an MLA model has a head.
+        purpose: what needs the head, for the message.
+
+    Raises:
+        HeadwiseError: it has no head.
+    """
+    found = match_stock_class(checkpoint, find_architecture(checkpoint.config, checkpoint.tensors).auto_class)
+    if checkpoint.headless or not _heads(found.model) or _lacks_a_head(checkpoint, found):
+        raise HeadwiseError(
+            f"{checkpoint.source} is a model without a language-model head, and {purpose}.",
+            "Name a model with a head.",
+        )
 
 
 def refuse_quantised_names(source: str, names: Iterable[str]) -> None:
@@ -211,23 +229,24 @@ def _explain_missing(checkpoint: Checkpoint, arch: Architecture, found: StockMat
 
 
 def _heads(model: Any) -> set[str]:
-    """Return the names of the weights of a model's language-model head."""
+    """Return the name of the weight of a model's language-model head, also where it is tied."""
     head = model.get_output_embeddings()
-    return {name for name, p in model.named_parameters() if head is not None and p is head.weight}
+    return {f"{name}.weight" for name, module in model.named_modules() if head is not None and module is head}
 
 
-def _lacks_a_head(checkpoint: Checkpoint, arch: Architecture, found: StockMatch) -> bool:
+def _lacks_a_head(checkpoint: Checkpoint, found: StockMatch) -> bool:
     """Return whether a checkpoint is a base model, as `AutoModel` saves it: without a head, and known as one.
 
-    It is known by the base class in `architectures`, or by tensor names without the prefix of the base model.
+    It is known by the base class in `architectures`, or by tensor names without the prefix of the base model. A
+    folder that was converted from one ties its head to the embeddings.
     """
-    if not found.missing or not _heads(found.model).issuperset(found.missing):
+    heads = _heads(found.model)
+    if not heads or not heads.issuperset(found.missing) or not heads.isdisjoint(found.places.values()):
         return False
-    named = checkpoint.config.get("architectures")
+    if checkpoint.config.get("architectures") == [type(found.model.base_model).__name__]:
+        return True
     prefix = f"{found.model.base_model_prefix}."
-    return named == [type(found.model.base_model).__name__] or not any(
-        name.startswith(prefix) for name in checkpoint.tensors
-    )
+    return bool(found.missing) and not any(name.startswith(prefix) for name in checkpoint.tensors)
 
 
 def _tied(config: dict[str, Any], arch: Architecture) -> dict[str, Any]:

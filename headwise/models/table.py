@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from headwise.errors import HeadwiseError
-from headwise.models.config import has_stock_class
+from headwise.models.config import has_causal_class, has_stock_class
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,16 @@ def find_row(config: dict[str, Any], table: Table) -> ArchitectureRow:
     )
 
 
+def _is_no_language_model(model_type: Any, name: Any) -> bool:
+    """Return whether the class of a checkpoint shows that it is no causal language model."""
+    if not isinstance(name, str) or name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+        return False
+    # A base class has no head in its name: the model type decides, and an unknown one may be misspelt.
+    return not name.endswith("Model") or (
+        has_stock_class(str(model_type)) and not has_causal_class(str(model_type))
+    )
+
+
 def _unsupported(model_type: Any, table: Table, config: dict[str, Any]) -> HeadwiseError:
     known = sorted([*table.rows, *table.wrappers])
     if isinstance(model_type, str) and model_type in table.refused:
@@ -192,8 +202,7 @@ def _unsupported(model_type: Any, table: Table, config: dict[str, Any]) -> Headw
         )
     architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else None
-    other = isinstance(name, str) and not name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-    if other or config.get("is_encoder_decoder") is True:
+    if _is_no_language_model(model_type, name) or config.get("is_encoder_decoder") is True:
         kind = "an encoder-decoder model" if config.get("is_encoder_decoder") is True else "no language model"
         return HeadwiseError(
             f"headwise cannot convert model type {model_type}: {name or 'it'} is {kind}.",

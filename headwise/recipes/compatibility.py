@@ -7,6 +7,7 @@ from typing import Any
 
 from headwise.errors import HeadwiseError, SettingError
 from headwise.io.tokenizer import load_tokenizer
+from headwise.models.stock_match import require_head
 from headwise.recipes.layerwise import check_layerwise
 from headwise.recipes.settings import UptrainRecipe
 from headwise.text.sources import SELF, Data, overlapping
@@ -53,6 +54,9 @@ def check_compatible(
         HeadwiseError: they do not match; the message names what differs.
     """
     check_text(recipe.data)
+    for folder in (student, teacher):
+        if folder is not None and not folder.is_latent:
+            require_head(folder.checkpoint, "the training compares its logits")
     length, config = recipe.data.length, student.text
     longest = getattr(config, "max_position_embeddings", None) or length
     if length > longest:

@@ -26,6 +26,17 @@ def folder(path: Path, text: str) -> Path:
     return path
 
 
+def test_a_linked_folder_is_refused_before_it_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = WorkFolder(tmp_path / "out", resume=True)
+    work.folder.mkdir()
+    (work.folder / "training").symlink_to(folder(tmp_path / "elsewhere", "1"))
+    listed: list[Path] = []
+    monkeypatch.setattr(Path, "rglob", lambda path, pattern: iter(listed.append(path) or ()))
+    with pytest.raises(HeadwiseError, match="training is a link"):
+        work.start({}, 1)
+    assert not listed
+
+
 def text_of(path: Path) -> str:
     return (path / "inner" / "file").read_text()
 

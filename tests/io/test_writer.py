@@ -141,7 +141,7 @@ def test_resume_after_an_interruption_gives_the_same_bytes(model, tmp_path, numb
     assert isinstance(caught.value, Interrupted) and caught.value.exit_code == 130
     assert "`resume`" in str(caught.value)
     assert not (tmp_path / "out").exists()
-    refused("unfinished conversion", model, tmp_path / "out")
+    refused("Unfinished work on", model, tmp_path / "out")
     assert contents(convert(model, tmp_path / "out", resume=True)) == whole
     assert not work_of(tmp_path / "out").exists()
 

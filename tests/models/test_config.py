@@ -209,6 +209,8 @@ def test_a_head_on_top_chooses_the_class_that_loads_it():
         ({"model_type": "bert"}, "bert: it has no row in the table"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "it is an encoder-decoder model"),
         ({"model_type": "vit", "architectures": ["ViTModel"]}, "ViTModel is no language model"),
+        ({"model_type": "qwen4", "architectures": ["Qwen4Model"]}, "qwen4: transformers has no.*Did you mean qwen"),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "BertForMaskedLM is no language model"),
         ({"model_type": "qwen"}, "transformers has no class for it, and headwise never runs code"),
         ({"model_type": "gpt2"}, "no num_key_value_heads"),
         ({"model_type": "gpt_oss"}, "learned sink"),

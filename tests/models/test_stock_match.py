@@ -19,8 +19,10 @@ from headwise.convert.plan import Plan
 from headwise.convert.sample import sample_text
 from headwise.convert.verify.check import verify_model
 from headwise.errors import HeadwiseError
+from headwise.eval.model import find_model
 from headwise.io.reader import open_checkpoint
-from headwise.models.stock_match import match_source
+from headwise.models.stock_match import match_source, require_head
+from headwise.recipes.uptrain import uptrain_model
 from tests import tiny_models
 from tests.convert.speaking import save_speaking
 
@@ -216,8 +218,41 @@ def test_a_base_model_without_a_head_converts_within_its_class(tmp_path: Path, n
     ):
         with pytest.raises(HeadwiseError, match=words):
             convert_model(model, tmp_path / "other", **refused, dry_run=True)  # type: ignore[arg-type]
-    with pytest.raises(HeadwiseError, match="writes no text"):
-        sample_text(model, tmp_path / "x.jsonl")
+    # A class with a head and names with the prefix do not show that there was no head.
+    for folder in (model, out, tmp_path / "mqa") if name == "LlamaModel" else (model,):
+        assert match_source(open_checkpoint(folder)).headless
+        with pytest.raises(HeadwiseError, match="without a language-model head, and text is sampled"):
+            sample_text(folder, tmp_path / "x.jsonl")
+        with pytest.raises(HeadwiseError, match="without a language-model head, and its text is scored"):
+            find_model(folder)
+        with pytest.raises(HeadwiseError, match="without a language-model head, and the training compares"):
+            uptrain_model(folder, tmp_path / "trained", teacher=model)
+    assert not (tmp_path / "trained").exists()
+    assert [w for w in result.plan.warnings if "is foreign to the model" in w]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_with_a_head_is_not_refused(tmp_path: Path, tied: bool) -> None:
+    model = save_speaking(tmp_path / "model", tie_word_embeddings=tied)
+    require_head(open_checkpoint(model), "it is needed")
+    config = json.loads((model / "config.json").read_text()) | {"architectures": ["LlamaModel"]}
+    (model / "config.json").write_text(json.dumps(config))
+    assert match_source(open_checkpoint(model)).headless == tied
+
+
+def test_a_classifier_has_no_language_model_head(tmp_path: Path) -> None:
+    model = save_speaking(tmp_path / "model", tie_word_embeddings=True)
+    config = transformers.AutoConfig.from_pretrained(model)
+    transformers.LlamaForSequenceClassification(config).save_pretrained(model)
+    with pytest.raises(HeadwiseError, match="without a language-model head"):
+        find_model(model)
+
+
+def test_a_model_with_a_missing_tensor_is_not_evaluated(tmp_path: Path) -> None:
+    model = tiny_models.save("llama", tmp_path / "model")
+    edit(model, lambda tensors: {n: t for n, t in tensors.items() if n != "lm_head.weight"})
+    with pytest.raises(HeadwiseError, match=r"has no lm_head\.weight"):
+        find_model(model)
 
 
 def test_an_adapter_that_is_not_merged_is_refused(tmp_path: Path) -> None:

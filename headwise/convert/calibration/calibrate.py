@@ -57,6 +57,11 @@ class CalibrationPlan:
         return self.fitted or self.steps > 0
 
     @property
+    def foreign(self) -> bool:
+        """Return whether the user did not choose the text and the parent did not write it."""
+        return self.reason is not None and self.text == MIXTURE
+
+    @property
     def tokens(self) -> int:
         """Return the number of calibration tokens."""
         return self.sequences * self.length
@@ -124,10 +129,14 @@ def plan_calibration(
             f"`calibrate` {SAMPLED} needs a language-model head, and {checkpoint.source} has none.",
             "Leave out `calibrate`, or name a text.",
         )
-    # Neither a model without a head nor one whose weights are not finite can be sampled from.
-    unsampled = settings.allow_nan or checkpoint.headless
-    asked = MIXTURE if settings.calibrate == "auto" and unsampled else settings.calibrate or "auto"
-    chosen = choose_text(checkpoint, arch, asked, count + NUM_HELDBACK * length, device)
+    chosen = choose_text(
+        checkpoint,
+        arch,
+        settings.calibrate or "auto",
+        count + NUM_HELDBACK * length,
+        device,
+        settings.allow_nan,
+    )
     return CalibrationPlan(
         chosen.text,
         count // length,
@@ -170,7 +179,7 @@ def plan_warnings(calibration: CalibrationPlan | None) -> Iterator[str]:
     Args:
         calibration: what is measured on the parent; None: nothing.
     """
-    if calibration is not None and calibration.reason and calibration.text == MIXTURE:
+    if calibration is not None and calibration.foreign:
         yield (
             "The calibration text is foreign to the model: English prose, dialogue and Python of this package. "
             "Text like the model's own is better: give `calibrate` a file of it."

@@ -80,7 +80,12 @@ class CalibrationLoss:
 
 
 def choose_text(
-    checkpoint: Checkpoint, arch: Architecture, calibrate: str, tokens: int, device: torch.device
+    checkpoint: Checkpoint,
+    arch: Architecture,
+    calibrate: str,
+    tokens: int,
+    device: torch.device,
+    allow_nan: bool = False,
 ) -> TextChoice:
     """Decide which text is read.
 
@@ -90,9 +95,14 @@ def choose_text(
         calibrate: the setting; "auto" samples text from the parent if that is affordable, else takes the mixture.
         tokens: number of calibration tokens.
         device: where text is sampled.
+        allow_nan: whether the weights may hold NaN.
     """
     if calibrate != "auto":
         return TextChoice(calibrate)
+    if checkpoint.headless:
+        return TextChoice(MIXTURE, "a model without a language-model head is not sampled from")
+    if allow_nan:
+        return TextChoice(MIXTURE, "a model whose weights may hold NaN is not sampled from")
     if arch.auto_class != "AutoModelForCausalLM":
         return TextChoice(MIXTURE, "the model reads more than text, and is not sampled from")
     if tokens < FEWEST_SAMPLED:
@@ -218,7 +228,8 @@ def measure_text(
             loss["samples"] = _number(nats_per_token(network, drawn).nats)
     writer.note(NOTE, loss)
     text, samples = loss.get("text"), loss.get("samples")
-    if text is not None and samples is not None and text > samples + FAR_ABOVE:
+    # The plan has a warning about foreign text already.
+    if not calibration.foreign and text is not None and samples is not None and text > samples + FAR_ABOVE:
         progress.warn(
             f"The parent's loss on {calibration.text} is {text:.2f} nats per token, and {samples:.2f} on its own "
             "samples: this text does not fit the model. Pass `calibrate` sampled, or text like the model's own."

@@ -120,6 +120,20 @@ def test_text_that_does_not_fit_is_named_once(
     assert not any("does not fit" in text for text in fitting.warnings)
 
 
+def test_foreign_text_is_warned_of_once(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "LOSS_SECONDS", 100.0)
+    monkeypatch.setattr(corpus, "FAR_ABOVE", -100.0)
+    for number, options in enumerate(({}, {"allow_nan": True})):
+        heard = Heard()
+        asked = {**TARGET, "calibrate": "auto", "verify": False, **options}
+        done = convert_model(parent, tmp_path / str(number), **asked, progress=heard)
+        assert isinstance(done, ConvertResult) and done.plan.arguments["calibration"]["text"] == MIXTURE
+        warned = [
+            text for text in (*done.plan.warnings, *heard.warnings) if "foreign" in text or "fit the model" in text
+        ]
+        assert len(warned) == 1 and "foreign" in warned[0]
+
+
 def test_losses_are_left_out_where_they_take_too_long(parent: Path, tmp_path: Path) -> None:
     heard = Heard()
     done = convert_model(parent, tmp_path / "out", **TARGET, calibrate="builtin", verify=False, progress=heard)
