@@ -15,8 +15,10 @@ import yaml
 from headwise import registry
 from headwise._cli.app import Option, flag_of
 from headwise.cli import cli
-from headwise.convert.settings import ConvertSettings
+from headwise.convert.settings import ConvertSettings, SampleSettings, VerifySettings
+from headwise.demo.settings import DemoSettings
 from headwise.eval import settings as evaluation
+from headwise.eval.bench_settings import BenchSettings
 from headwise.fields import settings_of
 from headwise.models import deepseek
 from headwise.models.table import load_table
@@ -46,6 +48,10 @@ SETTINGS: tuple[tuple[str, type, str], ...] = (
     ("Training recipe: teacher", TeacherSettings, "The section `teacher`."),
     ("Training recipe: layerwise", Layerwise, "The section `layerwise`; without it layers are not trained alone."),
     ("EvalSettings", evaluation.EvalSettings, "The options of `headwise eval` and of `evaluate_model`."),
+    ("BenchSettings", BenchSettings, "The options of `headwise bench` and of `bench_model`."),
+    ("VerifySettings", VerifySettings, "The options of `headwise verify` and of `verify_model`."),
+    ("SampleSettings", SampleSettings, "The options of `headwise sample` and of `sample_text`."),
+    ("DemoSettings", DemoSettings, "The options of `headwise demo`."),
     ("ServingSettings", ServingSettings, "The options of `headwise inspect` and of `inspect_model` for serving."),
     ("Evaluation recipe", evaluation.EvalRecipe, "The top level of an evaluation recipe."),
     ("Evaluation recipe: perplexity", evaluation.PerplexityPart, "The section `perplexity`."),

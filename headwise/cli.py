@@ -16,33 +16,29 @@ from headwise._cli.app import (
     ParsedType,
     Verbs,
     check_options,
-    choice_option,
     flag_option,
     number_option,
     options_of,
-    parsed_option,
 )
 from headwise._cli.options import (
     BASELINE,
     CONVERT,
-    DEVICE,
     EVAL,
     MODEL,
     OUT,
-    SEED,
     SOURCE,
     TOKEN,
     UPTRAIN,
     parse_benchmark,
 )
-from headwise.convert.settings import ConvertSettings
+from headwise.convert.settings import ConvertSettings, SampleSettings, VerifySettings
+from headwise.demo.settings import DemoSettings
 from headwise.environment import HEADWISE_VERSION
 from headwise.errors import GateFailed
+from headwise.eval.bench_settings import BenchSettings
 from headwise.eval.settings import EvalSettings
 from headwise.fields import settings_of
-from headwise.format import parse_bytes
 from headwise.recipes.settings import UptrainSettings
-from headwise.schema import parse_count
 from headwise.serving.settings import ServingSettings
 
 
@@ -119,8 +115,7 @@ def _convert(**options: Any) -> None:
     "verify",
     params=[
         OUT,
-        Option("--against", "The parent, to compare with.", metavar="MODEL"),
-        flag_option("--hashes", "Only compare tensors and files with the hashes in headwise.json."),
+        *options_of(VerifySettings),
         *SOURCE,
     ],
 )
@@ -133,8 +128,7 @@ def _verify(**options: Any) -> None:
     """
     if "against" not in options and options.keys() & {"revision", "token"}:
         raise click.UsageError("--revision and --token are for the parent: they need --against MODEL.")
-    if options.keys() >= {"hashes", "against"}:
-        raise click.UsageError("--hashes compares with headwise.json alone: leave out --against.")
+    check_options(VerifySettings, options)
     from headwise.convert.verify.check import verify_model
 
     with console.progress() as progress:
@@ -151,11 +145,7 @@ def _verify(**options: Any) -> None:
     "sample",
     params=[
         MODEL,
-        parsed_option("--tokens", parse_count, "a number such as 40K or 4M", "Tokens to sample [262144].", "N"),
-        Option("--out", "The file, .jsonl [MODEL-samples.jsonl].", type=Path, metavar="FILE"),
-        SEED,
-        DEVICE,
-        flag_option("--force", "Replace FILE."),
+        *options_of(SampleSettings),
         *SOURCE,
     ],
 )
@@ -167,6 +157,7 @@ def _sample(**options: Any) -> None:
     headwise convert MODEL OUT --to mqa --calibrate text.jsonl
     headwise uptrain OUT --teacher MODEL --text text.jsonl
     """
+    check_options(SampleSettings, options)
     from headwise.convert.sample import sample_text
 
     with console.progress() as progress:
@@ -228,18 +219,7 @@ def _eval(**options: Any) -> None:
     params=[
         OUT,
         BASELINE,
-        number_option("--context", "Tokens in the cache [1024]."),
-        number_option("--batch", "Sequences decoded together [1]."),
-        parsed_option(
-            "--memory",
-            parse_bytes,
-            "a size such as 24GiB",
-            "Also compare at the largest batch that fits this memory.",
-            "SIZE",
-        ),
-        number_option("--steps", "Decode steps to time [16]."),
-        choice_option("--dtype", ("bfloat16", "float16", "float32"), "Precision of the weights [bfloat16]."),
-        DEVICE,
+        *options_of(BenchSettings),
         *SOURCE,
     ],
 )
@@ -254,12 +234,9 @@ def _bench(**options: Any) -> None:
     """
     if "baseline" not in options:
         raise click.UsageError("bench compares with a parent: give --baseline MODEL.")
-    import torch
-
+    check_options(BenchSettings, options)
     from headwise.eval.bench import bench_model
 
-    if "dtype" in options:
-        options["dtype"] = getattr(torch, options["dtype"])
     with console.progress() as progress:
         result = bench_model(options.pop("out"), options.pop("baseline"), **options, progress=progress)
     render.render_bench(result)
@@ -332,10 +309,8 @@ def _push(**options: Any) -> None:
 @cli.command(
     "demo",
     params=[
-        Option("--out", "Folder for models, table and picture [headwise-demo].", type=Path, metavar="DIR"),
-        flag_option("--quick", "Fewer targets and tokens."),
-        Option("--model", "A model in place of the embedded one.", metavar="MODEL"),
-        SEED,
+        *options_of(DemoSettings),
+        TOKEN,
     ],
 )
 def _demo(**options: Any) -> None:
@@ -344,6 +319,7 @@ def _demo(**options: Any) -> None:
     \b
     headwise demo --quick
     """
+    check_options(DemoSettings, options)
     from headwise.demo.demo import demo
 
     with console.progress() as progress:

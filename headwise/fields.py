@@ -2,7 +2,7 @@
 
 A settings class is a frozen dataclass of such fields. `check_fields` validates them when the object is made, so
 that Python, YAML and the command line have the same rules and messages. Messages name fields in backquotes, and the
-command line replaces the names with its flags. This module imports the standard library only.
+command line replaces the names with its flags. This module imports no other package than the standard library.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from headwise.errors import SettingError
+from headwise.format import parse_bytes
 
 LONGEST_VALUE = 200  # characters of a value in a message
 
@@ -112,7 +113,7 @@ def check_fields(settings: Any) -> None:
             wrong = [str(word).casefold() for word in words if word not in setting.choices]
             close = [match for word in wrong for match in get_close_matches(word, setting.choices, 1)]
             hint = f"Did you mean {close[0]!r}?" if close else None
-            shown = repr(value)
+            shown = repr(str(value) if isinstance(value, Path) else value)
             shown = shown if len(shown) <= LONGEST_VALUE else f"{shown[:LONGEST_VALUE]}..."
             raise SettingError(name, f"`{name}` is {shown}, which is not {setting.wanted}.", hint) from None
         object.__setattr__(settings, name, legal)
@@ -134,6 +135,34 @@ def text(help: str, *, metavar: str, default: str | None = None, **more: Any) ->
         return value
 
     return declare(default, Setting(help, wanted="a text", check=check, metavar=metavar, **more))
+
+
+def model(help: str, **more: Any) -> Any:
+    """Declare a field that takes a model: a path, or a name on the Hub.
+
+    Args:
+        help: one sentence for help pages.
+        **more: further arguments of `Setting`.
+    """
+
+    def check(value: Any) -> str | Path:
+        if not isinstance(value, str | Path) or not str(value):
+            raise ValueError
+        return value
+
+    default = more.pop("default", None)
+    wanted = "a folder or a Hub repository"
+    return declare(default, Setting(help, wanted=wanted, check=check, metavar="MODEL", **more))
+
+
+def device(help: str = "cpu, cuda or cuda:N [a GPU if there is one].", **more: Any) -> Any:
+    """Declare a field that takes the name of a device.
+
+    Args:
+        help: one sentence for help pages.
+        **more: further arguments of `Setting`.
+    """
+    return text(help, metavar="DEVICE", **more)
 
 
 def folder(help: str, *, metavar: str, **more: Any) -> Any:
@@ -214,6 +243,23 @@ def positive(
 
     wanted = "a number of at least 0" if zero else "a number above 0"
     return declare(default, Setting(help, wanted=wanted, check=check, parse=float, metavar=metavar, **more))
+
+
+def memory(help: str, **more: Any) -> Any:
+    """Declare a field that takes an amount of memory; the object holds bytes.
+
+    Args:
+        help: one sentence for help pages.
+        **more: further arguments of `Setting`.
+    """
+
+    def check(value: Any) -> int:
+        number = parse_bytes(value)
+        if isinstance(value, bool) or number < 1:
+            raise ValueError
+        return number
+
+    return declare(None, Setting(help, wanted="a size such as 80GB", check=check, metavar="SIZE", **more))
 
 
 def parse_fraction(word: str) -> float:

@@ -66,7 +66,7 @@ UPTRAIN = ["uptrain", "model"]
         ([*UPTRAIN, "--tokens", "21M", "--fraction", "5%"], "contradict"),
         ([*UPTRAIN, "--set", "train.tokns=1"], "train.tokns"),
         (["bench", "out"], "give --baseline"),
-        (["bench", "out", "--baseline", "model", "--memory", "much"], "a size such as 24GiB"),
+        (["bench", "out", "--baseline", "model", "--memory", "much"], "a size such as 80GB"),
         (["bench", "out", "--baseline", "model", "--dtype", "bfloat"], "Did you mean 'bfloat16'?"),
         (["card", "out", "report", "--eval-result", "gpqa"], "TASK=DATASET:TASK_ID"),
         (["recipes", "show", "no-such-recipe"], "no recipe"),

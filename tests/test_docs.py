@@ -16,8 +16,10 @@ import pytest
 
 from headwise._cli.app import check_options
 from headwise.cli import cli
-from headwise.convert.settings import ConvertSettings
+from headwise.convert.settings import ConvertSettings, SampleSettings, VerifySettings
+from headwise.demo.settings import DemoSettings
 from headwise.errors import HeadwiseError
+from headwise.eval.bench_settings import BenchSettings
 from headwise.eval.settings import EvalSettings
 from headwise.recipes.settings import UptrainSettings
 from headwise.records import push
@@ -49,6 +51,10 @@ GUIDE = [
 SETTINGS = {
     "convert": ConvertSettings,
     "inspect": ServingSettings,
+    "verify": VerifySettings,
+    "sample": SampleSettings,
+    "bench": BenchSettings,
+    "demo": DemoSettings,
     "uptrain": UptrainSettings,
     "eval": EvalSettings,
 }

@@ -7,9 +7,8 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import redirect_stdout
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -24,16 +23,6 @@ from headwise.io.fs import REASONS
 
 # The messages of torch for a failed allocation, on the CPU and on a GPU.
 RESUME_HINT = "`--dry-run` forecasts the memory of a conversion; --resume continues from the work that is done."
-
-
-class Choice(click.Choice[str]):
-    """A choice whose error suggests the nearest legal value."""
-
-    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
-        """Return the error message for a value that is not among the choices."""
-        close = get_close_matches(str(value), self.choices, 1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        return f"{value!r} is not one of {', '.join(self.choices)}.{hint}"
 
 
 class ParsedType(click.ParamType[Any]):
@@ -113,18 +102,6 @@ def flag_option(names: str, help: str, **more: Any) -> Option:
 def number_option(names: str, help: str, minimum: int = 1, **more: Any) -> Option:
     """Return an option with a whole number of at least `minimum`."""
     return Option(names, help, type=click.IntRange(min=minimum), metavar="N", **more)
-
-
-def choice_option(names: str, choices: Sequence[str], help: str, **more: Any) -> Option:
-    """Return an option with one of `choices`."""
-    return Option(names, help, type=Choice(list(dict.fromkeys(choices))), **more)
-
-
-def parsed_option(
-    names: str, parse: Callable[[str], Any], wanted: str, help: str, metavar: str, **more: Any
-) -> Option:
-    """Return an option whose value `parse` reads; `wanted` ends the sentence "'x' is not ..."."""
-    return Option(names, help, type=ParsedType(metavar, parse, wanted), metavar=metavar, **more)
 
 
 def options_of(kind: type) -> list[Option]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from headwise._cli.app import Option, number_option, options_of
+from headwise._cli.app import Option, options_of
 from headwise.convert.settings import ConvertSettings
 from headwise.eval.settings import EvalSettings
 from headwise.recipes.settings import UptrainSettings
@@ -33,8 +33,6 @@ OUT = click.Argument(["out"], type=Path)
 BASELINE = Option("--baseline", "The parent, measured in the same run.", metavar="MODEL")
 TOKEN = Option("--token", "Hub token; HF_TOKEN and `hf auth login` work too.", metavar="TOKEN")
 SOURCE = [Option("--revision", "Branch, tag or commit of a Hub repository.", metavar="REV"), TOKEN]
-DEVICE = Option("--device", "cpu, cuda or cuda:N [a GPU if there is one].", metavar="DEVICE")
-SEED = number_option("--seed", "Random seed [0].", minimum=0)
 
 CONVERT = [MODEL, OUT, *options_of(ConvertSettings), *SOURCE]
 UPTRAIN = [MODEL, click.Argument(["out"], type=Path, required=False), *options_of(UptrainSettings), TOKEN]

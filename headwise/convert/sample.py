@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from headwise.convert.settings import SampleSettings
 from headwise.environment import find_device
 from headwise.errors import HeadwiseError, SettingError
 from headwise.io.fs import os_errors
@@ -21,7 +22,7 @@ from headwise.progress import SILENT, Progress
 from headwise.text.sampled import documents_of, sample_tokens
 from headwise.train.student import load_for_sampling
 
-TOKENS, LENGTH = 262_144, 1024
+LENGTH = 1024
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,10 @@ def sample_text(
     model: str | Path,
     out: str | Path | None = None,
     *,
-    tokens: int = TOKENS,
+    tokens: int = SampleSettings.tokens,
     seed: int = 0,
     device: str | None = None,
+    dtype: str | None = None,
     force: bool = False,
     revision: str | None = None,
     token: str | None = None,
@@ -68,6 +70,7 @@ def sample_text(
         tokens: number of tokens to sample, about.
         seed: of the samples.
         device: "cpu", "cuda" or "cuda:N"; None: a GPU if there is one.
+        dtype: precision of the weights, "bfloat16", "float16" or "float32"; None: bfloat16 on a GPU, else float32.
         force: replace an existing file.
         revision: branch, tag or commit of a Hub repository.
         token: of the Hub.
@@ -77,15 +80,11 @@ def sample_text(
         The file and the amount of text in it.
 
     Raises:
-        SettingError: `tokens` or `device` is not legal.
-        HeadwiseError: the file exists or is no `.jsonl`, or the model cannot be loaded whole or sampled from.
+        SettingError: a setting is not legal, or the file exists.
+        HeadwiseError: the model cannot be loaded whole or sampled from.
     """
-    for name, value, least in (("tokens", tokens, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise SettingError(name, f"`{name}` is {value!r}, which is not a whole number of at least {least}.")
-    path = Path(f"{_name_of(model)}-samples.jsonl") if out is None else Path(out)
-    if path.suffix != ".jsonl":
-        raise SettingError("out", f"`out` is {path}, which does not end with .jsonl, as samples do.")
+    settings = SampleSettings(tokens=tokens, out=out, force=force, seed=seed, device=device, dtype=dtype)  # type: ignore[arg-type]
+    path = settings.out or Path(f"{_name_of(model)}-samples.jsonl")
     if path.exists() and not force:
         raise SettingError("out", f"{path} exists already.", "Name another file, or pass `force` to replace it.")
     if not path.parent.is_dir():
@@ -93,7 +92,8 @@ def sample_text(
     where = find_device(device)
     checkpoint = match_source(open_checkpoint(model, revision=revision, token=token, progress=progress))
     require_head(checkpoint, "text is sampled from its logits")
-    result = write_samples(checkpoint, path, tokens, seed=seed, device=where, progress=progress)
+    precision = None if settings.dtype is None else getattr(torch, settings.dtype)
+    result = write_samples(checkpoint, path, tokens, seed=seed, device=where, dtype=precision, progress=progress)
     progress.finish()
     return result
 
@@ -105,6 +105,7 @@ def write_samples(
     *,
     seed: int,
     device: torch.device,
+    dtype: torch.dtype | None = None,
     progress: Progress = SILENT,
 ) -> SampleResult:
     """Sample about that many tokens, in sequences as long as the model allows up to 1,024, and write them.
@@ -115,6 +116,7 @@ def write_samples(
         tokens: how many.
         seed: of the samples.
         device: where the model runs.
+        dtype: of its weights; None: bfloat16 on a GPU, else float32.
         progress: receives the tokens that are sampled.
 
     Returns:
@@ -129,7 +131,7 @@ def write_samples(
     if length < 2:
         raise HeadwiseError(f"{checkpoint.source} has positions for {longest} tokens, which holds no text.")
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.source)
-    network = load_for_sampling(checkpoint, device)
+    network = load_for_sampling(checkpoint, device, dtype)
     sequences = max(1, round(tokens / length))
     rows = sample_tokens(network, tokenizer, sequences=sequences, length=length, seed=seed, progress=progress)
     documents = documents_of(rows, tokenizer)

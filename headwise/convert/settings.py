@@ -1,4 +1,4 @@
-"""Everything that a user decides about a conversion: defaults, legal values and contradictions, once.
+"""Everything that a user decides about a conversion, a verification and sampled text: defaults, legal values, once.
 
 `ConvertSettings` validates itself. The command line, `convert_model`, headwise.json, the identity of a resumed run
 and the reference page are made from it. Rules that need the model, such as legal group counts, are in `choose.py`
@@ -80,6 +80,12 @@ def _check_shard_size(value: Any) -> int | str:
     if isinstance(size, bool) or parse_bytes(size) < 1:
         raise ValueError
     return size
+
+
+def _check_jsonl(value: Any) -> Path:
+    if not isinstance(value, str | Path) or Path(value).suffix != ".jsonl":
+        raise ValueError
+    return Path(value)
 
 
 @dataclass(frozen=True)
@@ -236,9 +242,7 @@ class ConvertSettings:
     allow_nan: bool = fields.flag("Convert weights with NaN or infinite values.")
     allow_pickle: bool = fields.flag("Read .bin files (weights only, no code).")
     seed: int = fields.number("Random seed [0].", minimum=0, default=0)
-    device: str | None = fields.text(
-        "Device: cpu, cuda or cuda:N [a GPU if there is one].", metavar="DEVICE", recorded=False
-    )
+    device: str | None = fields.device(recorded=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -356,3 +360,50 @@ class ConvertSettings:
         if self.sliding_window:
             defaults["window_layers"] = "all"
         return defaults
+
+
+@dataclass(frozen=True)
+class VerifySettings:
+    """The settings of a verification.
+
+    Raises:
+        SettingError: a value is not legal, or contradicts another one.
+    """
+
+    against: str | Path | None = fields.model("The parent, to compare with.")
+    hashes: bool = fields.flag("Only compare tensors and files with the hashes in headwise.json.")
+    device: str | None = fields.device("Where models and their layers run: cpu, cuda or cuda:N [cpu].")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("against", "device"):
+            if self.hashes and getattr(self, name) is not None:
+                raise SettingError(name, f"`hashes` compares with headwise.json alone: leave out `{name}`.")
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """The settings of text that a model samples from itself.
+
+    Raises:
+        SettingError: a value is not legal.
+    """
+
+    tokens: int = fields.number("Tokens to sample [262144].", parse=parse_count, default=1 << 18)
+    out: Path | None = declare(
+        None,
+        Setting(
+            "The file, .jsonl [MODEL-samples.jsonl].",
+            wanted="a path that ends with .jsonl",
+            check=_check_jsonl,
+            parse=Path,
+            metavar="FILE",
+        ),
+    )
+    force: bool = fields.flag("Replace FILE.")
+    seed: int = fields.number("Random seed [0].", minimum=0, default=0)
+    device: str | None = fields.device()
+    dtype: str | None = fields.choice("Precision of the weights [bfloat16 on a GPU, else float32].", DTYPES)
+
+    def __post_init__(self) -> None:
+        check_fields(self)

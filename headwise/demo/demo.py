@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from headwise.compat import no_progress_bars
 from headwise.demo.picture import Measurement, draw_costs
+from headwise.demo.settings import DemoSettings
+from headwise.environment import find_device
 from headwise.errors import HeadwiseError
 from headwise.io.source import EMBEDDED_MODEL, find_source
 from headwise.io.workdir import write_file_atomically
 from headwise.progress import SILENT, Progress
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 BLOCK_LENGTH = 512
@@ -100,8 +103,10 @@ def demo(
     out: str | Path = "headwise-demo",
     *,
     quick: bool = False,
-    model: str | Path = EMBEDDED_MODEL,
+    model: str | Path | None = None,
     seed: int = 0,
+    device: str | None = None,
+    token: str | None = None,
     progress: Progress = SILENT,
 ) -> DemoResult:
     """Convert a model to fewer and fewer KV heads, method by method, and measure each on held-out text.
@@ -109,11 +114,14 @@ def demo(
     Args:
         out: folder for the converted models, `demo.png` and `demo.json`; earlier results in it are replaced.
         quick: fewer targets, less text, a shorter refit.
-        model: the model to convert.
+        model: the model to convert; None: the embedded one.
         seed: of the calibration and the choice of text.
+        device: "cpu", "cuda" or "cuda:N"; None: a GPU if there is one.
+        token: of the Hub.
         progress: gets a note for every model.
 
     Raises:
+        SettingError: a setting is not legal, or this machine does not have the device.
         HeadwiseError: the model has one KV head.
     """
     from transformers import AutoTokenizer
@@ -123,9 +131,11 @@ def demo(
     from headwise.recipes.uptrain import uptrain_model
     from headwise.text.blocks import blocks_from
 
-    out = Path(out)
+    settings = DemoSettings(out=Path(out), quick=quick, model=model, seed=seed, device=device)
+    where = find_device(settings.device)
+    out, model = Path(out), settings.model or EMBEDDED_MODEL
     out.mkdir(parents=True, exist_ok=True)
-    inspection = inspect_model(model)
+    inspection = inspect_model(model, token=token)
     first = inspection.layouts[0]
     legal = {option.num_key_value_heads for option in inspection.options}
     possible = {"gqa": lambda t: t.arguments["groups"] in legal, "mla": lambda t: inspection.mla is None}
@@ -133,7 +143,7 @@ def demo(
     if not planned:
         raise HeadwiseError(f"{model} has {first.num_key_value_heads} KV head: fewer are not possible.")
 
-    source = find_source(model, progress=progress).folder
+    source = find_source(model, token=token, progress=progress).folder
     progress.stage("Demo", total=1 + sum(trial.cost for trial in planned), unit="steps")
     progress.advance(0, now="the parent")
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -141,13 +151,16 @@ def demo(
     blocks = blocks_from("builtin", tokenizer, split="heldout", length=BLOCK_LENGTH, count=count, seed=seed)
 
     def measure(folder: str | Path, target: str, method: str, start: float, cost: int = 1) -> Measurement:
-        cache, nats = inspect_model(folder).cache.bytes_per_token, loss(folder, blocks)
+        cache, nats = inspect_model(folder).cache.bytes_per_token, loss(folder, blocks, where)
         progress.note(f"{target:>6}  {method:16} {nats:.3f} nats per token")
         progress.advance(cost)
         return Measurement(target, method, cache, nats, time.monotonic() - start)
 
     parent_name = target_name(first.num_key_value_heads, first.num_attention_heads)
     parent = measure(source, parent_name, "parent", time.monotonic())
+    common: dict[str, Any] = {
+        "seed": seed, "device": str(where), "token": token, "force": True, "verify": False
+    }  # fmt: skip
     results = []
     moments, folder = out / "moments", Path(model)
     shutil.rmtree(moments, ignore_errors=True)
@@ -157,9 +170,17 @@ def demo(
         folder = out / f"{trial.target}-{trial.method}".lower().replace(" + ", "-")
         now = _NestedProgress(progress, f"{trial.target} {trial.method}")
         if trial.uptraining_tokens:
-            settings = [f"{key}={value}" for key, value in UPTRAINING.items()]
-            budget = trial.uptraining_tokens
-            uptrain_model(before, folder, teacher=model, tokens=budget, settings=settings, force=True, progress=now)
+            uptrain_model(
+                before,
+                folder,
+                teacher=model,
+                tokens=trial.uptraining_tokens,
+                settings=[f"{key}={value}" for key, value in UPTRAINING.items()],
+                device=where.type,
+                force=True,
+                token=token,
+                progress=now,
+            )
             results.append(measure(folder, trial.target, trial.method, start, trial.cost))
             continue
         arguments = dict(trial.arguments)
@@ -168,7 +189,7 @@ def demo(
             arguments["moments" if moments.exists() else "save_moments"] = moments
             if "moments" in arguments:
                 del arguments["calibration_tokens"], arguments["calibrate"]
-        convert_model(model, folder, **arguments, seed=seed, force=True, verify=False, progress=now)
+        convert_model(model, folder, **arguments, **common, progress=now)
         results.append(measure(folder, trial.target, trial.method, start, trial.cost))
 
     result = DemoResult(str(model), blocks[:, 1:].numel(), parent, tuple(results), out / "demo.png")
@@ -223,12 +244,13 @@ def target_name(num_key_value_heads: int, num_attention_heads: int = 0) -> str:
     return "MQA" if num_key_value_heads == 1 else f"GQA-{num_key_value_heads}"
 
 
-def loss(folder: str | Path, blocks: Tensor) -> float:
+def loss(folder: str | Path, blocks: Tensor, device: torch.device) -> float:
     """Return the nats per token of a saved model, computed in float32.
 
     Args:
         folder: the model.
         blocks: held-out text, (blocks, length).
+        device: where the model runs.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -236,8 +258,8 @@ def loss(folder: str | Path, blocks: Tensor) -> float:
     from headwise.measure.loss import nats_per_token
 
     with no_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-    return nats_per_token(model, blocks).nats
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    return nats_per_token(model.to(device), blocks).nats
 
 
 class _NestedProgress(Progress):

@@ -1,4 +1,4 @@
-"""Settings of the pretraining that made the embedded model."""
+"""Settings of the demo, and of the pretraining that made the embedded model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,24 @@ from headwise.text.sources import Data
 from headwise.train.settings import Training
 
 DEMO_SETTINGS = Path(__file__).parent / "pretrain-demo.yaml"
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """The settings of a demo.
+
+    Raises:
+        SettingError: a value is not legal.
+    """
+
+    out: Path | None = fields.folder("Folder for models, table and picture [headwise-demo].", metavar="DIR")
+    quick: bool = fields.flag("Fewer targets and tokens.")
+    model: str | Path | None = fields.model("A model in place of the embedded one.")
+    seed: int = fields.number("Random seed [0].", minimum=0, default=0)
+    device: str | None = fields.device()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def _check_config(value: Any) -> Mapping[str, Any]:

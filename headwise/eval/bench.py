@@ -13,7 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 from headwise import compat
+from headwise.environment import find_device
 from headwise.errors import HeadwiseError
+from headwise.eval.bench_settings import BenchSettings
 from headwise.format import size
 from headwise.io.source import find_source
 from headwise.kernels.patch import disable, enable, enabled
@@ -86,9 +88,9 @@ def bench_model(
     *,
     context: int = 1024,
     batch: int = 1,
-    memory: int | None = None,
+    memory: int | str | None = None,
     device: str | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: str = "bfloat16",
     steps: int = 16,
     revision: str | None = None,
     token: str | None = None,
@@ -101,10 +103,10 @@ def bench_model(
         baseline: the parent, a folder or `org/name[@revision]`.
         context: tokens in the cache while decoding.
         batch: sequences decoded together.
-        memory: bytes of weights, cache and activations that each model may use; None: no measurement at equal
-            memory.
+        memory: bytes of weights, cache and activations that each model may use, a number or a word such as "24GB";
+            None: no measurement at equal memory.
         device: "cpu", "cuda" or "cuda:N"; None: a GPU if there is one.
-        dtype: precision of the weights.
+        dtype: precision of the weights, "bfloat16", "float16" or "float32".
         steps: number of timed decode steps; the median counts.
         revision: branch, tag or commit of the baseline.
         token: token of the Hub.
@@ -114,21 +116,24 @@ def bench_model(
         Speed and memory of both models.
 
     Raises:
+        SettingError: a setting is not legal, or this machine does not have the device.
         HeadwiseError: not even one sequence fits into `memory`.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settings = BenchSettings(context=context, batch=batch, memory=memory, steps=steps, dtype=dtype, device=device)
+    where, precision = find_device(settings.device), getattr(torch, settings.dtype)
+    limit: Any = settings.memory
     same_batch, equal_memory = [], []
     for source, at in ((baseline, revision), (child, None)):
         folder = find_source(source, revision=at, token=token, progress=progress).folder
         with compat.no_progress_bars():
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-        model = model.to(device).eval()
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=precision, trust_remote_code=False)
+        model = model.to(where).eval()
         same_batch.append(time_decoding(model, str(source), context, batch, steps))
-        if memory is not None:
-            fitting = largest_batch(model, str(source), context, memory)
+        if limit is not None:
+            fitting = largest_batch(model, str(source), context, limit)
             equal_memory.append(time_decoding(model, str(source), context, fitting, steps))
         del model
-    return BenchResult(same_batch, equal_memory, memory, device)
+    return BenchResult(same_batch, equal_memory, limit, str(where))
 
 
 def largest_batch(model: PreTrainedModel, name: str, context: int, memory: int) -> int:

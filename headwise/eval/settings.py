@@ -99,7 +99,7 @@ def _check_folders(value: Any) -> tuple[Path, ...]:
     return tuple(Path(folder).expanduser() for folder in value)
 
 
-def _check_model(value: Any) -> str | Path:
+def _check_recipe(value: Any) -> str | Path:
     if not isinstance(value, str | Path) or not str(value):
         raise ValueError
     return value
@@ -261,18 +261,11 @@ class EvalSettings:
         SettingError: a value is not legal or contradicts another one.
     """
 
-    baseline: str | Path | None = fields.other(
-        "The parent, measured in the same run.",
-        check=_check_model,
-        parse=str,
-        wanted="a folder or a Hub repository",
-        metavar="MODEL",
-        section="Options",
-    )
+    baseline: str | Path | None = fields.model("The parent, measured in the same run.")
     # What to measure
     recipe: str | Path | None = fields.other(
         "quick, standard, long-context, retrieval or a FILE [quick].",
-        check=_check_model,
+        check=_check_recipe,
         parse=str,
         wanted="the name of a recipe or a YAML file",
         choices=[path.stem for path in sorted(LIBRARY.glob("*.yaml"))],
@@ -332,7 +325,7 @@ class EvalSettings:
     report: Path | None = fields.folder("The report's folder [NAME-eval].", metavar="DIR", section="Output")
     force: bool = fields.flag("Replace that folder.", section="Output")
     seed: int = fields.number("Of everything random [0].", minimum=0, default=0)
-    device: str | None = fields.text("cpu, cuda or cuda:N [a GPU if there is one].", metavar="DEVICE")
+    device: str | None = fields.device()
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -171,12 +171,6 @@ def _check_recipe(value: Any) -> str | Path | UptrainRecipe:
     return value
 
 
-def _check_model(value: Any) -> str | Path:
-    if not isinstance(value, str | Path) or not str(value):
-        raise ValueError
-    return value
-
-
 def _check_words(value: Any) -> tuple[str, ...]:
     words = (value,) if isinstance(value, str) else tuple(value)
     if not all(isinstance(word, str) and word for word in words):
@@ -212,14 +206,7 @@ class UptrainSettings:
         choices=[path.stem for path in sorted(LIBRARY.glob("*.yaml"))],
         section="Training",
     )
-    teacher: str | Path | None = fields.other(
-        "The parent [the source that MODEL records].",
-        check=_check_model,
-        wanted="a folder or a repository",
-        metavar="MODEL",
-        parse=str,
-        section="Training",
-    )
+    teacher: str | Path | None = fields.model("The parent [the source that MODEL records].", section="Training")
     tokens: int | None = fields.number(
         "Budget in tokens, such as 21M [the recipe's].", parse=schema.parse_count, section="Training"
     )

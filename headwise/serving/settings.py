@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from headwise import fields
 from headwise.errors import SettingError
-from headwise.fields import Setting, check_fields, declare, is_given, settings_of
-from headwise.format import parse_bytes
+from headwise.fields import check_fields, is_given, settings_of
 from headwise.serving.engines import ENGINES, require_cache_dtype
 
 # Element types of a cache and their bytes.
 CACHE_DTYPES = {"bf16": 2, "fp8": 1}
 # The GPUs of cards.yaml.
 CARDS = ("a100-80gb", "b200", "h100", "h200", "l4", "l40s", "mi300x", "rtx-4090")
-
-
-def _check_memory(value: Any) -> int:
-    size = parse_bytes(value)
-    if isinstance(value, bool) or size < 1:
-        raise ValueError
-    return size
 
 
 @dataclass(frozen=True)
@@ -42,16 +33,7 @@ class ServingSettings:
     )
     tp: int | None = fields.number("GPUs of tensor parallelism [1].", section="Serving")
     dcp: int | None = fields.number("GPUs that divide the cache of a sequence [1].", section="Serving")
-    memory: int | str | None = declare(
-        None,
-        Setting(
-            "Memory of one GPU [the card's].",
-            wanted="a size such as 80GB",
-            check=_check_memory,
-            metavar="SIZE",
-            section="Serving",
-        ),
-    )
+    memory: int | str | None = fields.memory("Memory of one GPU [the card's].", section="Serving")
     cache_dtype: str | None = fields.choice(
         "Element type of the cache [bf16].", tuple(CACHE_DTYPES), section="Serving"
     )

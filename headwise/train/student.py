@@ -87,8 +87,8 @@ class ModelFolder:
         return network
 
 
-def load_for_sampling(checkpoint: Checkpoint, device: torch.device) -> Any:
-    """Load a checkpoint's stock model whole, to sample text from it: bfloat16 on a GPU, float32 elsewhere.
+def load_for_sampling(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """Load a checkpoint's stock model whole, to sample text from it.
 
     On a GPU it decodes with the kernels of headwise where they serve: stock attention over a static cache reads and
     copies the whole cache at every step.
@@ -96,8 +96,9 @@ def load_for_sampling(checkpoint: Checkpoint, device: torch.device) -> Any:
     Args:
         checkpoint: the model.
         device: where it is put.
+        dtype: of its weights; None: bfloat16 on a GPU, else float32.
     """
-    network = ModelFolder.of(checkpoint).load(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    network = ModelFolder.of(checkpoint).load(dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32))
     network = network.to(device).eval()
     if device.type == "cuda":
         with suppress(HeadwiseError):  # a model that the kernels do not serve decodes as it is

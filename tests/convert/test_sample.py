@@ -55,11 +55,12 @@ def test_samples_are_text_that_other_verbs_read(parent: Path, tmp_path: Path) ->
     ("out", "options", "sentence"),
     [
         ("there.jsonl", {}, "there.jsonl exists already"),
-        ("a.txt", {}, "does not end with .jsonl"),
+        ("a.txt", {}, "a.txt', which is not a path that ends with .jsonl"),
         ("no/a.jsonl", {}, "does not exist"),
         ("a.jsonl", {"tokens": 0}, "`tokens` is 0, which is not a whole number of at least 1"),
         ("a.jsonl", {"seed": -1}, "`seed` is -1"),
         ("a.jsonl", {"device": "abacus"}, "`device` is 'abacus'"),
+        ("a.jsonl", {"dtype": "int8"}, "`dtype` is 'int8', which is not one of bfloat16"),
     ],
 )
 def test_what_cannot_be_written_is_refused_before_the_model_is_read(
@@ -88,6 +89,21 @@ def test_a_failure_leaves_nothing_and_force_replaces(
     assert out.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
     sample_text(parent, out, tokens=64, device="cpu", force=True)
     assert json.loads(out.read_text().splitlines()[0])["text"]
+
+
+def test_the_precision_is_that_of_the_settings(
+    parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+
+    def sample(model: Any, *_: Any, **__: Any) -> torch.Tensor:
+        used.append(model.dtype)
+        return torch.tensor([[5, 6]])
+
+    monkeypatch.setattr("headwise.convert.sample.sample_tokens", sample)
+    for dtype in ("bfloat16", None):
+        sample_text(parent, tmp_path / "a.jsonl", tokens=8, device="cpu", dtype=dtype, force=True)
+    assert used == [torch.bfloat16, torch.float32]
 
 
 def test_documents_end_where_the_model_begins_a_new_one() -> None:

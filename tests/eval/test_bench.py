@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig
 
-from headwise.errors import HeadwiseError
+from headwise.errors import HeadwiseError, SettingError
 from headwise.eval.bench import bench_model
 
 COMMON = dict(
@@ -35,9 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_bench(folders: tuple[Path, Path]) -> None:
     child, parent = folders
     memory = 4 * 2**20
-    result = bench_model(
-        child, parent, context=32, batch=2, memory=memory, device="cpu", dtype=torch.float32, steps=4
-    )
+    result = bench_model(child, parent, context=32, batch=2, memory=memory, device="cpu", dtype="float32", steps=4)
     assert [speed.model for speed in result.same_batch] == [str(parent), str(child)]
     before, after = result.same_batch
     assert before.cache_bytes == 4 * after.cache_bytes
@@ -55,4 +54,15 @@ def test_bench(folders: tuple[Path, Path]) -> None:
 
 def test_too_little_memory_is_said(folders: tuple[Path, Path]) -> None:
     with pytest.raises(HeadwiseError, match=r"32 tokens needs \d+ kB, more than 131 kB"):
-        bench_model(*folders, context=32, memory=2**17, device="cpu", dtype=torch.float32, steps=1)
+        bench_model(*folders, context=32, memory=2**17, device="cpu", dtype="float32", steps=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"context": 0}, {"batch": -1}, {"memory": "much"}, {"steps": 1.5}, {"dtype": "int8"}, {"device": "abacus"}],
+    ids=lambda given: next(iter(given)),
+)
+def test_wrong_settings_are_refused(folders: tuple[Path, Path], options: dict[str, Any]) -> None:
+    with pytest.raises(SettingError) as caught:
+        bench_model(*folders, **options)
+    assert caught.value.field == next(iter(options))

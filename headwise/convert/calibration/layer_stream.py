@@ -75,8 +75,8 @@ class LayerStream:
             `architecture` is then the row of that config.
         dtype: in which layers are computed.
         stored: round the weights to this dtype first; None: they stay as they are.
-        attention: computes the output of a layer's attention from the layer's index and the attention's input, in
-            place of the stock module; None: the stock module does.
+        attention: computes the output of a layer's attention from the layer's index and the attention's input, both
+            on the CPU, in place of the stock module; None: the stock module does.
     """
 
     def __init__(
@@ -220,7 +220,8 @@ class LayerStream:
             return
 
         def replace(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            new = attend(index, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+            inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            new = attend(index, inputs.cpu()).to(inputs.device)
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
         handle = layer.get_submodule(self._architecture.attention).register_forward_hook(replace, with_kwargs=True)

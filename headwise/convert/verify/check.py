@@ -18,12 +18,13 @@ import torch
 
 from headwise.compat import cache_of
 from headwise.convert.positions.moved import POSITION_SETTINGS, with_positions
-from headwise.convert.settings import ConvertSettings
+from headwise.convert.settings import ConvertSettings, VerifySettings
 from headwise.convert.verify.factored import FactoredAttention, check_factors, compare_with_parent
 from headwise.convert.verify.grouped import RepeatedAttention, check_groups, compare_grouped, shares_heads
 from headwise.convert.verify.layer_inputs import TOKENS
 from headwise.convert.verify.verification import Check, Verification
 from headwise.convert.verify.whole_model import WHOLE_BYTES, check_loading
+from headwise.environment import find_device
 from headwise.errors import HeadwiseError
 from headwise.format import layout_names
 from headwise.io.reader import Checkpoint, as_bytes, has_nonfinite, open_checkpoint
@@ -43,6 +44,7 @@ def verify_model(
     against: str | Path | None = None,
     *,
     hashes: bool = False,
+    device: str | None = None,
     revision: str | None = None,
     token: str | None = None,
     progress: Progress = SILENT,
@@ -53,6 +55,8 @@ def verify_model(
         out: the folder.
         against: the folder, GGUF file or repository it was converted from; None: no comparison.
         hashes: compare every tensor and file with the hashes in headwise.json, and do nothing else.
+        device: where models and their layers run, "cpu", "cuda" or "cuda:N"; None: the CPU. Single attention layers
+            are computed in float64 on the CPU.
         revision: branch, tag or commit of `against`, if it is a Hub repository.
         token: of the Hub, for `against`.
         progress: gets the stages.
@@ -61,8 +65,11 @@ def verify_model(
         The checks, each with its result.
 
     Raises:
+        SettingError: a setting is not legal or contradicts another one.
         HeadwiseError: a checkpoint cannot be opened at all.
     """
+    settings = VerifySettings(against=against, hashes=hashes, device=device)
+    where = find_device(settings.device or "cpu")
     if find_gguf(out) is not None:
         raise HeadwiseError(
             f"{out} is a GGUF file, and `headwise verify` checks converted folders.",
@@ -77,7 +84,7 @@ def verify_model(
     record = read_record(checkpoint.folder)
     arguments = record["arguments"] if record else None
     verification = check_folder(
-        checkpoint, parent, arguments=arguments, record=record, finite=True, progress=progress
+        checkpoint, parent, arguments=arguments, record=record, finite=True, device=where, progress=progress
     )
     return verification.accepting(accepted_checks(record or {}))
 
@@ -90,6 +97,7 @@ def check_folder(
     arguments: Mapping[str, Any] | None = None,
     record: Mapping[str, Any] | None = None,
     finite: bool = False,
+    device: torch.device | str = "cpu",
     progress: Progress = SILENT,
 ) -> Verification:
     """Run every check on an opened folder.
@@ -102,6 +110,7 @@ def check_folder(
         arguments: settings of the conversion, which determine how the folder may differ from its parent.
         record: headwise.json, whose hashes of tensors and files are compared if `finite`.
         finite: read every tensor and look for NaN and infinities (the writer has done so already).
+        device: where models and their layers run.
         progress: gets one stage.
 
     Returns:
@@ -135,17 +144,19 @@ def check_folder(
     trained = bool(record and record.get("uptraining"))
     if own_layouts[0].kind == "mla":
         attention: Any = FactoredAttention(checkpoint)
-        add("function", check_factors, checkpoint, model)
+        add("function", check_factors, checkpoint, model, device)
         if parent is not None:
-            add("parent", compare_with_parent, checkpoint, parent, model, trained)
+            add("parent", compare_with_parent, checkpoint, parent, model, trained, device)
     else:
         attention = RepeatedAttention(checkpoint) if shares_heads(checkpoint) else None
-        add("function", check_groups, checkpoint, model)
+        add("function", check_groups, checkpoint, model, device)
         if parent is not None:
-            add("parent", compare_grouped, checkpoint, parent, model, compare=finite, trained=trained)
+            more = {"compare": finite, "trained": trained, "device": device}
+            add("parent", compare_grouped, checkpoint, parent, model, **more)
     if checkpoint.nbytes <= WHOLE_BYTES:
         allow_nan = "allow_nan" in arguments
-        add("loading", check_loading, checkpoint, model, layouts, allow_nan=allow_nan, attention=attention)
+        more = {"allow_nan": allow_nan, "attention": attention, "device": device}
+        add("loading", check_loading, checkpoint, model, layouts, **more)
     return Verification(tuple(checks))
 
 

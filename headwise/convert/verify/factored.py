@@ -82,12 +82,15 @@ class FactoredAttention:
         return latent_attention(weights, inputs, o_bias)
 
 
-def check_factors(checkpoint: Checkpoint, model: AttentionModel) -> tuple[bool, str]:
+def check_factors(
+    checkpoint: Checkpoint, model: AttentionModel, device: torch.device | str = "cpu"
+) -> tuple[bool, str]:
     """Compare the stock attention, latent norm included, with the factors without a norm, in every layer.
 
     Args:
         checkpoint: the MLA folder.
         model: its stock class.
+        device: where the layers run that compute the inputs.
 
     Returns:
         Whether they agree, and the measured errors in words.
@@ -95,7 +98,7 @@ def check_factors(checkpoint: Checkpoint, model: AttentionModel) -> tuple[bool, 
     attention, factored = StockAttention(checkpoint.config, model), FactoredAttention(checkpoint)
     tokens = check_tokens(checkpoint, checkpoint.config["vocab_size"])
     worst, worst_layer, bend = 0.0, 0, 0.0
-    for layer, x in attention_inputs(checkpoint, model, tokens):
+    for layer, x in attention_inputs(checkpoint, model, tokens, device):
         tensors = model.tensors(checkpoint, layer)
         error = relative_error(attention(layer, tensors, x), factored(layer, x))
         if not error <= worst:
@@ -120,7 +123,11 @@ def _norm_bend(tensors: dict[str, Tensor], path: str, rank: int, x: Tensor) -> f
 
 
 def compare_with_parent(
-    checkpoint: Checkpoint, parent: Checkpoint, model: AttentionModel, trained: bool
+    checkpoint: Checkpoint,
+    parent: Checkpoint,
+    model: AttentionModel,
+    trained: bool,
+    device: torch.device | str = "cpu",
 ) -> tuple[bool, str]:
     """Compare what is not attention with the parent's tensors, and an exact conversion with the parent's attention.
 
@@ -129,6 +136,7 @@ def compare_with_parent(
         parent: the model that it was converted from, with the folder's context and window.
         model: the folder's stock class.
         trained: whether the folder was trained since; only its shape is then the parent's.
+        device: where models and their layers run.
     """
     arch = find_architecture(parent.config, parent.tensors)
     before, after = arch.layouts(parent.config), model.layouts(checkpoint.config)
@@ -154,14 +162,14 @@ def compare_with_parent(
     attention, factored = StockAttention(parent.config, arch), FactoredAttention(checkpoint)
     tokens = check_tokens(parent, arch.stock_config(parent.config).vocab_size)
     worst, worst_layer = 0.0, 0
-    for layer, x in attention_inputs(parent, arch, tokens):
+    for layer, x in attention_inputs(parent, arch, tokens, device):
         expected = attention(layer, arch.tensors(parent, layer), x)
         # The folder's residual stream, and with it the attention output, may have another scale.
         error = relative_error(factored(layer, x) / rule.factors["residual"], expected)
         if not error <= worst:
             worst, worst_layer = error, layer
     limit = EXACT_TOLERANCE.get(dtype, 3e-2)
-    agree, logits = compare_logits(checkpoint, parent, model, arch, recomputed=True)
+    agree, logits = compare_logits(checkpoint, parent, model, arch, recomputed=True, device=device)
     detail = f"attention of all layers within {worst:.1e} of the parent's (layer {worst_layer}), limit {limit:.0e}"
     return worst < limit and agree, f"exact: {detail}{logits}"
 

@@ -57,12 +57,15 @@ def shares_heads(checkpoint: Checkpoint) -> bool:
     return arch.legal_groups(checkpoint.config)[-1] > arch.layouts(checkpoint.config)[0].num_key_value_heads
 
 
-def check_groups(checkpoint: Checkpoint, arch: Architecture) -> tuple[bool, str]:
+def check_groups(
+    checkpoint: Checkpoint, arch: Architecture, device: torch.device | str = "cpu"
+) -> tuple[bool, str]:
     """Compare the stock grouped attention with the same heads repeated for every query head, in every layer.
 
     Args:
         checkpoint: the folder.
         arch: its stock class.
+        device: where the layers run that compute the inputs.
 
     Returns:
         Whether they agree, and the measured errors in words.
@@ -72,7 +75,7 @@ def check_groups(checkpoint: Checkpoint, arch: Architecture) -> tuple[bool, str]
     grouped, repeated = StockAttention(checkpoint.config, arch), RepeatedAttention(checkpoint)
     tokens = check_tokens(checkpoint, arch.stock_config(checkpoint.config).vocab_size)
     worst, worst_layer = 0.0, 0
-    for layer, x in attention_inputs(checkpoint, arch, tokens):
+    for layer, x in attention_inputs(checkpoint, arch, tokens, device):
         error = relative_error(grouped(layer, arch.tensors(checkpoint, layer), x), repeated(layer, x))
         if not error <= worst:
             worst, worst_layer = error, layer
@@ -90,6 +93,7 @@ def compare_grouped(
     *,
     compare: bool,
     trained: bool,
+    device: torch.device | str = "cpu",
 ) -> tuple[bool, str]:
     """Compare what is not attention with the parent's tensors, and an exact conversion with the parent's attention.
 
@@ -99,6 +103,7 @@ def compare_grouped(
         arch: the folder's stock class.
         compare: compare the tensors outside the converted attention too.
         trained: whether the folder was trained since; only its shape is then the parent's.
+        device: where models and their layers run.
     """
     old = find_architecture(parent.config, parent.tensors)
     before, after = old.layouts(parent.config), arch.layouts(checkpoint.config)
@@ -132,14 +137,14 @@ def compare_grouped(
     attention, reference = StockAttention(checkpoint.config, arch), StockAttention(parent.config, old)
     tokens = check_tokens(parent, old.stock_config(parent.config).vocab_size)
     worst, worst_layer = 0.0, 0
-    for layer, x in attention_inputs(parent, old, tokens):
+    for layer, x in attention_inputs(parent, old, tokens, device):
         rounded = {
             name: tensor.to(checkpoint.tensors[name].dtype) for name, tensor in old.tensors(parent, layer).items()
         }
         error = relative_error(attention(layer, arch.tensors(checkpoint, layer), x), reference(layer, rounded, x))
         if not error <= worst:
             worst, worst_layer = error, layer
-    agree, logits = compare_logits(checkpoint, parent, arch, old, recomputed=False)
+    agree, logits = compare_logits(checkpoint, parent, arch, old, recomputed=False, device=device)
     detail = (
         f"attention of all layers within {worst:.1e} of the parent's (layer {worst_layer}), limit {TOLERANCE:.0e}"
     )

@@ -50,15 +50,18 @@ def check_tokens(checkpoint: Checkpoint, vocab_size: int) -> Tensor:
     return tokens
 
 
-def attention_inputs(checkpoint: Checkpoint, stock: AttentionModel, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield every layer's index and the inputs of its attention, (SEQUENCES, TOKENS, D) float64.
+def attention_inputs(
+    checkpoint: Checkpoint, stock: AttentionModel, tokens: Tensor, device: torch.device | str = "cpu"
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield every layer's index and the inputs of its attention, (SEQUENCES, TOKENS, D) float64 on the CPU.
 
     Args:
         checkpoint: the model.
         stock: names of its stock class.
         tokens: from `check_tokens`.
+        device: where the layers run.
     """
-    stream = LayerStream(checkpoint, stock, tokens)
+    stream = LayerStream(checkpoint, stock, tokens, device)
     for record in stream.records(keep_activations=True, attention_stats=False):
         assert record.inputs is not None
         yield record.index, record.inputs.double()

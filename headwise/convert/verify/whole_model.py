@@ -32,6 +32,7 @@ def check_loading(
     *,
     allow_nan: bool,
     attention: Callable[[int, Tensor], Tensor] | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[bool, str]:
     """Load a folder with `from_pretrained`, generate a few tokens, and compare the cache and the logits.
 
@@ -42,6 +43,7 @@ def check_loading(
         allow_nan: whether logits may be NaN or infinite.
         attention: computes the attention of a layer from the folder's weights in float64, from its index and input;
             the logits are compared with a float64 evaluation of the whole model that uses it. None: they are not.
+        device: where the model runs.
     """
     import transformers
 
@@ -49,6 +51,7 @@ def check_loading(
         model, info = getattr(transformers, stock.auto_class).from_pretrained(
             checkpoint.folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
+    model = model.to(device)
     wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
     if wrong:
         return False, f"from_pretrained reports {wrong}"
@@ -57,7 +60,7 @@ def check_loading(
     for name, target in ties.items():
         if model.get_parameter(name).data_ptr() != model.get_parameter(target).data_ptr():
             return False, f"{name} is not tied to {target}"
-    tokens = torch.arange(TOKENS)[None] % model.get_input_embeddings().num_embeddings
+    tokens = torch.arange(TOKENS, device=device)[None] % model.get_input_embeddings().num_embeddings
     # Not the folder's generation_config.json: its beams, penalties and stop words are for users.
     model.generation_config = transformers.GenerationConfig()
     with torch.inference_mode():
@@ -76,9 +79,9 @@ def check_loading(
         return True, detail
     tokens = check_tokens(checkpoint, model.get_input_embeddings().num_embeddings)
     with torch.inference_mode():
-        logits = model(input_ids=tokens, use_cache=False).logits.double()
+        logits = model(input_ids=tokens.to(device), use_cache=False).logits.cpu().double()
     del model
-    own = LayerStream(checkpoint, stock, tokens, dtype=torch.float64, attention=attention).logits()
+    own = LayerStream(checkpoint, stock, tokens, device, dtype=torch.float64, attention=attention).logits()
     error = relative_error(logits, own)
     return error < FLOAT64_TOLERANCE, (
         f"{detail}; its logits are within {error:.1e} of a float64 evaluation of its weights, "
@@ -93,6 +96,7 @@ def compare_logits(
     parent_stock: AttentionModel,
     *,
     recomputed: bool,
+    device: torch.device | str = "cpu",
 ) -> tuple[bool, str]:
     """Compare the logits of an exact conversion with its parent's, in float32 on the same text.
 
@@ -107,6 +111,7 @@ def compare_logits(
         recomputed: whether attention weights were computed anew and rounded to the folder's dtype. The limit is
             then `ROUNDINGS` times what rounding to that dtype does to the parent's own logits. Otherwise a folder
             of another dtype is compared with the parent's weights rounded to it.
+        device: where the models run.
 
     Returns:
         Whether they agree, and the end of a sentence about it.
@@ -114,11 +119,13 @@ def compare_logits(
     dtype, parent_dtype = _dtype(checkpoint), _dtype(parent)
     stored = dtype if dtype != parent_dtype and not recomputed else torch.float32
     tokens = check_tokens(parent, _vocab_size(parent, parent_stock))
-    expected = _logits(parent, parent_stock, tokens, stored=stored)
-    error = relative_error(_logits(checkpoint, stock, tokens), expected)
+    expected = _logits(parent, parent_stock, tokens, device, stored=stored)
+    error = relative_error(_logits(checkpoint, stock, tokens, device), expected)
     limit = LOGITS_TOLERANCE
     if recomputed and dtype != torch.float32:
-        limit = max(limit, ROUNDINGS * relative_error(_logits(parent, parent_stock, tokens, dtype), expected))
+        limit = max(
+            limit, ROUNDINGS * relative_error(_logits(parent, parent_stock, tokens, device, dtype), expected)
+        )
     return error < limit, f"; logits of the whole model within {error:.1e} of the parent's, limit {limit:.1e}"
 
 
@@ -134,6 +141,7 @@ def _logits(
     source: Checkpoint,
     stock: AttentionModel,
     tokens: Tensor,
+    device: torch.device | str,
     dtype: torch.dtype = torch.float32,
     *,
     stored: torch.dtype = torch.float32,
@@ -141,9 +149,9 @@ def _logits(
     """Return logits computed in `dtype`, of weights that were rounded to `stored` before."""
     rounded = stored if stored != torch.float32 else None
     if source.nbytes > WHOLE_BYTES:
-        return LayerStream(source, stock, tokens, dtype=dtype, stored=rounded).logits().double()
-    model = load_model(source, stock.auto_class, rounded or dtype).to(dtype)
+        return LayerStream(source, stock, tokens, device, dtype=dtype, stored=rounded).logits().double()
+    model = load_model(source, stock.auto_class, rounded or dtype).to(device, dtype)
     with torch.inference_mode():
-        output = model(input_ids=tokens, use_cache=False)
-    logits: Tensor = output.logits.double()
+        output = model(input_ids=tokens.to(device), use_cache=False)
+    logits: Tensor = output.logits.cpu().double()
     return logits

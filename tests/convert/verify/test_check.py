@@ -12,12 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from headwise.convert.calibration.layer_stream import LayerStream
 from headwise.convert.pipeline import convert_model
 from headwise.convert.verify.check import Verification, verify_model
 from headwise.convert.verify.verification import CHECKS
-from headwise.errors import HeadwiseError
+from headwise.errors import HeadwiseError, SettingError
 from tests import tiny_models
+from tests.convert.devices import needs_gpu
 from tests.convert.speaking import save_speaking
 
 Tensors = dict[str, Tensor]
@@ -332,3 +335,44 @@ def test_a_record_that_is_none_is_refused(home: Path, tmp_path: Path, text: str)
     (out / "headwise.json").write_text(text)
     with pytest.raises(HeadwiseError, match=r"headwise\.json"):
         verify_model(out)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("child", ["gqa", "mha", "long-mla"])
+def test_a_gpu_finds_what_the_cpu_finds(home: Path, child: str) -> None:
+    on_cpu, on_gpu = (verify_model(home / child, home / "parent", device=name) for name in ("cpu", "cuda"))
+    assert on_gpu.passed and [each.name for each in on_gpu.checks] == [each.name for each in on_cpu.checks]
+
+
+def test_the_device_reaches_every_model_and_every_layer(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: set[str] = set()
+    layers, whole = LayerStream.__init__, PreTrainedModel.to
+
+    def stream(self: LayerStream, *args: Any, **more: Any) -> None:
+        used.add(f"layers: {args[3] if len(args) > 3 else 'not given'}")
+        layers(self, *args, **more)
+
+    def move(self: Any, *args: Any, **more: Any) -> Any:
+        used.add(f"model: {args[0]}")
+        return whole(self, *args, **more)
+
+    monkeypatch.setattr(LayerStream, "__init__", stream)
+    monkeypatch.setattr(PreTrainedModel, "to", move)
+    assert verify_model(home / "mha", home / "parent", device="cpu:0").passed
+    assert verify_model(home / "long-mla", home / "parent", device="cpu:0").passed
+    assert used - {"model: meta"} == {"layers: cpu:0", "model: cpu:0"}
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"device": "abacus"}, "`device` is 'abacus', which this machine does not have"),
+        ({"hashes": True, "device": "cpu"}, "leave out `device`"),
+        ({"hashes": True, "against": "parent"}, "leave out `against`"),
+        ({"against": ""}, "`against` is ''"),
+    ],
+)
+def test_wrong_settings_are_refused(home: Path, options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(SettingError, match=sentence):
+        verify_model(home / "gqa", **options)
