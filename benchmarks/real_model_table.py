@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from headwise import pictures
 from headwise.eval.stats import paired_mean
 
 TEXTS = {"wiki": "WikiText-2", "stories": "stories", "code": "code"}
@@ -82,41 +83,31 @@ def tasks(rows: list[dict[str, Any]], parent: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@pictures.in_style
 def plot(rows: list[dict[str, Any]], parent: dict[str, Any], file: Path) -> None:
     """Draw the loss above the parent against the size of the KV cache."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.2), dpi=150)
+    figure = pictures.new_figure(3.1, title="SmolLM2-135M-Instruct, converted without any data of the user")
+    axes = figure.add_subplot()
     points = defaultdict(list)
     for (target, method, refit), same in groups(rows).items():
         gap = mean(row["wiki"] for row in same) - parent["wiki"]
         points[LABELS[method, refit]].append((100 * CACHE[target] / PARENT_CACHE, gap, NAMES[target]))
-    for (label, found), marker in zip(points.items(), "osD^", strict=False):
-        found = [*sorted(found), (100.0, 0.0, "parent")]
-        axes.plot(
-            *zip(*[(x, y) for x, y, _ in found], strict=True), marker, linestyle=":", markersize=8, label=label
-        )
-        for x, y, name in found[:-1]:
-            axes.annotate(f"{name}: +{y:.2f}", (x, y), xytext=(9, 4), textcoords="offset points", fontsize=9)
-    axes.annotate(
-        "parent: 3 KV heads", (100, 0), xytext=(8, -14), textcoords="offset points", fontsize=9, ha="right"
-    )
-    axes.set_xlim(15, 105)
-    axes.set_ylim(bottom=-0.04)
+    for (label, found), marker, colour in zip(points.items(), "osD^", pictures.COLOURS[:4], strict=False):
+        found = [*sorted(found), (100.0, 0.0, "parent, 3 KV heads")]
+        xs, ys, _ = zip(*found, strict=True)
+        axes.plot(xs, ys, marker, linestyle=":", color=colour, markersize=5, label=label)
+        for x, y, name in found:
+            words = f"{name}: +{y:.2f}" if y else name
+            side = {"xytext": (7, 3)} if y else {"xytext": (4, -14), "ha": "right"}
+            axes.annotate(words, (x, y), textcoords="offset points", **side)
+    axes.set_xlim(20, 105)
+    axes.set_ylim(-0.04, 1.12 * axes.get_ylim()[1])
     axes.set_xlabel("KV cache, % of the parent's")
     axes.set_ylabel("loss above the parent on WikiText-2\n(nats per token)")
-    axes.set_title(
-        "SmolLM2-135M-Instruct with a smaller KV cache, converted without any data of the user", fontsize=10
-    )
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=9, frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(file)
+    axes.grid(axis="y")
+    if len(points) > 1:
+        pictures.legend_above(axes)
+    pictures.save_picture(figure, file)
 
 
 def main() -> None:

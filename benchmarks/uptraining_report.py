@@ -13,9 +13,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-INK, PALE = "#1f2937", "#e5e7eb"
+from headwise import pictures
+from headwise.pictures import BASELINE, INK
+
+BLUE, ORANGE = pictures.COLOURS[:2]
 # A colour for each start, a dash for each recipe; distinct for readers with red-green colour blindness.
-COLOURS = {"mean": "#8a8a8a", "transmla": "#8a8a8a", "aligned": "#c77700", "optimal": "#0072b2"}
+COLOURS = {"mean": BASELINE, "transmla": BASELINE, "aligned": ORANGE, "optimal": BLUE}
 DASHES = {"paper": (0, (1, 1.5)), "distill": (0, (5, 2)), "two-stage": "-"}
 MARKERS = {"paper": "s", "distill": "^", "two-stage": "o"}
 # The recipe of a reference row: the same layout, pretrained from random weights on all tokens.
@@ -67,13 +70,10 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
         yield f"| {target} | {method} | {recipe} | {before} | {' | '.join(cells)} |"
 
 
+@pictures.in_style
 def draw_stages(rows: Sequence[Row], wanted: dict[tuple[str, float], float], path: Path) -> None:
     """Draw the gap of each target after the conversion, the layer-by-layer stage and the end-to-end stage."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.6), dpi=140, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = pictures.new_figure(3.5, title="Gap after each stage; short lines are the target gaps")
     axes = figure.add_subplot()
     labels = []
     for place, ((target, percent), least) in enumerate(wanted.items()):
@@ -81,39 +81,37 @@ def draw_stages(rows: Sequence[Row], wanted: dict[tuple[str, float], float], pat
         stages = [[r["gap"] for r in _of(rows, target, "optimal", s)][:1] for s in ("convert", "layerwise")] + [
             ended
         ]
-        styles = (("#8a8a8a", "converted"), ("#c77700", "layer by layer"), ("#0072b2", "end to end"))
+        styles = ((BASELINE, "converted"), (ORANGE, "layer by layer"), (BLUE, "end to end"))
         for shift, (gaps, (colour, label)) in enumerate(zip(stages, styles, strict=True)):
             if gaps:
                 x = place + 0.22 * (shift - 1)
-                axes.plot([x] * len(gaps), gaps, "o", color=colour, label=label if not place else None)
+                axes.plot(
+                    [x] * len(gaps), gaps, "o", color=colour, markersize=4.5, label=label if not place else None
+                )
                 axes.annotate(
                     f"{mean(gaps):.3f}", (x, max(gaps)), xytext=(0, 6), textcoords="offset points", ha="center",
-                    color=colour, fontsize=8.5,
+                    color=colour, fontsize=8,
                 )  # fmt: skip
         axes.plot([place - 0.35, place + 0.35], [least] * 2, color=INK, linewidth=1)
-        labels.append(f"{target}\n{percent:g}% of tokens")
+        labels.append(f"{target}\n{percent:g}%")
     axes.set_yscale("log")
     axes.set_yticks([0.01, 0.05, 0.1, 0.5, 1], ["0.01", "0.05", "0.1", "0.5", "1"])
     axes.set_yticks([], minor=True)
     axes.set_ylim(0.007, 4)
     axes.set_xticks(range(len(labels)), labels)
-    axes.set_ylabel("nats above the parent (held-out modules)", color=INK)
-    axes.set_title("Gap after each stage; short lines are the target gaps", loc="left", fontsize=11)
-    axes.grid(axis="y", color=PALE, linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path)
+    axes.set_xlabel("target, and tokens in percent of the pretraining")
+    axes.set_ylabel("nats above the parent (held-out modules)")
+    axes.grid(axis="y")
+    pictures.legend_above(axes)
+    pictures.save_picture(figure, path)
 
 
+@pictures.in_style
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw one panel for each target: gap against tokens, with one line for each start and recipe."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     targets = list(dict.fromkeys(target for target, _, _ in _kinds(rows)))
     wide, high = min(3, len(targets)), -(-len(targets) // 3)
-    figure = Figure(figsize=(4.2 * wide, 3.7 * high), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = pictures.new_figure(2.5 * high, width=2.75 * wide)
     shown: dict[str, Any] = {}
     for place, target in enumerate(targets):
         axes = figure.add_subplot(high, wide, place + 1)
@@ -124,33 +122,32 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             xs = sorted({row["percent"] for row in found})
             ys = [mean(row["gap"] for row in found if row["percent"] == x) for x in xs]
             style = {"color": COLOURS[method], "linestyle": DASHES[recipe], "marker": MARKERS[recipe]}
-            shown[f"{method}, {recipe}"] = axes.plot(xs, ys, linewidth=1.6, markersize=5, alpha=0.9, **style)[0]
+            shown[f"{method}, {recipe}"] = axes.plot(xs, ys, linewidth=1.3, markersize=4, **style)[0]
         for row in rows:
             if (row["target"], row["recipe"]) == (target, PRETRAINED):
-                label = "this layout, pretrained from random weights on 100%"
+                label = "this layout, pretrained on 100%"
                 shown[label] = axes.axhline(row["gap"], color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlim(0.21, 6)
         axes.set_ylim(0.01, 1)
-        axes.set_xticks([0.25, 0.5, 1, 2, 5], ["0.25%", "0.5%", "1%", "2%", "5%"])
+        axes.set_xticks([0.25, 0.5, 1, 2, 5], ["0.25", "0.5", "1", "2", "5"])
         axes.set_xticks([], minor=True)
         axes.set_yticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1], ["0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1"])
         axes.set_yticks([], minor=True)
-        axes.set_title(target, loc="left", color=INK, fontweight="bold")
-        axes.grid(color=PALE, linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(target, fontweight="bold")
+        axes.grid()
     names = sorted(shown, key=lambda name: next((i for i, m in enumerate(COLOURS) if name.startswith(m)), -1))
-    legend = {"handles": [shown[name] for name in names], "labels": names, "fontsize": 9, "frameon": False}
+    legend = {"handles": [shown[name] for name in names], "labels": names}
     if len(targets) < high * wide:  # the last place is free
         free = figure.add_subplot(high, wide, high * wide)
         free.set_axis_off()
         free.legend(loc="center", **legend)
     else:
         figure.legend(loc="outside right center", **legend)
-    figure.supxlabel("tokens, in percent of the pretraining", fontsize=10)
-    figure.supylabel("nats above the parent (held-out modules)", fontsize=10)
-    figure.savefig(path)
+    figure.supxlabel("tokens, in percent of the pretraining", fontsize=9)
+    figure.supylabel("nats above the parent (held-out modules)", fontsize=9)
+    pictures.save_picture(figure, path)
 
 
 def _kinds(rows: Sequence[Row]) -> list[tuple[str, str, str]]:

@@ -56,7 +56,7 @@ def cli() -> None:
     params=[
         MODEL,
         number_option("--context", "Check the RoPE base at this context length, and forecast sequences of it."),
-        Option("--plot", "Draw the bound that --context computes.", type=Path, metavar="PNG"),
+        Option("--plot", "Draw the bound that --context computes, as PNG and SVG.", type=Path, metavar="PNG"),
         *options_of(ServingSettings),
         *SOURCE,
     ],
@@ -84,8 +84,8 @@ def _inspect(**options: Any) -> None:
         from headwise.eval.report.plots import plot_model_bound
 
         kept = {name: value for name, value in options.items() if name not in settings_of(ServingSettings)}
-        plot_model_bound(**kept, path=plot)
-        console.note(f"Drew {plot}.")
+        drawn = plot_model_bound(**kept, path=plot)
+        console.note(f"Drew {drawn}, and the SVG beside it.")
     console.print_json(inspection)
 
 

@@ -24,6 +24,15 @@ def size(num_bytes: float) -> str:
     return f"{digits} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
+def factor(value: float) -> str:
+    """Return a ratio with three digits, whole from a thousand up: "75.3", "3,780", "1.7e+10".
+
+    Args:
+        value: 0 or more.
+    """
+    return f"{value:,.0f}" if 1000 <= value < 1e7 else f"{value:,.3g}"
+
+
 _BYTES: dict[str, int] = {"": 1, "B": 1} | {
     f"{prefix}{unit}": base**power
     for power, prefix in enumerate("KMGT", start=1)

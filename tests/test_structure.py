@@ -24,7 +24,20 @@ FILES = {
 # A package imports only from packages above it (docs/architecture.md).
 ORDER = (
     *("errors", "progress", "environment", "format", "fields", "schema", "registry", "compat"),
-    *("io", "models", "text", "records", "kernels", "serving", "measure", "train", "convert", "eval", "recipes"),
+    *(
+        "io",
+        "pictures",
+        "models",
+        "text",
+        "records",
+        "kernels",
+        "serving",
+        "measure",
+        "train",
+        "convert",
+        "eval",
+        "recipes",
+    ),
     *("demo", "_cli", "cli", "__main__"),
 )
 # The root modules know each other only in this order as well; every other module is in a folder.

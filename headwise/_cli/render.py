@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from headwise._cli import console
-from headwise.format import dtype_name, duration, layout_names, size
+from headwise.format import dtype_name, duration, factor, layout_names, size
 
 if TYPE_CHECKING:
     from headwise.convert.inspect import Inspection, ReachableLayout
@@ -219,7 +219,7 @@ def _quality(result: ConvertResult) -> str:
         return f"Quality not measured: run {evaluate}"
     change = loss.after - loss.before
     times = math.exp(min(change, 700))
-    perplexity = f"perplexity {times - 1:+.1%}" if times < 2 else f"{times:,.3g} times the perplexity"
+    perplexity = f"perplexity {times - 1:+.1%}" if times < 2 else f"{factor(times)} times the perplexity"
     return (
         f"Quality: the loss on {loss.tokens:,} held-back tokens of {loss.source} is {loss.before:.4f} before and "
         f"{loss.after:.4f} after, {change:+.4f} nats per token ({perplexity}). Tasks not "

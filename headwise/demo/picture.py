@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from headwise import pictures
 from headwise.format import size
-from headwise.io.workdir import write_file_atomically
+from headwise.pictures import INK
 
-INK, PALE = "#1f2937", "#e5e7eb"
-# Distinct for readers with red-green colour blindness; the baseline is grey.
-COLOURS = ("#8a8a8a", "#c77700", "#0072b2", "#009e73", "#cc79a7", "#7a5195")
+# The first method is the baseline.
+COLOURS = (pictures.BASELINE, *pictures.COLOURS)
 
 
 @dataclass(frozen=True)
@@ -36,25 +36,22 @@ class Measurement:
     seconds: float
 
 
+@pictures.in_style
 def draw_costs(
     parent: Measurement, measured: Sequence[Measurement], path: Path, *, title: str, ylabel: str
 ) -> None:
-    """Draw a PNG: nats per token (lower is better) against cache bytes per token (logarithmic).
+    """Draw a PNG and an SVG: nats per token (lower is better) against cache bytes per token (logarithmic).
 
     The loss has a square-root scale from the parent up, because methods differ by two orders of magnitude.
 
     Args:
         parent: the unconverted model, drawn as a level line.
         measured: the converted models; those of one method are joined, methods keep the order of appearance.
-        path: where the PNG goes.
+        path: where the PNG goes; the SVG is beside it.
         title: the sentence above.
         ylabel: the label of the loss axis.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=160, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = pictures.new_figure(3.7, title=title)
     axes = figure.add_subplot()
     least = min(point.cache_bytes for point in measured)
     shrinkage = least / parent.cache_bytes
@@ -67,15 +64,15 @@ def draw_costs(
 
     axes.set_yscale("function", functions=(height, nats_at))
     axes.set_xscale("log", base=2)
-    axes.set_xlim(least * shrinkage**0.36, parent.cache_bytes * shrinkage**-0.02)
+    axes.set_xlim(least * shrinkage**0.5, parent.cache_bytes * shrinkage**-0.02)
     heights = [0.0, *(height(point.nats) for point in measured)]
     span = max(heights) - min(heights) or 1.0
     top = max(heights) + 0.05 * span
-    axes.set_ylim(nats_at(min(heights) - 0.08 * span), nats_at(top))
+    axes.set_ylim(nats_at(min(heights) - 0.12 * span), nats_at(top))
 
     axes.plot([least, parent.cache_bytes], [parent.nats] * 2, color=INK, linewidth=1.2, dashes=(5, 4))
-    axes.plot(parent.cache_bytes, parent.nats, color=INK, marker="o", markersize=6)
-    text_style: dict[str, Any] = {"fontsize": 10.5, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1.5}}
+    axes.plot(parent.cache_bytes, parent.nats, color=INK, marker="o", markersize=4.5)
+    text_style: dict[str, Any] = {"fontsize": 8.5, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1.0}}
     axes.annotate(
         f"parent  {parent.nats:.2f}",
         (parent.cache_bytes, parent.nats),
@@ -91,7 +88,9 @@ def draw_costs(
     for place, (method, points) in enumerate(lines.items()):
         colour = COLOURS[place % len(COLOURS)]
         xs, ys = [p.cache_bytes for p in points], [p.nats for p in points]
-        axes.plot(xs, ys, color=colour, linewidth=2.2, marker="o", markersize=6, markeredgecolor="white", zorder=3)
+        axes.plot(
+            xs, ys, color=colour, linewidth=1.6, marker="o", markersize=4.5, markeredgecolor="white", zorder=3
+        )
         label = least * shrinkage**0.025, nats_at(labels[method])
         if xs[0] > least:  # a dotted line joins the label to a line that begins further right
             axes.plot([least, xs[0]], [label[1], ys[0]], color=colour, linewidth=1.2, dashes=(1, 2.5), zorder=2)
@@ -108,16 +107,10 @@ def draw_costs(
     _name_sizes(axes, parent, measured)
     nats = _round_numbers(height, parent.nats, nats_at(top), 0.07 * span)
     axes.set_yticks(nats, [f"{n:g}" for n in nats])
-    axes.set_title(title, loc="left", color=INK, fontsize=13, fontweight="bold", pad=14)
-    axes.set_ylabel(f"{ylabel}\n(square-root scale from the parent up)", color=INK, fontsize=10.5)
-    axes.set_xlabel("KV cache per token", color=INK, fontsize=10.5)
-    axes.grid(axis="y", color=PALE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, length=0, labelsize=10)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(PALE)
-    kind = path.suffix.lstrip(".")
-    write_file_atomically(path, lambda to: figure.savefig(to, format=kind))
+    axes.set_ylabel(f"{ylabel}\n(square-root scale from the parent up)")
+    axes.set_xlabel("KV cache per token")
+    axes.grid(axis="y")
+    pictures.save_picture(figure, path)
 
 
 def _lines(measured: Sequence[Measurement]) -> dict[str, list[Measurement]]:

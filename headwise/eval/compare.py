@@ -287,10 +287,11 @@ def damage_gates(compared: Sequence[GatedComparison], fail_above: float) -> Iter
         # Adding zero turns -0 into 0.
         amount, bound = (f"{100 * share + 0:+.2f}{unit}" for share in (comparison.damage, lower_bound))
         allowed = f"{100 * fail_above:g}{singular if fail_above == 0.01 else unit}"
+        shown = f"p = {p_value:.3g}" if p_value >= 0.001 else "p < 0.001"
         yield Gate(
             name=gate_name(comparison),
             passed=p_value >= LEVEL,
-            detail=f"Damage {amount}, at least {bound} with 95% confidence; {allowed} allowed (p = {p_value:.3g}).",
+            detail=f"Damage {amount}, at least {bound} with 95% confidence; {allowed} allowed ({shown}).",
         )
 
 

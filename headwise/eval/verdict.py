@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headwise.eval.result import FINITE, Comparison, Evaluation, growth
+from headwise.format import factor
 
 # A damage, or the upper end of its interval, is small up to one point or one percent.
 SMALL = 0.01
@@ -137,8 +138,8 @@ def _power(comparison: Comparison) -> str:
 def _largest(worse: Sequence[_Damaged]) -> str:
     comparison, damage = max(worse, key=lambda pair: pair[1].value)
     if comparison.is_perplexity and damage.value >= 1:
-        low, high = (f"{1 + value:,.3g}" for value in (damage.low, damage.high))
-        times = f"{1 + damage.value:,.3g} times the parent's"
+        low, high = (factor(1 + value) for value in (damage.low, damage.high))
+        times = f"{factor(1 + damage.value)} times the parent's"
         return f"{figure_name(comparison)} is {times} (95% interval {low} to {high})"
     return (
         f"{figure_name(comparison)} is {format_amount(comparison, damage.value)} worse "

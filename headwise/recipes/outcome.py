@@ -28,7 +28,7 @@ from headwise.records.manifest import RECORD, hash_files
 from headwise.records.parent import PARENT, read_parent_path
 from headwise.train.student import ModelFolder, Student
 
-CARD, CURVES = "README.md", ("curve.csv", "curve.png")
+CARD, CURVES = "README.md", ("curve.csv", "curve.png", "curve.svg")
 # Packages whose versions decide the numbers of a run.
 RECORDED_PACKAGES = ("headwise", "torch", "transformers", "accelerate", "tokenizers")
 

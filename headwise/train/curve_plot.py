@@ -6,20 +6,21 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from headwise.io.workdir import write_file_atomically
+from headwise import pictures
+from headwise.pictures import BASELINE, INK
 
-INK, PALE, HELDOUT, TRAINING = "#1f2937", "#e5e7eb", "#0072b2", "#8a8a8a"
-
+HELDOUT = pictures.COLOURS[0]
 
 FEWEST_POINTS = 3  # two points are a line that shows no course
 
 
+@pictures.in_style
 def draw_curve(curve: Path, path: Path, *, parent: float | None = None, title: str = "") -> bool:
-    """Draw a PNG of a curve.csv: the held-out loss with the parent's as a line, and the training loss below.
+    """Draw a curve.csv as PNG and SVG: the held-out loss with the parent's as a line, and the training loss below.
 
     Args:
         curve: as `callbacks.CurveCallback` writes it.
-        path: where the PNG goes.
+        path: where the PNG goes; the SVG is beside it.
         parent: the parent's nats per token on the same held-out text.
         title: the sentence above.
 
@@ -30,29 +31,26 @@ def draw_curve(curve: Path, path: Path, *, parent: float | None = None, title: s
     curves = (("held-out", heldout), ("training", training))
     shown = [(name, points) for name, points in curves if len(points) >= FEWEST_POINTS]
     if not shown:
-        path.unlink(missing_ok=True)
+        for file in pictures.picture_files(path):
+            file.unlink(missing_ok=True)
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=160, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure: Any = pictures.new_figure(3.7, title=title)
+    figure.get_layout_engine().set(hspace=0.08)
     ratios = [3, 2][: len(shown)] or [1]
     panels = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios, squeeze=False)[:, 0]
     for axes, (name, points) in zip(panels, shown, strict=False):
         measured = name == "held-out"
         xs, ys = zip(*points, strict=True)
-        style = {"marker": "o", "markersize": 4, "linewidth": 2.2} if measured else {"linewidth": 1.2}
-        axes.plot(xs, ys, color=HELDOUT if measured else TRAINING, **style)
-        axes.set_ylabel("held-out nats per token" if measured else "training loss", color=INK)
+        style = {"marker": "o", "markersize": 3} if measured else {"linewidth": 0.9}
+        axes.plot(xs, ys, color=HELDOUT if measured else BASELINE, **style)
+        axes.set_ylabel("held-out nats per token" if measured else "training loss")
         if measured and parent is not None:
-            axes.axhline(parent, color=INK, linewidth=1.2, dashes=(5, 4))
+            axes.axhline(parent, color=INK, linewidth=1, dashes=(5, 4))
         if measured:
             _label_lines(axes, points, parent)
-        _style_axes(axes)
-    panels[0].set_title(title, loc="left", color=INK, fontsize=13, fontweight="bold", pad=12)
-    panels[-1].set_xlabel("tokens (millions)", color=INK)
-    write_file_atomically(path, lambda to: figure.savefig(to, format="png"))
+        axes.grid(axis="y")
+    panels[-1].set_xlabel("tokens (millions)")
+    pictures.save_picture(figure, path)
     return True
 
 
@@ -84,11 +82,3 @@ def _label_lines(axes: Any, points: list[tuple[float, float]], parent: float | N
             fontweight="bold",
         )
     axes.margins(y=0.16)
-
-
-def _style_axes(axes: Any) -> None:
-    axes.grid(axis="y", color=PALE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(PALE)

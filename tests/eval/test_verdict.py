@@ -55,7 +55,7 @@ from tests.eval.evaluations import (
         (
             only(accuracy("lambada", 0.4, -0.01, 0.02, 0.6), replace(perplexity(5.92, 0.5), task="lambada")),
             "bad",
-            r"in 1 of 2 figures; lambada perplexity is 372 times the parent's \(95% interval 137 to 1.01e\+03\)",
+            r"in 1 of 2 figures; lambada perplexity is 372 times the parent's \(95% interval 137 to 1,012\)",
         ),
         (
             only(replace(equal_answers(), unfit="the parent has 25%, and a guess has 25%")),

@@ -108,7 +108,7 @@ def test_a_trained_folder_is_stock_verified_and_recorded(home: Path, tmp_path: P
     assert (facts["tokens"], facts["steps"], facts["command"], facts["teacher"]) == (3072, 12, "typed", "parent")
     assert record["arguments"] == json.loads((home / layout / "headwise.json").read_text())["arguments"]
     card = (out / "README.md").read_text()
-    assert (out / "uptraining.png").stat().st_size > 1000
+    assert all((out / f"uptraining.{kind}").stat().st_size > 1000 for kind in ("png", "svg"))
     assert f"gap to the parent closed: {closed:.1%}" in card
     assert card.index("## Uptraining") < card.index("## Checks")
     assert "- parent:" not in card, "a check of the model before its training"

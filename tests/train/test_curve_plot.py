@@ -15,9 +15,10 @@ HEADER = "step,tokens,seconds,loss,learning_rate,heldout,closed\n"
 def test_two_points_are_no_curve(tmp_path: Path) -> None:
     path = tmp_path / "curve.csv"
     path.write_text(HEADER + "0,0,0.0,,,3.0,\n10,100000,1.0,2.5,1e-3,2.8,\n")
-    (tmp_path / "curve.png").write_bytes(b"of an earlier run")
+    for kind in ("png", "svg"):
+        (tmp_path / f"curve.{kind}").write_bytes(b"of an earlier run")
     assert not draw_curve(path, tmp_path / "curve.png", parent=2.0)
-    assert not (tmp_path / "curve.png").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["curve.csv"]
 
 
 @pytest.mark.parametrize("measured", [True, False])

@@ -12,40 +12,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from headwise import pictures
 from headwise.eval.result import Comparison, Evaluation
 from headwise.eval.verdict import Damage, figure_name
-from headwise.io.workdir import write_file_atomically
 from headwise.measure.divergence import LayerError
 from headwise.measure.entropy import AttentionEntropy, HeadIndex
 from headwise.measure.positions import PositionLoss
 
 FEWEST_POINTS = 3  # two points are a line that shows no course
 WIDTH = 4.2  # inches of 72 points
-STYLE: Any = {
-    "font.size": 10,
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-}
+FONT_SIZE = 10
 
 
 @dataclass(frozen=True)
 class Palette:
     """Colours by their use; readers who do not distinguish red and green can still distinguish child and parent."""
 
-    ink: str = "#1f2430"
-    muted: str = "#6b7280"
-    line: str = "#e3e5e9"
-    child: str = "#0b62a4"
-    parent: str = "#8a8f98"
+    ink: str = pictures.INK
+    muted: str = pictures.MUTED
+    line: str = pictures.PALE
+    child: str = pictures.COLOURS[0]
+    parent: str = pictures.BASELINE
     bad: str = "#b3341f"
     good: str = "#1f7a4d"
-    paper: str = "#ffffff"
+    paper: str = pictures.PAPER
 
 
 LIGHT = Palette()
@@ -99,15 +91,15 @@ def make_drawings(evaluation: Evaluation) -> dict[str, tuple[Draw, str]]:
     return drawings
 
 
-def write_png(draw: Draw, path: Path) -> None:
-    """Write a figure in light colours as PNG.
+def write_figure(draw: Draw, path: Path) -> None:
+    """Write a figure in light colours as PNG and as SVG.
 
     Args:
         draw: draws the figure.
-        path: the file to write.
+        path: the PNG; the SVG is beside it.
     """
-    with rc_context(STYLE):
-        write_file_atomically(path, lambda to: draw(LIGHT).savefig(to, dpi=160, format="png"))
+    with pictures.picture_style(font_size=FONT_SIZE):
+        pictures.save_picture(draw(LIGHT), path)
 
 
 def render_svg(draw: Draw, label: str) -> str:
@@ -118,7 +110,8 @@ def render_svg(draw: Draw, label: str) -> str:
         label: prefix of the ids in the element, unique on the page.
     """
     buffer = io.StringIO()
-    with rc_context({**STYLE, "svg.hashsalt": label}):
+    # The page has its own font.
+    with pictures.picture_style(font_size=FONT_SIZE, svg_fonttype="none", svg_hashsalt=label):
         draw(MARKED).savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
     text = text[text.index("<svg") :]
@@ -142,8 +135,7 @@ def _has_scale(comparison: Comparison) -> bool:
 
 
 def _figure(height: float, palette: Palette, columns: int = 1, **grid: Any) -> tuple[Figure, list[Any]]:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor=palette.paper)
-    FigureCanvasAgg(figure)
+    figure = pictures.new_figure(height, width=WIDTH, paper=palette.paper)
     subplots = figure.subplots(1, columns, squeeze=False, **grid)[0]
     for axes in subplots:
         axes.set_facecolor("none")
@@ -173,7 +165,7 @@ def _differences(rows: Sequence[tuple[Comparison, Damage]], fail_above: float | 
     limit = max(max(abs(damage.low), abs(damage.high)) for _, damage in rows) * 100 or 1.0
     limit = 1.15 * max(limit, 100 * (fail_above or 0))
     axes.set(xlim=(-limit, limit), ylim=(len(rows) - 0.4, -0.6))
-    axes.set_yticks(range(len(rows)), [_shorten(figure_name(comparison)) for comparison, _ in rows])
+    axes.set_yticks(range(len(rows)), [_row_label(comparison) for comparison, _ in rows])
     axes.grid(axis="x", color=palette.line, linewidth=0.7)
     axes.set_xlabel("← worse\u2003\u2003better →", color=palette.muted)
     return figure
@@ -269,10 +261,14 @@ def _passkey(evaluation: Evaluation, palette: Palette) -> Figure:
 
 
 def _legend(axes: Any, palette: Palette) -> None:
-    axes.legend(frameon=False, labelcolor=palette.ink, fontsize=9, handlelength=1.4)
+    pictures.legend_above(axes, labelcolor=palette.ink, fontsize=9)
 
 
-def _shorten(text: str, most: int = 20) -> str:
+def _row_label(comparison: Comparison, most: int = 22) -> str:
+    """Return the name of a figure; a further metric of a task has its own name, under that of the task."""
+    is_other_metric = not (comparison.headline or comparison.group)
+    text = comparison.metric.replace("_", " ") if is_other_metric else figure_name(comparison)
+    text = text.removeprefix("headwise_")
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from headwise.errors import HeadwiseError
 from headwise.eval.report import tables
-from headwise.eval.report.figures import make_drawings, render_svg, write_png
+from headwise.eval.report.figures import make_drawings, render_svg, write_figure
 from headwise.eval.report.publish import REPORT
 from headwise.eval.result import Evaluation, Subject
 from headwise.eval.verdict import verdict_of
@@ -47,7 +47,7 @@ def write_report(evaluation: Evaluation, folder: str | Path) -> Evaluation:
     drawings = make_drawings(evaluation)
     evaluation = replace(evaluation, figures={**evaluation.figures, **{name: f"{name}.png" for name in drawings}})
     for name, (draw, _) in drawings.items():
-        write_png(draw, home / f"{name}.png")
+        write_figure(draw, home / f"{name}.png")
     write_file_atomically(home / "report.md", render_markdown(evaluation).encode())
     write_file_atomically(home / "report.html", render_page(evaluation).encode())
     # The last file, so that a folder with report.json is complete.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from headwise.eval.result import Comparison, Evaluation, Score
 from headwise.eval.verdict import Damage, figure_name
-from headwise.format import size
+from headwise.format import factor, size
 
 LEGEND = (
     "Child minus parent on the same samples, in points (perplexity: percent). Flips: right only in the child (+), "
@@ -83,7 +83,7 @@ def _row(comparison: Comparison) -> FigureRow:
 
 def _format_samples(comparison: Comparison) -> str:
     passages = f" in {comparison.clusters:,} passages" if comparison.clusters else ""
-    return f"{comparison.samples:,} samples{passages}"
+    return f"{comparison.samples:,} sample{'s' * (comparison.samples != 1)}{passages}"
 
 
 def _format_score(comparison: Comparison, score: Score | None) -> str:
@@ -101,7 +101,7 @@ def _difference(comparison: Comparison) -> str:
         return ""
     if comparison.is_perplexity:
         value = (Damage.of(comparison) or Damage(0, 0, 0)).value
-        return f"×{1 + value:,.3g}" if value >= 1 else format_signed(100 * value, "%")
+        return f"×{factor(1 + value)}" if value >= 1 else format_signed(100 * value, "%")
     if _is_share(comparison):
         return format_signed(100 * paired.difference)
     return format_signed(paired.difference, digits=4)
@@ -113,7 +113,7 @@ def _interval(comparison: Comparison) -> str:
         return ""
     if comparison.is_perplexity and (damage := Damage.of(comparison)) is not None:
         if damage.value >= 1:
-            return f"×{1 + damage.low:,.3g} to ×{1 + damage.high:,.3g}"
+            return f"×{factor(1 + damage.low)} to ×{factor(1 + damage.high)}"
         return f"{format_signed(100 * damage.low)} to {format_signed(100 * damage.high)}"
     scale, digits = (100, 1) if _is_share(comparison) else (1, 4)
     low, high = (format_signed(scale * end, digits=digits) for end in (paired.low, paired.high))

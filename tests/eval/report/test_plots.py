@@ -1,4 +1,4 @@
-"""Figures of long contexts are written as PNG files."""
+"""Figures of long contexts are written as PNG and SVG files."""
 
 from __future__ import annotations
 
@@ -18,4 +18,5 @@ def test_figures_are_written(tmp_path: Path) -> None:
         plots.plot_passkey_grid({(512, 0.0): 1.0, (512, 1.0): 0.5}, tmp_path / "passkey.png"),
     ]
     for path in made:
+        assert path.with_suffix(".svg").read_bytes().startswith(b"<?xml")
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000

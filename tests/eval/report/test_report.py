@@ -51,6 +51,7 @@ def test_a_report_is_read_back_and_refers_to_nothing_that_is_missing(tmp_path, n
     assert data["summary"] == list(evaluation.summary) and data["passed"] == evaluation.passed
     pictures = {path.name for path in (tmp_path / "report").glob("*.png")}
     assert pictures == set(written.figures.values())
+    assert {path.stem for path in (tmp_path / "report").glob("*.svg")} == set(written.figures)
     text = (tmp_path / "report" / "report.md").read_text()
     assert set(re.findall(r"\]\(([^)]+)\)", text)) == pictures
     assert (
