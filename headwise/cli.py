@@ -64,8 +64,8 @@ def cli() -> None:
 def _inspect(**options: Any) -> None:
     """Show attention, KV cache and possible layouts of MODEL.
 
-    Reads the configuration and the file headers only. An option of the section Serving adds a forecast: cache,
-    weights and sequences on each GPU.
+    Reads the configuration and the file headers only, and names the engines that serve each layout. An option of
+    the section Serving adds a forecast: cache, weights and sequences on each GPU.
 
     \b
     headwise inspect MODEL
@@ -79,7 +79,7 @@ def _inspect(**options: Any) -> None:
     if plot and "context" not in options:
         raise click.UsageError("--plot draws the bound that --context computes: give both.")
     inspection = inspect_model(**options)
-    render.render_inspection(inspection)
+    render.render_inspection(inspection, reasons="engines" in options)
     if plot:
         from headwise.eval.report.plots import plot_model_bound
 

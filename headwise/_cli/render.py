@@ -30,8 +30,23 @@ if TYPE_CHECKING:
 MOST_DAMAGED = 5
 
 
-def render_inspection(inspection: Inspection) -> None:
-    """Print a model's attention, its cache, and the layouts that it can be converted to."""
+# The verdicts of engines in a table.
+VERDICT_WORDS = {
+    "loads": "loads",
+    "command": "with a command",
+    "wrong": "wrong output",
+    "no": "no",
+    "unknown": "not known",
+}
+
+
+def render_inspection(inspection: Inspection, *, reasons: bool = False) -> None:
+    """Print a model's attention, its cache, and the layouts that it can be converted to.
+
+    Args:
+        inspection: the model.
+        reasons: print the reason of every verdict of an engine, and the commands; else one word for each.
+    """
     about = [inspection.model_type, dtype_name(inspection.dtype)]
     if inspection.parameters:
         about.append(f"{_format_count(inspection.parameters)} parameters")
@@ -64,7 +79,7 @@ def render_inspection(inspection: Inspection) -> None:
             *((_option_name(o), *_format_cache(o.cache), format_saving(o.saved)) for o in inspection.options),
         ],
     )
-    _render_serving(inspection)
+    _render_serving(inspection, reasons)
     if inspection.damage:
         worst = sorted(range(len(inspection.damage)), key=lambda layer: -inspection.damage[layer])[:MOST_DAMAGED]
         console.print_line()
@@ -81,8 +96,8 @@ def render_inspection(inspection: Inspection) -> None:
             console.print_line(line)
 
 
-def _render_serving(inspection: Inspection) -> None:
-    """Print the forecast for each GPU, and the verdicts of the engines that the settings name."""
+def _render_serving(inspection: Inspection, reasons: bool) -> None:
+    """Print the forecast for each GPU, and the verdicts of the engines."""
     unchanged = ("unchanged", inspection.serving, inspection.engines)
     layouts = [
         unchanged,
@@ -104,7 +119,17 @@ def _render_serving(inspection: Inspection) -> None:
             [_forecast_row(name, serving) for name, serving, _ in layouts if serving is not None],
         )
     verdicts = [(name, verdict) for name, _, found in layouts for verdict in found]
-    if verdicts:
+    if verdicts and not reasons:
+        console.print_line()
+        rows: dict[tuple[str, ...], list[str]] = {}
+        for name, _, found in layouts:
+            rows.setdefault(tuple(VERDICT_WORDS[verdict.verdict] for verdict in found), []).append(name)
+        console.print_table(
+            ("layout", *(verdict.name for verdict in inspection.engines)),
+            [(", ".join(names), *words) for words, names in rows.items()],
+        )
+        console.note("--engine NAME shapes MLA for an engine, and prints its reasons and commands.")
+    elif verdicts:
         console.print_line()
         console.print_table(
             ("layout", "engine"),

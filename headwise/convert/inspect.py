@@ -56,7 +56,7 @@ class ReachableLayout:
         cache: size of the KV cache.
         saved: fraction of the present cache that is saved at the longest of `CONTEXTS`.
         serving: what it costs on each GPU; None without a forecast.
-        engines: verdicts of the engines that the settings name.
+        engines: verdicts of the engines that the settings name, or of all.
     """
 
     to: str
@@ -91,7 +91,7 @@ class Inspection:
         rope_ranges: the ranges of the rotary frequencies; empty without `context`.
         damage: recorded damage of every layer of a converted folder, in nats per token; else empty.
         serving: what the model itself costs on each GPU; None without a forecast.
-        engines: verdicts of the engines that the settings name, on the model itself.
+        engines: verdicts of the engines that the settings name, or of all, on the model itself.
         notes: what a user should know before a conversion for these GPUs.
     """
 
@@ -143,7 +143,7 @@ def inspect_model(
     Args:
         model: a folder, a GGUF file, or `org/name[@revision]` on the Hub.
         context: also check the rotary frequencies up to this many tokens; the length of sequences in a forecast.
-        engines: also judge whether these engines serve each layout.
+        engines: judge whether these engines serve each layout, with shapes that they need; none: all engines.
         tp: GPUs of tensor parallelism, for a forecast of what each layout costs on each GPU.
         dcp: GPUs that divide the cache of a sequence.
         memory: of one GPU, such as "80GB"; None: the card's.
@@ -175,8 +175,7 @@ def inspect_model(
             parameters, origin = _count_parameters(str(model), folder, commit, token, dtype_of(config))
         dtype = dtype_of(config)
         damage = recorded_damage(folder)
-        # A vocabulary is large, and only the engines' rules need it.
-        tokenizer = tokenizer_kind(folder) if commit is None and settings.engines else "unreadable"
+        tokenizer = tokenizer_kind(folder) if commit is None else "unreadable"
     attention = find_attention_model(config)
     layouts = attention.layouts(config)
     serving = _Serving(settings, context, tokenizer)
@@ -264,9 +263,7 @@ class _Serving:
         return forecast(layouts, self.model, self.settings, self.context) if self.settings.forecasts else None
 
     def verdicts(self, config: Mapping[str, Any], layouts: Sequence[AttentionLayout]) -> tuple[EngineVerdict, ...]:
-        """Return the verdicts of the engines that the settings name."""
-        if not self.settings.engines:
-            return ()
+        """Return the verdicts of the engines that the settings name; of all engines, if they name none."""
         window = any(layout.sliding_window for layout in layouts)
         return engine_verdicts(config, window=window, tokenizer=self.tokenizer, engines=self.settings.engines)
 
@@ -274,8 +271,6 @@ class _Serving:
         self, option: ReachableLayout, layouts: list[AttentionLayout], config: dict[str, Any], arch: Architecture
     ) -> ReachableLayout:
         """Return an option with its forecast and its verdicts."""
-        if not (self.settings.engines or self.settings.forecasts):
-            return option
         if option.num_key_value_heads is not None:
             new = arch.with_groups(config, option.num_key_value_heads)
         else:

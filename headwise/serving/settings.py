@@ -25,7 +25,7 @@ class ServingSettings:
     """
 
     engines: Sequence[str] = fields.several(
-        f"Also judge whether this engine serves each layout: {', '.join(ENGINES)}; may be repeated.",
+        f"Reasons and commands of this engine for each layout: {', '.join(ENGINES)}; may be repeated.",
         ENGINES,
         metavar="ENGINE",
         flag="--engine",

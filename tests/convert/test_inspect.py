@@ -14,6 +14,7 @@ from headwise.compat import cache_of
 from headwise.convert.inspect import inspect_model
 from headwise.errors import HeadwiseError, SettingError
 from headwise.models.layout import AttentionLayout, CacheSize
+from headwise.serving.engines import ENGINES
 from tests.convert.test_plan import llama_config, model
 
 __all__ = ["model"]
@@ -57,7 +58,9 @@ def test_a_forecast_and_verdicts_of_every_layout(tmp_path: Path) -> None:
     shape = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
     (tmp_path / "config.json").write_text(json.dumps(llama_config(**shape).to_dict()))
     plain = inspect_model(tmp_path)
-    assert plain.serving is None and not plain.engines and not plain.notes
+    assert plain.serving is None and not plain.notes
+    assert all(tuple(v.name for v in each.engines) == ENGINES for each in (plain, *plain.options))
+    assert plain.engines[0].verdict == "loads"
     found = inspect_model(tmp_path, tp=8, engines=["vllm", "llama.cpp"])
     assert found.serving is not None and found.serving.cache_bytes_per_token == 3 * 256 * 2
     latent = {o.kv_lora_rank: o for o in found.options if o.to == "mla"}
