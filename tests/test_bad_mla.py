@@ -74,7 +74,9 @@ def test_float16_has_no_room_for_the_latent_norm(tmp_path: Path, shape: tuple[st
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("qwen3", "normalises queries and keys per head"),
+        ("olmo2", "normalises the outputs of attention and MLP in place of their inputs"),
+        ("gemma3_text", "alternates windows with full attention"),
+        ("qwen3_moe", "its router is a softmax over experts"),
         ("gemma2", "soft-capped scores"),
         ("mixtral", "its router is a softmax over experts"),
         ("starcoder2", "LayerNorm"),
@@ -87,3 +89,16 @@ def test_a_model_that_stock_deepseek_cannot_express(tmp_path: Path, model_type: 
     model = tiny_models.save(model_type, tmp_path / "model")
     message = sentence(refused(model, "", *SHAPE))
     assert reason in message and "It can become GQA or MQA: --to gqa --groups N." in message
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--to", "mla", "--exact"), "--exact is not possible for a qwen3 model: it normalises queries and keys"),
+        ((*SHAPE, "--calibrate", "none"), "--calibrate none is not possible for MLA from a qwen3 model"),
+    ],
+    ids=["exact", "uncalibrated"],
+)
+def test_what_norms_on_queries_and_keys_rule_out(tmp_path: Path, options: tuple[str, ...], reason: str) -> None:
+    model = tiny_models.save("qwen3", tmp_path / "model")
+    assert reason in sentence(refused(model, "", *options))

@@ -32,6 +32,7 @@ class Target(Protocol):
         exact: whether the output computes the parent's function.
         calibrated: whether converting a layer makes use of measured moments.
         fitted: whether the output matrices of a converted layer are solved for on the calibration text.
+        regresses_norms: whether converting a layer needs the moments of its normed queries and keys.
         notes: lines of the plan about the decisions.
         warnings: lines of the plan that the user must not miss.
     """
@@ -44,6 +45,7 @@ class Target(Protocol):
     exact: bool
     calibrated: bool
     fitted: bool
+    regresses_norms: bool
     notes: list[str]
     warnings: list[str]
 

@@ -126,7 +126,7 @@ class Architecture(ArchitectureRow):
             layer: index of the decoder layer.
         """
         layout = self.layouts(config)[layer]
-        norms = self._norms(config)
+        norms = self.qk_norm(config)
         width = self.stock_config(config).hidden_size
         heads, groups = layout.num_attention_heads, layout.num_key_value_heads
         sizes = {"q": heads * layout.head_dim, "k": groups * layout.head_dim, "v": groups * layout.v_head_dim}
@@ -221,7 +221,7 @@ class Architecture(ArchitectureRow):
             v=v,
             o=o.to(torch.float64, memory_format=torch.contiguous_format),
         )
-        norms = self._norms(config)
+        norms = self.qk_norm(config)
         if not norms:
             return weights
 
@@ -273,7 +273,7 @@ class Architecture(ArchitectureRow):
             out[self._name(layer, name, "weight")] = matrix[:, : weights.hidden_size]
             if biased:
                 out[self._name(layer, name, "bias")] = matrix[:, -1]
-        norms = self._norms(config)
+        norms = self.qk_norm(config)
         if norms:
             for name, norm in ((norms.q, weights.q_norm), (norms.k, weights.k_norm)):
                 if norm is None:
@@ -334,7 +334,12 @@ class Architecture(ArchitectureRow):
         bias = tensors[self._name(layer, name, "bias")].to(torch.float64)
         return torch.cat([weight, bias[:, None]], dim=1)
 
-    def _norms(self, config: dict[str, Any]) -> QkNorm | None:
+    def qk_norm(self, config: dict[str, Any]) -> QkNorm | None:
+        """Return the norms on queries and keys; None if the model has none.
+
+        Args:
+            config: the checkpoint's config.json.
+        """
         norms = self.norms
         return norms if norms and (norms.when is None or getattr(self.stock_config(config), norms.when)) else None
 

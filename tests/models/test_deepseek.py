@@ -267,7 +267,7 @@ def test_read_attention_is_the_inverse(tmp_path):
 @pytest.mark.parametrize(
     ("config", "word"),
     [
-        (dict(model_type="qwen3"), "linear"),
+        (dict(model_type="olmo2"), "outputs of attention"),
         (dict(model_type="mixtral"), "router"),
         (dict(model_type="starcoder2"), "LayerNorm"),
         (dict(model_type="llama", mlp_bias=True), "mlp_bias"),

@@ -7,15 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headwise.convert.calibration.norm_stats import CrossMoment, NormedProjections
+
 # Queries per sequence, evenly spread, that are measured. Both moments come from the same queries, so their
 # difference, a variance over queries, is positive semidefinite (docs/decisions/0013).
 NUM_ATTENTION_QUERIES = 64
 
 
 class AttentionStats:
-    """Sums of attention weights over distances, and of the inputs that they average."""
+    """Sums of attention weights over distances, and of the inputs that they average.
 
-    def __init__(self) -> None:
+    Args:
+        normed: the layer's normed keys, whose moments are also taken; None: they are not.
+    """
+
+    def __init__(self, normed: NormedProjections | None = None) -> None:
+        self._normed, self.keys = normed, CrossMoment()
         self._moment: Tensor | None = None
         self._keys: Tensor | None = None
         self._distances: Tensor | None = None
@@ -45,7 +52,10 @@ class AttentionStats:
                 averaged = torch.cat([averaged, torch.ones_like(averaged[:, :1])], 1)
                 moment = (averaged.mT @ averaged).double()
                 whole = torch.cat([row[0], torch.ones_like(row[0, :, :1])], 1)
-                attended = (whole.mT * weights[:, queries].sum((0, 1))) @ whole
+                received = weights[:, queries].sum((0, 1))
+                attended = (whole.mT * received) @ whole
+                if self._normed is not None:
+                    self.keys.add(whole, self._normed.keys(whole), received)
                 self._moment = moment if self._moment is None else self._moment + moment
                 self._keys = attended.double() if self._keys is None else self._keys + attended.double()
                 self._distances = by_distance if self._distances is None else self._distances + by_distance

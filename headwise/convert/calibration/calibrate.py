@@ -15,6 +15,7 @@ from headwise.convert.base import Target
 from headwise.convert.calibration.corpus import MIXTURE, NUM_HELDBACK, SAMPLED, choose_text, read_corpus
 from headwise.convert.calibration.layer_stream import LayerRecord, LayerStream
 from headwise.convert.calibration.moments import Moments
+from headwise.convert.calibration.norm_stats import NormedProjections
 from headwise.convert.settings import ConvertSettings
 from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import Checkpoint, has_nonfinite
@@ -246,7 +247,15 @@ def iter_layer_stats(
     arch = find_architecture(target.parent_config, checkpoint.tensors)
     stream = LayerStream(checkpoint, arch, blocks, device, target.parent_config)
     keep = Moments.create(calibration.keep, checkpoint, calibration) if calibration.keep else None
-    for record in stream.records(keep_activations=calibration.keeps_text, layers=layers):
+
+    def normed(layer: int) -> NormedProjections:
+        source = {name: checkpoint.read(name) for name in arch.tensor_names(target.parent_config, layer)}
+        weights = arch.read_layer(target.parent_config, layer, source).to(torch.float32).to_device(device)
+        return NormedProjections(weights, float(arch.stock_config(target.parent_config).rms_norm_eps))
+
+    for record in stream.records(
+        keep_activations=calibration.keeps_text, layers=layers, normed=normed if target.regresses_norms else None
+    ):
         if keep:
             keep.write(record)
         yield record, record.index

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.convert.calibration.attention_stats import AttentionStats
+from headwise.convert.calibration.norm_stats import CrossMoment, NormedProjections
 from headwise.io.reader import Checkpoint
 from headwise.models.protocol import AttentionModel
 from headwise.models.stock import StopForward, capture_layer_calls, empty_model, load_into
@@ -41,6 +42,12 @@ class LayerRecord:
             without attention statistics.
         distances: attention weight by distance per head, (heads, length); each row sums to one. None without
             attention statistics.
+        query_cross: E[q x^T] of the normed queries of each head, before RoPE, over tokens, (H, head_dim, D + 1),
+            float64. None without norms, or where the target has no use for it.
+        key_cross: E[k x^T] of the normed keys, each token weighted by the attention it gets as in `key_moment`,
+            (G, head_dim, D + 1).
+        query_scales: means of the norm's scale s, of s^2 and of |q|^2 for each head, (3, H), like `query_cross`.
+        key_scales: the same of the keys, (3, G), like `key_cross`.
         inputs: of the attention, (sequences, length, D) float32 on the CPU; None unless kept.
         outputs: of the attention, like `inputs`.
         arguments: further arguments of the attention module, for a batch of any size.
@@ -52,6 +59,10 @@ class LayerRecord:
     value_moment: Tensor | None = None
     key_moment: Tensor | None = None
     distances: Tensor | None = None
+    query_cross: Tensor | None = None
+    key_cross: Tensor | None = None
+    query_scales: Tensor | None = None
+    key_scales: Tensor | None = None
     inputs: Tensor | None = None
     outputs: Tensor | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -60,6 +71,11 @@ class LayerRecord:
     def moments(self) -> dict[str, Tensor]:
         """Return the second moments that were measured, by name."""
         names = ("moment", "key_moment", "value_moment")
+        return {name: moment for name in names if (moment := getattr(self, name)) is not None}
+
+    def norm_moments(self) -> dict[str, Tensor]:
+        """Return what was measured of the norms on queries and keys, by name; empty if nothing was."""
+        names = ("query_cross", "key_cross", "query_scales", "key_scales")
         return {name: moment for name in names if (moment := getattr(self, name)) is not None}
 
 
@@ -112,7 +128,12 @@ class LayerStream:
         return self.records()
 
     def records(
-        self, *, keep_activations: bool = False, attention_stats: bool = True, layers: Collection[int] | None = None
+        self,
+        *,
+        keep_activations: bool = False,
+        attention_stats: bool = True,
+        layers: Collection[int] | None = None,
+        normed: Callable[[int], NormedProjections] | None = None,
     ) -> Iterator[LayerRecord]:
         """Yield one record per layer, in order; each layer's outputs are the next one's inputs.
 
@@ -121,13 +142,15 @@ class LayerStream:
             attention_stats: also measure `value_moment`, `key_moment` and `distances`, on some of the sequences.
             layers: layers to record; None: all. Layers before them run without a record, layers after the last
                 do not run.
+            normed: returns a layer's normed queries and keys, whose moments are then measured too.
         """
         wanted = set(range(len(self._layers)) if layers is None else layers)
         for index in range(max(wanted, default=-1) + 1):
             record = None  # free the last record's memory
             with self._real_layer(index) as layer:
                 if index in wanted:
-                    record = self._run(index, layer, keep_activations, attention_stats)
+                    rows = normed(index) if normed else None
+                    record = self._run(index, layer, keep_activations, attention_stats, rows)
                 else:
                     self._pass(index, layer)
             if record is not None:  # outside the context: the layer's weights are freed
@@ -168,7 +191,14 @@ class LayerStream:
         return [slice(start, start + step) for start in range(0, sequences, step)]
 
     @torch.no_grad()
-    def _run(self, index: int, layer: nn.Module, keep_activations: bool, attention_stats: bool) -> LayerRecord:
+    def _run(
+        self,
+        index: int,
+        layer: nn.Module,
+        keep_activations: bool,
+        attention_stats: bool,
+        normed: NormedProjections | None,
+    ) -> LayerRecord:
         attention = layer.get_submodule(self._architecture.attention)
         args, kwargs = self._arguments[index]
         sequences, length, width = self._hidden.shape
@@ -177,7 +207,7 @@ class LayerStream:
         if keep_activations:
             record.inputs, record.outputs = torch.empty_like(self._hidden), torch.empty_like(self._hidden)
         seen: dict[str, Any] = {}
-        view = AttentionStats()
+        view, queries = AttentionStats(normed), CrossMoment()
 
         def note(module: nn.Module, call_args: tuple[Any, ...], call_kwargs: dict[str, Any], output: Any) -> None:
             seen["x"] = call_kwargs.get("hidden_states", call_args[0] if call_args else None)
@@ -190,6 +220,8 @@ class LayerStream:
             x = seen["x"]
             flat = torch.cat([x, torch.ones_like(x[..., :1])], -1).flatten(0, 1)
             moment += (flat.mT @ flat).double()
+            if normed is not None:
+                queries.add(flat, normed.queries(flat))
             if record.inputs is not None and record.outputs is not None:
                 record.inputs[part], record.outputs[part] = x.cpu(), seen["y"].cpu()
             if attention_stats and part.start < NUM_ATTENTION_SEQUENCES:
@@ -199,6 +231,10 @@ class LayerStream:
         moment /= record.tokens
         if attention_stats:
             record.value_moment, record.key_moment, record.distances = view.result()
+        if normed is not None:
+            record.query_cross, record.query_scales = queries.result()
+            if attention_stats:
+                record.key_cross, record.key_scales = view.keys.result()
         record.arguments = seen["kwargs"]
         return record
 

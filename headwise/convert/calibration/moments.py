@@ -95,7 +95,7 @@ class Moments:
         Args:
             record: the statistics of the layer.
         """
-        tensors = {**record.moments(), "distances": record.distances}
+        tensors = {**record.moments(), **record.norm_moments(), "distances": record.distances}
         kept = {n: t.to(torch.float32).cpu().contiguous() for n, t in tensors.items() if t is not None}
         write_file_atomically(self._path(record.index), lambda path: save_file(kept, path))
 

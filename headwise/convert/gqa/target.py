@@ -70,6 +70,7 @@ class GroupedTarget:
         self.exact = all(new.num_key_value_heads >= old.num_key_value_heads for old, new in pairs)
         self.calibrated = not self.exact and "moments" in self.method.needs
         self.fitted = not self.exact and "text" in self.method.needs
+        self.regresses_norms = False
         # The layer of every key and value tensor that is transformed without its layer's other tensors.
         self._tensorwise: dict[str, int] = {}
         pools = not self.method.needs and self.grouping == "contiguous"

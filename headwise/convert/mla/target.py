@@ -17,6 +17,7 @@ from headwise.convert.mla.features import layer_statistics, with_constant
 from headwise.convert.mla.frequencies import free_frequencies, partial_frequencies, plane_norms, rotary_gains
 from headwise.convert.mla.latent import approximate_mla
 from headwise.convert.mla.shape import check_shape, choose_shape, source_cache
+from headwise.convert.mla.stand_in import linear_stand_in, unit_scale
 from headwise.convert.positions.context import rope_sets
 from headwise.convert.settings import ConvertSettings
 from headwise.errors import HeadwiseError, SettingError
@@ -38,6 +39,10 @@ PADDED_V_HEAD_DIM = 128
 NUM_SAMPLED_LAYERS = 3
 
 
+APPROXIMATE = (
+    "Approximate: the source normalises queries and keys, which is not linear, and stock MLA has no such norm. The "
+    "norms' weights are kept exactly. The scale for each token and head is replaced by a linear map."
+)
 # What the tensors of DeepSeek's attention hold, for the plan.
 EXPLAINED = {
     "kv_a_proj_with_mqa": "latent and shared rotary key",
@@ -91,6 +96,9 @@ class LatentTarget:
         self.fitted = not self.exact and "text" in self.method.needs
         self.notes: list[str] = []
         self.warnings: list[str] = []
+        self.regresses_norms = arch.qk_norm(config) is not None
+        if self.regresses_norms:
+            self._check_norms(settings)
         stock = arch.stock_config(config)
         self._before, self._hidden_size = arch.layouts(config), stock.hidden_size
         mla_source.refuse_windows(self._before)
@@ -192,8 +200,11 @@ class LatentTarget:
             exact = exact_mla(weights, grid, scale=self._scale, **shape)
             return self._pad(exact, layer), {"key_error": 0.0, "value_error": 0.0}
         measured: dict[str, Any] = {}
+        norms: dict[str, Any] = {}
         if record is not None:
             measured = {**record.moments(), "distances": record.distances}
+        if self.regresses_norms:
+            weights, norms = self._without_norms(layer, weights, record)
         converted, report = approximate_mla(
             weights,
             frequencies,
@@ -203,7 +214,7 @@ class LatentTarget:
             method=self.method.name,
             **measured,
         )
-        return self._pad(converted, layer), {k: v for k, v in asdict(report).items() if k != "errors"}
+        return self._pad(converted, layer), {k: v for k, v in asdict(report).items() if k != "errors"} | norms
 
     def export_layer(self, layer: int, converted: LatentWeights, record: LayerRecord | None) -> dict[str, Tensor]:
         """See `Target`."""
@@ -248,6 +259,41 @@ class LatentTarget:
     def _pad(self, converted: LatentWeights, layer: int) -> LatentWeights:
         layout = self.layouts[layer]
         return deepseek.pad_heads(converted, layout.head_dim - layout.rotary_dim, layout.v_head_dim)
+
+    def _check_norms(self, settings: ConvertSettings) -> None:
+        """Refuse what norms on queries and keys rule out, and note that the conversion is approximate."""
+        if self.exact:
+            raise SettingError(
+                "exact",
+                f"`exact` is not possible for a {self.arch.model_type} model: it normalises queries and keys, "
+                "which is not linear, and stock MLA has no such norm.",
+                "Give `cache`, or `rank` and `rope_dim`, for an approximate conversion.",
+            )
+        if settings.calibrate == "none":
+            raise SettingError(
+                "calibrate",
+                f"`calibrate` none is not possible for MLA from a {self.arch.model_type} model: linear maps "
+                "replace its norms on queries and keys, and are regressed on calibration text.",
+                "Leave out `calibrate`, or name a text.",
+            )
+        self.warnings.append(APPROXIMATE)
+        self.notes.append(
+            "The variance of the norms' scales, and the error of their linear replacement, are measured in every "
+            "layer during calibration; headwise.json has them."
+        )
+
+    def _without_norms(
+        self, layer: int, weights: LayerWeights, record: LayerRecord | None
+    ) -> tuple[LayerWeights, dict[str, Any]]:
+        """Return a layer with linear queries and keys in place of normed ones, and the report of their error."""
+        moments: dict[str, Any] = dict(record.norm_moments()) if record is not None else {}
+        if record is None or record.key_moment is None or len(moments) < 4:
+            raise HeadwiseError(
+                f"The moments of layer {layer} hold nothing about the norms on its queries and keys.",
+                "Measure them again with `save_moments`, or leave out `moments`.",
+            )
+        linear, report = linear_stand_in(weights, moment=record.moment, key_moment=record.key_moment, **moments)
+        return linear, asdict(report)
 
     def _check_rotary_layers(self) -> None:
         """Raise SettingError if the method needs RoPE in every layer and a layer has none."""
@@ -358,7 +404,8 @@ class LatentTarget:
 
     def _read_layer(self, layer: int) -> LayerWeights:
         names = self.arch.tensor_names(self.parent_config, layer)
-        return self.arch.read_layer(self.parent_config, layer, {name: self.source.read(name) for name in names})
+        weights = self.arch.read_layer(self.parent_config, layer, {name: self.source.read(name) for name in names})
+        return unit_scale(weights)
 
     def _sampled_layers(self) -> list[int]:
         """Return layers with RoPE at equal distances, the first and the last included."""

@@ -157,7 +157,8 @@ def compare_with_parent(
             return False, f"{carried.name} is not what the parent's {carried.source} becomes"
     largest = [max(sizes) for sizes in zip(*map(exact_mla_shape, before), strict=True)]
     shape = after[0]
-    if (shape.kv_lora_rank or 0) < largest[0] or shape.rotary_dim < largest[1]:
+    linear = arch.qk_norm(parent.config) is None
+    if not linear or (shape.kv_lora_rank or 0) < largest[0] or shape.rotary_dim < largest[1]:
         return True, "outside attention, every tensor is what the parent's becomes"
     attention, factored = StockAttention(parent.config, arch), FactoredAttention(checkpoint)
     tokens = check_tokens(parent, arch.stock_config(parent.config).vocab_size)
