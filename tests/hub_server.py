@@ -38,6 +38,7 @@ class Repository:
 
     def __init__(self, revisions: dict[str, Path], private: bool = False, gated: bool = False) -> None:
         self.private, self.gated = private, gated
+        self.tags: set[str] = set()
         self.heads: dict[str, str] = {}
         self.folders: dict[str, Path] = {}
         for name, folder in revisions.items():
@@ -132,6 +133,13 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, _: re.Match[str]) -> None:
         facts = {"id": self.name, "sha": self.repository.commit(self.revision), "private": self.repository.private}
         self._json({**facts, "siblings": []})
+
+    def refs(self, _: re.Match[str]) -> None:
+        lists: dict[str, list[dict[str, str]]] = {"branches": [], "tags": [], "converts": []}
+        for name, commit in self.repository.heads.items():
+            kind = "tags" if name in self.repository.tags else "branches"
+            lists[kind].append({"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit})
+        self._json(lists)
 
     def tree(self, _: re.Match[str]) -> None:
         folder = self.repository.folder(self.revision)
@@ -273,13 +281,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
-REPO, REV = r"(?P<repo>[^/]+/[^/]+)", r"(?P<rev>refs/pr/\d+|[^/]+)"
+REPO, REV = r"(?P<repo>[^/]+/[^/]+)", r"(?P<rev>refs/pr/\d+|feature/[^/]+|[^/]+)"
 API = f"/api/models/{REPO}"
 # Method, path, the handler, and whether the handler only reads.
 ROUTES = [
     *((method, f"/{REPO}/resolve/{REV}/(?P<file>.+)", "resolve", True) for method in ("GET", "HEAD")),
     ("GET", API, "info", True),
     ("GET", f"{API}/revision/{REV}", "info", True),
+    ("GET", f"{API}/refs", "refs", True),
     ("GET", f"{API}/tree/{REV}(/.*)?", "tree", True),
     ("POST", "/api/validate-yaml", "validate", True),
     ("POST", "/api/repos/create", "create", False),

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from headwise.errors import HeadwiseError
+from headwise.format import size
 
 REASONS = {
     errno.ENOSPC: ("no space is left on the disk", "Free some space, then continue with `resume`."),
@@ -142,7 +143,7 @@ def check_space(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if nbytes + SPARE_BYTES > free:
         raise HeadwiseError(
-            f"The output needs {nbytes / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free.",
+            f"The output needs {size(nbytes + SPARE_BYTES)} and {folder} has {size(free)} free.",
             "Free some space or choose another disk.",
         )
 

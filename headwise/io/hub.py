@@ -224,8 +224,11 @@ def _explain(error: Exception, repo: str, revision: str | None, token: str | Non
         case hub.HFValidationError():
             return f"is not a repository name: {answer}", "Write it as org/name."
         case OSError() if _is_local(answer):
-            line = _first_line(answer, token)
-            return f"is not the cause, a file of this machine is: {line}", "Then run the same command again."
+            reason = REASONS.get(answer.errno or 0, (answer.strerror or _first_line(answer, token), None))[0]
+            place = remove_tokens(str(answer.filename or "a file of this machine"), token)
+            in_cache = place.startswith(str(constants.HF_HUB_CACHE))
+            remedy = "Set HF_HOME to a folder that can be written" if in_cache else "Mend it"
+            return f"is not the cause: {reason} at {place}", f"{remedy}, then run the same command again."
     if "xet-write-token" in str(error):
         return "has no Xet storage", "Set HF_HUB_DISABLE_XET=1 to upload without it."
     # The transport library of the client, and its exceptions, depend on the client's version.

@@ -247,6 +247,8 @@ def check_repository(
                 head = api.repo_info(repo, revision=revision).sha
             except errors.RevisionNotFoundError:
                 new_branch = True
+            else:
+                _refuse_tag(api, repo, revision)
         at = None if new_branch else revision
         files = tuple(api.list_repo_files(repo, revision=at))
         if not (force or create_pr or new_branch) and _is_other(repo, at, token, files, source, hashes):
@@ -258,6 +260,16 @@ def check_repository(
                 "`force`.",
             )
         return HubRepository(repo, revision, True, bool(info.private), new_branch, files, head)
+
+
+def _refuse_tag(api: HfApi, repo: str, revision: str) -> None:
+    """Refuse a revision that no commit can be added to; a pull request is a branch of its own."""
+    branches = {branch.name for branch in api.list_repo_refs(repo).branches}
+    if revision not in branches and not revision.startswith("refs/pr/"):
+        raise HeadwiseError(
+            f"{repo}@{revision} is a tag or a commit, and a push needs a branch.",
+            "Name a branch, and tag its commit afterwards.",
+        )
 
 
 def files_to_push(folder: Path) -> dict[str, int]:

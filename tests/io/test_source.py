@@ -127,9 +127,9 @@ def test_what_the_hub_refuses_is_one_sentence(hub, model, words):
     [
         (
             FileNotFoundError(errno.ENOENT, "No such file", "model.safetensors"),
-            "not the cause, a file of this machine",
+            "not the cause: No such file at model.safetensors",
         ),
-        (OSError(errno.EIO, "Input/output error"), "not the cause, a file of this machine"),
+        (OSError(errno.EIO, "Input/output error"), "the disk reports an error at a file of this machine"),
         (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "cannot be reached"),
     ],
 )

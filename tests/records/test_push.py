@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from transformers import AutoModelForCausalLM
 
 from headwise.cli import cli
+from headwise.convert.inspect import inspect_model
 from headwise.convert.pipeline import ConvertResult, convert_model
 from headwise.convert.verify.check import verify_model
 from headwise.errors import HeadwiseError
@@ -205,6 +208,51 @@ def test_what_would_be_loaded_beside_the_weights_is_deleted(hub, out, tmp_path):
     pushed = push_model(out, "org/new", token=TOKEN)
     assert set(pushed.deleted) == loaded and "train.py" in pushed.left
     assert not loaded & contents(repository.folder("main")).keys()
+
+
+def test_a_repository_that_held_an_adapter_loads_with_peft(hub, out, tmp_path):
+    pytest.importorskip("peft")
+    push_model(out, "org/new", token=TOKEN)
+    repository = hub.repositories["org/new"]
+    before = shutil.copytree(repository.folder("main"), tmp_path / "before")
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "org/other", "r": 2, "target_modules": ["q_proj"]}
+    (before / "adapter_config.json").write_text(json.dumps(adapter))
+    repository.move("main", before, "f" * 40)
+
+    def load(cache: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained("org/new", cache_dir=tmp_path / cache, token=TOKEN)
+
+    with pytest.raises(OSError, match="org/other"):  # transformers follows the adapter to its base model
+        load("adapter")
+    push_model(out, "org/new", token=TOKEN)
+    pulled, local = load("pushed").state_dict(), AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert pulled.keys() == local.keys() and all(torch.equal(pulled[name], local[name]) for name in local)
+
+
+def test_only_branches_are_pushed_to(hub, out):
+    push_model(out, "org/new", token=TOKEN)
+    repository = hub.repositories["org/new"]
+    commit = repository.heads["main"]
+    repository.heads["v1"], repository.tags = commit, {"v1"}
+    for revision in ("v1", commit):
+        with pytest.raises(HeadwiseError, match="is a tag or a commit, and a push needs a branch"):
+            push_model(out, "org/new", revision=revision, token=TOKEN)
+    card = out / "README.md"
+    for number, revision in enumerate(("feature/x", "feature/x", "refs/pr/7")):
+        repository.heads.setdefault("refs/pr/7", commit)
+        card.write_text(card.read_text() + f"\n{number}\n")
+        assert push_model(out, "org/new", revision=revision, token=TOKEN).changed
+        assert (repository.folder(revision) / "README.md").read_text() == card.read_text()
+    assert repository.heads["main"] == repository.heads["v1"] == commit
+
+
+def test_a_cache_that_cannot_be_written_is_named(hub, out, tmp_path, monkeypatch):
+    push_model(out, "org/new", token=TOKEN)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    with pytest.raises(HeadwiseError, match="is not the cause: a file is where a folder should be at") as caught:
+        inspect_model("org/new", token=TOKEN)
+    assert "Set HF_HOME" in str(caught.value.hint)
 
 
 def test_a_dry_run_changes_nothing(hub, out):

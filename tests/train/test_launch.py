@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from headwise.errors import HeadwiseError
 from headwise.io.source import EMBEDDED_MODEL
+from headwise.progress import Progress
 from headwise.recipes.uptrain import uptrain_model
 from headwise.train import launch
 from headwise.train.settings import LAUNCH_KINDS
@@ -28,7 +29,8 @@ about: distillation in a few steps, documents apart
 data: {text: {TEXT: 1}, length: 64, heldout_blocks: 4}
 loss: {kl: 0.9, cross_entropy: 0.1}
 train:
-  {tokens: 4096, batch_tokens: 1024, micro_batch_tokens: 256, learning_rate: 1e-3, log_every: 1, evaluate_every: 2}
+  {tokens: 4096, batch_tokens: 1024, micro_batch_tokens: 256, learning_rate: 1e-3, log_every: 1, evaluate_every: 2,
+   save_every: 1}
 """
 
 
@@ -120,6 +122,23 @@ def assert_same(case: Path, other: str) -> None:
 def test_two_processes_train_as_one_does(case: Path) -> None:
     assert launch.launch_processes("ddp", 2, arguments(case, "two")) == 0
     assert_same(case, "two")
+
+
+@pytest.mark.full
+def test_a_run_is_resumed_by_another_number_of_processes(case: Path) -> None:
+    class Stop(Progress):
+        def advance(self, amount: int, **figures: Any) -> None:
+            if list(training.glob("checkpoint-2")):
+                raise KeyboardInterrupt
+
+    training = case / ".resumed.headwise-work" / "training"
+    with pytest.raises(KeyboardInterrupt):
+        uptrain_model(
+            case / "child", case / "resumed", recipe=case / "recipe.yaml", teacher=case / "parent", progress=Stop()
+        )
+    assert list(training.glob("checkpoint-*")) and not (case / "resumed").exists()
+    assert launch.launch_processes("ddp", 2, arguments(case, "resumed") | {"resume": True}) == 0
+    assert_same(case, "resumed")
 
 
 @pytest.mark.full
