@@ -155,7 +155,7 @@ def _sample(**options: Any) -> None:
     \b
     headwise sample MODEL --tokens 1M --out text.jsonl
     headwise convert MODEL OUT --to mqa --calibrate text.jsonl
-    headwise uptrain OUT --teacher MODEL --text text.jsonl
+    headwise uptrain OUT --teacher MODEL --tokens 20M --text text.jsonl
     """
     check_options(SampleSettings, options)
     from headwise.convert.sample import sample_text
@@ -174,8 +174,8 @@ def _uptrain(**options: Any) -> None:
 
     \b
     headwise uptrain MODEL OUT --teacher PARENT --tokens 21M --text 'corpus/*.jsonl'
-    headwise uptrain MODEL OUT --recipe two-stage --set train.learning_rate=1e-4
-    headwise uptrain MODEL OUT --launch fsdp2 --processes 8
+    headwise uptrain MODEL OUT --recipe two-stage --tokens 21M --set train.learning_rate=1e-4
+    headwise uptrain MODEL OUT --tokens 21M --launch fsdp2 --processes 8
     """
     check_options(UptrainSettings, options)
     from headwise.recipes.uptrain import uptrain_model

@@ -128,7 +128,7 @@ def _render_serving(inspection: Inspection, reasons: bool) -> None:
             ("layout", *(verdict.name for verdict in inspection.engines)),
             [(", ".join(names), *words) for words, names in rows.items()],
         )
-        console.note("--engine NAME shapes MLA for an engine, and prints its reasons and commands.")
+        console.print_line("--engine NAME shapes MLA for an engine, and prints its reasons and commands.")
     elif verdicts:
         console.print_line()
         console.print_table(
