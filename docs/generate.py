@@ -13,13 +13,13 @@ import click
 import yaml
 
 from headwise import registry
-from headwise._cli.app import Option, flag_of
+from headwise._cli.app import Option
 from headwise.cli import cli
 from headwise.convert.settings import ConvertSettings, SampleSettings, VerifySettings
 from headwise.demo.settings import DemoSettings
 from headwise.eval import settings as evaluation
 from headwise.eval.bench_settings import BenchSettings
-from headwise.fields import settings_of
+from headwise.fields import flag_of, settings_of
 from headwise.models import deepseek
 from headwise.models.table import load_table
 from headwise.recipes.settings import Layerwise, UptrainSettings

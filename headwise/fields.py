@@ -81,6 +81,16 @@ def settings_of(kind: Any) -> dict[str, tuple[Field[Any], Setting]]:
     return {f.name: (f, f.metadata["setting"]) for f in fields(kind) if "setting" in f.metadata}
 
 
+def flag_of(name: str, setting: Setting | None = None) -> str:
+    """Return the spelling of a field on the command line: rope_dim -> "--rope-dim".
+
+    Args:
+        name: of the field.
+        setting: its rules; None: the spelling follows from the name.
+    """
+    return (setting and setting.flag) or "--" + name.replace("_", "-")
+
+
 def is_given(settings: Any, name: str) -> bool:
     """Return whether a field differs from its default.
 

@@ -132,6 +132,16 @@ class _Layout(Protocol):
     def qk_rope_head_dim(self) -> int | None: ...
 
 
+def latent_name(kv_lora_rank: int, qk_rope_head_dim: int | None) -> str:
+    """Return the name of an MLA layout by its cache row, such as "MLA 512+64".
+
+    Args:
+        kv_lora_rank: width of the latent.
+        qk_rope_head_dim: width of the shared rotary key.
+    """
+    return f"MLA {kv_lora_rank}+{qk_rope_head_dim}"
+
+
 def layout_names(layouts: Sequence[_Layout]) -> str:
     """Return the name of a model's layouts, such as "GQA, 8 KV heads".
 
@@ -141,7 +151,7 @@ def layout_names(layouts: Sequence[_Layout]) -> str:
     words = []
     for layout in dict.fromkeys(layouts):
         if layout.kv_lora_rank is not None:
-            words.append(f"MLA {layout.kv_lora_rank}+{layout.qk_rope_head_dim}")
+            words.append(latent_name(layout.kv_lora_rank, layout.qk_rope_head_dim))
         else:
             count = layout.num_key_value_heads
             words.append("MQA" if layout.kind == "mqa" else f"{layout.kind.upper()}, {count} KV heads")

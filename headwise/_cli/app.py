@@ -18,7 +18,7 @@ import click.shell_completion
 from headwise._cli import console
 from headwise.convert.settings import methods_of
 from headwise.errors import HeadwiseError, SettingError, is_out_of_memory
-from headwise.fields import Setting, settings_of
+from headwise.fields import Setting, flag_of, settings_of
 from headwise.io.fs import REASONS
 
 # The messages of torch for a failed allocation, on the CPU and on a GPU.
@@ -121,11 +121,6 @@ def _option(name: str, default: Any, setting: Setting) -> Option:
         metavar=setting.metavar,
         multiple=setting.multiple,
     )
-
-
-def flag_of(name: str, setting: Setting | None = None) -> str:
-    """Return the spelling of a field on the command line: rope_dim -> "--rope-dim"."""
-    return (setting and setting.flag) or "--" + name.replace("_", "-")
 
 
 def check_options(kind: type, options: dict[str, Any]) -> None:

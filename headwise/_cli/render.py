@@ -12,7 +12,7 @@ from headwise._cli import console
 from headwise.format import dtype_name, duration, factor, layout_names, size
 
 if TYPE_CHECKING:
-    from headwise.convert.inspect import Inspection, ReachableLayout
+    from headwise.convert.inspect import Inspection
     from headwise.convert.pipeline import ConvertResult
     from headwise.convert.plan import Plan
     from headwise.convert.verify.verification import Verification
@@ -76,7 +76,7 @@ def render_inspection(inspection: Inspection, *, reasons: bool = False) -> None:
         ("possible layout", ">cache per token", *(f">cache at {c // 1024}K" for c in contexts), ">saved"),
         [
             ("unchanged", *_format_cache(inspection.cache), ""),
-            *((_option_name(o), *_format_cache(o.cache), format_saving(o.saved)) for o in inspection.options),
+            *((o.name, *_format_cache(o.cache), format_saving(o.saved)) for o in inspection.options),
         ],
     )
     _render_serving(inspection, reasons)
@@ -101,7 +101,7 @@ def _render_serving(inspection: Inspection, reasons: bool) -> None:
     unchanged = ("unchanged", inspection.serving, inspection.engines)
     layouts = [
         unchanged,
-        *((_option_name(option), option.serving, option.engines) for option in inspection.options),
+        *((option.name, option.serving, option.engines) for option in inspection.options),
     ]
     if inspection.serving is not None:
         console.print_line()
@@ -417,13 +417,6 @@ def _cache_rows(before: CacheSize, after: CacheSize) -> Iterator[tuple[str, str,
 def format_saving(saved: float) -> str:
     """Return "75.0%" for 0.75, and "grows 2x" for -1.0, a cache that doubles."""
     return f"{saved:.1%}" if saved > 0 else f"grows {1 - saved:.3g}x" if saved < 0 else "none"
-
-
-def _option_name(option: ReachableLayout) -> str:
-    """Return "GQA-8", "MQA", or "MLA 512+64"."""
-    if option.kv_lora_rank is not None:
-        return f"MLA {option.kv_lora_rank}+{option.qk_rope_head_dim}"
-    return f"GQA-{option.num_key_value_heads}" if option.to == "gqa" else option.to.upper()
 
 
 def _format_rotary(layout: AttentionLayout) -> str:

@@ -111,8 +111,12 @@ def refit_seconds(
                 length,
                 DEFAULT_STEPS,
             )
-    rate = CUDA_FLOPS if device.type == "cuda" else CPU_FLOPS_PER_THREAD * torch.get_num_threads()
-    return flops / rate
+    return flops / _sustained_flops(device)
+
+
+def _sustained_flops(device: torch.device) -> float:
+    """Return the operations in a second on small layers."""
+    return CUDA_FLOPS if device.type == "cuda" else CPU_FLOPS_PER_THREAD * torch.get_num_threads()
 
 
 def layer_seconds(checkpoint: Checkpoint, arch: Architecture, target: Any, device: torch.device) -> float:
@@ -136,8 +140,7 @@ def layer_seconds(checkpoint: Checkpoint, arch: Architecture, target: Any, devic
             flops += layout.num_attention_heads * layout.head_dim * width**2
         else:
             flops += MLA_SEARCH * layout.num_attention_heads * layout.cache_elements_per_token * width**2
-    rate = CUDA_FLOPS if device.type == "cuda" else CPU_FLOPS_PER_THREAD * torch.get_num_threads()
-    return flops / rate
+    return flops / _sustained_flops(device)
 
 
 def require_free_memory(nbytes: int, device: torch.device) -> None:

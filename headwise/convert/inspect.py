@@ -13,7 +13,7 @@ import torch
 from headwise.convert.mla.exact import latent_layout
 from headwise.convert.positions.rope_range import RopeRange, rope_ranges
 from headwise.errors import HeadwiseError
-from headwise.format import plain_fields
+from headwise.format import latent_name, plain_fields
 from headwise.io import hub
 from headwise.io.gguf import open_gguf
 from headwise.io.reader import Checkpoint, read_headers
@@ -67,6 +67,13 @@ class ReachableLayout:
     saved: float
     serving: ServingForecast | None = None
     engines: tuple[EngineVerdict, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Return "GQA-8", "MQA", "MHA" or "MLA 512+64"."""
+        if self.kv_lora_rank is not None:
+            return latent_name(self.kv_lora_rank, self.qk_rope_head_dim)
+        return f"GQA-{self.num_key_value_heads}" if self.to == "gqa" else self.to.upper()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the layout as plain data."""
@@ -170,7 +177,7 @@ def inspect_model(
         config = read_config(folder)
         if (matched := _match_headers(str(model), folder, commit)) is not None:
             config = matched.config
-            parameters, origin = sum(math.prod(entry.shape) for entry in matched.tensors.values()), "headers"
+            parameters, origin = matched.num_parameters, "headers"
         else:
             parameters, origin = _count_parameters(str(model), folder, commit, token, dtype_of(config))
         dtype = dtype_of(config)
@@ -282,7 +289,7 @@ class _Serving:
         own = self.forecast(layouts)
         if own is not None:
             mla_caches = [
-                (f"MLA {option.kv_lora_rank}+{option.qk_rope_head_dim}", option.serving.cache_bytes_per_token)
+                (option.name, option.serving.cache_bytes_per_token)
                 for option in options
                 if option.to == "mla" and option.serving
             ]

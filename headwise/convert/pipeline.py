@@ -26,7 +26,6 @@ from headwise.convert.calibration.corpus import (
     forward_seconds,
     measure_converted,
     measure_text,
-    num_parameters,
     read_corpus,
     sampling_seconds,
     whole_model_bytes,
@@ -378,14 +377,12 @@ def _seconds(
         default = forecast.refit_seconds(checkpoint, arch, target, calibration.length, device)
         stages["refit"] = default * calibration.steps / DEFAULT_STEPS
     if joint:
-        width = arch.stock_config(checkpoint.config).hidden_size
-        attention = sum(layout.num_parameters(width) for layout in target.layouts)
         slower = (
             1.0
             if device.type == "cuda"
             else forward_seconds(checkpoint, 1, device) / forward_seconds(checkpoint, 1, torch.device("cuda"))
         )
-        stages["joint refit"] = slower * joint_seconds(num_parameters(checkpoint), attention, joint)
+        stages["joint refit"] = slower * joint_seconds(checkpoint, arch, target, joint)
     stages["files"] = checkpoint.nbytes / forecast.FILE_RATE
     return {stage: round(seconds, 1) for stage, seconds in stages.items()}
 

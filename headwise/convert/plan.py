@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from headwise.convert.settings import ConvertSettings
+from headwise.fields import flag_of, settings_of
 from headwise.format import dtype_name, duration, layout_names, plain_fields, size
 from headwise.io.reader import Checkpoint
 from headwise.io.writer import OutputTensor, Shard, plan_shards
@@ -87,6 +89,11 @@ class Plan:
     engines: tuple[EngineVerdict, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def flags(self) -> dict[str, str]:
+        """Return the spelling of every setting on the command line."""
+        return {name: flag_of(name, setting) for name, (_, setting) in settings_of(ConvertSettings).items()}
 
     @property
     def bytes_after(self) -> int:
@@ -229,7 +236,7 @@ def make_plan(
         cache_before=CacheSize.of(before, dtype_of(checkpoint.config)),
         cache_after=CacheSize.of(layouts, dtype_of(config)),
         bytes_before=checkpoint.nbytes,
-        parameters_before=sum(math.prod(entry.shape) for entry in checkpoint.tensors.values()),
+        parameters_before=checkpoint.num_parameters,
         peak_memory=peak_memory,
         seconds=dict(seconds or {}),
         exact=exact,

@@ -62,11 +62,13 @@ def assemble(
         parent_nats = None if parent is None else torch.tensor(parent.nats)
         heldout = compare_perplexity("heldout", torch.tensor(child.nats), parent_nats, child.tokens)
         compared.append(name_unfit_text(heldout, pair.child.vocabulary))
+    cut: dict[str, frozenset[str]] = {}
     if child.results is not None:
+        cut = cut_for_one(child.results, parent.results if parent else None)
         samples = child.results.samples
         compared += [
             name_unfit_task(gated, samples.get(gated.comparison.task, ()))
-            for gated in compare_tasks(child.results, parent.results if parent else None)
+            for gated in compare_tasks(child.results, parent.results if parent else None, cut)
         ]
     compared = correct(compared)
     fail_above = pair.settings.fail_above
@@ -95,7 +97,7 @@ def assemble(
         passkey=tuple(_passkey_cells(child.results, parent.results if parent else None)),
         fail_above=fail_above,
         gates=tuple(gates),
-        notes=(*_tasks_not_run(pair), *_cut_prompts(roles)),
+        notes=(*_tasks_not_run(pair), *_cut_prompts(roles, cut)),
         logs={
             role: pair.folder(role).relative_to(pair.work).as_posix()
             for role in ("child", *(["parent"] if parent else []))
@@ -138,18 +140,16 @@ def _tasks_not_run(pair: EvalPair) -> Iterator[str]:
         yield f"Not run, because the folder has no questions and the Hub cannot be reached: {names}."
 
 
-def _cut_prompts(roles: Mapping[str, TaskResults | None]) -> Iterator[str]:
+def _cut_prompts(roles: Mapping[str, TaskResults | None], cut: Mapping[str, frozenset[str]]) -> Iterator[str]:
     """Yield a sentence for each task whose prompts exceed a model's context."""
     for role, results in roles.items():
         for task, counts in (results.answers if results else {}).items():
             if counts.cut:
                 share = f"{len(counts.cut):,} of {counts.questions:,} prompts"
                 yield f"{share} of {task} exceed the context of the {role} and were truncated from the left."
-    child, parent = roles["child"], roles["parent"]
-    if child and parent:
-        for task, left_out in cut_for_one(child, parent).items():
-            if left_out:
-                yield f"{len(left_out):,} questions of {task} are not compared: one model alone reads them whole."
+    for task, left_out in cut.items():
+        if left_out:
+            yield f"{len(left_out):,} questions of {task} are not compared: one model alone reads them whole."
 
 
 def _compare_positions(

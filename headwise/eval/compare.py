@@ -49,7 +49,9 @@ class GatedComparison:
         return self.damage.above(math.log1p(fail_above) if self.comparison.is_perplexity else fail_above)
 
 
-def compare_tasks(child: TaskResults, parent: TaskResults | None) -> list[GatedComparison]:
+def compare_tasks(
+    child: TaskResults, parent: TaskResults | None, cut: Mapping[str, frozenset[str]] | None = None
+) -> list[GatedComparison]:
     """Compare all figures of all tasks.
 
     A question whose prompt was cut for one model only is left out: the models did not read the same.
@@ -57,6 +59,7 @@ def compare_tasks(child: TaskResults, parent: TaskResults | None) -> list[GatedC
     Args:
         child: results of the child.
         parent: results of the parent; None without a baseline.
+        cut: the questions that are left out, as `cut_for_one` returns them; None: they are found here.
 
     Returns:
         The comparisons; a group's figure precedes those of its parts.
@@ -66,7 +69,7 @@ def compare_tasks(child: TaskResults, parent: TaskResults | None) -> list[GatedC
     """
     compared: list[GatedComparison] = []
     group_of = {task: group for group, tasks in child.groups.items() for task in tasks}
-    cut = cut_for_one(child, parent)
+    cut = cut_for_one(child, parent) if cut is None else cut
     pooled = {group: _pool(group, child, parent, cut) for group in child.groups}
     for figure in child.figures.values():
         group = group_of.get(figure.task)

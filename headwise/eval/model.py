@@ -17,7 +17,9 @@ from headwise.format import layout_names
 from headwise.io.reader import read_headers
 from headwise.io.source import Source, find_source
 from headwise.io.tokenizer import load_tokenizer
+from headwise.models.config import has_stock_class
 from headwise.models.protocol import AttentionModel, find_attention_model
+from headwise.models.stock import stock_config
 from headwise.models.stock_match import require_head
 from headwise.progress import SILENT, Progress
 from headwise.records.manifest import hash_file
@@ -58,9 +60,11 @@ class EvalModel:
 
     @property
     def vocabulary(self) -> int | None:
-        """Return `vocab_size`; None if config.json has none."""
-        text = self.source.config.get("text_config") or self.source.config
-        size = text.get("vocab_size")
+        """Return the `vocab_size` of the stock class; None if there is no such class or field."""
+        config = self.source.config
+        if not has_stock_class(str(config.get("model_type"))):
+            return None
+        size = getattr(stock_config(config).get_text_config(), "vocab_size", None)
         return size if isinstance(size, int) else None
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -98,6 +99,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Return the bytes of all tensors."""
         return sum(entry.nbytes for entry in self.tensors.values())
+
+    @property
+    def num_parameters(self) -> int:
+        """Return the number of elements of all tensors, from the headers."""
+        return sum(math.prod(entry.shape) for entry in self.tensors.values())
 
     def read(self, name: str) -> Tensor:
         """Read one tensor into its own memory, in its stored dtype.

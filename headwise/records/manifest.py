@@ -20,8 +20,6 @@ from headwise.progress import SILENT, Progress
 RECORD = "headwise.json"
 # People may edit the card; weights are recorded tensor by tensor.
 NOT_HASHED = (RECORD, "README.md")
-# The options whose name is not that of their field.
-FLAGS = {"engines": "--engine"}
 PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy")
 
 
@@ -46,6 +44,10 @@ class DecidedConversion(Protocol):
     @property
     def arguments(self) -> dict[str, Any]:
         """The settings in force."""
+
+    @property
+    def flags(self) -> Mapping[str, str]:
+        """The spelling of every setting on the command line."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -172,7 +174,7 @@ def command_of(plan: DecidedConversion, out: str, verification: Mapping[str, Any
     if plan.arguments.get("joint"):
         options["refit"] = "joint"
     for key, value in options.items():
-        flag = FLAGS.get(key) or "--" + key.replace("_", "-")
+        flag = plan.flags[key]
         for word in value if isinstance(value, list) else [value]:
             command += [flag] if word is True else [flag, str(word)]
     if verification is None:

@@ -7,7 +7,6 @@ matrix products in bfloat16.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -93,8 +92,7 @@ class ModelShape:
     @classmethod
     def of_folder(cls, folder: ModelFolder) -> ModelShape:
         """Return the shape of a folder's model, from its config and the headers of its files."""
-        num_parameters = sum(math.prod(entry.shape) for entry in folder.checkpoint.tensors.values())
-        return cls.of(folder.text, num_parameters)
+        return cls.of(folder.text, folder.checkpoint.num_parameters)
 
     @property
     def num_layer_parameters(self) -> int:

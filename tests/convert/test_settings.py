@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headwise import convert_model, registry
-from headwise._cli.app import flag_of, with_flags
+from headwise._cli.app import with_flags
 from headwise.cli import cli
 from headwise.convert import pipeline
 from headwise.convert.settings import CLASHES, NEEDS, ConvertSettings
 from headwise.errors import SettingError
-from headwise.fields import settings_of
+from headwise.fields import flag_of, settings_of
 
 DECLARED = settings_of(ConvertSettings)
 VERB = cli.commands["convert"]

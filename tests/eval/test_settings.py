@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from headwise import evaluate_model
-from headwise._cli.app import flag_of, with_flags
+from headwise._cli.app import with_flags
 from headwise.cli import cli
 from headwise.errors import HeadwiseError, SettingError
 from headwise.eval import evaluate
@@ -27,7 +27,7 @@ from headwise.eval.settings import (
     is_eval_recipe,
     load_eval_recipe,
 )
-from headwise.fields import settings_of
+from headwise.fields import flag_of, settings_of
 
 DECLARED = settings_of(EvalSettings)
 VERB = cli.commands["eval"]

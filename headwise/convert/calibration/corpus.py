@@ -124,7 +124,7 @@ def sampling_seconds(checkpoint: Checkpoint, tokens: int, device: torch.device) 
         device: where the model runs.
     """
     rate = SAMPLING_FLOPS.get(device.type, CPU_SAMPLING_FLOPS * torch.get_num_threads())
-    return 2.0 * num_parameters(checkpoint) * tokens / rate
+    return 2.0 * checkpoint.num_parameters * tokens / rate
 
 
 def forward_seconds(checkpoint: Checkpoint, tokens: int, device: torch.device) -> float:
@@ -136,7 +136,7 @@ def forward_seconds(checkpoint: Checkpoint, tokens: int, device: torch.device) -
         device: where the model runs.
     """
     rate = FORWARD_FLOPS.get(device.type, CPU_FORWARD_FLOPS * torch.get_num_threads())
-    return 2.0 * num_parameters(checkpoint) * tokens / rate
+    return 2.0 * checkpoint.num_parameters * tokens / rate
 
 
 def keep_corpus(cache: Path, calibration: Any, blocks: Tensor) -> None:
@@ -343,17 +343,12 @@ def whole_model_bytes(checkpoint: Checkpoint, device: torch.device) -> int:
         checkpoint: the model.
         device: where it runs.
     """
-    return (2 if device.type == "cuda" else 4) * num_parameters(checkpoint)
+    return (2 if device.type == "cuda" else 4) * checkpoint.num_parameters
 
 
 def _fits(checkpoint: Checkpoint, device: torch.device) -> bool:
     free = available_memory(device)
     return free is None or whole_model_bytes(checkpoint, device) < MEMORY_SHARE * free
-
-
-def num_parameters(checkpoint: Checkpoint) -> int:
-    """Return the number of a model's parameters, from its headers."""
-    return sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
 
 
 def _number(nats: float) -> float | None:

@@ -166,7 +166,7 @@ class LatentTarget:
     def _explain_growth(self) -> None:
         """Note why the weights grow, and how to avoid it."""
         numbers = {tensor.name: math.prod(tensor.shape) for tensor in self.outputs}
-        before = sum(math.prod(entry.shape) for entry in self.source.tensors.values())
+        before = self.source.num_parameters
         grown = sum(numbers.values()) - before
         if grown <= 0:
             return

@@ -6,7 +6,6 @@ The closed forms are on disk already. Text is sampled from the parent, the atten
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Collection
 from dataclasses import replace
@@ -83,22 +82,27 @@ def plan_joint(
     changed = target.exact or settings.context is not None or settings.sliding_window is not None
     if settings.refit != "auto" or device.type != "cuda" or not target.calibrated or changed or checkpoint.headless:
         return None
-    parameters = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
-    width = arch.stock_config(checkpoint.config).hidden_size
-    attention = sum(layout.num_parameters(width) for layout in target.layouts)
+    parameters, attention = checkpoint.num_parameters, _attention_parameters(checkpoint, arch, target)
     free = available_memory(device)
     fits = free is None or BYTES_PER_PARAMETER * parameters + BYTES_PER_TRAINED * attention < MEMORY_SHARE * free
-    return plan if fits and joint_seconds(parameters, attention, plan) <= REFIT_SECONDS else None
+    return plan if fits and joint_seconds(checkpoint, arch, target, plan) <= REFIT_SECONDS else None
 
 
-def joint_seconds(parameters: int, attention: int, plan: JointPlan) -> float:
+def _attention_parameters(checkpoint: Checkpoint, arch: Architecture, target: Target) -> int:
+    width = arch.stock_config(checkpoint.config).hidden_size
+    return sum(layout.num_parameters(width) for layout in target.layouts)
+
+
+def joint_seconds(checkpoint: Checkpoint, arch: Architecture, target: Target, plan: JointPlan) -> float:
     """Return the forecast seconds of a joint refit on a GPU, sampling included.
 
     Args:
-        parameters: of the model.
-        attention: of the converted layers, all together.
+        checkpoint: the source.
+        arch: its row.
+        target: the decided conversion.
         plan: steps and tokens.
     """
+    parameters, attention = checkpoint.num_parameters, _attention_parameters(checkpoint, arch, target)
     tokens = plan.sequences * plan.length
     regression = plan.regression_steps * tokens * (2.0 * parameters + 6.0 * attention)
     distillation = plan.kl_steps * tokens * (2.0 + 2.0 + 4.0) * parameters

@@ -143,21 +143,35 @@ def check_folder(
     parent = _with_same_positions(parent, arguments) if parent is not None else None
     trained = bool(record and record.get("uptraining"))
     if own_layouts[0].kind == "mla":
-        attention: Any = FactoredAttention(checkpoint)
         add("function", check_factors, checkpoint, model, device)
         if parent is not None:
             add("parent", compare_with_parent, checkpoint, parent, model, trained, device)
     else:
-        attention = RepeatedAttention(checkpoint) if shares_heads(checkpoint) else None
         add("function", check_groups, checkpoint, model, device)
         if parent is not None:
             more = {"compare": finite, "trained": trained, "device": device}
             add("parent", compare_grouped, checkpoint, parent, model, **more)
     if checkpoint.nbytes <= WHOLE_BYTES:
-        allow_nan = "allow_nan" in arguments
-        more = {"allow_nan": allow_nan, "attention": attention, "device": device}
-        add("loading", check_loading, checkpoint, model, layouts, **more)
+        latent = own_layouts[0].kind == "mla"
+        add("loading", _loads, checkpoint, model, layouts, latent, "allow_nan" in arguments, device)
     return Verification(tuple(checks))
+
+
+def _loads(
+    checkpoint: Checkpoint,
+    model: AttentionModel,
+    layouts: Sequence[AttentionLayout],
+    latent: bool,
+    allow_nan: bool,
+    device: torch.device | str,
+) -> tuple[bool, str]:
+    """Load the folder whole; where its attention was computed, compare the logits with float64."""
+    attention: Any = None
+    if latent:
+        attention = FactoredAttention(checkpoint)
+    elif shares_heads(checkpoint):
+        attention = RepeatedAttention(checkpoint)
+    return check_loading(checkpoint, model, layouts, allow_nan=allow_nan, attention=attention, device=device)
 
 
 def _with_same_positions(parent: Checkpoint, arguments: Mapping[str, Any]) -> Checkpoint:

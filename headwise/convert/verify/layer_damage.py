@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headwise.convert.calibration.corpus import LOSS_SECONDS, MEMORY_SHARE, forward_seconds, num_parameters
+from headwise.convert.calibration.corpus import LOSS_SECONDS, MEMORY_SHARE, forward_seconds
 from headwise.environment import available_memory
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import find_architecture
@@ -44,7 +44,7 @@ def affordable_damage(
     sequences, length = SHAPE.get(device.type, CPU_SHAPE)
     tokens = blocks[:sequences, :length]
     free = available_memory(device)
-    if free is not None and BYTES_PER_PARAMETER * num_parameters(parent) > MEMORY_SHARE * free:
+    if free is not None and BYTES_PER_PARAMETER * parent.num_parameters > MEMORY_SHARE * free:
         return None
     if PASSES * forward_seconds(parent, tokens.numel(), device) > LOSS_SECONDS:
         return None
