@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SHAPE = {
     "vocab_size": 257,
@@ -28,14 +28,15 @@ TEXT = {"calibrate": argparse.__file__, "calibration_tokens": 32 * 24}
 
 
 def save_speaking(folder: Path, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
-    """Save a random Llama and a tokenizer with one token per byte."""
-    model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, **overrides}))
+    """Save a random model, a Llama by default, and a tokenizer with one token per byte."""
+    config = AutoConfig.for_model(overrides.pop("model_type", "llama"), **{**SHAPE, **overrides})
+    model: Any = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
-    model.to(dtype).save_pretrained(folder)  # type: ignore[arg-type]
+    model.to(dtype).save_pretrained(folder)
     alphabet = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({byte: number for number, byte in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

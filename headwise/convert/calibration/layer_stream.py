@@ -46,8 +46,9 @@ class LayerRecord:
             float64. None without norms, or where the target has no use for it.
         key_cross: E[k x^T] of the normed keys, each token weighted by the attention it gets as in `key_moment`,
             (G, head_dim, D + 1).
-        query_scales: means of the norm's scale s, of s^2 and of |q|^2 for each head, (3, H), like `query_cross`.
-        key_scales: the same of the keys, (3, G), like `key_cross`.
+        query_scales: means of the norm's scale s, of s^2 and of |q|^2 for each head, and the number of tokens (the
+            effective number, where they are weighted), (4, H), like `query_cross`.
+        key_scales: the same of the keys, (4, G), like `key_cross`.
         inputs: of the attention, (sequences, length, D) float32 on the CPU; None unless kept.
         outputs: of the attention, like `inputs`.
         arguments: further arguments of the attention module, for a batch of any size.

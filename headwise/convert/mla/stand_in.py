@@ -15,8 +15,9 @@ from torch import Tensor
 from headwise.convert.linalg import solve_from_right
 from headwise.models.layout import LayerWeights
 
-# Added to the unit diagonal of the moment. It keeps directions that the text hardly has at the mean scale.
-RIDGE = 1e-4
+# The weight of the mean scale in tokens for each input, relative to a moment of unit diagonal: it decides where the
+# text has little of a direction (docs/decisions/0030).
+PRIOR = 0.3
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ def linear_stand_in(
         key_moment: (D + 1, D + 1) the same, each token weighted by the attention it gets.
         query_cross: (H, head_dim, D + 1) E[q x^T] of the normed queries.
         key_cross: (G, head_dim, D + 1) E[k x^T] of the normed keys, weighted as `key_moment`.
-        query_scales: (3, H) means of the norm's scale s, of s^2 and of |q|^2.
-        key_scales: (3, G) the same of the keys.
+        query_scales: (4, H) means of the norm's scale s, of s^2 and of |q|^2, and the effective number of tokens.
+        key_scales: (4, G) the same of the keys.
         regress: False: multiply the rows by the mean scale, the baseline.
 
     Returns:
@@ -97,7 +98,9 @@ def _stand_in(
     moment, cross = moment[:inputs, :inputs].to(rows), cross[..., :inputs].to(rows)
     linear = scales[0].to(rows)[:, None, None] * multiplier[..., None] * rows
     if regress:
-        linear = linear + solve_from_right(moment, (cross - linear @ moment).flatten(0, 1), RIDGE).view_as(rows)
+        missing = (cross - linear @ moment).flatten(0, 1)
+        ridge = PRIOR * inputs / max(float(scales[3, 0]), 1.0)
+        linear = linear + solve_from_right(moment, missing, ridge).view_as(rows)
     energy = scales[2].sum().to(rows)
     error = energy - 2 * (linear * cross).sum() + (linear @ moment * linear).sum()
     return linear, float((error / energy.clamp_min(torch.finfo(rows.dtype).tiny)).clamp_min(0))

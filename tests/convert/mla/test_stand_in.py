@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from headwise.convert.calibration.norm_stats import CrossMoment, NormedProjections
+from headwise.convert.mla import stand_in
 from headwise.convert.mla.stand_in import linear_stand_in, unit_scale
 from headwise.models.layout import LayerWeights
 from tests.convert.mla.samples import random_source, rotate
@@ -108,16 +109,19 @@ def test_the_regression_is_nearer_than_the_mean_scale(scope: str) -> None:
     assert error(best) < 0.9 * error(mean)
 
 
-def test_residuals_are_those_of_the_tokens() -> None:
+def test_the_mean_scale_decides_where_there_is_little_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many tokens as inputs, a regression without a prior fits them and no others."""
     weights, _ = normed_source("head")
-    x, attention = inputs_of(weights.hidden_size), torch.rand(700, dtype=torch.float64)
-    linear, report = linear_stand_in(weights, **measured(weights, x, attention))
-    scales, keys = NormedProjections(weights, EPS).keys(x)
-    lost = (torch.einsum("gdi,ti->tgd", linear.k, x[:, :-1]) - keys).square().sum((1, 2))
-    assert report.key_residual == pytest.approx(float((attention @ lost) / (attention @ keys.square().sum((1, 2)))))
-    mean = attention @ scales / attention.sum()
-    variance = attention @ (scales - mean).square() / attention.sum() / mean.square()
-    assert report.key_scale_variance == pytest.approx(float(variance.mean()))
+    x = inputs_of(weights.hidden_size)
+    figures = measured(weights, x[:30], torch.ones(30, dtype=torch.float64))
+    keys = NormedProjections(weights, EPS).keys(x)[1]
+
+    def lost(prior: float) -> float:
+        monkeypatch.setattr(stand_in, "PRIOR", prior)
+        linear = linear_stand_in(weights, **figures)[0]
+        return float((torch.einsum("gdi,ti->tgd", linear.k, x[:, :-1]) - keys).square().mean())
+
+    assert lost(stand_in.PRIOR) < 0.5 * lost(1e-9)
 
 
 @pytest.mark.parametrize("scope", SCOPES)

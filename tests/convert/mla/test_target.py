@@ -403,3 +403,42 @@ def test_a_field_that_the_config_leaves_out_has_the_default_of_its_class(tmp_pat
         for folder in (model, tmp_path / "out")
     ]
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
+
+
+NORMED = {"model_type": "qwen3", "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("refit_steps", ["off", 2])
+def test_norms_on_queries_and_keys_become_linear_maps(tmp_path: Path, bias: bool, refit_steps: Any) -> None:
+    parent = save_speaking(tmp_path / "parent", **NORMED, attention_bias=bias)
+    options = {"to": "mla", "rank": 24, "rope_dim": 8, **TEXT, "refit": refit_steps}
+    plan = convert_model(parent, tmp_path / "out", dry_run=True, **options)
+    assert isinstance(plan, Plan) and not plan.exact
+    assert any("Approximate: the source normalises queries and keys" in warning for warning in plan.warnings)
+    assert any("measured in every layer during calibration" in note for note in plan.notes)
+    result = passed(convert_model(parent, tmp_path / "out", **options))
+    child = load(tmp_path / "out")
+    assert type(child) is DeepseekV3ForCausalLM and cached(child) == [32, 32]
+    assert not any("q_norm" in name or "k_norm" in name for name in child.state_dict())
+    for report in result.layers.values():
+        assert 0 < report["key_residual"] < 1 and 0 < report["query_residual"] < 1
+        assert report["key_scale_variance"] > 0 and report["query_scale_variance"] > 0
+    assert verify_model(tmp_path / "out", against=parent).passed
+    again = json.loads((tmp_path / "out" / "headwise.json").read_text())
+    assert again["layers"]["1"]["key_residual"] == result.layers[1]["key_residual"]
+
+
+def test_moments_hold_the_norms_on_queries_and_keys(tmp_path: Path) -> None:
+    parent = save_speaking(tmp_path / "parent", **NORMED)
+    options = {"to": "mla", "rank": 24, "rope_dim": 8, "method": "transmla", "refit": "off", "verify": False}
+    convert_model(parent, tmp_path / "direct", save_moments=tmp_path / "moments", **TEXT, **options)
+    convert_model(parent, tmp_path / "reused", moments=tmp_path / "moments", **options)
+    direct, reused = (logits(load(tmp_path / name)) for name in ("direct", "reused"))
+    assert relative(reused, direct) < 1e-3
+    convert_model(
+        parent, tmp_path / "gqa", to="mqa", save_moments=tmp_path / "old", verify=False, **TEXT, refit="off"
+    )
+    with pytest.raises(HeadwiseError, match="nothing about the norms"):
+        convert_model(parent, tmp_path / "no", moments=tmp_path / "old", **options)
+    assert not (tmp_path / "no").exists()

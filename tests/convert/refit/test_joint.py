@@ -17,6 +17,7 @@ from headwise.io.reader import open_checkpoint
 from headwise.train import recovery
 from headwise.train.recovery import JointPlan
 from tests import small_parents
+from tests.convert.speaking import save_speaking
 
 PLAN = JointPlan(tokens=32 * 24, regression_steps=6, kl_steps=4, sequences=4, length=32, heldout=4)
 TARGETS: dict[str, dict[str, Any]] = {
@@ -58,6 +59,18 @@ def test_both_stages_are_recorded_and_the_result_is_verified(parent: Path, tmp_p
     assert again.refit == done.refit
     repeated = load_file(again.out / "model.safetensors")
     assert all(torch.equal(after[name], repeated[name]) for name in after)
+
+
+def test_the_target_is_the_output_of_the_normed_parent(tmp_path: Path) -> None:
+    """Of a source with norms on queries and keys: the linear maps begin near it, and training lowers the error."""
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10}
+    parent = save_speaking(tmp_path / "parent", model_type="qwen3", **heads)
+    done = convert(parent, tmp_path / "out", "mla", calibration_tokens=32 * 24)
+    regression = done.refit[0]
+    assert done.verification is not None and done.verification.passed
+    assert all(report["key_residual"] > 0 for report in done.layers.values())
+    assert all(report["output"]["before"] < 0.5 for report in done.layers.values())
+    assert regression["kept"] and regression["after"] < regression["before"]
 
 
 def test_a_stage_that_makes_it_worse_is_undone(
