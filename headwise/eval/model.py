@@ -54,18 +54,20 @@ class EvalModel:
 
     @property
     def context(self) -> int | None:
-        """Return `max_position_embeddings`; None if config.json has none."""
-        text = self.source.config.get("text_config") or self.source.config
-        return text.get("max_position_embeddings") or text.get("n_positions")
+        """Return `max_position_embeddings` of the stock class; None if there is no such class or field."""
+        return self._stock_size("max_position_embeddings")
 
     @property
     def vocabulary(self) -> int | None:
-        """Return the `vocab_size` of the stock class; None if there is no such class or field."""
+        """Return `vocab_size` of the stock class; None if there is no such class or field."""
+        return self._stock_size("vocab_size")
+
+    def _stock_size(self, name: str) -> int | None:
         config = self.source.config
         if not has_stock_class(str(config.get("model_type"))):
             return None
-        size = getattr(stock_config(config).get_text_config(), "vocab_size", None)
-        return size if isinstance(size, int) else None
+        size = getattr(stock_config(config).get_text_config(), name, None)
+        return size if isinstance(size, int) and size > 0 else None
 
     @property
     def architecture(self) -> AttentionModel | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,6 +36,17 @@ def test_the_content_hash_covers_weights_config_and_tokenizer(tmp_path: Path) ->
         changed.model.norm.weight[0] += 1
     changed.save_pretrained(copy)
     assert find_model(copy).subject.sha256 != before
+
+
+def test_sizes_are_those_of_the_stock_class(tmp_path: Path) -> None:
+    folder = save_speaking(tmp_path / "parent", max_position_embeddings=2048)
+    config = json.loads((folder / "config.json").read_text())
+    del config["max_position_embeddings"]  # the default of the class is 2048
+    (folder / "config.json").write_text(json.dumps(config))
+    model = find_model(folder)
+    assert model.context == 2048 and model.vocabulary == 257
+    unknown = replace(model, source=replace(model.source, config={"model_type": "own", "vocab_size": 257}))
+    assert unknown.context is None and unknown.vocabulary is None
 
 
 def test_a_swapped_vocabulary_is_another_tokenizer(tmp_path: Path) -> None:
