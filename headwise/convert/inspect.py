@@ -42,6 +42,9 @@ from headwise.serving.settings import ServingSettings
 
 # Pairs (kv_lora_rank, qk_rope_head_dim) with cache rows that engines support (serving/engines.yaml).
 LATENTS = ((256, 64), (448, 64), (512, 64))
+LINEAR_NORMS = (
+    "MLA is approximate at every size: the model normalises queries and keys, and linear maps replace the norms."
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Inspection:
         damage: recorded damage of every layer of a converted folder, in nats per token; else empty.
         serving: what the model itself costs on each GPU; None without a forecast.
         engines: verdicts of the engines that the settings name, or of all, on the model itself.
-        notes: what a user should know before a conversion for these GPUs.
+        notes: what a user should know before a conversion.
     """
 
     model: str
@@ -226,7 +229,7 @@ def inspect_model(
         damage=damage,
         serving=serving.forecast(layouts),
         engines=serving.verdicts(config, layouts),
-        notes=tuple(serving.notes(layouts, options)),
+        notes=(*serving.notes(layouts, options), *([LINEAR_NORMS] if mla is None and arch.qk_norm(config) else [])),
     )
 
 

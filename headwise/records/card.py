@@ -359,6 +359,10 @@ def _errors(manifest: Mapping[str, Any]) -> Iterator[str]:
     for name, values in errors.items():
         worst = max(values, key=lambda layer: values[layer])
         yield f"| {name} | {median(values.values()):.4f} | {values[worst]:.4f} (layer {worst}) |"
+    if "key residual" in errors:
+        yield ""
+        yield "The base model normalises queries and keys. Linear maps replace these norms: the residuals are"
+        yield "their errors, and the scale variances are those of the norms' own scales."
     if damage:
         first = sorted(damage, key=lambda layer: -damage[layer])[:MOST_DAMAGED]
         yield ""

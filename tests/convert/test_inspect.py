@@ -15,6 +15,7 @@ from headwise.convert.inspect import inspect_model
 from headwise.errors import HeadwiseError, SettingError
 from headwise.models.layout import AttentionLayout, CacheSize
 from headwise.serving.engines import ENGINES
+from tests import tiny_models
 from tests.convert.test_plan import llama_config, model
 
 __all__ = ["model"]
@@ -80,6 +81,13 @@ def test_the_reason_against_mla_is_given(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     inspection = inspect_model(tmp_path)
     assert "cannot become MLA" in (inspection.mla or "") and "mla" not in {o.to for o in inspection.options}
+
+
+@pytest.mark.parametrize(("model_type", "approximate"), [("qwen3", True), ("llama", False), ("olmo2", False)])
+def test_norms_on_queries_and_keys_make_mla_approximate(tmp_path: Path, model_type: str, approximate: bool) -> None:
+    inspection = inspect_model(tiny_models.save(model_type, tmp_path / "model"))
+    assert any("MLA is approximate" in note for note in inspection.notes) == approximate
+    assert (inspection.mla is None) == (model_type != "olmo2")
 
 
 def test_a_window_bounds_the_cache() -> None:

@@ -427,6 +427,7 @@ def test_norms_on_queries_and_keys_become_linear_maps(tmp_path: Path, bias: bool
     assert verify_model(tmp_path / "out", against=parent).passed
     again = json.loads((tmp_path / "out" / "headwise.json").read_text())
     assert again["layers"]["1"]["key_residual"] == result.layers[1]["key_residual"]
+    assert "Linear maps replace these norms" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_moments_hold_the_norms_on_queries_and_keys(tmp_path: Path) -> None:
