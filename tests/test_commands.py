@@ -47,6 +47,7 @@ SMALL = {
     "--limit": "2",
     "--calibration-tokens": "2048",
     "--batch": "2",
+    "--sliding-window": "512",
 }
 # Budgets that are added to each command of a verb where they have an effect.
 MORE = {
@@ -66,7 +67,7 @@ SHAPE = {
     "num_attention_heads": 64,
     "num_key_value_heads": 16,
     "head_dim": 16,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 1024,
 }
 
 
