@@ -21,6 +21,7 @@ from headwise.models.config import has_stock_class
 from headwise.models.protocol import AttentionModel, find_attention_model
 from headwise.models.stock import stock_config
 from headwise.models.stock_match import require_head
+from headwise.models.table import why_no_decoder
 from headwise.progress import SILENT, Progress
 from headwise.records.manifest import hash_file
 
@@ -112,9 +113,15 @@ def find_model(model: str | Path, *, token: str | None = None, progress: Progres
         progress: receives the download.
 
     Raises:
-        HeadwiseError: there is no such model, a tensor is missing, or the model has no language-model head.
+        HeadwiseError: there is no such model, it is no decoder-only language model, a tensor is missing, or it has
+            no language-model head.
     """
     source = find_source(model, token=token, progress=progress)
+    if reason := why_no_decoder(source.config):
+        raise HeadwiseError(
+            f"{model} cannot be evaluated: {reason}.",
+            "`headwise eval` measures decoder-only language models, alone or inside a multimodal model.",
+        )
     attention = cache_bytes = parameters = None
     with suppress(HeadwiseError):  # a model type that headwise cannot convert can still be evaluated
         attention = layout_names(find_attention_model(source.config).layouts(source.config))

@@ -194,18 +194,32 @@ def _is_no_language_model(model_type: Any, name: Any) -> bool:
     )
 
 
+def why_no_decoder(config: dict[str, Any]) -> str | None:
+    """Return why a checkpoint is no decoder-only language model, such as "ViTModel is no language model".
+
+    Args:
+        config: config.json.
+
+    Returns:
+        The end of a sentence; None for a language model, or if the config does not show it.
+    """
+    architectures = config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    if config.get("is_encoder_decoder") is True:
+        return f"{name or 'it'} is an encoder-decoder model"
+    return f"{name} is no language model" if _is_no_language_model(config.get("model_type"), name) else None
+
+
 def _unsupported(model_type: Any, table: Table, config: dict[str, Any]) -> HeadwiseError:
     known = sorted([*table.rows, *table.wrappers])
     if isinstance(model_type, str) and model_type in table.refused:
         return HeadwiseError(
-            f"headwise cannot convert model type {model_type}: {table.refused[model_type].strip()}."
+            f"headwise cannot convert model type {model_type}: {table.refused[model_type].strip()}.",
+            "Choose a model of a supported type; the README lists them.",
         )
-    architectures = config.get("architectures")
-    name = architectures[0] if isinstance(architectures, list) and architectures else None
-    if _is_no_language_model(model_type, name) or config.get("is_encoder_decoder") is True:
-        kind = "an encoder-decoder model" if config.get("is_encoder_decoder") is True else "no language model"
+    if reason := why_no_decoder(config):
         return HeadwiseError(
-            f"headwise cannot convert model type {model_type}: {name or 'it'} is {kind}.",
+            f"headwise cannot convert model type {model_type}: {reason}.",
             "It converts decoder-only language models, alone or inside a multimodal model.",
         )
     near = difflib.get_close_matches(str(model_type), known, n=1)

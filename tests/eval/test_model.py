@@ -7,9 +7,11 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from headwise.errors import HeadwiseError
 from headwise.eval.model import find_model, same_tokenizer
 from tests.convert.speaking import save_speaking
 
@@ -47,6 +49,26 @@ def test_sizes_are_those_of_the_stock_class(tmp_path: Path) -> None:
     assert model.context == 2048 and model.vocabulary == 257
     unknown = replace(model, source=replace(model.source, config={"model_type": "own", "vocab_size": 257}))
     assert unknown.context is None and unknown.vocabulary is None
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (
+            {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True},
+            "T5ForConditionalGeneration is an encoder-decoder model",
+        ),
+        (
+            {"model_type": "vit", "architectures": ["ViTForImageClassification"]},
+            "ViTForImageClassification is no language model",
+        ),
+    ],
+)
+def test_other_models_are_refused(tmp_path: Path, config: dict[str, object], words: str) -> None:
+    save_speaking(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(HeadwiseError, match=f"cannot be evaluated: {words}"):
+        find_model(tmp_path)
 
 
 def test_a_swapped_vocabulary_is_another_tokenizer(tmp_path: Path) -> None:
