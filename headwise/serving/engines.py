@@ -65,6 +65,10 @@ class EngineVerdict:
         return asdict(self) | {"commands": list(self.commands)}
 
 
+# An attention factor or a factor beyond this is no default, and may exceed a float.
+LARGEST = 10**9
+
+
 @cache
 def _table() -> dict[str, Any]:
     import yaml  # takes longer to import than `headwise --help` may
@@ -82,10 +86,11 @@ def engine_facts(config: Mapping[str, Any], *, window: bool = False, tokenizer: 
         window: whether a layer has a sliding window.
         tokenizer: the kind of its vocabulary, see `headwise.io.tokenizer.tokenizer_kind`.
     """
-    named = config.get("architectures") or [None]
+    named = config.get("architectures")
+    stock_class = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
     kind, factor = _rope_facts(config)
     facts = {
-        "stock_class": named[0],
+        "stock_class": stock_class,
         "window": window,
         "tokenizer": tokenizer,
         "rope_type": kind,
@@ -108,8 +113,13 @@ def engine_facts(config: Mapping[str, Any], *, window: bool = False, tokenizer: 
         "hidden_act": config.get("hidden_act", "silu"),
         "queries": "direct" if config.get("q_lora_rank") is None else "factored",
         "direct_query_depth": _has_direct_query_depth(config.get("num_hidden_layers"), config.get("vocab_size")),
-        "experts_exceed_groups": (config.get("n_routed_experts") or 0) > (config.get("n_group") or 0),
+        "experts_exceed_groups": _count(config, "n_routed_experts") > _count(config, "n_group"),
     }
+
+
+def _count(config: Mapping[str, Any], name: str) -> int:
+    value = config.get(name)
+    return value if isinstance(value, int) else 0
 
 
 def _rope_facts(config: Mapping[str, Any]) -> tuple[str, str]:
@@ -123,9 +133,10 @@ def _rope_facts(config: Mapping[str, Any]) -> tuple[str, str]:
         return "per layer type", "default"
     given, factor = parameters.get("attention_factor"), parameters.get("factor")
     usual = given is None
-    if isinstance(given, int | float) and isinstance(factor, int | float):
+    if isinstance(given, int | float) and isinstance(factor, int | float) and abs(given) + abs(factor) < LARGEST:
         usual = math.isclose(given, 0.1 * math.log(max(factor, 1)) + 1)
-    return parameters.get("rope_type") or parameters.get("type") or "default", "default" if usual else "other"
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    return kind if isinstance(kind, str) else "unknown", "default" if usual else "other"
 
 
 def engine_verdicts(

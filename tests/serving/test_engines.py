@@ -201,5 +201,17 @@ def test_splits_fill_the_cache_row() -> None:
 def test_a_stray_field_makes_no_mla_and_odd_rope_fields_no_error() -> None:
     config = {"architectures": ["LlamaForCausalLM"], "kv_lora_rank": 64}
     assert "cache_row" not in engines.engine_facts(config)
-    for odd in ("yarn", ["yarn"], {"rope_type": "yarn", "attention_factor": "1", "factor": None}):
+    huge = {"rope_type": "yarn", "attention_factor": 10**400, "factor": 4}
+    for odd in ("yarn", ["yarn"], {"rope_type": "yarn", "attention_factor": "1", "factor": None}, huge):
         assert engines.engine_facts(config | {"rope_parameters": odd})["rope_attention_factor"] == "other"
+
+
+@pytest.mark.parametrize("odd", [7, "x", {}, [], [7], [[]], True, None])
+def test_odd_fields_give_verdicts(odd: object) -> None:
+    sizes = {"kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    names = ("architectures", "n_routed_experts", "n_group", "num_hidden_layers", "vocab_size", "q_lora_rank")
+    others = ("attention_bias", "rope_interleave", "rms_norm_eps", "hidden_act", "text_config")
+    for name in (*names, *others):
+        assert engines.engine_verdicts(sizes | {name: odd})
+    for name in ("rope_type", "type", "factor", "attention_factor"):
+        assert engines.engine_verdicts(sizes | {"rope_parameters": {name: odd}})
