@@ -154,9 +154,10 @@ def outcomes(model: Any, folder: str | Path, tasks: Path) -> dict[str, Any]:
     return {name: round(100 * text.count("1") / len(text), 1) for name, text in right.items()} | {"right": right}
 
 
-def sample(model: str, file: Path, seed: int, device: str) -> None:
+def sample(model: str, file: Path, seed: int, device: str, size: int | None) -> None:
     """Write the text of the joint refit, as a conversion with this seed would sample it."""
-    source, plan = open_checkpoint(model), joint.GPU_PLAN if device == "cuda" else joint.CPU_PLAN
+    source = open_checkpoint(model)
+    plan = joint.scaled_plan(joint.GPU_PLAN if device == "cuda" else joint.CPU_PLAN, size)
     tokens = sample_tokens(
         load_for_sampling(source, torch.device(device)),
         AutoTokenizer.from_pretrained(model),
@@ -191,6 +192,7 @@ def main() -> None:
     parser.add_argument("--calibrate", default="sampled")
     parser.add_argument("--calibration-tokens", type=int, default=98_304)
     parser.add_argument("--refit", default="joint")
+    parser.add_argument("--refit-tokens", type=int, help="distinct tokens of the joint refit's text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sampled", type=Path, help="text of the joint refit, shared by processes")
     parser.add_argument("--tasks", type=Path, help="folder of the lm-eval slices")
@@ -204,10 +206,11 @@ def main() -> None:
             "target": name,
             "method": options.method,
             "refit": options.refit,
+            "refit_tokens": options.refit_tokens,
             "seed": options.seed,
         }
         if name == "sample":
-            sample(options.model, options.sampled, options.seed, options.device)
+            sample(options.model, options.sampled, options.seed, options.device, options.refit_tokens)
             continue
         if options.sampled:
             share(options.sampled)
@@ -224,6 +227,7 @@ def main() -> None:
                 calibrate=options.calibrate,
                 calibration_tokens=options.calibration_tokens,
                 refit=int(options.refit) if options.refit.isdecimal() else options.refit,
+                refit_tokens=options.refit_tokens,
                 seed=options.seed,
                 device=options.device,
                 progress=Shown(),

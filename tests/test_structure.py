@@ -23,7 +23,7 @@ FILES = {
 }
 # A package imports only from packages above it (docs/architecture.md).
 ORDER = (
-    *("errors", "progress", "environment", "format", "fields", "schema", "registry", "compat"),
+    *("errors", "progress", "environment", "cuda", "format", "fields", "schema", "registry", "compat"),
     *(
         "io",
         "pictures",

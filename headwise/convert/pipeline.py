@@ -110,6 +110,7 @@ def convert_model(
     save_moments: str | Path | None = None,
     moments: str | Path | None = None,
     refit: str | int | None = None,
+    refit_tokens: int | None = None,
     context: int | None = None,
     rope: str | None = None,
     rope_theta: float | None = None,
@@ -159,7 +160,9 @@ def convert_model(
         calibration_tokens: number of calibration tokens; None: by the model's size.
         save_moments: a folder to save the second moments of the attention inputs in.
         moments: a folder of saved moments to use.
-        refit: "auto" (when the forecast is under ten minutes), "off", or a number of steps per layer.
+        refit: "auto" (when the forecast is under ten minutes), "off", "layers", "joint", or a number of steps per
+            layer.
+        refit_tokens: distinct tokens of the joint refit's text; None: by the device.
         context: rescale RoPE to this many tokens.
         rope: the RoPE rule; None: "auto".
         rope_theta: the base of the rule "base".

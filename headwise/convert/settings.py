@@ -193,6 +193,13 @@ class ConvertSettings:
         acts_with=LOSSY,
         recorded=False,
     )
+    refit_tokens: int | None = fields.number(
+        "Tokens of the joint refit's text; more tokens take more steps [4M on a GPU].",
+        parse=parse_count,
+        section="Calibration",
+        acts_with=LOSSY,
+        recorded=False,
+    )
     # Positions
     context: int | None = fields.number("Rescale RoPE to this many tokens.", section="Positions")
     rope: str | None = fields.choice(
@@ -330,6 +337,8 @@ class ConvertSettings:
                     raise SettingError(
                         "refit", f"`refit` {self.refit} needs calibration text: leave out `{name}` or `refit`."
                     )
+        if self._given("refit_tokens") and self.refit != "joint":
+            raise SettingError("refit_tokens", "`refit_tokens` is the text of a joint refit: give `refit` joint.")
         if self.refit == "joint":
             for name in ("context", "sliding_window"):
                 if self._given(name):

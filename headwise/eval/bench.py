@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 from headwise import compat
+from headwise.cuda import record
 from headwise.environment import find_device
 from headwise.errors import HeadwiseError
 from headwise.eval.bench_settings import BenchSettings
@@ -196,7 +197,7 @@ def time_decoding(model: PreTrainedModel, name: str, context: int, batch: int, s
         def step() -> None:
             ids.copy_(model(ids, **arguments, logits_to_keep=1).logits.argmax(-1))
 
-        seconds = statistics.median(_time(_capture(step, model.device.type), steps, model.device.type))
+        seconds = statistics.median(_time(record(step, model.device), steps, model.device.type))
         peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None
         return DecodeSpeed(
             model=name,
@@ -223,22 +224,6 @@ def _prefill_seconds(model: PreTrainedModel, context: int) -> float:
     repeats = 3 if model.device.type == "cuda" else 1
     prefill()
     return statistics.median(_time(prefill, repeats, model.device.type))
-
-
-def _capture(step: Callable[[], None], device: str) -> Callable[[], Any]:
-    """Capture a step as a CUDA graph; on a CPU return the step itself."""
-    step()
-    if device != "cuda":
-        return step
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def _time(call: Callable[[], Any], repeats: int, device: str) -> list[float]:

@@ -172,7 +172,7 @@ def command_of(plan: DecidedConversion, out: str, verification: Mapping[str, Any
     elif options.get("to") in ("gqa", "mqa", "mla") and not options.get("exact"):
         options["calibrate"] = "none"
     if plan.arguments.get("joint"):
-        options["refit"] = "joint"
+        options |= {"refit": "joint", "refit_tokens": plan.arguments["joint"]["tokens"]}
     for key, value in options.items():
         flag = plan.flags[key]
         for word in value if isinstance(value, list) else [value]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from headwise.compat import cache_argument
+from headwise.cuda import record
 from headwise.environment import available_memory
 from headwise.errors import HeadwiseError
 from headwise.progress import SILENT, Progress
@@ -25,6 +26,8 @@ CHAT_SHARE = 0.25
 # Share of the available memory that the KV cache of a batch may take, and the most sequences at once.
 CACHE_SHARE = 0.3
 MAX_SEQUENCES = {"cuda": 2048, "cpu": 64}
+# Sequences of fewer tokens are sampled step by step: recording takes three of the steps.
+FEWEST_RECORDED = 8
 
 
 def start_token(tokenizer: Any) -> int:
@@ -149,15 +152,16 @@ def _sample_batch(
     progress: Progress,
 ) -> Tensor:
     from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer
 
     device = next(model.parameters()).device
     kept = length if len(prompt) == 1 else length - len(prompt)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=len(prompt) + kept)
-    tokens = torch.tensor(prompt, device=device).expand(count, -1)
-    position = torch.arange(len(prompt), device=device)
     allowed = min(len(tokenizer), model.config.get_text_config().vocab_size)
-    sampled = []
-    for _ in range(kept):
+    drawn = torch.zeros(count, kept, dtype=torch.long, device=device)
+    finite = torch.ones((), dtype=torch.bool, device=device)
+
+    def draw(tokens: Tensor, position: Tensor) -> Tensor:
         output = model(
             input_ids=tokens,
             **cache_argument(model, cache),
@@ -167,18 +171,34 @@ def _sample_batch(
             use_cache=True,
         )
         logits = output.logits[:, -1, :allowed].float() / temperature
+        finite.logical_and_(logits.isfinite().all())
         # The largest of logits with Gumbel noise is a sample of their softmax.
         noise = torch.empty_like(logits).exponential_(generator=generator).log_()
-        tokens = (logits - noise).argmax(-1, keepdim=True)
-        sampled.append(tokens)
-        position = position[-1:] + 1
+        return (logits - noise).argmax(-1, keepdim=True)
+
+    token = draw(torch.tensor(prompt, device=device).expand(count, -1), torch.arange(len(prompt), device=device))
+    drawn[:, :1] = token
+    position = torch.tensor([len(prompt)], device=device)
+    place = torch.tensor([1], device=device)
+
+    def step() -> None:
+        token.copy_(draw(token, position))
+        drawn.index_copy_(1, place, token)
+        position.add_(1)
+        place.add_(1)
+
+    # Other kinds of cache (windows, states) count their tokens on the host, which a CUDA graph cannot repeat.
+    graphed = kept > FEWEST_RECORDED and all(type(layer) is StaticLayer for layer in cache.layers)
+    repeat = record(step, device, [generator]) if graphed else step
+    progress.advance(count * (3 if graphed else 1))
+    for _ in range(kept - (3 if graphed else 1)):
+        repeat()
         progress.advance(count)
-    if not bool(logits.isfinite().all()):
+    if not bool(finite):
         raise HeadwiseError("The model gives logits that are not finite, so no text can be sampled from it.")
-    drawn = torch.cat(sampled, 1).cpu()
     if len(prompt) == 1:
-        return drawn
-    return torch.cat([torch.tensor(prompt).expand(count, -1), drawn], 1)
+        return drawn.cpu()
+    return torch.cat([torch.tensor(prompt).expand(count, -1), drawn.cpu()], 1)
 
 
 def _batch_size(model: Any, length: int, device: torch.device) -> int:

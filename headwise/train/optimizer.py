@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 TINY = 1e-30
+# Numbers that are stepped together: bounds the memory of intermediate results.
+AT_ONCE = 1 << 26
 
 
 def step_scale(weight: Tensor) -> Tensor:
@@ -68,17 +70,39 @@ class RelativeAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            first, second = group["betas"]
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                state["step"] += 1
-                steps = float(state["step"])
-                gradient = parameter.grad.float() * state["scale"]
-                state["mean"].lerp_(gradient, 1 - first)
-                state["square"].lerp_(gradient.square(), 1 - second)
-                mean = state["mean"] / (1 - first**steps)
-                root = (state["square"] / (1 - second**steps)).sqrt_().add_(group["eps"])
-                parameter.sub_((mean / root).mul_(state["scale"]).mul_(group["lr"]))
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for part in _parts(parameters):
+                self._step_part(part, group)
         return loss
+
+    def _step_part(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Step some parameters at once: one kernel for each operation on all of them."""
+        first, second = group["betas"]
+        states = [self.state[parameter] for parameter in parameters]
+        for state in states:
+            state["step"] += 1
+        steps = float(states[0]["step"])
+        scales, means, squares = ([state[name] for state in states] for name in ("scale", "mean", "square"))
+        gradients = [parameter.grad.float() for parameter in parameters if parameter.grad is not None]
+        gradients = list(torch._foreach_mul(gradients, scales))
+        torch._foreach_lerp_(means, gradients, 1 - first)
+        torch._foreach_mul_(squares, second)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - second)
+        roots = torch._foreach_div(squares, 1 - second**steps)
+        torch._foreach_sqrt_(roots)
+        torch._foreach_add_(roots, group["eps"])
+        updates = torch._foreach_div(means, roots)
+        torch._foreach_mul_(updates, scales)
+        torch._foreach_add_(parameters, updates, alpha=-group["lr"] / (1 - first**steps))
+
+
+def _parts(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Yield runs of parameters of at most AT_ONCE numbers, or one parameter."""
+    part: list[nn.Parameter] = []
+    for parameter in parameters:
+        if part and sum(each.numel() for each in part) + parameter.numel() > AT_ONCE:
+            yield part
+            part = []
+        part.append(parameter)
+    if part:
+        yield part

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headwise.cuda import record
 from headwise.io.fs import DiskError
 from headwise.io.workdir import write_file_atomically
 from headwise.models.stock import empty_model, layer_arguments, move_to_device
@@ -86,7 +87,62 @@ class StageReport:
     kept: bool
 
 
-class RegressionTrainer(Trainer):
+class RecordedTrainer(Trainer):
+    """On one GPU, record the forward and backward passes of a step, and repeat them as a CUDA graph.
+
+    All batches have one shape. Without a graph the many small kernels of attention wait for Python.
+    """
+
+    _repeat: Callable[[], Any] | None = None
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *others: Any, **options: Any) -> Tensor:
+        """Compute the gradients of a batch, and return its loss.
+
+        Args:
+            model: the network.
+            inputs: the batch.
+            others: further arguments of the Trainer.
+            options: further arguments of the Trainer.
+        """
+        batch: dict[str, Any] = self._prepare_inputs(inputs)  # type: ignore[assignment]
+        device = self.args.device
+        if device.type != "cuda" or self.args.gradient_accumulation_steps > 1:
+            return self.compute_gradients(model, batch, *others, **options)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if self._repeat is None:
+            self._batch = {name: tensor.clone() for name, tensor in batch.items()}
+            self._gradients = [torch.zeros_like(parameter) for parameter in parameters]
+
+            def step() -> None:
+                self._reset_gradients(parameters)
+                self._loss = self.compute_gradients(model, dict(self._batch))
+
+            self._repeat = record(step, device)
+        for name, tensor in self._batch.items():
+            tensor.copy_(batch[name])
+        self._repeat()
+        for parameter, gradient in zip(parameters, self._gradients, strict=True):
+            parameter.grad = gradient  # the Trainer drops it after each step, and a graph writes to the same memory
+        return self._loss.clone()
+
+    def _reset_gradients(self, parameters: list[nn.Parameter]) -> None:
+        torch._foreach_zero_(self._gradients)
+        for parameter, gradient in zip(parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+
+    def compute_gradients(self, model: nn.Module, inputs: dict[str, Any], *others: Any, **options: Any) -> Tensor:
+        """Run the forward and backward passes of a batch, and return its loss.
+
+        Args:
+            model: the network.
+            inputs: the batch, on the device.
+            others: further arguments of the Trainer.
+            options: further arguments of the Trainer.
+        """
+        return super().training_step(model, inputs, *others, **options)
+
+
+class RegressionTrainer(RecordedTrainer):
     """Train every attention layer on the teacher's inputs and outputs of that layer.
 
     The gradient of a layer is computed inside the teacher's forward pass, so the graph of one layer is in memory.
@@ -110,15 +166,15 @@ class RegressionTrainer(Trainer):
         arguments = layer_arguments(skeleton, stock.module, length, torch.float32)
         self._arguments = [move_to_device(each, device) for each in arguments]
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
+    def compute_gradients(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """Return the mean relative error of all layers; their gradients are accumulated.
 
         Args:
             model: the network; its own forward pass is not run.
-            inputs: the batch.
+            inputs: the batch, on the device.
         """
         assert self.task.teacher is not None
-        tokens = self._prepare_inputs(inputs)["input_ids"]
+        tokens = inputs["input_ids"]
         errors: list[Tensor] = []
         share = 1 / (len(self._student) * self.args.gradient_accumulation_steps)
 
@@ -248,7 +304,7 @@ def _run_stage(
         length=plan.length,
         collate=_collate,
         checkpoints=checkpoints,
-        trainer_class=RegressionTrainer if stage == "regression" else Trainer,
+        trainer_class=RegressionTrainer if stage == "regression" else RecordedTrainer,
         device=teacher.device.type,
     )
     parameters = list(trained.values())

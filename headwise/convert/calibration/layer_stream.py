@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headwise.convert.calibration.attention_stats import AttentionStats
+from headwise.convert.calibration.attention_stats import AttentionStats, first_position
 from headwise.convert.calibration.norm_stats import CrossMoment, NormedProjections
 from headwise.io.reader import Checkpoint
 from headwise.models.protocol import AttentionModel
@@ -30,7 +30,7 @@ NUM_ATTENTION_SEQUENCES = 16
 
 @dataclass
 class LayerRecord:
-    """Statistics of one layer's attention over all calibration tokens.
+    """Statistics of one layer's attention over all calibration tokens but the first of each sequence.
 
     Attributes:
         index: of the decoder layer.
@@ -40,8 +40,8 @@ class LayerRecord:
             without attention statistics.
         key_moment: E[x x^T] over tokens, each weighted by the attention it gets, of the shape of `moment`. None
             without attention statistics.
-        distances: attention weight by distance per head, (heads, length); each row sums to one. None without
-            attention statistics.
+        distances: attention weight by distance per head, (heads, length), without position 0; each row sums to one.
+            None without attention statistics.
         query_cross: E[q x^T] of the normed queries of each head, before RoPE, over tokens, (H, head_dim, D + 1),
             float64. None without norms, or where the target has no use for it.
         key_cross: E[k x^T] of the normed keys, each token weighted by the attention it gets as in `key_moment`,
@@ -204,7 +204,8 @@ class LayerStream:
         args, kwargs = self._arguments[index]
         sequences, length, width = self._hidden.shape
         moment = torch.zeros(width + 1, width + 1, dtype=torch.float64, device=self._device)
-        record = LayerRecord(index, moment, tokens=sequences * length)
+        first = first_position(length)
+        record = LayerRecord(index, moment, tokens=sequences * (length - first))
         if keep_activations:
             record.inputs, record.outputs = torch.empty_like(self._hidden), torch.empty_like(self._hidden)
         seen: dict[str, Any] = {}
@@ -219,7 +220,7 @@ class LayerStream:
         for part in self._parts():
             out = layer(self._hidden[part].to(self._device), *args, **kwargs)
             x = seen["x"]
-            flat = torch.cat([x, torch.ones_like(x[..., :1])], -1).flatten(0, 1)
+            flat = torch.cat([x, torch.ones_like(x[..., :1])], -1)[:, first:].flatten(0, 1)
             moment += (flat.mT @ flat).double()
             if normed is not None:
                 queries.add(flat, normed.queries(flat))

@@ -26,8 +26,8 @@ def test_the_spread_of_attended_inputs_is_positive(tmp_path):
 def test_attention_statistics_are_those_of_the_weights(model_type, tmp_path):
     """Distances and the moment of keys from the weights; that of values from the input of the output matrix.
 
-    With one KV head, every head's values are `V y` with y the averaged input, so E[(V y)(V y)^T] must be
-    `V value_moment V^T`.
+    Position 0 counts neither as a query nor as a key. With one KV head, every head's values are `V y` with y the
+    averaged input, so the moment of what the output matrix reads must be `V value_moment V^T`.
     """
     source = tiny_models.save(model_type, tmp_path / "model", num_key_value_heads=1)
     tensors, config = load_file(source / "model.safetensors"), tiny_models.read_config(source)
@@ -38,15 +38,20 @@ def test_attention_statistics_are_those_of_the_weights(model_type, tmp_path):
         weights: LayerWeights = arch.read_layer(config, record.index, tensors)
         assert record.value_moment is not None and record.distances is not None
         x = torch.cat([here["x"], torch.ones(2, 15, 1)], -1).double()
-        attended = torch.einsum("bhqn,bni,bnj->ij", here["p"].double(), x, x) / here["p"].sum()
+        p = here["p"].double()
+        sink = p[:, :, 1:, :1].clone()
+        p[..., 0] = 0
+        attended = torch.einsum("bhqn,bni,bnj->ij", p[:, :, 1:], x, x) / p[:, :, 1:].sum()
         torch.testing.assert_close(record.key_moment, attended, rtol=1e-4, atol=1e-6)
-        values = here["z"].double().unflatten(-1, (-1, weights.v.shape[1])).flatten(0, 2)
         v = weights.v[0]
+        first = x[:, 0, : v.shape[1]] @ v.T.double()
+        values = here["z"].double().unflatten(-1, (-1, v.shape[0]))[:, 1:]
+        values = values - sink.transpose(1, 2) * first[:, None, None]
         moment = record.value_moment[: v.shape[1], : v.shape[1]]
-        torch.testing.assert_close(v @ moment @ v.T, values.T @ values / len(values), rtol=1e-4, atol=1e-6)
-        p = here["p"].double().mean(0)
-        share = torch.stack([p.diagonal(-d, 1, 2).sum(-1) for d in range(15)], -1) / 15
-        torch.testing.assert_close(record.distances, share, rtol=1e-5, atol=1e-7)
+        expected = torch.einsum("bqhi,bqhj->ij", values, values / p[:, :, 1:].sum(-1).transpose(1, 2)[..., None])
+        torch.testing.assert_close(v @ moment @ v.T, expected / p[:, :, 1:].sum(), rtol=1e-4, atol=1e-6)
+        share = torch.stack([p.sum(0).diagonal(-d, 1, 2).sum(-1) for d in range(15)], -1)
+        torch.testing.assert_close(record.distances, share / share.sum(-1, keepdim=True), rtol=1e-5, atol=1e-7)
         window = weights.layout.sliding_window
         if window:
             assert float(record.distances[:, window:].abs().max()) == 0.0
