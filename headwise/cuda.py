@@ -14,8 +14,8 @@ def record(
 ) -> Callable[[], Any]:
     """Run some work twice, and return a function that repeats it.
 
-    On a GPU the function replays a CUDA graph. Small kernels then follow each other without waiting for Python. Work
-    that a graph cannot hold (it reads a value on the host) and other devices repeat the call itself.
+    On a GPU the function replays a CUDA graph. Small kernels then follow each other without waiting for Python.
+    Work that a graph cannot hold (it reads a value on the host) and other devices repeat the call itself.
 
     Args:
         work: reads and writes tensors that stay where they are; it takes no arguments.

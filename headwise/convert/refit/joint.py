@@ -98,8 +98,8 @@ def _attention_parameters(checkpoint: Checkpoint, arch: Architecture, target: Ta
 def scaled_plan(plan: JointPlan, tokens: int | None) -> JointPlan:
     """Return a plan with another number of tokens.
 
-    The KL stage reads every token about once. The steps of the regression grow with the square root of the tokens,
-    because its loss falls slower with more text. Fewer tokens than the plan's change the text alone.
+    More text takes larger steps in both stages, and more of them in the KL stage, which reads every token about
+    once. Less text than the plan's changes the text alone.
 
     Args:
         plan: the usual plan of a device.
@@ -113,7 +113,6 @@ def scaled_plan(plan: JointPlan, tokens: int | None) -> JointPlan:
         plan,
         tokens=tokens,
         sequences=round(larger * plan.sequences),
-        regression_steps=round(math.sqrt(factor) / larger * plan.regression_steps),
         kl_steps=round(factor / larger * plan.kl_steps),
     )
 
