@@ -89,6 +89,7 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
         "save_moments": "folder",
         "moments": "folder",
         "refit": "off",
+        "refit_tokens": 4096,
         "private": True,
         "rope": "ntk",
         "rope_theta": 1e6,
@@ -128,6 +129,7 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
     yield "save_moments", {"to": "mqa", "calibrate": "none", "save_moments": "folder"}, "--calibrate none"
     yield "refit", {"to": "mqa", "calibrate": "none", "refit": 5}, "needs calibration text"
     yield "refit", {"to": "mqa", "moments": "folder", "refit": 5}, "needs calibration text"
+    yield "refit_tokens", {"to": "mqa", "refit": "layers", "refit_tokens": 4096}, "give --refit joint"
     yield "accept", {"to": "mqa", "accept": ("layuot",)}, "which is not one or several of"
     yield "engines", {"to": "mqa", "engines": ("vLMM",)}, "which is not one or several of"
     yield "accept", {"to": "mqa", "accept": ("layout",), "verify": False}, "has no effect"
@@ -159,6 +161,7 @@ WRONG: dict[str, list[Any]] = {
     "rope_frequencies": ["fre"],
     "calibration_tokens": [0],
     "refit": [0, "never", -3],
+    "refit_tokens": [0, -5],
     "context": [0],
     "rope": ["yarrn"],
     "rope_theta": [0.0, -1.0, float("inf")],
@@ -185,6 +188,7 @@ RIGHT: dict[str, list[Any]] = {
     "save_moments": ["folder"],
     "moments": ["folder"],
     "refit": ["auto", "off", 5],
+    "refit_tokens": [4096],
     "context": [4096],
     "rope": ["auto", *registry.method_names("rope")],
     "rope_theta": [1e6],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,9 @@ def test_both_stages_are_recorded_and_the_result_is_verified(parent: Path, tmp_p
     assert all(torch.equal(after[name], repeated[name]) for name in after)
 
 
-def test_the_target_is_the_output_of_the_normed_parent(tmp_path: Path) -> None:
+def test_the_target_is_the_output_of_the_normed_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a source with norms on queries and keys: the linear maps begin near it, and training lowers the error."""
+    monkeypatch.setattr(joint, "CPU_PLAN", replace(PLAN, tokens=32 * 64, regression_steps=40))
     heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10}
     parent = save_speaking(tmp_path / "parent", model_type="qwen3", **heads)
     done = convert(parent, tmp_path / "out", "mla", calibration_tokens=32 * 24)
@@ -71,6 +73,13 @@ def test_the_target_is_the_output_of_the_normed_parent(tmp_path: Path) -> None:
     assert all(report["key_residual"] > 0 for report in done.layers.values())
     assert all(report["output"]["before"] < 0.5 for report in done.layers.values())
     assert regression["kept"] and regression["after"] < regression["before"]
+
+
+def test_more_text_takes_larger_steps_and_more_of_them() -> None:
+    assert joint.scaled_plan(PLAN, None) == PLAN and joint.scaled_plan(PLAN, PLAN.tokens) == PLAN
+    assert joint.scaled_plan(PLAN, 100) == replace(PLAN, tokens=100)
+    larger = joint.scaled_plan(joint.JointPlan(4_000_000, 1000, 300), 16_000_000)
+    assert larger == joint.JointPlan(16_000_000, 1000, 900, sequences=16)
 
 
 def test_a_stage_that_makes_it_worse_is_undone(
