@@ -174,7 +174,8 @@ def _sample_batch(
         finite.logical_and_(logits.isfinite().all())
         # The largest of logits with Gumbel noise is a sample of their softmax.
         noise = torch.empty_like(logits).exponential_(generator=generator).log_()
-        return (logits - noise).argmax(-1, keepdim=True)
+        best: Tensor = (logits - noise).argmax(-1, keepdim=True)
+        return best
 
     token = draw(torch.tensor(prompt, device=device).expand(count, -1), torch.arange(len(prompt), device=device))
     drawn[:, :1] = token

@@ -93,7 +93,7 @@ class RelativeAdam(torch.optim.Optimizer):
         torch._foreach_add_(roots, group["eps"])
         updates = torch._foreach_div(means, roots)
         torch._foreach_mul_(updates, scales)
-        torch._foreach_add_(parameters, updates, alpha=-group["lr"] / (1 - first**steps))
+        torch._foreach_add_(list[Tensor](parameters), updates, alpha=-group["lr"] / (1 - first**steps))
 
 
 def _parts(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

@@ -104,7 +104,7 @@ class RecordedTrainer(Trainer):
             others: further arguments of the Trainer.
             options: further arguments of the Trainer.
         """
-        batch: dict[str, Any] = self._prepare_inputs(inputs)  # type: ignore[assignment]
+        batch: dict[str, Any] = self._prepare_inputs(inputs)
         device = self.args.device
         if device.type != "cuda" or self.args.gradient_accumulation_steps > 1:
             return self.compute_gradients(model, batch, *others, **options)
