@@ -36,7 +36,7 @@ LABELS = {
 def groups(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
     """Return the rows by target, method and refit."""
     found = defaultdict(list)
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["seed"]):
         found[row["target"], row["method"], row["refit"]].append(row)
     return dict(sorted(found.items(), key=lambda item: (list(CACHE).index(item[0][0]), item[0][1] != "optimal")))
 

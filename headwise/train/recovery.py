@@ -36,6 +36,8 @@ from headwise.train.trainer import Task, Trainer, make_trainer, resume
 REGRESSION_RATE = 0.1
 KL_RATE = {"mla": 0.003, "gqa": 0.008}
 WARMUP = 0.1
+# Devices that repeat a recorded step.
+RECORDED_ON = ("cuda",)
 # Checkpoints of a stage, and the file of its result.
 CHECKPOINTS, REPORT = 4, "report.json"
 
@@ -106,7 +108,7 @@ class RecordedTrainer(Trainer):
         """
         batch: dict[str, Any] = self._prepare_inputs(inputs)
         device = self.args.device
-        if device.type != "cuda" or self.args.gradient_accumulation_steps > 1:
+        if device.type not in RECORDED_ON or self.args.gradient_accumulation_steps > 1:
             return self.compute_gradients(model, batch, *others, **options)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if self._repeat is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,28 @@ class Stop(Progress):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def recover(home: Path, work: Path, **more: Any) -> tuple[list[StageReport], dict[str, torch.Tensor]]:
+def recover(
+    home: Path, work: Path, plan: JointPlan = PLAN, **more: Any
+) -> tuple[list[StageReport], dict[str, torch.Tensor]]:
     parent = ModelFolder.of(open_checkpoint(home / "parent"))
     student = Student.load(ModelFolder.of(open_checkpoint(home / "mla")), parent)
     tokenizer = load_tokenizer(home / "parent", "parent")
     blocks = blocks_from(str(home / "text.txt"), tokenizer, length=32, count=46)
     cpu = torch.device("cpu")
-    reports = recover_jointly(student, parent, blocks[6:], blocks[:6], PLAN, work, device=cpu, **more)
+    reports = recover_jointly(student, parent, blocks[6:], blocks[:6], plan, work, device=cpu, **more)
     return reports, student.network.state_dict()
+
+
+def test_recorded_steps_give_the_same_weights(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU a recorded step is repeated without a graph: what is left is where gradients are kept."""
+    plan = replace(PLAN, sequences=1)
+    plain, weights = recover(home, tmp_path / "plain", plan)
+    steps, record = [], recovery.record
+    monkeypatch.setattr(recovery, "RECORDED_ON", ("cpu",))
+    monkeypatch.setattr(recovery, "record", lambda work, device: (steps.append(work), record(work, device))[1])
+    recorded, same = recover(home, tmp_path / "recorded", plan)
+    assert recorded == plain and len(steps) == 2
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in same.items())
 
 
 def test_a_stage_resumes_from_its_checkpoint(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
