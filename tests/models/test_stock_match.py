@@ -240,11 +240,11 @@ def test_a_model_with_a_head_is_not_refused(tmp_path: Path, tied: bool) -> None:
     assert match_source(open_checkpoint(model)).headless == tied
 
 
-def test_a_classifier_has_no_language_model_head(tmp_path: Path) -> None:
+def test_a_classifier_is_not_evaluated(tmp_path: Path) -> None:
     model = save_speaking(tmp_path / "model", tie_word_embeddings=True)
     config = transformers.AutoConfig.from_pretrained(model)
     transformers.LlamaForSequenceClassification(config).save_pretrained(model)
-    with pytest.raises(HeadwiseError, match="without a language-model head"):
+    with pytest.raises(HeadwiseError, match="LlamaForSequenceClassification is no language model"):
         find_model(model)
 
 

@@ -39,8 +39,11 @@ def test_normed_rows_are_those_of_the_stock_norms(model_type, tmp_path):
         weights = arch.read_layer(config, record.index, tensors)
         order = half_split_order(weights.layout, arch.rotary_layout)
         x = torch.cat([here["x"], torch.ones(2, 15, 1)], -1).double()
-        received = {"q": torch.full((2, 15), 1 / 30).double(), "k": here["p"].sum((1, 2)).double()}
-        received["k"] /= received["k"].sum()
+        # Position 0 counts neither as a query nor as a key.
+        received = {"q": torch.ones(2, 15).double(), "k": here["p"][:, :, 1:].sum((1, 2)).double()}
+        for weight in received.values():
+            weight[:, 0] = 0
+            weight /= weight.sum()
         for part, cross, scales in (
             ("q", record.query_cross, record.query_scales),
             ("k", record.key_cross, record.key_scales),
