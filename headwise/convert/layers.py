@@ -60,8 +60,10 @@ def convert_layers(
         The reports of all converted layers by index, including the layers that an interrupted run had finished.
     """
     todo = [i for i in range(len(target.layouts)) if target.converted_names(i)]
-    done = {i for i in todo if f"layer {i}" in writer.notes and set(target.converted_names(i)) <= writer.done}
-    reports = {i: writer.notes[f"layer {i}"] for i in done}
+    noted: dict[int, Any] = {i: writer.notes.get(f"layer {i}") for i in todo}
+    # A journal that was changed by hand may hold anything: such a layer is converted again.
+    done = {i for i in todo if isinstance(noted[i], dict) and set(target.converted_names(i)) <= writer.done}
+    reports = {i: report for i, report in noted.items() if i in done}
     if len(done) == len(todo):
         return reports
     remaining = [i for i in todo if i not in done]
