@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headwise import fields
+from headwise.convert.settings import DTYPES
 from headwise.fields import check_fields
-
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)

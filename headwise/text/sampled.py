@@ -26,7 +26,7 @@ CHAT_SHARE = 0.25
 # Share of the available memory that the KV cache of a batch may take, and the most sequences at once.
 CACHE_SHARE = 0.3
 MAX_SEQUENCES = {"cuda": 2048, "cpu": 64}
-# Sequences of fewer tokens are sampled step by step: recording takes three of the steps.
+# Shorter samples are drawn step by step: the prompt and the recording take the first three steps.
 FEWEST_RECORDED = 8
 
 
@@ -190,9 +190,9 @@ def _sample_batch(
 
     # Other kinds of cache (windows, states) count their tokens on the host, which a CUDA graph cannot repeat.
     graphed = kept > FEWEST_RECORDED and all(type(layer) is StaticLayer for layer in cache.layers)
-    repeat = record(step, device, [generator]) if graphed else step
-    progress.advance(count * (3 if graphed else 1))
-    for _ in range(kept - (3 if graphed else 1)):
+    repeat, sampled = (record(step, device, [generator]), 3) if graphed else (step, 1)
+    progress.advance(count * sampled)
+    for _ in range(kept - sampled):
         repeat()
         progress.advance(count)
     if not bool(finite):

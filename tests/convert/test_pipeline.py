@@ -333,9 +333,11 @@ def test_resuming_after_an_interrupt_anywhere_gives_the_same_bytes(model: Path, 
         assert {path.name for path in home.iterdir()} == {"out", "m"}
 
 
+@pytest.mark.parametrize("damaged", [False, True])
 def test_resuming_does_not_compute_a_finished_layer_again(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
 ) -> None:
+    """Unless the journal holds something else in place of the layer's report."""
     options = {"to": "gqa", "groups": 2, **TEXT, "refit": 2, "verify": False}
     computed: list[int] = []
 
@@ -348,8 +350,13 @@ def test_resuming_does_not_compute_a_finished_layer_again(
     monkeypatch.setattr(layers, "refit_layer", counting)
     with pytest.raises(Interrupted):
         convert_model(model, tmp_path / "out", **options)
+    if damaged:
+        journal = tmp_path / ".out.headwise-work" / "journal.jsonl"
+        lines = [json.loads(line) for line in journal.read_text().splitlines()]
+        lines = [line | {"value": [1]} if line.get("note") == "layer 0" else line for line in lines]
+        journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = convert_model(model, tmp_path / "out", resume=True, **options)
-    assert computed == [0, 1, 1]
+    assert computed == ([0, 1, 0, 1] if damaged else [0, 1, 1])
     assert isinstance(result, ConvertResult) and list(result.layers) == [0, 1]
     assert all("refit" in report for report in result.layers.values())
 

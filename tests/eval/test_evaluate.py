@@ -290,14 +290,19 @@ def test_a_different_tokenizer_is_refused(folders: dict[str, Path], tmp_path: Pa
         headwise.evaluate_model(other, folders["parent"], report=tmp_path / "out")
 
 
+def without_questions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write a task whose questions are on the Hub, fruit.yaml, and go offline."""
+    for module in ("datasets.config", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+    (folder / "fruit.yaml").write_text(
+        re.sub("dataset_kwargs.*", "", OWN_TASK.replace("dataset_path: json", "dataset_path: someone/fruit"))
+    )
+
+
 def test_a_task_that_downloads_is_refused_offline(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("datasets.config", "huggingface_hub.constants"):
-        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
-    (tmp_path / "fruit.yaml").write_text(
-        re.sub("dataset_kwargs.*", "", OWN_TASK.replace("dataset_path: json", "dataset_path: someone/fruit"))
-    )
+    without_questions(tmp_path, monkeypatch)
     with pytest.raises(HeadwiseError, match="downloads its questions, and the Hub cannot be reached"):
         headwise.evaluate_model(
             folders["parent"], tasks=["fruit"], include_path=[tmp_path], report=tmp_path / "out"
@@ -307,11 +312,7 @@ def test_a_task_that_downloads_is_refused_offline(
 def test_tasks_of_a_recipe_read_the_folder_of_questions_and_the_rest_is_named(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("datasets.config", "huggingface_hub.constants"):
-        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
-    (tmp_path / "fruit.yaml").write_text(
-        re.sub("dataset_kwargs.*", "", OWN_TASK.replace("dataset_path: json", "dataset_path: someone/fruit"))
-    )
+    without_questions(tmp_path, monkeypatch)
     questions = tmp_path / "questions"
     questions.mkdir()
     (questions / "piqa.jsonl").write_text('{"goal": "Go?", "sol1": "Yes", "sol2": "No", "label": 1}\n' * 3)
