@@ -21,7 +21,7 @@ from headwise.eval import settings as evaluation
 from headwise.eval.bench_settings import BenchSettings
 from headwise.fields import flag_of, settings_of
 from headwise.models import deepseek
-from headwise.models.table import load_table
+from headwise.models.table import supported_types
 from headwise.recipes.settings import Layerwise, UptrainSettings
 from headwise.serving.settings import ServingSettings
 from headwise.text.sources import Data
@@ -71,22 +71,25 @@ def make_pages() -> dict[Path, str]:
         DOCS / "reference" / "cli.md": join_lines(cli_page()),
         DOCS / "reference" / "settings.md": join_lines(settings_page()),
         readme: with_block(readme.read_text(encoding="utf-8"), "models", models_lines()),
-        guide: with_block(guide.read_text(encoding="utf-8"), "methods", methods),
+        guide: with_block(
+            with_block(guide.read_text(encoding="utf-8"), "methods", methods), "models", models_lines()
+        ),
     }
 
 
 def models_lines() -> Iterator[str]:
-    """Yield the table of the model types, by what they can become."""
-    known = load_table()
+    """Yield the table of the model types by family, and the types that can also become MLA."""
     latent = set(yaml.safe_load((Path(deepseek.__file__).with_name("deepseek.yaml")).read_text("utf-8"))["sources"])
-    groups = {
-        "GQA, MQA, MHA, MLA": sorted(latent),
-        "GQA, MQA, MHA": sorted(known.rows.keys() - latent),
-        "the language model inside a multimodal model, likewise": sorted(known.wrappers),
-    }
+
+    def joined(types: Iterable[str]) -> str:
+        return ", ".join(f"`{name}`" for name in types)
+
     yield from table(
-        ("target", "model types (`model_type` of config.json)"),
-        [(target, ", ".join(f"`{name}`" for name in names)) for target, names in groups.items()],
+        ("family", "model types (`model_type` of config.json)"),
+        [
+            *((family, joined(types)) for family, types in supported_types().items()),
+            ("also to MLA", joined(sorted(latent))),
+        ],
     )
 
 

@@ -54,7 +54,8 @@ def cli() -> None:
 @cli.command(
     "inspect",
     params=[
-        MODEL,
+        click.Argument(["model"], required=False),
+        flag_option("--types", "List the supported model types by family; without MODEL."),
         number_option("--context", "Check the RoPE base at this context length, and forecast sequences of it."),
         Option("--plot", "Draw the bound that --context computes, as PNG and SVG.", type=Path, metavar="PNG"),
         *options_of(ServingSettings),
@@ -70,8 +71,16 @@ def _inspect(**options: Any) -> None:
     \b
     headwise inspect MODEL
     headwise inspect MODEL --context 131072 --plot bound.png
+    headwise inspect --types
     headwise inspect MODEL --engine vllm --tp 8 --card h100 --context 32768
     """
+    if ("types" in options) == ("model" in options):
+        raise click.UsageError("Give MODEL, or --types for a list of the supported model types.")
+    if options.pop("types", None):
+        if options:
+            raise click.UsageError("--types lists the supported model types: leave out the other options.")
+        _list_types()
+        return
     check_options(ServingSettings, options)
     from headwise.convert.inspect import inspect_model
 
@@ -87,6 +96,15 @@ def _inspect(**options: Any) -> None:
         drawn = plot_model_bound(**kept, path=plot)
         console.note(f"Drew {drawn}, and the SVG beside it.")
     console.print_json(inspection)
+
+
+def _list_types() -> None:
+    """Print the supported model types by family."""
+    from headwise.models.table import supported_types
+
+    families = supported_types()
+    console.print_table(("family", "model types"), [(name, ", ".join(types)) for name, types in families.items()])
+    console.print_json(families)
 
 
 @cli.command("convert", params=CONVERT)

@@ -72,6 +72,9 @@ UPTRAIN = ["uptrain", "model"]
         (["recipes", "show", "no-such-recipe"], "no recipe"),
         (["inspect", "no/such/folder"], "no/such/folder"),
         (["inspect", "model", "--plot", "x.png"], "--context"),
+        (["inspect"], "Give MODEL, or --types"),
+        (["inspect", "model", "--types"], "Give MODEL, or --types"),
+        (["inspect", "--types", "--context", "99"], "leave out the other options"),
     ],
 )
 def test_a_wrong_value_is_refused_in_one_sentence(typed: list[str], message: str, library: SimpleNamespace) -> None:
@@ -80,6 +83,13 @@ def test_a_wrong_value_is_refused_in_one_sentence(typed: list[str], message: str
     assert message in result.stderr and "Traceback" not in result.stderr
     assert not re.search(r"`\w+`", result.stderr), "a field name stands where a flag should"
     assert result.stdout == "" and not library.arguments
+
+
+def test_supported_types_are_listed_by_family() -> None:
+    families = json.loads(run("inspect", "--types", "--json").stdout)
+    assert "qwen3" in families["language models"]
+    shown = run("inspect", "--types").stdout
+    assert all(name in shown for types in families.values() for name in types)
 
 
 def test_only_typed_options_are_passed_on(library: SimpleNamespace) -> None:

@@ -22,6 +22,7 @@ from headwise.models.config import (
     CODE_KEYS,
     QUANTIZATION_KEYS,
     both_spellings,
+    complete_part,
     positive_size,
     refuse_quantised,
     rotary_width,
@@ -42,7 +43,7 @@ class Architecture(ArchitectureRow):
         Args:
             config: the checkpoint's config.json.
         """
-        return config[self.text_key] if self.text_key else config
+        return complete_part(config, self.text_key) if self.text_key else config
 
     def stock_config(self, config: dict[str, Any]) -> Any:
         """Return the stock config object of the language model. Callers share it and must not change it.

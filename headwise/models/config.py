@@ -54,6 +54,8 @@ ROPE_NEEDS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": (*ROPE_LISTS, "original_max_position_embeddings"),
 }
+# Ends of the names by which stock configs count KV heads.
+GROUP_COUNTS = ("num_key_value_heads", "num_kv_heads", "multi_query", "multi_query_group_num")
 PER_LAYER = ("layer_types", "no_rope_layers")
 # By these a config chooses code; what is converted runs with the stock class, however that likes to.
 CODE_KEYS = ("auto_map", *(f"{dash}{kind}_implementation" for dash in ("", "_") for kind in ("attn", "experts")))
@@ -284,6 +286,38 @@ def has_causal_class(model_type: str) -> bool:
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     return has_stock_class(model_type) and CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def stores_group_count(model_type: str) -> bool:
+    """Return whether the stock config of a type, or of a part of it, has a number of KV heads.
+
+    Args:
+        model_type: a type of transformers.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        fields = CONFIG_MAPPING[model_type]().to_dict()
+    except Exception:  # some configs need the configs of their parts, whatever the class then raises
+        return True
+    parts = [fields, *(value for value in fields.values() if isinstance(value, dict))]
+    parts += [value for part in parts[1:] for value in part.values() if isinstance(value, dict)]
+    return any(str(name).endswith(GROUP_COUNTS) for part in parts for name in part)
+
+
+def complete_part(config: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return the config of a part of a model, such as its language model; the same dictionary, not a copy.
+
+    Args:
+        config: the config.json. A part that it leaves out, or has as null, is filled in by the stock class.
+        key: name of the part.
+    """
+    if config.get(key) is None:
+        plain = {name: value for name, value in config.items() if value is not None}
+        part = getattr(_stock_config(config["model_type"], json.dumps(plain, sort_keys=True)), key)
+        config[key] = json.loads(part.to_json_string(use_diff=False))
+    found: dict[str, Any] = config[key]
+    return found
 
 
 def both_spellings(

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from headwise.errors import HeadwiseError
-from headwise.models.config import has_causal_class, has_stock_class
+from headwise.models.config import has_causal_class, has_stock_class, stores_group_count
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class ArchitectureRow:
 
     Attributes:
         model_type: of the language model.
+        family: heading of the type in lists of supported types.
         auto_class: the transformers class that loads the checkpoint.
         layers: how checkpoints name a decoder layer; the first is what `save_pretrained` writes.
         module: the decoder layer's path inside the stock model.
@@ -62,6 +63,7 @@ class ArchitectureRow:
     """
 
     model_type: str
+    family: str
     auto_class: str
     layers: tuple[str, ...]
     module: str
@@ -118,7 +120,9 @@ def parse_table(text: str) -> Table:
         rows[model_type] = ArchitectureRow(model_type=model_type, **frozen)
     for model_type, row in data["wrappers"].items():
         _check_keys(
-            model_type, row, {"auto_class", "layers", "module", "text_key", "text_model_type", "may_be_flat"}
+            model_type,
+            row,
+            {"family", "auto_class", "layers", "module", "text_key", "text_model_type", "may_be_flat"},
         )
     return Table(**(data | {"rows": rows}))
 
@@ -165,17 +169,18 @@ def find_row(config: dict[str, Any], table: Table) -> ArchitectureRow:
     text_key = wrapper["text_key"]
     if text_key not in config and wrapper["may_be_flat"]:
         text_key, inner = None, wrapper["text_model_type"]
-    elif isinstance(config.get(text_key), dict):
-        inner = config[text_key].get("model_type", wrapper["text_model_type"])
+    elif isinstance(config.get(text_key), dict | None):
+        inner = (config.get(text_key) or {}).get("model_type", wrapper["text_model_type"])
     else:
         raise HeadwiseError(
             f"config.json has {text_key}: {json.dumps(config.get(text_key))}, and the config of the language "
             "model belongs there."
         )
     if not isinstance(inner, str) or inner not in table.rows:
-        raise _unsupported(inner, table, config[text_key] if text_key else config)
+        raise _unsupported(inner, table, (config.get(text_key) or {}) if text_key else config)
     return replace(
         table.rows[inner],
+        family=wrapper["family"],
         auto_class=wrapper["auto_class"],
         layers=tuple(wrapper["layers"]),
         module=wrapper["module"],
@@ -210,18 +215,37 @@ def why_no_decoder(config: dict[str, Any]) -> str | None:
     return f"{name} is no language model" if _is_no_language_model(config.get("model_type"), name) else None
 
 
+def supported_types() -> dict[str, list[str]]:
+    """Return the supported model types by family, each list sorted, in the order of the table."""
+    table = load_table()
+    families: dict[str, list[str]] = {}
+    for model_type, row in table.rows.items():
+        families.setdefault(row.family, []).append(model_type)
+    for model_type, wrapper in table.wrappers.items():
+        families.setdefault(wrapper["family"], []).append(model_type)
+    return {family: sorted(types) for family, types in families.items()}
+
+
 def _unsupported(model_type: Any, table: Table, config: dict[str, Any]) -> HeadwiseError:
     known = sorted([*table.rows, *table.wrappers])
+    listed = "`headwise inspect --types` lists the supported types."
+    start = f"headwise cannot convert model type {model_type}"
     if isinstance(model_type, str) and model_type in table.refused:
-        return HeadwiseError(
-            f"headwise cannot convert model type {model_type}: {table.refused[model_type].strip()}.",
-            "Choose a model of a supported type; the README lists them.",
+        return HeadwiseError(f"{start}: {table.refused[model_type].strip()}.", f"Choose another model: {listed}")
+    reason = why_no_decoder(config)
+    if isinstance(model_type, str) and has_stock_class(model_type) and not stores_group_count(model_type):
+        has_cache = config.get("is_encoder_decoder") is True or (has_causal_class(model_type) and not reason)
+        instead = (
+            "An engine can store its cache in 8 bits, which leaves the checkpoint as it is."
+            if has_cache
+            else "It has no KV cache; quantised weights make it smaller."
         )
-    if reason := why_no_decoder(config):
         return HeadwiseError(
-            f"headwise cannot convert model type {model_type}: {reason}.",
-            "It converts decoder-only language models, alone or inside a multimodal model.",
+            f"{start}: its stock class stores no number of KV heads, so that it could load no other number.",
+            f"{instead} {listed}",
         )
+    if reason:
+        return HeadwiseError(f"{start}: {reason}, and it has no row in the table of architectures.", listed)
     near = difflib.get_close_matches(str(model_type), known, n=1)
     why = (
         "it has no row in the table of architectures"
@@ -229,7 +253,4 @@ def _unsupported(model_type: Any, table: Table, config: dict[str, Any]) -> Headw
         else "transformers has no class for it, and headwise never runs code that comes with a checkpoint"
     )
     guess = f"Did you mean {near[0]}? " if near else ""
-    return HeadwiseError(
-        f"headwise cannot convert model type {model_type}: {why}.",
-        f"{guess}Supported: {', '.join(known)}.",
-    )
+    return HeadwiseError(f"{start}: {why}.", f"{guess}{listed}")
