@@ -74,6 +74,18 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
+def find_devices(names: str | None) -> list[torch.device]:
+    """Return the devices of a list such as "cuda:0,cuda:1"; None: a GPU if there is one.
+
+    Args:
+        names: "cpu", "cuda" or "cuda:N", or several of them with commas.
+
+    Raises:
+        SettingError: this machine does not have one of them.
+    """
+    return [find_device(name) for name in names.split(",")] if names else [find_device(None)]
+
+
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Return the versions of Python and of those packages that are installed.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 
 class HeadwiseError(Exception):
@@ -24,6 +25,14 @@ class HeadwiseError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what another process makes an equal exception from."""
+        return _restore, (type(self), self.args), self.__dict__
+
+
+def _restore(kind: type[HeadwiseError], args: tuple[Any, ...]) -> HeadwiseError:
+    return kind.__new__(kind, *args)
 
 
 class GateFailed(HeadwiseError):

@@ -175,6 +175,27 @@ def device(help: str = "cpu, cuda or cuda:N [a GPU if there is one].", **more: A
     return text(help, metavar="DEVICE", **more)
 
 
+def devices(help: str = "cpu, cuda or cuda:N, or a list such as cuda:0,cuda:1 [a GPU if there is one].") -> Any:
+    """Declare a field that takes one device or a list of devices of one kind, with commas.
+
+    Args:
+        help: one sentence for help pages.
+    """
+
+    def check(value: Any) -> str:
+        if not isinstance(value, str):
+            raise ValueError
+        names = [name.strip() for name in value.split(",")]
+        places = ["cuda:0" if name == "cuda" else name for name in names]
+        kinds = {name.partition(":")[0] for name in names}
+        if "" in names or len(kinds) > 1 or (kinds != {"cpu"} and len(set(places)) < len(places)):
+            raise ValueError
+        return ",".join(names)
+
+    wanted = "a device, or a list of devices of one kind that names each GPU once, such as cuda:0,cuda:1"
+    return declare(None, Setting(help, wanted=wanted, check=check, metavar="DEVICES", recorded=False))
+
+
 def folder(help: str, *, metavar: str, **more: Any) -> Any:
     """Declare a field that takes the path of a folder; the object holds a `Path`.
 

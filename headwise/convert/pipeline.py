@@ -31,15 +31,16 @@ from headwise.convert.calibration.corpus import (
     whole_model_bytes,
 )
 from headwise.convert.choose import choose_target
-from headwise.convert.layers import choose_device, convert_layers
+from headwise.convert.layers import choose_device
 from headwise.convert.plan import Plan, make_plan
 from headwise.convert.refit.joint import joint_notes, joint_seconds, plan_joint, refit_jointly, share_text
 from headwise.convert.refit.regression import DEFAULT_STEPS
 from headwise.convert.settings import SHARD_SIZE, ConvertSettings
+from headwise.convert.spread import convert_layers, device_notes
 from headwise.convert.verify.check import check_folder
 from headwise.convert.verify.layer_damage import affordable_damage
 from headwise.convert.verify.verification import Verification
-from headwise.environment import find_device
+from headwise.environment import find_devices
 from headwise.fields import settings_of
 from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.io.tokenizer import TOKENIZER_CONFIG, raised_max_length, tokenizer_kind
@@ -180,7 +181,8 @@ def convert_model(
         allow_nan: convert weights that are not finite.
         allow_pickle: read `.bin` files (weights only, no code).
         seed: random seed.
-        device: "cpu", "cuda" or "cuda:N"; None: a GPU if there is one.
+        device: "cpu", "cuda" or "cuda:N", or a list of one kind such as "cuda:0,cuda:1", which spreads the layers;
+            None: a GPU if there is one.
         revision: branch, tag or commit of a Hub repository.
         token: of the Hub, for the source and for `push_to_hub`.
         progress: gets stages, notes and warnings.
@@ -201,7 +203,8 @@ def convert_model(
     )
     checkpoint = match_source(opened)
     arch = find_architecture(checkpoint.config, checkpoint.tensors)
-    requested = find_device(settings.device)
+    devices = find_devices(settings.device)
+    requested = devices[0]
     target = choose_target(checkpoint, arch, settings)
     verdicts = engine_verdicts(
         target.config,
@@ -215,6 +218,8 @@ def convert_model(
         settings = replace(settings, refit="joint")
     calibration = plan_calibration(checkpoint, arch, target, settings, requested)
     work_device = choose_device(target, calibration, requested)
+    # Only the layers are spread: everything else is done by the first device.
+    work_devices = devices if work_device == requested else [work_device]
     recorded = settings.recorded()
     if calibration:
         recorded["calibration"] = calibration.described() | {"reason": calibration.reason}
@@ -230,14 +235,19 @@ def convert_model(
         config=target.config,
         layouts=target.layouts,
         arguments=recorded,
-        peak_memory=_peak_memory(checkpoint, arch, target, calibration, requested),
-        seconds=_seconds(checkpoint, arch, target, calibration, joint, requested),
+        peak_memory=_peak_memory(checkpoint, arch, target, calibration, work_devices, requested),
+        seconds=_seconds(checkpoint, arch, target, calibration, joint, work_devices, requested),
         exact=target.exact and settings.context is None and settings.sliding_window is None,
         explain=target.explain,
         max_shard_size=settings.max_shard_size,
         engines=verdicts,
         warnings=[*target.warnings, *plan_warnings(calibration)],
-        notes=[*target.notes, *plan_notes(target, calibration, settings), *joint_notes(joint)],
+        notes=[
+            *target.notes,
+            *plan_notes(target, calibration, settings),
+            *joint_notes(joint),
+            *device_notes(devices, work_devices),
+        ],
     )
     if settings.push_to_hub:  # a reason against the push at the end stops the conversion before it begins
         check_repository(
@@ -276,7 +286,7 @@ def convert_model(
         heldback = plan_loss(checkpoint, arch, target, settings, calibration)
         if heldback:
             measure_text(checkpoint, heldback, writer, requested, progress, texts)
-        layers = convert_layers(checkpoint, arch, target, calibration, writer, work_device, progress)
+        layers = convert_layers(checkpoint, arch, target, calibration, writer, work_devices, progress)
         _copy_rest(checkpoint, target, writer, progress)
         if longer:
             writer.add_text(TOKENIZER_CONFIG, longer[1])
@@ -352,10 +362,16 @@ def _peak_memory(
     arch: Architecture,
     target: Target,
     calibration: CalibrationPlan | None,
+    work_devices: Sequence[torch.device],
     device: torch.device,
 ) -> int:
-    """Return the forecast of the peak: of the layers, or of the whole parent where text is sampled from it."""
+    """Return the forecast of the peak: of the layers, or of the whole parent where text is sampled from it.
+
+    Processes that share the CPU add up. With GPUs it is the peak of one process and its GPU.
+    """
     peak = forecast.peak_memory(checkpoint, arch, target, calibration)
+    if work_devices[0].type == "cpu":
+        peak *= len(work_devices)
     if calibration is None or calibration.reuse is not None or calibration.text != SAMPLED:
         return peak
     return max(peak, forecast.RESTING_BYTES + whole_model_bytes(checkpoint, device))
@@ -367,6 +383,7 @@ def _seconds(
     target: Target,
     calibration: CalibrationPlan | None,
     joint: JointPlan | None,
+    work_devices: Sequence[torch.device],
     device: torch.device,
 ) -> dict[str, float]:
     """Return the forecast of the time by stage."""
@@ -375,10 +392,11 @@ def _seconds(
         if calibration.text == SAMPLED and not joint:  # a joint refit has text of its own, and shares it
             stages["sampling"] = sampling_seconds(checkpoint, calibration.tokens, device)
         stages["calibration"] = forward_seconds(checkpoint, calibration.tokens, device)
-    stages["layers"] = forecast.layer_seconds(checkpoint, arch, target, device)
+    share = 1 / len(work_devices)
+    stages["layers"] = share * forecast.layer_seconds(checkpoint, arch, target, device)
     if calibration and calibration.steps:
         default = forecast.refit_seconds(checkpoint, arch, target, calibration.length, device)
-        stages["refit"] = default * calibration.steps / DEFAULT_STEPS
+        stages["refit"] = share * default * calibration.steps / DEFAULT_STEPS
     if joint:
         slower = (
             1.0

@@ -249,7 +249,7 @@ class ConvertSettings:
     allow_nan: bool = fields.flag("Convert weights with NaN or infinite values.")
     allow_pickle: bool = fields.flag("Read .bin files (weights only, no code).")
     seed: int = fields.number("Random seed [0].", minimum=0, default=0)
-    device: str | None = fields.device(recorded=False)
+    device: str | None = fields.devices()
 
     def __post_init__(self) -> None:
         check_fields(self)

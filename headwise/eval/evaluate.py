@@ -101,6 +101,7 @@ def evaluate_model(
             f"`backend` is 'vllm', which distributes its work itself, in {processes.num_processes()} processes.",
             "Run headwise without accelerate launch.",
         )
+    processes.check_device(settings.device)
     require_packages()
     settings = settings.resolve(chosen, settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     progress = progress if processes.is_main() else SILENT
@@ -137,6 +138,7 @@ def evaluate_model(
         )
     inputs = make_inputs(chosen, tokenizer, ours.context, settings.seed)
     with processes.end_together(), published(out, settings.force) as work:
+        processes.join(str(settings.device))
         pair = EvalPair(chosen, settings, harness, inputs, ours, theirs, work, progress)
         child_metrics = pair.measure_child()
         parent_metrics, reused = pair.measure_parent(child_metrics)

@@ -64,26 +64,24 @@ class EvalPair:
         return self.work / "lm-eval" / (model.name.replace("/", "__") + (f"-{role}" if same_name else ""))
 
     def measure_child(self) -> ModelMetrics | None:
-        """Measure the child; None in a process that only computes its share of the tasks."""
+        """Measure the child; None in a process that only computes its share."""
         return self._measure("child", self.child)
 
     def measure_parent(self, child: ModelMetrics | None) -> tuple[ModelMetrics | None, bool]:
         """Measure the parent or take its cached results.
 
         Args:
-            child: figures of the child; None in a process that only computes its share of the tasks.
+            child: figures of the child; None in a process that only computes its share.
 
         Returns:
             The figures, None without a parent, and whether they come from the cache.
         """
         if self.baseline is None:
             return None, False
-        cache = ResultCache(self._identity(self.baseline))
-        into, tasks = self.folder("parent"), self.harness is not None
+        cache, into = ResultCache(self._identity(self.baseline)), self.folder("parent")
         # Of several processes only the first has the child's questions.
         cached = self._cached(cache, child, into) if self.settings.cache and processes.is_main() else None
-        reuse = cached is not None
-        if processes.broadcast_decision(reuse) if tasks else reuse:
+        if processes.broadcast_decision(cached is not None):
             return cached, True
         metrics = self._measure("parent", self.baseline)
         if metrics is not None and self.settings.cache:

@@ -1,6 +1,7 @@
 """Coordinate the processes of `accelerate launch` or torchrun.
 
-Each process answers a share of the tasks' requests; the first process does everything else.
+Each process answers a share of the tasks' requests and measures a share of the text; the first process does
+everything else.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from datetime import timedelta
 from typing import Any
 
 from headwise import compat
-from headwise.errors import HeadwiseError
+from headwise.errors import HeadwiseError, SettingError
 
 # The others wait while the first process measures text and continuations.
 TIMEOUT = timedelta(weeks=1)
@@ -61,6 +62,46 @@ def broadcast_decision(decision: bool) -> bool:
 
     decided: bool = broadcast_object_list([decision])[0]
     return decided
+
+
+def our_share(count: int) -> range:
+    """Return the places of a list that this process computes: every n-th of n processes.
+
+    Args:
+        count: length of the list.
+    """
+    return range(int(os.environ.get("RANK", "0")), count, num_processes())
+
+
+def gather_shares(shares: dict[int, Any]) -> list[Any]:
+    """Return the whole list, in every process.
+
+    Args:
+        shares: what this process computed, by place.
+    """
+    everything = shares
+    if num_processes() > 1:
+        from accelerate.utils import gather_object
+
+        everything = {place: item for part in gather_object([shares]) for place, item in part.items()}
+    return [item for _, item in sorted(everything.items())]
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a single GPU for several processes.
+
+    Args:
+        device: the setting.
+
+    Raises:
+        SettingError: every process would use that GPU.
+    """
+    if num_processes() > 1 and device is not None and ":" in device:
+        raise SettingError(
+            "device",
+            f"`device` is {device!r}, and each of {num_processes()} processes uses a GPU of its own.",
+            "Leave out `device`.",
+        )
 
 
 def check_questions(tasks: Iterable[Any], limit: float | None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralForCausalLM
 
 from headwise.cli import cli
-from headwise.convert import layers, pipeline
+from headwise.convert import layers, pipeline, spread
 from headwise.convert.calibration.layer_stream import LayerRecord
 from headwise.convert.pipeline import ConvertResult, convert_model
 from headwise.convert.plan import Plan
@@ -152,6 +152,10 @@ def test_calibration_reads_a_text_file(model: Path, tmp_path: Path) -> None:
             "`moments` nowhere holds no moments",
         ),
         ({"device": "cuda:77"}, "`device` is 'cuda:77'"),
+        ({"device": "cpu,cuda:77"}, "of one kind that names each GPU once"),
+        ({"device": "cuda:1,cuda:1"}, "`device` is 'cuda:1,cuda:1'"),
+        ({"device": "meteor,meteor:1"}, "`device` is 'meteor', which this machine does not have"),
+        ({"device": "cpu,"}, "`device` is 'cpu,'"),
     ],
 )
 def test_options_that_cannot_be_met(model: Path, tmp_path: Path, options: dict[str, Any], words: str) -> None:
@@ -480,7 +484,7 @@ def test_a_failed_last_check_keeps_the_folder_until_it_is_accepted(
 
     assert CliRunner().invoke(cli, [*words, "--resume", "--accept", "loading"]).exit_code == 1
     with monkeypatch.context() as patch:
-        patch.setattr(layers, "convert_layers", None)
+        patch.setattr(spread, "spread_layers", None)
         done = CliRunner().invoke(cli, [*words, "--resume", "--accept", "loading", "--accept", "cache"])
     assert done.exit_code == 0 and "The check cache failed, and the failure was accepted" in done.stderr
     record = json.loads((tmp_path / "out" / "headwise.json").read_text())

@@ -206,7 +206,7 @@ RIGHT: dict[str, list[Any]] = {
     "allow_nan": [True],
     "allow_pickle": [True],
     "seed": [7],
-    "device": ["cpu"],
+    "device": ["cpu", "cpu,cpu", "cuda:0,cuda:1"],
 }
 
 

@@ -31,7 +31,7 @@ RECIPE = """
 about: Two tasks and a little text.
 tasks: [headwise_cloze_code, headwise_cloze_prose]
 limit: 7
-perplexity: {length: 64, blocks: 4, stretches: 4}
+perplexity: {length: 64, blocks: 130, stretches: 4}
 """
 
 
@@ -98,8 +98,11 @@ def test_two_processes_have_the_results_of_one(home: Path, tmp_path: Path, launc
         }
         assert answers(results) == pytest.approx(answers(wanted), rel=1e-5)  # batches differ
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "cache"}
-    # Each process answered four choices of three or four questions of each task.
+    # Each process answered four choices of three or four questions of each task, and the first one measured the
+    # first and the last of three batches of text.
     assert "child: tasks: 32 requests" in errors and "git" not in errors
+    assert "child: text: 66 blocks" in errors, errors
+    assert two.positions == one.positions
 
     again = launched(tmp_path / "reused")
     _, errors = again.communicate()
@@ -148,6 +151,25 @@ def test_a_task_with_too_few_questions_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(HeadwiseError, match="has 6 questions"):
         processes.check_questions([task], 100)
+
+
+def test_one_gpu_for_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes.check_device("cuda:1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for device in (None, "cpu", "cuda"):
+        processes.check_device(device)
+    with pytest.raises(HeadwiseError, match="`device` is 'cuda:1', and each of 2 processes"):
+        processes.check_device("cuda:1")
+
+
+def test_shares_cover_a_list_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert processes.gather_shares({place: place**2 for place in processes.our_share(4)}) == [0, 1, 4, 9]
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    shares = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        shares.append(list(processes.our_share(5)))
+    assert shares == [[0, 3], [1, 4], [2]]
 
 
 def test_a_padding_request_gets_its_own_answers() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,7 +219,7 @@ def iter_layer_stats(
     checkpoint: Checkpoint,
     target: Target,
     calibration: CalibrationPlan | None,
-    layers: Sequence[int],
+    layers: Iterable[int],
     device: torch.device,
     progress: Progress,
     cache: Path | None = None,
@@ -230,7 +230,7 @@ def iter_layer_stats(
         checkpoint: the source.
         target: the decided conversion.
         calibration: what to measure; None yields no statistics.
-        layers: indices of the layers to measure.
+        layers: indices of the layers to measure, ascending; each is drawn when the one before it is done.
         device: where the layers run.
         progress: receives a note before the text is read.
         cache: folder that keeps the text; None: it is not kept.

@@ -8,7 +8,7 @@ layer runs over all sequences, hooks record its attention's inputs and outputs, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,7 +133,7 @@ class LayerStream:
         *,
         keep_activations: bool = False,
         attention_stats: bool = True,
-        layers: Collection[int] | None = None,
+        layers: Iterable[int] | None = None,
         normed: Callable[[int], NormedProjections] | None = None,
     ) -> Iterator[LayerRecord]:
         """Yield one record per layer, in order; each layer's outputs are the next one's inputs.
@@ -141,21 +141,21 @@ class LayerStream:
         Args:
             keep_activations: also keep the inputs and outputs of the layer's attention.
             attention_stats: also measure `value_moment`, `key_moment` and `distances`, on some of the sequences.
-            layers: layers to record; None: all. Layers before them run without a record, layers after the last
-                do not run.
+            layers: layers to record, ascending; None: all. Each is drawn when the one before it is done. Layers
+                between them run without a record, layers after the last do not run.
             normed: returns a layer's normed queries and keys, whose moments are then measured too.
         """
-        wanted = set(range(len(self._layers)) if layers is None else layers)
-        for index in range(max(wanted, default=-1) + 1):
-            record = None  # free the last record's memory
+        at = 0
+        for index in range(len(self._layers)) if layers is None else layers:
+            for between in range(at, index):
+                with self._real_layer(between) as layer:
+                    self._pass(between, layer)
             with self._real_layer(index) as layer:
-                if index in wanted:
-                    rows = normed(index) if normed else None
-                    record = self._run(index, layer, keep_activations, attention_stats, rows)
-                else:
-                    self._pass(index, layer)
-            if record is not None:  # outside the context: the layer's weights are freed
-                yield record
+                rows = normed(index) if normed else None
+                record = self._run(index, layer, keep_activations, attention_stats, rows)
+            at = index + 1
+            yield record  # outside the context: the layer's weights are freed
+            del record  # free its memory before the next layer runs
 
     @torch.no_grad()
     def logits(self) -> Tensor:

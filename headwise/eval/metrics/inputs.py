@@ -37,9 +37,9 @@ class EvalInputs:
     new_tokens: int = 0
 
     @property
-    def is_empty(self) -> bool:
-        """Return whether there is nothing to measure besides the tasks."""
-        return self.blocks is None and self.windows is None and self.prompts is None
+    def has_text(self) -> bool:
+        """Return whether a loss is measured."""
+        return self.blocks is not None or self.windows is not None
 
     def content_hash(self) -> str:
         """Compute the SHA-256 of all inputs."""

@@ -80,7 +80,7 @@ def measure_model(
         progress: receives the stages.
 
     Returns:
-        The figures; None in a process that only computes its share of the tasks.
+        The figures; None in a process that only computes its share.
     """
     seconds: dict[str, float] = {}
     lm_eval_seconds, start = 0.0, time.perf_counter()
@@ -89,16 +89,21 @@ def measure_model(
         lm_eval_seconds = harness.run(model.folder, model.name, settings, into, progress, f"{role}: tasks")
         seconds["tasks"] = time.perf_counter() - start
         _free_memory()
-    if not processes.is_main():
-        return None
     metrics = ModelMetrics(lm_eval_seconds=lm_eval_seconds, seconds=seconds)
-    if not inputs.is_empty:
+    if inputs.has_text or (processes.is_main() and inputs.prompts is not None):
         start = time.perf_counter()
         loaded = model.load(dtype=str(settings.dtype), device=str(settings.device))
-        metrics = replace(metrics, **_measure_inputs(loaded, inputs, role, progress))
+        metrics = replace(metrics, **_measure_text(loaded, inputs, role, progress))
+        if processes.is_main() and inputs.prompts is not None:
+            progress.stage(f"{role}: continuations", total=len(inputs.prompts), unit="prompts")
+            continuations = write_continuations(loaded, inputs.prompts, inputs.new_tokens)
+            progress.advance(len(continuations))
+            metrics = replace(metrics, written=tuple(map(tuple, continuations)))
         seconds["text"] = time.perf_counter() - start
         del loaded
         _free_memory()
+    if not processes.is_main():
+        return None
     plain = {key: value for key, value in asdict(metrics).items() if key != "results"}
     write_file_atomically(into / METRICS, json.dumps(plain).encode())
     return read_metrics(into, tasks=harness is not None)
@@ -119,26 +124,24 @@ def read_metrics(folder: Path, *, tasks: bool) -> ModelMetrics:
     return replace(metrics, results=read_results(folder) if tasks else None)
 
 
-def _measure_inputs(model: Any, inputs: EvalInputs, role: str, progress: Progress) -> dict[str, Any]:
+def _measure_text(model: Any, inputs: EvalInputs, role: str, progress: Progress) -> dict[str, Any]:
+    """Measure this process's share of the batches, and return the figures of all of them."""
     measured: dict[str, Any] = {}
     texts = [text for text in (inputs.blocks, inputs.windows) if text is not None]
     for text in texts:
-        progress.stage(f"{role}: text", total=len(text), unit="blocks")
         rows = max(1, TOKENS_AT_ONCE // text.shape[1])
-        parts = []
-        for batch in text.split(rows):
-            parts.append(token_nats(model, batch, batch_size=rows))
-            progress.advance(len(batch))
-        nats = torch.cat(parts)
+        batches = text.split(rows)  # the same ones in any number of processes, so that rounding is the same
+        share = processes.our_share(len(batches))
+        progress.stage(f"{role}: text", total=sum(len(batches[place]) for place in share), unit="blocks")
+        parts = {}
+        for place in share:
+            parts[place] = token_nats(model, batches[place], batch_size=rows)
+            progress.advance(len(batches[place]))
+        nats = torch.cat(processes.gather_shares(parts))
         if text is inputs.blocks:
             measured |= {"nats": tuple(nats.double().sum(1).tolist()), "tokens": nats.shape[1]}
         if inputs.width and text is texts[-1]:
             measured["curve"] = average_by_position(nats, inputs.width)
-    if inputs.prompts is not None:
-        progress.stage(f"{role}: continuations", total=len(inputs.prompts), unit="prompts")
-        continuations = write_continuations(model, inputs.prompts, inputs.new_tokens)
-        progress.advance(len(continuations))
-        measured["written"] = tuple(map(tuple, continuations))
     return measured
 
 
