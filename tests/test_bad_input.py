@@ -171,8 +171,9 @@ def test_a_group_count_that_is_not_reachable(tmp_path: Path) -> None:
 
 def test_a_quantised_checkpoint(model: Path) -> None:
     edit_config(model, quantization_config={"quant_method": "gptq", "bits": 4})
-    message = refused(model, "quantised (gptq)")
-    assert "unquantised" in message
+    assert "remove the quantization entry" in refused(model, "the quantisation gptq, and no tensor is quantised")
+    edit_config(model, quantization_config={"quant_method": "hqq"})
+    assert "unquantised" in refused(model, "names the method hqq, and headwise reads fp8")
 
 
 def test_an_unknown_model_type(model: Path) -> None:

@@ -172,7 +172,8 @@ def peak_memory(checkpoint: Checkpoint, arch: Architecture, target: Any, calibra
     repeated tensor by tensor. Calibration adds the parent's layer in float32, the embedding table, the hidden
     states of all tokens (three times where the attention's inputs and outputs are kept) and the moments. On top
     comes the largest of the short-lived arrays: the widest intermediate of one batch, measured attention weights,
-    the normal equations of the MLA search, one step of the regression.
+    the normal equations of the MLA search, one step of the regression. Reading a quantised tensor has intermediate
+    results of its own.
 
     Args:
         checkpoint: the source.
@@ -186,7 +187,11 @@ def peak_memory(checkpoint: Checkpoint, arch: Architecture, target: Any, calibra
     computed = [i for i in range(len(target.layouts)) if target.converted_names(i)]
     if not computed:
         carried = (tensor.name for tensor in target.outputs if tensor.source is None)
-        return RESTING_BYTES + 3 * max((checkpoint.tensors[name].nbytes for name in carried), default=0)
+        return (
+            RESTING_BYTES
+            + checkpoint.peak_bytes
+            + 3 * max((checkpoint.tensors[name].nbytes for name in carried), default=0)
+        )
     layouts = [target.layouts[i] for i in computed]
     attention = 8 * max(before[i].num_parameters(width) for i in computed)
     search = 0
@@ -200,7 +205,7 @@ def peak_memory(checkpoint: Checkpoint, arch: Architecture, target: Any, calibra
                 * 16
                 * max(layout.num_attention_heads * layout.cache_elements_per_token**2 for layout in layouts)
             )
-    total = RESTING_BYTES + int(3.5 * attention)
+    total = RESTING_BYTES + checkpoint.peak_bytes + int(3.5 * attention)
     if calibration is None or calibration.reuse is not None:
         return total + search + (2 * 8 * width * width if calibration else 0)
     depth = arch.layers[0].count(".") + 1

@@ -16,6 +16,7 @@ from headwise.errors import HeadwiseError
 from headwise.format import latent_name, plain_fields
 from headwise.io import hub
 from headwise.io.gguf import open_gguf
+from headwise.io.quantized.quantization import plain_config, quantization_of, refuse_quantised_names
 from headwise.io.reader import Checkpoint, read_headers
 from headwise.io.source import (
     INDEX,
@@ -33,7 +34,7 @@ from headwise.models.architecture import Architecture
 from headwise.models.config import dtype_of
 from headwise.models.layout import CONTEXTS, AttentionLayout, CacheSize, describe
 from headwise.models.protocol import find_attention_model
-from headwise.models.stock_match import match_source, refuse_quantised_names
+from headwise.models.stock_match import match_source
 from headwise.records.manifest import recorded_damage
 from headwise.serving.engines import EngineVerdict, engine_verdicts
 from headwise.serving.latent_shape import latent_config
@@ -170,6 +171,7 @@ def inspect_model(
     parameters: int | None
     origin: str | None
     damage: tuple[float, ...] = ()
+    quantized: list[str] = []
     if (path := find_gguf(model, revision)) is not None:
         opened, commit = open_gguf(path), None
         tokenizer = "unreadable"
@@ -177,10 +179,14 @@ def inspect_model(
         parameters, origin = sum(math.prod(entry.shape) for entry in opened.entries.values()), "headers"
     else:
         folder, commit = find_folder(model, revision=revision, token=token, patterns=["config.json", INDEX])
-        config = read_config(folder)
+        stored = read_config(folder)
+        config = plain_config(stored)
         if (matched := _match_headers(str(model), folder, commit)) is not None:
             config = matched.config
             parameters, origin = matched.num_parameters, "headers"
+            quantized = [matched.quantized.note] if matched.quantized else []
+        elif quantization_of(stored) is not None:  # packed tensors do not show how many weights they hold
+            parameters, origin = None, None
         else:
             parameters, origin = _count_parameters(str(model), folder, commit, token, dtype_of(config))
         dtype = dtype_of(config)
@@ -229,7 +235,11 @@ def inspect_model(
         damage=damage,
         serving=serving.forecast(layouts),
         engines=serving.verdicts(config, layouts),
-        notes=(*serving.notes(layouts, options), *([LINEAR_NORMS] if mla is None and arch.qk_norm(config) else [])),
+        notes=(
+            *quantized,
+            *serving.notes(layouts, options),
+            *([LINEAR_NORMS] if mla is None and arch.qk_norm(config) else []),
+        ),
     )
 
 
@@ -319,7 +329,9 @@ def _match_headers(model: str, folder: Path, commit: str | None) -> Checkpoint |
     """
     if commit is not None:
         if (folder / INDEX).is_file():
-            refuse_quantised_names(model, read_weight_map(folder, INDEX))
+            names = read_weight_map(folder, INDEX)
+            if quantization_of(read_config(folder)) is None:
+                refuse_quantised_names(model, names)
         return None
     if not ((folder / SINGLE).is_file() or any(folder.glob("model-*.safetensors"))):
         return None

@@ -56,7 +56,7 @@ class Plan:
         shards: the weight files.
         cache_before: KV cache of the source.
         cache_after: KV cache of the output.
-        bytes_before: weights of the source.
+        bytes_before: weights of the source, as its files hold them.
         parameters_before: number of parameters of the source.
         peak_memory: forecast in bytes.
         seconds: forecast by stage, on this machine; empty: not forecast.
@@ -235,7 +235,7 @@ def make_plan(
         shards=tuple(plan_shards(outputs, max_shard_size)),
         cache_before=CacheSize.of(before, dtype_of(checkpoint.config)),
         cache_after=CacheSize.of(layouts, dtype_of(config)),
-        bytes_before=checkpoint.nbytes,
+        bytes_before=checkpoint.stored_bytes,
         parameters_before=checkpoint.num_parameters,
         peak_memory=peak_memory,
         seconds=dict(seconds or {}),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel, StaticCache
 
 from headwise import compat
 from headwise.cuda import record
@@ -18,8 +18,10 @@ from headwise.environment import find_device
 from headwise.errors import HeadwiseError
 from headwise.eval.bench_settings import BenchSettings
 from headwise.format import size
+from headwise.io.reader import read_headers
 from headwise.io.source import find_source
 from headwise.kernels.patch import disable, enable, enabled
+from headwise.models.stock import load_model
 from headwise.progress import SILENT, Progress
 
 # Share of the memory for activations, logits and the allocator, beside weights and cache.
@@ -125,10 +127,8 @@ def bench_model(
     limit: Any = settings.memory
     same_batch, equal_memory = [], []
     for source, at in ((baseline, revision), (child, None)):
-        folder = find_source(source, revision=at, token=token, progress=progress).folder
-        with compat.no_progress_bars():
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=precision, trust_remote_code=False)
-        model = model.to(where).eval()
+        checkpoint = read_headers(find_source(source, revision=at, token=token, progress=progress))
+        model: Any = load_model(checkpoint, "AutoModelForCausalLM", precision).to(where).eval()
         same_batch.append(time_decoding(model, str(source), context, batch, steps))
         if limit is not None:
             fitting = largest_batch(model, str(source), context, limit)

@@ -14,12 +14,13 @@ from headwise.convert.inspect import inspect_model
 from headwise.errors import HeadwiseError
 from headwise.eval.result import Subject
 from headwise.format import layout_names
+from headwise.io.quantized.quantization import quantization_of
 from headwise.io.reader import read_headers
 from headwise.io.source import Source, find_source
 from headwise.io.tokenizer import load_tokenizer
-from headwise.models.config import has_stock_class
+from headwise.models.config import dtype_of, has_stock_class
 from headwise.models.protocol import AttentionModel, find_attention_model
-from headwise.models.stock import stock_config
+from headwise.models.stock import load_model, stock_config
 from headwise.models.stock_match import require_head
 from headwise.models.table import why_no_decoder
 from headwise.progress import SILENT, Progress
@@ -94,9 +95,14 @@ class EvalModel:
             device: "cpu" or "cuda:N".
             eager: whether the attention returns its weights.
         """
+        import torch
         from transformers import AutoModelForCausalLM
 
         attention = {"attn_implementation": "eager"} if eager else {}
+        if quantization_of(self.source.config) is not None:
+            checkpoint = read_headers(self.source)
+            precision = dtype_of(checkpoint.config) if dtype == "auto" else getattr(torch, dtype)
+            return load_model(checkpoint, "AutoModelForCausalLM", precision, **attention).to(device).eval()
         with no_progress_bars():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.folder, dtype=dtype, trust_remote_code=False, **attention
@@ -123,7 +129,8 @@ def find_model(model: str | Path, *, token: str | None = None, progress: Progres
             "`headwise eval` measures decoder-only language models, alone or inside a multimodal model.",
         )
     attention = cache_bytes = parameters = None
-    with suppress(HeadwiseError):  # a model type that headwise cannot convert can still be evaluated
+    with suppress(HeadwiseError):  # a model that headwise cannot convert can still be evaluated
+        quantization_of(source.config)
         attention = layout_names(find_attention_model(source.config).layouts(source.config))
     if attention is not None:  # stock transformers fills a missing tensor with random values
         inspection = inspect_model(source.folder)

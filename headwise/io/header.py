@@ -15,7 +15,7 @@ import torch
 
 from headwise.errors import HeadwiseError
 
-# The dtypes that a tensor may keep through a conversion, by their names in the safetensors format.
+# The dtypes that can be read, by their names in the safetensors format.
 DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -26,6 +26,9 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -12,7 +12,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from headwise.errors import HeadwiseError
 from headwise.io.fs import check_name, os_errors
 from headwise.io.gguf import GgufModel, header_hash, open_gguf, write_model_files
 from headwise.io.header import DTYPE_NAMES, MAX_HEADER, TensorEntry, header_error, parse_header
+from headwise.io.quantized.quantization import Quantization, find_quantized, plain_config
 from headwise.io.source import Source, find_gguf, find_sidecars, find_source, path_inside
 from headwise.progress import SILENT, Progress
 
@@ -62,11 +63,12 @@ class Checkpoint:
         revision: the commit of a Hub repository, else None.
         config: config.json.
         tensors: by name, in file order. `match_source` may give them other names than the files. For a GGUF file,
-            those of the stock class, dequantised when they are read.
+            those of the stock class, and for a quantised folder the plain weights, dequantised when they are read.
         sidecars: the files that a conversion copies byte for byte.
         left_out: names of the files that it does not copy.
         files: the state of every weight file.
         gguf: the GGUF file, or None.
+        quantized: how the files of a folder are quantised; None if they are not. `config` has no such entry.
         notes: lines of a plan about how the checkpoint is read.
         warnings: lines of a plan about it that the user must not miss.
         dropped: tensors of the files that the stock class does not read.
@@ -83,6 +85,7 @@ class Checkpoint:
     left_out: list[str]
     files: dict[str, FileState]
     gguf: GgufModel | None = None
+    quantized: Quantization | None = None
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     dropped: dict[str, TensorEntry] = field(default_factory=dict)
@@ -96,9 +99,24 @@ class Checkpoint:
         return self.gguf.path if self.gguf else self.folder
 
     @property
+    def is_plain(self) -> bool:
+        """Return whether the tensors are as the files hold them, so that stock transformers loads the same."""
+        return self.gguf is None and self.quantized is None
+
+    @property
     def nbytes(self) -> int:
-        """Return the bytes of all tensors."""
+        """Return the bytes of all tensors, as they are read."""
         return sum(entry.nbytes for entry in self.tensors.values())
+
+    @property
+    def stored_bytes(self) -> int:
+        """Return the bytes of all tensors in the files of a folder."""
+        return sum(entry.nbytes for entry in self.quantized.stored.values()) if self.quantized else self.nbytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Return the bytes of memory that reading a quantised tensor takes at most; 0 if no tensor is quantised."""
+        return max((t.peak_bytes for t in self.quantized.tensors.values()), default=0) if self.quantized else 0
 
     @property
     def num_parameters(self) -> int:
@@ -106,7 +124,7 @@ class Checkpoint:
         return sum(math.prod(entry.shape) for entry in self.tensors.values())
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor into its own memory, in its stored dtype.
+        """Read one tensor into its own memory, in the dtype of its entry.
 
         Args:
             name: of the tensor.
@@ -115,11 +133,26 @@ class Checkpoint:
             HeadwiseError: the file changed since it was opened, or cannot be read.
         """
         entry = self.tensors[name]
-        if entry.file in self._pickled:
-            return self._pickled[entry.file][entry.name].clone()
         if self.gguf:
             with self._open(entry) as file:
                 return self.gguf.read(name, file)
+        if self.quantized:
+            if (weight := self.quantized.tensors.get(entry.name)) is not None:
+                return weight.read(self.read_stored)
+            return self.read_stored(self.quantized.stored[entry.name]).to(entry.dtype)
+        return self.read_stored(entry)
+
+    def read_stored(self, entry: TensorEntry) -> Tensor:
+        """Read a tensor of a safetensors or pickle file as it is stored.
+
+        Args:
+            entry: of the tensor, by its name in the file.
+
+        Raises:
+            HeadwiseError: the file changed since it was opened, or cannot be read.
+        """
+        if entry.file in self._pickled:
+            return self._pickled[entry.file][entry.name].clone()
         flat = torch.empty(entry.nbytes, dtype=torch.uint8)
         with self._open(entry) as file:
             self._fill(flat, file, entry)
@@ -150,12 +183,29 @@ class Checkpoint:
             HeadwiseError: the file changed since it was opened, or cannot be read.
         """
         entry = self.tensors[name]
-        if entry.file in self._pickled:
-            yield from as_bytes(self._pickled[entry.file][entry.name]).split(CHUNK)
-            return
         if self.gguf:
             with self._open(entry) as file:
                 yield from map(as_bytes, self.gguf.chunks(name, file))
+        elif self.quantized and self.quantized.stored.get(entry.name) != entry:
+            yield from as_bytes(self.read(name)).split(CHUNK)
+        else:
+            yield from self.stored_chunks(entry, buffers)
+
+    def stored_chunks(self, entry: TensorEntry, buffers: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Read a tensor of a safetensors or pickle file as it is stored, in chunks of at most `CHUNK` bytes.
+
+        Args:
+            entry: of the tensor, by its name in the file.
+            buffers: as in `chunks`.
+
+        Yields:
+            Flat uint8, whole elements in each chunk.
+
+        Raises:
+            HeadwiseError: the file changed since it was opened, or cannot be read.
+        """
+        if entry.file in self._pickled:
+            yield from as_bytes(self._pickled[entry.file][entry.name]).split(CHUNK)
             return
         with self._open(entry) as file:
             for number, start in enumerate(range(0, entry.nbytes, CHUNK)):
@@ -166,7 +216,8 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Return the SHA-256 over config and every weight file's name, size, time and header."""
         states = {name: [s.size, s.mtime_ns, s.header] for name, s in self.files.items()}
-        return hashlib.sha256(json.dumps([self.config, states], sort_keys=True).encode()).hexdigest()
+        settings = [self.quantized.settings] if self.quantized else []
+        return hashlib.sha256(json.dumps([self.config, states, *settings], sort_keys=True).encode()).hexdigest()
 
     def check_unchanged(self) -> None:
         """Check that no weight file changed since the checkpoint was opened.
@@ -271,17 +322,21 @@ def read_headers(source: Source) -> Checkpoint:
                 f"The index of {source.folder} places tensor {name!r} in {file_name}, which does not contain it.",
                 "Download the checkpoint again.",
             )
-    return Checkpoint(
+    checkpoint = Checkpoint(
         source=source.name,
         folder=source.folder,
         revision=source.revision,
-        config=source.config,
+        config=plain_config(source.config),
         tensors=tensors,
         sidecars=source.sidecars,
         left_out=source.left_out,
         files=files,
         _pickled=pickled,
     )
+    quantized = find_quantized(source.name, source.config, tensors, checkpoint.read_stored)
+    if quantized is None:
+        return checkpoint
+    return replace(checkpoint, tensors=quantized.entries, quantized=quantized, notes=[quantized.note])
 
 
 def read_gguf(path: Path) -> Checkpoint:
@@ -338,6 +393,8 @@ def has_nonfinite(values: Tensor) -> bool:
     """
     if not values.dtype.is_floating_point or values.numel() == 0:
         return False
+    if values.dtype.itemsize == 1:
+        return not bool(values.float().isfinite().all())
     signed, unsigned = INTEGERS[values.dtype.itemsize]
     infinities = torch.tensor([float("inf"), float("-inf")], dtype=values.dtype)
     positive, negative = infinities.view(signed).numpy().view(unsigned)

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
+from headwise.io.quantized.quantization import QUANTIZATION_KEYS
 from headwise.io.reader import Checkpoint
 from headwise.models.config import (
     CODE_KEYS,
-    QUANTIZATION_KEYS,
     both_spellings,
     complete_part,
     positive_size,
-    refuse_quantised,
     rotary_width,
     stock_text_config,
 )
@@ -357,14 +356,10 @@ def find_architecture(config: dict[str, Any], names: Iterable[str] = ()) -> Arch
         The row, with the layer naming and the transformers class of this checkpoint.
 
     Raises:
-        HeadwiseError: the model type is unknown or refused, the checkpoint is quantised, or the stock class does
-            not accept the config.
+        HeadwiseError: the model type is unknown or refused, or the stock class does not accept the config.
     """
     table = load_table()
     arch = Architecture(**vars(find_row(config, table)))
-    text = arch.text_config(config)
-    for part in (config, text):
-        refuse_quantised(part)
     stock = arch.stock_config(config)
     for key, rule in arch.requires.items():
         value = getattr(stock, key, None)

@@ -59,27 +59,6 @@ GROUP_COUNTS = ("num_key_value_heads", "num_kv_heads", "multi_query", "multi_que
 PER_LAYER = ("layer_types", "no_rope_layers")
 # By these a config chooses code; what is converted runs with the stock class, however that likes to.
 CODE_KEYS = ("auto_map", *(f"{dash}{kind}_implementation" for dash in ("", "_") for kind in ("attn", "experts")))
-QUANTIZATION_KEYS = ("quantization_config", "quantization", "compression_config")
-
-
-def refuse_quantised(config: dict[str, Any]) -> None:
-    """Refuse a checkpoint with quantised weights.
-
-    Args:
-        config: the config.json, or its text config.
-
-    Raises:
-        HeadwiseError: the config has a quantization entry.
-    """
-    for key in QUANTIZATION_KEYS:
-        value = config.get(key)
-        if value:
-            method = value.get("quant_method") if isinstance(value, dict) else None
-            raise HeadwiseError(
-                f"config.json has {key}: the checkpoint is quantised ({method or 'method not named'}), and its "
-                "weights cannot be merged.",
-                "Convert the unquantised checkpoint that it was made from, then quantise the result.",
-            )
 
 
 def stock_text_config(model_type: str, text_config: dict[str, Any]) -> Any:

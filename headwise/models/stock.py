@@ -101,7 +101,8 @@ def load_model(checkpoint: Checkpoint, auto_class: str, dtype: torch.dtype, **ar
     """Load a whole stock model with its weights, on the CPU.
 
     Args:
-        checkpoint: a folder, or a GGUF file. Loading a GGUF file temporarily holds its tensors in memory twice.
+        checkpoint: a folder, or a GGUF file. Loading a GGUF file or a quantised folder temporarily holds its
+            tensors in memory twice.
             The model has the checkpoint's config, which may differ from the folder's.
         auto_class: name of the transformers auto class.
         dtype: dtype of the weights.
@@ -113,7 +114,7 @@ def load_model(checkpoint: Checkpoint, auto_class: str, dtype: torch.dtype, **ar
     import transformers
 
     config = stock_config(checkpoint.config)
-    if checkpoint.gguf is None:
+    if checkpoint.is_plain:
         with no_progress_bars():
             return getattr(transformers, auto_class).from_pretrained(
                 checkpoint.folder, config=config, dtype=dtype, trust_remote_code=False, **arguments

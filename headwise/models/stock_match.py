@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from headwise.compat import places_of
 from headwise.errors import HeadwiseError
 from headwise.format import dtype_name
+from headwise.io.quantized.quantization import CONVERT_ORIGINAL
 from headwise.io.reader import Checkpoint, make_buffers
 from headwise.io.source import ADAPTER_CONFIG, adapter_error
 from headwise.models.architecture import Architecture, find_architecture
@@ -25,11 +26,6 @@ from headwise.models.stock import empty_model, load_into
 
 # Buffers that old releases of transformers saved and no release reads.
 STALE_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attention\.(masked_bias|bias)|position_ids)$")
-# Tensors beside or in place of weights, by which quantised checkpoints are known.
-QUANTISED = re.compile(
-    r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_shape|weight_scale(_inv)?|input_scale|SCB|absmax"
-    r"|quant_map|quant_state\..*)$"
-)
 LORA = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|modules_to_save)\.")
 # Config fields that count the layers behind `num_hidden_layers`.
 EXTRA_LAYERS = ("num_nextn_predict_layers",)
@@ -127,7 +123,6 @@ def match_source(checkpoint: Checkpoint) -> Checkpoint:
     arch = find_architecture(config, checkpoint.tensors)
     if checkpoint.gguf is None and (checkpoint.folder / ADAPTER_CONFIG).is_file():
         raise adapter_error(checkpoint.folder, "has a LoRA adapter beside the weights")
-    refuse_quantised_names(checkpoint.source, checkpoint.tensors)
     found = match_stock_class(checkpoint, arch.auto_class)
     if headless := _lacks_a_head(checkpoint, found):
         config = _tied(config, arch)
@@ -170,24 +165,6 @@ def require_head(checkpoint: Checkpoint, purpose: str) -> None:
         )
 
 
-def refuse_quantised_names(source: str, names: Iterable[str]) -> None:
-    """Refuse a checkpoint whose tensor names are those of quantised weights.
-
-    Args:
-        source: the user's name of the checkpoint.
-        names: of its tensors.
-
-    Raises:
-        HeadwiseError: it is quantised.
-    """
-    name = next((name for name in names if QUANTISED.search(name)), None)
-    if name is not None:
-        raise HeadwiseError(
-            f"{source} has quantised weights (tensor {name}), and config.json has no quantization_config.",
-            "Convert the unquantised checkpoint that it was made from, then quantise the result.",
-        )
-
-
 def _refuse_unloadable(checkpoint: Checkpoint, arch: Architecture, found: StockMatch) -> None:
     """Raise HeadwiseError if the stock class misses a tensor or reads one of another shape or kind."""
     for name, place in found.places.items():
@@ -195,7 +172,7 @@ def _refuse_unloadable(checkpoint: Checkpoint, arch: Architecture, found: StockM
         if place is not None and place.endswith(".weight") and not (dtype.is_floating_point and dtype.itemsize > 1):
             raise HeadwiseError(
                 f"{checkpoint.source} has quantised weights: tensor {name} is {dtype_name(dtype)}.",
-                "Convert the unquantised checkpoint that it was made from, then quantise the result.",
+                CONVERT_ORIGINAL,
             )
     if found.missing:
         _explain_missing(checkpoint, arch, found)

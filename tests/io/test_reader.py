@@ -197,7 +197,7 @@ NEXT = {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}
 @pytest.mark.parametrize(
     ("header", "data", "words"),
     [
-        ({"a": ROW | {"dtype": "F8_E4M3"}}, 8, "dtype 'F8_E4M3'"),
+        ({"a": ROW | {"dtype": "F4"}}, 8, "dtype 'F4'"),
         ({"a": ROW | {"dtype": ["F32"]}}, 8, "dtype"),
         ({"a": ROW | {"shape": [3]}}, 8, "needs 12"),
         ({"a": ROW | {"shape": [-2]}}, 8, "shape"),
