@@ -197,6 +197,7 @@ def main() -> None:
     parser.add_argument("--sampled", type=Path, help="text of the joint refit, shared by processes")
     parser.add_argument("--tasks", type=Path, help="folder of the lm-eval slices")
     parser.add_argument("--out", type=Path, help="file of rows to append to")
+    parser.add_argument("--keep", type=Path, help="folder that keeps the converted models")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -221,7 +222,7 @@ def main() -> None:
             start = time.monotonic()
             done = convert_model(
                 options.model,
-                Path(scratch) / "out",
+                (options.keep or Path(scratch)) / name.replace(":", "-"),
                 **target(name),
                 method=options.method,
                 calibrate=options.calibrate,

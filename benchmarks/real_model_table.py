@@ -25,20 +25,28 @@ TASKS = {"hellaswag": "HellaSwag", "piqa": "PIQA", "arc_easy": "ARC-Easy", "lamb
 CACHE = {"mla:128+64": 192, "mla:64+32": 96, "gqa:1": 128}
 NAMES = {"mla:128+64": "MLA 128+64", "mla:64+32": "MLA 64+32", "gqa:1": "MQA (1 KV head)"}
 PARENT_CACHE = 384
+# By method, refit, and the distinct tokens of the refit where they are not the default.
 LABELS = {
-    ("optimal", "joint"): "headwise, defaults on a GPU",
-    ("optimal", "off"): "headwise, closed form on two CPU cores",
-    ("transmla", "off"): "TransMLA's algorithm",
-    ("mean", "off"): "mean of the heads (the GQA paper)",
+    ("optimal", "joint", None): "headwise, defaults on a GPU",
+    ("optimal", "joint", 16_000_000): "headwise, refit on 16M tokens",
+    ("optimal", "off", None): "headwise, closed form on two CPU cores",
+    ("transmla", "off", None): "TransMLA's algorithm",
+    ("mean", "off", None): "mean of the heads (the GQA paper)",
 }
 
 
-def groups(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
-    """Return the rows by target, method and refit."""
+def label(row: dict[str, Any]) -> str:
+    """Return the words for the way a row was converted."""
+    return LABELS[row["method"], row["refit"], row.get("refit_tokens")]
+
+
+def groups(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Return the rows by target and label."""
     found = defaultdict(list)
     for row in sorted(rows, key=lambda row: row["seed"]):
-        found[row["target"], row["method"], row["refit"]].append(row)
-    return dict(sorted(found.items(), key=lambda item: (list(CACHE).index(item[0][0]), item[0][1] != "optimal")))
+        found[row["target"], label(row)].append(row)
+    order = list(LABELS.values())
+    return dict(sorted(found.items(), key=lambda item: (list(CACHE).index(item[0][0]), order.index(item[0][1]))))
 
 
 def losses(rows: list[dict[str, Any]], parent: dict[str, Any]) -> str:
@@ -49,7 +57,7 @@ def losses(rows: list[dict[str, Any]], parent: dict[str, Any]) -> str:
         f"| parent | | {PARENT_CACHE} elements | {parent['wiki']:.4f} | | | {parent['stories']:.4f} | "
         f"{parent['code']:.4f} | | |",
     ]
-    for (target, method, refit), same in groups(rows).items():
+    for (target, words), same in groups(rows).items():
         gaps = [row["wiki"] - parent["wiki"] for row in same]
         share = f"{CACHE[target]} (-{100 * (1 - CACHE[target] / PARENT_CACHE):.0f}%)"
         seeds = ", ".join(f"{row['seed']}: {gap:.3f}" for row, gap in zip(same, gaps, strict=True))
@@ -57,7 +65,7 @@ def losses(rows: list[dict[str, Any]], parent: dict[str, Any]) -> str:
         checks = "yes" if all(row["verified"] for row in same) else "NO"
         seconds = ", ".join(str(row["seconds"]) for row in same)
         lines.append(
-            f"| {NAMES[target]} | {LABELS[method, refit]} | {share} | {means[0]} | "
+            f"| {NAMES[target]} | {words} | {share} | {means[0]} | "
             f"**{mean(gaps):.3f}** | {seeds} | {means[1]} | {means[2]} | {checks} | {seconds} |"
         )
     return "\n".join(lines)
@@ -78,8 +86,7 @@ def tasks(rows: list[dict[str, Any]], parent: dict[str, Any]) -> str:
             cells.append(
                 f"{row[name]:.1f} ({100 * difference.estimate:+.1f}; {100 * low:+.1f} to {100 * high:+.1f})"
             )
-        label = f"{NAMES[row['target']]}, {LABELS[row['method'], row['refit']]}, seed {row['seed']}"
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        lines.append(f"| {NAMES[row['target']]}, {label(row)}, seed {row['seed']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -89,17 +96,17 @@ def plot(rows: list[dict[str, Any]], parent: dict[str, Any], file: Path) -> None
     figure = pictures.new_figure(3.1, title="SmolLM2-135M-Instruct, converted without any data of the user")
     axes = figure.add_subplot()
     points = defaultdict(list)
-    for (target, method, refit), same in groups(rows).items():
+    for (target, words), same in groups(rows).items():
         gap = mean(row["wiki"] for row in same) - parent["wiki"]
-        points[LABELS[method, refit]].append((100 * CACHE[target] / PARENT_CACHE, gap, NAMES[target]))
-    for (label, found), marker, colour in zip(points.items(), "osD^", pictures.COLOURS[:4], strict=False):
+        points[words].append((100 * CACHE[target] / PARENT_CACHE, gap, NAMES[target]))
+    for (words, found), marker, colour in zip(points.items(), "osD^", pictures.COLOURS[:4], strict=False):
         found = [*sorted(found), (100.0, 0.0, "parent, 3 KV heads")]
         xs, ys, _ = zip(*found, strict=True)
-        axes.plot(xs, ys, marker, linestyle=":", color=colour, markersize=5, label=label)
+        axes.plot(xs, ys, marker, linestyle=":", color=colour, markersize=5, label=words)
         for x, y, name in found:
-            words = f"{name}: +{y:.2f}" if y else name
+            caption = f"{name}: +{y:.2f}" if y else name
             side = {"xytext": (7, 3)} if y else {"xytext": (4, -14), "ha": "right"}
-            axes.annotate(words, (x, y), textcoords="offset points", **side)
+            axes.annotate(caption, (x, y), textcoords="offset points", **side)
     axes.set_xlim(20, 105)
     axes.set_ylim(-0.04, 1.12 * axes.get_ylim()[1])
     axes.set_xlabel("KV cache, % of the parent's")

@@ -97,7 +97,10 @@ def iter_code_lines(module: str) -> Iterator[tuple[str, str]]:
         code = line.strip()
         if len(code) in LINE_CHARACTERS and not code.startswith("#") and number not in quoted and number > 1:
             context = before[-CONTEXT_CHARACTERS:]
-            yield context[context.find("\n") + 1 :], line.rstrip("\n")
+            context = context[context.find("\n") + 1 :]
+            # A tokenizer without a BOS token makes no token of white space that lm-eval strips.
+            if context.strip():
+                yield context, line.rstrip("\n")
         before += line
 
 
