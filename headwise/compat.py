@@ -41,6 +41,21 @@ def cache_of(output: Any) -> Any:
     return output.cache if hasattr(output, "cache") else output.past_key_values
 
 
+def cache_layers(cache: Any) -> list[Any]:
+    """Return the layers of a KV cache with keys and values, in the order in which attention modules run.
+
+    Versions: transformers 5.16 to 5.24, `Cache.layers`; an `EncoderDecoderCache` has a cache for self-attention and
+    one for cross-attention.
+
+    Args:
+        cache: a KV cache after a forward pass.
+    """
+    if not hasattr(cache, "cross_attention_cache"):
+        return list(cache.layers)
+    pairs = zip(cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=True)
+    return [layer for pair in pairs for layer in pair]
+
+
 def allocate_static_cache(cache: Any, shaped: Any, batch: int) -> None:
     """Allocate the memory of a static cache that no forward pass has used yet.
 

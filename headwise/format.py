@@ -130,6 +130,8 @@ class _Layout(Protocol):
     def kv_lora_rank(self) -> int | None: ...
     @property
     def qk_rope_head_dim(self) -> int | None: ...
+    @property
+    def part(self) -> str: ...
 
 
 def latent_name(kv_lora_rank: int, qk_rope_head_dim: int | None) -> str:
@@ -143,16 +145,18 @@ def latent_name(kv_lora_rank: int, qk_rope_head_dim: int | None) -> str:
 
 
 def layout_names(layouts: Sequence[_Layout]) -> str:
-    """Return the name of a model's layouts, such as "GQA, 8 KV heads".
+    """Return the name of a model's layouts, such as "GQA, 8 KV heads"; parts such as an encoder are named.
 
     Args:
         layouts: of the layers; each different name appears once.
     """
+    several = len({layout.part for layout in layouts}) > 1
     words = []
     for layout in dict.fromkeys(layouts):
+        part = f"{layout.part} " if several else ""
         if layout.kv_lora_rank is not None:
-            words.append(latent_name(layout.kv_lora_rank, layout.qk_rope_head_dim))
+            words.append(part + latent_name(layout.kv_lora_rank, layout.qk_rope_head_dim))
         else:
             count = layout.num_key_value_heads
-            words.append("MQA" if layout.kind == "mqa" else f"{layout.kind.upper()}, {count} KV heads")
+            words.append(part + ("MQA" if layout.kind == "mqa" else f"{layout.kind.upper()}, {count} KV heads"))
     return "; ".join(dict.fromkeys(words))

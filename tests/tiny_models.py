@@ -164,10 +164,31 @@ CONFIGS |= {
 }
 
 
+_MODULE = (
+    _COMMON
+    | _heads(6, 3, 8)
+    | _SLIDING
+    | {"query_pre_attn_scalar": 7, "attn_logit_softcapping": 20.0, "final_logit_softcapping": None}
+)
+
+# Models of several attention stacks, and models without a cache.
+OTHERS: dict[str, dict[str, Any]] = {
+    "t5gemma": {
+        "encoder": _MODULE
+        | {"hidden_size": 48, "num_hidden_layers": 2, "layer_types": _SLIDING["layer_types"][:2]},
+        "decoder": _MODULE,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": False,
+    },
+}
+
+
 def config_of(model_type: str, **overrides: Any) -> dict[str, Any]:
     """What config.json holds of such a model. `overrides` go to the language model's config."""
-    fields = copy.deepcopy(CONFIGS[model_type])
-    if "text_config" in fields:
+    fields = copy.deepcopy((CONFIGS | OTHERS)[model_type])
+    if "decoder" in fields:
+        fields["decoder"] |= overrides
+    elif "text_config" in fields:
         fields["text_config"] |= overrides
     else:
         fields = _COMMON | fields | overrides
@@ -233,6 +254,13 @@ def float64_throughout() -> Iterator[None]:
 def tokens(count: int = 12) -> torch.Tensor:
     """(2, count) token ids."""
     return torch.randint(3, VOCABULARY, (2, count), generator=torch.Generator().manual_seed(5))
+
+
+def inputs_of(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the arguments of a model: tokens, or a source and a target of other lengths."""
+    if not model.config.is_encoder_decoder:
+        return {"input_ids": tokens()}
+    return {"input_ids": tokens(), "decoder_input_ids": tokens(9).flip(0)}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

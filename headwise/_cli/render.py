@@ -14,7 +14,7 @@ from headwise.format import dtype_name, duration, factor, layout_names, size
 if TYPE_CHECKING:
     from headwise.convert.inspect import Inspection
     from headwise.convert.pipeline import ConvertResult
-    from headwise.convert.plan import Plan
+    from headwise.convert.plan import PartPlan, Plan
     from headwise.convert.verify.verification import Verification
     from headwise.demo.demo import DemoResult
     from headwise.demo.picture import Measurement
@@ -55,11 +55,22 @@ def render_inspection(inspection: Inspection, *, reasons: bool = False) -> None:
     kinds: dict[AttentionLayout, list[int]] = {}
     for layer, layout in enumerate(inspection.layouts):
         kinds.setdefault(layout, []).append(layer)
+    parts = {layout.part for layout in kinds}
     console.print_table(
-        ("layers", "attention", ">heads", ">KV heads", ">head dim", "RoPE", "window"),
+        (
+            "layers",
+            *(["part"] if len(parts) > 1 else []),
+            "attention",
+            ">heads",
+            ">KV heads",
+            ">head dim",
+            "RoPE",
+            "window",
+        ),
         [
             (
                 format_ranges(layers),
+                *([layout.part] if len(parts) > 1 else []),
                 layout.kind.upper(),
                 layout.num_attention_heads,
                 layout.num_key_value_heads,
@@ -163,8 +174,13 @@ def render_plan(plan: Plan) -> None:
     console.print_table(
         ("", ">before", ">after", ">saved"),
         [
-            ("attention", layout_names(plan.layouts_before), layout_names(plan.layouts_after), ""),
-            *_cache_rows(plan.cache_before, plan.cache_after),
+            *(row for part in plan.parts for row in _part_rows(part)),
+            *(
+                []
+                if plan.parts
+                else [("attention", layout_names(plan.layouts_before), layout_names(plan.layouts_after), "")]
+            ),
+            *([] if plan.parts else _cache_rows(plan.cache_before, plan.cache_after)),
             ("parameters", f"{plan.parameters_before:,}", f"{plan.parameters_after:,}", ""),
             ("weights", size(plan.bytes_before), size(plan.bytes_after), ""),
         ],
@@ -218,8 +234,11 @@ def render_conversion(result: ConvertResult) -> None:
     _detail_layers(result.layers)
     for warning in plan.warnings:
         console.warn(warning)
-    console.note(f"{layout_names(plan.layouts_before)} -> {layout_names(plan.layouts_after)}")
-    if after < before:
+    for part in plan.parts:
+        console.note(part)
+    if not plan.parts:
+        console.note(f"{layout_names(plan.layouts_before)} -> {layout_names(plan.layouts_after)}")
+    if after < before and not plan.parts:
         console.note(f"Cache per token: {size(before)} -> {size(after)}, {format_saving(1 - after / before)} saved")
     console.note(f"Wrote {result.out} ({size(plan.disk)}).")
     if result.pushed:
@@ -412,6 +431,18 @@ def _cache_rows(before: CacheSize, after: CacheSize) -> Iterator[tuple[str, str,
     rows += [(f"cache at {context // 1024}K", total, after.at[context]) for context, total in before.at.items()]
     for name, old, new in rows:
         yield name, size(old), size(new), "" if old == new else format_saving(1 - new / old)
+
+
+def _part_rows(part: PartPlan) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the attention of a part, and its cache for one token of the kind that it counts."""
+    yield part.part, part.before, part.after, ""
+    if part.cached:
+        saved = (
+            "" if part.bytes_before == part.bytes_after else format_saving(1 - part.bytes_after / part.bytes_before)
+        )
+        yield f"  cache per {part.counts}", size(part.bytes_before), size(part.bytes_after), saved
+    else:
+        yield "  cache", "none", "none", ""
 
 
 def format_saving(saved: float) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from headwise.convert.base import Target
@@ -9,8 +11,10 @@ from headwise.convert.gqa.target import GroupedTarget
 from headwise.convert.mla.target import LatentTarget
 from headwise.convert.positions.moved import with_positions
 from headwise.convert.settings import ConvertSettings
+from headwise.errors import SettingError
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import Architecture, find_architecture
+from headwise.models.layout import AttentionLayout
 
 
 def choose_target(checkpoint: Checkpoint, arch: Architecture, settings: ConvertSettings) -> Target:
@@ -25,9 +29,9 @@ def choose_target(checkpoint: Checkpoint, arch: Architecture, settings: ConvertS
         HeadwiseError: the conversion is not possible for this model.
     """
     dtype: torch.dtype | None = getattr(torch, settings.dtype) if settings.dtype else None
-    config = checkpoint.config
-    layout = arch.layouts(config)[0]
-    config = arch.with_groups(config, layout.num_key_value_heads)
+    config = arch.with_groups(checkpoint.config, {})
+    if arch.parts:
+        _refuse_positions(arch, settings)
     if settings.dtype is not None:
         for part in (config, arch.text_config(config)):
             part["dtype"] = part["torch_dtype"] = settings.dtype
@@ -37,16 +41,58 @@ def choose_target(checkpoint: Checkpoint, arch: Architecture, settings: ConvertS
     if settings.to == "mla":
         target = LatentTarget(checkpoint, parent, config, settings, dtype=dtype)
     else:
-        counts = {"mqa": 1, "mha": layout.num_attention_heads, "gqa": settings.groups}
-        groups = counts[settings.to] if settings.to else None
+        counts = part_counts(arch, arch.layouts(checkpoint.config), settings) if settings.to else {}
         target = GroupedTarget(
-            checkpoint,
-            arch,
-            parent.with_groups(config, layout.num_key_value_heads if groups is None else groups),
-            config,
-            settings,
-            groups=groups,
-            dtype=dtype,
+            checkpoint, arch, parent.with_groups(config, counts), config, settings, changed=set(counts), dtype=dtype
         )
     target.notes[:0] = notes
     return target
+
+
+def part_counts(
+    arch: Architecture, layouts: Sequence[AttentionLayout], settings: ConvertSettings
+) -> dict[str, int]:
+    """Return the number of KV heads of every part that a conversion changes.
+
+    Args:
+        arch: the architecture of the source.
+        layouts: of its layers.
+        settings: of the conversion.
+
+    Raises:
+        SettingError: the model has no such part, or two parts share one number and get two.
+    """
+    heads = {layout.part: layout.num_attention_heads for layout in layouts}
+    cached = {layout.part for layout in layouts if layout.cached}
+    named = settings.parts or dict.fromkeys(part for part in heads if part in cached or not cached)
+    name = arch.wrapper or arch.model_type
+    counts: dict[str, int] = {}
+    for part, count in named.items():
+        if part not in heads:
+            raise SettingError(
+                "part", f"`part` is {part}, and {name} has {', '.join(heads)}.", "Name a part that the model has."
+            )
+        counts[part] = count or {"mqa": 1, "mha": heads[part], "gqa": settings.groups}[str(settings.to)] or 0
+    places = {part.part: part.count_key for part in arch.parts}
+    for part, count in list(counts.items()):
+        for other in (p for p in heads if p != part and places and places[p] == places[part]):
+            if counts.setdefault(other, count) != count:
+                raise SettingError(
+                    "part",
+                    f"`part` gives {part} {count} KV heads and {other} {counts[other]}, and {name} has one number "
+                    "for both.",
+                    "Give both the same number.",
+                )
+    return counts
+
+
+def _refuse_positions(arch: Architecture, settings: ConvertSettings) -> None:
+    """Raise SettingError for settings that act on the positions of a decoder alone."""
+    for name in ("context", "sliding_window"):
+        if getattr(settings, name) is not None:
+            raise SettingError(
+                name,
+                f"`{name}` acts on models of one attention stack, and {arch.wrapper} has "
+                f"{', '.join(part.part for part in arch.parts)}.",
+                f"Leave out `{name}`.",
+            )

@@ -43,6 +43,10 @@ from headwise.serving.settings import ServingSettings
 
 # Pairs (kv_lora_rank, qk_rope_head_dim) with cache rows that engines support (serving/engines.yaml).
 LATENTS = ((256, 64), (448, 64), (512, 64))
+TWO_CACHES = (
+    "The cache counts one token of the source and one of the target: cross-attention caches the encoder's tokens, "
+    "self-attention the decoder's."
+)
 LINEAR_NORMS = (
     "MLA is approximate at every size: the model normalises queries and keys, and linear maps replace the norms."
 )
@@ -238,6 +242,7 @@ def inspect_model(
         notes=(
             *quantized,
             *serving.notes(layouts, options),
+            *([TWO_CACHES] if arch.reads_pairs else []),
             *([LINEAR_NORMS] if mla is None and arch.qk_norm(config) else []),
         ),
     )
@@ -246,11 +251,13 @@ def inspect_model(
 def _options(
     layouts: Sequence[AttentionLayout], legal: Sequence[int], cache: CacheSize, dtype: torch.dtype, mla: bool
 ) -> Iterator[tuple[ReachableLayout, list[AttentionLayout]]]:
+    encoder = not any(layout.cached for layout in layouts)
     for groups in legal:
-        new = [layout.with_groups(groups) for layout in layouts]
+        new = [layout.with_groups(groups) if layout.cached or encoder else layout for layout in layouts]
         if new != list(layouts):
             after = CacheSize.of(new, dtype)
-            yield ReachableLayout(new[0].kind, groups, None, None, after, _saved(cache, after)), new
+            kind = next((layout for layout in new if layout.cached), new[0]).kind
+            yield ReachableLayout(kind, groups, None, None, after, _saved(cache, after)), new
     for rank, rope in LATENTS if mla else ():
         new = [latent_layout(layout, rank, rope) for layout in layouts]
         after = CacheSize.of(new, dtype)
@@ -310,7 +317,8 @@ class _Serving:
 
 
 def _saved(before: CacheSize, after: CacheSize) -> float:
-    return 1 - after.at[CONTEXTS[-1]] / before.at[CONTEXTS[-1]]
+    whole = before.at[CONTEXTS[-1]]
+    return 1 - after.at[CONTEXTS[-1]] / whole if whole else 0.0
 
 
 def _why_not_mla(text_config: dict[str, Any], layouts: Sequence[AttentionLayout], dtype: torch.dtype) -> str | None:

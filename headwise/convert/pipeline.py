@@ -99,6 +99,7 @@ def convert_model(
     groups: int | None = None,
     method: str | None = None,
     grouping: str | None = None,
+    part: str | Sequence[str] = (),
     rank: int | None = None,
     rope_dim: int | None = None,
     cache: float | None = None,
@@ -147,6 +148,8 @@ def convert_model(
             the latent ("optimal", "transmla", "partial-rope", ...); None: "optimal".
         grouping: the method that chooses the heads of a group: "optimal" (least residual energy) or "contiguous".
             None: "optimal" for the method "optimal", "contiguous" for the published methods.
+        part: the attention to convert, of "text", "encoder", "decoder", "cross" and "vision"; "decoder=2" gives a
+            part a number of KV heads of its own. Empty: what is cached.
         rank: width of the latent (`kv_lora_rank`).
         rope_dim: width of the shared rotary key (`qk_rope_head_dim`).
         cache: fraction of the source's cache to keep, in place of `rank` and `rope_dim`.

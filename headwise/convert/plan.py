@@ -17,7 +17,7 @@ from headwise.io.reader import Checkpoint
 from headwise.io.writer import OutputTensor, Shard, plan_shards
 from headwise.models.architecture import Architecture
 from headwise.models.config import dtype_of
-from headwise.models.layout import AttentionLayout, CacheSize, describe
+from headwise.models.layout import AttentionLayout, CacheSize, cached_tokens, describe
 from headwise.serving.engines import EngineVerdict
 
 
@@ -41,6 +41,34 @@ class TensorAction:
 
 
 @dataclass(frozen=True)
+class PartPlan:
+    """What the conversion does with one part of a model, such as its cross-attention.
+
+    Attributes:
+        part: "text", "encoder", "decoder", "cross" or "vision".
+        before: name of its layouts in the source.
+        after: name of its layouts in the output.
+        cached: whether its keys and values are kept from one step to the next.
+        counts: the tokens that its cache counts, such as "encoder token".
+        bytes_before: KV cache of the source for one such token.
+        bytes_after: KV cache of the output for one such token.
+    """
+
+    part: str
+    before: str
+    after: str
+    cached: bool
+    counts: str
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        cache = f"cache per {self.counts} {size(self.bytes_before)} -> {size(self.bytes_after)}"
+        without = "no cache to save; fewer KV heads save weights and time"
+        return f"{self.part}: {self.before} -> {self.after}; {cache if self.cached else without}"
+
+
+@dataclass(frozen=True)
 class Plan:
     """A decided conversion: `dry_run` returns it, the pipeline carries it out.
 
@@ -58,6 +86,7 @@ class Plan:
         cache_after: KV cache of the output.
         bytes_before: weights of the source, as its files hold them.
         parameters_before: number of parameters of the source.
+        dtype_before: of the source.
         peak_memory: forecast in bytes.
         seconds: forecast by stage, on this machine; empty: not forecast.
         exact: whether the output computes the parent's function.
@@ -81,6 +110,7 @@ class Plan:
     cache_after: CacheSize
     bytes_before: int
     parameters_before: int
+    dtype_before: torch.dtype
     peak_memory: int
     sidecars: tuple[str, ...]
     left_out: tuple[str, ...]
@@ -94,6 +124,24 @@ class Plan:
     def flags(self) -> dict[str, str]:
         """Return the spelling of every setting on the command line."""
         return {name: flag_of(name, setting) for name, (_, setting) in settings_of(ConvertSettings).items()}
+
+    @property
+    def parts(self) -> tuple[PartPlan, ...]:
+        """Return every part of a model of several, or of one without a cache; else none."""
+        before = self.layouts_before
+        names = list(dict.fromkeys(layout.part for layout in before))
+        if len(names) == 1 and all(layout.cached for layout in before):
+            return ()
+        return tuple(self._part(name) for name in names)
+
+    def _part(self, part: str) -> PartPlan:
+        old, new = ([x for x in side if x.part == part] for side in (self.layouts_before, self.layouts_after))
+        sizes = [
+            sum(layout.cache_elements_per_token for layout in side) * dtype.itemsize
+            for side, dtype in ((old, self.dtype_before), (new, dtype_of(self.config)))
+        ]
+        cached = any(layout.cached for layout in old)
+        return PartPlan(part, layout_names(old), layout_names(new), cached, cached_tokens(part), *sizes)
 
     @property
     def bytes_after(self) -> int:
@@ -116,8 +164,14 @@ class Plan:
         return "\n".join(
             [
                 f"Plan for {self.model}: {layout_names(self.layouts_before)} -> {layout_names(self.layouts_after)}",
-                f"KV cache per token: {size(self.cache_before.bytes_per_token)} -> "
-                f"{size(self.cache_after.bytes_per_token)}",
+                *(
+                    map(str, self.parts)
+                    if self.parts
+                    else [
+                        f"KV cache per token: {size(self.cache_before.bytes_per_token)} -> "
+                        f"{size(self.cache_after.bytes_per_token)}"
+                    ]
+                ),
                 f"Parameters: {self.parameters_before:,} -> {self.parameters_after:,}",
                 f"Weights: {size(self.bytes_before)} -> {size(self.bytes_after)}",
                 f"Tensors: {counts['copy']} copied, {counts['convert']} converted, {counts['drop']} dropped",
@@ -131,7 +185,16 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data."""
-        hidden = ("config", "layouts_before", "layouts_after", "actions", "outputs", "shards", "engines")
+        hidden = (
+            "config",
+            "dtype_before",
+            "layouts_before",
+            "layouts_after",
+            "actions",
+            "outputs",
+            "shards",
+            "engines",
+        )
         return {
             **plain_fields(self, *hidden),
             "cache_before": asdict(self.cache_before),
@@ -139,6 +202,7 @@ class Plan:
             "bytes_after": self.bytes_after,
             "parameters_after": self.parameters_after,
             "disk": self.disk,
+            "parts": [asdict(part) for part in self.parts],
             "engines": [verdict.to_dict() for verdict in self.engines],
             "layers": [
                 {"before": describe(before), "after": describe(after)}
@@ -237,6 +301,7 @@ def make_plan(
         cache_after=CacheSize.of(layouts, dtype_of(config)),
         bytes_before=checkpoint.stored_bytes,
         parameters_before=checkpoint.num_parameters,
+        dtype_before=dtype_of(checkpoint.config),
         peak_memory=peak_memory,
         seconds=dict(seconds or {}),
         exact=exact,

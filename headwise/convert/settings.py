@@ -21,6 +21,7 @@ from headwise.format import parse_bytes
 from headwise.schema import parse_count
 from headwise.serving.engines import ENGINES
 
+PARTS = ("text", "encoder", "decoder", "cross", "vision")
 LAYOUTS = ("gqa", "mqa", "mha", "mla")
 MERGED, LOSSY = ("gqa", "mqa"), ("gqa", "mqa", "mla")
 ROPE_RULES = ("auto", *registry.method_names("rope"))
@@ -75,6 +76,17 @@ def _check_layers(value: Any) -> str:
     return value
 
 
+def _check_parts(value: Any) -> tuple[str, ...]:
+    values = (value,) if isinstance(value, str) else tuple(value)
+    if not all(
+        isinstance(each, str) and re.fullmatch(rf"({'|'.join(PARTS)})(=[1-9]\d*)?", each) for each in values
+    ):
+        raise ValueError
+    if len({each.partition("=")[0] for each in values}) < len(values):
+        raise ValueError
+    return values
+
+
 def _check_shard_size(value: Any) -> int | str:
     size: int | str = value
     if isinstance(size, bool) or parse_bytes(size) < 1:
@@ -117,6 +129,20 @@ class ConvertSettings:
         registry.method_names("grouping"),
         section="Attention",
         acts_with=MERGED,
+    )
+    part: Sequence[str] = declare(
+        (),
+        Setting(
+            f"Attention to convert: {', '.join(PARTS)}; with a number of its own as in decoder=2; may be repeated "
+            "[what is cached].",
+            wanted=f"one or several of {', '.join(PARTS)}, each alone or with a number of KV heads as in decoder=2",
+            check=_check_parts,
+            choices=PARTS,
+            metavar="PART[=N]",
+            multiple=True,
+            section="Attention",
+            acts_with=("gqa", "mqa", "mha"),
+        ),
     )
     # Latent attention
     rank: int | None = fields.number(
@@ -275,6 +301,12 @@ class ConvertSettings:
         """Return whether the layers are measured for more than the needs of the method."""
         return self.refits_layers or self.refit == "joint" or bool(self.moments or self.save_moments)
 
+    @property
+    def parts(self) -> dict[str, int | None]:
+        """Return the parts that the settings name, with the numbers of KV heads of their own."""
+        pairs = (each.partition("=") for each in self.part)
+        return {name: int(count) if count else None for name, _, count in pairs}
+
     def recorded(self) -> dict[str, Any]:
         """Return the settings for headwise.json and for the identity of a resumed run.
 
@@ -305,7 +337,12 @@ class ConvertSettings:
                 raise SettingError(name, f"`{name}` acts only with {layouts}.")
 
     def _check_target(self) -> None:
-        if self.to == "gqa" and self.groups is None:
+        counts = self.parts.values()
+        if any(counts) and self.to != "gqa":
+            raise SettingError("part", f"`to` {self.to} sets the number of KV heads: name `part` without a number.")
+        if self.groups is not None and counts and all(counts):
+            raise SettingError("groups", "Every `part` has a number of its own, so that `groups` has no effect.")
+        if self.to == "gqa" and self.groups is None and not (counts and all(counts)):
             raise SettingError(
                 "groups", "`to` gqa needs `groups`; `headwise inspect MODEL` lists the legal numbers."
             )

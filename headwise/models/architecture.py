@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,15 +26,41 @@ from headwise.models.config import (
     positive_size,
     rotary_width,
     stock_text_config,
+    whole_part,
 )
-from headwise.models.fusion import fit_bias, fuse, half_split_order, reorder, split
+from headwise.models.fusion import fit_bias, fuse, half_split_order, read_projection, reorder, split
 from headwise.models.layout import AttentionLayout, LayerWeights
-from headwise.models.table import ArchitectureRow, QkNorm, find_row, load_table
+from headwise.models.table import ArchitectureRow, QkNorm, find_parts, find_row, load_table
 
 
 @dataclass(frozen=True)
 class Architecture(ArchitectureRow):
-    """A row of the table, applied to one checkpoint's config and tensors."""
+    """A row of the table, applied to one checkpoint's config and tensors.
+
+    Attributes:
+        parts: the attention stacks of a model with several. The object's own row is then that of the cached
+            self-attention, and its layers are all attention modules in the order in which they run.
+        order: of every layer, the index of its part and its number in that part's stack.
+    """
+
+    parts: tuple[Architecture, ...] = ()
+    order: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether the model is an encoder-decoder, which reads a source and a target."""
+        return len({part.module for part in self.parts}) > 1
+
+    def at(self, layer: int) -> tuple[Architecture, int]:
+        """Return the row of a layer, and the layer's number in the stack of that row.
+
+        Args:
+            layer: index of the layer.
+        """
+        if not self.parts:
+            return self, layer
+        part, number = self.order[layer]
+        return self.parts[part], number
 
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the part of `config` that describes the language model; the same dictionary, not a copy.
@@ -50,7 +76,14 @@ class Architecture(ArchitectureRow):
         Args:
             config: the checkpoint's config.json.
         """
-        return stock_text_config(self.model_type, self.text_config(config))
+        stock = stock_text_config(self.model_type, self.text_config(config))
+        # The whole config fills in what its parts have in common, such as the width of the encoder's output.
+        return whole_part(config, self.text_key) if self.is_part and self.text_key else stock
+
+    @property
+    def is_part(self) -> bool:
+        """Whether this is one of the attention stacks of a model with several."""
+        return self.wrapper is not None and not self.parts and self.wrapper in load_table().composites
 
     def layouts(self, config: dict[str, Any]) -> list[AttentionLayout]:
         """Return the layout of every layer.
@@ -61,27 +94,32 @@ class Architecture(ArchitectureRow):
         Raises:
             HeadwiseError: a field of the config has the wrong type or an impossible value.
         """
+        if self.parts:
+            stacks = [part.layouts(config) for part in self.parts]
+            return [stacks[part][number] for part, number in self.order]
         stock = self.stock_config(config)
-        heads = positive_size(stock, "num_attention_heads")
+        heads = positive_size(stock, self.sizes["heads"])
         groups = positive_size(stock, self.num_key_value_heads) if self.num_key_value_heads else heads
         width = positive_size(stock, "hidden_size")
         if heads % groups:
             raise HeadwiseError(
                 f"config.json has {self.num_key_value_heads}: {groups}, which does not divide "
-                f"num_attention_heads: {heads}."
+                f"{self.sizes['heads']}: {heads}."
             )
-        own_head_dim = getattr(stock, "head_dim", None)
+        own_head_dim = getattr(stock, self.sizes["head_dim"], None)
         if not own_head_dim and width % heads:
             raise HeadwiseError(
-                f"config.json has hidden_size: {width}, which num_attention_heads: {heads} does not divide."
+                f"config.json has hidden_size: {width}, which {self.sizes['heads']}: {heads} does not divide."
             )
         head_dim = own_head_dim or width // heads
-        rotary_dim = rotary_width(stock.rope_parameters, head_dim)
+        rotary_dim = 0 if self.states else rotary_width(stock.rope_parameters, head_dim)
         layer_types = getattr(stock, "layer_types", None) or [None] * stock.num_hidden_layers
         has_rope = getattr(stock, self.rope_flags) if self.rope_flags else [True] * stock.num_hidden_layers
         window = positive_size(stock, "sliding_window") if getattr(stock, "sliding_window", None) else None
         if self.rope_layer_types and window:
             has_rope = [layer_type in self.rope_layer_types for layer_type in layer_types]
+        if self.states:
+            window = None
         return [
             AttentionLayout(
                 num_attention_heads=heads,
@@ -90,9 +128,22 @@ class Architecture(ArchitectureRow):
                 v_head_dim=head_dim,
                 rotary_dim=rotary_dim if has_rope[layer] else 0,
                 sliding_window=window if layer_types[layer] in (None, "sliding_attention") else None,
+                part=self.part,
+                cached=self.cached,
             )
             for layer in range(stock.num_hidden_layers)
         ]
+
+    def numbers(self, config: dict[str, Any]) -> list[int]:
+        """Return the numbers of the decoder layers that have this attention.
+
+        Args:
+            config: the checkpoint's config.json.
+        """
+        stock = self.stock_config(config)
+        rule = self.only_layers
+        listed = getattr(stock, rule["key"]) if rule else ()
+        return [n for n in range(stock.num_hidden_layers) if not rule or (n in listed) == rule["listed"]]
 
     def legal_groups(self, config: dict[str, Any]) -> list[int]:
         """Return the numbers of key-value heads that the stock class can use, ascending.
@@ -100,6 +151,9 @@ class Architecture(ArchitectureRow):
         Args:
             config: the checkpoint's config.json.
         """
+        if self.parts:
+            sets = [set(p.legal_groups(config)) for p in self.parts if p.cached]
+            return sorted(set.intersection(*sets))
         layout = self.layouts(config)[0]
         heads = layout.num_attention_heads
         if self.fixed_groups:
@@ -125,9 +179,13 @@ class Architecture(ArchitectureRow):
             config: the checkpoint's config.json.
             layer: index of the decoder layer.
         """
+        if self.parts:
+            row, number = self.at(layer)
+            return row.tensor_shapes(config, number)
         layout = self.layouts(config)[layer]
         norms = self.qk_norm(config)
-        width = self.stock_config(config).hidden_size
+        stock = self.stock_config(config)
+        width, states_width = stock.hidden_size, positive_size(stock, self.sizes["inputs"])
         heads, groups = layout.num_attention_heads, layout.num_key_value_heads
         sizes = {"q": heads * layout.head_dim, "k": groups * layout.head_dim, "v": groups * layout.v_head_dim}
         sizes["qkv"] = sum(sizes.values())
@@ -135,7 +193,7 @@ class Architecture(ArchitectureRow):
         for part, name in self.projections.items():
             if part == "o":
                 continue
-            shapes[self._name(layer, name, "weight")] = (sizes[part], width)
+            shapes[self._name(layer, name, "weight")] = (sizes[part], states_width if part in ("k", "v") else width)
             if self.has_bias(config):
                 shapes[self._name(layer, name, "bias")] = (sizes[part],)
         if norms:
@@ -156,7 +214,31 @@ class Architecture(ArchitectureRow):
         Args:
             layer: index of the decoder layer.
         """
-        return f"{self.module.format(layer=layer)}.{self.attention}"
+        part, number = self.at(layer)
+        return f"{part.module.format(layer=number)}.{part.attention}"
+
+    def prefix(self, layer: int) -> str:
+        """Return the beginning of the names of a layer's attention tensors in the checkpoint, with its dot.
+
+        Args:
+            layer: index of the decoder layer.
+        """
+        part, number = self.at(layer)
+        return f"{part.layers[0].format(layer=number)}.{part.attention}."
+
+    def key_value_names(self, config: dict[str, Any], layer: int) -> list[str]:
+        """Return the tensors of a layer with rows for each KV head, in an architecture that does not fuse them.
+
+        Args:
+            config: the checkpoint's config.json.
+            layer: index of the decoder layer.
+        """
+        part, _ = self.at(layer)
+        modules = [part.projections["k"], part.projections["v"]]
+        if part.norms is not None and part.norms.scope == "all":
+            modules.append(part.norms.k)
+        prefix = self.prefix(layer)
+        return [n for n in self.tensor_names(config, layer) if n.removeprefix(prefix).split(".")[0] in modules]
 
     def tensors(self, checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
         """Read all tensors of a layer's attention, including those that no conversion changes.
@@ -168,7 +250,7 @@ class Architecture(ArchitectureRow):
         Returns:
             Tensors by their names in the checkpoint.
         """
-        return checkpoint.read_prefix(f"{self.layers[0].format(layer=layer)}.{self.attention}.")
+        return checkpoint.read_prefix(self.prefix(layer))
 
     def tensor_names(self, config: dict[str, Any], layer: int) -> tuple[str, ...]:
         """Return the names of this layer's attention tensors, which a conversion rewrites.
@@ -193,6 +275,9 @@ class Architecture(ArchitectureRow):
         Raises:
             HeadwiseError: a tensor is missing, or its shape differs from the shape that the config implies.
         """
+        if self.parts:
+            part, number = self.at(layer)
+            return part.read_layer(config, number, tensors)
         for name, shape in self.tensor_shapes(config, layer).items():
             if name not in tensors:
                 raise HeadwiseError(
@@ -206,7 +291,7 @@ class Architecture(ArchitectureRow):
                 )
         layout = self.layouts(config)[layer]
         parts = {
-            part: self._read_projection(layer, name, tensors, self.has_bias(config))
+            part: read_projection(tensors, self._name(layer, name, ""), self.has_bias(config))
             for part, name in self.projections.items()
             if part != "o"
         }
@@ -256,11 +341,16 @@ class Architecture(ArchitectureRow):
             ValueError: the stock class cannot hold these weights: they have a bias that the class lacks, they lack
                 its norms, or their norm weights differ between heads that share one weight in the class.
         """
+        if self.parts:
+            row, number = self.at(layer)
+            return row.write_layer(config, number, weights, dtype)
         layout = weights.layout
         order = torch.argsort(half_split_order(layout, self.rotary_layout))
         biased = self.has_bias(config)
+        stock = self.stock_config(config)
+        widths = {role: positive_size(stock, self.sizes["inputs"]) for role in ("k", "v")}
         rows = {
-            part: fit_bias(tensor, weights.hidden_size, biased)
+            part: fit_bias(tensor, widths.get(part, weights.hidden_size), biased)
             for part, tensor in (
                 ("q", reorder(weights.q, order)),
                 ("k", reorder(weights.k, order)),
@@ -270,7 +360,7 @@ class Architecture(ArchitectureRow):
         out: dict[str, Tensor] = {}
         for part, matrix in fuse(self.fusion, rows, layout).items():
             name = self.projections[part]
-            out[self._name(layer, name, "weight")] = matrix[:, : weights.hidden_size]
+            out[self._name(layer, name, "weight")] = matrix[:, : widths.get(part, weights.hidden_size)]
             if biased:
                 out[self._name(layer, name, "bias")] = matrix[:, -1]
         norms = self.qk_norm(config)
@@ -286,33 +376,45 @@ class Architecture(ArchitectureRow):
         out[self._name(layer, self.projections["o"], "weight")] = o.flatten(1)
         return {name: tensor.to(dtype).contiguous() for name, tensor in out.items()}
 
-    def with_groups(self, config: dict[str, Any], num_key_value_heads: int) -> dict[str, Any]:
+    def with_groups(self, config: dict[str, Any], num_key_value_heads: int | Mapping[str, int]) -> dict[str, Any]:
         """Return a new config with this many key-value heads, readable by transformers 4 and 5.
 
         Args:
             config: the checkpoint's config.json.
-            num_key_value_heads: number of key-value heads in the new config.
+            num_key_value_heads: number of key-value heads in the new config; of a model of several attention
+                stacks, that of all cached ones, or a number for each part that changes.
 
         Raises:
             HeadwiseError: the stock class cannot hold that number.
         """
+        if self.parts:
+            if isinstance(num_key_value_heads, int):
+                num_key_value_heads = {p.part: num_key_value_heads for p in self.parts if p.cached}
+            counts = {p.count_key: num_key_value_heads[p.part] for p in self.parts if p.part in num_key_value_heads}
+            new = config
+            for p in self.parts:
+                new = p.with_groups(new, counts.get(p.count_key, p.layouts(config)[0].num_key_value_heads))
+            return new
+        count = num_key_value_heads
+        if not isinstance(count, int):
+            count = count.get(self.part, self.layouts(config)[0].num_key_value_heads)
         legal = self.legal_groups(config)
-        if num_key_value_heads not in legal:
+        if count not in legal:
             heads = self.layouts(config)[0].num_attention_heads
             why = self.fixed_groups or f"{heads} query heads cannot share them equally"
             raise HeadwiseError(
-                f"{self.wrapper or self.model_type} with {heads} query heads cannot have {num_key_value_heads} "
-                f"key-value heads: {why}.",
+                f"{self.wrapper or self.model_type} with {heads} query heads cannot have {count} key-value heads: "
+                f"{why}.",
                 f"Legal: {', '.join(map(str, legal))}.",
             )
         new = copy.deepcopy(config)
         text = self.text_config(new)
         stock = self.stock_config(config)
         if self.num_key_value_heads:
-            text["num_attention_heads"] = stock.num_attention_heads
-            text[self.num_key_value_heads] = num_key_value_heads
-        if stock.to_dict().get("head_dim"):
-            text["head_dim"] = stock.head_dim
+            text[self.sizes["heads"]] = getattr(stock, self.sizes["heads"])
+            text[self.num_key_value_heads] = count
+        if stock.to_dict().get(self.sizes["head_dim"]):
+            text[self.sizes["head_dim"]] = getattr(stock, self.sizes["head_dim"])
         text["rope_parameters"] = copy.deepcopy(stock.rope_parameters)
         text.update(both_spellings(text, self.model_type, self.old_rope_names, self.old_rope_scaling))
         for part in (new, text):
@@ -323,16 +425,13 @@ class Architecture(ArchitectureRow):
                 part.pop(key, None)
         return new
 
+    @property
+    def count_key(self) -> tuple[str | None, str | None]:
+        """Where config.json holds the number of KV heads: parts with the same place change together."""
+        return self.text_key, self.num_key_value_heads
+
     def _name(self, layer: int, name: str, kind: str) -> str:
         return f"{self.layers[0].format(layer=layer)}.{self.attention}.{name}.{kind}"
-
-    def _read_projection(self, layer: int, name: str, tensors: dict[str, Tensor], biased: bool) -> Tensor:
-        """Return a projection in float64, (rows, inputs), with the bias as the last column."""
-        weight = tensors[self._name(layer, name, "weight")].to(torch.float64)
-        if not biased:
-            return weight
-        bias = tensors[self._name(layer, name, "bias")].to(torch.float64)
-        return torch.cat([weight, bias[:, None]], dim=1)
 
     def qk_norm(self, config: dict[str, Any]) -> QkNorm | None:
         """Return the norms on queries and keys; None if the model has none.
@@ -359,6 +458,8 @@ def find_architecture(config: dict[str, Any], names: Iterable[str] = ()) -> Arch
         HeadwiseError: the model type is unknown or refused, or the stock class does not accept the config.
     """
     table = load_table()
+    if rows := find_parts(config, table):
+        return _composite(config, rows)
     arch = Architecture(**vars(find_row(config, table)))
     stock = arch.stock_config(config)
     for key, rule in arch.requires.items():
@@ -377,28 +478,19 @@ def find_architecture(config: dict[str, Any], names: Iterable[str] = ()) -> Arch
     return next((a for a in candidates if present.issuperset(a.tensor_names(config, 0))), candidates[0])
 
 
-def supported_model_types() -> list[str]:
-    """Return every model type that has a row, sorted."""
-    table = load_table()
-    return sorted([*table.rows, *table.wrappers])
-
-
-def both_rope_spellings(text_config: dict[str, Any]) -> dict[str, Any]:
-    """Return a language-model config whose RoPE fields follow both transformers 5 and transformers 4.
-
-    If the config has `rope_parameters`, then `rope_theta`, `rope_scaling` and the partial rotary factor are
-    rewritten from it. Otherwise `rope_parameters` is built from those fields. If `rope_parameters` has an entry per
-    layer type (Gemma 3), the full-attention entry gives `rope_theta` and `rope_scaling`. The sliding-attention
-    entry gives `rope_local_base_freq`.
-
-    Args:
-        text_config: a config with the `model_type` of any stock class, in the table or not.
-
-    Returns:
-        A new dictionary.
-    """
-    table = load_table()
-    model_type = str(text_config.get("model_type"))
-    model_type = table.wrappers.get(model_type, {}).get("text_model_type", model_type)
-    row = table.rows.get(model_type, table.rows["llama"])
-    return both_spellings(text_config, model_type, row.old_rope_names, row.old_rope_scaling)
+def _composite(config: dict[str, Any], rows: Iterable[ArchitectureRow]) -> Architecture:
+    """Return the architecture of a model of several attention stacks, its layers in the order in which they run."""
+    parts = tuple(Architecture(**vars(row)) for row in rows)
+    for held in (config, *(part.text_config(config) for part in parts)):
+        refuse_quantised(held)
+    stacks = list(dict.fromkeys(part.module for part in parts))
+    places = [
+        (stacks.index(part.module), number, index)
+        for index, part in enumerate(parts)
+        for number in part.numbers(config)
+    ]
+    order = tuple((index, number) for _, number, index in sorted(places))
+    own = next((part for part in parts if part.cached and not part.states), parts[0])
+    arch = replace(own, parts=parts, order=order)
+    arch.layouts(config)
+    return arch

@@ -293,10 +293,19 @@ def complete_part(config: dict[str, Any], key: str) -> dict[str, Any]:
     """
     if config.get(key) is None:
         plain = {name: value for name, value in config.items() if value is not None}
-        part = getattr(_stock_config(config["model_type"], json.dumps(plain, sort_keys=True)), key)
-        config[key] = json.loads(part.to_json_string(use_diff=False))
+        config[key] = json.loads(whole_part(plain, key).to_json_string(use_diff=False))
     found: dict[str, Any] = config[key]
     return found
+
+
+def whole_part(config: dict[str, Any], key: str) -> Any:
+    """Return the stock config object of a part, as the stock config of the whole model makes it.
+
+    Args:
+        config: the config.json.
+        key: name of the part.
+    """
+    return getattr(_stock_config(config["model_type"], json.dumps(config, sort_keys=True)), key)
 
 
 def both_spellings(

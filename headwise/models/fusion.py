@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,20 @@ def reorder(rows: Tensor, order: Tensor) -> Tensor:
         order: (head_dim,) the source row of each row.
     """
     return rows if bool((order[1:] > order[:-1]).all()) else rows[:, order]
+
+
+def read_projection(tensors: Mapping[str, Tensor], name: str, biased: bool) -> Tensor:
+    """Return a projection in float64, (rows, inputs), with the bias as the last column.
+
+    Args:
+        tensors: of the checkpoint.
+        name: of the module, with its dot.
+        biased: whether the module has a bias.
+    """
+    weight = tensors[f"{name}weight"].to(torch.float64)
+    if not biased:
+        return weight
+    return torch.cat([weight, tensors[f"{name}bias"].to(torch.float64)[:, None]], dim=1)
 
 
 def split(fusion: str, parts: dict[str, Tensor], layout: AttentionLayout) -> tuple[Tensor, Tensor, Tensor]:

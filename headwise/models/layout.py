@@ -22,7 +22,8 @@ class AttentionLayout:
 
     A key has `head_dim` numbers. RoPE rotates the first `rotary_dim` of them (0: the layer has no RoPE). A layer
     with `kv_lora_rank` is MLA: it caches one latent of that rank and one rotary key of `qk_rope_head_dim` numbers.
-    All heads share the latent and the rotary key.
+    All heads share the latent and the rotary key. `part` is what the attention is ("text", "encoder", "decoder",
+    "cross" or "vision"); an encoder's is not `cached`. Cross-attention caches tokens of the encoder.
     """
 
     num_attention_heads: int
@@ -33,6 +34,8 @@ class AttentionLayout:
     sliding_window: int | None = None
     kv_lora_rank: int | None = None
     qk_rope_head_dim: int | None = None
+    part: str = "text"
+    cached: bool = True
 
     @property
     def kind(self) -> str:
@@ -50,7 +53,12 @@ class AttentionLayout:
 
     @property
     def cache_elements_per_token(self) -> int:
-        """Number of cache elements per token in this layer."""
+        """Number of cache elements per token in this layer; 0 where nothing is cached."""
+        return self.key_value_elements if self.cached else 0
+
+    @property
+    def key_value_elements(self) -> int:
+        """Number of elements of keys and values per token in this layer, cached or not."""
         if self.kv_lora_rank is not None:
             return self.kv_lora_rank + (self.qk_rope_head_dim or 0)
         return self.num_key_value_heads * (self.head_dim + self.v_head_dim)
@@ -62,7 +70,7 @@ class AttentionLayout:
             hidden_size: width of the residual stream.
         """
         queries_and_output = self.num_attention_heads * (self.head_dim + self.v_head_dim)
-        return (queries_and_output + self.cache_elements_per_token) * hidden_size
+        return (queries_and_output + self.key_value_elements) * hidden_size
 
     def with_groups(self, num_key_value_heads: int) -> AttentionLayout:
         """Return the same layer with another number of key-value heads.
@@ -98,7 +106,8 @@ class LayerWeights(_Weights):
 
     Shapes, with H query heads, G key-value heads, width D and `inputs` = D, or D + 1 in a layer with biases:
 
-    - `q` (H, head_dim, inputs), `k` (G, head_dim, inputs), `v` (G, v_head_dim, inputs)
+    - `q` (H, head_dim, inputs), `k` (G, head_dim, inputs), `v` (G, v_head_dim, inputs); the `inputs` of `k` and `v`
+      in cross-attention are the width of the encoder's output
     - `o` (H, D, v_head_dim): head h adds `o[h] @ value` to the residual stream
     - `q_norm` (H, head_dim), `k_norm` (G, head_dim): the multiplier an RMSNorm on queries and keys applies
       after normalising (offsets such as Gemma's 1 + w already added), or None
@@ -194,6 +203,19 @@ def from_planes(planes: Tensor) -> Tensor:
         (..., 2 planes, inputs), real.
     """
     return torch.cat([planes.real, planes.imag], dim=-2)
+
+
+# The tokens that each part's cache holds.
+CACHED_TOKENS = {"cross": "encoder token", "decoder": "decoder token"}
+
+
+def cached_tokens(part: str) -> str:
+    """Return the tokens that the cache of a part counts, such as "encoder token" for cross-attention.
+
+    Args:
+        part: of an `AttentionLayout`.
+    """
+    return CACHED_TOKENS.get(part, "token")
 
 
 @dataclass(frozen=True)

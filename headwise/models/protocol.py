@@ -11,10 +11,11 @@ from torch import Tensor
 from headwise.errors import HeadwiseError
 from headwise.io.reader import Checkpoint
 from headwise.models import deepseek, rope
-from headwise.models.architecture import find_architecture, supported_model_types
+from headwise.models.architecture import find_architecture
 from headwise.models.config import MAX_LAYERS, check_rope, checked_size
 from headwise.models.deepseek import ATTENTION, LAYERS
 from headwise.models.layout import AttentionLayout, LatentWeights
+from headwise.models.table import supported_model_types
 
 LATENT_SIZES = (
     "num_hidden_layers",
@@ -52,6 +53,10 @@ class AttentionModel(Protocol):
     @property
     def output_projection(self) -> str:
         """Name of the output projection in the attention module."""
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether the model is an encoder-decoder, which reads a source and a target."""
 
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the part of a config.json that describes the language model.
@@ -98,6 +103,7 @@ class LatentModel:
     module: str = LAYERS
     attention: str = ATTENTION
     output_projection: str = "o_proj"
+    reads_pairs: bool = False
 
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the config itself.

@@ -61,9 +61,7 @@ def empty_model(
         capped = getattr(stock.get_text_config(), "attn_logit_softcapping", None)
         # Drawing random numbers for weights that are not there would be most of the time that this takes.
         with init_empty_weights(include_buffers=False), no_init_weights(), _at_most(most):
-            model = getattr(transformers, auto_class).from_config(
-                stock, dtype=dtype, attn_implementation="eager" if capped else "sdpa"
-            )
+            model = _from_config(getattr(transformers, auto_class), stock, dtype, "eager" if capped else "sdpa")
     except (HeadwiseError, MemoryError):
         raise
     # The classes raise whatever their arithmetic on an odd value raises; sizes beyond any memory are among that.
@@ -74,6 +72,16 @@ def empty_model(
             "The checkpoint and its config.json do not belong together.",
         ) from error
     return model.eval().requires_grad_(False)
+
+
+def _from_config(auto_class: Any, stock: Any, dtype: torch.dtype, attention: str) -> Any:
+    """Return a stock model with this attention, or with eager attention where its class has no other."""
+    try:
+        return auto_class.from_config(stock, dtype=dtype, attn_implementation=attention)
+    except ValueError as error:
+        if attention not in str(error) and "scaled_dot_product_attention" not in str(error):
+            raise
+    return auto_class.from_config(stock, dtype=dtype, attn_implementation="eager")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from headwise.errors import HeadwiseError
-from headwise.models.config import has_causal_class, has_stock_class, stores_group_count
+from headwise.models.config import both_spellings, has_causal_class, has_stock_class, stores_group_count
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,13 @@ class ArchitectureRow:
         layers: how checkpoints name a decoder layer; the first is what `save_pretrained` writes.
         module: the decoder layer's path inside the stock model.
         attention: the attention module's name inside the decoder layer.
+        part: what the attention is: "text", "encoder", "decoder", "cross" or "vision".
+        cached: whether keys and values are kept from one step to the next; an encoder keeps none.
+        states: the argument of a cross-attention module that its keys and values are made from; None: they are made
+            from the input of the attention.
+        only_layers: {key, listed}: the attention of the layers in that list of the config, or of all others.
+        sizes: the config keys of the number of query heads (heads), of their width (head_dim), and of the width of
+            what keys and values are made from (inputs).
         projections: tensor names of q, k, v, o, or of qkv and o where they are fused.
         fusion: "none"; "qkv_concat": all queries, then all keys, then all values;
             "qkv_per_group_interleaved": per key-value head its queries, its key, its value.
@@ -68,6 +75,11 @@ class ArchitectureRow:
     layers: tuple[str, ...]
     module: str
     attention: str
+    part: str
+    cached: bool
+    states: str | None
+    only_layers: dict[str, Any] | None
+    sizes: dict[str, str]
     projections: dict[str, str]
     fusion: str
     qkv_bias: bool | str
@@ -90,6 +102,7 @@ class Table:
 
     rows: dict[str, ArchitectureRow]
     wrappers: dict[str, dict[str, Any]]
+    composites: dict[str, dict[str, Any]]
     auto_classes: dict[str, str]
     refused: dict[str, str]
     windowed_classes: dict[str, dict[str, Any]]
@@ -113,11 +126,13 @@ def parse_table(text: str) -> Table:
     rows = {}
     for model_type, row in data["rows"].items():
         _check_keys(model_type, row, expected)
-        frozen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
-        if frozen["norms"]:
-            _check_keys(f"{model_type}, norms", frozen["norms"], {f.name for f in fields(QkNorm)})
-            frozen["norms"] = QkNorm(**frozen["norms"])
-        rows[model_type] = ArchitectureRow(model_type=model_type, **frozen)
+        rows[model_type] = ArchitectureRow(model_type=model_type, **_frozen(model_type, row))
+    for model_type, whole in data["composites"].items():
+        _check_keys(model_type, whole, {"family", "auto_class", "parts"})
+        common = {"family": whole["family"], "auto_class": whole["auto_class"], "wrapper": model_type}
+        for part in whole["parts"]:
+            _check_keys(f"{model_type}, {part.get('part')}", part, expected | {"model_type", "text_key"})
+        whole["parts"] = [ArchitectureRow(**_frozen(model_type, part) | common) for part in whole["parts"]]
     for model_type, row in data["wrappers"].items():
         _check_keys(
             model_type,
@@ -125,6 +140,15 @@ def parse_table(text: str) -> Table:
             {"family", "auto_class", "layers", "module", "text_key", "text_model_type", "may_be_flat"},
         )
     return Table(**(data | {"rows": rows}))
+
+
+def _frozen(where: str, row: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a row, with tuples for lists and its norms as an object."""
+    frozen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+    if frozen["norms"]:
+        _check_keys(f"{where}, norms", frozen["norms"], {f.name for f in fields(QkNorm)})
+        frozen["norms"] = QkNorm(**frozen["norms"])
+    return frozen
 
 
 def _check_keys(where: str, row: dict[str, Any], expected: set[str]) -> None:
@@ -138,6 +162,20 @@ def _check_keys(where: str, row: dict[str, Any], expected: set[str]) -> None:
 def load_table() -> Table:
     """Return the table of architectures.yaml, cached."""
     return parse_table(resources.files(__package__).joinpath("architectures.yaml").read_text("utf-8"))
+
+
+def find_parts(config: dict[str, Any], table: Table) -> list[ArchitectureRow]:
+    """Find the rows of a model of several attention stacks; none for another model.
+
+    Args:
+        config: the checkpoint's config.json.
+        table: the table of architectures.
+    """
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(model_type, str) or model_type not in table.composites:
+        return []
+    parts: list[ArchitectureRow] = table.composites[model_type]["parts"]
+    return parts
 
 
 def find_row(config: dict[str, Any], table: Table) -> ArchitectureRow:
@@ -221,13 +259,13 @@ def supported_types() -> dict[str, list[str]]:
     families: dict[str, list[str]] = {}
     for model_type, row in table.rows.items():
         families.setdefault(row.family, []).append(model_type)
-    for model_type, wrapper in table.wrappers.items():
-        families.setdefault(wrapper["family"], []).append(model_type)
+    for model_type, whole in (table.wrappers | table.composites).items():
+        families.setdefault(whole["family"], []).append(model_type)
     return {family: sorted(types) for family, types in families.items()}
 
 
 def _unsupported(model_type: Any, table: Table, config: dict[str, Any]) -> HeadwiseError:
-    known = sorted([*table.rows, *table.wrappers])
+    known = sorted([*table.rows, *table.wrappers, *table.composites])
     listed = "`headwise inspect --types` lists the supported types."
     start = f"headwise cannot convert model type {model_type}"
     if isinstance(model_type, str) and model_type in table.refused:
@@ -254,3 +292,30 @@ def _unsupported(model_type: Any, table: Table, config: dict[str, Any]) -> Headw
     )
     guess = f"Did you mean {near[0]}? " if near else ""
     return HeadwiseError(f"{start}: {why}.", f"{guess}{listed}")
+
+
+def supported_model_types() -> list[str]:
+    """Return every model type that has a row, sorted."""
+    table = load_table()
+    return sorted([*table.rows, *table.wrappers, *table.composites])
+
+
+def both_rope_spellings(text_config: dict[str, Any]) -> dict[str, Any]:
+    """Return a language-model config whose RoPE fields follow both transformers 5 and transformers 4.
+
+    If the config has `rope_parameters`, then `rope_theta`, `rope_scaling` and the partial rotary factor are
+    rewritten from it. Otherwise `rope_parameters` is built from those fields. If `rope_parameters` has an entry per
+    layer type (Gemma 3), the full-attention entry gives `rope_theta` and `rope_scaling`. The sliding-attention
+    entry gives `rope_local_base_freq`.
+
+    Args:
+        text_config: a config with the `model_type` of any stock class, in the table or not.
+
+    Returns:
+        A new dictionary.
+    """
+    table = load_table()
+    model_type = str(text_config.get("model_type"))
+    model_type = table.wrappers.get(model_type, {}).get("text_model_type", model_type)
+    row = table.rows.get(model_type, table.rows["llama"])
+    return both_spellings(text_config, model_type, row.old_rope_names, row.old_rope_scaling)

@@ -333,6 +333,15 @@ def _before_and_after(manifest: Mapping[str, Any]) -> Iterator[str]:
     tokens = {side: cache[side]["bytes_per_token"] for side in ("before", "after")}
     yield "| | before | after |"
     yield "|---|---|---|"
+    for part in manifest.get("parts", ()):
+        yield f"| {part['part']} attention | {part['before']} | {part['after']} |"
+        if part["cached"]:
+            sizes = f"{part['bytes_before']:,} bytes | {part['bytes_after']:,} bytes"
+            yield f"| {part['part']} KV cache per {part['counts']} | {sizes} |"
+    if manifest.get("parts"):
+        yield f"| parameters | {parameters['before']:,} | {parameters['after']:,} |"
+        yield f"| weights | {size(weights['before'])} | {size(weights['after'])} |"
+        return
     yield f"| attention | {manifest['attention']['before']} | {manifest['attention']['after']} |"
     yield f"| KV cache per token | {tokens['before']:,} bytes | {tokens['after']:,} bytes |"
     for context, nbytes in cache["before"]["at"].items():

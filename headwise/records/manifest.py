@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,6 +57,10 @@ class DecidedConversion(Protocol):
     @property
     def exact(self) -> bool:
         """Whether the output computes the parent's function."""
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """Every part of a model of several, a dataclass each."""
 
     @property
     def layouts_before(self) -> tuple[AttentionLayout, ...]:
@@ -134,13 +139,14 @@ def make_manifest(
         "attention": {
             "before": layout_names(before),
             "after": layout_names(after),
-            "kind": after[0].kind,
+            "kind": next((layout for layout in after if layout.cached), after[0]).kind,
             "shrinks": any(
                 new.cache_elements_per_token < old.cache_elements_per_token
                 for old, new in zip(before, after, strict=True)
             ),
         },
         "cache": {"before": _cache_bytes(plan.cache_before), "after": _cache_bytes(plan.cache_after)},
+        **({"parts": [asdict(part) for part in plan.parts]} if plan.parts else {}),
         "parameters": {"before": plan.parameters_before, "after": plan.parameters_after},
         "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},
         "engines": [verdict.to_dict() for verdict in plan.engines],

@@ -78,6 +78,7 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
         "groups": 2,
         "method": "mean",
         "grouping": "optimal",
+        "part": ("text",),
         "rank": 4,
         "rope_dim": 4,
         "cache": 0.5,
@@ -133,6 +134,12 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
     yield "accept", {"to": "mqa", "accept": ("layuot",)}, "which is not one or several of"
     yield "engines", {"to": "mqa", "engines": ("vLMM",)}, "which is not one or several of"
     yield "accept", {"to": "mqa", "accept": ("layout",), "verify": False}, "has no effect"
+    yield "part", {"to": "mqa", "part": ("decodr",)}, "which is not one or several of text, encoder, decoder"
+    yield "part", {"to": "gqa", "part": ("decoder=0",)}, "each alone or with a number of KV heads"
+    yield "part", {"to": "gqa", "part": ("decoder=2", "decoder=3")}, "which is not one or several of"
+    yield "part", {"to": "mqa", "part": ("decoder=2",)}, "--to mqa sets the number of KV heads"
+    yield "groups", {"to": "gqa", "groups": 2, "part": ("decoder=2", "cross=2")}, "--groups has no effect"
+    yield "groups", {"to": "gqa", "part": ("decoder=2", "encoder")}, "needs --groups"
     yield "verify", {"to": "mqa", "push_to_hub": "a/b", "verify": False}, "leave out --no-verify"
     yield "rope_theta", {"context": 99, "rope": "base"}, "belong together"
     yield "rope_theta", {"context": 99, "rope": "ntk", "rope_theta": 1e6}, "belong together"

@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from headwise.errors import HeadwiseError
-from headwise.models import architecture
+from headwise.models import architecture, table
 from headwise.models.architecture import Architecture
 from headwise.models.layout import LayerWeights, from_planes, to_planes
 from tests import tiny_models
 
 ROWS = sorted(tiny_models.CONFIGS)
+ALL = sorted([*ROWS, *tiny_models.OTHERS])
 Tensors = dict[str, torch.Tensor]
 
 
@@ -56,7 +57,7 @@ def random_gauge(weights: LayerWeights, seed: int) -> LayerWeights:
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad(), tiny_models.float64_throughout():
-        return model(input_ids=tiny_models.tokens()).logits
+        return model(**tiny_models.inputs_of(model)).logits
 
 
 def distance(after: torch.Tensor, before: torch.Tensor) -> float:
@@ -65,8 +66,11 @@ def distance(after: torch.Tensor, before: torch.Tensor) -> float:
 
 def module_names(arch: Architecture, tensors: Tensors) -> Tensors:
     """Checkpoint tensors under the names of the stock modules."""
-    checkpoint, module = (path.split("{")[0] for path in (arch.layers[0], arch.module))
-    return {module + name.removeprefix(checkpoint): tensor for name, tensor in tensors.items()}
+    names = {}
+    for part in arch.parts or (arch,):
+        checkpoint, module = (path.split("{")[0] for path in (part.layers[0], part.module))
+        names |= {n: module + n.removeprefix(checkpoint) for n in tensors if n.startswith(checkpoint)}
+    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def double_model(model_type: str, flat_norms: bool = False):
@@ -91,17 +95,17 @@ def rewrite(model, config, arch: Architecture, tensors: Tensors, change) -> None
 
 def test_every_row_has_a_tiny_model_and_every_tiny_model_a_row():
     proven = set()
-    for model_type in ROWS:
+    for model_type in ALL:
         arch = architecture.find_architecture({"model_type": model_type, **tiny_models.config_of(model_type)})
-        proven |= {arch.model_type, arch.wrapper} - {None}
-    assert proven == set(architecture.supported_model_types())
+        proven |= {arch.wrapper} if arch.parts else {arch.model_type, arch.wrapper} - {None}
+    assert proven == set(table.supported_model_types())
 
 
 def has_fixed_groups(model_type: str) -> bool:
     return bool(architecture.find_architecture(tiny_models.config_of(model_type)).fixed_groups)
 
 
-@pytest.mark.parametrize("model_type", ROWS)
+@pytest.mark.parametrize("model_type", ALL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_reading_and_writing_a_layer_changes_no_bit(model_type, dtype, tmp_path):
     tiny_models.save(model_type, tmp_path, dtype)
@@ -116,7 +120,7 @@ def test_reading_and_writing_a_layer_changes_no_bit(model_type, dtype, tmp_path)
             assert torch.equal(tensor, tensors[name]), name
 
 
-@pytest.mark.parametrize("model_type", ROWS)
+@pytest.mark.parametrize("model_type", ALL)
 def test_a_random_gauge_moves_no_logit(model_type):
     model, config, arch, tensors = double_model(model_type)
     before = logits(model)
@@ -150,7 +154,7 @@ def test_norms_with_equal_weights_leave_rotations_free(model_type):
     assert 0 < distance(logits(model), before) <= 1e-10
 
 
-@pytest.mark.parametrize("model_type", ROWS)
+@pytest.mark.parametrize("model_type", ALL)
 def test_rotary_dimensions_are_no_freer_than_the_row_says(model_type):
     """Mixing a layer's planes as if it had no RoPE moves the logits, in every layer that is said to have it."""
     has_norms = bool(architecture.find_architecture(tiny_models.config_of(model_type)).norms)
@@ -170,12 +174,13 @@ def test_rotary_dimensions_are_no_freer_than_the_row_says(model_type):
         assert distance(logits(model), before) > 1e-7
 
 
-@pytest.mark.parametrize("model_type", [m for m in ROWS if not has_fixed_groups(m)])
+@pytest.mark.parametrize("model_type", [m for m in ALL if not has_fixed_groups(m)])
 def test_repeating_key_value_heads_keeps_the_logits(model_type):
     model, config, arch, tensors = double_model(model_type)
-    heads = arch.layouts(config)[0].num_attention_heads
+    layouts = arch.layouts(config)
+    heads = layouts[0].num_attention_heads
     assert heads in arch.legal_groups(config)
-    new_config = arch.with_groups(config, heads)
+    new_config = arch.with_groups(config, {layout.part: layout.num_attention_heads for layout in layouts})
     lifted = tiny_models.from_config(new_config).double()
     state = dict(model.state_dict())
     for layer in range(len(arch.layouts(config))):
@@ -195,7 +200,7 @@ def test_repeating_key_value_heads_keeps_the_logits(model_type):
     assert distance(logits(lifted), logits(model)) <= 1e-10
 
 
-@pytest.mark.parametrize("model_type", ROWS)
+@pytest.mark.parametrize("model_type", ALL)
 def test_the_stock_class_builds_every_legal_group_count_with_our_shapes(model_type):
     config = tiny_models.config_of(model_type)
     arch = architecture.find_architecture(config)
@@ -205,7 +210,8 @@ def test_the_stock_class_builds_every_legal_group_count_with_our_shapes(model_ty
         with torch.device("meta"):
             state = tiny_models.from_config(new_config).state_dict()
         for layer, layout in enumerate(arch.layouts(new_config)):
-            assert layout == arch.layouts(config)[layer].with_groups(groups)
+            old = arch.layouts(config)[layer]
+            assert layout == (old.with_groups(groups) if old.cached or not arch.parts else old)
             shapes = arch.tensor_shapes(new_config, layer)
             empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
             for name, tensor in module_names(arch, empty).items():

@@ -55,7 +55,7 @@ def without(config, *keys):
 def check_both_spellings(config, text_config):
     """Each spelling alone, and both together, are the same rotation to the stock class."""
     wanted = stock_rope(config)
-    spelled = architecture.both_rope_spellings(text_config)
+    spelled = table.both_rope_spellings(text_config)
     assert spelled["rope_parameters"] == wanted
     assert stock_rope(spelled) == wanted
     assert stock_rope(without(spelled, *OLD_ROPE_KEYS)) == wanted
@@ -88,7 +88,7 @@ def test_every_row_is_written_in_both_spellings(model_type):
 def test_rope_parameters_beat_a_stale_old_spelling():
     config = LLAMA | LONG | {"rope_theta": 1e4, "rope_scaling": ROPES["linear"]}
     config["rope_parameters"] = {"rope_theta": 5e5, **ROPES["yarn"]}
-    spelled = architecture.both_rope_spellings(config)
+    spelled = table.both_rope_spellings(config)
     assert spelled["rope_theta"] == 5e5
     assert spelled["rope_scaling"] == ROPES["yarn"]
 
@@ -105,7 +105,7 @@ def test_partial_rotary_keeps_its_old_names():
 def test_phi3_longrope_has_the_three_old_keys_and_no_other():
     scaling = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     config = LLAMA | LONG | {"model_type": "phi3", "rope_scaling": scaling, "original_max_position_embeddings": 128}
-    spelled = architecture.both_rope_spellings(config)
+    spelled = table.both_rope_spellings(config)
     assert spelled["rope_scaling"] == scaling
     assert spelled["original_max_position_embeddings"] == 128
     assert stock_rope(spelled) == stock_rope(config)
@@ -126,7 +126,7 @@ def test_gemma3_spells_a_base_per_layer_type():
 
 def test_a_type_without_a_row_is_spelled_too():
     config = {"model_type": "deepseek_v3", "rope_parameters": {"rope_type": "default", "rope_theta": 7e4}}
-    assert architecture.both_rope_spellings(config)["rope_theta"] == 7e4
+    assert table.both_rope_spellings(config)["rope_theta"] == 7e4
 
 
 def test_with_groups_is_a_clean_copy():
@@ -217,7 +217,7 @@ def test_types_are_listed_by_family():
     families = table.supported_types()
     assert "llama" in families["language models"]
     assert "llava" in families["vision-language models (the text model)"]
-    assert sorted(name for types in families.values() for name in types) == architecture.supported_model_types()
+    assert sorted(name for types in families.values() for name in types) == table.supported_model_types()
 
 
 def test_a_head_on_top_chooses_the_class_that_loads_it():

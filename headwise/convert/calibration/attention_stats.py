@@ -41,30 +41,47 @@ class AttentionStats:
         self._distances: Tensor | None = None
         self._weight = 0.0
 
-    def add(self, attention: Any, inputs: Tensor, arguments: dict[str, Any]) -> None:
+    def add(
+        self,
+        attention: Any,
+        inputs: Tensor,
+        arguments: dict[str, Any],
+        *,
+        states: str | None = None,
+        valid: Tensor | None = None,
+        most: int | None = None,
+    ) -> None:
         """Add the attention weights of some inputs, from the module's own eager attention.
 
         Args:
             attention: the stock attention module.
             inputs: (sequences, length, D).
             arguments: further arguments of the module.
+            states: the argument that keys and values are made from in cross-attention; None: from the input.
+            valid: (sequences, length) true where a token is no padding; None: there is no padding.
+            most: the largest number of sequences to read; None: all.
         """
-        length = inputs.shape[1]
+        sequences, length = inputs.shape[:2]
+        read = arguments[states] if states else inputs
         index = torch.arange(length, device=inputs.device)
-        distance = (index[:, None] - index[None]).clamp_min(0).flatten()
         first = first_position(length)
-        queries = index[first :: max(1, length // NUM_ATTENTION_QUERIES)]
-        arguments = {**arguments, "attention_mask": _additive_mask(arguments.get("attention_mask"), inputs)}
+        # The first token is a sink for the tokens after it; a decoder's queries read the encoder from its first on.
+        sink = 0 if states else first
+        causal = states is None and getattr(attention, "is_causal", True)
+        mask = _additive_mask(arguments.get("attention_mask"), inputs, read.shape[1], causal)
         before = attention.config._attn_implementation
         attention.config._attn_implementation = "eager"
         try:
-            for row in inputs.split(1):
-                weights = attention(hidden_states=row, **arguments)[1][0]  # (heads, length, length)
+            for i in range(min(sequences, most or sequences)):
+                row = {k: _row(v, i, sequences) for k, v in arguments.items()} | {
+                    "attention_mask": _row(mask, i, sequences)
+                }
+                weights = attention(hidden_states=inputs[i : i + 1], **row)[1][0]  # (heads, length, read tokens)
                 weights = weights.clone()
-                weights[..., :first] = 0
-                by_distance = weights.new_zeros(weights.shape[0], length, dtype=torch.float64)
-                by_distance.index_add_(1, distance, weights.tril().flatten(1).double())
-                whole = torch.cat([row[0], torch.ones_like(row[0, :, :1])], 1)
+                weights[..., :sink] = 0
+                queries = index if valid is None else index[valid[i]]
+                queries = queries[first :: max(1, len(queries) // NUM_ATTENTION_QUERIES)]
+                whole = torch.cat([read[i], torch.ones_like(read[i, :, :1])], 1)
                 share = weights[:, queries].sum(-1, keepdim=True).clamp_min(TINY)
                 averaged = (weights[:, queries] @ whole / share.sqrt()).flatten(0, 1)
                 moment = (averaged.mT @ averaged).double()
@@ -74,24 +91,47 @@ class AttentionStats:
                     self.keys.add(whole, self._normed.keys(whole), received)
                 self._moment = moment if self._moment is None else self._moment + moment
                 self._keys = attended.double() if self._keys is None else self._keys + attended.double()
-                self._distances = by_distance if self._distances is None else self._distances + by_distance
                 self._weight += float(share.sum())
+                if states is None:
+                    self._add_distances(weights, index)
         finally:
             attention.config._attn_implementation = before
 
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _add_distances(self, weights: Tensor, index: Tensor) -> None:
+        """Add the attention weights (heads, length, length) by their distance."""
+        distance = (index[:, None] - index[None]).abs().flatten()
+        by_distance = weights.new_zeros(weights.shape[0], len(index), dtype=torch.float64)
+        by_distance.index_add_(1, distance, weights.flatten(1).double())
+        self._distances = by_distance if self._distances is None else self._distances + by_distance
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return `value_moment`, `key_moment` and `distances` of a `LayerRecord`."""
-        assert self._moment is not None and self._keys is not None and self._distances is not None
-        distances = self._distances / self._distances.sum(-1, keepdim=True)
+        assert self._moment is not None and self._keys is not None
+        distances = self._distances
+        if distances is not None:
+            distances = distances / distances.sum(-1, keepdim=True)
         return self._moment / self._weight, self._keys / self._keys[-1, -1], distances
 
 
-def _additive_mask(mask: Tensor | None, inputs: Tensor) -> Tensor:
-    """Return the additive mask of eager attention, from the form that the model made for its own attention."""
+def _row(value: Any, index: int, sequences: int) -> Any:
+    """Return the part of an argument that belongs to one sequence of a batch."""
+    batched = isinstance(value, Tensor) and value.ndim > 2 and sequences > 1 and len(value) == sequences
+    return value[index : index + 1] if batched else value
+
+
+def _additive_mask(mask: Tensor | None, inputs: Tensor, read: int, causal: bool) -> Tensor:
+    """Return the additive mask of eager attention, from the form that the model made for its own attention.
+
+    Args:
+        mask: the model's; None: a causal mask, or none.
+        inputs: (sequences, length, D) of the queries.
+        read: number of tokens that are read.
+        causal: whether a query reads no later tokens.
+    """
     least = torch.finfo(inputs.dtype).min
     if mask is None:
-        length = inputs.shape[1]
-        return torch.full((1, 1, length, length), least, device=inputs.device).triu(1)
+        full = torch.full((1, 1, inputs.shape[1], read), least if causal else 0.0, device=inputs.device)
+        return full.triu(1) if causal else full
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=inputs.dtype).masked_fill(~mask, least)
     return mask

@@ -16,6 +16,8 @@ from headwise.convert.calibration.corpus import MIXTURE, NUM_HELDBACK, SAMPLED, 
 from headwise.convert.calibration.layer_stream import LayerRecord, LayerStream
 from headwise.convert.calibration.moments import Moments
 from headwise.convert.calibration.norm_stats import NormedProjections
+from headwise.convert.calibration.pair_corpus import PAIR_LENGTH, read_pair_corpus
+from headwise.convert.calibration.pair_stream import PairStream
 from headwise.convert.settings import ConvertSettings
 from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import Checkpoint, has_nonfinite
@@ -111,7 +113,9 @@ def plan_calibration(
     if settings.moments is not None:
         saved = Moments.open(settings.moments, checkpoint)
         return CalibrationPlan(saved.text, saved.sequences, saved.length, 0, saved.seed, reuse=settings.moments)
-    length = min(forecast.CALIBRATION_LENGTH, forecast.trained_length(checkpoint, arch))
+    length = min(
+        PAIR_LENGTH if arch.reads_pairs else forecast.CALIBRATION_LENGTH, forecast.trained_length(checkpoint, arch)
+    )
     steps = forecast.refit_steps(checkpoint, arch, target, settings.refit or "off", length, device)
     if not steps and not target.calibrated and settings.save_moments is None:
         return None
@@ -207,6 +211,8 @@ def plan_loss(
         The calibration with its held-back text; without calibration, held-back text of the mixture. None for a
         conversion that loses nothing.
     """
+    if arch.reads_pairs:
+        return None
     if calibration is not None and calibration.reuse is None:
         return calibration
     if target.exact or settings.allow_nan or arch.auto_class != "AutoModelForCausalLM":
@@ -243,19 +249,34 @@ def iter_layer_stats(
         yield from ((saved.read(i, device), i) for i in layers)
         return
     progress.note(f"Reading {calibration.amount} of {calibration.text} through the parent, layer by layer.")
-    blocks, _ = read_corpus(checkpoint, calibration, device, progress, cache)
     arch = find_architecture(target.parent_config, checkpoint.tensors)
+    if arch.reads_pairs:
+        pairs = read_pair_corpus(checkpoint, arch, calibration, device, progress, cache)
+        stats = PairStream(checkpoint, arch, pairs, device)
+        yield from _kept(
+            stats.records(keep_activations=calibration.keeps_text, layers=layers), checkpoint, calibration
+        )
+        return
+    blocks, _ = read_corpus(checkpoint, calibration, device, progress, cache)
     stream = LayerStream(checkpoint, arch, blocks, device, target.parent_config)
-    keep = Moments.create(calibration.keep, checkpoint, calibration) if calibration.keep else None
 
     def normed(layer: int) -> NormedProjections:
         source = {name: checkpoint.read(name) for name in arch.tensor_names(target.parent_config, layer)}
         weights = arch.read_layer(target.parent_config, layer, source).to(torch.float32).to_device(device)
         return NormedProjections(weights, float(arch.stock_config(target.parent_config).rms_norm_eps))
 
-    for record in stream.records(
+    records = stream.records(
         keep_activations=calibration.keeps_text, layers=layers, normed=normed if target.regresses_norms else None
-    ):
+    )
+    yield from _kept(records, checkpoint, calibration)
+
+
+def _kept(
+    records: Iterator[LayerRecord], checkpoint: Checkpoint, calibration: CalibrationPlan
+) -> Iterator[tuple[LayerRecord, int]]:
+    """Yield records with their indices, and save their moments where the calibration keeps them."""
+    keep = Moments.create(calibration.keep, checkpoint, calibration) if calibration.keep else None
+    for record in records:
         if keep:
             keep.write(record)
         yield record, record.index

@@ -103,6 +103,8 @@ def choose_text(
         return TextChoice(MIXTURE, "a model without a language-model head is not sampled from")
     if allow_nan:
         return TextChoice(MIXTURE, "a model whose weights may hold NaN is not sampled from")
+    if arch.reads_pairs:
+        return TextChoice(SAMPLED, "the targets are the model's own outputs on sources of the mixture")
     if arch.auto_class != "AutoModelForCausalLM":
         return TextChoice(MIXTURE, "the model reads more than text, and is not sampled from")
     if tokens < FEWEST_SAMPLED:

@@ -49,9 +49,13 @@ class LayerRecord:
         query_scales: means of the norm's scale s, of s^2 and of |q|^2 for each head, and the number of tokens (the
             effective number, where they are weighted), (4, H), like `query_cross`.
         key_scales: the same of the keys, (4, G), like `key_cross`.
+        states_moment: E[x x^T] of the encoder's output with a constant 1 appended, float64: the keys and values of
+            cross-attention are made from it. None for other attention.
         inputs: of the attention, (sequences, length, D) float32 on the CPU; None unless kept.
-        outputs: of the attention, like `inputs`.
+        outputs: of the attention, like `inputs`; zero at padding.
         arguments: further arguments of the attention module, for a batch of any size.
+        rows: further arguments with an entry for every sequence, on the CPU.
+        valid: (sequences, length) true where a token is no padding; None: there is no padding.
         tokens: number of tokens measured.
     """
 
@@ -64,20 +68,131 @@ class LayerRecord:
     key_cross: Tensor | None = None
     query_scales: Tensor | None = None
     key_scales: Tensor | None = None
+    states_moment: Tensor | None = None
     inputs: Tensor | None = None
     outputs: Tensor | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    valid: Tensor | None = None
     tokens: int = 0
 
     def moments(self) -> dict[str, Tensor]:
         """Return the second moments that were measured, by name."""
-        names = ("moment", "key_moment", "value_moment")
+        names = ("moment", "key_moment", "value_moment", "states_moment")
         return {name: moment for name in names if (moment := getattr(self, name)) is not None}
 
     def norm_moments(self) -> dict[str, Tensor]:
         """Return what was measured of the norms on queries and keys, by name; empty if nothing was."""
         names = ("query_cross", "key_cross", "query_scales", "key_scales")
         return {name: moment for name in names if (moment := getattr(self, name)) is not None}
+
+
+class AttentionRecorder:
+    """Measure one attention module while its layer runs.
+
+    Args:
+        index: of the layer.
+        module: the attention module.
+        sequences: number of sequences.
+        device: where the module runs.
+        keep_activations: keep the inputs and outputs.
+        attention_stats: measure attention weights, on some of the sequences.
+        normed: the layer's normed queries and keys, whose moments are also taken; None: they are not.
+        states: the argument that keys and values are made from in cross-attention; None: from the input.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        module: nn.Module,
+        sequences: int,
+        device: torch.device,
+        *,
+        keep_activations: bool,
+        attention_stats: bool,
+        normed: NormedProjections | None = None,
+        states: str | None = None,
+    ) -> None:
+        self._index, self._module, self._sequences, self._device = index, module, sequences, device
+        self._keep, self._stats, self._normed, self._states = keep_activations, attention_stats, normed, states
+        self._view, self._queries = AttentionStats(normed), CrossMoment()
+        self._moment: Tensor | None = None
+        self._states_moment: Tensor | None = None
+        self._tokens, self._states_tokens = 0, 0
+        self._record = LayerRecord(index, torch.empty(0))
+        self._seen: dict[str, Any] = {}
+        self._rows: dict[str, list[Tensor]] = {}
+        self._valid: list[Tensor] = []
+        self._handle = module.register_forward_hook(self._note, with_kwargs=True)
+
+    def _note(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._seen = {
+            "x": kwargs.get("hidden_states", args[0] if args else None),
+            "y": _first(output),
+            "kwargs": {k: v for k, v in kwargs.items() if k != "hidden_states"},
+        }
+
+    def add(self, part: slice, valid: Tensor | None = None, states_valid: Tensor | None = None) -> None:
+        """Add the call that the module just had.
+
+        Args:
+            part: the sequences of that call.
+            valid: (sequences, length) true where a token is no padding; None: there is no padding.
+            states_valid: the same of the tokens that cross-attention reads.
+        """
+        x, y, kwargs = self._seen["x"], self._seen["y"], self._seen["kwargs"]
+        first = first_position(x.shape[1])
+        flat = _with_one(x)[:, first:]
+        flat = flat.flatten(0, 1) if valid is None else flat[valid[:, first:]]
+        self._moment = _added(self._moment, flat)
+        self._tokens += len(flat)
+        if self._normed is not None:
+            self._queries.add(flat, self._normed.queries(flat))
+        states = kwargs[self._states] if self._states else None
+        if states is not None:
+            read = _with_one(states)
+            read = read.flatten(0, 1) if states_valid is None else read[states_valid]
+            self._states_moment = _added(self._states_moment, read)
+            self._states_tokens += len(read)
+        if self._keep:
+            self._store(part, x, y, kwargs, valid)
+        if self._stats and part.start < NUM_ATTENTION_SEQUENCES:
+            self._view.add(
+                self._module, x, kwargs, states=self._states, valid=valid, most=NUM_ATTENTION_SEQUENCES - part.start
+            )
+
+    def _store(self, part: slice, x: Tensor, y: Tensor, kwargs: dict[str, Any], valid: Tensor | None) -> None:
+        record = self._record
+        if record.inputs is None or record.outputs is None:
+            record.inputs, record.outputs = (
+                t.new_empty(self._sequences, *t.shape[1:], device="cpu") for t in (x, y)
+            )
+        if valid is not None:
+            y = y * valid[..., None]
+            self._valid.append(valid.cpu())
+            for name, value in kwargs.items():
+                if isinstance(value, Tensor) and value.ndim > 2 and len(value) == len(x):
+                    self._rows.setdefault(name, []).append(value.cpu())
+        record.inputs[part], record.outputs[part] = x.cpu(), y.cpu()
+
+    def result(self) -> LayerRecord:
+        """Return what was measured, and stop measuring."""
+        self._handle.remove()
+        record = self._record
+        assert self._moment is not None
+        record.moment, record.tokens = self._moment / max(self._tokens, 1), self._tokens
+        if self._states_moment is not None:
+            record.states_moment = self._states_moment / max(self._states_tokens, 1)
+        if self._stats:
+            record.value_moment, record.key_moment, record.distances = self._view.result()
+        if self._normed is not None:
+            record.query_cross, record.query_scales = self._queries.result()
+            if self._stats:
+                record.key_cross, record.key_scales = self._view.keys.result()
+        record.rows = {name: torch.cat(values) for name, values in self._rows.items()}
+        record.valid = torch.cat(self._valid) if self._valid else None
+        record.arguments = {k: v for k, v in self._seen["kwargs"].items() if k not in record.rows}
+        return record
 
 
 class LayerStream:
@@ -200,45 +315,21 @@ class LayerStream:
         attention_stats: bool,
         normed: NormedProjections | None,
     ) -> LayerRecord:
-        attention = layer.get_submodule(self._architecture.attention)
         args, kwargs = self._arguments[index]
-        sequences, length, width = self._hidden.shape
-        moment = torch.zeros(width + 1, width + 1, dtype=torch.float64, device=self._device)
-        first = first_position(length)
-        record = LayerRecord(index, moment, tokens=sequences * (length - first))
-        if keep_activations:
-            record.inputs, record.outputs = torch.empty_like(self._hidden), torch.empty_like(self._hidden)
-        seen: dict[str, Any] = {}
-        view, queries = AttentionStats(normed), CrossMoment()
-
-        def note(module: nn.Module, call_args: tuple[Any, ...], call_kwargs: dict[str, Any], output: Any) -> None:
-            seen["x"] = call_kwargs.get("hidden_states", call_args[0] if call_args else None)
-            seen["y"] = _first(output)
-            seen["kwargs"] = {k: v for k, v in call_kwargs.items() if k != "hidden_states"}
-
-        handle = attention.register_forward_hook(note, with_kwargs=True)
+        recorder = AttentionRecorder(
+            index,
+            self._model.get_submodule(self._architecture.attention_path(index)),
+            len(self._hidden),
+            self._device,
+            keep_activations=keep_activations,
+            attention_stats=attention_stats,
+            normed=normed,
+        )
         for part in self._parts():
             out = layer(self._hidden[part].to(self._device), *args, **kwargs)
-            x = seen["x"]
-            flat = torch.cat([x, torch.ones_like(x[..., :1])], -1)[:, first:].flatten(0, 1)
-            moment += (flat.mT @ flat).double()
-            if normed is not None:
-                queries.add(flat, normed.queries(flat))
-            if record.inputs is not None and record.outputs is not None:
-                record.inputs[part], record.outputs[part] = x.cpu(), seen["y"].cpu()
-            if attention_stats and part.start < NUM_ATTENTION_SEQUENCES:
-                view.add(attention, x[: NUM_ATTENTION_SEQUENCES - part.start], seen["kwargs"])
+            recorder.add(part)
             self._hidden[part] = _first(out).cpu()
-        handle.remove()
-        moment /= record.tokens
-        if attention_stats:
-            record.value_moment, record.key_moment, record.distances = view.result()
-        if normed is not None:
-            record.query_cross, record.query_scales = queries.result()
-            if attention_stats:
-                record.key_cross, record.key_scales = view.keys.result()
-        record.arguments = seen["kwargs"]
-        return record
+        return recorder.result()
 
     @contextmanager
     def _real_layer(self, index: int) -> Iterator[nn.Module]:
@@ -303,6 +394,17 @@ class LayerStream:
             if parameter.device.type != "meta":
                 owner, _, leaf = name.rpartition(".")
                 setattr(self._model.get_submodule(owner), leaf, nn.Parameter(parameter.to("meta"), False))
+
+
+def _with_one(x: Tensor) -> Tensor:
+    """Return inputs with a constant 1 appended."""
+    return torch.cat([x, torch.ones_like(x[..., :1])], -1)
+
+
+def _added(moment: Tensor | None, flat: Tensor) -> Tensor:
+    """Return a sum of second moments, float64, with those of more inputs (tokens, D)."""
+    more = (flat.mT @ flat).double()
+    return more if moment is None else moment + more
 
 
 def _first(output: Any) -> Tensor:

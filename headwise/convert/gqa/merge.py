@@ -56,6 +56,7 @@ def merge_heads(
     grouping: str = "optimal",
     moment: Tensor | None = None,
     value_moment: Tensor | None = None,
+    states_moment: Tensor | None = None,
     seed: int = 0,
 ) -> tuple[LayerWeights, MergeReport]:
     """Return the layer with another number of KV heads.
@@ -70,7 +71,9 @@ def merge_heads(
         moment: (inputs, inputs) E[x x^T] of the attention input, with the constant 1 appended where the layer has
             biases; None stands for the identity.
         value_moment: the same of inputs averaged by the layer's attention, which the values multiply. None stands
-            for `moment`.
+            for `states_moment`.
+        states_moment: the same of the encoder's output, which the keys and values of cross-attention are made from;
+            None stands for `moment`.
         seed: for methods that draw random numbers.
 
     Returns:
@@ -104,7 +107,7 @@ def merge_heads(
     size = source // num_key_value_heads
     before: list[MergeSubspace] = []
     if searched or moment is not None or not pooled:
-        before = merge_subspaces(weights, moment, value_moment)
+        before = merge_subspaces(weights, moment, value_moment, states_moment)
     energies = [subspace.energy(num_components(source, size)) for subspace in before] if searched else []
     groups: list[list[int]] = [list(range(source))]
     if num_key_value_heads > 1:
@@ -112,12 +115,14 @@ def merge_heads(
     del energies
     members = tuple(map(tuple, groups))
     if not pooled:
-        merged, errors = _merge(weights, before, groups, how.load(), moment)
+        merged, errors = _merge(
+            weights, before, groups, how.load(), moment if states_moment is None else states_moment
+        )
         return merged, MergeReport(members, *errors)
     layer = _pool_layer(weights, groups, how.load(), seed)
     if moment is None:
         return layer, MergeReport(members, None, None)
-    after = merge_subspaces(layer, moment, value_moment)
+    after = merge_subspaces(layer, moment, value_moment, states_moment)
     return layer, MergeReport(members, *_pooling_errors(before, after, groups))
 
 

@@ -114,22 +114,28 @@ class MergeSubspace:
 
 
 def merge_subspaces(
-    weights: LayerWeights, moment: Tensor | None, value_moment: Tensor | None
+    weights: LayerWeights, moment: Tensor | None, value_moment: Tensor | None, states_moment: Tensor | None = None
 ) -> list[MergeSubspace]:
     """Return the subspaces of a layer: those of its keys, then that of its values.
 
     Args:
         weights: the layer, float64.
         moment: (inputs, inputs) E[x x^T] of the attention input; None stands for the identity.
-        value_moment: the same of inputs averaged by the attention; None stands for `moment`.
+        value_moment: the same of inputs averaged by the attention; None stands for `states_moment`.
+        states_moment: the same of what keys and values are made from, the encoder's output in cross-attention; None
+            stands for `moment`.
     """
+    if states_moment is None:
+        states_moment = moment
     return [
-        *key_subspaces(weights, moment),
-        value_subspace(weights, moment if value_moment is None else value_moment),
+        *key_subspaces(weights, moment, states_moment),
+        value_subspace(weights, states_moment if value_moment is None else value_moment),
     ]
 
 
-def key_subspaces(weights: LayerWeights, moment: Tensor | None) -> list[MergeSubspace]:
+def key_subspaces(
+    weights: LayerWeights, moment: Tensor | None, states_moment: Tensor | None = None
+) -> list[MergeSubspace]:
     """Return one subspace of complex planes for the rotary key rows, one of vectors for the position-free ones.
 
     The cost of a key error is the energy of the queries that multiply it: `e_h = E|q_{h,f}|^2`, summed over the
@@ -139,7 +145,10 @@ def key_subspaces(weights: LayerWeights, moment: Tensor | None) -> list[MergeSub
     Args:
         weights: the layer, float64.
         moment: (inputs, inputs) E[x x^T] of the attention input; None stands for the identity.
+        states_moment: the same of what the keys are made from; None stands for `moment`.
     """
+    if states_moment is None:
+        states_moment = moment
     layout, r = weights.layout, weights.layout.rotary_dim
     groups, reads = layout.num_key_value_heads, layout.queries_per_group
     q, k = weights.q, weights.k
@@ -149,13 +158,13 @@ def key_subspaces(weights: LayerWeights, moment: Tensor | None) -> list[MergeSub
     if weights.q_norm is not None:
         query_energy = query_energy * (weights.q_norm / expected_rms(query_energy, weights.norm_scope)).square()
     if weights.k_norm is not None:
-        k = k / expected_rms(row_energies(k, times_moment(k, moment)), weights.norm_scope)[:, :, None]
+        k = k / expected_rms(row_energies(k, times_moment(k, states_moment)), weights.norm_scope)[:, :, None]
         if weights.norm_scope == "all":
             k = weights.k_norm[:, :, None] * k
         else:
             query_energy = weights.k_norm.repeat_interleave(reads, 0).square() * query_energy
     query_energy = query_energy.unflatten(0, (groups, reads)).sum(1)
-    k_moment = times_moment(k, moment)
+    k_moment = times_moment(k, states_moment)
 
     subspaces = []
     if r:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -35,11 +35,11 @@ class GroupedTarget:
         config: the new config.json.
         parent_config: the source's config with the positions of `config`.
         settings: the method, the grouping and the seed.
-        groups: KV heads of every layer afterwards; None changes none.
+        changed: the parts of the model that get another number of KV heads; none: no layer changes.
         dtype: of the output; None keeps each tensor's own.
 
     Raises:
-        SettingError: `groups` cannot be made from the heads of a layer, or the method is unknown.
+        SettingError: the new number cannot be made from the heads of a layer, or the method is unknown.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class GroupedTarget:
         parent_config: dict[str, Any],
         settings: ConvertSettings,
         *,
-        groups: int | None,
+        changed: Collection[str],
         dtype: torch.dtype | None = None,
     ) -> None:
         # A window may have changed the model type; the tensors are the same.
@@ -65,7 +65,7 @@ class GroupedTarget:
         for layer, (old, new) in enumerate(pairs):
             _check_reachable(old, new, layer)
         self._changed = [
-            groups is not None and old.num_key_value_heads != new.num_key_value_heads for old, new in pairs
+            old.part in changed and old.num_key_value_heads != new.num_key_value_heads for old, new in pairs
         ]
         self.exact = all(new.num_key_value_heads >= old.num_key_value_heads for old, new in pairs)
         self.calibrated = not self.exact and "moments" in self.method.needs
@@ -79,7 +79,7 @@ class GroupedTarget:
                 name: layer
                 for layer, changed in enumerate(self._changed)
                 if changed
-                for name in _keys_and_values(self.arch, config, layer)
+                for name in self.arch.key_value_names(config, layer)
             }
         self._computed = set(self._tensorwise) or {
             n for layer in range(len(pairs)) for n in self.converted_names(layer)
@@ -125,8 +125,13 @@ class GroupedTarget:
         moments = {}
         if record is not None:
             inputs = weights.q.shape[2]
-            measured = {"moment": record.moment, "value_moment": record.value_moment}
-            moments = {name: m[:inputs, :inputs] for name, m in measured.items() if m is not None}
+            states = weights.k.shape[2]
+            measured = {
+                "moment": (record.moment, inputs),
+                "value_moment": (record.value_moment, states),
+                "states_moment": (record.states_moment, states),
+            }
+            moments = {name: m[:width, :width] for name, (m, width) in measured.items() if m is not None}
         converted, report = merge_heads(
             weights,
             self.layouts[layer].num_key_value_heads,
@@ -145,12 +150,12 @@ class GroupedTarget:
     def trainable_layer(self, layer: int, converted: LayerWeights, device: torch.device, length: int) -> Refittable:
         """See `Target`."""
         model = empty_model(self.config, self.auto_class)
-        prefix = f"{self.arch.layers[0].format(layer=layer)}.{self.arch.attention}."
+        prefix = self.arch.prefix(layer)
         tensors = self.arch.write_layer(self.config, layer, converted, torch.float32)
         # Tensors that no conversion changes, such as an output bias, are part of the function all the same.
         other = [n for n in self.source.tensors if n.startswith(prefix) and n not in tensors]
         load_into(model, {**{n: self.source.read(n) for n in other}, **tensors}, device)
-        attention = model.get_submodule(f"{self.arch.module.format(layer=layer)}.{self.arch.attention}").to(device)
+        attention = model.get_submodule(self.arch.attention_path(layer)).to(device)
         free = {prefix + n: p for n, p in attention.named_parameters() if prefix + n in tensors}
 
         def export(record: LayerRecord) -> dict[str, Tensor]:
@@ -175,15 +180,6 @@ class GroupedTarget:
         else:
             changed = self.method.load()(heads, contiguous_groups(old, old // new), self.seed + layer)
         return changed.flatten(0, 1)
-
-
-def _keys_and_values(arch: Architecture, config: dict[str, Any], layer: int) -> list[str]:
-    """Return the tensors of a layer with rows for each KV head, in an architecture that does not fuse them."""
-    parts = [arch.projections["k"], arch.projections["v"]]
-    if arch.norms is not None and arch.norms.scope == "all":
-        parts.append(arch.norms.k)
-    prefix = f"{arch.layers[0].format(layer=layer)}.{arch.attention}."
-    return [name for name in arch.tensor_names(config, layer) if name.removeprefix(prefix).split(".")[0] in parts]
 
 
 def _check_reachable(old: AttentionLayout, new: AttentionLayout, layer: int) -> None:

@@ -13,7 +13,8 @@ from headwise.compat import run_rotary
 from headwise.convert.positions.rope_bound import first_failure, recommend_rule
 from headwise.errors import HeadwiseError, SettingError
 from headwise.models import rope
-from headwise.models.architecture import Architecture, both_rope_spellings
+from headwise.models.architecture import Architecture
+from headwise.models.table import both_rope_spellings
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 
 from headwise.errors import HeadwiseError, SettingError
 from headwise.models import architecture as architectures
-from headwise.models.architecture import Architecture, both_rope_spellings
+from headwise.models.architecture import Architecture
 from headwise.models.layout import AttentionLayout
-from headwise.models.table import load_table
+from headwise.models.table import both_rope_spellings, load_table
 
 
 def parse_layers(text: str, num_hidden_layers: int) -> list[int]:

@@ -70,6 +70,15 @@ def plan_joint(
     Raises:
         SettingError: `refit` is "joint", and the source has no language-model head.
     """
+    if arch.parts:
+        if settings.refit == "joint":
+            raise SettingError(
+                "refit",
+                f"`refit` joint trains decoder-only models, and {arch.wrapper} has "
+                f"{', '.join(part.part for part in arch.parts)}.",
+                "Give `refit` layers or off.",
+            )
+        return None
     plan = scaled_plan(GPU_PLAN if device.type == "cuda" else CPU_PLAN, settings.refit_tokens)
     trained = getattr(arch.stock_config(checkpoint.config), "max_position_embeddings", plan.length)
     plan = replace(plan, length=min(plan.length, trained))

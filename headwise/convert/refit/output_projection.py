@@ -79,8 +79,10 @@ def solve_output_projection(
         error = 0.0
         for batch in fold.split(max(1, TOKENS_AT_ONCE // length)):
             wanted = outputs[batch].to(device)
-            missing = (wanted - apply_attention(attention, record, inputs[batch].to(device))).flatten(0, -2)
+            missing = (wanted - apply_attention(attention, record, inputs[batch].to(device), batch)).flatten(0, -2)
             features = heads.pop()
+            if record.valid is not None:
+                features = features * record.valid[batch.cpu()].to(device).flatten()[:, None]
             gram, cross = gram + features.mT @ features, cross + features.mT @ missing
             error, total = error + float(missing.square().sum()), total + float(wanted.square().sum())
         grams.append(gram)

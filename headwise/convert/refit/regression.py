@@ -95,7 +95,7 @@ def refit(
         while len(order) < min(SEQUENCES_PER_STEP, len(train)):
             order = torch.cat([order, train[torch.randperm(len(train), generator=generator)]])
         batch, order = order[:SEQUENCES_PER_STEP], order[SEQUENCES_PER_STEP:]
-        output = apply_attention(attention, record, inputs[batch].to(device))
+        output = apply_attention(attention, record, inputs[batch].to(device), batch)
         loss = (output - outputs[batch].to(device)).square().mean() / scale
         loss.backward()
         for p, unit, size in zip(parameters, units, sizes, strict=True):
@@ -134,7 +134,8 @@ def output_error(
     lost = total = 0.0
     for batch in sequences.split(SEQUENCES_PER_STEP):
         wanted = record.outputs[batch].to(device)
-        lost += float((apply_attention(attention, record, record.inputs[batch].to(device)) - wanted).square().sum())
+        output = apply_attention(attention, record, record.inputs[batch].to(device), batch)
+        lost += float((output - wanted).square().sum())
         total += float(wanted.square().sum())
     return lost / total if total else 0.0
 
@@ -183,16 +184,20 @@ def _room(device: torch.device | str) -> int:
     return torch.cuda.mem_get_info(device)[0] + kept
 
 
-def apply_attention(attention: nn.Module, record: LayerRecord, inputs: Tensor) -> Tensor:
-    """Return the output of an attention module for inputs of shape (sequences, length, D).
+def apply_attention(attention: nn.Module, record: LayerRecord, inputs: Tensor, sequences: Tensor) -> Tensor:
+    """Return the output of an attention module for inputs of shape (sequences, length, D); zero at padding.
 
     Args:
         attention: the module.
         record: the parent layer's record, for the further arguments of the module.
         inputs: (sequences, length, D).
+        sequences: the indices of these sequences in the record.
     """
-    output = attention(hidden_states=inputs, **record.arguments)
+    rows = {name: value[sequences.cpu()].to(inputs.device) for name, value in record.rows.items()}
+    output = attention(hidden_states=inputs, **record.arguments, **rows)
     result: Tensor = output[0] if isinstance(output, tuple) else output
+    if record.valid is not None:
+        result = result * record.valid[sequences.cpu()].to(inputs.device)[..., None]
     return result
 
 

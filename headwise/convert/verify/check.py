@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from headwise.compat import cache_of
+from headwise.compat import cache_layers, cache_of
 from headwise.convert.positions.moved import POSITION_SETTINGS, with_positions
 from headwise.convert.settings import ConvertSettings, VerifySettings
 from headwise.convert.verify.factored import FactoredAttention, check_factors, compare_with_parent
@@ -187,15 +187,19 @@ def _with_same_positions(parent: Checkpoint, arguments: Mapping[str, Any]) -> Ch
 def _layouts_are_recorded(layouts: Sequence[AttentionLayout], arguments: Mapping[str, Any]) -> tuple[bool, str]:
     """Compare the layouts of a folder with the settings that its record holds."""
     to = arguments.get("to")
+    named = dict(each.partition("=")[::2] for each in arguments.get("part") or ())
+    cached = any(layout.cached for layout in layouts)
     for layer, layout in enumerate(layouts):
         heads = layout.num_attention_heads
+        own = int(named[layout.part]) if named.get(layout.part) else arguments.get("groups")
         targets: dict[str, dict[str, Any]] = {
-            "gqa": {"num_key_value_heads": arguments.get("groups")},
+            "gqa": {"num_key_value_heads": own},
             "mqa": {"num_key_value_heads": 1},
             "mha": {"num_key_value_heads": heads},
             "mla": {"kv_lora_rank": arguments.get("rank"), "qk_rope_head_dim": arguments.get("rope_dim")},
         }
-        recorded = targets.get(str(to), {})
+        chosen = layout.part in named if named else layout.cached or not cached
+        recorded = targets.get(str(to), {}) if chosen else {}
         if to == "mla" and layout.kv_lora_rank is None:
             return False, f"headwise.json records MLA, and layer {layer} has {layout.num_key_value_heads} KV heads"
         for name, value in recorded.items():
@@ -234,15 +238,22 @@ def _cache_is(
     checkpoint: Checkpoint, model: AttentionModel, layouts: Sequence[AttentionLayout]
 ) -> tuple[bool, str]:
     """Compare the cache of the stock model, from a run without weights, with the layouts."""
+    cached = [layout for layout in layouts if layout.cached]
+    if not cached:
+        return True, "the model has no KV cache"
     network = empty_model(_without_scaling(checkpoint.config, model), model.auto_class).to("meta")
     # The usual grouped experts need sizes that only real models have.
     network.set_experts_implementation("batched_mm")
     with torch.no_grad():
         text = network.get_submodule(model.module.rpartition(".")[0].rpartition(".")[0])
-        width = text.config.hidden_size
-        cache = cache_of(text(inputs_embeds=torch.empty(1, TOKENS, width, device="meta"), use_cache=True))
-    measured = [layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in cache.layers]
-    expected = [layout.cache_elements_per_token for layout in layouts]
+        empty = torch.empty(1, TOKENS, text.config.hidden_size, device="meta")
+        given = {"inputs_embeds": empty}
+        if model.reads_pairs:
+            width = text.config.cross_attention_hidden_size
+            given["encoder_hidden_states"] = torch.empty(1, TOKENS, width, device="meta")
+        layers = cache_layers(cache_of(text(**given, use_cache=True)))
+    measured = [layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in layers]
+    expected = [layout.cache_elements_per_token for layout in cached]
     if measured != expected:
         return False, f"per token and layer the cache holds {measured} numbers, and the layouts need {expected}"
     return True, f"{sum(measured):,} numbers per token over {len(measured)} layers"

@@ -98,7 +98,7 @@ def check_factors(
     attention, factored = StockAttention(checkpoint.config, model), FactoredAttention(checkpoint)
     tokens = check_tokens(checkpoint, checkpoint.config["vocab_size"])
     worst, worst_layer, bend = 0.0, 0, 0.0
-    for layer, x in attention_inputs(checkpoint, model, tokens, device):
+    for layer, x, _ in attention_inputs(checkpoint, model, tokens, device):
         tensors = model.tensors(checkpoint, layer)
         error = relative_error(attention(layer, tensors, x), factored(layer, x))
         if not error <= worst:
@@ -163,7 +163,7 @@ def compare_with_parent(
     attention, factored = StockAttention(parent.config, arch), FactoredAttention(checkpoint)
     tokens = check_tokens(parent, arch.stock_config(parent.config).vocab_size)
     worst, worst_layer = 0.0, 0
-    for layer, x in attention_inputs(parent, arch, tokens, device):
+    for layer, x, _ in attention_inputs(parent, arch, tokens, device):
         expected = attention(layer, arch.tensors(parent, layer), x)
         # The folder's residual stream, and with it the attention output, may have another scale.
         error = relative_error(factored(layer, x) / rule.factors["residual"], expected)

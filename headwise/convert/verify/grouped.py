@@ -12,6 +12,7 @@ from headwise.convert.verify.layer_inputs import StockAttention, attention_input
 from headwise.convert.verify.whole_model import compare_logits
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import Architecture, find_architecture
+from headwise.models.stock import empty_model, load_into
 
 # Float64 evaluations of the same weights differ by rounding; some stock classes round to float32 inside.
 TOLERANCE = 1e-5
@@ -27,24 +28,44 @@ class RepeatedAttention:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._arch = arch = find_architecture(checkpoint.config, checkpoint.tensors)
-        self._groups = arch.legal_groups(checkpoint.config)[-1]
-        self._config = arch.with_groups(checkpoint.config, self._groups)
+        self._layouts = arch.layouts(checkpoint.config)
+        self._config = arch.with_groups(
+            checkpoint.config, {layout.part: layout.num_attention_heads for layout in self._layouts}
+        )
         self._stock = StockAttention(self._config, arch)
 
-    def __call__(self, layer: int, inputs: Tensor) -> Tensor:
+    def __call__(self, layer: int, inputs: Tensor, arguments: dict[str, Any] | None = None) -> Tensor:
         """Return the outputs of one layer, (sequences, tokens, D) float64.
 
         Args:
             layer: its index.
             inputs: (sequences, tokens, D) float64.
+            arguments: further arguments of the module; None: those of the model's own forward.
+        """
+        return self._stock(layer, self.tensors(layer), inputs, arguments)
+
+    def tensors(self, layer: int) -> dict[str, Tensor]:
+        """Return the tensors of a layer's attention with repeated keys and values.
+
+        Args:
+            layer: its index.
         """
         arch, config = self._arch, self._checkpoint.config
         tensors = arch.tensors(self._checkpoint, layer)
         names = arch.tensor_names(config, layer)
-        weights, _ = merge_heads(arch.read_layer(config, layer, {n: tensors[n] for n in names}), self._groups)
-        return self._stock(
-            layer, {**tensors, **arch.write_layer(self._config, layer, weights, torch.float64)}, inputs
-        )
+        heads = self._layouts[layer].num_attention_heads
+        weights, _ = merge_heads(arch.read_layer(config, layer, {n: tensors[n] for n in names}), heads)
+        return {**tensors, **arch.write_layer(self._config, layer, weights, torch.float64)}
+
+    def whole_model(self) -> Any:
+        """Return the stock model in float64, on the CPU, with repeated keys and values."""
+        model = empty_model(self._config, self._arch.auto_class, torch.float64)
+        tensors = {name: self._checkpoint.read(name) for name in self._checkpoint.tensors}
+        for layer in range(len(self._layouts)):
+            tensors |= self.tensors(layer)
+        load_into(model, tensors)
+        model.tie_weights()
+        return model
 
 
 def shares_heads(checkpoint: Checkpoint) -> bool:
@@ -54,7 +75,7 @@ def shares_heads(checkpoint: Checkpoint) -> bool:
         checkpoint: the folder.
     """
     arch = find_architecture(checkpoint.config, checkpoint.tensors)
-    return arch.legal_groups(checkpoint.config)[-1] > arch.layouts(checkpoint.config)[0].num_key_value_heads
+    return any(layout.queries_per_group > 1 for layout in arch.layouts(checkpoint.config))
 
 
 def check_groups(
@@ -75,8 +96,9 @@ def check_groups(
     grouped, repeated = StockAttention(checkpoint.config, arch), RepeatedAttention(checkpoint)
     tokens = check_tokens(checkpoint, arch.stock_config(checkpoint.config).vocab_size)
     worst, worst_layer = 0.0, 0
-    for layer, x in attention_inputs(checkpoint, arch, tokens, device):
-        error = relative_error(grouped(layer, arch.tensors(checkpoint, layer), x), repeated(layer, x))
+    for layer, x, more in attention_inputs(checkpoint, arch, tokens, device):
+        actual = grouped(layer, arch.tensors(checkpoint, layer), x, more)
+        error = relative_error(actual, repeated(layer, x, more))
         if not error <= worst:
             worst, worst_layer = error, layer
     detail = (
@@ -137,11 +159,12 @@ def compare_grouped(
     attention, reference = StockAttention(checkpoint.config, arch), StockAttention(parent.config, old)
     tokens = check_tokens(parent, old.stock_config(parent.config).vocab_size)
     worst, worst_layer = 0.0, 0
-    for layer, x in attention_inputs(parent, old, tokens, device):
+    for layer, x, more in attention_inputs(parent, old, tokens, device):
         rounded = {
             name: tensor.to(checkpoint.tensors[name].dtype) for name, tensor in old.tensors(parent, layer).items()
         }
-        error = relative_error(attention(layer, arch.tensors(checkpoint, layer), x), reference(layer, rounded, x))
+        actual = attention(layer, arch.tensors(checkpoint, layer), x, more)
+        error = relative_error(actual, reference(layer, rounded, x, more))
         if not error <= worst:
             worst, worst_layer = error, layer
     agree, logits = compare_logits(checkpoint, parent, arch, old, recomputed=False, device=device)
@@ -155,6 +178,9 @@ def _changed_fields(
     old: Architecture, before: dict[str, Any], arch: Architecture, after: dict[str, Any]
 ) -> list[str]:
     """Return the fields that both stock configs of the language model have and that differ."""
+    if arch.parts:
+        pairs = zip(old.parts, arch.parts, strict=True)
+        return sorted({name for a, b in pairs for name in _changed_fields(a, before, b, after)})
     a, b = old.stock_config(before).to_dict(), arch.stock_config(after).to_dict()
     free = {arch.num_key_value_heads, "dtype", "torch_dtype", "transformers_version", "architectures"}
     if "rope_parameters" in a.keys() & b.keys():

@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 
 from headwise.convert.calibration.layer_stream import LayerStream
+from headwise.convert.calibration.pair_corpus import special_tokens
+from headwise.convert.calibration.pair_stream import PairStream
 from headwise.io.reader import Checkpoint
 from headwise.io.tokenizer import load_tokenizer
+from headwise.models.architecture import find_architecture
 from headwise.models.protocol import AttentionModel
 from headwise.models.stock import empty_model, layer_arguments, load_into
+from headwise.text.pairs import Pairs
 
-SEQUENCES, TOKENS = 2, 24
+SEQUENCES, TOKENS, TARGET_TOKENS = 2, 24, 17
 # One sequence of prose and one of code; each is longer than TOKENS in every tokenizer.
 TEXTS = (
     "The quality of a converted model shows in its predictions. A smaller cache holds fewer numbers for each "
@@ -50,21 +54,57 @@ def check_tokens(checkpoint: Checkpoint, vocab_size: int) -> Tensor:
     return tokens
 
 
+def check_pairs(tokens: Tensor, start: int) -> Pairs:
+    """Return the pairs that an encoder-decoder is checked on: each text is the source of the other.
+
+    Args:
+        tokens: from `check_tokens`.
+        start: the token that starts a target.
+    """
+    targets = torch.cat([torch.full_like(tokens[:, :1], start), tokens.flip(0)], 1)[:, :TARGET_TOKENS]
+    every = (torch.ones_like(rows, dtype=torch.bool) for rows in (tokens, targets))
+    return Pairs(tokens, next(every), targets, next(every))
+
+
 def attention_inputs(
     checkpoint: Checkpoint, stock: AttentionModel, tokens: Tensor, device: torch.device | str = "cpu"
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield every layer's index and the inputs of its attention, (SEQUENCES, TOKENS, D) float64 on the CPU.
+) -> Iterator[tuple[int, Tensor, dict[str, Any] | None]]:
+    """Yield every layer's index, the inputs of its attention, and its further arguments.
 
     Args:
         checkpoint: the model.
         stock: names of its stock class.
         tokens: from `check_tokens`.
         device: where the layers run.
+
+    Yields:
+        The index; the inputs, (SEQUENCES, TOKENS, D) float64 on the CPU; the arguments of an encoder-decoder's
+        module in float64, None for other models.
     """
+    if stock.reads_pairs:
+        arch = find_architecture(checkpoint.config, checkpoint.tensors)
+        pairs = check_pairs(tokens, special_tokens(checkpoint, arch)[1])
+        for record in PairStream(checkpoint, arch, pairs, device).records(
+            keep_activations=True, attention_stats=False
+        ):
+            assert record.inputs is not None
+            yield record.index, record.inputs.double(), _in_float64({**record.arguments, **record.rows})
+        return
     stream = LayerStream(checkpoint, stock, tokens, device)
     for record in stream.records(keep_activations=True, attention_stats=False):
         assert record.inputs is not None
-        yield record.index, record.inputs.double()
+        yield record.index, record.inputs.double(), None
+
+
+def _in_float64(value: Any) -> Any:
+    """Return arguments with their floating tensors in float64 on the CPU; the largest negative number stays one."""
+    if isinstance(value, dict):
+        return {key: _in_float64(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_in_float64(item) for item in value)
+    if isinstance(value, Tensor):
+        return value.cpu().double() if value.is_floating_point() else value.cpu()
+    return value
 
 
 class StockAttention:
@@ -80,20 +120,24 @@ class StockAttention:
         self._model = empty_model(config, stock.auto_class, torch.float64)
         self._arguments: list[dict[str, Any]] | None = None
 
-    def __call__(self, layer: int, tensors: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+    def __call__(
+        self, layer: int, tensors: Mapping[str, Tensor], inputs: Tensor, arguments: dict[str, Any] | None = None
+    ) -> Tensor:
         """Return the outputs of one layer, (sequences, tokens, D) float64.
 
         Args:
             layer: its index.
             tensors: of its attention, by the checkpoint's names.
             inputs: (sequences, tokens, D) float64.
+            arguments: further arguments of the module; None: those of the model's own forward.
         """
         load_into(self._model, dict(tensors))
-        if self._arguments is None:
+        if arguments is None and self._arguments is None:
             self._arguments = layer_arguments(self._model, self._stock.module, inputs.shape[1], torch.float64)
         attention = self._model.get_submodule(self._stock.attention_path(layer))
         with torch.no_grad():
-            output = attention(hidden_states=inputs, **self._arguments[layer])
+            given = arguments if arguments is not None else (self._arguments or [])[layer]
+            output = attention(hidden_states=inputs, **given)
         for name, parameter in list(attention.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             setattr(attention.get_submodule(owner), leaf, torch.nn.Parameter(parameter.to("meta"), False))

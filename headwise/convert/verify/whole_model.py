@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from headwise.compat import cache_of, no_progress_bars
+from headwise.compat import cache_layers, cache_of, no_progress_bars
 from headwise.convert.calibration.layer_stream import LayerStream
-from headwise.convert.verify.layer_inputs import TOKENS, check_tokens, relative_error
+from headwise.convert.calibration.pair_corpus import special_tokens
+from headwise.convert.verify.layer_inputs import TOKENS, check_pairs, check_tokens, relative_error
 from headwise.io.reader import Checkpoint
+from headwise.models.architecture import find_architecture
 from headwise.models.layout import AttentionLayout
 from headwise.models.protocol import AttentionModel
 from headwise.models.stock import empty_model, load_model
@@ -31,7 +34,7 @@ def check_loading(
     layouts: Sequence[AttentionLayout],
     *,
     allow_nan: bool,
-    attention: Callable[[int, Tensor], Tensor] | None = None,
+    attention: Any = None,
     device: torch.device | str = "cpu",
 ) -> tuple[bool, str]:
     """Load a folder with `from_pretrained`, generate a few tokens, and compare the cache and the logits.
@@ -42,7 +45,8 @@ def check_loading(
         layouts: of every layer.
         allow_nan: whether logits may be NaN or infinite.
         attention: computes the attention of a layer from the folder's weights in float64, from its index and input;
-            the logits are compared with a float64 evaluation of the whole model that uses it. None: they are not.
+            the logits are compared with a float64 evaluation of the whole model that uses it. For an
+            encoder-decoder, its `whole_model` is that evaluation. None: they are not compared.
         device: where the model runs.
     """
     import transformers
@@ -61,32 +65,71 @@ def check_loading(
         if model.get_parameter(name).data_ptr() != model.get_parameter(target).data_ptr():
             return False, f"{name} is not tied to {target}"
     tokens = torch.arange(TOKENS, device=device)[None] % model.get_input_embeddings().num_embeddings
-    # Not the folder's generation_config.json: its beams, penalties and stop words are for users.
-    model.generation_config = transformers.GenerationConfig()
-    with torch.inference_mode():
-        generated = model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4, do_sample=False, use_cache=True,
-            eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, output_logits=True,
-        )  # fmt: skip
-    if not allow_nan and not all(bool(step.isfinite().all()) for step in generated.logits):
-        return False, "the logits are not finite"
-    cache = cache_of(generated).layers
-    elements = [layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in cache]
-    if elements != [layout.cache_elements_per_token for layout in layouts]:
-        return False, f"after generate() the cache holds {elements} elements per token and layer"
-    detail = f"{type(model).__name__}.from_pretrained loads it whole and generates"
+    detail = f"{type(model).__name__}.from_pretrained loads it whole"
+    if model.can_generate():
+        passed, words = _generates(model, tokens, checkpoint, stock, layouts, allow_nan)
+        if not passed:
+            return False, words
+        detail += " and generates"
     if attention is None:
         return True, detail
     tokens = check_tokens(checkpoint, model.get_input_embeddings().num_embeddings)
     with torch.inference_mode():
-        logits = model(input_ids=tokens.to(device), use_cache=False).logits.cpu().double()
-    del model
-    own = LayerStream(checkpoint, stock, tokens, device, dtype=torch.float64, attention=attention).logits()
+        logits = _run_whole(model, checkpoint, stock, tokens, device)
+        del model
+        if stock.reads_pairs:
+            own = _run_whole(attention.whole_model(), checkpoint, stock, tokens, "cpu")
+        else:
+            own = LayerStream(checkpoint, stock, tokens, device, dtype=torch.float64, attention=attention).logits()
     error = relative_error(logits, own)
     return error < FLOAT64_TOLERANCE, (
         f"{detail}; its logits are within {error:.1e} of a float64 evaluation of its weights, "
         f"limit {FLOAT64_TOLERANCE:.0e}"
     )
+
+
+def _generates(
+    model: Any,
+    tokens: Tensor,
+    checkpoint: Checkpoint,
+    stock: AttentionModel,
+    layouts: Sequence[AttentionLayout],
+    allow_nan: bool,
+) -> tuple[bool, str]:
+    """Generate a few tokens, and compare the cache with the layouts."""
+    import transformers
+
+    # Not the folder's generation_config.json: its beams, penalties and stop words are for users.
+    model.generation_config = transformers.GenerationConfig()
+    start = {"decoder_start_token_id": _start(checkpoint)} if stock.reads_pairs else {}
+    with torch.inference_mode():
+        generated = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4, do_sample=False, use_cache=True,
+            eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, output_logits=True, **start,
+        )  # fmt: skip
+    if not allow_nan and not all(bool(step.isfinite().all()) for step in generated.logits):
+        return False, "the logits are not finite"
+    cache = cache_layers(cache_of(generated))
+    elements = [layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in cache]
+    if elements != [layout.cache_elements_per_token for layout in layouts if layout.cached]:
+        return False, f"after generate() the cache holds {elements} elements per token and layer"
+    return True, ""
+
+
+def _start(checkpoint: Checkpoint) -> int:
+    """Return the token that starts a target of an encoder-decoder."""
+    return special_tokens(checkpoint, find_architecture(checkpoint.config, checkpoint.tensors))[1]
+
+
+def _run_whole(
+    model: Any, checkpoint: Checkpoint, stock: AttentionModel, tokens: Tensor, device: torch.device | str
+) -> Tensor:
+    """Return a loaded model's logits in float64 on the CPU: of `tokens`, or of the targets made from them."""
+    given = {"input_ids": tokens.to(device)}
+    if stock.reads_pairs:
+        given = check_pairs(tokens, _start(checkpoint)).model_inputs(device)
+    logits: Tensor = model(**given, use_cache=False).logits.cpu().double()
+    return logits
 
 
 def compare_logits(
@@ -100,8 +143,8 @@ def compare_logits(
 ) -> tuple[bool, str]:
     """Compare the logits of an exact conversion with its parent's, in float32 on the same text.
 
-    Models of up to `WHOLE_BYTES` are loaded whole by `from_pretrained`. Larger ones run layer by layer through all
-    layers.
+    Models of up to `WHOLE_BYTES` and encoder-decoders are loaded whole by `from_pretrained`. Larger models run
+    layer by layer through all layers.
 
     Args:
         checkpoint: the folder.
@@ -148,10 +191,8 @@ def _logits(
 ) -> Tensor:
     """Return logits computed in `dtype`, of weights that were rounded to `stored` before."""
     rounded = stored if stored != torch.float32 else None
-    if source.nbytes > WHOLE_BYTES:
+    if source.nbytes > WHOLE_BYTES and not stock.reads_pairs:
         return LayerStream(source, stock, tokens, device, dtype=dtype, stored=rounded).logits().double()
     model = load_model(source, stock.auto_class, rounded or dtype).to(device, dtype)
     with torch.inference_mode():
-        output = model(input_ids=tokens.to(device), use_cache=False)
-    logits: Tensor = output.logits.cpu().double()
-    return logits
+        return _run_whole(model, source, stock, tokens, device)

@@ -1,0 +1,192 @@
+"""Choose and read the calibration pairs of an encoder-decoder: given pairs, or the model's own outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from headwise.convert.calibration.corpus import FILE, MIXTURE, SAMPLED
+from headwise.errors import HeadwiseError
+from headwise.io.reader import Checkpoint
+from headwise.io.tokenizer import load_tokenizer, tokenizer_errors
+from headwise.io.workdir import write_file_atomically
+from headwise.models.architecture import Architecture
+from headwise.models.stock import load_model
+from headwise.progress import SILENT, Progress
+from headwise.text.blocks import blocks_from
+from headwise.text.pairs import Pairs, pad, read_pairs
+
+# Longest source and target in tokens, and the pairs whose outputs are sampled at once.
+PAIR_LENGTH, BATCH = 256, 32
+
+
+def read_pair_corpus(
+    checkpoint: Checkpoint,
+    arch: Architecture,
+    calibration: Any,
+    device: torch.device,
+    progress: Progress = SILENT,
+    cache: Path | None = None,
+) -> Pairs:
+    """Return the calibration pairs as token ids.
+
+    Args:
+        checkpoint: the source.
+        arch: its architecture.
+        calibration: has text, sequences, length and seed. A `.jsonl` file of pairs gives both sides. Of any other
+            text, blocks are the sources, and the targets are sampled from the model.
+        device: where the targets are sampled.
+        progress: receives a note.
+        cache: folder that keeps the tokens; a run that was interrupted reads them again.
+
+    Raises:
+        HeadwiseError: the tokenizer is missing or fails, or gives a token outside the vocabulary.
+    """
+    path = None if cache is None else cache / FILE
+    pairs = _cached(path, calibration)
+    if pairs is None:
+        pairs = _read(checkpoint, arch, calibration, device, progress)
+        if path is not None:
+            kept = {name: tensor.to(torch.int32).contiguous() for name, tensor in vars(pairs).items()}
+            write_file_atomically(path, lambda to: save_file(kept, to, {"made": _identity(calibration)}))
+    return pairs
+
+
+def _read(
+    checkpoint: Checkpoint, arch: Architecture, calibration: Any, device: torch.device, progress: Progress
+) -> Pairs:
+    hint = "Add the tokenizer's files to the folder, or pass `calibrate` none."
+    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.source, hint)
+    text = MIXTURE if calibration.text == SAMPLED else calibration.text
+    given = read_pairs(text)
+    with tokenizer_errors(f"The tokenizer of {checkpoint.source} fails on the calibration text", hint):
+        if given is not None:
+            if len(given) < 2:
+                raise HeadwiseError(f"{text} holds {len(given)} pair, and two are needed.", "Give more pairs.")
+            progress.note(f"{min(len(given), calibration.sequences):,} pairs of {len(given):,} are read.")
+            pairs = _encode(given[: calibration.sequences], tokenizer, checkpoint, arch, calibration.length)
+        else:
+            blocks = blocks_from(
+                text,
+                tokenizer,
+                split="calibration",
+                length=calibration.length,
+                count=calibration.sequences,
+                seed=calibration.seed,
+            )
+            pairs = sample_pairs(checkpoint, arch, blocks, calibration, device, progress)
+    known = arch.stock_config(checkpoint.config).vocab_size
+    most = int(max(pairs.sources.max(), pairs.targets.max()))
+    if most >= known:
+        raise HeadwiseError(
+            f"The tokenizer of {checkpoint.source} gives token {most}; the vocabulary has {known}.",
+            "Its files belong to another model: replace them, or pass `calibrate` none.",
+        )
+    return pairs
+
+
+def _encode(
+    given: list[tuple[str, str]], tokenizer: Any, checkpoint: Checkpoint, arch: Architecture, length: int
+) -> Pairs:
+    """Return pairs of text as token ids; a target starts and ends as the model's own do."""
+    padding, start, end = special_tokens(checkpoint, arch)
+    sources = [tokenizer(source)["input_ids"] for source, _ in given]
+    targets = [tokenizer(target, add_special_tokens=False)["input_ids"] for _, target in given]
+    whole = [[start, *target, *end] for target in targets]
+    longest = [min(length, max(map(len, rows))) for rows in (sources, whole)]
+    return Pairs(*pad(sources, longest[0], padding), *pad(whole, longest[1], padding))
+
+
+def special_tokens(checkpoint: Checkpoint, arch: Architecture) -> tuple[int, int, list[int]]:
+    """Return the padding of an encoder-decoder, the token that starts a target, and those that end one.
+
+    Args:
+        checkpoint: the model.
+        arch: its architecture.
+    """
+    config = arch.stock_config(checkpoint.config)
+    whole = checkpoint.config
+    start = whole.get("decoder_start_token_id")
+    start = config.bos_token_id if start is None else start
+    padding, end = config.pad_token_id, config.eos_token_id
+    if start is None:
+        raise HeadwiseError(
+            "config.json names no token that starts a target.", "Add `decoder_start_token_id` to config.json."
+        )
+    ends = list(end) if isinstance(end, list | tuple) else [] if end is None else [end]
+    return (0 if padding is None else padding), start, ends[:1]
+
+
+@torch.no_grad()
+def sample_pairs(
+    checkpoint: Checkpoint,
+    arch: Architecture,
+    sources: torch.Tensor,
+    calibration: Any,
+    device: torch.device,
+    progress: Progress = SILENT,
+) -> Pairs:
+    """Return sources with the outputs that the model samples for them, whole in memory.
+
+    Args:
+        checkpoint: the model.
+        arch: its architecture.
+        sources: int64 (pairs, length).
+        calibration: has length, the most tokens of a target, and seed.
+        device: where the model runs.
+        progress: receives a note.
+    """
+    import transformers
+
+    padding, start, _ = special_tokens(checkpoint, arch)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = load_model(checkpoint, arch.auto_class, dtype).to(device).eval()
+    ends = arch.stock_config(checkpoint.config).eos_token_id
+    model.generation_config = transformers.GenerationConfig(
+        decoder_start_token_id=start, pad_token_id=padding, eos_token_id=ends
+    )
+    torch.manual_seed(calibration.seed)
+    progress.note(f"Sampling the targets of {len(sources):,} sources from the model.")
+    rows: list[list[int]] = []
+    for batch in sources.split(BATCH):
+        out = model.generate(
+            batch.to(device),
+            attention_mask=torch.ones_like(batch).to(device),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=calibration.length - 1,
+        )
+        for row in out.tolist():
+            length = len(row)
+            while length > 1 and row[length - 1] == padding:
+                length -= 1
+            rows.append(row[:length])
+    targets = pad(rows, max(map(len, rows)), padding)
+    return Pairs(sources, torch.ones_like(sources, dtype=torch.bool), *targets)
+
+
+def _cached(path: Path | None, calibration: Any) -> Pairs | None:
+    """Return the tokens of an earlier run on the same text; None if there are none."""
+    if path is None or not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("made") != _identity(calibration):
+                return None
+        tensors = load_file(path)
+        return Pairs(
+            tensors["sources"].long(),
+            tensors["source_mask"].bool(),
+            tensors["targets"].long(),
+            tensors["target_mask"].bool(),
+        )
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
+def _identity(calibration: Any) -> str:
+    return f"{calibration.text} {calibration.sequences} {calibration.length} {calibration.seed}"

@@ -1,0 +1,92 @@
+"""An encoder-decoder layer by layer: the activations and moments of the whole stock model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM
+
+from headwise.convert.calibration import pair_stream
+from headwise.convert.refit.regression import apply_attention
+from headwise.io.reader import open_checkpoint
+from headwise.models.architecture import find_architecture
+from headwise.models.stock_match import match_source
+from headwise.text.pairs import Pairs, pad
+from tests import tiny_models
+
+
+def pairs() -> Pairs:
+    generator = torch.Generator().manual_seed(3)
+
+    def rows(*lengths: int) -> list[list[int]]:
+        return [torch.randint(3, tiny_models.VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+    return Pairs(*pad(rows(9, 12, 5, 12, 7), 12, 0), *pad(rows(5, 8, 9, 4, 7), 9, 0))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Any:
+    return match_source(open_checkpoint(tiny_models.save("t5gemma", tmp_path / "model")))
+
+
+def test_every_module_gets_what_it_gets_in_the_whole_model(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair_stream, "TOKENS_AT_ONCE", 24)  # two pairs at once
+    arch = find_architecture(source.config, source.tensors)
+    whole = AutoModelForSeq2SeqLM.from_pretrained(source.folder, attn_implementation="eager").eval()
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def note(index: int) -> Any:
+        return lambda _, args, kwargs, output: seen.__setitem__(index, (kwargs["hidden_states"], output[0]))
+
+    for index in range(len(arch.order)):
+        whole.get_submodule(arch.attention_path(index)).register_forward_hook(note(index), with_kwargs=True)
+    given = pairs()
+    with torch.no_grad():
+        output = whole(**given.model_inputs())
+    states = output.encoder_last_hidden_state[given.source_mask]
+    records = list(pair_stream.PairStream(source, arch, given).records(keep_activations=True))
+    assert [record.index for record in records] == list(range(8))
+    for record in records:
+        valid = record.valid
+        assert valid is not None and record.inputs is not None and record.outputs is not None
+        inputs, outputs = seen[record.index]
+        torch.testing.assert_close(record.inputs[valid], inputs[valid])
+        torch.testing.assert_close(record.outputs[valid], outputs[valid])
+        assert not record.outputs[~valid].any()
+        counted = valid.clone()
+        counted[:, 0] = False
+        x = inputs[counted].double()
+        torch.testing.assert_close(record.moment[:-1, :-1], x.mT @ x / len(x), rtol=1e-5, atol=1e-6)
+        if arch.at(record.index)[0].states:
+            assert record.states_moment is not None and record.distances is None
+            y = states.double()
+            torch.testing.assert_close(record.states_moment[:-1, :-1], y.mT @ y / len(y), rtol=1e-5, atol=1e-6)
+        else:
+            assert record.states_moment is None
+        # The module itself, on some of the sequences in another order, gives what was recorded.
+        chosen = torch.tensor([3, 0])
+        again = apply_attention(
+            whole.get_submodule(arch.attention_path(record.index)), record, record.inputs[chosen], chosen
+        )
+        torch.testing.assert_close(again, record.outputs[chosen])
+
+
+def test_the_values_of_cross_attention_average_the_encoder(source: Any) -> None:
+    arch = find_architecture(source.config, source.tensors)
+    whole = AutoModelForSeq2SeqLM.from_pretrained(source.folder, attn_implementation="eager").eval()
+    given = pairs()
+    with torch.no_grad():
+        output = whole(**given.model_inputs(), output_attentions=True)
+    cross = [i for i in range(len(arch.order)) if arch.at(i)[0].states]
+    for record in pair_stream.PairStream(source, arch, given).records(layers=cross):
+        total, weight = 0.0, 0.0
+        for row in range(len(given)):
+            weights = output.cross_attentions[cross.index(record.index)][row].double()
+            length = int(given.target_mask[row].sum())
+            averaged = (weights[:, 1:length] @ output.encoder_last_hidden_state[row].double()).flatten(0, 1)
+            total, weight = total + averaged.mT @ averaged, weight + len(averaged)
+        assert record.value_moment is not None
+        torch.testing.assert_close(record.value_moment[:-1, :-1], total / weight, rtol=1e-4, atol=1e-6)
