@@ -4,9 +4,9 @@
     python benchmarks/encoder_decoder.py --out /tmp/tiny --tiny      a model of a minute on a CPU
 
 Trains a model of the stock T5Gemma class from nothing on text of the package and of the running Python. The source
-is a text with most vowels missing, the target is the text. Then converts self- and cross-attention of the decoder to a
-half, a quarter and one KV head, calibrated on pairs of the training text, without training of the whole model.
-Each line of the output is a JSON object. Losses are in nats per target token on held-out text. Needs no network.
+is a text with most vowels missing, the target is the text. Then converts self- and cross-attention of the decoder
+to a half, a quarter and one KV head, calibrated on pairs of the training text. Each line of the output is a JSON
+object. Losses are in nats per target token on held-out text. Needs no network.
 """
 
 from __future__ import annotations

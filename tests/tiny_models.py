@@ -53,7 +53,7 @@ _ROUTED = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 12,
 }
-_SLIDING = {
+_SLIDING: dict[str, Any] = {
     "sliding_window": 5,
     "num_hidden_layers": 3,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 
 from headwise.convert.base import Target
-from headwise.convert.calibration.calibrate import CalibrationPlan, text_folder
-from headwise.convert.calibration.corpus import read_corpus
+from headwise.convert.calibration.calibrate import CalibrationPlan, keep_text, text_folder
 from headwise.convert.layers import LayerJob, LayerResult
 from headwise.errors import HeadwiseError
 from headwise.io.reader import Checkpoint, as_bytes
@@ -64,7 +63,7 @@ def convert_layers(
     if calibration is not None and calibration.reuse is None:
         cache = text_folder(checkpoint, calibration, writer)
         if len(devices) > 1:  # before other processes look for the text
-            read_corpus(checkpoint, calibration, devices[0], progress, cache)
+            keep_text(checkpoint, target, calibration, devices[0], progress, cache)
     job = LayerJob(checkpoint, arch, target, calibration, cache, writer.allow_nan)
     progress.stage("Converting", total=len(todo), unit="layers")
     progress.advance(len(done))

@@ -481,8 +481,6 @@ def find_architecture(config: dict[str, Any], names: Iterable[str] = ()) -> Arch
 def _composite(config: dict[str, Any], rows: Iterable[ArchitectureRow]) -> Architecture:
     """Return the architecture of a model of several attention stacks, its layers in the order in which they run."""
     parts = tuple(Architecture(**vars(row)) for row in rows)
-    for held in (config, *(part.text_config(config) for part in parts)):
-        refuse_quantised(held)
     stacks = list(dict.fromkeys(part.module for part in parts))
     places = [
         (stacks.index(part.module), number, index)

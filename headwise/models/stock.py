@@ -57,11 +57,10 @@ def empty_model(
 
     try:
         stock = stock_config(config)
-        # Only the eager form supports soft-capped scores.
-        capped = getattr(stock.get_text_config(), "attn_logit_softcapping", None)
+        attention = eager_if_capped(stock).get("attn_implementation", "sdpa")
         # Drawing random numbers for weights that are not there would be most of the time that this takes.
         with init_empty_weights(include_buffers=False), no_init_weights(), _at_most(most):
-            model = _from_config(getattr(transformers, auto_class), stock, dtype, "eager" if capped else "sdpa")
+            model = _from_config(getattr(transformers, auto_class), stock, dtype, attention)
     except (HeadwiseError, MemoryError):
         raise
     # The classes raise whatever their arithmetic on an odd value raises; sizes beyond any memory are among that.
@@ -72,6 +71,16 @@ def empty_model(
             "The checkpoint and its config.json do not belong together.",
         ) from error
     return model.eval().requires_grad_(False)
+
+
+def eager_if_capped(stock: Any) -> dict[str, str]:
+    """Return the argument of `from_pretrained` that computes soft-capped scores: only the eager form does.
+
+    Args:
+        stock: the stock config object.
+    """
+    capped = getattr(stock.get_text_config(), "attn_logit_softcapping", None)
+    return {"attn_implementation": "eager"} if capped else {}
 
 
 def _from_config(auto_class: Any, stock: Any, dtype: torch.dtype, attention: str) -> Any:
@@ -122,6 +131,7 @@ def load_model(checkpoint: Checkpoint, auto_class: str, dtype: torch.dtype, **ar
     import transformers
 
     config = stock_config(checkpoint.config)
+    arguments = eager_if_capped(config) | arguments
     if checkpoint.is_plain:
         with no_progress_bars():
             return getattr(transformers, auto_class).from_pretrained(

@@ -80,9 +80,7 @@ class ModelFolder:
         Args:
             dtype: of its weights.
         """
-        # Only eager attention computes soft-capped scores.
-        capped = {"attn_implementation": "eager"} if getattr(self.text, "attn_logit_softcapping", None) else {}
-        network = load_model(self.checkpoint, self.stock.auto_class, dtype, **capped)
+        network = load_model(self.checkpoint, self.stock.auto_class, dtype)
         network.config.use_cache = False
         return network
 

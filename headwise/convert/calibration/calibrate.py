@@ -283,6 +283,31 @@ def _kept(
         del record  # free its memory before the next layer runs
 
 
+def keep_text(
+    checkpoint: Checkpoint,
+    target: Target,
+    calibration: CalibrationPlan,
+    device: torch.device,
+    progress: Progress,
+    cache: Path,
+) -> None:
+    """Read the calibration text, or the pairs of an encoder-decoder, and keep it in a folder for other processes.
+
+    Args:
+        checkpoint: the source.
+        target: the decided conversion.
+        calibration: what is measured.
+        device: where text is sampled.
+        progress: receives the tokens that are sampled.
+        cache: the folder.
+    """
+    arch = find_architecture(target.parent_config, checkpoint.tensors)
+    if arch.reads_pairs:
+        read_pair_corpus(checkpoint, arch, calibration, device, progress, cache)
+    else:
+        read_corpus(checkpoint, calibration, device, progress, cache)
+
+
 def text_folder(checkpoint: Checkpoint, calibration: CalibrationPlan, writer: Writer) -> Path:
     """Return the folder that keeps the calibration text: that of the moments, or else the work folder.
 

@@ -7,8 +7,9 @@ encoder's states.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +20,27 @@ from headwise.io.reader import Checkpoint
 from headwise.models.architecture import Architecture
 from headwise.models.stock import StopForward, capture_layer_calls, empty_model, load_into
 from headwise.text.pairs import Pairs
+
+
+@dataclass
+class _Stack:
+    """The layers of an encoder or a decoder, and how far they have run.
+
+    Attributes:
+        layers: the modules.
+        inputs: of layer `number`, for each part of the pairs.
+        outputs: of layer `number`; empty: it has not run.
+        arguments: further arguments of every layer, for each part of the pairs.
+        number: the next layer.
+        tuples: whether the layers return tuples.
+    """
+
+    layers: nn.ModuleList
+    inputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=list)
+    number: int = 0
+    tuples: bool = False
 
 
 class PairStream:
@@ -44,12 +66,8 @@ class PairStream:
         self._checkpoint, self._architecture, self._pairs = checkpoint, architecture, pairs
         self._device = torch.device(device)
         self._model = empty_model(checkpoint.config, architecture.auto_class, dtype)
-        # Every stack with its naming in the checkpoint, and the attention modules of each of its layers.
-        self._stacks: dict[str, str] = {}
-        self._modules: dict[tuple[str, int], list[int]] = {}
-        for index, (part, number) in enumerate(architecture.at(i) for i in range(len(architecture.order))):
-            self._stacks[part.module] = part.layers[0]
-            self._modules.setdefault((part.module, number), []).append(index)
+        self._stacks = {part.module: part.layers[0] for part in architecture.parts}  # naming in the checkpoint
+        self._paths = list(self._stacks)
         prefixes = tuple(naming.split("{")[0] for naming in self._stacks.values())
         self._other = [name for name in checkpoint.tensors if not name.startswith(prefixes)]
         longest = max(pairs.sources.shape[1], pairs.targets.shape[1])
@@ -62,86 +80,91 @@ class PairStream:
         *,
         keep_activations: bool = False,
         attention_stats: bool = True,
-        layers: Collection[int] | None = None,
+        layers: Iterable[int] | None = None,
     ) -> Iterator[LayerRecord]:
         """Yield one record per attention module, in the order in which the modules run.
 
         Args:
             keep_activations: also keep the inputs and outputs of the attention, and its arguments.
             attention_stats: also measure `value_moment` and `key_moment`, on some of the sequences.
-            layers: indices of the modules to record; None: all.
+            layers: indices of the modules to record, ascending; None: all. Each is drawn when the one before it is
+                done.
         """
-        wanted = set(range(len(self._architecture.order)) if layers is None else layers)
         self._load(self._other)
         self._model.tie_weights()
         for module in self._model.modules():  # rotary tables are buffers, made where the model was
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self._device))
-        before: list[tuple[nn.ModuleList, list[Tensor], bool]] = []
-        for path, naming in self._stacks.items():
-            stack: nn.ModuleList = self._model.get_submodule(path.rpartition(".")[0])
-            hidden, arguments = self._enter(stack, before)
-            tuples = False
-            for number in range(len(stack)):
-                indices = [i for i in self._modules.get((path, number), []) if i in wanted]
-                prefix = f"{naming.format(layer=number)}."
-                self._load([name for name in self._checkpoint.tensors if name.startswith(prefix)])
-                layer = stack[number].to(self._device)
-                recorders = [
-                    AttentionRecorder(
-                        index,
-                        self._model.get_submodule(self._architecture.attention_path(index)),
-                        len(self._pairs),
-                        self._device,
-                        keep_activations=keep_activations,
-                        attention_stats=attention_stats,
-                        states=self._architecture.at(index)[0].states,
-                    )
-                    for index in indices
-                ]
-                for i, part in enumerate(self._parts):
-                    args, kwargs = arguments[i][number]
-                    output = layer(hidden[i].to(self._device), *args, **kwargs)
-                    tuples = isinstance(output, tuple)
-                    hidden[i] = (output[0] if isinstance(output, tuple) else output).cpu()
-                    for recorder, index in zip(recorders, indices, strict=True):
-                        recorder.add(part, self._valid(index, part), self._source_mask(part))
-                layer.to("meta")
-                yield from (recorder.result() for recorder in recorders)
-            before.append((stack, hidden, tuples))
+        self._ran: list[_Stack] = []
+        running = self._enter(0)
+        for index in range(len(self._architecture.order)) if layers is None else layers:
+            part, number = self._architecture.at(index)
+            while self._paths[len(self._ran)] != part.module:
+                running = self._leave(running)
+            while running.number < number:
+                self._pass(running)
+            recorder = AttentionRecorder(
+                index,
+                self._model.get_submodule(self._architecture.attention_path(index)),
+                len(self._pairs),
+                self._device,
+                keep_activations=keep_activations,
+                attention_stats=attention_stats,
+                states=part.states,
+            )
+            self._run(running, recorder)
+            record = recorder.result()
+            yield record
+            del record  # free its memory before the next layer runs
 
-    def _source_mask(self, part: slice) -> Tensor:
-        return self._pairs.source_mask[part].to(self._device)
+    def _run(self, stack: _Stack, recorder: AttentionRecorder | None = None) -> None:
+        """Run the layer that a stack is at, and keep its outputs beside its inputs: a layer has several modules."""
+        naming = self._stacks[self._paths[len(self._ran)]]
+        prefix = f"{naming.format(layer=stack.number)}."
+        self._load([name for name in self._checkpoint.tensors if name.startswith(prefix)])
+        layer = stack.layers[stack.number].to(self._device)
+        stack.outputs = []
+        for i, part in enumerate(self._parts):
+            args, kwargs = stack.arguments[i][stack.number]
+            output = layer(stack.inputs[i].to(self._device), *args, **kwargs)
+            stack.tuples = isinstance(output, tuple)
+            stack.outputs.append((output[0] if isinstance(output, tuple) else output).cpu())
+            if recorder is not None:
+                encoder = not self._ran and len(self._paths) > 1
+                valid = self._pairs.source_mask if encoder else self._pairs.target_mask
+                recorder.add(part, valid[part].to(self._device), self._pairs.source_mask[part].to(self._device))
+        layer.to("meta")
 
-    def _valid(self, index: int, part: slice) -> Tensor:
-        """Return which tokens of a module's input are no padding."""
-        encoder = not self._architecture.at(index)[0].cached
-        return (self._pairs.source_mask if encoder else self._pairs.target_mask)[part].to(self._device)
+    def _pass(self, stack: _Stack) -> None:
+        """Go on to the next layer of a stack."""
+        if not stack.outputs:
+            self._run(stack)
+        stack.inputs, stack.outputs, stack.number = stack.outputs, [], stack.number + 1
 
-    def _enter(
-        self, stack: nn.ModuleList, before: list[tuple[nn.ModuleList, list[Tensor], bool]]
-    ) -> tuple[list[Tensor], list[list[tuple[tuple[Any, ...], dict[str, Any]]]]]:
-        """Return the hidden states before a stack and its layers' further arguments, for each part of the pairs.
+    def _leave(self, stack: _Stack) -> _Stack:
+        """Run the rest of a stack, and enter the next one."""
+        while stack.number < len(stack.layers):
+            self._pass(stack)
+        self._ran.append(stack)
+        return self._enter(len(self._ran))
 
-        Args:
-            stack: the layers.
-            before: the stacks that have run, their outputs, and whether their layers return tuples.
-        """
-        hidden, arguments = [], []
+    def _enter(self, position: int) -> _Stack:
+        """Return a stack with the hidden states before it and its layers' further arguments."""
+        layers: nn.ModuleList = self._model.get_submodule(self._paths[position].rpartition(".")[0])
+        entered = _Stack(layers)
         for i, part in enumerate(self._parts):
             with ExitStack() as context:
-                for ran, outputs, tuples in before:
-                    stubs = context.enter_context(capture_layer_calls(ran, stop=False))
-                    last = outputs[i].to(self._device)
-                    output = (last,) if tuples else last
-                    for stub in stubs:
+                for ran in self._ran:
+                    last = ran.inputs[i].to(self._device)
+                    output = (last,) if ran.tuples else last
+                    for stub in context.enter_context(capture_layer_calls(ran.layers, stop=False)):
                         stub.register_forward_hook(lambda *_, output=output: output)
-                stubs = context.enter_context(capture_layer_calls(stack))
+                stubs = context.enter_context(capture_layer_calls(layers))
                 with suppress(StopForward):
                     self._model.base_model(**self._pairs[part].model_inputs(self._device), use_cache=False)
-                hidden.append(stubs[0].hidden.cpu())
-                arguments.append([(stub.args, stub.kwargs) for stub in stubs])
-        return hidden, arguments
+                entered.inputs.append(stubs[0].hidden.cpu())
+                entered.arguments.append([(stub.args, stub.kwargs) for stub in stubs])
+        return entered
 
     def _load(self, names: Collection[str]) -> None:
         """Load tensors of the checkpoint into the model."""

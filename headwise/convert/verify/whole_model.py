@@ -16,7 +16,7 @@ from headwise.io.reader import Checkpoint
 from headwise.models.architecture import find_architecture
 from headwise.models.layout import AttentionLayout
 from headwise.models.protocol import AttentionModel
-from headwise.models.stock import empty_model, load_model
+from headwise.models.stock import eager_if_capped, empty_model, load_model, stock_config
 
 # Weights up to this size are loaded whole.
 WHOLE_BYTES = 1 << 30
@@ -53,7 +53,11 @@ def check_loading(
 
     with no_progress_bars():
         model, info = getattr(transformers, stock.auto_class).from_pretrained(
-            checkpoint.folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            checkpoint.folder,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **eager_if_capped(stock_config(checkpoint.config)),
         )
     model = model.to(device)
     wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
