@@ -154,8 +154,8 @@ def outcomes(model: Any, folder: str | Path, tasks: Path) -> dict[str, Any]:
     return {name: round(100 * text.count("1") / len(text), 1) for name, text in right.items()} | {"right": right}
 
 
-def sample(model: str, file: Path, seed: int, device: str, size: int | None) -> None:
-    """Write the text of the joint refit, as a conversion with this seed would sample it."""
+def sample(model: str, file: Path, seed: int, device: str, size: int | None, temperature: float) -> None:
+    """Write the text of the joint refit; at temperature 1, as a conversion with this seed would sample it."""
     source = open_checkpoint(model)
     plan = joint.scaled_plan(joint.GPU_PLAN if device == "cuda" else joint.CPU_PLAN, size)
     tokens = sample_tokens(
@@ -164,6 +164,7 @@ def sample(model: str, file: Path, seed: int, device: str, size: int | None) -> 
         sequences=plan.num_sequences + plan.heldout,
         length=plan.length,
         seed=seed,
+        temperature=temperature,
         progress=Shown(),
     )
     part = file.with_suffix(".part")
@@ -195,6 +196,7 @@ def main() -> None:
     parser.add_argument("--refit-tokens", type=int, help="distinct tokens of the joint refit's text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sampled", type=Path, help="text of the joint refit, shared by processes")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the text that the target sample writes")
     parser.add_argument("--tasks", type=Path, help="folder of the lm-eval slices")
     parser.add_argument("--out", type=Path, help="file of rows to append to")
     parser.add_argument("--keep", type=Path, help="folder that keeps the converted models")
@@ -211,7 +213,7 @@ def main() -> None:
             "seed": options.seed,
         }
         if name == "sample":
-            sample(options.model, options.sampled, options.seed, options.device, options.refit_tokens)
+            sample(options.model, options.sampled, options.seed, options.device, options.refit_tokens, options.temperature)
             continue
         if options.sampled:
             share(options.sampled)

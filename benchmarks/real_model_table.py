@@ -27,11 +27,11 @@ NAMES = {"mla:128+64": "MLA 128+64", "mla:64+32": "MLA 64+32", "gqa:1": "MQA (1 
 PARENT_CACHE = 384
 # By method, refit, and the distinct tokens of the refit where they are not the default.
 LABELS = {
-    ("optimal", "joint", None): "headwise, defaults on a GPU",
-    ("optimal", "joint", 16_000_000): "headwise, refit on 16M tokens",
-    ("optimal", "off", None): "headwise, closed form on two CPU cores",
+    ("optimal", "joint", None): "defaults, one GPU",
+    ("optimal", "joint", 16_000_000): "refit on 16M tokens",
+    ("optimal", "off", None): "closed form, two CPU cores",
     ("transmla", "off", None): "TransMLA's algorithm",
-    ("mean", "off", None): "mean of the heads (the GQA paper)",
+    ("mean", "off", None): "mean of the heads",
 }
 
 
@@ -92,28 +92,33 @@ def tasks(rows: list[dict[str, Any]], parent: dict[str, Any]) -> str:
 
 @pictures.in_style
 def plot(rows: list[dict[str, Any]], parent: dict[str, Any], file: Path) -> None:
-    """Draw the loss above the parent against the size of the KV cache."""
+    """Draw the loss above the parent: a line for each target, a mark for each way of converting."""
     figure = pictures.new_figure(3.1, title="SmolLM2-135M-Instruct, converted without any data of the user")
     axes = figure.add_subplot()
     points = defaultdict(list)
     for (target, words), same in groups(rows).items():
-        gap = mean(row["wiki"] for row in same) - parent["wiki"]
-        points[words].append((100 * CACHE[target] / PARENT_CACHE, gap, NAMES[target]))
-    for (words, found), marker, colour in zip(points.items(), "osD^", pictures.COLOURS[:4], strict=False):
-        found = [*sorted(found), (100.0, 0.0, "parent, 3 KV heads")]
-        xs, ys, _ = zip(*found, strict=True)
-        axes.plot(xs, ys, marker, linestyle=":", color=colour, markersize=5, label=words)
-        for x, y, name in found:
-            caption = f"{name}: +{y:.2f}" if y else name
-            side = {"xytext": (7, 3)} if y else {"xytext": (4, -14), "ha": "right"}
-            axes.annotate(caption, (x, y), textcoords="offset points", **side)
-    axes.set_xlim(20, 105)
-    axes.set_ylim(-0.04, 1.12 * axes.get_ylim()[1])
-    axes.set_xlabel("KV cache, % of the parent's")
-    axes.set_ylabel("loss above the parent on WikiText-2\n(nats per token)")
+        points[words].append((target, mean(row["wiki"] for row in same) - parent["wiki"]))
+    targets = sorted(CACHE, key=lambda target: CACHE[target])
+    marks = zip([words for words in LABELS.values() if words in points], "osDv^", pictures.COLOURS, strict=False)
+    for words, marker, colour in marks:
+        names, gaps = zip(*points[words], strict=True)
+        heights = [targets.index(name) for name in names]
+        axes.plot(gaps, heights, marker, linestyle="none", color=colour, markersize=6, label=words)
+        for gap, height in zip(gaps, heights, strict=True):
+            place = {"xytext": (0, 8), "ha": "center", "color": colour}
+            axes.annotate(f"{gap:.2f}" if gap < 1 else f"{gap:.1f}", (gap, height), textcoords="offset points", **place)
+    axes.set_xscale("log")
+    axes.set_xticks([0.05, 0.1, 0.2, 0.5, 1, 2, 5], ["0.05", "0.1", "0.2", "0.5", "1", "2", "5"])
+    axes.set_xticks([], minor=True)
+    axes.margins(x=0.1)
+    axes.set_yticks(
+        range(len(targets)),
+        [f"{NAMES[name]}\n{100 * (CACHE[name] / PARENT_CACHE - 1):+.0f}% KV cache" for name in targets],
+    )
+    axes.set_ylim(-0.4, len(targets) - 0.4)
+    axes.set_xlabel("loss above the parent on WikiText-2 (nats per token, logarithmic)")
     axes.grid(axis="y")
-    if len(points) > 1:
-        pictures.legend_above(axes)
+    pictures.legend_above(axes)
     pictures.save_picture(figure, file)
 
 

@@ -274,6 +274,16 @@ def test_every_term_of_the_loss_runs(home: Path, tmp_path: Path) -> None:
     assert done is not None and done.tokens == 3 * BATCH
 
 
+@pytest.mark.full  # torch.compile needs a C++ compiler, and a minute
+@pytest.mark.parametrize("layout", ["mla", "mqa"])
+def test_compiled_models_train_as_plain_ones_do(home: Path, tmp_path: Path, layout: str) -> None:
+    for name, compiled in {"plain": False, "compiled": True}.items():
+        plan = recipe(home, train=replace(TRAINING, tokens=3 * BATCH, compile=compiled))
+        uptrain_model(home / layout, tmp_path / name, recipe=plan)
+    plain, compiled = ([float(row[2]) for row in curve(tmp_path / name) if row[2]] for name in ("plain", "compiled"))
+    assert len(plain) == 3 and compiled == pytest.approx(plain, abs=1e-4)
+
+
 def refusals(home: Path, tmp_path: Path) -> Iterator[tuple[UptrainRecipe, dict[str, Any], str]]:
     good = recipe(home)
     yield good, {"teacher": models.parent(tmp_path / "wide", vocab_size=2050)}, "vocabulary of 2,048 tokens"
