@@ -1,6 +1,6 @@
 """Make a checkpoint with Llama-2-7B's shapes and random weights: 13.5 GB in bfloat16, in three-gigabyte shards.
 
-    python benchmarks/make_checkpoint.py OUT [--layers 32]
+    python benchmarks/make_checkpoint.py OUT [--layers 32] [--device cuda]
 
 One tensor is in memory at a time.
 """
@@ -64,5 +64,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--device", default="cpu", help="a GPU draws the weights faster")
     arguments = parser.parse_args()
-    print(make(arguments.out, arguments.layers))
+    print(make(arguments.out, arguments.layers, device=arguments.device))

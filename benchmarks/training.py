@@ -3,7 +3,10 @@
     python -m benchmarks.training                         speed, with the shape of the embedded model
     python -m benchmarks.training --shape 7b --steps 10   speed and memory of a 7B-shaped student and parent
     accelerate launch --config_file headwise/recipes/accelerate/fsdp2.yaml --num_processes 2 \
-        -m benchmarks.training --shape 7b --steps 10 --no-bare
+        -m benchmarks.training --shape 7b --steps 10 --batch 8192
+
+Under FSDP2 the bare loop shards both models with `fully_shard`, layer by layer, and gathers weights in bfloat16.
+Each loop prints a line of JSON when it is done.
 
 Weights are random and made on the device. Both sides run the same student, the same teacher without gradients,
 the same batches, bfloat16 products over float32 weights, gradient clipping and fused AdamW. A rate counts the
@@ -26,7 +29,9 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, TrainerCallback
 
@@ -151,6 +156,9 @@ def bare(student: Any, teacher: Any, blocks: Tensor, training: Training, steps: 
     device = next(student.parameters()).device
     if training.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
+    if is_sharded():
+        shard(student)
+        shard(teacher)
     if training.compile:
         student.compile()
         teacher.compile()
@@ -159,8 +167,10 @@ def bare(student: Any, teacher: Any, blocks: Tensor, training: Training, steps: 
     optimizer = torch.optim.AdamW(
         student.parameters(), training.learning_rate, tuple(training.betas), weight_decay=0.1, fused=True
     )
+    processes = PartialState().num_processes
     rows = training.micro_batch_tokens // blocks.shape[1]
-    micros = training.batch_tokens // training.micro_batch_tokens
+    micros = training.batch_tokens // training.micro_batch_tokens // processes
+    blocks = blocks[PartialState().process_index :: processes]
     batches = iter(blocks.pin_memory().split(rows) if device.type == "cuda" else blocks.split(rows))
     started, losses = 0.0, []
     for step in range(1, WARM + steps + 1):
@@ -186,6 +196,24 @@ def bare(student: Any, teacher: Any, blocks: Tensor, training: Training, steps: 
             started = now()
     seconds = now() - started
     return {"seconds": seconds / steps, "peak": peak(), "losses": [losses[0].item(), losses[-1].item()]}
+
+
+def is_sharded() -> bool:
+    return PartialState().distributed_type.name == "FSDP"
+
+
+def shard(model: Any) -> None:
+    """FSDP2 as one writes it by hand, layer by layer; weights travel in bfloat16, gradients in float32."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in model.model.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+
+
+def over_processes(run: dict[str, Any]) -> dict[str, Any]:
+    """The slowest and largest process of a run."""
+    runs = gather_object([run])
+    return {**run, "seconds": max(r["seconds"] for r in runs), "peak": max(r["peak"] for r in runs)}
 
 
 def now() -> float:
@@ -221,10 +249,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="tokens of a step")
     parser.add_argument("--micro", type=int, help="tokens at once")
     parser.add_argument("--no-bare", action="store_true")
+    parser.add_argument("--shards-on-cpu", action="store_true", help="FSDP2 without GPUs, to try the command")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.checkpointing = options.shape in ("7b", "small")
 
+    if options.shards_on_cpu:
+        from tests.train.fsdp2_on_cpu import as_accelerators
+
+        PartialState.__init__ = as_accelerators  # type: ignore[method-assign]
     processes = PartialState(cpu=not torch.cuda.is_available())
     device, shape = processes.device, SHAPES[options.shape]
     batch, micro = options.batch or shape["batch"], options.micro or shape["micro"]
@@ -256,13 +289,16 @@ def main() -> None:
             teacher = make(parent_config, device, torch.bfloat16 if bf16 else torch.float32).requires_grad_(False)
             student = make(student_config, device, torch.float32)
             numbers = [sum(p.numel() for p in model.parameters()) for model in (student, teacher)]
-            measured.setdefault(name, []).append(loop(student, teacher, blocks, training, options.steps))
+            run = over_processes(loop(student, teacher, blocks, training, options.steps))
+            measured.setdefault(name, []).append(run)
+            if processes.is_main_process:
+                print(json.dumps({"loop": name, "processes": processes.num_processes, **run}), flush=True)
             del student, teacher
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     count = processes.num_processes
-    num_shards = count if PartialState().distributed_type.name == "FSDP" else 1
+    num_shards = count if is_sharded() else 1
     expected = forecast_memory(
         ModelShape.of(student_config, numbers[0]),
         num_trained=numbers[0],
@@ -276,6 +312,8 @@ def main() -> None:
     if not processes.is_main_process:
         return
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    forecast = expected.total - (0 if bf16 else expected.overhead)
+    print(json.dumps({"forecast": forecast, "parameters": numbers, "device": where}), flush=True)
     print(f"{options.shape} {options.student}: {numbers[0]:,} parameters beside {numbers[1]:,}, {count} x {where}")
     rates = {name: batch / statistics.median(r["seconds"] for r in runs) for name, runs in measured.items()}
     for name, runs in measured.items():
@@ -283,7 +321,7 @@ def main() -> None:
         print(f"  {name}: {rates[name]:>12,.0f} tokens/s, peak {(most - before) / 1e9:.2f} GB, loss {losses}")
     if "bare" in rates:
         print(f"  ours / bare: {rates['ours'] / rates['bare']:.3f}")
-    print(f"  forecast: {(expected.total - (0 if bf16 else expected.overhead)) / 1e9:.2f} GB")
+    print(f"  forecast: {forecast / 1e9:.2f} GB")
     if options.json:
         report = {"device": where, "processes": count, "torch": torch.__version__, "measured": measured}
         report |= {"options": {k: str(v) for k, v in vars(options).items()}, "forecast": asdict(expected)}

@@ -31,16 +31,17 @@ from headwise.convert.calibration.corpus import (
     whole_model_bytes,
 )
 from headwise.convert.choose import choose_target
-from headwise.convert.layers import choose_device
+from headwise.convert.layers import LayerJob, choose_device
 from headwise.convert.plan import Plan, make_plan
 from headwise.convert.refit.joint import joint_notes, joint_seconds, plan_joint, refit_jointly, share_text
 from headwise.convert.refit.regression import DEFAULT_STEPS
 from headwise.convert.settings import SHARD_SIZE, ConvertSettings
-from headwise.convert.spread import convert_layers, device_notes
+from headwise.convert.spread import LayerSpread, device_notes
 from headwise.convert.verify.check import check_folder
 from headwise.convert.verify.layer_damage import affordable_damage
 from headwise.convert.verify.verification import Verification
 from headwise.environment import find_devices
+from headwise.errors import SettingError
 from headwise.fields import settings_of
 from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.io.tokenizer import TOKENIZER_CONFIG, raised_max_length, tokenizer_kind
@@ -223,6 +224,12 @@ def convert_model(
     work_device = choose_device(target, calibration, requested)
     # Only the layers are spread: everything else is done by the first device.
     work_devices = devices if work_device == requested else [work_device]
+    if len(work_devices) > 1 and checkpoint.in_memory:
+        raise SettingError(
+            "device",
+            f"`device` names {len(devices)} devices; .bin weights such as those of {checkpoint.source} take one.",
+            "Name one device, or save the weights as safetensors.",
+        )
     recorded = settings.recorded()
     if calibration:
         recorded["calibration"] = calibration.described() | {"reason": calibration.reason}
@@ -284,12 +291,14 @@ def convert_model(
     ) as writer:
         measured = calibration if calibration and calibration.reuse is None else None
         texts = text_folder(checkpoint, measured, writer) if measured else writer.work.folder
-        if joint and measured:
-            share_text(writer, checkpoint, joint, measured, texts, requested, progress)
         heldback = plan_loss(checkpoint, arch, target, settings, calibration)
-        if heldback:
-            measure_text(checkpoint, heldback, writer, requested, progress, texts)
-        layers = convert_layers(checkpoint, arch, target, calibration, writer, work_devices, progress)
+        job = LayerJob(checkpoint, arch, target, calibration, texts if measured else None, settings.allow_nan)
+        with LayerSpread(job, writer, work_devices, progress) as spread:
+            if joint and measured:
+                share_text(writer, checkpoint, joint, measured, texts, requested, progress)
+            if heldback:
+                measure_text(checkpoint, heldback, writer, requested, progress, texts)
+            layers = spread.convert()
         _copy_rest(checkpoint, target, writer, progress)
         if longer:
             writer.add_text(TOKENIZER_CONFIG, longer[1])

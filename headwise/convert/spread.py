@@ -11,6 +11,7 @@ import multiprocessing
 import signal
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from threading import Thread
@@ -18,103 +19,104 @@ from typing import Any
 
 import torch
 
-from headwise.convert.base import Target
-from headwise.convert.calibration.calibrate import CalibrationPlan, keep_text, text_folder
+from headwise.convert.calibration.calibrate import keep_text
 from headwise.convert.layers import LayerJob, LayerResult
 from headwise.errors import HeadwiseError
-from headwise.io.reader import Checkpoint, as_bytes
+from headwise.io.reader import as_bytes
 from headwise.io.writer import Writer
-from headwise.models.architecture import Architecture
 from headwise.progress import SILENT, Progress
 
 
-def convert_layers(
-    checkpoint: Checkpoint,
-    arch: Architecture,
-    target: Target,
-    calibration: CalibrationPlan | None,
-    writer: Writer,
-    devices: Sequence[torch.device],
-    progress: Progress,
-) -> dict[int, dict[str, Any]]:
-    """Convert and write every layer.
+class LayerSpread:
+    """The layers that a conversion has yet to convert, and the processes of its further devices.
 
-    Args:
-        checkpoint: the source.
-        arch: its architecture.
-        target: the decided conversion.
-        calibration: what is measured on the parent; None: nothing.
-        writer: of the output folder.
-        devices: where layers are converted.
-        progress: gets one stage.
-
-    Returns:
-        The reports of all converted layers by index, including the layers that an interrupted run had finished.
-    """
-    todo = [i for i in range(len(target.layouts)) if target.converted_names(i)]
-    noted: dict[int, Any] = {i: writer.notes.get(f"layer {i}") for i in todo}
-    # A journal that was changed by hand may hold anything: such a layer is converted again.
-    done = {i for i in todo if isinstance(noted[i], dict) and set(target.converted_names(i)) <= writer.done}
-    reports = {i: report for i, report in noted.items() if i in done}
-    remaining = [i for i in todo if i not in done]
-    if not remaining:
-        return reports
-    cache = None
-    if calibration is not None and calibration.reuse is None:
-        cache = text_folder(checkpoint, calibration, writer)
-        if len(devices) > 1:  # before other processes look for the text
-            keep_text(checkpoint, target, calibration, devices[0], progress, cache)
-    job = LayerJob(checkpoint, arch, target, calibration, cache, writer.allow_nan)
-    progress.stage("Converting", total=len(todo), unit="layers")
-    progress.advance(len(done))
-    for result in spread_layers(job, remaining, devices, progress):
-        # The report comes before the tensors, so that an interruption between them does not lose it.
-        writer.note(f"layer {result.layer}", result.report)
-        for name, tensor in result.tensors.items():
-            if name not in writer.done:
-                writer.write(name, tensor)
-        reports[result.layer] = result.report
-        progress.advance(1, layer=result.layer, **_figures(result.report))
-        del result  # free its memory before the next layer is read
-    return dict(sorted(reports.items()))
-
-
-def spread_layers(
-    job: LayerJob, layers: Sequence[int], devices: Sequence[torch.device], progress: Progress
-) -> Iterator[LayerResult]:
-    """Convert layers in this process on the first device, and in a process for each further device.
+    Use it as a context manager. Entering starts the processes, which import and wait. Meanwhile the first process
+    may sample text and measure the parent.
 
     Args:
         job: what is converted.
-        layers: indices, ascending.
-        devices: no more of them are used than there are layers.
-        progress: receives a note before the text is read.
-
-    Yields:
-        The layers, in the order in which they are done.
-
-    Raises:
-        HeadwiseError: another process ended without its results, or raised this exception.
+        writer: of the output folder; its journal names the layers that an interrupted run had finished.
+        devices: where layers are converted, the first of them by this process. No more of them are used than there
+            are layers.
+        progress: gets one stage.
     """
-    used = devices[: len(layers)]
-    if len(used) == 1:
-        yield from job.results(layers, used[0], progress)
-        return
-    context = multiprocessing.get_context("spawn")  # a fork of a process that uses a GPU cannot use it
-    counter = context.Value("l", 0)
-    arrived: SimpleQueue[LayerResult | BaseException | None] = SimpleQueue()
-    helpers: list[Any] = []
-    try:
-        for device in used[1:]:
-            ours, theirs = context.Pipe(duplex=False)
-            given = (theirs, job, list(layers), counter, str(device), torch.get_num_threads())
-            helper = context.Process(target=_help, args=given, daemon=True, name=f"headwise on {device}")
-            helper.start()
-            helpers.append(helper)
-            theirs.close()  # the helper's end alone is open: its death ends the connection
-            Thread(target=_receive, args=(ours, helper, arrived), daemon=True).start()
-        ours_left, working = True, len(helpers)
-        own = job.results(_take(layers, counter), used[0], progress)
+
+    def __init__(
+        self, job: LayerJob, writer: Writer, devices: Sequence[torch.device], progress: Progress = SILENT
+    ) -> None:
+        self._job, self._writer, self._progress = job, writer, progress
+        target = job.target
+        self._todo = [i for i in range(len(target.layouts)) if target.converted_names(i)]
+        noted: dict[int, Any] = {i: writer.notes.get(f"layer {i}") for i in self._todo}
+        # A journal that was changed by hand may hold anything: such a layer is converted again.
+        done = {
+            i for i in self._todo if isinstance(noted[i], dict) and set(target.converted_names(i)) <= writer.done
+        }
+        self._reports = {i: report for i, report in noted.items() if i in done}
+        self._remaining = [i for i in self._todo if i not in done]
+        self._devices = devices[: max(1, len(self._remaining))]
+        self._context = multiprocessing.get_context("spawn")  # a fork of a process that uses a GPU cannot use it
+        self._helpers: list[tuple[Any, Connection]] = []
+
+    def __enter__(self) -> LayerSpread:
+        self._counter = self._context.Value("l", 0) if len(self._devices) > 1 else None
+        try:
+            for device in self._devices[1:]:
+                ours, theirs = self._context.Pipe()
+                given = (theirs, self._job, self._remaining, self._counter, str(device), torch.get_num_threads())
+                helper = self._context.Process(target=_help, args=given, daemon=True, name=f"headwise on {device}")
+                helper.start()
+                theirs.close()  # the helper's end alone is open: its death ends the connection
+                self._helpers.append((helper, ours))
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def convert(self) -> dict[int, dict[str, Any]]:
+        """Convert and write every layer that remains.
+
+        Returns:
+            The reports of all converted layers by index, including those of an interrupted run.
+
+        Raises:
+            HeadwiseError: another process ended without its results, or raised this exception.
+        """
+        if not self._remaining:
+            return self._reports
+        job, writer = self._job, self._writer
+        if self._helpers and job.calibration is not None and job.cache is not None:
+            # Before other processes look for the text.
+            keep_text(job.checkpoint, job.target, job.calibration, self._devices[0], self._progress, job.cache)
+        self._progress.stage("Converting", total=len(self._todo), unit="layers")
+        self._progress.advance(len(self._reports))
+        for result in self._results():
+            # The report comes before the tensors, so that an interruption between them does not lose it.
+            writer.note(f"layer {result.layer}", result.report)
+            for name, tensor in result.tensors.items():
+                if name not in writer.done:
+                    writer.write(name, tensor)
+            self._reports[result.layer] = result.report
+            self._progress.advance(1, layer=result.layer, **_figures(result.report))
+            del result  # free its memory before the next layer is read
+        self._end()
+        return dict(sorted(self._reports.items()))
+
+    def _results(self) -> Iterator[LayerResult]:
+        """Yield the layers in the order in which they are done."""
+        if self._counter is None:
+            yield from self._job.results(self._remaining, self._devices[0], self._progress)
+            return
+        arrived: SimpleQueue[LayerResult | BaseException | None] = SimpleQueue()
+        for helper, connection in self._helpers:
+            with suppress(OSError):  # of a helper that is dead, which the thread finds too
+                connection.send("begin")
+            Thread(target=_receive, args=(connection, helper, arrived), daemon=True).start()
+        ours_left, working = True, len(self._helpers)
+        own = self._job.results(_take(self._remaining, self._counter), self._devices[0], self._progress)
         while ours_left or working:
             if ours_left and arrived.empty():
                 result = next(own, None)
@@ -125,11 +127,14 @@ def spread_layers(
             if result is not None:
                 yield result
             del result  # free its memory before the next layer is read
-    finally:
-        for helper in helpers:
+
+    def _end(self) -> None:
+        """End the other processes, which have nothing to lose."""
+        for helper, _ in self._helpers:
             helper.terminate()
-        for helper in helpers:
+        for helper, _ in self._helpers:
             helper.join()
+        self._helpers = []
 
 
 def device_notes(devices: Sequence[torch.device], used: Sequence[torch.device]) -> Iterator[str]:
@@ -166,12 +171,14 @@ def _help(connection: Connection, job: LayerJob, layers: list[int], counter: Any
     try:
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        torch.empty(0, device=device)  # starts the device
+        connection.recv()
         for result in job.results(_take(layers, counter), device, SILENT):
             # As arrays: torch would put the tensors into shared memory, which containers limit.
             packed = {n: (t.dtype, t.shape, as_bytes(t).numpy()) for n, t in result.tensors.items()}
             connection.send((result.layer, packed, result.report))
         connection.send(None)
-    except BrokenPipeError:
+    except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the first process is dead
     except Exception as error:
         try:

@@ -104,6 +104,11 @@ class Checkpoint:
         return self.gguf is None and self.quantized is None
 
     @property
+    def in_memory(self) -> bool:
+        """Return whether the weights were read as a whole, as those of .bin files are."""
+        return bool(self._pickled)
+
+    @property
     def nbytes(self) -> int:
         """Return the bytes of all tensors, as they are read."""
         return sum(entry.nbytes for entry in self.tensors.values())

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
 from headwise.errors import HeadwiseError
 from headwise.io.fs import DiskError, check_space, os_errors
@@ -129,3 +137,40 @@ def load_tensors(network: Any, path: Path) -> None:
         path: a safetensors file.
     """
     network.load_state_dict(load_file(path), strict=False)
+
+
+def load_optimizer(network: Any, optimizer: Any, checkpoint: Path, *, sharded: bool) -> bool:
+    """Load the optimizer's averages of a checkpoint that another kind of training wrote.
+
+    FSDP2 writes a folder of shards by parameter name. Every other training writes a file by parameter index.
+
+    Args:
+        network: the network, sharded or whole.
+        optimizer: over parameters of `network`.
+        checkpoint: the folder.
+        sharded: whether `network` is sharded.
+
+    Returns:
+        Whether the checkpoint was of the other kind; False: nothing was loaded.
+    """
+    shards, file = checkpoint / "optimizer_0", checkpoint / "optimizer.pt"
+    if sharded == shards.is_dir() or not (shards.is_dir() or file.is_file()):
+        return False
+    if shards.is_dir():
+        state: dict[str, Any] = {"optimizer": get_optimizer_state_dict(network, optimizer)}
+        with warnings.catch_warnings():  # that one process reads the shards of several is intended
+            warnings.simplefilter("ignore", UserWarning)
+            load_shards(state, checkpoint_id=shards)
+        set_optimizer_state_dict(network, optimizer, state["optimizer"])
+        return True
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    whole = torch.load(file, map_location="cpu", weights_only=True)
+    state = {
+        "state": {order[index]: averages for index, averages in whole["state"].items()},
+        "param_groups": [
+            {**group, "params": [order[index] for index in group["params"]]} for group in whole["param_groups"]
+        ],
+    }
+    set_optimizer_state_dict(network, optimizer, state, options=StateDictOptions(full_state_dict=True))
+    return True

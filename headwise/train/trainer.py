@@ -13,6 +13,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
@@ -22,7 +23,7 @@ from headwise.io.workdir import write_file_atomically
 from headwise.measure.loss import nats_per_token
 from headwise.progress import SILENT, Progress
 from headwise.train.callbacks import CurveCallback, DivergenceGuard, SignalStop, TimeBudget
-from headwise.train.checkpoints import Checkpoints
+from headwise.train.checkpoints import Checkpoints, load_optimizer
 from headwise.train.losses import total_loss
 from headwise.train.settings import Loss, Training
 from headwise.train.teacher import TOPK_ARRAYS, Teacher, forward_with_hooks
@@ -30,6 +31,8 @@ from headwise.train.teacher import TOPK_ARRAYS, Teacher, forward_with_hooks
 # Number of checkpoints of a run whose recipe does not set `save_every`, and the fewest steps between two of them.
 DEFAULT_NUM_CHECKPOINTS, FEWEST_STEPS = 10, 50
 STREAM_STATE = "stream.json"
+# The file of the schedule, as transformers names it.
+SCHEDULE = "scheduler.pt"
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,29 @@ class Trainer(transformers.Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Do nothing: the weights are loaded before the network is wrapped, which suits every kind of sharding."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Under FSDP, write the optimizer's shards without another copy of the weights."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_fsdp_optimizer(
+            self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
+        )
+        if self.args.should_save:
+            schedule: Any = self.lr_scheduler
+            torch.save(schedule.state_dict(), Path(output_dir, SCHEDULE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the optimizer, also from a checkpoint of another kind of sharding."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
+        if checkpoint is not None and load_optimizer(
+            self.model, optimizer, Path(checkpoint), sharded=self.is_fsdp_enabled
+        ):
+            schedule: Any = self.lr_scheduler
+            schedule.load_state_dict(torch.load(Path(checkpoint, SCHEDULE), weights_only=True))
+            return
+        super()._load_optimizer_and_scheduler(checkpoint)
 
 
 def learning_rate(progress: float, training: Training) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralForCausalLM
 
 from headwise.cli import cli
-from headwise.convert import layers, pipeline, spread
+from headwise.convert import layers, pipeline
 from headwise.convert.calibration.layer_stream import LayerRecord
 from headwise.convert.pipeline import ConvertResult, convert_model
 from headwise.convert.plan import Plan
@@ -484,7 +484,7 @@ def test_a_failed_last_check_keeps_the_folder_until_it_is_accepted(
 
     assert CliRunner().invoke(cli, [*words, "--resume", "--accept", "loading"]).exit_code == 1
     with monkeypatch.context() as patch:
-        patch.setattr(spread, "spread_layers", None)
+        patch.setattr(layers.LayerJob, "results", None)
         done = CliRunner().invoke(cli, [*words, "--resume", "--accept", "loading", "--accept", "cache"])
     assert done.exit_code == 0 and "The check cache failed, and the failure was accepted" in done.stderr
     record = json.loads((tmp_path / "out" / "headwise.json").read_text())

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -124,33 +125,74 @@ def test_two_processes_train_as_one_does(case: Path) -> None:
     assert_same(case, "two")
 
 
-@pytest.mark.full
-def test_a_run_is_resumed_by_another_number_of_processes(case: Path) -> None:
+def sharded(case: Path, out: str, **more: Any) -> subprocess.Popen[str]:
+    """Start a training that is sharded over two processes."""
+    config = launch.CONFIGS / "fsdp2.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--num_processes", "2", "--main_process_port", "0", str(Path(__file__).parent / "fsdp2_on_cpu.py")]
+    command.append(json.dumps(arguments(case, out) | more))
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def train_sharded(case: Path, out: str, **more: Any) -> None:
+    process = sharded(case, out, **more)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output[-3000:]
+
+
+def interrupt(case: Path, out: str) -> Path:
+    """Train in this process until the second checkpoint; return the folder of the checkpoints."""
+
     class Stop(Progress):
         def advance(self, amount: int, **figures: Any) -> None:
             if list(training.glob("checkpoint-2")):
                 raise KeyboardInterrupt
 
-    training = case / ".resumed.headwise-work" / "training"
+    training = case / f".{out}.headwise-work" / "training"
+    paths = {name: case / path for name, path in (("recipe", "recipe.yaml"), ("teacher", "parent"))}
     with pytest.raises(KeyboardInterrupt):
-        uptrain_model(
-            case / "child", case / "resumed", recipe=case / "recipe.yaml", teacher=case / "parent", progress=Stop()
-        )
-    assert list(training.glob("checkpoint-*")) and not (case / "resumed").exists()
+        uptrain_model(case / "child", case / out, **paths, progress=Stop())
+    assert list(training.glob("checkpoint-*")) and not (case / out).exists()
+    return training
+
+
+@pytest.mark.full
+def test_a_run_is_resumed_by_another_number_of_processes(case: Path) -> None:
+    interrupt(case, "resumed")
     assert launch.launch_processes("ddp", 2, arguments(case, "resumed") | {"resume": True}) == 0
     assert_same(case, "resumed")
 
 
 @pytest.mark.full
 def test_a_sharded_student_and_teacher_train_as_whole_ones_do(case: Path) -> None:
-    config = launch.CONFIGS / "fsdp2.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--num_processes", "2", "--main_process_port", "0", str(Path(__file__).parent / "fsdp2_on_cpu.py")]
-    command.append(json.dumps(arguments(case, "shards")))
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_sharded(case, "shards")
     assert_same(case, "shards")
+
+
+@pytest.mark.full
+def test_a_whole_run_is_resumed_in_shards(case: Path) -> None:
+    interrupt(case, "to-shards")
+    train_sharded(case, "to-shards", resume=True)
+    assert_same(case, "to-shards")
+
+
+@pytest.mark.full
+def test_a_sharded_run_is_resumed_by_one_process(case: Path) -> None:
+    training = case / ".from-shards.headwise-work" / "training"
+    process = sharded(case, "from-shards")
+    while process.poll() is None and not list(training.glob("checkpoint-*")):
+        time.sleep(0.01)
+    process.terminate()
+    output, _ = process.communicate()
+    checkpoints = sorted(path.name for path in training.glob("checkpoint-*"))
+    assert checkpoints and "checkpoint-4" not in checkpoints, output[-3000:]
+    shards = training / checkpoints[-1]
+    assert (shards / "optimizer_0").is_dir() and not (shards / "pytorch_model_fsdp_0").exists()
+    uptrain_model(
+        case / "child", case / "from-shards", recipe=case / "recipe.yaml", teacher=case / "parent", resume=True
+    )
+    assert_same(case, "from-shards")
 
 
 @pytest.mark.full
