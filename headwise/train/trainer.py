@@ -200,7 +200,8 @@ class Trainer(transformers.Trainer):
         )
         if self.args.should_save:
             schedule: Any = self.lr_scheduler
-            torch.save(schedule.state_dict(), Path(output_dir, SCHEDULE))
+            state = schedule.state_dict()
+            write_file_atomically(Path(output_dir, SCHEDULE), lambda path: torch.save(state, path))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the optimizer, also from a checkpoint of another kind of sharding."""
