@@ -213,7 +213,14 @@ def main() -> None:
             "seed": options.seed,
         }
         if name == "sample":
-            sample(options.model, options.sampled, options.seed, options.device, options.refit_tokens, options.temperature)
+            sample(
+                options.model,
+                options.sampled,
+                options.seed,
+                options.device,
+                options.refit_tokens,
+                options.temperature,
+            )
             continue
         if options.sampled:
             share(options.sampled)

@@ -106,7 +106,9 @@ def plot(rows: list[dict[str, Any]], parent: dict[str, Any], file: Path) -> None
         axes.plot(gaps, heights, marker, linestyle="none", color=colour, markersize=6, label=words)
         for gap, height in zip(gaps, heights, strict=True):
             place = {"xytext": (0, 8), "ha": "center", "color": colour}
-            axes.annotate(f"{gap:.2f}" if gap < 1 else f"{gap:.1f}", (gap, height), textcoords="offset points", **place)
+            axes.annotate(
+                f"{gap:.2f}" if gap < 1 else f"{gap:.1f}", (gap, height), textcoords="offset points", **place
+            )
     axes.set_xscale("log")
     axes.set_xticks([0.05, 0.1, 0.2, 0.5, 1, 2, 5], ["0.05", "0.1", "0.2", "0.5", "1", "2", "5"])
     axes.set_xticks([], minor=True)

@@ -280,7 +280,9 @@ def test_compiled_models_train_as_plain_ones_do(home: Path, tmp_path: Path, layo
     for name, compiled in {"plain": False, "compiled": True}.items():
         plan = recipe(home, train=replace(TRAINING, tokens=3 * BATCH, compile=compiled))
         uptrain_model(home / layout, tmp_path / name, recipe=plan)
-    plain, compiled = ([float(row[2]) for row in curve(tmp_path / name) if row[2]] for name in ("plain", "compiled"))
+    plain, compiled = (
+        [float(row[2]) for row in curve(tmp_path / name) if row[2]] for name in ("plain", "compiled")
+    )
     assert len(plain) == 3 and compiled == pytest.approx(plain, abs=1e-4)
 
 
