@@ -107,6 +107,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "arcee": _heads(9, 3, 8),
     "seed_oss": _heads(9, 3, 8),
     "phimoe": _heads(9, 3, 8) | _MOE | {"attention_bias": True},
+    "gpt_oss": _heads(9, 3, 8) | _SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "nemotron": _heads(9, 3, 8) | {"attention_bias": True} | _PARTIAL,
 }
 

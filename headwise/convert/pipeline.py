@@ -31,6 +31,7 @@ from headwise.convert.calibration.corpus import (
     whole_model_bytes,
 )
 from headwise.convert.choose import choose_target
+from headwise.convert.encode import encode_outputs
 from headwise.convert.layers import LayerJob, choose_device
 from headwise.convert.plan import Plan, make_plan
 from headwise.convert.refit.joint import joint_notes, joint_seconds, plan_joint, refit_jointly, share_text
@@ -120,6 +121,7 @@ def convert_model(
     sliding_window: int | None = None,
     window_layers: str | None = None,
     dtype: str | None = None,
+    requantize: str | None = None,
     max_shard_size: int | str = SHARD_SIZE,
     dry_run: bool = False,
     force: bool = False,
@@ -174,6 +176,7 @@ def convert_model(
         sliding_window: attention window in tokens; 0 removes every window.
         window_layers: the layers with a window: "all", "alternate" or a list such as "0,2,4-7".
         dtype: of the output; None: the dtype of each tensor.
+        requantize: "fp8" stores the matrices of the layers as block FP8, in the stock format.
         max_shard_size: the largest weight file, such as "5GB".
         dry_run: return the `Plan` and write nothing.
         force: replace `out` when the new folder is complete.
@@ -210,8 +213,11 @@ def convert_model(
     devices = find_devices(settings.device)
     requested = devices[0]
     target = choose_target(checkpoint, arch, settings)
+    target.outputs, config, storage = encode_outputs(
+        target.outputs, target.config, target.auto_class, checkpoint, settings
+    )
     verdicts = engine_verdicts(
-        target.config,
+        config,
         window=any(layout.sliding_window for layout in target.layouts),
         tokenizer=tokenizer_kind(checkpoint.folder),
         engines=settings.engines,
@@ -242,18 +248,19 @@ def convert_model(
         checkpoint,
         arch,
         target.outputs,
-        config=target.config,
+        config=config,
         layouts=target.layouts,
         arguments=recorded,
         peak_memory=_peak_memory(checkpoint, arch, target, calibration, work_devices, requested),
         seconds=_seconds(checkpoint, arch, target, calibration, joint, work_devices, requested),
-        exact=target.exact and settings.context is None and settings.sliding_window is None,
+        exact=target.exact and not (settings.context or settings.sliding_window is not None or settings.requantize),
         explain=target.explain,
         max_shard_size=settings.max_shard_size,
         engines=verdicts,
         warnings=[*target.warnings, *plan_warnings(calibration)],
         notes=[
             *target.notes,
+            *storage,
             *plan_notes(target, calibration, settings),
             *joint_notes(joint),
             *device_notes(devices, work_devices),
@@ -352,7 +359,7 @@ def convert_model(
             if verification:
                 verification[0].require(folder)
 
-        writer.add_text("config.json", json.dumps(target.config, indent=2) + "\n")
+        writer.add_text("config.json", json.dumps(config, indent=2) + "\n")
         published = writer.publish(check)
     pushed = None
     if settings.push_to_hub:

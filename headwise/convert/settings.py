@@ -245,6 +245,9 @@ class ConvertSettings:
     )
     # Output
     dtype: str | None = fields.choice("Precision of the weights [the source's].", DTYPES, section="Output")
+    requantize: str | None = fields.choice(
+        "Store the matrices of the layers as block FP8.", ("fp8",), section="Output"
+    )
     max_shard_size: int | str = declare(
         SHARD_SIZE,
         Setting(
@@ -327,9 +330,10 @@ class ConvertSettings:
         return is_given(self, name)
 
     def _check_effect(self) -> None:
-        if not any(map(self._given, ("to", "context", "sliding_window", "dtype"))):
+        changes = ("to", "context", "sliding_window", "dtype", "requantize")
+        if not any(map(self._given, changes)):
             raise SettingError(
-                "to", "There is nothing to change: give `to`, `context`, `sliding_window` or `dtype`."
+                "to", f"There is nothing to change: give {', '.join(f'`{name}`' for name in changes)}."
             )
         for name, (_, setting) in settings_of(self).items():
             if setting.acts_with and self._given(name) and self.to not in setting.acts_with:
@@ -382,6 +386,10 @@ class ConvertSettings:
                     raise SettingError(
                         "refit", f"`refit` joint trains towards the parent's own positions: leave out `{name}`."
                     )
+        if self.requantize and self.dtype not in (None, "bfloat16"):
+            raise SettingError(
+                "requantize", f"`requantize` {self.requantize} stores bfloat16 weights: leave out `dtype`."
+            )
         if self.push_to_hub and not self.verify:
             raise SettingError("verify", "`push_to_hub` uploads verified folders only: leave out `verify`.")
         if self.accept and not self.verify:

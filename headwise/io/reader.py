@@ -116,7 +116,7 @@ class Checkpoint:
     @property
     def stored_bytes(self) -> int:
         """Return the bytes of all tensors in the files of a folder."""
-        return sum(entry.nbytes for entry in self.quantized.stored.values()) if self.quantized else self.nbytes
+        return sum(entry.nbytes for entry in self.stored.values())
 
     @property
     def peak_bytes(self) -> int:
@@ -146,6 +146,11 @@ class Checkpoint:
                 return weight.read(self.read_stored)
             return self.read_stored(self.quantized.stored[entry.name]).to(entry.dtype)
         return self.read_stored(entry)
+
+    @property
+    def stored(self) -> dict[str, TensorEntry]:
+        """Return the tensors of the files, by their names there; of a GGUF file those of the stock class."""
+        return self.quantized.stored if self.quantized else self.tensors
 
     def read_stored(self, entry: TensorEntry) -> Tensor:
         """Read a tensor of a safetensors or pickle file as it is stored.

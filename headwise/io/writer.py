@@ -25,22 +25,35 @@ from headwise.errors import HeadwiseError
 from headwise.format import parse_bytes
 from headwise.io.fs import os_errors, sync, write_all
 from headwise.io.header import make_header
+from headwise.io.quantized.fp8 import quantize_blocks
 from headwise.io.reader import CHUNK, Checkpoint, as_bytes, has_nonfinite, make_buffers
 from headwise.io.workdir import WorkFolder
 
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor that the output will hold; `source` is the tensor it is a copy of, None if it is computed."""
+    """A tensor that the output will hold.
+
+    Attributes:
+        name: of the tensor.
+        dtype: of its values.
+        shape: of its values.
+        source: the tensor it is a copy of; None if it is computed.
+        stored: the tensors of the files that hold it, in the order of writing, if it is not stored as it is: the
+            source's own, by their names in its files, or the scales and the codes of block FP8.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     source: str | None = None
+    stored: tuple[OutputTensor, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        """Return the size of the tensor in bytes."""
+        """Return the size of the tensor in the files in bytes."""
+        if self.stored:
+            return sum(tensor.nbytes for tensor in self.stored)
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -66,8 +79,25 @@ class Shard:
         return places
 
 
+def refuse_nonfinite(name: str, values: Tensor) -> None:
+    """Refuse a tensor that holds a NaN or an infinity.
+
+    Args:
+        name: of the tensor.
+        values: all of it, or a part.
+
+    Raises:
+        HeadwiseError: it does.
+    """
+    if has_nonfinite(values):
+        raise HeadwiseError(
+            f"Tensor {name} holds NaN or infinite values.",
+            "Pass `allow_nan` to convert the model all the same.",
+        )
+
+
 def plan_shards(tensors: Sequence[OutputTensor], max_shard_size: int | str = "5GB") -> list[Shard]:
-    """Cut a list of tensors into files of at most `max_shard_size` bytes of tensor data.
+    """Cut a list of tensors, as they are stored, into files of at most `max_shard_size` bytes of tensor data.
 
     huggingface_hub chooses the files. A tensor above this has a file to itself. Within a file wider dtypes come
     first, so that every tensor starts at a multiple of its own item size.
@@ -76,7 +106,7 @@ def plan_shards(tensors: Sequence[OutputTensor], max_shard_size: int | str = "5G
         tensors: in the order of the output.
         max_shard_size: bytes, or a size such as "5GB".
     """
-    by_name = {tensor.name: tensor for tensor in tensors}
+    by_name = {stored.name: stored for tensor in tensors for stored in tensor.stored or (tensor,)}
     split = split_state_dict_into_shards_factory(
         by_name,
         get_storage_size=lambda tensor: tensor.nbytes,
@@ -128,8 +158,9 @@ class Writer:
         # SHA-256 of every tensor written so far.
         self.hashes: dict[str, str] = {}
         self.notes: dict[str, Any] = {}
+        self._planned = {tensor.name: tensor for tensor in tensors}
         self._tensors = {t.name: (t, shard) for shard in self.shards for t in shard.tensors}
-        if len(self._tensors) != len(tensors):
+        if len(self._tensors) != sum(len(tensor.stored) or 1 for tensor in tensors):
             raise ValueError("two output tensors have the same name")
         self._offsets = {shard.file: shard.offsets() for shard in self.shards}
         self._left = {shard.file: len(shard.tensors) for shard in self.shards}
@@ -155,8 +186,9 @@ class Writer:
 
     @property
     def done(self) -> set[str]:
-        """Return the names of the tensors that are written."""
-        return set(self.hashes)
+        """Return the names of the planned tensors that are written."""
+        written = self.hashes.keys()
+        return {n for n, t in self._planned.items() if all(s.name in written for s in t.stored or (t,))}
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor.
@@ -169,10 +201,17 @@ class Writer:
             ValueError: the dtype or the shape is not the planned one.
             HeadwiseError: the tensor holds a NaN or an infinity, or the disk fails.
         """
-        planned, _ = self._tensors[name]
+        planned = self._planned[name]
         if (tensor.dtype, tuple(tensor.shape)) != (planned.dtype, planned.shape):
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, planned was {planned}")
-        self._stream(name, as_bytes(tensor).split(CHUNK))
+        if not planned.stored:
+            self._stream(name, as_bytes(tensor).split(CHUNK))
+            return
+        if not self.allow_nan:
+            refuse_nonfinite(name, tensor)
+        scale, codes = planned.stored
+        for stored, values in zip((codes, scale), quantize_blocks(tensor), strict=True):
+            self._stream(stored.name, as_bytes(values).split(CHUNK))
 
     def rewrite(self, name: str, tensor: Tensor) -> None:
         """Write a tensor again that is written already, such as one that was trained since.
@@ -185,7 +224,8 @@ class Writer:
             ValueError: the dtype or the shape is not the planned one.
             HeadwiseError: the tensor holds a NaN or an infinity, or the disk fails.
         """
-        self._left[self._tensors[name][1].file] += 1
+        for stored in self._planned[name].stored or (self._planned[name],):
+            self._left[self._tensors[stored.name][1].file] += 1
         self.write(name, tensor)
 
     def copy(self, name: str, checkpoint: Checkpoint) -> None:
@@ -199,7 +239,16 @@ class Writer:
             ValueError: the dtype or the shape in the source is not the planned one.
             HeadwiseError: the source cannot be read, the tensor holds a NaN or an infinity, or the disk fails.
         """
-        planned, _ = self._tensors[name]
+        planned = self._planned[name]
+        if planned.stored and planned.stored[0].source is None:
+            self.write(name, checkpoint.read(planned.source or name))
+            return
+        for stored in planned.stored:
+            assert checkpoint.quantized is not None and stored.source is not None
+            own = checkpoint.quantized.stored[stored.source]
+            self._stream(stored.name, checkpoint.stored_chunks(own, self._buffers))
+        if planned.stored:
+            return
         entry = checkpoint.tensors[planned.source or name]
         if (entry.dtype, entry.shape) != (planned.dtype, planned.shape):
             raise ValueError(f"{entry} cannot be copied, planned was {planned}")
@@ -340,11 +389,8 @@ class Writer:
                 for chunk in chunks:
                     content = chunk.numpy().data
                     pending.append(self._hasher.submit(digest.update, content))
-                    if not self.allow_nan and has_nonfinite(chunk.view(tensor.dtype)):
-                        raise HeadwiseError(
-                            f"Tensor {name} holds NaN or infinite values.",
-                            "Pass `allow_nan` to convert the model all the same.",
-                        )
+                    if not self.allow_nan:
+                        refuse_nonfinite(name, chunk.view(tensor.dtype))
                     write_all(handle, content, at)
                     at += len(content)
                     if len(pending) == len(self._buffers):

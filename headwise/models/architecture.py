@@ -28,7 +28,17 @@ from headwise.models.config import (
     stock_text_config,
     whole_part,
 )
-from headwise.models.fusion import fit_bias, fuse, half_split_order, read_projection, reorder, split
+from headwise.models.fusion import (
+    check_shapes,
+    fit_bias,
+    fuse,
+    half_split_order,
+    present,
+    read_projection,
+    reorder,
+    split,
+    split_gate,
+)
 from headwise.models.layout import AttentionLayout, LayerWeights
 from headwise.models.table import ArchitectureRow, QkNorm, find_parts, find_row, load_table
 
@@ -187,7 +197,8 @@ class Architecture(ArchitectureRow):
         stock = self.stock_config(config)
         width, states_width = stock.hidden_size, positive_size(stock, self.sizes["inputs"])
         heads, groups = layout.num_attention_heads, layout.num_key_value_heads
-        sizes = {"q": heads * layout.head_dim, "k": groups * layout.head_dim, "v": groups * layout.v_head_dim}
+        dim, v_dim = layout.head_dim, layout.v_head_dim
+        sizes = {"q": heads * dim * (1 + self.query_gate), "k": groups * dim, "v": groups * v_dim}
         sizes["qkv"] = sum(sizes.values())
         shapes: dict[str, tuple[int, ...]] = {}
         for part, name in self.projections.items():
@@ -196,6 +207,8 @@ class Architecture(ArchitectureRow):
             shapes[self._name(layer, name, "weight")] = (sizes[part], states_width if part in ("k", "v") else width)
             if self.has_bias(config):
                 shapes[self._name(layer, name, "bias")] = (sizes[part],)
+        if self.sinks:
+            shapes[self.prefix(layer) + self.sinks] = (heads,)
         if norms:
             for part, name in (("q", norms.q), ("k", norms.k)):
                 size = sizes[part] if norms.scope == "all" else layout.head_dim
@@ -278,23 +291,14 @@ class Architecture(ArchitectureRow):
         if self.parts:
             part, number = self.at(layer)
             return part.read_layer(config, number, tensors)
-        for name, shape in self.tensor_shapes(config, layer).items():
-            if name not in tensors:
-                raise HeadwiseError(
-                    f"tensor {name} is missing; by config.json its shape is {shape}.",
-                    "The checkpoint and its config.json do not belong together, or a shard is incomplete.",
-                )
-            if tuple(tensors[name].shape) != shape:
-                raise HeadwiseError(
-                    f"tensor {name} has shape {tuple(tensors[name].shape)}; by config.json it is {shape}.",
-                    "The checkpoint and its config.json do not belong together.",
-                )
+        check_shapes(tensors, self.tensor_shapes(config, layer))
         layout = self.layouts(config)[layer]
         parts = {
             part: read_projection(tensors, self._name(layer, name, ""), self.has_bias(config))
             for part, name in self.projections.items()
             if part != "o"
         }
+        gate = split_gate(parts, layout) if self.query_gate else None
         q, k, v = split(self.fusion, parts, layout)
         order = half_split_order(layout, self.rotary_layout)
         o = tensors[self._name(layer, self.projections["o"], "weight")]
@@ -305,6 +309,8 @@ class Architecture(ArchitectureRow):
             k=reorder(k, order),
             v=v,
             o=o.to(torch.float64, memory_format=torch.contiguous_format),
+            sinks=tensors[self.prefix(layer) + self.sinks].to(torch.float64) if self.sinks else None,
+            gate=gate,
         )
         norms = self.qk_norm(config)
         if not norms:
@@ -339,7 +345,7 @@ class Architecture(ArchitectureRow):
 
         Raises:
             ValueError: the stock class cannot hold these weights: they have a bias that the class lacks, they lack
-                its norms, or their norm weights differ between heads that share one weight in the class.
+                its norms, sinks or gates, or their norm weights differ between heads that share one weight there.
         """
         if self.parts:
             row, number = self.at(layer)
@@ -349,15 +355,14 @@ class Architecture(ArchitectureRow):
         biased = self.has_bias(config)
         stock = self.stock_config(config)
         widths = {role: positive_size(stock, self.sizes["inputs"]) for role in ("k", "v")}
-        rows = {
-            part: fit_bias(tensor, widths.get(part, weights.hidden_size), biased)
-            for part, tensor in (
-                ("q", reorder(weights.q, order)),
-                ("k", reorder(weights.k, order)),
-                ("v", weights.v),
-            )
-        }
+        moved = {"q": reorder(weights.q, order), "k": reorder(weights.k, order), "v": weights.v}
+        rows = {part: fit_bias(t, widths.get(part, weights.hidden_size), biased) for part, t in moved.items()}
+        if self.query_gate:
+            gate = fit_bias(present(weights.gate, layer, "gates of heads"), weights.hidden_size, biased)
+            rows["q"] = torch.cat([rows["q"], gate], 1)
         out: dict[str, Tensor] = {}
+        if self.sinks:
+            out[self.prefix(layer) + self.sinks] = present(weights.sinks, layer, "sinks")
         for part, matrix in fuse(self.fusion, rows, layout).items():
             name = self.projections[part]
             out[self._name(layer, name, "weight")] = matrix[:, : widths.get(part, weights.hidden_size)]
@@ -365,9 +370,8 @@ class Architecture(ArchitectureRow):
                 out[self._name(layer, name, "bias")] = matrix[:, -1]
         norms = self.qk_norm(config)
         if norms:
-            for name, norm in ((norms.q, weights.q_norm), (norms.k, weights.k_norm)):
-                if norm is None:
-                    raise ValueError(f"layer {layer} has norms on queries and keys, and the weights have none")
+            for name, own in ((norms.q, weights.q_norm), (norms.k, weights.k_norm)):
+                norm = present(own, layer, "norms on queries and keys")
                 if norms.scope == "head" and (norm != norm[:1]).logical_and(~norm.isnan()).any():
                     raise ValueError(f"layer {layer}: heads share the weight of {name}, and these differ")
                 shared = norm[:1] if norms.scope == "head" else norm

@@ -23,6 +23,8 @@ NORM_EPS = 1e-6
 NORM_TOLERANCE = 1e-8
 
 ARCHITECTURES = ["DeepseekV3ForCausalLM"]
+# Projections whose rows differ in size by many powers of two: one scale for many rows would lose the small ones.
+KEPT_IN_FULL = ("kv_a_proj_with_mqa", "q_a_proj", "q_b_proj")
 # Path of a decoder layer, in checkpoints and in the stock model, and the name of its attention module.
 LAYERS, ATTENTION = "model.layers.{layer}", "self_attn"
 COPIED_CONFIG_KEYS = (

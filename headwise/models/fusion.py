@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from headwise.errors import HeadwiseError
 from headwise.models.layout import AttentionLayout
 
 
@@ -46,6 +47,60 @@ def read_projection(tensors: Mapping[str, Tensor], name: str, biased: bool) -> T
     if not biased:
         return weight
     return torch.cat([weight, tensors[f"{name}bias"].to(torch.float64)[:, None]], dim=1)
+
+
+def check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse tensors that are not those of a config.
+
+    Args:
+        tensors: of a layer, by name.
+        shapes: that the config implies, by name.
+
+    Raises:
+        HeadwiseError: a tensor is missing, or has another shape.
+    """
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise HeadwiseError(
+                f"tensor {name} is missing; by config.json its shape is {shape}.",
+                "The checkpoint and its config.json do not belong together, or a shard is incomplete.",
+            )
+        if tuple(tensors[name].shape) != shape:
+            raise HeadwiseError(
+                f"tensor {name} has shape {tuple(tensors[name].shape)}; by config.json it is {shape}.",
+                "The checkpoint and its config.json do not belong together.",
+            )
+
+
+def split_gate(parts: dict[str, Tensor], layout: AttentionLayout) -> Tensor:
+    """Take the rows of the output gates out of a query projection: every head has its queries, then its gate.
+
+    Args:
+        parts: projection matrices; that of "q" is replaced by its queries.
+        layout: layout of the layer.
+
+    Returns:
+        The gates, (heads, head_dim, inputs).
+    """
+    halves: Tensor = parts["q"].unflatten(0, (layout.num_attention_heads, 2, layout.head_dim))
+    parts["q"] = halves[:, 0].flatten(0, 1)
+    return halves[:, 1]
+
+
+def present(tensor: Tensor | None, layer: int, what: str) -> Tensor:
+    """Return a tensor that the stock class has a place for.
+
+    Args:
+        tensor: of the weights.
+        layer: index of the decoder layer.
+        what: the tensor holds, in words.
+
+    Raises:
+        ValueError: the weights do not have it.
+    """
+    if tensor is None:
+        raise ValueError(f"layer {layer} has {what}, and the weights have none")
+    return tensor
 
 
 def split(fusion: str, parts: dict[str, Tensor], layout: AttentionLayout) -> tuple[Tensor, Tensor, Tensor]:

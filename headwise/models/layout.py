@@ -109,6 +109,8 @@ class LayerWeights(_Weights):
     - `q` (H, head_dim, inputs), `k` (G, head_dim, inputs), `v` (G, v_head_dim, inputs); the `inputs` of `k` and `v`
       in cross-attention are the width of the encoder's output
     - `o` (H, D, v_head_dim): head h adds `o[h] @ value` to the residual stream
+    - `sinks` (H,): a score of each query head that takes part in its softmax and has no value, or None
+    - `gate` (H, v_head_dim, inputs): rows whose sigmoid multiplies the head's output before `o`, or None
     - `q_norm` (H, head_dim), `k_norm` (G, head_dim): the multiplier an RMSNorm on queries and keys applies
       after normalising (offsets such as Gemma's 1 + w already added), or None
 
@@ -127,6 +129,8 @@ class LayerWeights(_Weights):
     k_norm: Tensor | None = None
     # "head": the norm covers one head at a time (Qwen3, Gemma 3); "all": all heads at once (OLMo 2).
     norm_scope: str | None = None
+    sinks: Tensor | None = None
+    gate: Tensor | None = None
 
     @property
     def hidden_size(self) -> int:
@@ -137,6 +141,23 @@ class LayerWeights(_Weights):
     def has_bias(self) -> bool:
         """Whether queries, keys and values have a bias as their last column."""
         return self.q.shape[2] == self.hidden_size + 1
+
+    def with_query_heads(self, order: Sequence[int]) -> LayerWeights:
+        """Return the layer with its query heads, and all that belongs to them, in another order.
+
+        Args:
+            order: the query head that comes to each place.
+        """
+        if list(order) == list(range(len(self.q))):
+            return self
+        return replace(
+            self,
+            **{
+                name: tensor[order]
+                for name in ("q", "o", "q_norm", "sinks", "gate")
+                if (tensor := getattr(self, name)) is not None
+            },
+        )
 
     def to(self, dtype: torch.dtype) -> LayerWeights:
         """Return the same layer in another precision.

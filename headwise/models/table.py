@@ -57,6 +57,9 @@ class ArchitectureRow:
             "qkv_per_group_interleaved": per key-value head its queries, its key, its value.
         qkv_bias: true, false, or the config key that holds this flag.
         norms: RMSNorms on queries and keys, or None.
+        sinks: name of the attention's tensor with a learned score for each query head, which takes part in its
+            softmax and has no value; None where there is none.
+        query_gate: whether q has a second half in every head, whose sigmoid multiplies the head's output.
         rotary_layout: "half": planes are rows f and f + rotary_dim/2; "interleaved": rows 2f and 2f + 1.
         rope_flags: config key of a list that is true where a layer has RoPE.
         rope_layer_types: the layer types that have RoPE, where only some do.
@@ -84,6 +87,8 @@ class ArchitectureRow:
     fusion: str
     qkv_bias: bool | str
     norms: QkNorm | None
+    sinks: str | None
+    query_gate: bool
     rotary_layout: str
     rope_flags: str | None
     rope_layer_types: tuple[str, ...] | None

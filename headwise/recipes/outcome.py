@@ -73,7 +73,10 @@ def add_files(writer: Writer, checkpoint: Checkpoint, training_dir: Path) -> Non
         checkpoint: the folder that was trained: its config and sidecars are copied.
         training_dir: the run's folder with the curve.
     """
-    writer.add_file(checkpoint.folder / "config.json")
+    if checkpoint.is_plain:
+        writer.add_file(checkpoint.folder / "config.json")
+    else:  # trained weights are written plain
+        writer.add_text("config.json", json.dumps(checkpoint.config, indent=2) + "\n")
     for path in checkpoint.sidecars:
         writer.add_file(path, path.relative_to(checkpoint.folder).as_posix())
     for name in CURVES:

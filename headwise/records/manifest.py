@@ -288,18 +288,23 @@ def _visible_files(folder: Path) -> dict[str, Path]:
 
 
 def hash_tensors(checkpoint: Checkpoint, progress: Progress = SILENT) -> dict[str, str]:
-    """Return the SHA-256 of every tensor's bytes by name.
+    """Return the SHA-256 of the bytes of every tensor of the files, by name.
 
     Args:
         checkpoint: an opened folder.
         progress: gets one stage.
     """
-    progress.stage("Hashing", total=checkpoint.nbytes, unit="bytes")
+    progress.stage("Hashing", total=checkpoint.stored_bytes, unit="bytes")
     hashes = {}
     buffers = make_buffers(1)
-    for name in checkpoint.tensors:
+    for name, entry in checkpoint.stored.items():
         digest = hashlib.sha256()
-        for chunk in checkpoint.chunks(name, buffers):
+        stored = (
+            checkpoint.stored_chunks(entry, buffers)
+            if checkpoint.gguf is None
+            else checkpoint.chunks(name, buffers)
+        )
+        for chunk in stored:
             content = chunk.numpy().data
             digest.update(content)
             progress.advance(len(content))

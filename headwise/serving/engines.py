@@ -95,6 +95,7 @@ def engine_facts(config: Mapping[str, Any], *, window: bool = False, tokenizer: 
         "tokenizer": tokenizer,
         "rope_type": kind,
         "rope_attention_factor": factor,
+        "quantization": _quantization(config),
     }
     sizes: list[Any] = [
         config.get(name) for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -115,6 +116,12 @@ def engine_facts(config: Mapping[str, Any], *, window: bool = False, tokenizer: 
         "direct_query_depth": _has_direct_query_depth(config.get("num_hidden_layers"), config.get("vocab_size")),
         "experts_exceed_groups": _count(config, "n_routed_experts") > _count(config, "n_group"),
     }
+
+
+def _quantization(config: Mapping[str, Any]) -> str:
+    """Return the `quant_method` of a config, or "none"."""
+    entry = config.get("quantization_config")
+    return str(entry.get("quant_method")) if isinstance(entry, Mapping) else "none"
 
 
 def _count(config: Mapping[str, Any], name: str) -> int:

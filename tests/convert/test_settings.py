@@ -175,6 +175,7 @@ WRONG: dict[str, list[Any]] = {
     "sliding_window": [-1],
     "window_layers": ["none", "0,,2", "1-"],
     "dtype": ["bf16"],
+    "requantize": ["int8"],
     "max_shard_size": ["five", "0GB"],
     "seed": [-1],
 }
@@ -202,6 +203,7 @@ RIGHT: dict[str, list[Any]] = {
     "sliding_window": [0, 16],
     "window_layers": ["all", "alternate", "0,2-3"],
     "dtype": ["bfloat16"],
+    "requantize": ["fp8"],
     "max_shard_size": ["1GB", "500mb"],
     "dry_run": [True],
     "force": [True],

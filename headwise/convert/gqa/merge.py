@@ -148,19 +148,15 @@ def _pool_layer(
     weights: LayerWeights, groups: Sequence[Sequence[int]], pool: PoolingMethod, seed: int
 ) -> LayerWeights:
     """Return the layer with pooled keys and values, and its query heads in the order of their groups."""
-    queries = _query_heads(groups, weights.layout.queries_per_group)
-    moved = queries != list(range(len(queries)))
+    weights = weights.with_query_heads(_query_heads(groups, weights.layout.queries_per_group))
     k_norm = weights.k_norm
     if k_norm is not None:
         k_norm = pool(k_norm, groups, seed) if weights.norm_scope == "all" else k_norm[: len(groups)]
     return replace(
         weights,
         layout=weights.layout.with_groups(len(groups)),
-        q=weights.q[queries] if moved else weights.q,
         k=pool(weights.k, groups, seed),
         v=pool(weights.v, groups, seed),
-        o=weights.o[queries] if moved else weights.o,
-        q_norm=weights.q_norm[queries] if moved and weights.q_norm is not None else weights.q_norm,
         k_norm=k_norm,
     )
 
@@ -228,6 +224,9 @@ def _merge(
             if subspace.kind == "rotary":
                 k[new, :r] = from_planes(shared[:, 0])
                 q[at, :r] = from_planes(maps[:, :, 0].conj().transpose(0, 1) * to_planes(weights.q[old], r))
+            elif subspace.kind == "value" and weights.gate is not None:
+                v[new] = shared[:, 0]
+                torch.mul(weights.o[old], maps[:, :, 0, 0].T[:, None], out=o[at])
             elif subspace.kind == "value":
                 v[new] = shared[0]
                 torch.matmul(weights.o[old], maps[0], out=o[at])
@@ -238,8 +237,6 @@ def _merge(
                 k[new, r:], q[at, r:] = shared[0], maps[0].mT @ weights.q[old][:, r:]
         errors.add(subspace, cost)
 
-    queries = _query_heads(groups, reads)
-    q_norm = None if weights.q_norm is None else weights.q_norm[queries]
     k_norm = None if weights.k_norm is None else weights.k_norm[: len(groups)]
     if weights.k_norm is not None and weights.norm_scope == "all":
         # The members' weights were folded into the rows. Their root-mean-square is taken out again, so that the
@@ -247,9 +244,8 @@ def _merge(
         k_norm = torch.stack([weights.k_norm[group].square().mean(0).sqrt() for group in groups])
         k = k / k_norm.clamp_min(torch.finfo(k.dtype).tiny)[:, :, None]
         k_norm = k_norm * expected_rms(row_energies(k, times_moment(k, moment)), "all")
-    merged = replace(
-        weights, layout=layout.with_groups(len(groups)), q=q, k=k, v=v, o=o, q_norm=q_norm, k_norm=k_norm
-    )
+    moved = weights.with_query_heads(_query_heads(groups, reads))
+    merged = replace(moved, layout=layout.with_groups(len(groups)), q=q, k=k, v=v, o=o, k_norm=k_norm)
     return merged, errors.relative
 
 

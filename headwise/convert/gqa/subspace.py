@@ -190,6 +190,9 @@ def key_subspaces(
 def value_subspace(weights: LayerWeights, moment: Tensor | None) -> MergeSubspace:
     """Return the subspace of the values, whose errors cost `sum_h W_o[h]^T W_o[h]`.
 
+    A gate multiplies every element of a head's output by a factor of its own. Then each row is a subspace of its
+    own, up to a scale: a mixture of rows would get the factor of one of them.
+
     Args:
         weights: the layer, float64.
         moment: (inputs, inputs) E[x x^T] of the inputs that the attention averages; None stands for the identity.
@@ -197,6 +200,10 @@ def value_subspace(weights: LayerWeights, moment: Tensor | None) -> MergeSubspac
     layout = weights.layout
     gram = weights.o.mT @ weights.o
     costs = gram.unflatten(0, (layout.num_key_value_heads, layout.queries_per_group)).sum(1)
+    if weights.gate is not None:
+        rows = weights.v.transpose(0, 1).unsqueeze(2)
+        alone = costs.diagonal(dim1=-2, dim2=-1).T[:, :, None, None].contiguous()
+        return MergeSubspace("value", rows, times_moment(rows, moment), alone)
     v = weights.v[None]
     return MergeSubspace("value", v, v if moment is None else times_moment(weights.v, moment)[None], costs[None])
 

@@ -211,8 +211,8 @@ def _layouts_are_recorded(layouts: Sequence[AttentionLayout], arguments: Mapping
 def _read_through(checkpoint: Checkpoint, recorded: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """Return the names of the tensors that are not finite, and of those that are not the recorded ones."""
     bad, changed = [], []
-    for name in checkpoint.tensors:
-        tensor = checkpoint.read(name)
+    for name, entry in checkpoint.stored.items():
+        tensor = checkpoint.read_stored(entry)
         if has_nonfinite(tensor):
             bad.append(name)
         if recorded and hashlib.sha256(as_bytes(tensor).numpy().data).hexdigest() != recorded.get(name):

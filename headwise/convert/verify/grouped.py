@@ -9,6 +9,7 @@ from torch import Tensor
 
 from headwise.convert.gqa.merge import merge_heads
 from headwise.convert.verify.layer_inputs import StockAttention, attention_inputs, check_tokens, relative_error
+from headwise.convert.verify.rounded import is_stored, rounds_weights
 from headwise.convert.verify.whole_model import compare_logits
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import Architecture, find_architecture
@@ -148,12 +149,14 @@ def compare_grouped(
         if compare
         and not trained
         and n in parent.tensors
-        and not torch.equal(parent.read(n).to(checkpoint.tensors[n].dtype), checkpoint.read(n))
+        and not is_stored(checkpoint, n, parent.read(n).to(checkpoint.tensors[n].dtype))
     ]
     if lost or changed:
         return False, f"outside the converted attention {', '.join([*lost, *changed][:3])} differ from the parent's"
     if trained:
         return True, "the parent's names and configuration; its weights were trained since"
+    if rounds_weights(checkpoint):
+        return True, f"{len(rest)} tensors outside the converted attention are the parent's, some rounded to FP8"
     if any(b.num_key_value_heads < a.num_key_value_heads for a, b in zip(before, after, strict=True)):
         return True, f"{len(rest)} tensors outside the converted attention are the parent's"
     attention, reference = StockAttention(checkpoint.config, arch), StockAttention(parent.config, old)

@@ -12,6 +12,7 @@ from headwise.compat import cache_layers, cache_of, no_progress_bars
 from headwise.convert.calibration.layer_stream import LayerStream
 from headwise.convert.calibration.pair_corpus import special_tokens
 from headwise.convert.verify.layer_inputs import TOKENS, check_pairs, check_tokens, relative_error
+from headwise.io.quantized.quantization import PLAIN_DTYPE
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import find_architecture
 from headwise.models.layout import AttentionLayout
@@ -52,14 +53,16 @@ def check_loading(
     import transformers
 
     with no_progress_bars():
+        # Quantised weights are compared as they are read here, rounded to bfloat16.
+        dtype = torch.float32 if checkpoint.is_plain else PLAIN_DTYPE
         model, info = getattr(transformers, stock.auto_class).from_pretrained(
             checkpoint.folder,
-            dtype=torch.float32,
+            dtype=dtype,
             output_loading_info=True,
             trust_remote_code=False,
             **eager_if_capped(stock_config(checkpoint.config)),
         )
-    model = model.to(device)
+    model = model.to(device, torch.float32)
     wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
     if wrong:
         return False, f"from_pretrained reports {wrong}"

@@ -39,6 +39,7 @@ class Form:
         optional: likewise, of tensors that may be absent.
         plan: returns the plain shape and the computation, from the parts and the settings; raises ValueError with
             the reason for which the parts cannot be read.
+        carried: whether a conversion that does not change such weights carries them over as they are stored.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class Form:
     parts: Mapping[str, str]
     plan: Callable[[Parts, Mapping[str, Any], Load], Plan]
     optional: Mapping[str, str] = field(default_factory=dict)
+    carried: bool = False
 
     def find(self, name: str, entry: TensorEntry, stored: Parts) -> tuple[str, dict[str, TensorEntry]] | None:
         """Return the plain name and the parts of a weight; None if the tensor holds no codes of this form.
@@ -263,7 +265,7 @@ FORMS: Mapping[str, tuple[Form, ...]] = {
             {"zero": ".weight_zero_point", "group_index": ".weight_g_idx"},
         ),
     ),
-    "mxfp4": (Form("MXFP4", "_blocks", "", (torch.uint8,), {"scales": "_scales"}, _plan_mxfp4),),
+    "mxfp4": (Form("MXFP4", "_blocks", "", (torch.uint8,), {"scales": "_scales"}, _plan_mxfp4, carried=True),),
     "gptq": (Form("GPTQ", ".qweight", ".weight", (torch.int32,), _QWEIGHT, _plan_gptq, {"groups": ".g_idx"}),),
     "awq": (Form("AWQ", ".qweight", ".weight", (torch.int32,), _QWEIGHT, _plan_awq),),
     "bitsandbytes": (

@@ -99,8 +99,8 @@ class Quantization:
         """A line of a plan about what is read."""
         listed = ", ".join(f"{count:,} in {kind}" for kind, count in self.kinds.items())
         return (
-            f"The source is quantised ({self.method}): {listed}. Each is dequantised as its stock loader does and "
-            f"read in {dtype_name(PLAIN_DTYPE)}; config.json loses the quantization entry."
+            f"The source is quantised ({self.method}): {listed}. Each weight is dequantised as its stock loader "
+            f"does, and read in {dtype_name(PLAIN_DTYPE)}."
         )
 
 

@@ -1,0 +1,153 @@
+"""How an output is stored: block FP8 in the stock format, experts of gpt-oss as their source has them, or plain."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from headwise import convert_model, verify_model
+from headwise.convert.plan import Plan
+from headwise.errors import HeadwiseError, SettingError
+from headwise.io.quantized.fp8 import round_to_blocks
+from headwise.io.reader import open_checkpoint
+from tests import tiny_models
+
+WIDE: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "attention_bias": False,
+}
+SMALL: dict[str, Any] = {"rank": 128, "rope_dim": 32, "calibrate": "none", "engines": "llama.cpp"}
+UNCALIBRATED: dict[str, Any] = {"to": "mqa", "calibrate": "none"}
+
+
+def entry_of(folder: Path) -> dict[str, Any] | None:
+    entry: dict[str, Any] | None = tiny_models.read_config(folder).get("quantization_config")
+    return entry
+
+
+def save_gpt_oss(folder: Path) -> Path:
+    """A tiny gpt-oss with its experts in MXFP4, as published."""
+    tiny_models.save("gpt_oss", folder, torch.bfloat16, hidden_size=64, intermediate_size=32)
+    generator = torch.Generator().manual_seed(9)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        shape = (experts, outputs, inputs // 32)
+        tensors[f"{name}_blocks"] = torch.randint(256, (*shape, 16), generator=generator, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(118, 124, shape, generator=generator, dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    entry = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    config = tiny_models.read_config(folder) | {"quantization_config": entry}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_block_fp8_is_loaded_by_the_stock_class(tmp_path: Path) -> None:
+    source = tiny_models.save("llama", tmp_path / "model", torch.bfloat16, **WIDE)
+    out = tmp_path / "out"
+    convert_model(source, out, **UNCALIBRATED, requantize="fp8")
+    plain = tmp_path / "plain"
+    convert_model(source, plain, **UNCALIBRATED)
+    kept = entry_of(out)["modules_to_not_convert"]  # type: ignore[index]
+    assert "lm_head" in kept and "model.layers.1.self_attn.k_proj" in kept  # 64 rows are no whole block
+    stored, expected = load_file(out / "model.safetensors"), load_file(plain / "model.safetensors")
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    for name, tensor in model.state_dict().items():
+        values = expected[name]
+        if f"{name}_scale_inv" in stored:
+            assert stored[name].dtype == torch.float8_e4m3fn
+            values = round_to_blocks(values)
+        assert torch.equal(tensor, values), name
+    assert sum(name.endswith("_scale_inv") for name in stored) == 10
+    assert verify_model(out, source).passed and verify_model(out, hashes=True).passed
+
+
+def test_projections_of_the_latent_stay_in_full(tmp_path: Path) -> None:
+    source = tiny_models.save("llama", tmp_path / "model", torch.bfloat16, **WIDE)
+    convert_model(source, tmp_path / "out", to="mla", requantize="fp8", **SMALL)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa"):
+        assert stored[f"model.layers.0.self_attn.{name}.weight"].dtype == torch.bfloat16
+        assert f"model.layers.0.self_attn.{name}" in entry_of(tmp_path / "out")["modules_to_not_convert"]  # type: ignore[index]
+    assert stored["model.layers.0.self_attn.kv_b_proj.weight"].dtype == torch.float8_e4m3fn
+    assert verify_model(tmp_path / "out", source).passed
+
+
+def test_an_fp8_source_keeps_the_bytes_of_what_does_not_change(tmp_path: Path) -> None:
+    source = tiny_models.save("llama", tmp_path / "model", torch.bfloat16, **WIDE)
+    convert_model(source, tmp_path / "fp8", requantize="fp8")
+    convert_model(tmp_path / "fp8", tmp_path / "out", to="mha", requantize="fp8")
+    before, after = (load_file(tmp_path / f / "model.safetensors") for f in ("fp8", "out"))
+    for name, tensor in before.items():
+        if ".mlp." in name or ".q_proj." in name or ".o_proj." in name:
+            assert torch.equal(after[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    assert after["model.layers.0.self_attn.k_proj.weight"].dtype == torch.float8_e4m3fn  # 4 heads of 64 rows
+    convert_model(tmp_path / "fp8", tmp_path / "plain", dtype="bfloat16")
+    assert entry_of(tmp_path / "plain") is None and open_checkpoint(tmp_path / "plain").is_plain
+
+
+def test_the_experts_of_gpt_oss_are_carried_over(tmp_path: Path) -> None:
+    source, out = save_gpt_oss(tmp_path / "model"), tmp_path / "out"
+    result = convert_model(source, out, **UNCALIBRATED)
+    assert any("carried over as they are stored" in note for note in result.plan.notes)  # type: ignore[union-attr]
+    before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys() and entry_of(out) == entry_of(source)
+    for name in [n for n in before if n.endswith(("_blocks", "_scales")) or ".mlp." in n]:
+        assert torch.equal(before[name], after[name]), name
+    assert after["model.layers.0.self_attn.sinks"].shape == (9,)
+    assert verify_model(out, source).passed
+    convert_model(source, tmp_path / "plain", **UNCALIBRATED, dtype="bfloat16")
+    assert entry_of(tmp_path / "plain") is None
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    for name, tensor in load_file(tmp_path / "plain" / "model.safetensors").items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_as_many_groups_as_heads_leave_gpt_oss_as_it_is(tmp_path: Path) -> None:
+    source, out = save_gpt_oss(tmp_path / "model"), tmp_path / "out"
+    convert_model(source, out, to="gqa", groups=3, dtype="bfloat16")
+    parent = open_checkpoint(source)
+    for name, tensor in load_file(out / "model.safetensors").items():
+        assert torch.equal(parent.read(name), tensor), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"requantize": "int8"}, "`requantize` is 'int8'"),
+        ({"requantize": "fp8", "dtype": "float32"}, "stores bfloat16 weights: leave out `dtype`"),
+        ({"requantize": "fp8"}, "no matrix of this output has whole blocks"),
+    ],
+)
+def test_requantize_that_cannot_be_done(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    source = tiny_models.save("llama", tmp_path / "model", torch.bfloat16)
+    with pytest.raises(SettingError, match=message):
+        convert_model(source, tmp_path / "out", **UNCALIBRATED, **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_counts_what_is_stored(tmp_path: Path) -> None:
+    source = tiny_models.save("llama", tmp_path / "model", torch.bfloat16, **WIDE)
+    plan = convert_model(source, tmp_path / "out", to="mqa", requantize="fp8", dry_run=True)
+    assert isinstance(plan, Plan) and not plan.exact
+    convert_model(source, tmp_path / "out", **UNCALIBRATED, requantize="fp8")
+    assert plan.disk == (tmp_path / "out" / "model.safetensors").stat().st_size
+
+
+def test_weights_that_are_not_finite_are_refused_before_they_are_rounded(tmp_path: Path) -> None:
+    source = tiny_models.save("llama", tmp_path / "model", torch.bfloat16, **WIDE)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("inf")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(HeadwiseError, match=r"up_proj.* holds NaN or infinite"):
+        convert_model(source, tmp_path / "out", **UNCALIBRATED, requantize="fp8")
