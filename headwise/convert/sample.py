@@ -18,6 +18,7 @@ from headwise.io.tokenizer import load_tokenizer
 from headwise.io.workdir import write_file_atomically
 from headwise.models.architecture import find_architecture
 from headwise.models.stock_match import match_source, require_head
+from headwise.models.table import require_decoder
 from headwise.progress import SILENT, Progress
 from headwise.text.sampled import documents_of, sample_tokens
 from headwise.train.student import load_for_sampling
@@ -91,6 +92,7 @@ def sample_text(
         raise SettingError("out", f"The folder {path.parent} does not exist.", "Make the folder first.")
     where = find_device(device)
     checkpoint = match_source(open_checkpoint(model, revision=revision, token=token, progress=progress))
+    require_decoder(checkpoint.source, checkpoint.config, "sampled from")
     require_head(checkpoint, "text is sampled from its logits")
     precision = None if settings.dtype is None else getattr(torch, settings.dtype)
     result = write_samples(checkpoint, path, tokens, seed=seed, device=where, dtype=precision, progress=progress)

@@ -22,6 +22,7 @@ from headwise.io.reader import read_headers
 from headwise.io.source import find_source
 from headwise.kernels.patch import disable, enable, enabled
 from headwise.models.stock import load_model
+from headwise.models.table import require_decoder
 from headwise.progress import SILENT, Progress
 
 # Share of the memory for activations, logits and the allocator, beside weights and cache.
@@ -126,8 +127,14 @@ def bench_model(
     where, precision = find_device(settings.device), getattr(torch, settings.dtype)
     limit: Any = settings.memory
     same_batch, equal_memory = [], []
-    for source, at in ((baseline, revision), (child, None)):
-        checkpoint = read_headers(find_source(source, revision=at, token=token, progress=progress))
+    found = [
+        find_source(source, revision=at, token=token, progress=progress)
+        for source, at in ((baseline, revision), (child, None))
+    ]
+    for each in found:
+        require_decoder(each.name, each.config, "timed")
+    for source, each in zip((baseline, child), found, strict=True):
+        checkpoint = read_headers(each)
         model: Any = load_model(checkpoint, "AutoModelForCausalLM", precision).to(where).eval()
         same_batch.append(time_decoding(model, str(source), context, batch, steps))
         if limit is not None:

@@ -22,7 +22,7 @@ from headwise.models.config import dtype_of, has_stock_class
 from headwise.models.protocol import AttentionModel, find_attention_model
 from headwise.models.stock import load_model, stock_config
 from headwise.models.stock_match import require_head
-from headwise.models.table import why_no_decoder
+from headwise.models.table import require_decoder
 from headwise.progress import SILENT, Progress
 from headwise.records.manifest import hash_file
 
@@ -123,11 +123,7 @@ def find_model(model: str | Path, *, token: str | None = None, progress: Progres
             no language-model head.
     """
     source = find_source(model, token=token, progress=progress)
-    if reason := why_no_decoder(source.config):
-        raise HeadwiseError(
-            f"{model} cannot be evaluated: {reason}.",
-            "`headwise eval` measures decoder-only language models, alone or inside a multimodal model.",
-        )
+    require_decoder(str(model), source.config, "evaluated")
     attention = cache_bytes = parameters = None
     with suppress(HeadwiseError):  # a model that headwise cannot convert can still be evaluated
         quantization_of(source.config)

@@ -269,6 +269,24 @@ def supported_types() -> dict[str, list[str]]:
     return {family: sorted(types) for family, types in families.items()}
 
 
+def require_decoder(source: str, config: dict[str, Any], purpose: str) -> None:
+    """Refuse a model that is no decoder-only language model, such as an encoder-decoder, from its config alone.
+
+    Args:
+        source: the user's name of the model.
+        config: its config.json.
+        purpose: what cannot be done with it, as in "cannot be evaluated".
+
+    Raises:
+        HeadwiseError: it is another model.
+    """
+    if reason := why_no_decoder(config):
+        raise HeadwiseError(
+            f"{source} cannot be {purpose}: {reason}.",
+            "That works for decoder-only language models, alone or inside a multimodal model.",
+        )
+
+
 def _unsupported(model_type: Any, table: Table, config: dict[str, Any]) -> HeadwiseError:
     known = sorted([*table.rows, *table.wrappers, *table.composites])
     listed = "`headwise inspect --types` lists the supported types."

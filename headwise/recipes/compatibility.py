@@ -8,6 +8,7 @@ from typing import Any
 from headwise.errors import HeadwiseError, SettingError
 from headwise.io.tokenizer import load_tokenizer
 from headwise.models.stock_match import require_head
+from headwise.models.table import require_decoder
 from headwise.recipes.layerwise import check_layerwise
 from headwise.recipes.settings import UptrainRecipe
 from headwise.text.sources import SELF, Data, overlapping
@@ -56,6 +57,7 @@ def check_compatible(
     check_text(recipe.data)
     for folder in (student, teacher):
         if folder is not None and not folder.is_latent:
+            require_decoder(folder.checkpoint.source, folder.checkpoint.config, "trained")
             require_head(folder.checkpoint, "the training compares its logits")
     length, config = recipe.data.length, student.text
     longest = getattr(config, "max_position_embeddings", None) or length

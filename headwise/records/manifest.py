@@ -146,7 +146,7 @@ def make_manifest(
             ),
         },
         "cache": {"before": _cache_bytes(plan.cache_before), "after": _cache_bytes(plan.cache_after)},
-        **({"parts": [asdict(part) for part in plan.parts]} if plan.parts else {}),
+        "parts": [asdict(part) for part in plan.parts],
         "parameters": {"before": plan.parameters_before, "after": plan.parameters_after},
         "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},
         "engines": [verdict.to_dict() for verdict in plan.engines],

@@ -11,7 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
-from headwise import convert_model, verify_model
+from headwise import (
+    bench_model,
+    convert_model,
+    evaluate_model,
+    sample_text,
+    uptrain_model,
+    verify_model,
+)
 from headwise.convert.gqa.merge import replicate_heads
 from headwise.errors import HeadwiseError, SettingError
 from headwise.models.architecture import find_architecture
@@ -74,6 +81,21 @@ def test_a_joint_refit_and_mla_are_refused(model: Path, tmp_path: Path) -> None:
         convert_model(model, tmp_path / "out", to="mqa", refit="joint")
     with pytest.raises(HeadwiseError, match="cannot become MLA"):
         convert_model(model, tmp_path / "out", to="mla", cache=0.5)
+
+
+def test_the_other_verbs_refuse_an_encoder_decoder_before_any_work(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("words " * 9000)
+    calls = [
+        lambda: evaluate_model(model, model, report=tmp_path / "report"),
+        lambda: uptrain_model(model, tmp_path / "out", teacher=model, tokens=4096, text=str(text)),
+        lambda: bench_model(model, model, context=8),
+        lambda: sample_text(model, tmp_path / "out.jsonl", tokens=64),
+    ]
+    for call in calls:
+        with pytest.raises(HeadwiseError, match="is an encoder-decoder model"):
+            call()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "text.txt"}
 
 
 def test_a_decoder_only_model_has_the_part_text(tmp_path: Path) -> None:

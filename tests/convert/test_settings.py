@@ -184,6 +184,7 @@ RIGHT: dict[str, list[Any]] = {
     "groups": [1, 2],
     "method": [*registry.method_names("merge"), *registry.method_names("latent")],
     "grouping": ["optimal", "contiguous"],
+    "part": [("text",), ("decoder", "encoder"), ("decoder=2", "cross=3")],
     "rank": [4],
     "rope_dim": [4],
     "cache": [0.125, 1.0],

@@ -137,7 +137,7 @@ def targets(checkpoint: Checkpoint, groups: int, method: str) -> tuple[GroupedTa
         arch,
         config,
         checkpoint.config,
-        groups=groups,
+        changed={"text"},
     )
     given = partial(ConvertSettings, to="gqa", groups=groups, method=method, grouping="contiguous", refit="off")
     return make(given()), make(given(save_moments="moments"))
