@@ -134,6 +134,9 @@ _QWEN_VISION = {
 }
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
 
+# The tokens of an image, inside the small vocabulary.
+_IMAGE_TOKENS = {"image_token_id": 60, "video_token_id": 59, "vision_start_token_id": 58, "vision_end_token_id": 57}
+
 CONFIGS |= {
     "llava": {
         "text_config": _COMMON | CONFIGS["llama"] | {"model_type": "llama"},
@@ -142,25 +145,51 @@ CONFIGS |= {
     },
     "mistral3": {
         "text_config": _COMMON | CONFIGS["mistral"] | {"model_type": "mistral"},
-        "vision_config": _CLIP | {"model_type": "pixtral"},
+        "vision_config": _CLIP | {"model_type": "pixtral", "image_size": 16},
         "image_token_index": 60,
     },
     "gemma3": {
         "text_config": _COMMON | CONFIGS["gemma3_text"] | {"model_type": "gemma3_text"},
         "vision_config": _CLIP | {"model_type": "siglip_vision_model"},
         "mm_tokens_per_image": 4,
+        "image_token_index": 60,
+    },
+    "paligemma": {
+        "text_config": _COMMON | _heads(9, 3, 8) | {"model_type": "gemma"},
+        "vision_config": _CLIP | {"model_type": "siglip_vision_model", "vision_use_head": False},
+        "image_token_index": 60,
+        "projection_dim": 36,
+        "hidden_size": 36,
+        "tie_word_embeddings": False,
+    },
+    "idefics2": {
+        "text_config": _COMMON | CONFIGS["mistral"] | {"model_type": "mistral"},
+        "vision_config": {k: v for k, v in _CLIP.items() if k not in ("projection_dim", "model_type")},
+        "perceiver_config": {
+            "hidden_size": 36,
+            "resampler_n_latents": 3,
+            "resampler_depth": 1,
+            "resampler_n_heads": 4,
+            "resampler_head_dim": 6,
+            "num_key_value_heads": 2,
+        },
+        "image_token_id": 60,
+        "tie_word_embeddings": False,
     },
     "qwen2_vl": {
         "text_config": _COMMON | _heads(14, 2) | {"hidden_size": 112} | _MROPE,
         "vision_config": _QWEN_VISION | {"embed_dim": 8, "hidden_size": 112},
+        **_IMAGE_TOKENS,
     },
     "qwen2_5_vl": {
         "text_config": _COMMON | _heads(14, 2) | {"hidden_size": 112} | _MROPE,
         "vision_config": _QWEN_VISION | {"out_hidden_size": 112},
+        **_IMAGE_TOKENS,
     },
     "qwen3_vl": {
         "text_config": _COMMON | _heads(14, 2, 8) | {"hidden_size": 112} | _MROPE,
         "vision_config": _QWEN_VISION | {"out_hidden_size": 112, "deepstack_visual_indexes": [0]},
+        **_IMAGE_TOKENS,
     },
 }
 
@@ -174,6 +203,7 @@ _MODULE = (
 
 # Models of several attention stacks, and models without a cache.
 OTHERS: dict[str, dict[str, Any]] = {
+    "eurobert": _COMMON | _heads(6, 3, 8) | {"attention_bias": True},
     "t5gemma": {
         "encoder": _MODULE
         | {"hidden_size": 48, "num_hidden_layers": 2, "layer_types": _SLIDING["layer_types"][:2]},
@@ -262,6 +292,33 @@ def inputs_of(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
     if not model.config.is_encoder_decoder:
         return {"input_ids": tokens()}
     return {"input_ids": tokens(), "decoder_input_ids": tokens(9).flip(0)}
+
+
+def image_inputs(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the arguments of a vision-language model for one prompt with one image in it."""
+    config = model.config
+    generator = torch.Generator().manual_seed(8)
+    model_type = config.model_type
+    if hasattr(config.vision_config, "spatial_merge_size") and hasattr(config.vision_config, "temporal_patch_size"):
+        vision = config.vision_config  # patches of one image, four of which make a token
+        patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        pixels = {
+            "pixel_values": torch.randn(16, patch, generator=generator),
+            "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        }
+        count = 4
+    else:
+        height = 16 if model_type == "mistral3" else 8
+        images = torch.randn(1, 3, height, 8, generator=generator)
+        count = {"mistral3": 2, "idefics2": 3}.get(model_type, 4)
+        pixels = {"pixel_values": images[None] if model_type == "idefics2" else images}
+        if model_type == "mistral3":
+            pixels["image_sizes"] = torch.tensor([[height, 8]])
+    ids = torch.cat([tokens()[0, :3], torch.full((count,), 60), tokens()[0, 3:]])[None]
+    more = {"token_type_ids": (ids == 60).long()} if model_type in ("gemma3", "paligemma") else {}
+    if "image_grid_thw" in pixels:
+        more = {"mm_token_type_ids": (ids == 60).int()}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels, **more}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

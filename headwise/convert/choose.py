@@ -30,8 +30,8 @@ def choose_target(checkpoint: Checkpoint, arch: Architecture, settings: ConvertS
     """
     dtype: torch.dtype | None = getattr(torch, settings.dtype) if settings.dtype else None
     config = arch.with_groups(checkpoint.config, {})
-    if arch.parts:
-        _refuse_positions(arch, settings)
+    if not arch.is_decoder:
+        _refuse_positions(checkpoint, settings)
     if settings.dtype is not None:
         for part in (config, arch.text_config(config)):
             part["dtype"] = part["torch_dtype"] = settings.dtype
@@ -86,13 +86,12 @@ def part_counts(
     return counts
 
 
-def _refuse_positions(arch: Architecture, settings: ConvertSettings) -> None:
-    """Raise SettingError for settings that act on the positions of a decoder alone."""
+def _refuse_positions(checkpoint: Checkpoint, settings: ConvertSettings) -> None:
+    """Raise SettingError for settings that act on the positions of a decoder."""
     for name in ("context", "sliding_window"):
         if getattr(settings, name) is not None:
             raise SettingError(
                 name,
-                f"`{name}` acts on models of one attention stack, and {arch.wrapper} has "
-                f"{', '.join(part.part for part in arch.parts)}.",
+                f"`{name}` acts on decoder-only models, and {checkpoint.source} is none.",
                 f"Leave out `{name}`.",
             )

@@ -61,16 +61,19 @@ class Architecture(ArchitectureRow):
         """Whether the model is an encoder-decoder, which reads a source and a target."""
         return len({part.module for part in self.parts}) > 1
 
+    @property
+    def is_decoder(self) -> bool:
+        """Whether the model has one attention stack, with a cache."""
+        return self.cached and not self.parts
+
     def at(self, layer: int) -> tuple[Architecture, int]:
         """Return the row of a layer, and the layer's number in the stack of that row.
 
         Args:
             layer: index of the layer.
         """
-        if not self.parts:
-            return self, layer
-        part, number = self.order[layer]
-        return self.parts[part], number
+        part, number = self.order[layer] if self.parts else (0, layer)
+        return (self.parts[part] if self.parts else self), number
 
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the part of `config` that describes the language model; the same dictionary, not a copy.
@@ -125,11 +128,10 @@ class Architecture(ArchitectureRow):
         rotary_dim = 0 if self.states else rotary_width(stock.rope_parameters, head_dim)
         layer_types = getattr(stock, "layer_types", None) or [None] * stock.num_hidden_layers
         has_rope = getattr(stock, self.rope_flags) if self.rope_flags else [True] * stock.num_hidden_layers
-        window = positive_size(stock, "sliding_window") if getattr(stock, "sliding_window", None) else None
+        windowed = not self.states and getattr(stock, "sliding_window", None)
+        window = positive_size(stock, "sliding_window") if windowed else None
         if self.rope_layer_types and window:
             has_rope = [layer_type in self.rope_layer_types for layer_type in layer_types]
-        if self.states:
-            window = None
         return [
             AttentionLayout(
                 num_attention_heads=heads,
@@ -395,10 +397,9 @@ class Architecture(ArchitectureRow):
             if isinstance(num_key_value_heads, int):
                 num_key_value_heads = {p.part: num_key_value_heads for p in self.parts if p.cached}
             counts = {p.count_key: num_key_value_heads[p.part] for p in self.parts if p.part in num_key_value_heads}
-            new = config
             for p in self.parts:
-                new = p.with_groups(new, counts.get(p.count_key, p.layouts(config)[0].num_key_value_heads))
-            return new
+                config = p.with_groups(config, counts.get(p.count_key, p.layouts(config)[0].num_key_value_heads))
+            return config
         count = num_key_value_heads
         if not isinstance(count, int):
             count = count.get(self.part, self.layouts(config)[0].num_key_value_heads)

@@ -9,18 +9,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
 from headwise import (
     bench_model,
     convert_model,
     evaluate_model,
+    inspect_model,
     sample_text,
     uptrain_model,
     verify_model,
 )
 from headwise.convert.gqa.merge import replicate_heads
 from headwise.errors import HeadwiseError, SettingError
+from headwise.io.source import EMBEDDED_MODEL
+from headwise.models import table
 from headwise.models.architecture import find_architecture
 from tests import tiny_models
 from tests.models.test_architecture import random_gauge
@@ -63,8 +66,8 @@ def test_each_part_gets_its_number(model: Path, tmp_path: Path, settings: dict[s
     [
         ({"groups": 2, "part": "text"}, "part", "t5gemma has encoder, decoder, cross"),
         ({"part": ["decoder=2", "cross=3"]}, "part", "one number for both"),
-        ({"groups": 2, "context": 4096}, "context", "models of one attention stack"),
-        ({"groups": 2, "sliding_window": 4}, "sliding_window", "models of one attention stack"),
+        ({"groups": 2, "context": 4096}, "context", "acts on decoder-only models"),
+        ({"groups": 2, "sliding_window": 4}, "sliding_window", "acts on decoder-only models"),
         ({"groups": 4}, "groups", "Layer 2 has 6 key-value heads, which cannot become 4"),
     ],
 )
@@ -112,24 +115,73 @@ def logits(folder: Path) -> torch.Tensor:
         return loaded(**tiny_models.inputs_of(loaded)).logits
 
 
-@pytest.mark.parametrize("grouping", ["optimal", "contiguous"])
-def test_heads_that_compute_the_same_merge_without_loss(tmp_path: Path, grouping: str) -> None:
-    """Every second KV head is the first one in other coordinates, in all parts: half the heads are enough."""
-    folder = tiny_models.save("t5gemma", tmp_path / "model")
+def test_an_encoder_has_no_cache_to_save(tmp_path: Path) -> None:
+    folder = tiny_models.save("eurobert", tmp_path / "model", num_attention_heads=12, num_key_value_heads=6)
+    tokenizer = Path(EMBEDDED_MODEL)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tokenizer / name).read_bytes())
+    inspection = inspect_model(folder)
+    assert inspection.cache.bytes_per_token == 0 and {o.saved for o in inspection.options} == {0.0}
+    result = convert_model(folder, tmp_path / "out", **TO_GQA, groups=3)
+    assert "encoder: GQA, 6 KV heads -> GQA, 3 KV heads; no cache to save" in str(result.plan)
+    assert result.plan.parameters_after < result.plan.parameters_before
+    assert result.verification is not None and result.verification.passed
+    assert verify_model(tmp_path / "out", folder).passed
+    assert convert_model(tmp_path / "out", tmp_path / "back", to="mha").verification.passed  # type: ignore[union-attr]
+    with pytest.raises(SettingError, match="trains decoder-only models"):
+        convert_model(folder, tmp_path / "no", to="mqa", refit="joint")
+    with pytest.raises(HeadwiseError, match="cannot be evaluated"):
+        evaluate_model(tmp_path / "out", folder)
+
+
+def double_heads(folder: Path) -> dict[str, Any]:
+    """Give every part twice the KV heads, each second one the first in other coordinates, and return the config."""
     config = tiny_models.read_config(folder)
-    arch = find_architecture(config)
     tensors = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
-    parts = {"encoder": 6, "decoder": 6}
-    twice = arch.with_groups(config, parts)
-    for layer in range(len(arch.order)):
-        weights = arch.read_layer(config, layer, tensors)
-        old = weights.layout
-        gauged = random_gauge(replicate_heads(weights, 2), seed=layer)
-        assert gauged.layout.num_key_value_heads == 2 * old.num_key_value_heads
+    arch = find_architecture(config, tensors)
+    layouts = arch.layouts(config)
+    twice = arch.with_groups(config, {layout.part: 2 * layout.num_key_value_heads for layout in layouts})
+    for layer in range(len(layouts)):
+        gauged = random_gauge(replicate_heads(arch.read_layer(config, layer, tensors), 2), seed=layer)
         tensors |= arch.write_layer(twice, layer, gauged, torch.float64)
     rounded = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
     save_file(rounded, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(twice))
+    return config
+
+
+@pytest.mark.parametrize("model_type", sorted(table.load_table().wrappers))
+def test_an_image_in_the_prompt_gives_the_same_logits(tmp_path: Path, model_type: str) -> None:
+    """Half the heads are copies in other coordinates: a conversion to half changes nothing, with an image too."""
+    heads = {"num_attention_heads": 12, "num_key_value_heads": 3}
+    if model_type.startswith("qwen"):
+        heads |= (
+            {"head_dim": 8} if model_type == "qwen3_vl" else {"num_attention_heads": 14, "num_key_value_heads": 7}
+        )
+    folder = tiny_models.save(model_type, tmp_path / "model", **heads)
+    double_heads(folder)
+
+    def run(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+        loaded = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float64).eval()
+        given = tiny_models.image_inputs(loaded)
+        given["pixel_values"] = given["pixel_values"].double()
+        other = given | {"pixel_values": given["pixel_values"].flip(-1)}
+        with torch.no_grad(), tiny_models.float64_throughout():
+            return loaded(**given).logits, loaded(**other).logits
+
+    before, moved = run(folder)
+    assert float((moved - before).abs().max()) > 1e-3, "the image has no effect"
+    result = convert_model(folder, tmp_path / "out", **TO_GQA, groups=heads["num_key_value_heads"])
+    after = run(tmp_path / "out")[0]
+    assert float((after - before).abs().max() / before.abs().max()) < 1e-4
+    assert result.verification is not None and result.verification.passed
+
+
+@pytest.mark.parametrize("grouping", ["optimal", "contiguous"])
+def test_heads_that_compute_the_same_merge_without_loss(tmp_path: Path, grouping: str) -> None:
+    """Every second KV head is the first one in other coordinates, in all parts: half the heads are enough."""
+    folder = tiny_models.save("t5gemma", tmp_path / "model")
+    double_heads(folder)
     before = logits(folder)
     convert_model(
         folder, tmp_path / "out", **TO_GQA, part=["encoder=3", "decoder=3"], method="optimal", grouping=grouping

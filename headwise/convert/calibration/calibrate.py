@@ -209,9 +209,9 @@ def plan_loss(
 
     Returns:
         The calibration with its held-back text; without calibration, held-back text of the mixture. None for a
-        conversion that loses nothing.
+        conversion that loses nothing, and for a model that is no decoder.
     """
-    if arch.reads_pairs:
+    if not arch.is_decoder:
         return None
     if calibration is not None and calibration.reuse is None:
         return calibration

@@ -105,6 +105,8 @@ def choose_text(
         return TextChoice(MIXTURE, "a model whose weights may hold NaN is not sampled from")
     if arch.reads_pairs:
         return TextChoice(SAMPLED, "the targets are the model's own outputs on sources of the mixture")
+    if not arch.cached:
+        return TextChoice(MIXTURE, "an encoder writes no text")
     if arch.auto_class != "AutoModelForCausalLM":
         return TextChoice(MIXTURE, "the model reads more than text, and is not sampled from")
     if tokens < FEWEST_SAMPLED:

@@ -70,12 +70,11 @@ def plan_joint(
     Raises:
         SettingError: `refit` is "joint", and the source has no language-model head.
     """
-    if arch.parts:
+    if not arch.is_decoder:
         if settings.refit == "joint":
             raise SettingError(
                 "refit",
-                f"`refit` joint trains decoder-only models, and {arch.wrapper} has "
-                f"{', '.join(part.part for part in arch.parts)}.",
+                f"`refit` joint trains decoder-only models, and {checkpoint.source} is none.",
                 "Give `refit` layers or off.",
             )
         return None
