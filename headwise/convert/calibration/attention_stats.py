@@ -93,15 +93,13 @@ class AttentionStats:
                 self._keys = attended.double() if self._keys is None else self._keys + attended.double()
                 self._weight += float(share.sum())
                 if states is None:
-                    self._add_distances(weights, index)
+                    self._add_distances(weights)
         finally:
             attention.config._attn_implementation = before
 
-    def _add_distances(self, weights: Tensor, index: Tensor) -> None:
+    def _add_distances(self, weights: Tensor) -> None:
         """Add the attention weights (heads, length, length) by their distance."""
-        distance = (index[:, None] - index[None]).abs().flatten()
-        by_distance = weights.new_zeros(weights.shape[0], len(index), dtype=torch.float64)
-        by_distance.index_add_(1, distance, weights.flatten(1).double())
+        by_distance = torch.stack([sum_by_distance(head) for head in weights])
         self._distances = by_distance if self._distances is None else self._distances + by_distance
 
     def result(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -111,6 +109,22 @@ class AttentionStats:
         if distances is not None:
             distances = distances / distances.sum(-1, keepdim=True)
         return self._moment / self._weight, self._keys / self._keys[-1, -1], distances
+
+
+def sum_by_distance(weights: Tensor) -> Tensor:
+    """Return the sums of attention weights over equal distances between query and token, (length,), float64.
+
+    The order of each sum is fixed. On a GPU, `index_add_` sums in an order that changes from run to run.
+
+    Args:
+        weights: (length, length), queries by tokens.
+    """
+    length = len(weights)
+    # Rows are reversed and shifted by one each, so that a column holds one distance.
+    skewed = torch.nn.functional.pad(weights.flip(1).double(), (0, length)).flatten()[:-length]
+    sums = skewed.view(length, 2 * length - 1).sum(0)
+    earlier, later = sums[length - 1 :], sums[: length - 1].flip(0)
+    return torch.cat([earlier[:1], earlier[1:] + later])
 
 
 def _row(value: Any, index: int, sequences: int) -> Any:

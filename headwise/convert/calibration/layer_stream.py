@@ -24,6 +24,8 @@ from headwise.models.stock import StopForward, capture_layer_calls, empty_model,
 
 # Tokens run through a layer at once: bounds the memory of the widest intermediate, not the result.
 TOKENS_AT_ONCE = 4096
+# Hidden states stay on a GPU between layers if they take no more than this share of its free memory.
+SHARE_OF_HIDDEN = 0.1
 # Sequences whose attention weights are measured; each takes heads x length^2 numbers.
 NUM_ATTENTION_SEQUENCES = 16
 
@@ -238,7 +240,8 @@ class LayerStream:
         for name in checkpoint.tensors:
             head = ".".join(name.split(".")[:depth]) + "."
             (self._names[prefixes[head]] if head in prefixes else self._other).append(name)
-        self._hidden, self._arguments = self._embed(tokens)
+        hidden, self._arguments = self._embed(tokens)
+        self._hidden = hidden.to(self._device) if _has_room(self._device, hidden.nbytes) else hidden
 
     def __iter__(self) -> Iterator[LayerRecord]:
         return self.records()
@@ -299,7 +302,7 @@ class LayerStream:
         for part in self._parts():
             output = layer(self._hidden[part].to(self._device), *args, **kwargs)
             self._tuples = isinstance(output, tuple)
-            self._hidden[part] = _first(output).cpu()
+            self._hidden[part] = _first(output)
 
     def _parts(self) -> list[slice]:
         sequences, length, _ = self._hidden.shape
@@ -328,7 +331,7 @@ class LayerStream:
         for part in self._parts():
             out = layer(self._hidden[part].to(self._device), *args, **kwargs)
             recorder.add(part)
-            self._hidden[part] = _first(out).cpu()
+            self._hidden[part] = _first(out)
         return recorder.result()
 
     @contextmanager
@@ -383,7 +386,8 @@ class LayerStream:
 
     def _load(self, names: Collection[str]) -> None:
         """Load tensors of the checkpoint into the model."""
-        tensors = {name: self._checkpoint.read(name) for name in names}
+        # Moved first: the device changes their dtype, and fewer bytes are moved.
+        tensors = {name: self._checkpoint.read(name).to(self._device) for name in names}
         if self._stored is not None:
             tensors = {n: t.to(self._stored) if t.is_floating_point() else t for n, t in tensors.items()}
         load_into(self._model, tensors, self._device)
@@ -394,6 +398,11 @@ class LayerStream:
             if parameter.device.type != "meta":
                 owner, _, leaf = name.rpartition(".")
                 setattr(self._model.get_submodule(owner), leaf, nn.Parameter(parameter.to("meta"), False))
+
+
+def _has_room(device: torch.device, nbytes: int) -> bool:
+    """Return whether a device is a GPU on which the hidden states of all tokens leave most of the memory free."""
+    return device.type == "cuda" and SHARE_OF_HIDDEN * torch.cuda.mem_get_info(device)[0] > nbytes
 
 
 def _with_one(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from headwise.convert.calibration.attention_stats import NUM_ATTENTION_QUERIES
+from headwise.convert.calibration.attention_stats import NUM_ATTENTION_QUERIES, sum_by_distance
 from headwise.models.architecture import find_architecture
 from headwise.models.layout import LayerWeights
 from tests import tiny_models
@@ -55,3 +55,13 @@ def test_attention_statistics_are_those_of_the_weights(model_type, tmp_path):
         window = weights.layout.sliding_window
         if window:
             assert float(record.distances[:, window:].abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_sums_by_distance(length):
+    weights = torch.rand(length, length, generator=torch.Generator().manual_seed(0))
+    expected = [
+        sum(float(weights[i, j]) for i in range(length) for j in range(length) if abs(i - j) == distance)
+        for distance in range(length)
+    ]
+    assert sum_by_distance(weights).tolist() == pytest.approx(expected)
