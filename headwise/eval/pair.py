@@ -123,17 +123,10 @@ class EvalPair:
             return None
         start = time.perf_counter()
         self.progress.stage("acceptance", total=part.prompts, unit="prompts")
-        acceptance = None
-        try:
-            acceptance = measure_acceptance(
-                child,
-                parent,
-                self.inputs.prompts[: part.prompts],
-                new_tokens=part.new_tokens,
-                draft_tokens=part.draft_tokens,
-            )
-        except ValueError as error:
-            self.progress.warn(f"transformers cannot use one of the models in assisted generation: {error}")
+        prompts = self.inputs.prompts[: part.prompts]
+        acceptance = measure_acceptance(
+            child, parent, prompts, new_tokens=part.new_tokens, draft_tokens=part.draft_tokens
+        )
         self.progress.advance(part.prompts)
         self.seconds["acceptance"] = time.perf_counter() - start
         return acceptance

@@ -241,7 +241,7 @@ class GenerationComparison:
 
 @dataclass(frozen=True)
 class DraftAcceptance:
-    """The child as draft model of its parent, in the assisted generation of transformers.
+    """The child as draft model of its parent, in greedy speculative decoding.
 
     Attributes:
         prompts: number of prompts.
@@ -249,7 +249,6 @@ class DraftAcceptance:
         draft_tokens: tokens drafted in one step.
         rate: accepted tokens / drafted tokens.
         tokens_per_step: tokens per forward pass of the parent.
-        exact: share of outputs that equal the parent's own greedy output, token for token.
     """
 
     prompts: int
@@ -257,7 +256,6 @@ class DraftAcceptance:
     draft_tokens: int
     rate: float
     tokens_per_step: float
-    exact: float
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def full() -> Evaluation:
                 Continuation("The ", "cat", "dog"),
             ),
         ),
-        acceptance=DraftAcceptance(16, 64, 5, 0.871, 4.61, 1.0),
+        acceptance=DraftAcceptance(16, 64, 5, 0.871, 4.61),
         passkey=tuple(
             PasskeyCell(length, depth, 1.0 if length < 2048 else 0.4 + depth / 2, 1.0)
             for length in (512, 1024, 2048)

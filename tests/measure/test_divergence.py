@@ -97,7 +97,7 @@ def test_every_measure_finds_the_permuted_heads_of_one_layer(embedded: dict[str,
     drafts = measure_acceptance(
         embedded["permuted"], embedded["parent"], embedded["prompts"][:2], new_tokens=16, draft_tokens=4
     )
-    assert drafts.rate < 0.8 and drafts.exact == 1
+    assert drafts.rate < 0.8
 
 
 def test_a_scaled_residual_stream_is_not_an_error(embedded: dict[str, Any]) -> None:
