@@ -1,8 +1,8 @@
 """Measure speculative acceptance: the child drafts, its parent verifies (Leviathan et al. 2022, arXiv 2211.17192).
 
 Greedy speculative decoding writes the parent's own greedy text, whatever the draft. A drafted token is accepted
-if it and the drafted tokens before it are that text. So one forward pass of the child over the text decides every step,
-and no draft has to be generated. The share of accepted tokens is the child's value as a draft model.
+if it and the drafted tokens before it are that text. So one forward pass of the child over the text decides every
+step, and no draft has to be generated. The share of accepted tokens is the child's value as a draft model.
 """
 
 from __future__ import annotations
