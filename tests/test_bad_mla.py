@@ -76,9 +76,9 @@ def test_float16_has_no_room_for_the_latent_norm(tmp_path: Path, shape: tuple[st
     [
         ("olmo2", "normalises the outputs of attention and MLP in place of their inputs"),
         ("gemma3_text", "alternates windows with full attention"),
-        ("qwen3_moe", "its router is a softmax over experts"),
+        ("qwen2_moe", "a learned gate multiplies its shared expert"),
         ("gemma2", "soft-capped scores"),
-        ("mixtral", "its router is a softmax over experts"),
+        ("phimoe", "chooses experts by sparse mixing"),
         ("starcoder2", "LayerNorm"),
         ("gpt_neox", "LayerNorm"),
         ("mistral", "sliding_window is 5: no stock MLA model has a sliding window"),

@@ -5,6 +5,7 @@ The same command on the same kind of machine makes the same choice.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -206,8 +207,15 @@ def peak_memory(checkpoint: Checkpoint, arch: Architecture, target: Any, calibra
                 * max(layout.num_attention_heads * layout.cache_elements_per_token**2 for layout in layouts)
             )
     total = RESTING_BYTES + checkpoint.peak_bytes + int(3.5 * attention)
+    # Outside attention: a tensor in two copies, and its values in float64 while they are scaled. A stack of experts
+    # is made one by one.
+    names = {name for i in computed for name in target.converted_names(i)}
+    other = 0
+    for tensor in target.outputs:
+        if tensor.source is None and tensor.name not in names:
+            other = max(other, 2 * tensor.nbytes + 10 * math.prod(tensor.shape[-2:]))
     if calibration is None or calibration.reuse is not None:
-        return total + search + (2 * 8 * width * width if calibration else 0)
+        return max(total + search + (2 * 8 * width * width if calibration else 0), RESTING_BYTES + other)
     depth = arch.layers[0].count(".") + 1
     sizes: dict[str, int] = {}
     for name, entry in checkpoint.tensors.items():
@@ -231,7 +239,7 @@ def peak_memory(checkpoint: Checkpoint, arch: Architecture, target: Any, calibra
         fit = scores + (20 if calibration.steps else 8) * 4 * batch * length * width
     # The last four are never in memory together.
     peak: int = total + layer + hidden + moments + max(search, intermediate, attention_stats, fit)
-    return peak
+    return max(peak, RESTING_BYTES + other)
 
 
 def _scores_kept(layout: Any, stock: Any, sequences: int, length: int, trained: bool) -> int:

@@ -22,7 +22,6 @@ from headwise.models.layout import AttentionLayout, LatentWeights
 NORM_EPS = 1e-6
 NORM_TOLERANCE = 1e-8
 
-ARCHITECTURES = ["DeepseekV3ForCausalLM"]
 # Projections whose rows differ in size by many powers of two: one scale for many rows would lose the small ones.
 KEPT_IN_FULL = ("kv_a_proj_with_mqa", "q_a_proj", "q_b_proj")
 # Path of a decoder layer, in checkpoints and in the stock model, and the name of its attention module.
@@ -345,7 +344,9 @@ def default_grid(theta: float, rope_dim: int) -> Tensor:
     return theta ** (-torch.arange(0, rope_dim, 2, dtype=torch.float64) / rope_dim)
 
 
-def rope_parameters(theta: float, frequencies: Tensor, max_position_embeddings: int) -> dict[str, Any]:
+def rope_parameters(
+    theta: float, frequencies: Tensor, max_position_embeddings: int, plain: bool = True
+) -> dict[str, Any]:
     """Return the rope entry of a config: plain if the frequencies are the default grid, else a longrope list.
 
     longrope divides the grid by a factor per plane, so it can hold any list of non-zero frequencies. Short and long
@@ -355,9 +356,10 @@ def rope_parameters(theta: float, frequencies: Tensor, max_position_embeddings: 
         theta: the RoPE base.
         frequencies: (P / 2,) radians per token of each rotary plane.
         max_position_embeddings: of the config.
+        plain: whether the plain entry of the stock class gives these frequencies; else the list is written anyway.
     """
     grid = default_grid(theta, 2 * len(frequencies))
-    if torch.allclose(grid, frequencies.to(grid), rtol=1e-6, atol=0):
+    if plain and torch.allclose(grid, frequencies.to(grid), rtol=1e-6, atol=0):
         return {"rope_type": "default", "rope_theta": theta}
     factors = (grid / frequencies.to(grid)).tolist()
     return {
@@ -380,8 +382,10 @@ def make_config(
     attention_bias: bool = False,
     q_lora_rank: int | None = None,
     dtype: str = "bfloat16",
+    stock: Any,
+    experts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Build a stock dense DeepseekV3 `config.json` (engines.yaml gives the reason for each value).
+    """Build the `config.json` of a stock class with MLA (engines.yaml gives the reason for each value).
 
     Args:
         source: the source's text config; only its layout-independent keys are copied.
@@ -391,15 +395,21 @@ def make_config(
         attention_bias: whether `kv_a_proj_with_mqa` and `o_proj` have biases.
         q_lora_rank: rank of the query factors, as in `attention_tensors`.
         dtype: name of the dtype of the weights.
+        stock: the `StockMla` of the result.
+        experts: fields that describe a mixture of experts; empty for a dense model.
 
     Returns:
         The config as a dictionary.
     """
-    rope = rope_parameters(theta, frequencies, source["max_position_embeddings"])
+    longest = source["max_position_embeddings"]
+    rope = rope_parameters(theta, frequencies, longest, stock.plain_rope)
+    if stock.rope:
+        rope |= {"original_max_position_embeddings": longest, **stock.rope}
+        rope["partial_rotary_factor"] = _exact_share(layout.rotary_dim, layout.head_dim)
     position_free = layout.head_dim - layout.rotary_dim
     return {
-        "architectures": ARCHITECTURES,
-        "model_type": "deepseek_v3",
+        "architectures": [stock.architecture],
+        "model_type": stock.model_type,
         **{key: source[key] for key in COPIED_CONFIG_KEYS if key in source},
         "dtype": dtype,
         "torch_dtype": dtype,
@@ -427,10 +437,16 @@ def make_config(
         "n_group": 1,
         "topk_group": 1,
         "moe_intermediate_size": source["intermediate_size"],
-        "moe_layer_freq": 1,
-        "norm_topk_prob": True,
         "routed_scaling_factor": 1.0,
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
         "num_nextn_predict_layers": 0,
+        **stock.config,
+        **experts,
     }
+
+
+def _exact_share(part: int, whole: int) -> float:
+    """Return a factor of `whole` whose product is not below `part`, since stock classes cut off its fraction."""
+    share = part / whole
+    while int(whole * share) < part:
+        share = math.nextafter(share, 1)
+    return share

@@ -16,11 +16,14 @@ from torch import Tensor
 
 from headwise.errors import HeadwiseError
 from headwise.io.header import TensorEntry
+from headwise.io.reader import Checkpoint
 from headwise.io.writer import OutputTensor
 from headwise.models.config import stock_text_config
-from headwise.models.deepseek import ATTENTION, residual_scale
+from headwise.models.deepseek import ATTENTION, LAYERS, residual_scale
 from headwise.models.layout import AttentionLayout
 
+# No shared experts and one group: the router chooses among all experts.
+NO_OTHER_EXPERTS = {"n_shared_experts": 0, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -28,13 +31,22 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 class ScaledCopy:
     """One output tensor outside attention: `factor` times (a block of rows of) one source tensor.
 
-    A factor of exactly 1 and no part means that the source's bytes can be copied.
+    A factor of exactly 1 and no part means that the source's bytes can be copied. With `stack`, the output is a
+    stack of experts, and `source` the first of their tensors.
+
+    Attributes:
+        name: of the output tensor.
+        source: of the source tensor.
+        factor: on its values.
+        part: (index, count) of equal blocks of rows.
+        stack: for every expert the source tensors whose rows follow each other.
     """
 
     name: str
     source: str
     factor: float = 1.0
     part: tuple[int, int] | None = None
+    stack: tuple[tuple[str, ...], ...] = ()
 
     def shape(self, source_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the output tensor.
@@ -42,8 +54,31 @@ class ScaledCopy:
         Args:
             source_shape: shape of the source tensor.
         """
+        if self.stack:
+            return (len(self.stack), len(self.stack[0]) * source_shape[0], *source_shape[1:])
         rows = source_shape[0] // self.part[1] if self.part else source_shape[0]
         return (rows, *source_shape[1:])
+
+    def read(self, checkpoint: Checkpoint, dtype: torch.dtype) -> Tensor:
+        """Return the output tensor, with one source tensor in memory besides.
+
+        Args:
+            checkpoint: the source.
+            dtype: dtype of the output.
+
+        Raises:
+            HeadwiseError: the experts differ in shape.
+        """
+        if not self.stack:
+            return self.apply(checkpoint.read(self.source), dtype)
+        first = checkpoint.tensors[self.source].shape
+        result = torch.empty(self.shape(first), dtype=dtype)
+        for expert, names in zip(result, self.stack, strict=True):
+            for name, rows in zip(names, expert.split(first[0]), strict=True):
+                if checkpoint.tensors[name].shape != first:
+                    raise HeadwiseError(f"Tensor {name} has not the shape {first} of {self.source}.")
+                rows.copy_(self.apply(checkpoint.read(name), dtype))
+        return result
 
     def apply(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the output tensor, computed in float64 and rounded once to `dtype`.
@@ -60,6 +95,31 @@ class ScaledCopy:
 
 
 @dataclass(frozen=True)
+class StockMla:
+    """A stock class with MLA, a row of `classes` in deepseek.yaml.
+
+    Attributes:
+        model_type: of its config.
+        architecture: its name.
+        auto_class: the transformers class that loads it.
+        plain_rope: whether its default rope type rotates by the default grid.
+        marks: fields by which a config that headwise wrote is known.
+        config: other fields of its config.
+        rope: other rope parameters.
+        note: a line of the plan, or None.
+    """
+
+    model_type: str
+    architecture: str
+    auto_class: str
+    plain_rope: bool
+    marks: Mapping[str, Any]
+    config: Mapping[str, Any]
+    rope: Mapping[str, Any]
+    note: str | None
+
+
+@dataclass(frozen=True)
 class MlaSource:
     """A source model that stock DeepSeek can express.
 
@@ -67,11 +127,15 @@ class MlaSource:
         tensors: rule of each tensor outside attention, by its name with `*` for the layer index.
         factors: factors on the embeddings, the residual branches (attention and MLP outputs) and the logits.
         attention_scale: the source's factor on attention scores; None: 1 / sqrt(head_dim).
+        stock: the stock class of the result.
+        experts: fields of its config that describe a mixture of experts; empty for a dense model.
     """
 
     tensors: Mapping[str, list[list[Any]]]
     factors: Mapping[str, float]
     attention_scale: float | None
+    stock: StockMla
+    experts: Mapping[str, Any]
 
 
 @cache
@@ -101,7 +165,7 @@ def find_mla_source(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat
             "An MLA model cannot be written in float16: its latent norm is made linear by weights near 1e-9.",
             "Use `dtype` bfloat16 or float32.",
         )
-    row = table["sources"].get(model_type)
+    row: dict[str, Any] | None = table["sources"].get(model_type)
     if row is None:
         reason = next(
             (entry["reason"] for entry in table["impossible"] if model_type in entry["types"]),
@@ -110,7 +174,8 @@ def find_mla_source(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat
         raise HeadwiseError(
             f"A {model_type} model cannot become MLA: {reason}.", "It can become GQA or MQA: `to` gqa `groups` N."
         )
-    config = stock_text_config(str(model_type), dict(config)).to_dict()
+    stock = stock_text_config(str(model_type), dict(config))
+    config = stock.to_dict()
     for refusal in row["refuse"]:
         value = config.get(refusal["key"])
         if value not in refusal["unless"]:
@@ -121,8 +186,16 @@ def find_mla_source(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat
     own = {name: _positive(config, key, 1.0) for name, key in row.get("multipliers", {}).items()}
     stream = residual_scale(_positive(config, "rms_norm_eps", 1e-6))
     scale = row.get("attention_scale")
+    choice = row.get("class", "deepseek_v3")
+    name = choice if isinstance(choice, str) else choice[bool(config.get(choice["by"]))]
+    tensors = row["tensors"] if isinstance(row["tensors"], str) else row["tensors"][name]
+    experts = {theirs: getattr(stock, own) for own, theirs in row.get("experts", {}).items()}
+    if experts:
+        experts |= {"num_experts_per_tok": stock.num_experts_per_tok, **NO_OTHER_EXPERTS}
     return MlaSource(
-        tensors=table["tensors"][row["tensors"]],
+        tensors=table["tensors"][tensors],
+        stock=StockMla(**table["classes"][name]),
+        experts=experts,
         factors={
             "embedding": stream * own.get("embedding", 1.0),
             "residual": stream * own.get("residual", 1.0),
@@ -171,30 +244,79 @@ def plan_scaled_copies(source: MlaSource, names: Iterable[str], attention: Itera
         HeadwiseError: the table has no rule for a tensor. The error prevents a silent drop.
     """
     names, attention = set(names), set(attention)
-    carried, unknown = [], []
+    carried: list[ScaledCopy] = []
+    unknown: list[str] = []
+    stacks: dict[tuple[str, float], dict[tuple[int, int], str]] = {}
     for name in sorted(names - attention):
         layer = next(iter(re.findall(r"\.layers\.(\d+)\.", name)), "")
-        rule = source.tensors.get(re.sub(r"\.layers\.\d+\.", ".layers.*.", name))
+        expert = next(iter(re.findall(r"\.experts\.(\d+)\.", name)), "")
+        pattern = re.sub(r"\.layers\.\d+\.", ".layers.*.", name)
+        rule = source.tensors.get(re.sub(r"\.experts\.\d+\.", ".experts.#.", pattern))
         if rule is None:
             unknown.append(name)
             continue
         for target, factor, part in rule:
-            carried.append(
-                ScaledCopy(
-                    target.replace("*", layer),
-                    name,
-                    source.factors[factor] if factor else 1.0,
-                    tuple(part) if part else None,
-                )
+            output, scale = (
+                target.replace("*", layer).replace("#", expert),
+                source.factors[factor] if factor else 1.0,
             )
+            if part and part[0] == "stack":
+                stacks.setdefault((output, scale), {})[int(expert), part[1]] = name
+            else:
+                carried.append(ScaledCopy(output, name, scale, tuple(part) if part else None))
     if unknown:
         raise HeadwiseError(
             f"Stock DeepSeek has no place for the tensor {unknown[0]} ({len(unknown)} such in all)."
         )
+    carried += [_stacked(output, scale, own) for (output, scale), own in stacks.items()]
     if HEAD not in names:
         # Tied embeddings: engines other than transformers fail without an explicit head.
         carried.append(ScaledCopy(HEAD, EMBEDDING, source.factors["logits"]))
     return carried
+
+
+def _stacked(name: str, factor: float, own: Mapping[tuple[int, int], str]) -> ScaledCopy:
+    """Return the stack of a layer's experts from their tensors by (expert, place)."""
+    experts, places = max(e for e, _ in own) + 1, max(p for _, p in own) + 1
+    missing = next(((e, p) for e in range(experts) for p in range(places) if (e, p) not in own), None)
+    if missing is not None:
+        raise HeadwiseError(f"The experts of {name} are incomplete: expert {missing[0]} lacks a tensor.")
+    stack = tuple(tuple(own[e, p] for p in range(places)) for e in range(experts))
+    return ScaledCopy(name, stack[0][0], factor, None, stack)
+
+
+def empty_tensors(source: MlaSource, num_hidden_layers: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """Return the tensors without elements of a mixture of experts: its class has shared experts, of width 0 here.
+
+    Args:
+        source: the source model.
+        num_hidden_layers: of the model.
+        hidden_size: of the model.
+
+    Returns:
+        Shapes by name; none for a dense model.
+    """
+    shapes = {"gate_proj": (0, hidden_size), "up_proj": (0, hidden_size), "down_proj": (hidden_size, 0)}
+    return {
+        f"{LAYERS.format(layer=layer)}.mlp.shared_experts.{name}.weight": shape
+        for layer in range(num_hidden_layers if source.experts else 0)
+        for name, shape in shapes.items()
+    }
+
+
+def written_class(config: Mapping[str, Any]) -> StockMla | None:
+    """Return the stock class of an MLA config that headwise wrote; None for any other config.
+
+    Args:
+        config: the config.json.
+    """
+    for row in _table()["classes"].values():
+        stock = StockMla(**row)
+        dense = config.get("first_k_dense_replace") == config.get("num_hidden_layers")
+        marked = all(config.get(key) == value for key, value in stock.marks.items()) if stock.marks else dense
+        if config.get("architectures") == [stock.architecture] and marked:
+            return stock
+    return None
 
 
 def plan_outputs(
@@ -223,6 +345,6 @@ def plan_outputs(
             prefix = f"{layer[0]}.{ATTENTION}"
             outputs += [OutputTensor(f"{prefix}.{name}", dtype, s, None) for name, s in attention_shapes.items()]
         entry = tensors[copy.source]
-        identical = copy.factor == 1 and copy.part is None and entry.dtype == dtype
+        identical = copy.factor == 1 and copy.part is None and not copy.stack and entry.dtype == dtype
         outputs.append(OutputTensor(copy.name, dtype, copy.shape(entry.shape), copy.source if identical else None))
     return outputs

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from headwise.models.deepseek import ATTENTION, LAYERS, half_split, interleave
 from headwise.models.layout import LatentWeights
+from headwise.models.mla_source import written_class
 from headwise.models.stock import empty_model
 
 
@@ -37,7 +38,9 @@ def norm_free_attention(
         The attention module.
     """
     plain = {**copy.deepcopy(config), "q_lora_rank": None}
-    model = empty_model(plain, "AutoModelForCausalLM")
+    stock = written_class(config)
+    assert stock is not None
+    model = empty_model(plain, stock.auto_class)
     attention = model.get_submodule(f"{LAYERS.format(layer=layer)}.{ATTENTION}")
     to_norm_free_module(attention, latent, o_bias)
     return attention.to(device)

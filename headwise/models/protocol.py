@@ -15,6 +15,7 @@ from headwise.models.architecture import find_architecture
 from headwise.models.config import MAX_LAYERS, check_rope, checked_size
 from headwise.models.deepseek import ATTENTION, LAYERS
 from headwise.models.layout import AttentionLayout, LatentWeights
+from headwise.models.mla_source import written_class
 from headwise.models.table import supported_model_types
 
 LATENT_SIZES = (
@@ -96,7 +97,7 @@ class AttentionModel(Protocol):
 
 @dataclass(frozen=True)
 class LatentModel:
-    """The attention layers of a dense stock DeepSeek-V3 model, as headwise writes it."""
+    """The attention layers of a stock model with MLA, as headwise writes it."""
 
     auto_class: str = "AutoModelForCausalLM"
     layers: tuple[str, ...] = (LAYERS,)
@@ -162,15 +163,15 @@ def find_attention_model(config: dict[str, Any], names: Iterable[str] = ()) -> A
     Raises:
         HeadwiseError: the model type is unknown, or the model has MLA and headwise did not write it.
     """
-    dense = config.get("first_k_dense_replace") == config.get("num_hidden_layers")
     model_type = config.get("model_type")
-    if config.get("architectures") == deepseek.ARCHITECTURES and dense and isinstance(model_type, str):
-        return LatentModel()
+    stock = written_class(config)
+    if stock is not None and isinstance(model_type, str):
+        return LatentModel(stock.auto_class)
     if "kv_lora_rank" in config and model_type not in supported_model_types():
         raise HeadwiseError(
             f"config.json describes a {model_type} model with multi-head latent attention (MLA) that headwise did "
             "not write.",
-            "Of models with MLA, headwise reads the dense DeepSeek-V3 models that it writes.",
+            "Of models with MLA, headwise reads those that it writes.",
         )
     return find_architecture(config, names)
 

@@ -174,7 +174,8 @@ def _verdict(engine: Mapping[str, Any], facts: Mapping[str, Any]) -> EngineVerdi
     verdict = SEVERITY[severity]
     name = facts["stock_class"]
     covered = next((row for row in engine["classes"] if row["names"] == "all" or name in row["names"]), None)
-    if covered is None and severity > SEVERITY.index("unknown"):
+    # The rules about MLA are those of one stock class, read in its own loader.
+    if covered is None and (severity > SEVERITY.index("unknown") or "cache_row" in facts):
         reason = f"no rule was read for {name}"
         return EngineVerdict(engine["name"], "unknown", reason, (), "", "")
     deciding = [rule for rule in rules if rule["verdict"] == verdict]

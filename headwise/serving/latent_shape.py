@@ -8,6 +8,7 @@ from typing import Any
 
 from headwise.models import deepseek
 from headwise.models.layout import AttentionLayout
+from headwise.models.mla_source import find_mla_source
 from headwise.serving.engines import needs_factored_queries, padded_head_dims
 
 
@@ -34,6 +35,7 @@ def latent_config(source: Mapping[str, Any], layout: AttentionLayout, engines: C
         layout: of the MLA layer.
         engines: names of the engines to serve.
     """
+    rule = find_mla_source(source)
     theta = 10_000.0
     factored = needs_factored_queries(source["num_hidden_layers"], source["vocab_size"], engines)
     return deepseek.make_config(
@@ -43,4 +45,6 @@ def latent_config(source: Mapping[str, Any], layout: AttentionLayout, engines: C
         frequencies=deepseek.default_grid(theta, layout.rotary_dim),
         attention_bias=bool(source.get("attention_bias")),
         q_lora_rank=source["hidden_size"] if factored else None,
+        stock=rule.stock,
+        experts=rule.experts,
     )

@@ -95,6 +95,8 @@ def export(model, to_latent, *, dtype=torch.float32, tolerance=deepseek.NORM_TOL
         attention_bias=biased,
         q_lora_rank=q_lora_rank,
         dtype=str(dtype).removeprefix("torch."),
+        stock=source.stock,
+        experts=source.experts,
     )
     state = dict(model.state_dict())
     if model.config.tie_word_embeddings:
@@ -268,7 +270,7 @@ def test_read_attention_is_the_inverse(tmp_path):
     ("config", "word"),
     [
         (dict(model_type="olmo2"), "outputs of attention"),
-        (dict(model_type="mixtral"), "router"),
+        (dict(model_type="qwen2_moe"), "shared expert"),
         (dict(model_type="starcoder2"), "LayerNorm"),
         (dict(model_type="llama", mlp_bias=True), "mlp_bias"),
     ],

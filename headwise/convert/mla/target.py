@@ -22,6 +22,7 @@ from headwise.convert.positions.context import rope_sets
 from headwise.convert.settings import ConvertSettings
 from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import Checkpoint
+from headwise.io.writer import OutputTensor
 from headwise.models import deepseek, mla_source, rope
 from headwise.models.architecture import Architecture
 from headwise.models.config import dtype_of
@@ -72,7 +73,6 @@ class LatentTarget:
     """
 
     calibrated = True
-    auto_class = "AutoModelForCausalLM"
 
     def __init__(
         self,
@@ -91,6 +91,7 @@ class LatentTarget:
             )
         self.dtype = dtype or dtype_of(config)
         self.rule = mla_source.find_mla_source(text, self.dtype)
+        self.auto_class = self.rule.stock.auto_class
         self.source, self.arch, self.parent_config = checkpoint, arch, config
         self.method, self.exact = registry.find_method("latent", settings.method or "optimal"), settings.exact
         self.fitted = not self.exact and "text" in self.method.needs
@@ -138,13 +139,19 @@ class LatentTarget:
             attention_bias=bias,
             q_lora_rank=self.q_lora_rank,
             dtype=str(self.dtype).removeprefix("torch."),
+            stock=self.rule.stock,
+            experts=self.rule.experts,
         )
+        if self.rule.stock.note:
+            self.notes.append(self.rule.stock.note)
         layers = range(len(self._before))
         attention = [n for i in layers for n in (*arch.tensor_names(config, i), self._o_bias_name(i))]
         copies = mla_source.plan_scaled_copies(self.rule, checkpoint.tensors, attention)
         self._copies = {copy.name: copy for copy in copies}
         self._shapes = deepseek.attention_shapes(layout, self._hidden_size, bias=bias, q_lora_rank=self.q_lora_rank)
         self.outputs = mla_source.plan_outputs(copies, checkpoint.tensors, self._shapes, self.dtype)
+        empty = mla_source.empty_tensors(self.rule, len(self._before), self._hidden_size)
+        self.outputs += [OutputTensor(name, self.dtype, shape) for name, shape in empty.items()]
         self._written = {tensor.name for tensor in self.outputs}
         self._explain_growth()
 
@@ -154,7 +161,7 @@ class LatentTarget:
         if copy is None:
             part = name.rpartition(".weight")[0].rpartition(".")[2]
             return EXPLAINED.get(part, "attention of DeepSeek") if name in self._written else "held by the latent"
-        reasons = []
+        reasons = ["experts stacked"] if copy.stack else []
         if name == mla_source.HEAD and copy.source == mla_source.EMBEDDING:
             reasons.append("a head of its own: scaled embeddings")
         if copy.part:
@@ -236,8 +243,9 @@ class LatentTarget:
 
     def transform_other(self, name: str, checkpoint: Checkpoint) -> Tensor:
         """See `Target`."""
-        copy = self._copies[name]
-        return copy.apply(checkpoint.read(copy.source), self.dtype)
+        if name not in self._copies:  # the shared experts of a class whose source has none
+            return torch.empty(next(t.shape for t in self.outputs if t.name == name), dtype=self.dtype)
+        return self._copies[name].read(checkpoint, self.dtype)
 
     def _export(
         self, layer: int, converted: LatentWeights, o_bias: Tensor | None, record: LayerRecord | None

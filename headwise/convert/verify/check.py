@@ -32,11 +32,14 @@ from headwise.io.source import find_gguf
 from headwise.models.architecture import find_architecture
 from headwise.models.layout import AttentionLayout
 from headwise.models.protocol import AttentionModel, find_attention_model
-from headwise.models.rope import unscaled
+from headwise.models.rope import rope_type, unscaled
 from headwise.models.stock import empty_model, run_check, stock_config
 from headwise.models.stock_match import match_source, match_stock_class
 from headwise.progress import SILENT, Progress
 from headwise.records.manifest import accepted_checks, changed_files, check_hashes, read_record
+
+# Rope types whose frequencies depend on the length of the input.
+READS_LENGTH = ("dynamic", "longrope")
 
 
 def verify_model(
@@ -260,16 +263,24 @@ def _cache_is(
 
 
 def _without_scaling(config: dict[str, Any], model: AttentionModel) -> dict[str, Any]:
-    """Return a config without RoPE scaling, on which the size of the cache does not depend.
+    """Return a config whose RoPE does not depend on the length of the input; the size of the cache does not either.
 
     Some rules read the length of the input from its positions, which have no values on the meta device.
     """
     parameters = getattr(stock_config(config).get_text_config(), "rope_parameters", None)
     if not parameters:
         return config
-    nested = {kind: unscaled(own) for kind, own in parameters.items() if isinstance(own, dict)}
+    nested = {kind: _plain_rope(own) for kind, own in parameters.items() if isinstance(own, dict)}
     new = copy.deepcopy(config)
     text = model.text_config(new)
-    text["rope_parameters"] = nested or unscaled(parameters)
+    text["rope_parameters"] = nested or _plain_rope(parameters)
     text.pop("rope_scaling", None)
     return new
+
+
+def _plain_rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return rope parameters that scale nothing, in a type that all stock classes take, if theirs reads lengths."""
+    if rope_type(parameters) not in READS_LENGTH:
+        return parameters
+    original = {key: parameters[key] for key in ("original_max_position_embeddings",) if key in parameters}
+    return {**unscaled(parameters), **original, "rope_type": "linear", "factor": 1.0}

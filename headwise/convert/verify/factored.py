@@ -153,7 +153,7 @@ def compare_with_parent(
     attention_names = [n for n in parent.tensors if f".{arch.attention}." in n]
     for carried in mla_source.plan_scaled_copies(rule, parent.tensors, attention_names):
         if carried.name not in checkpoint.tensors or not is_stored(
-            checkpoint, carried.name, carried.apply(parent.read(carried.source), dtype)
+            checkpoint, carried.name, carried.read(parent, dtype)
         ):
             return False, f"{carried.name} is not what the parent's {carried.source} becomes"
     largest = [max(sizes) for sizes in zip(*map(exact_mla_shape, before), strict=True)]
