@@ -96,6 +96,17 @@ def test_the_error_of_another_process_is_that_of_one(model: Path, tmp_path: Path
     assert {path.name for path in tmp_path.iterdir()} == {"broken"}
 
 
+def test_weights_in_memory_take_one_device(model: Path, tmp_path: Path) -> None:
+    for path in model.iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    torch.save(load_file(model / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    options = {**OPTIONS, "allow_pickle": True, "dry_run": True}
+    assert isinstance(convert_model(tmp_path, tmp_path / "out", device="cpu", **options), Plan)
+    with pytest.raises(SettingError, match=r"`device` names 2 devices; \.bin weights"):
+        convert_model(tmp_path, tmp_path / "out", device="cpu,cpu", **options)
+
+
 def test_the_plan_names_the_devices(model: Path, tmp_path: Path) -> None:
     plans = [convert_model(model, tmp_path, device=d, dry_run=True, **OPTIONS) for d in ("cpu", "cpu,cpu")]
     one, two = (plan for plan in plans if isinstance(plan, Plan))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,6 +113,29 @@ def _grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
     return (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
 
 
+def _computed(
+    function: Callable[..., Tensor], roles: tuple[str, ...], *more: Any
+) -> Callable[[dict[str, Tensor]], Tensor]:
+    """Return a computation from the tensors of some roles. It can be sent to other processes."""
+    return partial(_compute, function, roles, more)
+
+
+def _compute(
+    function: Callable[..., Tensor], roles: tuple[str, ...], more: tuple[Any, ...], tensors: dict[str, Tensor]
+) -> Tensor:
+    return function(*map(tensors.get, roles), *more)
+
+
+def _gptq(inputs: int, size: int, bits: int, first_version: bool, tensors: dict[str, Tensor]) -> Tensor:
+    groups = tensors["groups"] if "groups" in tensors else torch.arange(inputs) // size
+    codes, zeros, scales = (tensors[role] for role in ("codes", "zeros", "scales"))
+    return dequantize.gptq_to_plain(codes, zeros, scales, groups, bits, first_version)
+
+
+def _four_bits(record: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
+    return dequantize.four_bits_to_plain(tensors["codes"], tensors, record)
+
+
 def _plan_fp8(parts: Parts, settings: Mapping[str, Any], load: Load) -> Plan:
     codes, scale = parts["codes"], parts["scale"]
     require(len(codes.shape) >= 2, f"{codes.name} has shape {codes.shape}, and a matrix is needed")
@@ -121,7 +145,7 @@ def _plan_fp8(parts: Parts, settings: Mapping[str, Any], load: Load) -> Plan:
         require(math.prod(scale.shape) == 1, f"{scale.name} has shape {scale.shape}, and weight_block_size is null")
     else:
         _shape_of(parts, "scale", _grid(codes.shape, block))
-    return codes.shape, lambda t: dequantize.blocks_to_plain(t["codes"], t["scale"], block)
+    return codes.shape, _computed(dequantize.blocks_to_plain, ("codes", "scale"), block)
 
 
 def _plan_rows(parts: Parts, settings: Mapping[str, Any], load: Load) -> Plan:
@@ -136,7 +160,7 @@ def _plan_rows(parts: Parts, settings: Mapping[str, Any], load: Load) -> Plan:
         require(block is not None, f"{scale.name} has shape {scale.shape} for a matrix of {codes.shape}")
     if "zero" in parts:
         _shape_of(parts, "zero", scale.shape)
-    return codes.shape, lambda t: dequantize.rows_to_plain(t["codes"], t["scale"], t.get("zero"), block)
+    return codes.shape, _computed(dequantize.rows_to_plain, ("codes", "scale", "zero"), block)
 
 
 def _blocks_of(settings: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
@@ -163,7 +187,7 @@ def _plan_packed(parts: Parts, settings: Mapping[str, Any], load: Load) -> Plan:
     if "zero" in parts:
         _shape_of(parts, "zero", (-(-rows * bits // 32), scale.shape[1]))
     shape = (rows, columns)
-    return shape, lambda t: dequantize.packed_to_plain(t["codes"], t["scale"], t.get("zero"), shape, bits)
+    return shape, _computed(dequantize.packed_to_plain, ("codes", "scale", "zero"), shape, bits)
 
 
 def _plan_gptq(parts: Parts, settings: Mapping[str, Any], load: Load) -> Plan:
@@ -186,11 +210,7 @@ def _plan_gptq(parts: Parts, settings: Mapping[str, Any], load: Load) -> Plan:
     _shape_of(parts, "scales", (scales.shape[0], outputs))
     _shape_of(parts, "zeros", (scales.shape[0], -(-outputs * bits // 32)))
 
-    def compute(t: dict[str, Tensor]) -> Tensor:
-        groups = t["groups"] if "groups" in t else torch.arange(inputs) // size
-        return dequantize.gptq_to_plain(t["codes"], t["zeros"], t["scales"], groups, bits, version == "gptq")
-
-    return (outputs, inputs), compute
+    return (outputs, inputs), partial(_gptq, inputs, size, bits, version == "gptq")
 
 
 def _plan_awq(parts: Parts, settings: Mapping[str, Any], load: Load) -> Plan:
@@ -203,7 +223,7 @@ def _plan_awq(parts: Parts, settings: Mapping[str, Any], load: Load) -> Plan:
     require(scales.shape[0] > 0 and inputs % scales.shape[0] == 0, f"{scales.name} has shape {scales.shape}")
     _shape_of(parts, "scales", (scales.shape[0], outputs))
     _shape_of(parts, "zeros", (scales.shape[0], outputs // 8))
-    return (outputs, inputs), lambda t: dequantize.awq_to_plain(t["codes"], t["zeros"], t["scales"])
+    return (outputs, inputs), _computed(dequantize.awq_to_plain, ("codes", "zeros", "scales"))
 
 
 def _plan_mxfp4(parts: Parts, settings: Mapping[str, Any], load: Load) -> Plan:
@@ -211,14 +231,14 @@ def _plan_mxfp4(parts: Parts, settings: Mapping[str, Any], load: Load) -> Plan:
     require(len(codes.shape) == 4 and codes.shape[3] == 16, f"{codes.name} has shape {codes.shape}")
     _shape_of(parts, "scales", codes.shape[:3])
     experts, outputs, groups, _ = codes.shape
-    return (experts, 32 * groups, outputs), lambda t: dequantize.mxfp4_to_plain(t["codes"], t["scales"])
+    return (experts, 32 * groups, outputs), _computed(dequantize.mxfp4_to_plain, ("codes", "scales"))
 
 
 def _plan_int8(parts: Parts, settings: Mapping[str, Any], load: Load) -> Plan:
     codes = parts["codes"]
     require(len(codes.shape) == 2, f"{codes.name} has shape {codes.shape}, and a matrix is needed")
     _shape_of(parts, "scale", codes.shape[:1])
-    return codes.shape, lambda t: dequantize.int8_to_plain(t["codes"], t["scale"])
+    return codes.shape, _computed(dequantize.int8_to_plain, ("codes", "scale"))
 
 
 def _plan_four_bits(parts: Parts, settings: Mapping[str, Any], load: Load) -> Plan:
@@ -243,7 +263,7 @@ def _plan_four_bits(parts: Parts, settings: Mapping[str, Any], load: Load) -> Pl
         require("nested_offset" in record, f"{entry.name} has no nested_offset")
         _shape_of(parts, "nested_table", (256,))
         _shape_of(parts, "nested_absmax", (-(-blocks // record["nested_blocksize"]),))
-    return shape, lambda t: dequantize.four_bits_to_plain(t["codes"], t, record)
+    return shape, partial(_four_bits, record)
 
 
 _FP8 = Form("block FP8", "", "", FLOAT8, {"scale": "_scale_inv"}, _plan_fp8)
