@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,9 +106,13 @@ class EvalModel:
             return load_model(checkpoint, "AutoModelForCausalLM", precision, **attention).to(device).eval()
         with no_progress_bars():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype=dtype, trust_remote_code=False, **attention
+                self.folder,
+                dtype=dtype,
+                device_map={"": torch.device(device)},  # no second copy on the CPU
+                trust_remote_code=False,
+                **attention,
             )
-        return loaded.to(device).eval()
+        return loaded.eval()
 
 
 def find_model(model: str | Path, *, token: str | None = None, progress: Progress = SILENT) -> EvalModel:
@@ -152,10 +157,11 @@ def content_hash(source: Source) -> str:
         source: the files of a model.
     """
     total = hashlib.sha256()
-    paths = {source.folder / name for name in ("config.json", *source.weights)} | set(source.sidecars)
-    for path in sorted(paths, key=lambda path: path.name):
-        if not path.name.startswith(LICENCES):
-            total.update(f"{path.name}\0{_file_hash(path)}\n".encode())
+    every = {source.folder / name for name in ("config.json", *source.weights)} | set(source.sidecars)
+    paths = sorted((path for path in every if not path.name.startswith(LICENCES)), key=lambda path: path.name)
+    with ThreadPoolExecutor() as pool:
+        for path, content in zip(paths, pool.map(_file_hash, paths), strict=True):
+            total.update(f"{path.name}\0{content}\n".encode())
     return total.hexdigest()
 
 
