@@ -203,6 +203,25 @@ _MODULE = (
 
 # Models of several attention stacks, and models without a cache.
 OTHERS: dict[str, dict[str, Any]] = {
+    "mllama": {
+        "text_config": _COMMON
+        | _heads(9, 3)
+        | {"hidden_size": 72, "num_hidden_layers": 4, "cross_attention_layers": [1, 2]},
+        "vision_config": {
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "attention_heads": 2,
+            "num_hidden_layers": 1,
+            "num_global_layers": 1,
+            "intermediate_layers_indices": [0],
+            "vision_output_dim": 16,
+            "image_size": 8,
+            "patch_size": 4,
+            "max_num_tiles": 1,
+            "supported_aspect_ratios": [[1, 1]],
+        },
+        "image_token_index": 60,
+    },
     "eurobert": _COMMON | _heads(6, 3, 8) | {"attention_bias": True},
     "t5gemma": {
         "encoder": _MODULE
@@ -219,6 +238,8 @@ def config_of(model_type: str, **overrides: Any) -> dict[str, Any]:
     fields = copy.deepcopy((CONFIGS | OTHERS)[model_type])
     if "decoder" in fields:
         fields["decoder"] |= overrides
+        if "vocab_size" in overrides:
+            fields["encoder"]["vocab_size"] = fields["vocab_size"] = overrides["vocab_size"]
     elif "text_config" in fields:
         fields["text_config"] |= overrides
     else:
@@ -289,6 +310,11 @@ def tokens(count: int = 12) -> torch.Tensor:
 
 def inputs_of(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return the arguments of a model: tokens, or a source and a target of other lengths."""
+    if hasattr(model.config.get_text_config(), "cross_attention_layers"):
+        states = torch.randn(
+            2, 5, model.config.get_text_config().hidden_size, generator=torch.Generator().manual_seed(2)
+        )
+        return {"input_ids": tokens(), "cross_attention_states": states.to(model.dtype)}
     if not model.config.is_encoder_decoder:
         return {"input_ids": tokens()}
     return {"input_ids": tokens(), "decoder_input_ids": tokens(9).flip(0)}
@@ -299,6 +325,14 @@ def image_inputs(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]
     config = model.config
     generator = torch.Generator().manual_seed(8)
     model_type = config.model_type
+    if hasattr(config.text_config, "cross_attention_layers"):
+        return {
+            "input_ids": tokens(),
+            "pixel_values": torch.randn(2, 1, 1, 3, 8, 8, generator=generator),
+            "aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long),
+            "aspect_ratio_mask": torch.ones(2, 1, 1, dtype=torch.long),
+            "cross_attention_mask": torch.ones(2, 12, 1, 1, dtype=torch.long),
+        }
     if hasattr(config.vision_config, "spatial_merge_size") and hasattr(config.vision_config, "temporal_patch_size"):
         vision = config.vision_config  # patches of one image, four of which make a token
         patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2

@@ -14,7 +14,7 @@ from headwise.convert.settings import ConvertSettings
 from headwise.errors import SettingError
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import Architecture, find_architecture
-from headwise.models.layout import AttentionLayout
+from headwise.models.layout import CROSS, AttentionLayout
 
 
 def choose_target(checkpoint: Checkpoint, arch: Architecture, settings: ConvertSettings) -> Target:
@@ -45,6 +45,11 @@ def choose_target(checkpoint: Checkpoint, arch: Architecture, settings: ConvertS
         target = GroupedTarget(
             checkpoint, arch, parent.with_groups(config, counts), config, settings, changed=set(counts), dtype=dtype
         )
+        if arch.cross_states(config) and not arch.reads_pairs and CROSS in counts and not target.exact:
+            target.warnings.append(
+                "No images are read: cross-attention is merged without moments, and every direction of its input "
+                "counts the same."
+            )
     target.notes[:0] = notes
     return target
 

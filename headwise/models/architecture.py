@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,10 +34,12 @@ from headwise.models.fusion import (
     fuse,
     half_split_order,
     present,
+    read_norm,
     read_projection,
     reorder,
     split,
     split_gate,
+    stored_norm,
 )
 from headwise.models.layout import AttentionLayout, LayerWeights
 from headwise.models.table import ArchitectureRow, QkNorm, find_parts, find_row, load_table
@@ -66,6 +68,16 @@ class Architecture(ArchitectureRow):
         """Whether the model has one attention stack, with a cache."""
         return self.cached and not self.parts
 
+    def cross_states(self, config: dict[str, Any]) -> dict[str, int]:
+        """Return the arguments from which cross-attention makes keys and values, with their widths; none without.
+
+        Args:
+            config: the checkpoint's config.json.
+        """
+        return {
+            p.states: getattr(p.stock_config(config), p.sizes["inputs"]) for p in self.parts if p.states is not None
+        }
+
     def at(self, layer: int) -> tuple[Architecture, int]:
         """Return the row of a layer, and the layer's number in the stack of that row.
 
@@ -91,12 +103,8 @@ class Architecture(ArchitectureRow):
         """
         stock = stock_text_config(self.model_type, self.text_config(config))
         # The whole config fills in what its parts have in common, such as the width of the encoder's output.
-        return whole_part(config, self.text_key) if self.is_part and self.text_key else stock
-
-    @property
-    def is_part(self) -> bool:
-        """Whether this is one of the attention stacks of a model with several."""
-        return self.wrapper is not None and not self.parts and self.wrapper in load_table().composites
+        composite = self.text_key and self.wrapper in load_table().composites
+        return whole_part(config, str(self.text_key)) if composite else stock
 
     def layouts(self, config: dict[str, Any]) -> list[AttentionLayout]:
         """Return the layout of every layer.
@@ -145,17 +153,6 @@ class Architecture(ArchitectureRow):
             )
             for layer in range(stock.num_hidden_layers)
         ]
-
-    def numbers(self, config: dict[str, Any]) -> list[int]:
-        """Return the numbers of the decoder layers that have this attention.
-
-        Args:
-            config: the checkpoint's config.json.
-        """
-        stock = self.stock_config(config)
-        rule = self.only_layers
-        listed = getattr(stock, rule["key"]) if rule else ()
-        return [n for n in range(stock.num_hidden_layers) if not rule or (n in listed) == rule["listed"]]
 
     def legal_groups(self, config: dict[str, Any]) -> list[int]:
         """Return the numbers of key-value heads that the stock class can use, ascending.
@@ -319,10 +316,7 @@ class Architecture(ArchitectureRow):
             return weights
 
         def multiplier(name: str, heads: int) -> Tensor:
-            weight = tensors[self._name(layer, name, "weight")].to(torch.float64)
-            if norms.offset:
-                weight = weight + norms.offset
-            return weight.expand(heads, -1) if norms.scope == "head" else weight.unflatten(0, (heads, -1))
+            return read_norm(tensors[self._name(layer, name, "weight")], heads, norms.scope, norms.offset)
 
         return replace(
             weights,
@@ -374,9 +368,7 @@ class Architecture(ArchitectureRow):
         if norms:
             for name, own in ((norms.q, weights.q_norm), (norms.k, weights.k_norm)):
                 norm = present(own, layer, "norms on queries and keys")
-                if norms.scope == "head" and (norm != norm[:1]).logical_and(~norm.isnan()).any():
-                    raise ValueError(f"layer {layer}: heads share the weight of {name}, and these differ")
-                shared = norm[:1] if norms.scope == "head" else norm
+                shared = stored_norm(norm, norms.scope, f"layer {layer}: heads share the weight of {name}")
                 out[self._name(layer, name, "weight")] = (shared[:, order] - norms.offset).flatten()
         o = weights.o.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)
         out[self._name(layer, self.projections["o"], "weight")] = o.flatten(1)
@@ -464,7 +456,7 @@ def find_architecture(config: dict[str, Any], names: Iterable[str] = ()) -> Arch
     """
     table = load_table()
     if rows := find_parts(config, table):
-        return _composite(config, rows)
+        return _composite(config, rows, set(names))
     arch = Architecture(**vars(find_row(config, table)))
     stock = arch.stock_config(config)
     for key, rule in arch.requires.items():
@@ -483,15 +475,24 @@ def find_architecture(config: dict[str, Any], names: Iterable[str] = ()) -> Arch
     return next((a for a in candidates if present.issuperset(a.tensor_names(config, 0))), candidates[0])
 
 
-def _composite(config: dict[str, Any], rows: Iterable[ArchitectureRow]) -> Architecture:
+def _composite(config: dict[str, Any], rows: Sequence[ArchitectureRow], names: set[str]) -> Architecture:
     """Return the architecture of a model of several attention stacks, its layers in the order in which they run."""
+    for naming in range(len(rows[0].layers)):
+        arch = _in_order(config, [replace(row, layers=(row.layers[naming],)) for row in rows])
+        if names.issuperset(arch.tensor_names(config, 0)):
+            return arch
+    return _in_order(config, [replace(row, layers=row.layers[:1]) for row in rows])
+
+
+def _in_order(config: dict[str, Any], rows: Iterable[ArchitectureRow]) -> Architecture:
     parts = tuple(Architecture(**vars(row)) for row in rows)
     stacks = list(dict.fromkeys(part.module for part in parts))
-    places = [
-        (stacks.index(part.module), number, index)
-        for index, part in enumerate(parts)
-        for number in part.numbers(config)
-    ]
+    places = []
+    for index, part in enumerate(parts):
+        stock, rule = part.stock_config(config), part.only_layers or {"key": "", "listed": False}
+        listed = getattr(stock, rule["key"], ())
+        numbers = [n for n in range(stock.num_hidden_layers) if (n in listed) == rule["listed"]]
+        places += [(stacks.index(part.module), number, index) for number in numbers]
     order = tuple((index, number) for _, number, index in sorted(places))
     own = next((part for part in parts if part.cached and not part.states), parts[0])
     arch = replace(own, parts=parts, order=order)

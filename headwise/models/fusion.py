@@ -166,3 +166,34 @@ def fit_bias(tensor: Tensor, width: int, biased: bool) -> Tensor:
     if column.any():
         raise ValueError("the weights have a bias, and the stock class has no room for it")
     return tensor[..., :width]
+
+
+def read_norm(weight: Tensor, heads: int, scope: str, offset: float) -> Tensor:
+    """Return what an RMSNorm on queries or keys multiplies by, (heads, head_dim) in float64.
+
+    Args:
+        weight: of the norm, (head_dim,) or (heads * head_dim,).
+        heads: number of heads.
+        scope: "head" for one weight that all heads share, "all" for a weight of all heads.
+        offset: added to the weight.
+    """
+    weight = weight.to(torch.float64)
+    if offset:
+        weight = weight + offset
+    return weight.expand(heads, -1) if scope == "head" else weight.unflatten(0, (heads, -1))
+
+
+def stored_norm(norm: Tensor, scope: str, where: str) -> Tensor:
+    """Return the rows of a norm that the stock class stores: one that all heads share, or those of all heads.
+
+    Args:
+        norm: (heads, head_dim).
+        scope: as in `read_norm`.
+        where: begins the message.
+
+    Raises:
+        ValueError: heads share a weight, and theirs differ.
+    """
+    if scope == "head" and (norm != norm[:1]).logical_and(~norm.isnan()).any():
+        raise ValueError(f"{where}, and these differ")
+    return norm[:1] if scope == "head" else norm

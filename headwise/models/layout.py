@@ -226,8 +226,9 @@ def from_planes(planes: Tensor) -> Tensor:
     return torch.cat([planes.real, planes.imag], dim=-2)
 
 
-# The tokens that each part's cache holds.
-CACHED_TOKENS = {"cross": "encoder token", "decoder": "decoder token"}
+# The part that reads another model's output, and the tokens that each part's cache holds.
+CROSS = "cross"
+CACHED_TOKENS = {CROSS: "encoder token", "decoder": "decoder token"}
 
 
 def cached_tokens(part: str) -> str:

@@ -59,6 +59,13 @@ class AttentionModel(Protocol):
     def reads_pairs(self) -> bool:
         """Whether the model is an encoder-decoder, which reads a source and a target."""
 
+    def cross_states(self, config: dict[str, Any]) -> dict[str, int]:
+        """Return the arguments from which cross-attention makes keys and values, with their widths; none without.
+
+        Args:
+            config: the config.json.
+        """
+
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the part of a config.json that describes the language model.
 
@@ -105,6 +112,14 @@ class LatentModel:
     attention: str = ATTENTION
     output_projection: str = "o_proj"
     reads_pairs: bool = False
+
+    def cross_states(self, config: dict[str, Any]) -> dict[str, int]:
+        """Return none: there is no cross-attention.
+
+        Args:
+            config: the config.json.
+        """
+        return {}
 
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the config itself.

@@ -7,8 +7,9 @@ model type.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -172,7 +173,13 @@ def load_into(model: Any, tensors: dict[str, Tensor], device: torch.device | str
     return info
 
 
-def layer_arguments(model: Any, layer_path: str, length: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+def layer_arguments(
+    model: Any,
+    layer_path: str,
+    length: int,
+    dtype: torch.dtype,
+    states: Mapping[str, Tensor] = MappingProxyType({}),
+) -> list[dict[str, Any]]:
     """Return the arguments of each layer's attention besides its input, for sequences of `length`.
 
     Args:
@@ -180,12 +187,25 @@ def layer_arguments(model: Any, layer_path: str, length: int, dtype: torch.dtype
         layer_path: path of its decoder layers, "model.layers.{layer}".
         length: number of tokens.
         dtype: dtype of the hidden states.
+        states: what cross-attention reads, by the name of the argument.
     """
     path = layer_path.rpartition(".")[0]
     text, layers = model.get_submodule(path.rpartition(".")[0]), model.get_submodule(path)
     with torch.no_grad(), capture_layer_calls(layers) as stubs, suppress(StopForward):
-        text(inputs_embeds=torch.zeros(1, length, text.config.hidden_size, dtype=dtype), use_cache=False)
+        embedded = torch.zeros(1, length, text.config.hidden_size, dtype=dtype)
+        text(inputs_embeds=embedded, **states, use_cache=False)
     return [_attention_arguments(stub) for stub in stubs]
+
+
+def for_rows(arguments: Mapping[str, Any], names: Collection[str], rows: int) -> dict[str, Any]:
+    """Return arguments with those of one sequence repeated for several.
+
+    Args:
+        arguments: of a layer or of its attention.
+        names: of the arguments that a module takes with a row for each sequence, such as the encoder's states.
+        rows: number of sequences.
+    """
+    return {k: v.expand(rows, *v.shape[1:]) if k in names and v is not None else v for k, v in arguments.items()}
 
 
 def move_to_device(value: Any, device: torch.device) -> Any:
@@ -270,6 +290,7 @@ class LayerStub(nn.Module):
     def __init__(self, layer: nn.Module, last: bool) -> None:
         super().__init__()
         self._layer, self._last = (layer,), last  # in a tuple: not a submodule
+        self.was_called = False
 
     @property
     def layer(self) -> nn.Module:
@@ -294,7 +315,7 @@ class LayerStub(nn.Module):
         Raises:
             StopForward: this is the last layer.
         """
-        self.hidden, self.args, self.kwargs = hidden_states, args, kwargs
+        self.hidden, self.args, self.kwargs, self.was_called = hidden_states, args, kwargs, True
         if self._last:
             raise StopForward
         return hidden_states

@@ -21,6 +21,7 @@ from headwise import (
     verify_model,
 )
 from headwise.convert.gqa.merge import replicate_heads
+from headwise.convert.pipeline import ConvertResult
 from headwise.errors import HeadwiseError, SettingError
 from headwise.io.source import EMBEDDED_MODEL
 from headwise.models import table
@@ -117,9 +118,6 @@ def logits(folder: Path) -> torch.Tensor:
 
 def test_an_encoder_has_no_cache_to_save(tmp_path: Path) -> None:
     folder = tiny_models.save("eurobert", tmp_path / "model", num_attention_heads=12, num_key_value_heads=6)
-    tokenizer = Path(EMBEDDED_MODEL)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((tokenizer / name).read_bytes())
     inspection = inspect_model(folder)
     assert inspection.cache.bytes_per_token == 0 and {o.saved for o in inspection.options} == {0.0}
     result = convert_model(folder, tmp_path / "out", **TO_GQA, groups=3)
@@ -132,6 +130,43 @@ def test_an_encoder_has_no_cache_to_save(tmp_path: Path) -> None:
         convert_model(folder, tmp_path / "no", to="mqa", refit="joint")
     with pytest.raises(HeadwiseError, match="cannot be evaluated"):
         evaluate_model(tmp_path / "out", folder)
+
+
+def test_cross_attention_to_an_image_is_merged_without_moments(tmp_path: Path) -> None:
+    folder = tiny_models.save("mllama", tmp_path / "model", vocab_size=2048)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((EMBEDDED_MODEL / name).read_bytes())
+    result = convert_model(folder, tmp_path / "out", to="mqa", calibration_tokens=512, refit=2)
+    assert isinstance(result, ConvertResult)
+    lines = str(result.plan).splitlines()
+    assert any(line.startswith("text: ") and "cache per token" in line for line in lines)
+    assert any(line.startswith("cross: ") and "cache per encoder token" in line for line in lines)
+    assert any("No images are read" in line for line in lines)
+    assert "refit" in result.layers[0] and "refit" not in result.layers[1]
+    assert verify_model(tmp_path / "out", folder).passed
+
+
+def test_moments_of_an_encoder_decoder_are_saved_and_used_again(tmp_path: Path) -> None:
+    folder = tiny_models.save("t5gemma", tmp_path / "model", vocab_size=2048)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((EMBEDDED_MODEL / name).read_bytes())
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"source": f"def f{n}(x): return x * {n}", "target": f"multiplies by {n}"} for n in range(40)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"to": "mqa", "refit": "off", "method": "aligned"}
+    first = convert_model(
+        folder,
+        tmp_path / "a",
+        **given,
+        calibrate=str(pairs),
+        calibration_tokens=4096,
+        save_moments=tmp_path / "moments",
+    )
+    second = convert_model(folder, tmp_path / "b", **given, moments=tmp_path / "moments")
+    assert isinstance(first, ConvertResult) and isinstance(second, ConvertResult)
+    for layer in (2, 3):
+        assert first.layers[layer]["value_error"] == pytest.approx(second.layers[layer]["value_error"], rel=1e-4)
+        assert first.layers[layer]["value_error"] > 0
 
 
 def double_heads(folder: Path) -> dict[str, Any]:
@@ -150,7 +185,7 @@ def double_heads(folder: Path) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("model_type", sorted(table.load_table().wrappers))
+@pytest.mark.parametrize("model_type", [*sorted(table.load_table().wrappers), "mllama"])
 def test_an_image_in_the_prompt_gives_the_same_logits(tmp_path: Path, model_type: str) -> None:
     """Half the heads are copies in other coordinates: a conversion to half changes nothing, with an image too."""
     heads = {"num_attention_heads": 12, "num_key_value_heads": 3}

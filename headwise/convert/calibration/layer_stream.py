@@ -8,9 +8,10 @@ layer runs over all sequences, hooks record its attention's inputs and outputs, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from headwise.convert.calibration.attention_stats import AttentionStats, first_p
 from headwise.convert.calibration.norm_stats import CrossMoment, NormedProjections
 from headwise.io.reader import Checkpoint
 from headwise.models.protocol import AttentionModel
-from headwise.models.stock import StopForward, capture_layer_calls, empty_model, load_into
+from headwise.models.stock import StopForward, capture_layer_calls, empty_model, for_rows, load_into
 
 # Tokens run through a layer at once: bounds the memory of the widest intermediate, not the result.
 TOKENS_AT_ONCE = 4096
@@ -36,7 +37,8 @@ class LayerRecord:
 
     Attributes:
         index: of the decoder layer.
-        moment: E[x x^T] of the attention input with a constant 1 appended, (D + 1, D + 1), float64.
+        moment: E[x x^T] of the attention input with a constant 1 appended, (D + 1, D + 1), float64. It is the
+            identity where the model skips the layer.
         value_moment: E[y y^T] of y = [sum_n p_n x_n; 1], the inputs averaged by the attention weights p of a head,
             over queries and heads, (D + 1, D + 1), float64: the moment that errors of values are weighted by. None
             without attention statistics.
@@ -209,6 +211,8 @@ class LayerStream:
             `architecture` is then the row of that config.
         dtype: in which layers are computed.
         stored: round the weights to this dtype first; None: they stay as they are.
+        states: what cross-attention reads, (1, tokens, width) by the name of the argument; none: its layers are
+            skipped, as the model skips them without an image.
         attention: computes the output of a layer's attention from the layer's index and the attention's input, both
             on the CPU, in place of the stock module; None: the stock module does.
     """
@@ -223,11 +227,13 @@ class LayerStream:
         *,
         dtype: torch.dtype = torch.float32,
         stored: torch.dtype | None = None,
+        states: Mapping[str, Tensor] = MappingProxyType({}),
         attention: Callable[[int, Tensor], Tensor] | None = None,
     ) -> None:
         self._checkpoint, self._architecture = checkpoint, architecture
         self._device = torch.device(device)
         self._tokens, self._stored, self._attention = tokens, stored, attention
+        self._states = {name: value.to(device, dtype) for name, value in states.items()}
         self._tuples = False  # whether a layer returns a tuple
         self._model = empty_model(config or checkpoint.config, architecture.auto_class, dtype)
         if dtype == torch.float64:  # the usual grouped experts compute in no such dtype
@@ -298,9 +304,9 @@ class LayerStream:
     @torch.no_grad()
     def _pass(self, index: int, layer: nn.Module) -> None:
         """Run a layer without recording it."""
-        args, kwargs = self._arguments[index]
-        for part in self._parts():
-            output = layer(self._hidden[part].to(self._device), *args, **kwargs)
+        called = self._arguments[index]
+        for part in self._parts() if called else ():
+            output = self._call(layer, called, part)
             self._tuples = isinstance(output, tuple)
             self._hidden[part] = _first(output)
 
@@ -318,7 +324,11 @@ class LayerStream:
         attention_stats: bool,
         normed: NormedProjections | None,
     ) -> LayerRecord:
-        args, kwargs = self._arguments[index]
+        called = self._arguments[index]
+        if called is None:
+            return LayerRecord(
+                index, torch.eye(self._hidden.shape[2] + 1, dtype=torch.float64, device=self._device)
+            )
         recorder = AttentionRecorder(
             index,
             self._model.get_submodule(self._architecture.attention_path(index)),
@@ -329,23 +339,30 @@ class LayerStream:
             normed=normed,
         )
         for part in self._parts():
-            out = layer(self._hidden[part].to(self._device), *args, **kwargs)
+            out = self._call(layer, called, part)
             recorder.add(part)
             self._hidden[part] = _first(out)
         return recorder.result()
+
+    def _call(self, layer: nn.Module, called: tuple[tuple[Any, ...], dict[str, Any]] | None, part: slice) -> Any:
+        """Return the output of a layer for some of the sequences."""
+        assert called is not None
+        args, kwargs = called
+        hidden = self._hidden[part].to(self._device)
+        return layer(hidden, *args, **for_rows(kwargs, self._states, len(hidden)))
 
     @contextmanager
     def _real_layer(self, index: int) -> Iterator[nn.Module]:
         layer = self._layers[index]
         self._load(self._names[index])
-        with self._replaced_attention(index, layer):
+        with self._replaced_attention(index):
             try:
                 yield layer.to(self._device)  # buffers follow the weights
             finally:
                 layer.to("meta")
 
     @contextmanager
-    def _replaced_attention(self, index: int, layer: nn.Module) -> Iterator[None]:
+    def _replaced_attention(self, index: int) -> Iterator[None]:
         attend = self._attention
         if attend is None:
             yield
@@ -356,15 +373,16 @@ class LayerStream:
             new = attend(index, inputs.cpu()).to(inputs.device)
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
-        handle = layer.get_submodule(self._architecture.attention).register_forward_hook(replace, with_kwargs=True)
+        module = self._model.get_submodule(self._architecture.attention_path(index))
+        handle = module.register_forward_hook(replace, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
 
     @torch.no_grad()
-    def _embed(self, tokens: Tensor) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-        """Return the hidden states before the first layer and each layer's further arguments."""
+    def _embed(self, tokens: Tensor) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]] | None]]:
+        """Return the hidden states before the first layer and each layer's arguments; None: it is skipped."""
         output_weights = self._model.get_output_embeddings()
         skipped = {id(p) for p in output_weights.parameters()} if output_weights is not None else set()
         inputs = self._model.get_input_embeddings()
@@ -379,10 +397,10 @@ class LayerStream:
         with capture_layer_calls(self._layers) as stubs:
             for row in tokens.split(1):
                 with suppress(StopForward):
-                    base(input_ids=row.to(self._device), use_cache=False)
+                    base(input_ids=row.to(self._device), **self._states, use_cache=False)
                 hidden.append(stubs[0].hidden.cpu())
         self._unload()
-        return torch.cat(hidden), [(stub.args, stub.kwargs) for stub in stubs]
+        return torch.cat(hidden), [(stub.args, stub.kwargs) if stub.was_called else None for stub in stubs]
 
     def _load(self, names: Collection[str]) -> None:
         """Load tensors of the checkpoint into the model."""

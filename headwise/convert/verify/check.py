@@ -249,11 +249,8 @@ def _cache_is(
     network.set_experts_implementation("batched_mm")
     with torch.no_grad():
         text = network.get_submodule(model.module.rpartition(".")[0].rpartition(".")[0])
-        empty = torch.empty(1, TOKENS, text.config.hidden_size, device="meta")
-        given = {"inputs_embeds": empty}
-        if model.reads_pairs:
-            width = text.config.cross_attention_hidden_size
-            given["encoder_hidden_states"] = torch.empty(1, TOKENS, width, device="meta")
+        widths = {"inputs_embeds": text.config.hidden_size} | model.cross_states(checkpoint.config)
+        given = {name: torch.empty(1, TOKENS, width, device="meta") for name, width in widths.items()}
         layers = cache_layers(cache_of(text(**given, use_cache=True)))
     measured = [layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in layers]
     expected = [layout.cache_elements_per_token for layout in cached]

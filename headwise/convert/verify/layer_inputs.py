@@ -19,7 +19,7 @@ from headwise.io.reader import Checkpoint
 from headwise.io.tokenizer import load_tokenizer
 from headwise.models.architecture import find_architecture
 from headwise.models.protocol import AttentionModel
-from headwise.models.stock import empty_model, layer_arguments, load_into
+from headwise.models.stock import empty_model, for_rows, layer_arguments, load_into
 from headwise.text.pairs import Pairs
 
 SEQUENCES, TOKENS, TARGET_TOKENS = 2, 24, 17
@@ -90,10 +90,22 @@ def attention_inputs(
             assert record.inputs is not None
             yield record.index, record.inputs.double(), _in_float64({**record.arguments, **record.rows})
         return
-    stream = LayerStream(checkpoint, stock, tokens, device)
+    stream = LayerStream(checkpoint, stock, tokens, device, states=random_states(stock, checkpoint.config))
     for record in stream.records(keep_activations=True, attention_stats=False):
         assert record.inputs is not None
         yield record.index, record.inputs.double(), None
+
+
+def random_states(stock: AttentionModel, config: dict[str, Any]) -> dict[str, Tensor]:
+    """Return what cross-attention reads in a check, (1, TARGET_TOKENS, width) by the name of the argument.
+
+    Args:
+        stock: names of the stock class.
+        config: config.json of the model.
+    """
+    generator = torch.Generator().manual_seed(1)
+    widths = stock.cross_states(config)
+    return {name: torch.randn(1, TARGET_TOKENS, width, generator=generator) for name, width in widths.items()}
 
 
 def _in_float64(value: Any) -> Any:
@@ -118,6 +130,7 @@ class StockAttention:
     def __init__(self, config: dict[str, Any], stock: AttentionModel) -> None:
         self._stock = stock
         self._model = empty_model(config, stock.auto_class, torch.float64)
+        self._states = {name: value.double() for name, value in random_states(stock, config).items()}
         self._arguments: list[dict[str, Any]] | None = None
 
     def __call__(
@@ -133,11 +146,13 @@ class StockAttention:
         """
         load_into(self._model, dict(tensors))
         if arguments is None and self._arguments is None:
-            self._arguments = layer_arguments(self._model, self._stock.module, inputs.shape[1], torch.float64)
+            self._arguments = layer_arguments(
+                self._model, self._stock.module, inputs.shape[1], torch.float64, self._states
+            )
         attention = self._model.get_submodule(self._stock.attention_path(layer))
         with torch.no_grad():
             given = arguments if arguments is not None else (self._arguments or [])[layer]
-            output = attention(hidden_states=inputs, **given)
+            output = attention(hidden_states=inputs, **for_rows(given, self._states, len(inputs)))
         for name, parameter in list(attention.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             setattr(attention.get_submodule(owner), leaf, torch.nn.Parameter(parameter.to("meta"), False))

@@ -15,7 +15,7 @@ from headwise.convert.verify.layer_inputs import TOKENS, check_pairs, check_toke
 from headwise.io.quantized.quantization import PLAIN_DTYPE
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import find_architecture
-from headwise.models.layout import AttentionLayout
+from headwise.models.layout import CROSS, AttentionLayout
 from headwise.models.protocol import AttentionModel
 from headwise.models.stock import eager_if_capped, empty_model, load_model, stock_config
 
@@ -116,9 +116,11 @@ def _generates(
         )  # fmt: skip
     if not allow_nan and not all(bool(step.isfinite().all()) for step in generated.logits):
         return False, "the logits are not finite"
-    cache = cache_layers(cache_of(generated))
+    # Without an image, a decoder skips its cross-attention, which then has an empty cache.
+    cache = [layer for layer in cache_layers(cache_of(generated)) if layer.keys is not None and layer.keys.numel()]
+    cached = [x for x in layouts if x.cached and (stock.reads_pairs or x.part != CROSS)]
     elements = [layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in cache]
-    if elements != [layout.cache_elements_per_token for layout in layouts if layout.cached]:
+    if elements != [layout.cache_elements_per_token for layout in cached]:
         return False, f"after generate() the cache holds {elements} elements per token and layer"
     return True, ""
 
