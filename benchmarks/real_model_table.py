@@ -107,9 +107,7 @@ def plot(rows: list[dict[str, Any]], parent: dict[str, Any], file: Path) -> None
         below = words == LABELS["optimal", "joint", 16_000_000]  # close to the defaults
         for gap, height in zip(gaps, heights, strict=True):
             place = {"xytext": (0, -14 if below else 7), "ha": "center", "color": colour}
-            axes.annotate(
-                f"{gap:.2f}", (gap, height), textcoords="offset points", **place
-            )
+            axes.annotate(f"{gap:.2f}", (gap, height), textcoords="offset points", **place)
     axes.set_xscale("log")
     axes.set_xticks([0.05, 0.1, 0.2, 0.5, 1, 2, 5], ["0.05", "0.1", "0.2", "0.5", "1", "2", "5"])
     axes.set_xticks([], minor=True)
