@@ -265,9 +265,12 @@ def report_error(problem: BaseException) -> int:
 
 
 def _memory_hint() -> str:
-    """Return what to do without memory; only some verbs have a forecast and can resume."""
+    """Return what to do without memory; only some verbs have a forecast and can resume, or a size of batches."""
     options = {option.name for option in _running.command.params} if _running else set()
-    return RESUME_HINT if {"dry_run", "resume"} <= options else "Free some memory, or use a machine with more."
+    if {"dry_run", "resume"} <= options:
+        return RESUME_HINT
+    smaller = "Give --batch-size a smaller number, or free" if "batch_size" in options else "Free"
+    return f"{smaller} memory that other processes use."
 
 
 def _help_hint(context: click.Context | None) -> str:

@@ -104,6 +104,16 @@ def test_an_exception_becomes_a_sentence_and_a_code(
     assert "Traceback" in run(*TO_MQA, HEADWISE_DEBUG="1").stderr
 
 
+def test_the_hint_for_memory_names_the_option_that_needs_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    from headwise.eval import evaluate
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(evaluate, "evaluate_model", fail)
+    assert "Give --batch-size a smaller number" in run("eval", "child", HEADWISE_DEBUG="").stderr
+
+
 def test_the_hint_of_an_interrupted_conversion_is_printed(library: SimpleNamespace) -> None:
     from headwise.io.workdir import Interrupted
 
