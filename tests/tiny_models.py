@@ -162,6 +162,11 @@ CONFIGS |= {
         "hidden_size": 36,
         "tie_word_embeddings": False,
     },
+    "exaone4_5": {
+        "text_config": _COMMON | _heads(14, 2, 8) | _SLIDING | {"hidden_size": 112, "model_type": "exaone4"},
+        "vision_config": _QWEN_VISION | {"out_hidden_size": 112, "num_key_value_heads": 1, "num_heads": 2},
+        **_IMAGE_TOKENS,
+    },
     "idefics2": {
         "text_config": _COMMON | CONFIGS["mistral"] | {"model_type": "mistral"},
         "vision_config": {k: v for k, v in _CLIP.items() if k not in ("projection_dim", "model_type")},

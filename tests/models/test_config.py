@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForSpeechSeq2Seq
 
 from headwise.errors import HeadwiseError
 from headwise.models import architecture, table
@@ -157,7 +157,7 @@ def test_defaults_that_a_config_leaves_out_are_the_stock_class_s():
 
 def test_a_refused_type_has_no_row():
     data = table.load_table()
-    assert not set(data.refused) & (set(data.rows) | set(data.wrappers))
+    assert not set(data.refused) & (set(data.rows) | set(data.wrappers) | set(data.composites))
 
 
 WRAPPERS = table.load_table().wrappers
@@ -213,6 +213,21 @@ def test_a_language_model_that_the_config_leaves_out_is_the_stock_default(model_
     assert (built.num_key_value_heads, built.hidden_size) == (1, expected.hidden_size)
 
 
+def test_the_stock_class_that_is_said_to_fail_with_fewer_kv_heads_fails() -> None:
+    sizes = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 40}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_num_hidden_layers": 1, f"{side}_num_attention_heads": 4}
+    given = {"input_values": torch.randn(1, 16000), "decoder_input_ids": torch.tensor([[1, 2, 3]])}
+    for count in (4, 2):
+        counts = {f"{side}_num_key_value_heads": count for side in ("encoder", "decoder")}
+        model = AutoModelForSpeechSeq2Seq.from_config(AutoConfig.for_model("moonshine", **sizes, **counts)).eval()
+        if count == 4:
+            assert model(**given).logits.shape == (1, 3, 61)
+        else:
+            with pytest.raises(RuntimeError):
+                model(**given)
+
+
 def test_types_are_listed_by_family():
     families = table.supported_types()
     assert "llama" in families["language models"]
@@ -235,6 +250,9 @@ def test_a_head_on_top_chooses_the_class_that_loads_it():
         ({"model_type": "whisper", "is_encoder_decoder": True}, "stores no number of KV heads.*cache in 8 bits"),
         ({"model_type": "vit", "architectures": ["ViTModel"]}, "stores no number of KV heads.*no KV cache"),
         ({"model_type": "canary", "is_encoder_decoder": True}, "it is an encoder-decoder model, and it has no row"),
+        ({"model_type": "moonshine", "is_encoder_decoder": True}, "splits queries into num_key_value_heads heads"),
+        ({"model_type": "t5gemma2", "is_encoder_decoder": True}, "no joint moments"),
+        ({"model_type": "dia", "is_encoder_decoder": True}, "several audio codes at each position"),
         ({"model_type": "nemotron_h"}, "nemotron_h: it has no row in the table.*Did you mean nemotron"),
         ({"model_type": "nemotron-nas"}, "transformers has no class for it, and headwise never runs code"),
         ({"model_type": "glm_moe_dsa"}, "latent attention"),
