@@ -35,7 +35,8 @@ EMBEDDED = REPOSITORY / "headwise" / "demo" / "model"
 FSDP2, DDP = (REPOSITORY / "headwise" / "recipes" / "accelerate" / f"{kind}.yaml" for kind in ("fsdp2", "ddp"))
 # Without multicast over NVLink, which not every machine allows; nothing is downloaded.
 SET = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-ENVIRONMENT = {**SET, **os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+PATHS = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+ENVIRONMENT = {**SET, **os.environ, "PYTHONPATH": PATHS, "PYTHONUNBUFFERED": "1"}
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 HEADWISE = [sys.executable, "-m", "headwise"]
 # Seconds that a part may take. Those of the first group run at the same time.
