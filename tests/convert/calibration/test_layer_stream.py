@@ -47,7 +47,9 @@ def test_logits_a_layer_at_a_time_are_those_of_the_whole_model(model_type, tmp_p
     source = tiny_models.save(model_type, tmp_path / "model", tie_word_embeddings=model_type in ("llama", "gemma2"))
     tokens = tiny_models.tokens()
     arch, _, _, _ = row(model_type)
-    whole = getattr(transformers, arch.auto_class).from_pretrained(source, attn_implementation="eager")
+    # Without an image, the eager form of this class lets a prompt read later tokens; its default form does not.
+    form = "sdpa" if model_type == "paligemma" else "eager"
+    whole = getattr(transformers, arch.auto_class).from_pretrained(source, attn_implementation=form)
     with torch.inference_mode():
         wanted = whole(input_ids=tokens, use_cache=False).logits
     checkpoint = match_source(open_checkpoint(source))
