@@ -44,6 +44,8 @@ def cache_of(output: Any) -> Any:
 def cache_layers(cache: Any) -> list[Any]:
     """Return the layers of a KV cache with keys and values, in the order in which attention modules run.
 
+    The linear layers of a hybrid model have states in place of keys and values.
+
     Versions: transformers 5.16 to 5.24, `Cache.layers`; an `EncoderDecoderCache` has a cache for self-attention and
     one for cross-attention.
 
@@ -51,7 +53,7 @@ def cache_layers(cache: Any) -> list[Any]:
         cache: a KV cache after a forward pass.
     """
     if not hasattr(cache, "cross_attention_cache"):
-        return list(cache.layers)
+        return [layer for layer in cache.layers if hasattr(layer, "keys")]
     pairs = zip(cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=True)
     return [layer for pair in pairs for layer in pair]
 

@@ -150,6 +150,7 @@ def layout_names(layouts: Sequence[_Layout]) -> str:
     Args:
         layouts: of the layers; each different name appears once.
     """
+    layouts = [layout for layout in layouts if layout.kind != layout.part]  # a layer without attention has none
     several = len({layout.part for layout in layouts}) > 1
     words = []
     for layout in dict.fromkeys(layouts):

@@ -60,6 +60,16 @@ _SLIDING: dict[str, Any] = {
 }
 _PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
 
+_LINEAR = {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+}
+_SHARED = {"shared_expert_intermediate_size": 12}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _heads(9, 3, 8) | {"attention_bias": True},
     "mistral": _heads(14, 7, 6) | {"sliding_window": 5},
@@ -108,6 +118,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "seed_oss": _heads(9, 3, 8),
     "phimoe": _heads(9, 3, 8) | _MOE | {"attention_bias": True},
     "gpt_oss": _heads(9, 3, 8) | _SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_next": _heads(9, 3, 16) | _LINEAR | _MOE | _SHARED,
+    "qwen3_5_text": _heads(9, 3, 16) | _LINEAR,
+    "qwen3_5_moe_text": _heads(9, 3, 16) | _LINEAR | _MOE | _SHARED,
+    "lfm2": _heads(9, 3)
+    | {"hidden_size": 72, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "full_attention"]},
     "nemotron": _heads(9, 3, 8) | {"attention_bias": True} | _PARTIAL,
 }
 
@@ -234,6 +249,16 @@ OTHERS: dict[str, dict[str, Any]] = {
         "decoder": _MODULE,
         "vocab_size": VOCABULARY,
         "tie_word_embeddings": False,
+    },
+}
+
+_HYBRID_TEXT = _COMMON | _heads(9, 3, 16) | _LINEAR | {"hidden_size": 112}
+_HYBRID_TEXT |= {"rope_parameters": _MROPE["rope_parameters"] | {"partial_rotary_factor": 0.5}}
+CONFIGS |= {
+    "qwen3_5": {"text_config": _HYBRID_TEXT, "vision_config": _QWEN_VISION | {"out_hidden_size": 112}},
+    "qwen3_5_moe": {
+        "text_config": _HYBRID_TEXT | _MOE | _SHARED,
+        "vision_config": _QWEN_VISION | {"out_hidden_size": 112},
     },
 }
 

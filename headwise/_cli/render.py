@@ -72,10 +72,16 @@ def render_inspection(inspection: Inspection, *, reasons: bool = False) -> None:
                 format_ranges(layers),
                 *([layout.part] if len(parts) > 1 else []),
                 layout.kind.upper(),
-                layout.num_attention_heads,
-                layout.num_key_value_heads,
-                layout.head_dim,
-                _format_rotary(layout),
+                *(
+                    (
+                        layout.num_attention_heads,
+                        layout.num_key_value_heads,
+                        layout.head_dim,
+                        _format_rotary(layout),
+                    )
+                    if layout.attends
+                    else ("", "", "", "")
+                ),
                 f"{layout.sliding_window:,}" if layout.sliding_window else "",
             )
             for layout, layers in kinds.items()

@@ -13,7 +13,7 @@ import torch
 from headwise.convert.mla.exact import latent_layout
 from headwise.convert.positions.rope_range import RopeRange, rope_ranges
 from headwise.errors import HeadwiseError
-from headwise.format import latent_name, plain_fields
+from headwise.format import latent_name, plain_fields, size
 from headwise.io import hub
 from headwise.io.gguf import open_gguf
 from headwise.io.quantized.quantization import plain_config, quantization_of, refuse_quantised_names
@@ -32,7 +32,7 @@ from headwise.io.tokenizer import tokenizer_kind
 from headwise.models import architecture, mla_source
 from headwise.models.architecture import Architecture
 from headwise.models.config import dtype_of
-from headwise.models.layout import CONTEXTS, AttentionLayout, CacheSize, describe
+from headwise.models.layout import CONTEXTS, AttentionLayout, CacheSize, describe, state_bytes
 from headwise.models.protocol import find_attention_model
 from headwise.models.stock_match import match_source
 from headwise.records.manifest import recorded_damage
@@ -241,11 +241,23 @@ def inspect_model(
         engines=serving.verdicts(config, layouts),
         notes=(
             *quantized,
+            *_linear_notes(layouts, dtype),
             *serving.notes(layouts, options),
             *([TWO_CACHES] if arch.reads_pairs else []),
             *([LINEAR_NORMS] if mla is None and arch.qk_norm(config) else []),
         ),
     )
+
+
+def _linear_notes(layouts: Sequence[AttentionLayout], dtype: torch.dtype) -> Iterator[str]:
+    """Yield a line about the layers of a hybrid model that have no attention."""
+    count = sum(not layout.attends for layout in layouts)
+    if count:
+        yield (
+            f"{count} of {len(layouts)} layers have no attention. Their states take "
+            f"{size(state_bytes(layouts, dtype))} for each sequence of any length, and are in the cache at each "
+            "context. A conversion carries these layers over."
+        )
 
 
 def _options(

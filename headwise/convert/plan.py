@@ -128,7 +128,7 @@ class Plan:
     @property
     def parts(self) -> tuple[PartPlan, ...]:
         """Return every part of a model of several, or of one without a cache; else none."""
-        before = self.layouts_before
+        before = [layout for layout in self.layouts_before if layout.attends]
         names = list(dict.fromkeys(layout.part for layout in before))
         if len(names) == 1 and all(layout.cached for layout in before):
             return ()

@@ -27,6 +27,7 @@ from headwise.models.config import (
     rotary_width,
     stock_text_config,
     whole_part,
+    with_linear_layers,
 )
 from headwise.models.fusion import (
     check_shapes,
@@ -140,7 +141,7 @@ class Architecture(ArchitectureRow):
         window = positive_size(stock, "sliding_window") if windowed else None
         if self.rope_layer_types and window:
             has_rope = [layer_type in self.rope_layer_types for layer_type in layer_types]
-        return [
+        layouts = [
             AttentionLayout(
                 num_attention_heads=heads,
                 num_key_value_heads=groups,
@@ -153,6 +154,7 @@ class Architecture(ArchitectureRow):
             )
             for layer in range(stock.num_hidden_layers)
         ]
+        return with_linear_layers(layouts, layer_types, stock, self.linear) if self.linear else layouts
 
     def legal_groups(self, config: dict[str, Any]) -> list[int]:
         """Return the numbers of key-value heads that the stock class can use, ascending.
@@ -192,6 +194,8 @@ class Architecture(ArchitectureRow):
             row, number = self.at(layer)
             return row.tensor_shapes(config, number)
         layout = self.layouts(config)[layer]
+        if not layout.attends:
+            return {}
         norms = self.qk_norm(config)
         stock = self.stock_config(config)
         width, states_width = stock.hidden_size, positive_size(stock, self.sizes["inputs"])
@@ -238,20 +242,6 @@ class Architecture(ArchitectureRow):
         part, number = self.at(layer)
         return f"{part.layers[0].format(layer=number)}.{part.attention}."
 
-    def key_value_names(self, config: dict[str, Any], layer: int) -> list[str]:
-        """Return the tensors of a layer with rows for each KV head, in an architecture that does not fuse them.
-
-        Args:
-            config: the checkpoint's config.json.
-            layer: index of the decoder layer.
-        """
-        part, _ = self.at(layer)
-        modules = [part.projections["k"], part.projections["v"]]
-        if part.norms is not None and part.norms.scope == "all":
-            modules.append(part.norms.k)
-        prefix = self.prefix(layer)
-        return [n for n in self.tensor_names(config, layer) if n.removeprefix(prefix).split(".")[0] in modules]
-
     def tensors(self, checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
         """Read all tensors of a layer's attention, including those that no conversion changes.
 
@@ -272,6 +262,11 @@ class Architecture(ArchitectureRow):
             layer: index of the decoder layer.
         """
         return tuple(self.tensor_shapes(config, layer))
+
+    def first_names(self, config: dict[str, Any]) -> tuple[str, ...]:
+        """Return `tensor_names` of the first layer with attention."""
+        names = (self.tensor_names(config, layer) for layer in range(len(self.layouts(config))))
+        return next(filter(None, names))
 
     def read_layer(self, config: dict[str, Any], layer: int, tensors: dict[str, Tensor]) -> LayerWeights:
         """Build the float64 weights of one layer's attention from its checkpoint tensors.
@@ -472,7 +467,7 @@ def find_architecture(config: dict[str, Any], names: Iterable[str] = ()) -> Arch
     auto_class = next((auto for end, auto in table.auto_classes.items() if head.endswith(end)), arch.auto_class)
     present = set(names)
     candidates = [replace(arch, auto_class=auto_class, layers=(layers,)) for layers in arch.layers]
-    return next((a for a in candidates if present.issuperset(a.tensor_names(config, 0))), candidates[0])
+    return next((a for a in candidates if present.issuperset(a.first_names(config))), candidates[0])
 
 
 def _composite(config: dict[str, Any], rows: Sequence[ArchitectureRow], names: set[str]) -> Architecture:

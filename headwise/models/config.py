@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 
 from headwise.errors import HeadwiseError
+from headwise.models.layout import LINEAR, AttentionLayout
 
 # A hostile layer count would make the stock config class build a list of that length.
 # The others bound the search for what a model can become, and the tables of its frequencies.
@@ -370,3 +374,32 @@ def stored_dtype(config: dict[str, Any]) -> torch.dtype | None:
     parts = (config, text if isinstance(text, dict) else {})
     dtypes = (named_dtype(part.get("dtype") or part.get("torch_dtype")) for part in parts)
     return next((dtype for dtype in dtypes if dtype is not None), None)
+
+
+def with_linear_layers(
+    layouts: Sequence[AttentionLayout], layer_types: Sequence[Any], stock: Any, linear: dict[str, Any]
+) -> list[AttentionLayout]:
+    """Return the layouts of a hybrid model, from those that it would have with attention in every layer.
+
+    Args:
+        layouts: of every layer.
+        layer_types: of every layer, by the stock config.
+        stock: the stock config object.
+        linear: the `linear` of the architecture row.
+
+    Raises:
+        HeadwiseError: no layer has attention, or a size of the config is no number.
+    """
+    conv, recurrent = (
+        sum(math.prod(positive_size(stock, n) if isinstance(n, str) else n for n in term) for term in linear[name])
+        for name in ("conv", "recurrent")
+    )
+    hybrid = [
+        replace(layout, part=LINEAR, cached=False, rotary_dim=0, conv_state=conv, recurrent_state=recurrent)
+        if layer_type in linear["types"]
+        else layout
+        for layout, layer_type in zip(layouts, layer_types, strict=False)
+    ]
+    if not any(layout.attends for layout in hybrid):
+        raise HeadwiseError("config.json has layer_types without attention, and no layer has a KV cache.")
+    return hybrid

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+LINEAR = "linear"
 CONTEXTS = (8_192, 32_768, 131_072)
 
 
@@ -24,6 +25,10 @@ class AttentionLayout:
     with `kv_lora_rank` is MLA: it caches one latent of that rank and one rotary key of `qk_rope_head_dim` numbers.
     All heads share the latent and the rotary key. `part` is what the attention is ("text", "encoder", "decoder",
     "cross" or "vision"); an encoder's is not `cached`. Cross-attention caches tokens of the encoder.
+
+    A layer of the part "linear" has no attention: it is linear attention or a convolution, with a state of constant
+    size: `conv_state` elements in the model's dtype and `recurrent_state` elements in float32. Its heads and widths
+    are those of the model's attention.
     """
 
     num_attention_heads: int
@@ -36,10 +41,19 @@ class AttentionLayout:
     qk_rope_head_dim: int | None = None
     part: str = "text"
     cached: bool = True
+    conv_state: int = 0
+    recurrent_state: int = 0
+
+    @property
+    def attends(self) -> bool:
+        """Whether the layer has attention."""
+        return self.part != LINEAR
 
     @property
     def kind(self) -> str:
-        """Kind of attention: "mha", "gqa", "mqa" or "mla"."""
+        """Kind of attention: "mha", "gqa", "mqa" or "mla"; "linear" for a layer without attention."""
+        if not self.attends:
+            return LINEAR
         if self.kv_lora_rank is not None:
             return "mla"
         if self.num_key_value_heads == self.num_attention_heads:
@@ -69,6 +83,8 @@ class AttentionLayout:
         Args:
             hidden_size: width of the residual stream.
         """
+        if not self.attends:
+            return 0
         queries_and_output = self.num_attention_heads * (self.head_dim + self.v_head_dim)
         return (queries_and_output + self.key_value_elements) * hidden_size
 
@@ -251,6 +267,8 @@ class CacheSize:
     def of(cls, layouts: Sequence[AttentionLayout], dtype: torch.dtype) -> CacheSize:
         """Return the cache size of one sequence. The cache of a layer with a full sliding window does not grow.
 
+        The states of linear layers are in the totals, and not in the bytes for one more token.
+
         Args:
             layouts: layout of every layer.
             dtype: dtype of the cache.
@@ -260,7 +278,20 @@ class CacheSize:
             seen = ((min(tokens, layer.sliding_window or tokens), layer) for layer in layouts)
             return sum(count * layer.cache_elements_per_token for count, layer in seen) * dtype.itemsize
 
-        return cls(total(1), {tokens: total(tokens) for tokens in CONTEXTS})
+        states = state_bytes(layouts, dtype)
+        return cls(total(1), {tokens: total(tokens) + states for tokens in CONTEXTS})
+
+
+def state_bytes(layouts: Sequence[AttentionLayout], dtype: torch.dtype) -> int:
+    """Return the bytes of the states that linear layers keep for a sequence of any length.
+
+    Args:
+        layouts: layout of every layer.
+        dtype: of the model; recurrent states are float32.
+    """
+    return sum(
+        layer.conv_state * dtype.itemsize + layer.recurrent_state * torch.float32.itemsize for layer in layouts
+    )
 
 
 def describe(layout: AttentionLayout) -> dict[str, Any]:

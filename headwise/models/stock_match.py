@@ -187,7 +187,7 @@ def _explain_missing(checkpoint: Checkpoint, arch: Architecture, found: StockMat
     source, names = checkpoint.source, checkpoint.tensors
     if name := next(filter(LORA.search, names), None):
         raise adapter_error(source, f"has the tensors of a LoRA adapter ({name})")
-    expected = arch.tensor_names(checkpoint.config, 0)[0]
+    expected = arch.first_names(checkpoint.config)[0]
     bare = expected.removeprefix(f"{found.model.base_model_prefix}.")
     for name in names if not names.keys() & {expected, bare} else ():
         prefix = next((name.removesuffix(end) for end in (expected, bare) if name.endswith(f".{end}")), "")
@@ -239,10 +239,10 @@ def _canonical_names(config: dict[str, Any], placed: Collection[str], found: Sto
     prefix, parameters = f"{found.model.base_model_prefix}.", found.model.state_dict().keys()
     names = {name: name for name in placed}
     row = find_architecture(config, placed)
-    if not names.keys() >= set(row.tensor_names(config, 0)):
+    if not names.keys() >= set(row.first_names(config)):
         bare = {n: n if n in parameters or n.startswith(prefix) else prefix + n for n in placed}
         row = find_architecture(config, bare.values())
-        if set(bare.values()) >= set(row.tensor_names(config, 0)):
+        if set(bare.values()) >= set(row.first_names(config)):
             names = bare
     # A head that stands for the embeddings tied to it.
     present = {place for name in placed if (place := found.places[name])}

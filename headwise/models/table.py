@@ -49,6 +49,8 @@ class ArchitectureRow:
         cached: whether keys and values are kept from one step to the next; an encoder keeps none.
         states: the argument of a cross-attention module that its keys and values are made from; None: they are made
             from the input of the attention.
+        linear: {types, conv, recurrent}: the layer types without attention, and the sizes of their states: sums of
+            products of numbers and config keys. None where all layers have attention.
         only_layers: {key, listed}: the attention of the layers in that list of the config, or of all others.
         sizes: the config keys of the number of query heads (heads), of their width (head_dim), and of the width of
             what keys and values are made from (inputs).
@@ -81,6 +83,7 @@ class ArchitectureRow:
     part: str
     cached: bool
     states: str | None
+    linear: dict[str, Any] | None
     only_layers: dict[str, Any] | None
     sizes: dict[str, str]
     projections: dict[str, str]

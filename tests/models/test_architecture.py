@@ -37,6 +37,8 @@ def random_gauge(weights: LayerWeights, seed: int) -> LayerWeights:
     group = torch.arange(layout.num_attention_heads) // layout.queries_per_group
 
     mix = noise(groups, layout.v_head_dim, layout.v_head_dim) + 2 * torch.eye(layout.v_head_dim)
+    if weights.gate is not None:  # it multiplies every element by a factor of its own
+        mix = torch.diag_embed(mix.diagonal(dim1=1, dim2=2))
     v, o = mix @ weights.v, weights.o @ torch.linalg.inv(mix)[group]
 
     free = noise(groups, still, still) + 2 * torch.eye(still)
@@ -53,6 +55,11 @@ def random_gauge(weights: LayerWeights, seed: int) -> LayerWeights:
     q_turning = from_planes(to_planes(weights.q, turning) / scalar.conj()[group])
     q_still = torch.linalg.inv(free).mT[group] @ weights.q[:, turning:]
     return replace(weights, q=torch.cat([q_turning, q_still], dim=1), k=k, v=v, o=o)
+
+
+def attending(arch: Architecture, config: dict) -> list[int]:
+    """The layers with attention: all but those of a hybrid model that are linear."""
+    return [layer for layer, layout in enumerate(arch.layouts(config)) if layout.attends]
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -87,7 +94,7 @@ def double_model(model_type: str, flat_norms: bool = False):
 
 def rewrite(model, config, arch: Architecture, tensors: Tensors, change) -> None:
     """Change every layer and put it back into the stock model."""
-    for layer in range(len(arch.layouts(config))):
+    for layer in attending(arch, config):
         weights = change(layer, arch.read_layer(config, layer, tensors))
         written = module_names(arch, arch.write_layer(config, layer, weights, torch.float64))
         assert not model.load_state_dict(written, strict=False).unexpected_keys
@@ -112,7 +119,7 @@ def test_reading_and_writing_a_layer_changes_no_bit(model_type, dtype, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     config = tiny_models.read_config(tmp_path)
     arch = architecture.find_architecture(config, tensors)
-    for layer in range(len(arch.layouts(config))):
+    for layer in attending(arch, config):
         back = arch.write_layer(config, layer, arch.read_layer(config, layer, tensors), dtype)
         assert set(back) == set(arch.tensor_names(config, layer))
         for name, tensor in back.items():
@@ -134,8 +141,9 @@ NORMED = [m for m in ROWS if architecture.find_architecture(tiny_models.config_o
 @pytest.mark.parametrize("model_type", NORMED)
 def test_a_norm_multiplies_by_what_was_read(model_type):
     model, config, arch, tensors = double_model(model_type)
-    weights = arch.read_layer(config, 0, tensors)
-    attention = model.get_submodule(f"{arch.module.format(layer=0)}.{arch.attention}")
+    first = attending(arch, config)[0]
+    weights = arch.read_layer(config, first, tensors)
+    attention = model.get_submodule(f"{arch.module.format(layer=first)}.{arch.attention}")
     for name, multiplier in ((arch.norms.q, weights.q_norm), (arch.norms.k, weights.k_norm)):
         # Large, so that the norm's epsilon is nothing beside it.
         rows_in = 1e6 * torch.randn(multiplier.shape, dtype=torch.float64)
@@ -183,7 +191,7 @@ def test_repeating_key_value_heads_keeps_the_logits(model_type):
     new_config = arch.with_groups(config, {layout.part: layout.num_attention_heads for layout in layouts})
     lifted = tiny_models.from_config(new_config).double()
     state = dict(model.state_dict())
-    for layer in range(len(arch.layouts(config))):
+    for layer in attending(arch, config):
         weights = arch.read_layer(config, layer, tensors)
         repeats = weights.layout.queries_per_group
         many = replace(
@@ -234,9 +242,9 @@ def test_the_mask_of_each_layer_is_the_window_of_its_layout(model_type):
         return hook
 
     layouts = arch.layouts(config)
-    for layer in range(len(layouts)):
+    for layer in attending(arch, config):
         attention = model.get_submodule(f"{arch.module.format(layer=layer)}.{arch.attention}")
         attention.register_forward_pre_hook(look(layer), with_kwargs=True)
     logits(model)
     length = tiny_models.tokens().shape[1]
-    assert seen == {layer: min(layout.sliding_window or length, length) for layer, layout in enumerate(layouts)}
+    assert seen == {n: min(layouts[n].sliding_window or length, length) for n in attending(arch, config)}

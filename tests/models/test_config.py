@@ -261,7 +261,6 @@ def test_a_head_on_top_chooses_the_class_that_loads_it():
         ({"model_type": "qwen"}, "transformers has no class for it, and headwise never runs code"),
         ({"model_type": "gpt2"}, "no num_key_value_heads"),
         ({"model_type": "deepseek_v3"}, "latent attention"),
-        ({"model_type": "qwen3_5"}, "linear attention"),
         ({"model_type": "llava", "text_config": {"model_type": "gpt2"}}, "gpt2: its positions are learned"),
         ({"model_type": "stablelm", "qk_layernorm": True}, "qk_layernorm: true.*subtracts the mean"),
         ({"model_type": "cohere", "use_qk_norm": True}, "use_qk_norm: true.*subtracts the mean"),
@@ -374,7 +373,6 @@ def test_every_shared_config_has_layouts_or_a_reason():
     assert refused >= {
         "gpt2",
         "deepseek_v3",
-        "qwen3_5",
         "llama4",
         "qwen",
         "mimo",

@@ -265,12 +265,13 @@ class LayerStream:
         Args:
             keep_activations: also keep the inputs and outputs of the layer's attention.
             attention_stats: also measure `value_moment`, `key_moment` and `distances`, on some of the sequences.
-            layers: layers to record, ascending; None: all. Each is drawn when the one before it is done. Layers
-                between them run without a record, layers after the last do not run.
+            layers: layers to record, ascending; None: all with attention. Each is drawn when the one before it is
+                done. Layers between them run without a record, layers after the last do not run.
             normed: returns a layer's normed queries and keys, whose moments are then measured too.
         """
         at = 0
-        for index in range(len(self._layers)) if layers is None else layers:
+        attending = (i for i, layer in enumerate(self._layers) if self._attends(layer))
+        for index in attending if layers is None else layers:
             for between in range(at, index):
                 with self._real_layer(between) as layer:
                     self._pass(between, layer)
@@ -300,6 +301,10 @@ class LayerStream:
                     handle.remove()
         self._unload()
         return torch.cat(logits)
+
+    def _attends(self, layer: nn.Module) -> bool:
+        """Return whether a layer has attention: the linear layers of a hybrid model have none."""
+        return hasattr(layer, self._architecture.attention.split(".")[0])
 
     @torch.no_grad()
     def _pass(self, index: int, layer: nn.Module) -> None:
@@ -364,7 +369,7 @@ class LayerStream:
     @contextmanager
     def _replaced_attention(self, index: int) -> Iterator[None]:
         attend = self._attention
-        if attend is None:
+        if attend is None or not self._attends(layer):
             yield
             return
 

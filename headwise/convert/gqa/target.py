@@ -79,7 +79,7 @@ class GroupedTarget:
                 name: layer
                 for layer, changed in enumerate(self._changed)
                 if changed
-                for name in self.arch.key_value_names(config, layer)
+                for name in _key_value_names(self.arch, config, layer)
             }
         self._computed = set(self._tensorwise) or {
             n for layer in range(len(pairs)) for n in self.converted_names(layer)
@@ -95,6 +95,10 @@ class GroupedTarget:
                 f"{self.arch.model_type} normalizes queries and keys: before they are merged, keys can be given a "
                 "sign per plane (a rotation where the norm's weights are equal) and no scale. Values have no such "
                 "limit."
+                if not self.arch.query_gate
+                else f"{self.arch.model_type} normalizes queries and keys, and a gate multiplies each element of a "
+                "head's output: before they are merged, keys can be given a sign per plane and values a scale per "
+                "element, and no more."
             )
 
     def _name_new_class(self) -> None:
@@ -198,3 +202,13 @@ def _reachable(num_key_value_heads: int, num_attention_heads: int) -> Sequence[i
     """Return the numbers of KV heads that a layer can have."""
     divisors = [g for g in range(1, num_attention_heads + 1) if num_attention_heads % g == 0]
     return [g for g in divisors if num_key_value_heads % g == 0 or g % num_key_value_heads == 0]
+
+
+def _key_value_names(arch: Architecture, config: dict[str, Any], layer: int) -> list[str]:
+    """Return the tensors of a layer with rows for each KV head, in an architecture that does not fuse them."""
+    part, _ = arch.at(layer)
+    modules = [part.projections["k"], part.projections["v"]]
+    if part.norms is not None and part.norms.scope == "all":
+        modules.append(part.norms.k)
+    prefix = arch.prefix(layer)
+    return [n for n in arch.tensor_names(config, layer) if n.removeprefix(prefix).split(".")[0] in modules]

@@ -52,6 +52,8 @@ class RepeatedAttention:
             layer: its index.
         """
         arch, config = self._arch, self._checkpoint.config
+        if not self._layouts[layer].attends:
+            return {}
         tensors = arch.tensors(self._checkpoint, layer)
         names = arch.tensor_names(config, layer)
         heads = self._layouts[layer].num_attention_heads
@@ -102,8 +104,9 @@ def check_groups(
         error = relative_error(actual, repeated(layer, x, more))
         if not error <= worst:
             worst, worst_layer = error, layer
+    count = sum(layout.attends for layout in arch.layouts(checkpoint.config))
     detail = (
-        f"attention of all {len(arch.layouts(checkpoint.config))} layers within {worst:.1e} of its heads repeated "
+        f"attention of all {count} layers within {worst:.1e} of its heads repeated "
         f"(layer {worst_layer}), limit {TOLERANCE:.0e}, in float64"
     )
     return worst < TOLERANCE, detail

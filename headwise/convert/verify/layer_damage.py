@@ -114,7 +114,8 @@ def layer_damage(
 
     hooks = [
         network.get_submodule(arch.attention_path(layer)).register_forward_hook(measure(layer), with_kwargs=True)
-        for layer in range(len(arguments))
+        for layer, layout in enumerate(stock.layouts(checkpoint.config))
+        if layout.attends
     ]
     # The weights need no gradient, so the embeddings begin the graph.
     hooks.append(network.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_()))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import transformers
+from safetensors.torch import load_file, save_file
 
 from headwise import registry
 from headwise.convert.gqa.merge import merge_heads, replicate_heads
@@ -193,3 +194,27 @@ def test_a_fused_matrix_keeps_its_queries_and_pools_its_heads(method: str, tmp_p
     for name in ("k", "v"):
         wanted = registry.find_method("merge", method).load()(getattr(old, name), group, 4 + 1)
         assert torch.equal(getattr(new, name), wanted.float().double()), name
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "qwen3_5_text", "lfm2"])
+def test_equal_heads_far_apart_are_merged_without_loss(model_type: str, tmp_path: Path) -> None:
+    """Query heads move to their group, and their sinks and gates with them; values may differ by a scale."""
+    more = {"head_dim": 16, "hidden_size": 72, "num_attention_heads": 12, "num_key_value_heads": 4}
+    if model_type == "lfm2":
+        more = {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 4}
+    source = tiny_models.save(model_type, tmp_path / "model", **more)
+    tensors = load_file(source / "model.safetensors")
+    for name in [n for n in tensors if "self_attn.k_proj." in n or "self_attn.v_proj." in n]:
+        heads = tensors[name].unflatten(0, (4, -1))
+        scale = 1.5 if ".v_proj." in name else 1.0
+        tensors[name] = torch.cat([heads[:2], scale * heads[:2]]).flatten(0, 1).contiguous()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    convert_model(source, tmp_path / "out", to="gqa", groups=2, calibrate="none")
+    models = [
+        transformers.AutoModelForCausalLM.from_pretrained(f, experts_implementation="eager").eval()
+        for f in (source, tmp_path / "out")
+    ]
+    assert models[1].config.num_key_value_heads == 2
+    with torch.inference_mode():
+        before, after = (model(input_ids=tiny_models.tokens()).logits for model in models)
+    assert (after - before).abs().max() < 1e-4 * before.abs().max()
