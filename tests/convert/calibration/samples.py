@@ -20,7 +20,8 @@ def hook_whole_model(
     """Each layer's attention input x, output y, weights p and input z of the output matrix, from hooks."""
     model = load(source, arch, **options)
     captured: list[dict[str, Any]] = []
-    for layer in range(len(arch.layouts(tiny_models.read_config(source)))):
+    layouts = arch.layouts(tiny_models.read_config(source))
+    for layer in (n for n, layout in enumerate(layouts) if layout.attends):
         attention = model.get_submodule(f"{arch.module.format(layer=layer)}.{arch.attention}")
         here: dict[str, Any] = {}
 

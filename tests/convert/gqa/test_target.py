@@ -56,7 +56,7 @@ def written_out(source: Path, parent: torch.nn.Module, groups: int, method: str)
     model = tiny_models.from_config(arch.with_groups(config, heads))
     state = dict(parent.state_dict())
     file_prefix, module_prefix = (path.split("{")[0] for path in (arch.layers[0], arch.module))
-    for layer in range(len(arch.layouts(config))):
+    for layer in (n for n, layout in enumerate(arch.layouts(config)) if layout.attends):
         weights = arch.read_layer(config, layer, tensors)
         grouping = "optimal" if method == "optimal" else "contiguous"
         merged, _ = merge_heads(weights, groups, method=method, grouping=grouping, seed=layer)
