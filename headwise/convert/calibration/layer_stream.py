@@ -270,7 +270,7 @@ class LayerStream:
             normed: returns a layer's normed queries and keys, whose moments are then measured too.
         """
         at = 0
-        attending = (i for i, layer in enumerate(self._layers) if self._attends(layer))
+        attending = filter(self._attends, range(len(self._layers)))
         for index in attending if layers is None else layers:
             for between in range(at, index):
                 with self._real_layer(between) as layer:
@@ -302,9 +302,12 @@ class LayerStream:
         self._unload()
         return torch.cat(logits)
 
-    def _attends(self, layer: nn.Module) -> bool:
+    def _attends(self, index: int) -> bool:
         """Return whether a layer has attention: the linear layers of a hybrid model have none."""
-        return hasattr(layer, self._architecture.attention.split(".")[0])
+        try:
+            return self._model.get_submodule(self._architecture.attention_path(index)) is not None
+        except AttributeError:
+            return False
 
     @torch.no_grad()
     def _pass(self, index: int, layer: nn.Module) -> None:
@@ -369,7 +372,7 @@ class LayerStream:
     @contextmanager
     def _replaced_attention(self, index: int) -> Iterator[None]:
         attend = self._attention
-        if attend is None or not self._attends(layer):
+        if attend is None or not self._attends(index):
             yield
             return
 
