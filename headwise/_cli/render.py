@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from headwise.serving.planner import ServingForecast
 
 # Layers that are named where their damage is shown.
+HEAD_COLUMNS = ("attention", ">heads", ">KV heads", ">head dim", "RoPE", "window")
 MOST_DAMAGED = 5
 
 
@@ -57,31 +58,13 @@ def render_inspection(inspection: Inspection, *, reasons: bool = False) -> None:
         kinds.setdefault(layout, []).append(layer)
     parts = {layout.part for layout in kinds}
     console.print_table(
-        (
-            "layers",
-            *(["part"] if len(parts) > 1 else []),
-            "attention",
-            ">heads",
-            ">KV heads",
-            ">head dim",
-            "RoPE",
-            "window",
-        ),
+        ("layers", *(["part"] if len(parts) > 1 else []), *HEAD_COLUMNS),
         [
             (
                 format_ranges(layers),
                 *([layout.part] if len(parts) > 1 else []),
                 layout.kind.upper(),
-                *(
-                    (
-                        layout.num_attention_heads,
-                        layout.num_key_value_heads,
-                        layout.head_dim,
-                        _format_rotary(layout),
-                    )
-                    if layout.attends
-                    else ("", "", "", "")
-                ),
+                *_format_heads(layout),
                 f"{layout.sliding_window:,}" if layout.sliding_window else "",
             )
             for layout, layers in kinds.items()
@@ -454,6 +437,12 @@ def _part_rows(part: PartPlan) -> Iterator[tuple[str, str, str, str]]:
 def format_saving(saved: float) -> str:
     """Return "75.0%" for 0.75, and "grows 2x" for -1.0, a cache that doubles."""
     return f"{saved:.1%}" if saved > 0 else f"grows {1 - saved:.3g}x" if saved < 0 else "none"
+
+
+def _format_heads(layout: AttentionLayout) -> tuple[object, ...]:
+    """Return the cells of a layer's heads; empty ones for a layer without attention."""
+    heads = (layout.num_attention_heads, layout.num_key_value_heads, layout.head_dim, _format_rotary(layout))
+    return heads if layout.attends else ("",) * len(heads)
 
 
 def _format_rotary(layout: AttentionLayout) -> str:
