@@ -38,6 +38,7 @@ NOT_RUN = {
     "--memory 24GB": "fills 24 GB of memory",
     "--eval-result": "needs a benchmark of the Hub in the report",
     "data.length=131072": "reads documents of 131,072 tokens",
+    "--part": "needs an encoder-decoder; tests/convert/test_choose.py has one",
     "verify WORK": "needs the work folder of a failed conversion",
 }
 # A small value in place of one that a command gives, by the flag or the setting.

@@ -255,8 +255,10 @@ OTHERS: dict[str, dict[str, Any]] = {
 _HYBRID_TEXT = _COMMON | _heads(9, 3, 16) | _LINEAR | {"hidden_size": 112}
 _HYBRID_TEXT |= {"rope_parameters": _MROPE["rope_parameters"] | {"partial_rotary_factor": 0.5}}
 CONFIGS |= {
-    "qwen3_5": {"text_config": _HYBRID_TEXT, "vision_config": _QWEN_VISION | {"out_hidden_size": 112}},
-    "qwen3_5_moe": {
+    "qwen3_5": _IMAGE_TOKENS
+    | {"text_config": _HYBRID_TEXT, "vision_config": _QWEN_VISION | {"out_hidden_size": 112}},
+    "qwen3_5_moe": _IMAGE_TOKENS
+    | {
         "text_config": _HYBRID_TEXT | _MOE | _SHARED,
         "vision_config": _QWEN_VISION | {"out_hidden_size": 112},
     },

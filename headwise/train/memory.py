@@ -252,10 +252,10 @@ def check_memory(student: ModelFolder, teacher: ModelFolder | None, training: Tr
 
     alternatives: dict[str, MemoryForecast] = {}
     if not training.gradient_checkpointing:
-        change = "train.gradient_checkpointing=true"
+        change = "`settings` train.gradient_checkpointing=true"
         alternatives[change] = forecast(processes.num_processes, sharded, True)
     for more in () if on_cpu else (2, 4, 8, 16, 32, 64):
-        change = f"`launch` fsdp2, `processes` {more} and train.gradient_checkpointing=true"
+        change = f"`launch` fsdp2, `processes` {more} and `settings` train.gradient_checkpointing=true"
         alternatives[change] = forecast(more, True, True)
     require_memory(
         forecast(processes.num_processes, sharded, training.gradient_checkpointing),

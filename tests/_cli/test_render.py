@@ -45,3 +45,19 @@ def test_an_inspection_has_a_word_for_each_engine_or_the_reasons(capsys: pytest.
     printed = capsys.readouterr().out
     rows = len(inspection.options) + 1
     assert all(printed.count(f"{name}: ") == rows for name in ENGINES)
+
+
+@pytest.mark.parametrize(
+    ("parent", "commands"),
+    [
+        ("org/name", "headwise eval OUT --baseline org/name"),
+        ("my model", "headwise eval OUT --baseline 'my model'"),
+        ("a.gguf", "headwise convert a.gguf PARENT --dtype bfloat16; headwise eval OUT --baseline PARENT"),
+    ],
+)
+def test_a_conversion_ends_with_commands_that_evaluate_it(parent: str, commands: str) -> None:
+    plan = SimpleNamespace(exact=False, model=parent)
+    loss = SimpleNamespace(before=2.0, after=2.5, tokens=1024, source="mixture")
+    for text_loss in (None, loss):
+        result: Any = SimpleNamespace(plan=plan, out="OUT", text_loss=text_loss)
+        assert render._quality(result).endswith(f"easured: run {commands}")

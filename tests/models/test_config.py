@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSpeechSeq2Seq
 
 from headwise.errors import HeadwiseError
+from headwise.io.quantized.quantization import quantization_of
 from headwise.models import architecture, table
 from headwise.models.config import stock_text_config
 from headwise.models.stock import stock_config
@@ -363,6 +364,7 @@ def test_every_shared_config_has_layouts_or_a_reason():
         names = json.loads(index.read_text())["weight_map"] if index.exists() else {}
         try:
             arch = architecture.find_architecture(config, names)
+            quantization_of(config)
         except HeadwiseError:
             refused.add(config["model_type"])
             continue

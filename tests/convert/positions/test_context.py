@@ -34,6 +34,8 @@ def extended(config: dict[str, Any], rule: str, **options: Any) -> tuple[dict[st
 @pytest.mark.parametrize("model_type", sorted(tiny_models.CONFIGS))
 def test_every_rule_on_every_row_gives_the_frequencies_of_the_stock_class(model_type: str) -> None:
     config, arch = tiny(model_type)
+    if model_type == "gpt_oss":  # the stock default reaches 131,072 tokens by yarn
+        config, arch = tiny(model_type, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
     before = copy.deepcopy(config)
     expressed = 0
     for rule in rope.RULES:
