@@ -167,7 +167,7 @@ def find_folder(
     if path.is_file() and path.suffix == GGUF:
         raise HeadwiseError(
             f"{path} is a GGUF file, and a folder with safetensors weights is needed here.",
-            f"`headwise convert {path} FOLDER --dtype bfloat16` writes one.",
+            f"`headwise convert {path} FOLDER` with `dtype` bfloat16 writes one.",
         )
     if path.exists():
         raise HeadwiseError(
