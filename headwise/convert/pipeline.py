@@ -24,6 +24,7 @@ from headwise.convert.calibration.corpus import (
     SAMPLED,
     CalibrationLoss,
     forward_seconds,
+    loss_seconds,
     measure_converted,
     measure_text,
     read_corpus,
@@ -39,7 +40,7 @@ from headwise.convert.refit.regression import DEFAULT_STEPS
 from headwise.convert.settings import SHARD_SIZE, ConvertSettings
 from headwise.convert.spread import LayerSpread, device_notes
 from headwise.convert.verify.check import check_folder
-from headwise.convert.verify.layer_damage import affordable_damage
+from headwise.convert.verify.layer_damage import affordable_damage, damage_seconds
 from headwise.convert.verify.verification import Verification
 from headwise.environment import find_devices
 from headwise.errors import SettingError
@@ -252,7 +253,7 @@ def convert_model(
         layouts=target.layouts,
         arguments=recorded,
         peak_memory=_peak_memory(checkpoint, arch, target, calibration, work_devices, requested),
-        seconds=_seconds(checkpoint, arch, target, calibration, joint, work_devices, requested),
+        seconds=_seconds(checkpoint, arch, target, settings, calibration, joint, work_devices, requested),
         exact=target.exact and not (settings.context or settings.sliding_window is not None or settings.requantize),
         explain=target.explain,
         max_shard_size=settings.max_shard_size,
@@ -400,6 +401,7 @@ def _seconds(
     checkpoint: Checkpoint,
     arch: Architecture,
     target: Target,
+    settings: ConvertSettings,
     calibration: CalibrationPlan | None,
     joint: JointPlan | None,
     work_devices: Sequence[torch.device],
@@ -424,6 +426,10 @@ def _seconds(
         )
         stages["joint refit"] = slower * joint_seconds(checkpoint, arch, target, joint)
     stages["files"] = checkpoint.nbytes / forecast.FILE_RATE
+    heldback = plan_loss(checkpoint, arch, target, settings, calibration)
+    if heldback and (losses := loss_seconds(checkpoint, heldback, device)) is not None:
+        damage = damage_seconds(checkpoint, device) if calibration and calibration.reuse is None else None
+        stages["losses"] = losses + (damage or 0.0)
     return {stage: round(seconds, 1) for stage, seconds in stages.items()}
 
 

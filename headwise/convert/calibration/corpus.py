@@ -206,7 +206,7 @@ def measure_text(
         progress: receives a warning.
         cache: folder that keeps the text.
     """
-    if NOTE in writer.notes or checkpoint.headless or not _affordable(checkpoint, calibration, device):
+    if NOTE in writer.notes or loss_seconds(checkpoint, calibration, device) is None:
         return
     try:
         blocks, heldback = read_corpus(checkpoint, calibration, device, progress, cache)
@@ -331,13 +331,24 @@ def _identity(calibration: Any) -> str:
     return f"{calibration.text} {calibration.sequences} {calibration.length} {calibration.seed}"
 
 
-def _affordable(checkpoint: Checkpoint, calibration: Any, device: torch.device) -> bool:
-    """Return whether losses are measured: two models on held-back text, and the parent on two sets of pieces."""
+def loss_seconds(checkpoint: Checkpoint, calibration: Any, device: torch.device) -> float | None:
+    """Return the forecast seconds of the losses: two models on held-back text, the parent on two sets of pieces.
+
+    Args:
+        checkpoint: the source.
+        calibration: has text, sequences, length and seed.
+        device: where the models run.
+
+    Returns:
+        None where nothing is measured: the parent has no head, does not fit, or takes too long.
+    """
+    if checkpoint.headless:
+        return None
     tokens = 2 * NUM_HELDBACK * calibration.length + 2 * NUM_PIECES * PIECE_LENGTH
     seconds = forward_seconds(checkpoint, tokens, device)
     if calibration.text != SAMPLED and calibration.sequences:
         seconds += sampling_seconds(checkpoint, NUM_PIECES * PIECE_LENGTH, device)
-    return seconds <= LOSS_SECONDS and _fits(checkpoint, device)
+    return seconds if seconds <= LOSS_SECONDS and _fits(checkpoint, device) else None
 
 
 def whole_model_bytes(checkpoint: Checkpoint, device: torch.device) -> int:

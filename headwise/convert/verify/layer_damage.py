@@ -43,12 +43,25 @@ def affordable_damage(
     """
     sequences, length = SHAPE.get(device.type, CPU_SHAPE)
     tokens = blocks[:sequences, :length]
+    if damage_seconds(parent, device, tokens.numel()) is None:
+        return None
+    return layer_damage(checkpoint, parent, tokens, device=device, progress=progress)
+
+
+def damage_seconds(parent: Checkpoint, device: torch.device, tokens: int | None = None) -> float | None:
+    """Return the forecast seconds of `layer_damage`; None where time or memory is forecast not to suffice.
+
+    Args:
+        parent: the model that is converted.
+        device: where the models run.
+        tokens: of the text; None: as many as the device takes.
+    """
     free = available_memory(device)
     if free is not None and BYTES_PER_PARAMETER * parent.num_parameters > MEMORY_SHARE * free:
         return None
-    if PASSES * forward_seconds(parent, tokens.numel(), device) > LOSS_SECONDS:
-        return None
-    return layer_damage(checkpoint, parent, tokens, device=device, progress=progress)
+    sequences, length = SHAPE.get(device.type, CPU_SHAPE)
+    seconds = PASSES * forward_seconds(parent, sequences * length if tokens is None else tokens, device)
+    return seconds if seconds <= LOSS_SECONDS else None
 
 
 def layer_damage(

@@ -93,6 +93,7 @@ def test_plan_and_record_name_the_text_and_the_reason(
     dry = convert_model(parent, tmp_path / "out", **TARGET, calibrate="auto", dry_run=True)
     assert isinstance(dry, Plan)
     assert any(note.startswith("Calibration text: sampled, because sampling is forecast") for note in dry.notes)
+    assert {"sampling", "calibration", "layers", "files", "losses"} == {*dry.seconds}
     done = convert_model(parent, tmp_path / "out", **TARGET, calibrate="auto", verify=False)
     assert isinstance(done, ConvertResult)
     record = json.loads((tmp_path / "out" / "headwise.json").read_text())
