@@ -122,7 +122,11 @@ def quantization_of(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | N
             method = settings.get("quant_method") if isinstance(settings, dict) else None
             if isinstance(settings, dict) and method in FORMS:
                 return str(method), settings
-            named = f"the method {method}" if isinstance(method, str) else "no method by its quant_method"
+            named = "no method by its quant_method"
+            if isinstance(method, str):
+                named = f"the method {method}"
+            elif isinstance(settings, dict) and {"bits", "group_size"} <= settings.keys():
+                named = "no method, as MLX writes it"
             raise HeadwiseError(
                 f"config.json has {key}, which names {named}, and headwise reads {', '.join(FORMS)}.",
                 CONVERT_ORIGINAL,

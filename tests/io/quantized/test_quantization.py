@@ -189,6 +189,7 @@ def test_what_cannot_be_read_is_one_sentence_from_the_headers(
         ("fp8", None, "has quantised weights .*and config.json has no quantization_config"),
         ("fp8", {"quant_method": "hqq"}, "names the method hqq, and headwise reads fp8, compressed-tensors"),
         ("fp8", {"bits": 4}, "names no method by its quant_method"),
+        ("fp8", {"bits": 4, "group_size": 32, "mode": "affine"}, "names no method, as MLX writes it"),
         ("fp8", {"quant_method": "fp8", "weight_block_size": None}, "weight_block_size is null"),
         ("gptq", {"quant_method": "gptq", "bits": 3}, "its bits is 3, and 2, 4, 8 can be read"),
         (
