@@ -264,7 +264,10 @@ def _options(
     layouts: Sequence[AttentionLayout], legal: Sequence[int], cache: CacheSize, dtype: torch.dtype, mla: bool
 ) -> Iterator[tuple[ReachableLayout, list[AttentionLayout]]]:
     encoder = not any(layout.cached for layout in layouts)
+    changing = [layout for layout in layouts if layout.cached or encoder]
     for groups in legal:
+        if not all(layout.can_become(groups) for layout in changing):
+            continue
         new = [layout.with_groups(groups) if layout.cached or encoder else layout for layout in layouts]
         if new != list(layouts):
             after = CacheSize.of(new, dtype)

@@ -88,6 +88,15 @@ class AttentionLayout:
         queries_and_output = self.num_attention_heads * (self.head_dim + self.v_head_dim)
         return (queries_and_output + self.key_value_elements) * hidden_size
 
+    def can_become(self, num_key_value_heads: int) -> bool:
+        """Return whether equal groups of the KV heads, or equal numbers of copies of them, make another number.
+
+        Args:
+            num_key_value_heads: the other number.
+        """
+        a, b = self.num_key_value_heads, num_key_value_heads
+        return self.num_attention_heads % b == 0 and (a % b == 0 or b % a == 0)
+
     def with_groups(self, num_key_value_heads: int) -> AttentionLayout:
         """Return the same layer with another number of key-value heads.
 

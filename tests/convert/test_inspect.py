@@ -46,6 +46,13 @@ def test_options_and_their_savings(model: Path) -> None:
     )
 
 
+def test_only_heads_that_a_conversion_can_make_are_options(tmp_path: Path) -> None:
+    shape = {"hidden_size": 48, "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 8}
+    (tmp_path / "config.json").write_text(json.dumps(llama_config(**shape).to_dict()))
+    options = [o.num_key_value_heads for o in inspect_model(tmp_path).options if o.num_key_value_heads]
+    assert options == [1, 2, 4, 24], "3, 6 and 12 divide the query heads, and are no groups or copies of 8"
+
+
 def test_mla_is_an_option_where_it_saves(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps(llama_config(hidden_size=4096, num_attention_heads=32).to_dict())

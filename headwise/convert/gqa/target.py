@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
@@ -189,19 +189,14 @@ class GroupedTarget:
 def _check_reachable(old: AttentionLayout, new: AttentionLayout, layer: int) -> None:
     """Raise SettingError unless equal groups of the old heads, or equal numbers of replicas, make the new ones."""
     a, b = old.num_key_value_heads, new.num_key_value_heads
-    if a % b and b % a:
+    if not old.can_become(b):
+        possible = [groups for groups in range(1, old.num_attention_heads + 1) if old.can_become(groups)]
         raise SettingError(
             "groups",
             f"Layer {layer} has {a} key-value heads, which cannot become {b}: heads are merged or repeated in "
             "equal groups.",
-            f"Give one of {', '.join(map(str, _reachable(a, old.num_attention_heads)))}.",
+            f"Give one of {', '.join(map(str, possible))}.",
         )
-
-
-def _reachable(num_key_value_heads: int, num_attention_heads: int) -> Sequence[int]:
-    """Return the numbers of KV heads that a layer can have."""
-    divisors = [g for g in range(1, num_attention_heads + 1) if num_attention_heads % g == 0]
-    return [g for g in divisors if num_key_value_heads % g == 0 or g % num_key_value_heads == 0]
 
 
 def _key_value_names(arch: Architecture, config: dict[str, Any], layer: int) -> list[str]:
