@@ -127,7 +127,6 @@ def test_eval_measures_the_loss_and_the_acceptance(workspace: Workspace, child: 
     assert all(measured["heldout"][side]["value"] > 1 for side in ("child", "parent"))
     assert result["diagnostics"]["kl"] > 0
     assert len(result["diagnostics"]["layers"]) == LAYERS
-    assert result["acceptance"]["exact"] == 1.0
     assert 0 < result["acceptance"]["rate"] < 1
 
 
