@@ -63,7 +63,7 @@ def losses(rows: list[dict[str, Any]], parent: dict[str, Any]) -> str:
         seeds = ", ".join(f"{row['seed']}: {gap:.3f}" for row, gap in zip(same, gaps, strict=True))
         means = [f"{mean(row[name] for row in same):.4f}" for name in TEXTS]
         checks = "yes" if all(row["verified"] for row in same) else "NO"
-        seconds = ", ".join(str(row["seconds"]) for row in same)
+        seconds = ", ".join("not measured" if row["seconds"] is None else str(row["seconds"]) for row in same)
         lines.append(
             f"| {NAMES[target]} | {words} | {share} | {means[0]} | "
             f"**{mean(gaps):.3f}** | {seeds} | {means[1]} | {means[2]} | {checks} | {seconds} |"

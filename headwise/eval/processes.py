@@ -1,6 +1,6 @@
 """Coordinate the processes of `accelerate launch` or torchrun.
 
-Each process answers a share of the tasks' requests and measures a share of the text; the first process does
+Each process computes a share of the tasks' requests and measures a share of the text. The first process does
 everything else.
 """
 

@@ -388,7 +388,7 @@ def with_linear_layers(
         linear: the `linear` of the architecture row.
 
     Raises:
-        HeadwiseError: no layer has attention, or a size of the config is no number.
+        HeadwiseError: no layer has attention, or a size of the config is not a number.
     """
     conv, recurrent = (
         sum(math.prod(positive_size(stock, n) if isinstance(n, str) else n for n in term) for term in linear[name])

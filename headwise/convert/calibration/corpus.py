@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from headwise.environment import available_memory
@@ -151,8 +152,57 @@ def keep_corpus(cache: Path, calibration: Any, blocks: Tensor) -> None:
         calibration: has text, sequences, length and seed.
         blocks: int64 (sequences, length): the text and its held-back part.
     """
-    kept = {"tokens": blocks.to(torch.int32).contiguous()}
+    keep_tokens(cache, calibration, {"tokens": blocks.to(torch.int32)})
+
+
+def keep_tokens(cache: Path, calibration: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Keep the tensors of a text, so that `kept_tokens` returns them.
+
+    Args:
+        cache: the folder.
+        calibration: has text, sequences, length and seed.
+        tensors: by name.
+    """
+    kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_file_atomically(cache / FILE, lambda to: save_file(kept, to, {"made": _identity(calibration)}))
+
+
+def kept_tokens(cache: Path | None, calibration: Any, names: Collection[str]) -> dict[str, Tensor] | None:
+    """Return the tensors that an earlier run kept of the same text; None if there are none.
+
+    Args:
+        cache: the folder; None: nothing is kept.
+        calibration: has text, sequences, length and seed.
+        names: of the tensors.
+    """
+    if cache is None or not (path := cache / FILE).exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("made") != _identity(calibration):
+                return None
+            return {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError):
+        return None
+
+
+def require_known_tokens(checkpoint: Checkpoint, vocab_size: int, *tokens: Tensor) -> None:
+    """Refuse text with a token that the model does not have.
+
+    Args:
+        checkpoint: the model.
+        vocab_size: of the model.
+        tokens: token ids.
+
+    Raises:
+        HeadwiseError: the tokenizer belongs to another model.
+    """
+    largest = max(int(each.max()) for each in tokens)
+    if largest >= vocab_size:
+        raise HeadwiseError(
+            f"The tokenizer of {checkpoint.source} gives token {largest}; the vocabulary has {vocab_size}.",
+            "Its files belong to another model: replace them, or pass `calibrate` none.",
+        )
 
 
 def read_corpus(
@@ -178,8 +228,10 @@ def read_corpus(
         HeadwiseError: the tokenizer is missing or fails, or gives a token outside the vocabulary.
     """
     count = calibration.sequences
-    blocks = _cached(None if cache is None else cache / FILE, calibration)
-    if blocks is None:
+    kept = kept_tokens(cache, calibration, ("tokens",))
+    if kept is not None:
+        blocks = kept["tokens"].long()
+    else:
         blocks = _read(checkpoint, calibration, device or torch.device("cpu"), progress)
         if cache is not None:
             keep_corpus(cache, calibration, blocks)
@@ -303,28 +355,9 @@ def _read(checkpoint: Checkpoint, calibration: Any, device: torch.device, progre
             blocks = blocks_from(calibration.text, tokenizer, count=count, **options)
         except HeadwiseError:  # enough for the calibration, perhaps, and nothing to hold back
             blocks = blocks_from(calibration.text, tokenizer, count=calibration.sequences, **options)
-    known = find_architecture(checkpoint.config).stock_config(checkpoint.config).vocab_size
-    if int(blocks.max()) >= known:
-        raise HeadwiseError(
-            f"The tokenizer of {checkpoint.source} gives token {int(blocks.max())}; the vocabulary has {known}.",
-            "Its files belong to another model: replace them, or pass `calibrate` none.",
-        )
+    config = find_architecture(checkpoint.config).stock_config(checkpoint.config)
+    require_known_tokens(checkpoint, config.vocab_size, blocks)
     return blocks
-
-
-def _cached(path: Path | None, calibration: Any) -> Tensor | None:
-    """Return the tokens of an earlier run on the same text; None if there are none."""
-    if path is None or not path.exists():
-        return None
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("made") != _identity(calibration):
-                return None
-        return load_file(path)["tokens"].long()
-    except (OSError, SafetensorError, KeyError):
-        return None
 
 
 def _identity(calibration: Any) -> str:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
-from headwise.convert.calibration.corpus import FILE, MIXTURE, SAMPLED
+from headwise.convert.calibration.corpus import MIXTURE, SAMPLED, keep_tokens, kept_tokens, require_known_tokens
 from headwise.errors import HeadwiseError
 from headwise.io.reader import Checkpoint
 from headwise.io.tokenizer import load_tokenizer, tokenizer_errors
-from headwise.io.workdir import write_file_atomically
 from headwise.models.architecture import Architecture
 from headwise.models.stock import load_model
 from headwise.progress import SILENT, Progress
@@ -46,13 +44,12 @@ def read_pair_corpus(
     Raises:
         HeadwiseError: the tokenizer is missing or fails, or gives a token outside the vocabulary.
     """
-    path = None if cache is None else cache / FILE
-    pairs = _cached(path, calibration)
-    if pairs is None:
-        pairs = _read(checkpoint, arch, calibration, device, progress)
-        if path is not None:
-            kept = {name: tensor.to(torch.int32).contiguous() for name, tensor in vars(pairs).items()}
-            write_file_atomically(path, lambda to: save_file(kept, to, {"made": _identity(calibration)}))
+    kept = kept_tokens(cache, calibration, [field.name for field in fields(Pairs)])
+    if kept is not None:
+        return Pairs(**{name: kept[name].bool() if name.endswith("mask") else kept[name].long() for name in kept})
+    pairs = _read(checkpoint, arch, calibration, device, progress)
+    if cache is not None:
+        keep_tokens(cache, calibration, {name: tensor.to(torch.int32) for name, tensor in vars(pairs).items()})
     return pairs
 
 
@@ -79,13 +76,7 @@ def _read(
                 seed=calibration.seed,
             )
             pairs = sample_pairs(checkpoint, arch, blocks, calibration, device, progress)
-    known = arch.stock_config(checkpoint.config).vocab_size
-    most = int(max(pairs.sources.max(), pairs.targets.max()))
-    if most >= known:
-        raise HeadwiseError(
-            f"The tokenizer of {checkpoint.source} gives token {most}; the vocabulary has {known}.",
-            "Its files belong to another model: replace them, or pass `calibrate` none.",
-        )
+    require_known_tokens(checkpoint, arch.stock_config(checkpoint.config).vocab_size, pairs.sources, pairs.targets)
     return pairs
 
 
@@ -167,26 +158,3 @@ def sample_pairs(
             rows.append(row[:length])
     targets = pad(rows, max(map(len, rows)), padding)
     return Pairs(sources, torch.ones_like(sources, dtype=torch.bool), *targets)
-
-
-def _cached(path: Path | None, calibration: Any) -> Pairs | None:
-    """Return the tokens of an earlier run on the same text; None if there are none."""
-    if path is None or not path.exists():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("made") != _identity(calibration):
-                return None
-        tensors = load_file(path)
-        return Pairs(
-            tensors["sources"].long(),
-            tensors["source_mask"].bool(),
-            tensors["targets"].long(),
-            tensors["target_mask"].bool(),
-        )
-    except (OSError, SafetensorError, KeyError):
-        return None
-
-
-def _identity(calibration: Any) -> str:
-    return f"{calibration.text} {calibration.sequences} {calibration.length} {calibration.seed}"

@@ -34,21 +34,21 @@ def test_a_model_accepts_all_of_its_own_drafts(model: Any, folder: Path) -> None
 
 
 def test_a_strange_draft_is_accepted_as_assisted_generation_accepts_it(model: Any, folder: Path) -> None:
-    stranger = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    other = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         noise = torch.randn(
-            stranger.model.layers[1].mlp.down_proj.weight.shape, generator=torch.Generator().manual_seed(5)
+            other.model.layers[1].mlp.down_proj.weight.shape, generator=torch.Generator().manual_seed(5)
         )
-        stranger.model.layers[1].mlp.down_proj.weight.add_(0.3 * noise)
-    result = measure_acceptance(stranger, model, PROMPTS[:3], new_tokens=21, draft_tokens=4)
+        other.model.layers[1].mlp.down_proj.weight.add_(0.3 * noise)
+    result = measure_acceptance(other, model, PROMPTS[:3], new_tokens=21, draft_tokens=4)
     assert 0 < result.rate < 0.9
-    stranger.generation_config.num_assistant_tokens = 4
-    stranger.generation_config.num_assistant_tokens_schedule = "constant"
-    stranger.generation_config.assistant_confidence_threshold = 0.0
+    other.generation_config.num_assistant_tokens = 4
+    other.generation_config.num_assistant_tokens_schedule = "constant"
+    other.generation_config.assistant_confidence_threshold = 0.0
     passes: list[int] = []
     model.register_forward_pre_hook(lambda *_: passes.append(1))
     for prompt in PROMPTS[:3].split(1):
-        model.generate(prompt, attention_mask=torch.ones_like(prompt), assistant_model=stranger)
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), assistant_model=other)
     assert result.tokens_per_step == 3 * 21 / len(passes)
 
 
