@@ -196,12 +196,13 @@ def devices(help: str = "cpu, cuda or cuda:N, or a list such as cuda:0,cuda:1 [a
     return declare(None, Setting(help, wanted=wanted, check=check, metavar="DEVICES", recorded=False))
 
 
-def folder(help: str, *, metavar: str, **more: Any) -> Any:
-    """Declare a field that takes the path of a folder; the object holds a `Path`.
+def folder(help: str, *, metavar: str, wanted: str = "the path of a folder", **more: Any) -> Any:
+    """Declare a field that takes the path of a folder, or of a file; the object holds a `Path`.
 
     Args:
         help: one sentence for help pages.
         metavar: the placeholder in help pages.
+        wanted: what is legal, for messages.
         **more: further arguments of `Setting`.
     """
 
@@ -210,9 +211,7 @@ def folder(help: str, *, metavar: str, **more: Any) -> Any:
             raise ValueError
         return Path(value)
 
-    return declare(
-        None, Setting(help, wanted="the path of a folder", check=check, parse=Path, metavar=metavar, **more)
-    )
+    return declare(None, Setting(help, wanted=wanted, check=check, parse=Path, metavar=metavar, **more))
 
 
 def flag(help: str, *, default: bool = False, **more: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headwise.convert.pipeline import convert_model
 from headwise.io.source import EMBEDDED_MODEL
+from tests import tiny_models
 
 SHAPE = {
     "hidden_size": 32,
@@ -40,11 +42,29 @@ def parent(folder: Path, kind: str = "llama", **fields: Any) -> Path:
     return folder
 
 
+def tiny_parent(folder: Path, kind: str) -> Path:
+    """A random stock model that reads images or pairs as well, with a tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    tiny_models.save(kind, folder, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def converted(model: Path, out: Path, **arguments: Any) -> Path:
     """Convert it without reading text."""
     defaults = {} if arguments.get("exact") else {"calibrate": "none", "refit": "off"}
     convert_model(model, out, verify=False, **{**defaults, **arguments})
     return out
+
+
+def pairs(path: Path, lines: int = 60) -> Path:
+    """A file of pairs; targets differ in length."""
+    rows = [
+        {"source": f"def f{n}(x): return x * {n}", "target": f"multiplies by {n} " * (1 + n % 3)}
+        for n in range(lines)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def text(path: Path, lines: int = 600) -> Path:

@@ -60,7 +60,8 @@ def assemble(
     compared: list[GatedComparison] = []
     if child.nats:
         parent_nats = None if parent is None else torch.tensor(parent.nats)
-        heldout = compare_perplexity("heldout", torch.tensor(child.nats), parent_nats, child.tokens)
+        text = "heldout" if pair.inputs.pairs is None else "targets"
+        heldout = compare_perplexity(text, torch.tensor(child.nats), parent_nats, torch.tensor(child.tokens))
         compared.append(name_unfit_text(heldout, pair.child.vocabulary))
     cut: dict[str, frozenset[str]] = {}
     if child.results is not None:

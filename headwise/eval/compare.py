@@ -86,21 +86,22 @@ def compare_tasks(
     return compared
 
 
-def compare_perplexity(task: str, child: Tensor, parent: Tensor | None, tokens: int) -> GatedComparison:
+def compare_perplexity(task: str, child: Tensor, parent: Tensor | None, tokens: Tensor) -> GatedComparison:
     """Compare the perplexity of a held-out text.
 
     Args:
         task: name of the text.
         child: nats of each block, (blocks,).
         parent: nats of each block, (blocks,); None without a baseline.
-        tokens: predicted tokens in each block.
+        tokens: predicted tokens in each block, (blocks,).
     """
-    sizes = torch.full_like(child, tokens, dtype=torch.float64)
+    sizes = tokens.double()
 
     def perplexity(nats: Tensor) -> TaskFigure:
-        mean = nats.double() / tokens
-        error = float(mean.std()) / math.sqrt(len(mean)) if len(mean) > 1 else None
-        value = bounded_exp(float(mean.mean()))
+        ratio = nats.double().sum() / sizes.sum()
+        rest = (nats.double() - ratio * sizes) / sizes.mean()  # linearized ratio: blocks may differ in size
+        error = float(rest.std()) / math.sqrt(len(rest)) if len(rest) > 1 else None
+        value = bounded_exp(float(ratio))
         return TaskFigure(
             task=task,
             metric="perplexity",

@@ -16,7 +16,7 @@ import torch
 from headwise.errors import HeadwiseError, SettingError
 from headwise.eval import processes
 from headwise.eval.assemble import assemble
-from headwise.eval.metrics.inputs import make_inputs, task_arguments
+from headwise.eval.metrics.inputs import make_inputs, make_pair_inputs, task_arguments
 from headwise.eval.model import EvalModel, find_model, same_tokenizer
 from headwise.eval.pair import EvalPair, package_versions
 from headwise.eval.report.publish import check_report, published
@@ -45,6 +45,7 @@ def evaluate_model(
     task_data: str | Path | None = None,
     backend: str = "hf",
     apply_chat_template: bool = False,
+    pairs: str | Path | None = None,
     fail_above: float | None = None,
     report: str | Path | None = None,
     force: bool = False,
@@ -74,6 +75,8 @@ def evaluate_model(
             are left out, and the report names them.
         backend: what runs the tasks, "hf" (transformers) or "vllm".
         apply_chat_template: put the questions of the tasks into the chat template, the same for both models.
+        pairs: a `.jsonl` file with the texts "source" and "target" in every line. An encoder-decoder is measured by
+            the perplexity of its targets, and by nothing else.
         fail_above: damage that the gate of each headline figure allows (0.01: one point, or 1% of perplexity).
         report: the folder to write; None: NAME-eval in the working folder.
         force: replace that folder if it exists.
@@ -109,6 +112,7 @@ def evaluate_model(
     if baseline is None and (baseline := recorded_parent(ours, progress)) is not None:
         settings = replace(settings, baseline=baseline)
     theirs = None if baseline is None else find_model(baseline, token=token, progress=progress)
+    check_kinds(settings, ours, theirs)
     out = settings.report or Path(f"{ours.name.replace('/', '--')}-eval")
     check_report(out, settings.force)
     tokenizer = ours.load_tokenizer()
@@ -136,7 +140,10 @@ def evaluate_model(
             metadata=task_arguments(chosen, ours.context, settings.seed, settings.task_data),
             optional=optional_tasks(chosen, settings),
         )
-    inputs = make_inputs(chosen, tokenizer, ours.context, settings.seed)
+    if settings.pairs is None:
+        inputs = make_inputs(chosen, tokenizer, ours.context, settings.seed)
+    else:
+        inputs = make_pair_inputs(settings.pairs, tokenizer, ours, progress)
     with processes.end_together(), published(out, settings.force) as work:
         processes.join(str(settings.device))
         pair = EvalPair(chosen, settings, harness, inputs, ours, theirs, work, progress)
@@ -160,6 +167,35 @@ def evaluate_model(
     _warn_of_fixed_examples(evaluation, settings, progress)
     progress.note(f"Report: {out}")
     return evaluation
+
+
+def check_kinds(settings: EvalSettings, child: EvalModel, parent: EvalModel | None) -> None:
+    """Refuse an encoder-decoder without pairs, pairs for another model, and models of the two kinds.
+
+    Args:
+        settings: of the evaluation.
+        child: the child.
+        parent: the parent; None without a baseline.
+
+    Raises:
+        HeadwiseError: the pairs or the models do not match.
+    """
+    name = child.subject.model
+    if child.reads_pairs and settings.pairs is None:
+        raise SettingError(
+            "pairs",
+            f"{name} is an encoder-decoder, which is measured by the perplexity of targets given their sources.",
+            "Give `pairs`, and leave out `recipe` and `tasks`, which measure text of one side.",
+        )
+    if settings.pairs is not None and not child.reads_pairs:
+        raise SettingError(
+            "pairs", f"{name} is a language model without an encoder, which reads no pairs.", "Leave out `pairs`."
+        )
+    if parent is not None and parent.reads_pairs != child.reads_pairs:
+        raise HeadwiseError(
+            f"Of {name} and {parent.subject.model}, only one is an encoder-decoder.",
+            "The baseline must be the model that was converted.",
+        )
 
 
 def check_chat_template(child: Any, parent: Any) -> None:

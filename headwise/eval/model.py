@@ -20,7 +20,7 @@ from headwise.io.reader import read_headers
 from headwise.io.source import Source, find_source
 from headwise.io.tokenizer import load_tokenizer
 from headwise.models.config import dtype_of, has_stock_class
-from headwise.models.protocol import AttentionModel, find_attention_model
+from headwise.models.protocol import AttentionModel, find_attention_model, reads_pairs
 from headwise.models.stock import load_model, stock_config
 from headwise.models.stock_match import require_head
 from headwise.models.table import require_decoder
@@ -69,8 +69,13 @@ class EvalModel:
         config = self.source.config
         if not has_stock_class(str(config.get("model_type"))):
             return None
-        size = getattr(stock_config(config).get_text_config(), name, None)
+        size = getattr(self.text_config, name, None)
         return size if isinstance(size, int) and size > 0 else None
+
+    @property
+    def text_config(self) -> Any:
+        """Return the stock config object of the language model, or of an encoder-decoder's decoder."""
+        return stock_config(self.source.config).get_text_config(decoder=True)
 
     @property
     def architecture(self) -> AttentionModel | None:
@@ -79,6 +84,16 @@ class EvalModel:
             return find_attention_model(self.source.config)
         except HeadwiseError:
             return None
+
+    @property
+    def auto_class(self) -> str:
+        """Return the transformers class that loads the model; an unknown model type is a causal language model."""
+        return "AutoModelForCausalLM" if self.architecture is None else self.architecture.auto_class
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Return whether the model is an encoder-decoder, which reads a source and a target."""
+        return self.architecture is not None and self.architecture.reads_pairs
 
     def load_tokenizer(self) -> Any:
         """Load the tokenizer.
@@ -97,15 +112,15 @@ class EvalModel:
             eager: whether the attention returns its weights.
         """
         import torch
-        from transformers import AutoModelForCausalLM
+        import transformers
 
         attention = {"attn_implementation": "eager"} if eager else {}
         if quantization_of(self.source.config) is not None:
             checkpoint = read_headers(self.source)
             precision = dtype_of(checkpoint.config) if dtype == "auto" else getattr(torch, dtype)
-            return load_model(checkpoint, "AutoModelForCausalLM", precision, **attention).to(device).eval()
+            return load_model(checkpoint, self.auto_class, precision, **attention).to(device).eval()
         with no_progress_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = getattr(transformers, self.auto_class).from_pretrained(
                 self.folder,
                 dtype=dtype,
                 device_map={"": torch.device(device)},  # no second copy on the CPU
@@ -124,11 +139,12 @@ def find_model(model: str | Path, *, token: str | None = None, progress: Progres
         progress: receives the download.
 
     Raises:
-        HeadwiseError: there is no such model, it is no decoder-only language model, a tensor is missing, or it has
-            no language-model head.
+        HeadwiseError: there is no such model, it is no language model, a tensor is missing, or it has no
+            language-model head.
     """
     source = find_source(model, token=token, progress=progress)
-    require_decoder(str(model), source.config, "evaluated")
+    if not reads_pairs(source.config):
+        require_decoder(str(model), source.config, "evaluated")
     attention = cache_bytes = parameters = None
     with suppress(HeadwiseError):  # a model that headwise cannot convert can still be evaluated
         quantization_of(source.config)

@@ -28,6 +28,11 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 CPU_BATCH_SIZE = 16
 # Fields that compare with the parent.
 NEED_BASELINE = ("fail_above", "cache")
+# Fields that belong to text of one side.
+NOT_WITH_PAIRS = (
+    "recipe", "tasks", "online", "include_path", "task_data", "num_fewshot", "limit", "apply_chat_template",
+    "batch_size", "backend",
+)  # fmt: skip
 
 
 def parse_limit(word: str) -> float:
@@ -309,6 +314,12 @@ class EvalSettings:
     fail_above: float | None = fields.fraction(
         "Exit with code 1 if a loss of quality is significantly larger.", zero=True, section="What to measure"
     )
+    pairs: Path | None = fields.folder(
+        'A .jsonl file with "source" and "target", for an encoder-decoder.',
+        metavar="FILE",
+        wanted="the path of a file",
+        section="What to measure",
+    )
     # How to run it
     batch_size: int | str | None = fields.other(
         f"lm-eval's [{CPU_BATCH_SIZE} on a CPU, auto on a GPU].",
@@ -335,10 +346,18 @@ class EvalSettings:
                     name, f"`{name}` is {getattr(self, name)!r}, which needs a parent: give `baseline`."
                 )
 
+        for name in NOT_WITH_PAIRS:
+            if self.pairs is not None and is_given(self, name):
+                raise SettingError(
+                    name,
+                    f"`{name}` has no effect with `pairs`, of which the perplexity of the targets is measured.",
+                    f"Leave out `{name}`.",
+                )
+
     @property
     def recipe_name(self) -> str | Path | None:
-        """Return the recipe in force: the given one, the default, or None if only tasks were given."""
-        return self.recipe or (None if self.tasks else DEFAULT_RECIPE)
+        """Return the recipe in force: the given one, the default, or None if only tasks or pairs were given."""
+        return self.recipe or (None if self.tasks or self.pairs else DEFAULT_RECIPE)
 
     def choose_recipe(self) -> EvalRecipe:
         """Load the recipe and add the given tasks and options to it.
@@ -350,7 +369,7 @@ class EvalSettings:
             SettingError: a value of the recipe is not legal, or `online` adds nothing to it.
         """
         name = self.recipe_name
-        recipe = load_eval_recipe(name) if name is not None else EvalRecipe(about="Tasks by name.")
+        recipe = load_eval_recipe(name) if name is not None else EvalRecipe(about="Tasks by name, or pairs.")
         if self.online and not recipe.online:
             place = "without a recipe there are none" if name is None else f"the recipe {name} has none"
             raise SettingError(
@@ -376,14 +395,14 @@ class EvalSettings:
             device: where the models run, such as "cpu" or "cuda:1".
 
         Returns:
-            Settings whose `batch_size`, `dtype` and `device` are not None.
+            Settings whose `dtype` and `device` are not None, nor `batch_size` where tasks may run.
         """
         on_cpu = device == "cpu"
         return replace(
             self,
             num_fewshot=recipe.num_fewshot,
             limit=recipe.limit,
-            batch_size=self.batch_size or (CPU_BATCH_SIZE if on_cpu else "auto"),
+            batch_size=None if self.pairs else self.batch_size or (CPU_BATCH_SIZE if on_cpu else "auto"),
             dtype=self.dtype or ("float32" if on_cpu else "auto"),
             device=device,
         )

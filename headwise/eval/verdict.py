@@ -128,7 +128,8 @@ def _compared(evaluation: Evaluation) -> tuple[str, str]:
 
 def _power(comparison: Comparison) -> str:
     """Return the smallest loss that the samples of a figure could show, in a sentence."""
-    samples = f"{comparison.samples:,} {'block' if comparison.task == 'heldout' else 'item'}"
+    sample = {"heldout": "block", "targets": "pair"}.get(comparison.task, "item")
+    samples = f"{comparison.samples:,} {sample}"
     samples += "s" * (comparison.samples != 1)
     if comparison.detectable is None:
         return f"{samples} could not show a loss of any size."

@@ -55,8 +55,10 @@ class Divergence:
         kl_p99: 99th percentile of the KL divergence over tokens, nats.
         top1: share of predictions with the same most likely token.
         top5: mean share of the parent's five most likely tokens that are among the child's five.
-        layers: errors of each layer; empty where the models differ in depth or width.
-        entropy: None where the stock class returns no attention weights, or the models differ in heads.
+        layers: errors of each layer with attention that the text runs through; empty where the models differ in
+            depth or width.
+        entropy: None where the stock class returns no attention weights, the models differ in heads, or layers are
+            left out.
     """
 
     tokens: int
@@ -74,11 +76,13 @@ class LayerOutputs:
     """Outputs of one decoder layer on one block.
 
     Attributes:
+        layer: index of the layer.
         hidden: residual stream behind the layer, (1, T, D).
         attention: attention output, (1, T, D).
         weights: attention probabilities, (heads, T, T); None where the stock class returns none.
     """
 
+    layer: int
     hidden: Tensor
     attention: Tensor
     weights: Tensor | None
@@ -158,14 +162,21 @@ def iter_layer_outputs(model: Any, architecture: AttentionModel, block: Tensor) 
         block: token ids, (1, T).
 
     Yields:
-        The outputs of each layer.
+        The outputs of each layer with attention. A layer that text alone does not run, such as cross-attention to
+        an image, is left out.
     """
     stack = model.get_submodule(architecture.module.rpartition(".")[0])
     with capture_layer_calls(stack) as stubs, suppress(StopForward):
         model.base_model(input_ids=block.to(model.device), use_cache=False)
     hidden = stubs[0].hidden
-    for stub in stubs:
-        attention = stub.layer.get_submodule(architecture.attention)
+    for layer, stub in enumerate(stubs):
+        if not stub.was_called:
+            continue
+        attention = getattr(stub.layer, architecture.attention, None)
+        if attention is None:
+            output = stub.layer(hidden, *stub.args, **stub.kwargs)
+            hidden = output[0] if isinstance(output, tuple) else output
+            continue
         captured: list[tuple[Tensor, Tensor | None]] = []
         handle = attention.register_forward_hook(
             lambda module, args, output, captured=captured: captured.append((output[0], output[1]))
@@ -176,7 +187,7 @@ def iter_layer_outputs(model: Any, architecture: AttentionModel, block: Tensor) 
             handle.remove()
         hidden = output[0] if isinstance(output, tuple) else output
         attention_output, weights = captured[-1]
-        yield LayerOutputs(hidden, attention_output, None if weights is None else weights[0])
+        yield LayerOutputs(layer, hidden, attention_output, None if weights is None else weights[0])
 
 
 def _compare_layers(
@@ -189,11 +200,14 @@ def _compare_layers(
     depth = configs[0].num_hidden_layers
     # Per output and layer: <child, parent>, ||child||^2, ||parent||^2.
     products = torch.zeros(2, depth, 3, dtype=torch.float64)
+    compared = [False] * depth
     child_entropies: list[Tensor] = []
     parent_entropies: list[Tensor] = []
     for block in blocks.split(1):
         pairs = zip(iter_layer_outputs(*child, block), iter_layer_outputs(*parent, block), strict=True)
-        for layer, (ours, theirs) in enumerate(pairs):
+        for ours, theirs in pairs:
+            layer = ours.layer
+            compared[layer] = True
             outputs = ((ours.hidden, theirs.hidden), (ours.attention, theirs.attention))
             for row, (a, b) in enumerate(outputs):
                 a, b = a.double(), b.to(a.device).double()
@@ -204,7 +218,7 @@ def _compare_layers(
         progress.advance(1)
     inner, child_square, parent_square = products.unbind(-1)
     errors = (1 - inner.square() / (child_square * parent_square).clamp_min(1e-300)).clamp_min(0).sqrt().tolist()
-    layers = tuple(LayerError(i, *pair) for i, pair in enumerate(zip(*errors, strict=True)))
+    layers = tuple(LayerError(i, *pair) for i, pair in enumerate(zip(*errors, strict=True)) if compared[i])
     if len(child_entropies) < depth * len(blocks) or child_entropies[0].shape != parent_entropies[0].shape:
         return layers, None
     child_mean, parent_mean = (

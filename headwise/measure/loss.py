@@ -1,4 +1,4 @@
-"""Measure nats per token of a causal language model on blocks of tokens.
+"""Measure nats per token of a language model on blocks of tokens, or on the targets of pairs.
 
 One nat is the natural-logarithm unit of cross-entropy: nats = -ln p(token), and perplexity = exp(mean nats).
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from headwise.text.marks import given_tokens, tokens_of
+from headwise.text.pairs import Pairs
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,58 @@ def token_nats(model: Any, blocks: Tensor, *, batch_size: int = 8) -> Tensor:
     return torch.cat(rows)
 
 
-def nats_per_token(model: Any, blocks: Tensor, *, batch_size: int = 8) -> TextLoss:
-    """Measure the mean nats per predicted token of blocks.
+@torch.inference_mode()
+def pair_nats(model: Any, pairs: Pairs, *, batch_size: int = 8) -> Tensor:
+    """Measure -ln p(token | source, earlier tokens of its target) of every predicted token.
 
     Args:
-        model: a causal language model.
-        blocks: token ids, (blocks, length); a token with the mark GIVEN of `headwise.text.marks` does not count.
-        batch_size: blocks in one forward pass.
+        model: an encoder-decoder; the device and the precision of its weights stay as they are.
+        pairs: sources and targets.
+        batch_size: pairs in one forward pass.
+
+    Returns:
+        Nats, float32 on the CPU, (pairs, target length - 1); 0 where the target is padding.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    width = pairs.targets.shape[1] - 1
+    rows = torch.zeros(len(pairs), width)
+    for start in range(0, len(pairs), batch_size):
+        place = slice(start, start + batch_size)
+        batch = pairs[place].trimmed()
+        logits = model(**batch.model_inputs(device), use_cache=False).logits[:, :-1].float()
+        expected = batch.targets[:, 1:].to(device)
+        nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), expected, reduction="none")
+        rows[place, : expected.shape[1]] = nats.float().cpu().where(batch.predicted, 0)
+    model.train(was_training)
+    return rows
+
+
+def num_predicted(text: Tensor | Pairs) -> int:
+    """Return the number of tokens that a loss on a text counts.
+
+    Args:
+        text: as in `nats_per_token`.
+    """
+    counted = text.predicted if isinstance(text, Pairs) else ~given_tokens(text[:, 1:])
+    return int(counted.sum())
+
+
+def nats_per_token(model: Any, text: Tensor | Pairs, *, batch_size: int = 8) -> TextLoss:
+    """Measure the mean nats per predicted token of blocks, or of the targets of pairs.
+
+    Args:
+        model: a causal language model; an encoder-decoder for pairs.
+        text: token ids, (blocks, length); a token with the mark GIVEN of `headwise.text.marks` does not count. Or
+            pairs of source and target.
+        batch_size: blocks or pairs in one forward pass.
 
     Returns:
         The mean and the number of predicted tokens.
     """
-    nats = token_nats(model, blocks, batch_size=batch_size)[~given_tokens(blocks[:, 1:]).cpu()]
+    if isinstance(text, Pairs):
+        nats = pair_nats(model, text, batch_size=batch_size)[text.predicted]
+    else:
+        nats = token_nats(model, text, batch_size=batch_size)[~given_tokens(text[:, 1:]).cpu()]
     return TextLoss(nats=nats.double().mean().item(), tokens=nats.numel())

@@ -16,7 +16,7 @@ from headwise.models.config import MAX_LAYERS, check_rope, checked_size
 from headwise.models.deepseek import ATTENTION, LAYERS
 from headwise.models.layout import AttentionLayout, LatentWeights
 from headwise.models.mla_source import written_class
-from headwise.models.table import supported_model_types
+from headwise.models.table import find_parts, load_table, supported_model_types
 
 LATENT_SIZES = (
     "num_hidden_layers",
@@ -189,6 +189,15 @@ def find_attention_model(config: dict[str, Any], names: Iterable[str] = ()) -> A
             "Of models with MLA, headwise reads those that it writes.",
         )
     return find_architecture(config, names)
+
+
+def reads_pairs(config: dict[str, Any]) -> bool:
+    """Return whether a checkpoint is an encoder-decoder that headwise knows, which reads a source and a target.
+
+    Args:
+        config: the checkpoint's config.json.
+    """
+    return any(row.part == "decoder" for row in find_parts(config, load_table()))
 
 
 def read_latent_layer(checkpoint: Checkpoint, layer: int) -> tuple[LatentWeights, Tensor | None]:

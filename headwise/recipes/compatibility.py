@@ -11,6 +11,7 @@ from headwise.models.stock_match import require_head
 from headwise.models.table import require_decoder
 from headwise.recipes.layerwise import check_layerwise
 from headwise.recipes.settings import UptrainRecipe
+from headwise.text.pairs import require_pairs
 from headwise.text.sources import SELF, Data, overlapping
 from headwise.train.student import ModelFolder
 
@@ -35,6 +36,28 @@ def check_text(data: Data) -> None:
         )
 
 
+def check_pair_recipe(recipe: UptrainRecipe) -> None:
+    """Refuse what the training of an encoder-decoder cannot do, and text without pairs.
+
+    Args:
+        recipe: what is trained, and how.
+
+    Raises:
+        HeadwiseError: a line of a file is no pair.
+        SettingError: a source holds no pairs, or the recipe has a part for decoder-only models.
+    """
+    for source in recipe.data.text:
+        require_pairs(source, "text")
+    require_pairs(recipe.data.heldout, "heldout")
+    parts = {"layerwise": recipe.layerwise is not None, "teacher.topk": recipe.teacher.topk is not None}
+    for name in (name for name, given in parts.items() if given):
+        raise SettingError(
+            name,
+            f"The recipe has {name}, which reads text of one side, and an encoder-decoder reads pairs.",
+            "Use the recipe distill.",
+        )
+
+
 def check_compatible(
     recipe: UptrainRecipe,
     student: ModelFolder,
@@ -55,9 +78,12 @@ def check_compatible(
         HeadwiseError: they do not match; the message names what differs.
     """
     check_text(recipe.data)
+    if student.stock.reads_pairs:
+        check_pair_recipe(recipe)
     for folder in (student, teacher):
         if folder is not None and not folder.is_latent:
-            require_decoder(folder.checkpoint.source, folder.checkpoint.config, "trained")
+            if not student.stock.reads_pairs:
+                require_decoder(folder.checkpoint.source, folder.checkpoint.config, "trained")
             require_head(folder.checkpoint, "the training compares its logits")
     length, config = recipe.data.length, student.text
     longest = getattr(config, "max_position_embeddings", None) or length
@@ -77,6 +103,10 @@ def check_compatible(
             raise SettingError("teacher", f"This recipe needs the parent as a teacher{missing}.", "Give `teacher`.")
         return
     teacher_config, source = teacher.text, teacher.checkpoint.source
+    if teacher.stock.reads_pairs != student.stock.reads_pairs:
+        raise HeadwiseError(
+            f"Of the model and its teacher {source}, only one is an encoder-decoder.", _WRONG_PARENT
+        )
     if config.vocab_size != teacher_config.vocab_size:
         raise HeadwiseError(
             f"The model has a vocabulary of {config.vocab_size:,} tokens and its teacher {source} one of "

@@ -13,6 +13,7 @@ import time
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from headwise.io.reader import open_checkpoint
 from headwise.io.tokenizer import load_tokenizer
 from headwise.io.workdir import WorkFolder
 from headwise.io.writer import OutputTensor, Writer
-from headwise.measure.loss import nats_per_token
+from headwise.measure.loss import nats_per_token, num_predicted
 from headwise.progress import SILENT, Progress
 from headwise.recipes import outcome
 from headwise.recipes.compatibility import check_compatible
@@ -37,7 +38,8 @@ from headwise.records.manifest import read_record
 from headwise.records.parent import recorded_source
 from headwise.text import packing
 from headwise.text.blocks import blocks_from, training_blocks
-from headwise.text.marks import given_tokens, tokens_of
+from headwise.text.marks import tokens_of
+from headwise.text.pairs import Pairs, collate_pairs, encode_pairs, require_pairs, training_pairs
 from headwise.text.sources import SELF
 from headwise.train.callbacks import check_reporters, gap_closed
 from headwise.train.checkpoints import WEIGHTS, Checkpoints, load_tensors, save_tensors
@@ -134,7 +136,8 @@ class Run:
         check_reporters(recipe.train.report_to if recipe.train else [])
         self.training_dir = WorkFolder(out).folder / TRAINING
         self.before, self.parent = math.nan, None  # type: float, float | None
-        self.heldout = torch.empty(0)
+        self.heldout: Tensor | Pairs = torch.empty(0)
+        self.marks = folder.pair_marks
         self.layers: dict[int, dict[str, Any]] = {}
         self.steps, self.seconds = 0, 0.0
         self.text: Mapping[str, Any] = {}
@@ -199,9 +202,12 @@ class Run:
         """Return whether the work folder has trained weights."""
         return any(self.training_dir.glob("*.safetensors")) or any(self.training_dir.glob("checkpoint-*"))
 
-    def heldout_blocks(self) -> Tensor:
-        """Return the text that measures progress, int64 (blocks, length): as many blocks as there are."""
+    def heldout_blocks(self) -> Tensor | Pairs:
+        """Return the text that measures progress, int64 (blocks, length) or pairs: as many as there are."""
         text = self.recipe.data
+        if self.marks is not None:
+            given = require_pairs(text.heldout, "heldout")[: text.heldout_blocks]
+            return encode_pairs(given, self.tokenizer, self.marks, text.length)
         blocks = blocks_from(
             text.heldout,
             self.tokenizer,
@@ -219,8 +225,10 @@ class Run:
         return blocks
 
     def training_blocks(self, tokens: int, seed: int) -> tuple[Any, Mapping[str, Any]]:
-        """Return the text that is trained on: see `headwise.text.blocks.training_blocks`."""
+        """Return the text that is trained on: see `training_blocks` and `training_pairs` in `headwise.text`."""
         data = self.recipe.data
+        if self.marks is not None:
+            return training_pairs(data, self.tokenizer, self.marks, tokens // data.length, seed)
         if SELF not in data.text:
             return training_blocks(data, self.tokenizer, tokens, seed)
         sampled = str(self.training_dir / SELF_FILE)
@@ -313,9 +321,13 @@ class Run:
                 f"{training.batch_tokens:,}: {whole_steps:,} tokens."
             )
         blocks, self.text = self.training_blocks(whole_steps, training.seed)
-        if isinstance(blocks, Tensor):
+        if isinstance(blocks, Tensor | Pairs):
             blocks = self._fill_a_step(blocks[: whole_steps // recipe.data.length], training.batch_tokens)
-        collate: Any = packing.collator(student.base_model, recipe.data.separate_documents)
+        collate: Any
+        if self.marks is not None:
+            collate = partial(collate_pairs, tokenizer=self.tokenizer, marks=self.marks)
+        else:
+            collate = packing.collator(student.base_model, recipe.data.separate_documents)
         teacher = None
         if recipe.loss.needs_teacher and recipe.teacher.topk is not None:
             assert self.teacher is not None
@@ -377,16 +389,17 @@ class Run:
             save_tensors(state, trained, weights)
         return state
 
-    def _fill_a_step(self, blocks: Tensor, batch_tokens: int) -> Tensor:
+    def _fill_a_step(self, blocks: Tensor | Pairs, batch_tokens: int) -> Tensor | Pairs:
         """Return the blocks, repeated where they are too few for one step of the optimizer."""
         rows = batch_tokens // self.recipe.data.length
         if len(blocks) >= rows:
             return blocks
         self.progress.note(
-            f"The text fills {len(blocks)} blocks of {self.recipe.data.length} tokens, and a step takes {rows}: "
+            f"The text fills {len(blocks)} {'blocks' if self.marks is None else 'pairs'} of "
+            f"{self.recipe.data.length} tokens, and a step takes {rows}: "
             "each step reads them repeatedly."
         )
-        return blocks.repeat(math.ceil(rows / len(blocks)), 1)[:rows]
+        return blocks[torch.arange(rows) % len(blocks)]
 
     def _publish(self, writer: Writer, student: Student, state: dict[str, Tensor]) -> UptrainResult:
         checkpoint = self.folder.checkpoint
@@ -435,7 +448,7 @@ class Run:
             "seconds": round(self.seconds, 1),
             "hardware": outcome.hardware(),
             "versions": environment.versions(outcome.RECORDED_PACKAGES),
-            "heldout": {"text": text.heldout, "tokens": int((~given_tokens(self.heldout[:, 1:])).sum())},
+            "heldout": {"text": text.heldout, "tokens": num_predicted(self.heldout)},
             "nats": {"parent": self.parent, "before": self.before, "after": after},
             "gap_closed": gap_closed(after, self.parent, self.before),
         }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.errors import HeadwiseError
+from headwise.errors import HeadwiseError, SettingError
+from headwise.text.sources import Data
 
 FIELDS = ("source", "target")
 
@@ -35,8 +37,27 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.sources)
 
-    def __getitem__(self, rows: slice) -> Pairs:
+    def __getitem__(self, rows: int | slice | Tensor) -> Pairs:
+        if isinstance(rows, int):
+            if not -len(self) <= rows < len(self):
+                raise IndexError(rows)
+            rows = slice(rows, rows + 1 or None)
         return Pairs(self.sources[rows], self.source_mask[rows], self.targets[rows], self.target_mask[rows])
+
+    @property
+    def predicted(self) -> Tensor:
+        """Return which tokens of the targets are predicted: all but the first, and no padding."""
+        return self.target_mask[:, 1:]
+
+    def trimmed(self) -> Pairs:
+        """Return the pairs without the columns that are padding in all of them."""
+        sources, targets = (max(1, int(mask.sum(1).max())) for mask in (self.source_mask, self.target_mask))
+        return Pairs(
+            self.sources[:, :sources],
+            self.source_mask[:, :sources],
+            self.targets[:, :targets],
+            self.target_mask[:, :targets],
+        )
 
     def model_inputs(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Return the arguments of a stock encoder-decoder.
@@ -66,6 +87,135 @@ def pad(rows: Sequence[Sequence[int]], length: int, padding: int) -> tuple[Tenso
         kept = torch.tensor(list(row[:length]), dtype=torch.long)
         ids[i, : len(kept)], mask[i, : len(kept)] = kept, True
     return ids, mask
+
+
+@dataclass(frozen=True)
+class PairMarks:
+    """The tokens that an encoder-decoder has around its targets.
+
+    Attributes:
+        padding: fills rows of one batch.
+        start: begins every target.
+        end: ends a target; empty if the config names none.
+    """
+
+    padding: int
+    start: int
+    end: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: dict[str, Any], decoder: Any) -> PairMarks:
+        """Return the tokens that a config names.
+
+        Args:
+            config: the config.json.
+            decoder: the stock config object of the decoder.
+
+        Raises:
+            HeadwiseError: the config names no token that starts a target.
+        """
+        start = config.get("decoder_start_token_id")
+        start = decoder.bos_token_id if start is None else start
+        padding, end = decoder.pad_token_id, decoder.eos_token_id
+        if start is None:
+            raise HeadwiseError(
+                "config.json names no token that starts a target.", "Add `decoder_start_token_id` to config.json."
+            )
+        ends = tuple(end) if isinstance(end, list | tuple) else () if end is None else (end,)
+        return cls(0 if padding is None else padding, start, ends[:1])
+
+
+def encode_pairs(given: Sequence[tuple[str, str]], tokenizer: Any, marks: PairMarks, length: int) -> Pairs:
+    """Return pairs of text as token ids; a target starts and ends as the model's own do.
+
+    Args:
+        given: sources and targets.
+        tokenizer: a stock tokenizer.
+        marks: the tokens around a target.
+        length: of a source and of a target at most, in tokens; the rest is cut.
+    """
+    sources = [tokenizer(source)["input_ids"] for source, _ in given]
+    targets = [tokenizer(target, add_special_tokens=False)["input_ids"] for _, target in given]
+    whole = [[marks.start, *target, *marks.end] for target in targets]
+    longest = [min(length, max(map(len, rows))) for rows in (sources, whole)]
+    return Pairs(*pad(sources, longest[0], marks.padding), *pad(whole, longest[1], marks.padding))
+
+
+def require_pairs(path: str | Path, field: str) -> list[tuple[str, str]]:
+    """Read the pairs of a file that must hold some.
+
+    Args:
+        path: a `.jsonl` file.
+        field: the setting that names it.
+
+    Raises:
+        SettingError: there is no such file, or it holds no pairs.
+        HeadwiseError: a line is no pair.
+    """
+    if Path(path).suffix == ".jsonl" and not Path(path).is_file():
+        raise SettingError(field, f"There is no file {path}.", f"`{field}` names a file of pairs.")
+    pairs = read_pairs(path)
+    if pairs is None:
+        raise SettingError(
+            field,
+            f"{path} holds no pairs, and an encoder-decoder reads a source and a target.",
+            'Give a .jsonl file with the texts "source" and "target" in every line.',
+        )
+    return pairs
+
+
+def training_pairs(
+    data: Data, tokenizer: Any, marks: PairMarks, count: int, seed: int = 0
+) -> tuple[Pairs, Mapping[str, Mapping[str, int]]]:
+    """Return the pairs of a recipe's files in random order: one pass over them, or as many as are enough.
+
+    Args:
+        data: the text of a recipe; every source is a file of pairs.
+        tokenizer: a stock tokenizer.
+        marks: the tokens around a target.
+        count: number of pairs that are enough.
+        seed: of the order.
+
+    Returns:
+        The pairs; for each source the pairs and characters in it, and its times per pass.
+    """
+    facts, rows = {}, []
+    for source, times in data.text.items():
+        read = require_pairs(source, "text")
+        characters = sum(len(text) for pair in read for text in pair)
+        facts[source] = {"pairs": len(read), "characters": characters, "times": times}
+        rows += read * times
+    random.Random(f"train {seed}").shuffle(rows)
+    return encode_pairs(rows[:count], tokenizer, marks, data.length), facts
+
+
+def collate_pairs(rows: Sequence[Pairs], tokenizer: Any, marks: PairMarks) -> dict[str, Tensor]:
+    """Return a training batch, padded on the right by the sequence-to-sequence collator of transformers.
+
+    Args:
+        rows: of one pair each.
+        tokenizer: a stock tokenizer; one without a token for padding gets that of the model.
+        marks: the tokens around a target.
+
+    Returns:
+        The arguments of a stock encoder-decoder, and `labels`: the targets, -100 in place of padding and of the
+        first token, which is given. Losses shift them.
+    """
+    from transformers import DataCollatorForSeq2Seq
+
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(marks.padding)
+    features = []
+    for row in rows:
+        source, target = row.sources[row.source_mask].tolist(), row.targets[row.target_mask].tolist()
+        features.append({"input_ids": source, "attention_mask": [1] * len(source), "labels": target})
+    batch = DataCollatorForSeq2Seq(tokenizer)(features)
+    labels = batch["labels"]
+    targets = labels.masked_fill(labels < 0, marks.padding)
+    inputs = Pairs(batch["input_ids"], batch["attention_mask"].bool(), targets, labels >= 0).model_inputs()
+    labels[:, 0] = -100
+    return inputs | {"labels": labels}
 
 
 def read_pairs(path: str | Path) -> list[tuple[str, str]] | None:

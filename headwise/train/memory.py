@@ -8,7 +8,7 @@ matrix products in bfloat16.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -91,8 +91,12 @@ class ModelShape:
 
     @classmethod
     def of_folder(cls, folder: ModelFolder) -> ModelShape:
-        """Return the shape of a folder's model, from its config and the headers of its files."""
-        return cls.of(folder.text, folder.checkpoint.num_parameters)
+        """Return the shape of a folder's model, from its config and the headers of its files.
+
+        An encoder-decoder counts as a decoder with a layer for each of its attention modules, which is more.
+        """
+        shape = cls.of(folder.text, folder.checkpoint.num_parameters)
+        return replace(shape, num_hidden_layers=len(folder.layouts)) if folder.stock.reads_pairs else shape
 
     @property
     def num_layer_parameters(self) -> int:

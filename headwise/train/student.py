@@ -25,6 +25,7 @@ from headwise.models.layout import AttentionLayout, LatentWeights
 from headwise.models.norm_free import from_norm_free_state, to_norm_free_module
 from headwise.models.protocol import AttentionModel, find_attention_model, read_latent_layer
 from headwise.models.stock import load_model, stock_config
+from headwise.text.pairs import PairMarks
 from headwise.train.settings import Lora, Training
 
 # The prefix of every name in a model that peft has wrapped.
@@ -66,8 +67,13 @@ class ModelFolder:
 
     @property
     def text(self) -> Any:
-        """The stock config of the language model."""
-        return stock_config(self.checkpoint.config).get_text_config()
+        """The stock config of the language model, or of an encoder-decoder's decoder."""
+        return stock_config(self.checkpoint.config).get_text_config(decoder=True)
+
+    @property
+    def pair_marks(self) -> PairMarks | None:
+        """The tokens around the targets of an encoder-decoder; None for another model."""
+        return PairMarks.of(self.checkpoint.config, self.text) if self.stock.reads_pairs else None
 
     @property
     def attention_paths(self) -> list[str]:

@@ -37,7 +37,7 @@ def forward_with_hooks(
     Args:
         network: the model, or a library's wrapper around it.
         inputs: keyword arguments of the model, (batch, tokens) each.
-        hidden_states: capture the output of every layer but the last.
+        hidden_states: capture the output of every layer but the last; of an encoder-decoder, those of its decoder.
         attention: attention modules whose outputs are captured.
     """
     captured: dict[int, Tensor] = {}
@@ -53,7 +53,8 @@ def forward_with_hooks(
             hooks.callback(module.register_forward_hook(hook_for(index)).remove)
         outputs = network(**inputs, use_cache=False, output_hidden_states=hidden_states)
     # The first is the embedding; the last is after the final norm.
-    layers = outputs.hidden_states[1:-1] if hidden_states else ()
+    name = "hidden_states" if "hidden_states" in outputs else "decoder_hidden_states"
+    layers = outputs[name][1:-1] if hidden_states else ()
     return ModelOutputs(outputs.logits, layers, [captured[index] for index in range(len(attention))])
 
 

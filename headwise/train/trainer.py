@@ -22,6 +22,7 @@ from headwise.errors import SettingError
 from headwise.io.workdir import write_file_atomically
 from headwise.measure.loss import nats_per_token
 from headwise.progress import SILENT, Progress
+from headwise.text.pairs import Pairs
 from headwise.train.callbacks import CurveCallback, DivergenceGuard, SignalStop, TimeBudget
 from headwise.train.checkpoints import Checkpoints, load_optimizer
 from headwise.train.losses import total_loss
@@ -236,7 +237,7 @@ def learning_rate(progress: float, training: Training) -> float:
 def make_trainer(
     network: Any,
     blocks: Any,
-    heldout: Tensor,
+    heldout: Tensor | Pairs,
     training: Training,
     task: Task,
     work: Path,
@@ -254,8 +255,8 @@ def make_trainer(
 
     Args:
         network: the model.
-        blocks: (blocks, length): a tensor, a `TeacherTopK`, or a stream of rows.
-        heldout: blocks that measure progress, int64 (blocks, length).
+        blocks: (blocks, length): a tensor, a `TeacherTopK`, or a stream of rows; pairs for an encoder-decoder.
+        heldout: blocks that measure progress, int64 (blocks, length), or pairs.
         training: the settings.
         task: the loss.
         work: folder of the curve.

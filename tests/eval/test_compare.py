@@ -43,7 +43,7 @@ def test_pairs_and_gates(tmp_path: Path) -> None:
 def test_perplexity_is_compared_by_its_logarithm() -> None:
     generator = torch.Generator().manual_seed(0)
     parent = 100 + 20 * torch.rand(30, generator=generator)
-    compared = compare_perplexity("heldout", parent * 1.02, parent, tokens=50)
+    compared = compare_perplexity("heldout", parent * 1.02, parent, torch.full((30,), 50))
     one = compared.comparison
     assert one.parent and one.parent.value == pytest.approx(math.exp(float(parent.mean()) / 50), rel=1e-5)
     assert one.paired and one.paired.difference == pytest.approx(
@@ -51,6 +51,16 @@ def test_perplexity_is_compared_by_its_logarithm() -> None:
     )
     assert one.damage == pytest.approx(one.child.value / one.parent.value - 1, rel=1e-5)
     assert compared.exceeds(0.01) < 0.05 < compared.exceeds(0.06)
+
+
+def test_targets_of_different_lengths_weigh_by_their_tokens() -> None:
+    tokens = torch.tensor([2, 30, 5, 11])
+    nats = torch.tensor([9.0, 31.0, 4.0, 25.0])
+    one = compare_perplexity("targets", nats + tokens, nats, tokens).comparison
+    assert one.parent and one.parent.value == pytest.approx(math.exp(69 / 48))
+    assert one.paired and one.paired.difference == pytest.approx(1.0)
+    rest = nats.double() - 69 / 48 * tokens
+    assert one.parent.standard_error == pytest.approx(one.parent.value * float(rest.std()) / 12 / 2)
 
 
 def test_every_metric_of_a_task_is_tested(tmp_path: Path) -> None:
@@ -107,7 +117,7 @@ def test_questions_on_one_passage_are_resampled_together(tmp_path: Path) -> None
 
 def test_a_text_on_which_the_parent_fails_is_unfit(tmp_path: Path) -> None:
     nats = torch.full((4,), math.log(598) * 50)
-    gated = compare_perplexity("heldout", nats, nats, tokens=50)
+    gated = compare_perplexity("heldout", nats, nats, torch.full((4,), 50))
     assert "598" in (name_unfit_text(gated, 49_152).comparison.unfit or "")
     assert name_unfit_text(gated, 10**6).comparison.unfit is None
     assert name_unfit_text(gated, None).comparison.unfit is None

@@ -22,6 +22,7 @@ from headwise.cli import cli
 from headwise.errors import HeadwiseError
 from headwise.eval.result import Evaluation
 from headwise.eval.tasks.samples import read_results
+from tests import small_parents
 from tests.convert.speaking import save_speaking
 
 pytest.importorskip("lm_eval")
@@ -363,3 +364,61 @@ def keys(kind: Any, prefix: str = "") -> Any:
             yield from keys(hint, f"{path}.")
         else:
             yield path
+
+
+def test_targets_of_an_encoder_decoder_are_compared_with_the_parent(tmp_path: Path) -> None:
+    parent = small_parents.tiny_parent(tmp_path / "parent", "t5gemma")
+    child = small_parents.converted(parent, tmp_path / "child", to="mqa")
+    pairs, out = small_parents.pairs(tmp_path / "pairs.jsonl"), tmp_path / "report"
+    result = run(child, "--baseline", parent, "--pairs", pairs, "--report", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    evaluation = Evaluation.from_dict(json.loads(result.stdout))
+    (targets,) = evaluation.comparisons
+    assert (targets.task, targets.metric, targets.samples) == ("targets", "perplexity", 60)
+    assert targets.paired is not None and targets.paired.difference != 0
+    assert f"--pairs {pairs}" in evaluation.command and "--recipe" not in evaluation.command
+    assert "targets perplexity" in (out / "report.md").read_text()
+    same = headwise.evaluate_model(parent, parent, pairs=pairs, report=tmp_path / "same")
+    assert same is not None and same.reused
+    (equal,) = same.comparisons
+    assert equal.parent is not None and targets.parent is not None
+    assert equal.parent.value == targets.parent.value and equal.damage == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("t5gemma", {}, "is an encoder-decoder, which is measured by the perplexity of targets"),
+        ("t5gemma", {"recipe": "quick", "pairs": "pairs.jsonl"}, "`recipe` has no effect with `pairs`"),
+        ("t5gemma", {"pairs": "none.jsonl"}, "There is no file"),
+        ("t5gemma", {"pairs": "text.jsonl"}, "holds no pairs"),
+        ("t5gemma", {"pairs": "one.jsonl"}, "holds 1 pair, and two are needed"),
+        ("llama", {"pairs": "pairs.jsonl"}, "reads no pairs"),
+    ],
+)
+def test_pairs_that_do_not_match_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, options: dict[str, Any], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = (small_parents.parent if kind == "llama" else small_parents.tiny_parent)(tmp_path / "model", kind)
+    small_parents.pairs(tmp_path / "pairs.jsonl")
+    small_parents.pairs(tmp_path / "one.jsonl", lines=1)
+    (tmp_path / "text.jsonl").write_text('{"text": "prose"}\n')
+    with pytest.raises(HeadwiseError, match=re.escape(words)):
+        headwise.evaluate_model(model, report="report", **options)
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("kind", ["llava", "mllama", "qwen2_5_vl"])
+def test_text_metrics_of_vision_language_models(tmp_path: Path, kind: str) -> None:
+    parent = small_parents.tiny_parent(tmp_path / "parent", kind)
+    child = small_parents.converted(parent, tmp_path / "child", to="mqa")
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("limit: 8", "limit: 3"))
+    evaluation = headwise.evaluate_model(child, parent, recipe=tmp_path / "recipe.yaml", report=tmp_path / "report")
+    assert evaluation is not None
+    assert {comparison.task for comparison in evaluation.headlines} == {"heldout", "headwise_cloze_code"}
+    heldout = next(each for each in evaluation.comparisons if each.task == "heldout")
+    assert heldout.paired is not None and heldout.paired.difference != 0
+    assert evaluation.diagnostics and evaluation.diagnostics.kl > 0 and evaluation.generation
+    layers = [layer.layer for layer in evaluation.diagnostics.layers]
+    assert layers == ([0, 3] if kind == "mllama" else [0, 1])  # without an image, cross-attention does not run

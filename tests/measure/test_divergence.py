@@ -22,7 +22,9 @@ from tests import tiny_models
 LOADED: dict[str, Any] = {"dtype": "float32", "device": "cpu", "eager": True}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt_neox", "falcon", "gemma2", "phi3"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "gpt_neox", "falcon", "gemma2", "phi3", "llava", "mllama", "qwen3_next"]
+)
 def test_layer_outputs_equal_the_forward_pass_of_the_model(model_type: str, tmp_path: Path) -> None:
     model = find_model(tiny_models.save(model_type, tmp_path / "model"))
     loaded = model.load(**LOADED)
@@ -30,9 +32,14 @@ def test_layer_outputs_equal_the_forward_pass_of_the_model(model_type: str, tmp_
     with torch.inference_mode():
         layers = list(iter_layer_outputs(loaded, model.architecture, tokens))
         expected = loaded(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states
-    for layer, hidden in zip(layers[:-1], expected[1:-1], strict=True):  # the last one is behind the final norm
-        torch.testing.assert_close(layer.hidden, hidden)
-    heads = loaded.config.num_attention_heads
+    text = loaded.config.get_text_config()
+    left_out = set(getattr(text, "cross_attention_layers", ()))
+    left_out |= {n for n, kind in enumerate(getattr(text, "layer_types", None) or ()) if kind == "linear_attention"}
+    assert [layer.layer for layer in layers] == [n for n in range(text.num_hidden_layers) if n not in left_out]
+    for layer in layers:
+        if layer.layer < text.num_hidden_layers - 1:  # the last one is behind the final norm
+            torch.testing.assert_close(layer.hidden, expected[layer.layer + 1])
+    heads = text.num_attention_heads
     assert all(layer.weights is not None and layer.weights.shape == (heads, 20, 20) for layer in layers)
 
 

@@ -11,8 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from headwise.io.source import EMBEDDED_MODEL
-from headwise.measure.loss import nats_per_token, token_nats
+from headwise.measure.loss import nats_per_token, pair_nats, token_nats
 from headwise.text.blocks import blocks_from
+from headwise.text.pairs import Pairs, pad
+from tests import tiny_models
 
 
 @pytest.fixture
@@ -77,3 +79,22 @@ def test_the_embedded_model_predicts_python() -> None:
 
 def test_the_embedded_model_has_at_most_ten_megabytes() -> None:
     assert sum(path.stat().st_size for path in Path(EMBEDDED_MODEL).iterdir()) <= 10_000_000
+
+
+def test_nats_of_targets_equal_one_pair_at_a_time() -> None:
+    """The padding of a batch changes nothing, and no loss counts padding."""
+    network, _ = tiny_models.build("t5gemma")
+    sources = [[5, 6, 7, 8, 9], [10, 11], [12] * 9]
+    targets = [[1, 20, 21, 2], [1, 22, 23, 24, 25, 26, 2], [1, 2]]
+    pairs = Pairs(*pad(sources, 11, 0), *pad(targets, 8, 0))
+    nats = pair_nats(network, pairs, batch_size=2)
+    assert nats.shape == (3, 7) and not nats[~pairs.predicted].any()
+    for row, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        with torch.no_grad():
+            logits = network(
+                input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([target[:-1]]), use_cache=False
+            ).logits[0]
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(target[1:]), reduction="none")
+        torch.testing.assert_close(nats[row, : len(target) - 1], expected, rtol=1e-4, atol=1e-5)
+    loss = nats_per_token(network, pairs)
+    assert loss.tokens == 10 and loss.nats == pytest.approx(float(nats.sum()) / 10, rel=1e-5)

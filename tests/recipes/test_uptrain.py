@@ -16,20 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from headwise.convert.verify.check import verify_model
 from headwise.convert.verify.verification import Verification
 from headwise.errors import GateFailed, HeadwiseError
 from headwise.io.reader import open_checkpoint
+from headwise.measure.loss import nats_per_token, num_predicted
 from headwise.progress import Progress
 from headwise.recipes import outcome, run
 from headwise.recipes.settings import Data, Layerwise, Loss, TeacherSettings, Training, UptrainRecipe
 from headwise.recipes.uptrain import uptrain_model
 from headwise.text.marks import given_tokens
+from headwise.text.pairs import collate_pairs, encode_pairs, require_pairs
 from headwise.train import checkpoints
 from headwise.train.callbacks import Diverged
+from headwise.train.losses import ModelOutputs, total_loss
 from headwise.train.student import ModelFolder
 from tests import small_parents as models
 
@@ -435,3 +439,90 @@ def test_short_texts_are_used_as_far_as_they_go(home: Path, tmp_path: Path) -> N
     assert 0 < facts["heldout"]["tokens"] < 100_000 * 31
     assert any("the recipe's number is 100000" in note for note in notes.notes)
     assert any("a step takes 8: each step reads them repeatedly" in note for note in notes.notes)
+
+
+@pytest.fixture(scope="module")
+def pair_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder-decoder, its conversion to mqa, and pairs."""
+    folder = tmp_path_factory.mktemp("pairs")
+    models.pairs(folder / "train.jsonl", lines=50)
+    models.pairs(folder / "held.jsonl", lines=9)
+    models.converted(models.tiny_parent(folder / "parent", "t5gemma"), folder / "mqa", to="mqa")
+    return folder
+
+
+def pair_recipe(home: Path, **more: Any) -> UptrainRecipe:
+    data = Data({str(home / "train.jsonl"): 1}, 32, heldout=str(home / "held.jsonl"), heldout_blocks=8)
+    return UptrainRecipe("a test", data, **{"train": TRAINING, "loss": DISTILL, **more})
+
+
+def test_an_encoder_decoder_trains_on_pairs(pair_home: Path, tmp_path: Path) -> None:
+    """Two hundred pairs of 32 tokens at most are two passes over the file, the second in part."""
+    loss = Loss(kl=0.8, cross_entropy=0.1, hidden_states=0.05, attention_outputs=0.05)
+    out = tmp_path / "out"
+    result = uptrain_model(pair_home / "mqa", out, recipe=pair_recipe(pair_home, loss=loss))
+    assert result is not None and result.parent is not None
+    assert result.after < result.before and result.tokens == STEPS * BATCH
+    record = json.loads((out / "headwise.json").read_text())["uptraining"][0]
+    assert record["text"][str(pair_home / "train.jsonl")]["pairs"] == 50
+    assert verify_model(out, pair_home / "parent").passed
+    held = encode_pairs(
+        require_pairs(pair_home / "held.jsonl", "heldout")[:8],
+        AutoTokenizer.from_pretrained(out),
+        ModelFolder.of(open_checkpoint(out)).pair_marks,
+        32,
+    )
+    network = AutoModelForSeq2SeqLM.from_pretrained(out, dtype=torch.float32)
+    assert nats_per_token(network, held).nats == pytest.approx(result.after, rel=1e-5)
+    before, after = (load_file(f / "model.safetensors") for f in (pair_home / "mqa", out))
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert {
+        "model.encoder.layers.0.self_attn.k_proj.weight",
+        "model.decoder.layers.1.cross_attn.v_proj.weight",
+    } <= changed
+
+
+def test_a_batch_of_pairs_gives_the_loss_that_is_measured(pair_home: Path) -> None:
+    """The labels of the collator, shifted by the loss, are the targets that `pair_nats` predicts."""
+    folder = ModelFolder.of(open_checkpoint(pair_home / "parent"))
+    tokenizer, marks = AutoTokenizer.from_pretrained(pair_home / "parent"), folder.pair_marks
+    assert marks is not None
+    pairs = encode_pairs(require_pairs(pair_home / "train.jsonl", "text")[:5], tokenizer, marks, 32)
+    tokenizer.pad_token, tokenizer.padding_side = None, "left"
+    batch = collate_pairs([pairs[row] for row in range(5)], tokenizer, marks)
+    network = folder.load(torch.float32).eval()
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        logits = network(**batch, use_cache=False).logits
+    loss = total_loss({"cross_entropy": 1.0}, ModelOutputs(logits), labels)
+    assert int((labels >= 0).sum()) == num_predicted(pairs)
+    assert float(loss) == pytest.approx(nats_per_token(network, pairs).nats, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"layerwise": Layerwise(1024, 2)}, "The recipe has layerwise, which reads text of one side"),
+        ({"teacher": TeacherSettings(topk=4)}, "The recipe has teacher.topk"),
+        ({"data": Data({"builtin": 1}, 32)}, "builtin holds no pairs"),
+    ],
+)
+def test_what_no_encoder_decoder_can_do_is_refused(
+    pair_home: Path, tmp_path: Path, more: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(HeadwiseError, match=words):
+        uptrain_model(pair_home / "mqa", tmp_path / "out", recipe=replace(pair_recipe(pair_home), **more))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["llava", "mllama"])
+def test_the_text_of_a_vision_language_model_is_trained(home: Path, tmp_path: Path, kind: str) -> None:
+    parent = models.tiny_parent(tmp_path / "parent", kind)
+    child = models.converted(parent, tmp_path / "mqa", to="mqa")
+    result = uptrain_model(child, tmp_path / "out", recipe=recipe(home))
+    assert result is not None and result.after < result.before
+    before, after = (load_file(f / "model.safetensors") for f in (child, tmp_path / "out"))
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed and not any("vision" in name for name in changed)
+    if kind == "mllama":  # without an image, cross-attention does not run
+        assert not any("cross_attn" in name for name in changed)

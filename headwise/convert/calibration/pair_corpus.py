@@ -16,7 +16,7 @@ from headwise.models.architecture import Architecture
 from headwise.models.stock import load_model
 from headwise.progress import SILENT, Progress
 from headwise.text.blocks import blocks_from
-from headwise.text.pairs import Pairs, pad, read_pairs
+from headwise.text.pairs import PairMarks, Pairs, encode_pairs, pad, read_pairs
 
 # Longest source and target in tokens, and the pairs whose outputs are sampled at once.
 PAIR_LENGTH, BATCH = 256, 32
@@ -65,7 +65,8 @@ def _read(
             if len(given) < 2:
                 raise HeadwiseError(f"{text} holds {len(given)} pair, and two are needed.", "Give more pairs.")
             progress.note(f"{min(len(given), calibration.sequences):,} pairs of {len(given):,} are read.")
-            pairs = _encode(given[: calibration.sequences], tokenizer, checkpoint, arch, calibration.length)
+            marks = PairMarks.of(checkpoint.config, arch.stock_config(checkpoint.config))
+            pairs = encode_pairs(given[: calibration.sequences], tokenizer, marks, calibration.length)
         else:
             blocks = blocks_from(
                 text,
@@ -78,38 +79,6 @@ def _read(
             pairs = sample_pairs(checkpoint, arch, blocks, calibration, device, progress)
     require_known_tokens(checkpoint, arch.stock_config(checkpoint.config).vocab_size, pairs.sources, pairs.targets)
     return pairs
-
-
-def _encode(
-    given: list[tuple[str, str]], tokenizer: Any, checkpoint: Checkpoint, arch: Architecture, length: int
-) -> Pairs:
-    """Return pairs of text as token ids; a target starts and ends as the model's own do."""
-    padding, start, end = special_tokens(checkpoint, arch)
-    sources = [tokenizer(source)["input_ids"] for source, _ in given]
-    targets = [tokenizer(target, add_special_tokens=False)["input_ids"] for _, target in given]
-    whole = [[start, *target, *end] for target in targets]
-    longest = [min(length, max(map(len, rows))) for rows in (sources, whole)]
-    return Pairs(*pad(sources, longest[0], padding), *pad(whole, longest[1], padding))
-
-
-def special_tokens(checkpoint: Checkpoint, arch: Architecture) -> tuple[int, int, list[int]]:
-    """Return the padding of an encoder-decoder, the token that starts a target, and those that end one.
-
-    Args:
-        checkpoint: the model.
-        arch: its architecture.
-    """
-    config = arch.stock_config(checkpoint.config)
-    whole = checkpoint.config
-    start = whole.get("decoder_start_token_id")
-    start = config.bos_token_id if start is None else start
-    padding, end = config.pad_token_id, config.eos_token_id
-    if start is None:
-        raise HeadwiseError(
-            "config.json names no token that starts a target.", "Add `decoder_start_token_id` to config.json."
-        )
-    ends = list(end) if isinstance(end, list | tuple) else [] if end is None else [end]
-    return (0 if padding is None else padding), start, ends[:1]
 
 
 @torch.no_grad()
@@ -133,12 +102,12 @@ def sample_pairs(
     """
     import transformers
 
-    padding, start, _ = special_tokens(checkpoint, arch)
+    marks = PairMarks.of(checkpoint.config, arch.stock_config(checkpoint.config))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = load_model(checkpoint, arch.auto_class, dtype).to(device).eval()
     ends = arch.stock_config(checkpoint.config).eos_token_id
     model.generation_config = transformers.GenerationConfig(
-        decoder_start_token_id=start, pad_token_id=padding, eos_token_id=ends
+        decoder_start_token_id=marks.start, pad_token_id=marks.padding, eos_token_id=ends
     )
     torch.manual_seed(calibration.seed)
     progress.note(f"Sampling the targets of {len(sources):,} sources from the model.")
@@ -153,8 +122,8 @@ def sample_pairs(
         )
         for row in out.tolist():
             length = len(row)
-            while length > 1 and row[length - 1] == padding:
+            while length > 1 and row[length - 1] == marks.padding:
                 length -= 1
             rows.append(row[:length])
-    targets = pad(rows, max(map(len, rows)), padding)
+    targets = pad(rows, max(map(len, rows)), marks.padding)
     return Pairs(sources, torch.ones_like(sources, dtype=torch.bool), *targets)

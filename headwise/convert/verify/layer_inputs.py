@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from headwise.convert.calibration.layer_stream import LayerStream
-from headwise.convert.calibration.pair_corpus import special_tokens
 from headwise.convert.calibration.pair_stream import PairStream
 from headwise.io.reader import Checkpoint
 from headwise.io.tokenizer import load_tokenizer
 from headwise.models.architecture import find_architecture
 from headwise.models.protocol import AttentionModel
 from headwise.models.stock import empty_model, for_rows, layer_arguments, load_into
-from headwise.text.pairs import Pairs
+from headwise.text.pairs import PairMarks, Pairs
 
 SEQUENCES, TOKENS, TARGET_TOKENS = 2, 24, 17
 # One sequence of prose and one of code; each is longer than TOKENS in every tokenizer.
@@ -83,7 +82,7 @@ def attention_inputs(
     """
     if stock.reads_pairs:
         arch = find_architecture(checkpoint.config, checkpoint.tensors)
-        pairs = check_pairs(tokens, special_tokens(checkpoint, arch)[1])
+        pairs = check_pairs(tokens, PairMarks.of(checkpoint.config, arch.stock_config(checkpoint.config)).start)
         for record in PairStream(checkpoint, arch, pairs, device).records(
             keep_activations=True, attention_stats=False
         ):

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from headwise.compat import cache_layers, cache_of, no_progress_bars
 from headwise.convert.calibration.layer_stream import LayerStream
-from headwise.convert.calibration.pair_corpus import special_tokens
 from headwise.convert.verify.layer_inputs import TOKENS, check_pairs, check_tokens, relative_error
 from headwise.io.quantized.quantization import PLAIN_DTYPE
 from headwise.io.reader import Checkpoint
@@ -18,6 +17,7 @@ from headwise.models.architecture import find_architecture
 from headwise.models.layout import CROSS, AttentionLayout
 from headwise.models.protocol import AttentionModel
 from headwise.models.stock import eager_if_capped, empty_model, load_model, stock_config
+from headwise.text.pairs import PairMarks
 
 # Weights up to this size are loaded whole.
 WHOLE_BYTES = 1 << 30
@@ -127,7 +127,8 @@ def _generates(
 
 def _start(checkpoint: Checkpoint) -> int:
     """Return the token that starts a target of an encoder-decoder."""
-    return special_tokens(checkpoint, find_architecture(checkpoint.config, checkpoint.tensors))[1]
+    arch = find_architecture(checkpoint.config, checkpoint.tensors)
+    return PairMarks.of(checkpoint.config, arch.stock_config(checkpoint.config)).start
 
 
 def _run_whole(

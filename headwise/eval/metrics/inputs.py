@@ -9,10 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
+from headwise.errors import SettingError
 from headwise.eval.metrics import generation
+from headwise.eval.model import EvalModel
 from headwise.eval.settings import EvalRecipe
 from headwise.measure.positions import overlapping_windows
+from headwise.progress import Progress
 from headwise.text.blocks import blocks_from
+from headwise.text.pairs import PairMarks, Pairs, encode_pairs, require_pairs
 
 RULER_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 UNLIMITED = 1 << 20
@@ -24,6 +28,7 @@ class EvalInputs:
 
     Attributes:
         blocks: text of the perplexity, (blocks, length); None: not measured.
+        pairs: pairs whose targets are predicted, for an encoder-decoder; None: not measured.
         windows: text of the loss by position, (windows, length); None: measured on `blocks`.
         prompts: beginnings to continue, (prompts, length); None: not measured.
         width: positions in an interval of the loss by position; 0: not measured.
@@ -35,16 +40,18 @@ class EvalInputs:
     prompts: Tensor | None = None
     width: int = 0
     new_tokens: int = 0
+    pairs: Pairs | None = None
 
     @property
     def has_text(self) -> bool:
         """Return whether a loss is measured."""
-        return self.blocks is not None or self.windows is not None
+        return any(text is not None for text in (self.blocks, self.windows, self.pairs))
 
     def content_hash(self) -> str:
         """Compute the SHA-256 of all inputs."""
         total = hashlib.sha256(f"{self.width} {self.new_tokens}".encode())
-        for part in (self.blocks, self.windows, self.prompts):
+        pairs = () if self.pairs is None else vars(self.pairs).values()
+        for part in (self.blocks, self.windows, self.prompts, *pairs):
             total.update(b"" if part is None else f"{tuple(part.shape)}".encode() + part.numpy().tobytes())
         return total.hexdigest()
 
@@ -76,6 +83,33 @@ def make_inputs(recipe: EvalRecipe, tokenizer: Any, context: int | None, seed: i
         length = min(writing.prompt_tokens, (context or UNLIMITED) // 2)
         prompts = generation.select_prompts(tokenizer, writing.prompts, length, seed)
     return EvalInputs(blocks, windows, prompts, width, writing.new_tokens if writing else 0)
+
+
+def make_pair_inputs(path: Path, tokenizer: Any, model: EvalModel, progress: Progress) -> EvalInputs:
+    """Build the inputs of an encoder-decoder: the pairs of a file.
+
+    Args:
+        path: the file.
+        tokenizer: of child and parent.
+        model: the child.
+        progress: receives a note if pairs are longer than the model's context.
+
+    Raises:
+        HeadwiseError: the file holds fewer than two pairs, or a token is outside the vocabulary.
+    """
+    given = require_pairs(path, "pairs")
+    if len(given) < 2:
+        raise SettingError("pairs", f"{path} holds {len(given)} pair, and two are needed.", "Give more pairs.")
+    decoder = model.text_config
+    context = model.context or UNLIMITED
+    whole = encode_pairs(given, tokenizer, PairMarks.of(model.source.config, decoder), context + 1)
+    masks = (whole.source_mask, whole.target_mask)
+    long = sum(mask[:, context] for mask in masks if mask.shape[1] > context)
+    if cut := int((long > 0).sum()) if isinstance(long, Tensor) else 0:
+        progress.warn(
+            f"{cut:,} of {len(given):,} pairs exceed the context of {context:,} tokens and were truncated."
+        )
+    return EvalInputs(pairs=Pairs(*(rows[:, :context] for rows in vars(whole).values())))
 
 
 def task_arguments(

@@ -26,7 +26,7 @@ from headwise.eval.settings import EvalSettings
 from headwise.eval.tasks.harness import Harness
 from headwise.eval.tasks.samples import TaskResults, read_results
 from headwise.io.workdir import publish_folder, scratch_folder, write_file_atomically
-from headwise.measure.loss import token_nats
+from headwise.measure.loss import pair_nats, token_nats
 from headwise.measure.positions import PositionLoss, average_by_position
 from headwise.progress import Progress
 from headwise.schema import restore
@@ -41,8 +41,8 @@ class ModelMetrics:
     """Figures of one model.
 
     Attributes:
-        nats: sum of nats of each block of text.
-        tokens: predicted tokens in each block.
+        nats: sum of nats of each block of text, or of each target.
+        tokens: predicted tokens in each block, or in each target.
         curve: loss by position, of the windows if there are any, else of the blocks.
         written: greedy continuations, as token ids; None: not measured.
         seconds: wall clock by stage.
@@ -51,7 +51,7 @@ class ModelMetrics:
     """
 
     nats: tuple[float, ...] = ()
-    tokens: int = 0
+    tokens: tuple[int, ...] = ()
     curve: PositionLoss | None = None
     written: tuple[tuple[int, ...], ...] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -86,7 +86,7 @@ def measure_model(
     lm_eval_seconds, start = 0.0, time.perf_counter()
     into.mkdir(parents=True)
     if harness is not None:
-        lm_eval_seconds = harness.run(model.folder, model.name, settings, into, progress, f"{role}: tasks")
+        lm_eval_seconds = harness.run(model, settings, into, progress, f"{role}: tasks")
         seconds["tasks"] = time.perf_counter() - start
         _free_memory()
     metrics = ModelMetrics(lm_eval_seconds=lm_eval_seconds, seconds=seconds)
@@ -139,10 +139,25 @@ def _measure_text(model: Any, inputs: EvalInputs, role: str, progress: Progress)
             progress.advance(len(batches[place]))
         nats = torch.cat(processes.gather_shares(parts))
         if text is inputs.blocks:
-            measured |= {"nats": tuple(nats.double().sum(1).tolist()), "tokens": nats.shape[1]}
+            measured |= {"nats": tuple(nats.double().sum(1).tolist()), "tokens": (nats.shape[1],) * len(nats)}
         if inputs.width and text is texts[-1]:
             measured["curve"] = average_by_position(nats, inputs.width)
+    if (pairs := inputs.pairs) is not None:
+        rows = max(1, TOKENS_AT_ONCE // max(pairs.sources.shape[1], pairs.targets.shape[1]))
+        share = processes.our_share(-(-len(pairs) // rows))
+        progress.stage(f"{role}: pairs", total=sum(len(pairs[_rows(place, rows)]) for place in share), unit="pairs")
+        parts = {}
+        for place in share:
+            batch = pairs[_rows(place, rows)]
+            parts[place] = pair_nats(model, batch, batch_size=rows)
+            progress.advance(len(batch))
+        nats = torch.cat(processes.gather_shares(parts)).double().sum(1)
+        measured |= {"nats": tuple(nats.tolist()), "tokens": tuple(pairs.predicted.sum(1).tolist())}
     return measured
+
+
+def _rows(place: int, rows: int) -> slice:
+    return slice(place * rows, (place + 1) * rows)
 
 
 class ResultCache:

@@ -19,6 +19,7 @@ from typing import Any
 from headwise import compat
 from headwise.errors import HeadwiseError, SettingError
 from headwise.eval import processes
+from headwise.eval.model import EvalModel
 from headwise.eval.settings import EvalSettings
 from headwise.eval.tasks.answers import count_answers, write_counts
 from headwise.progress import SILENT, Progress
@@ -97,8 +98,7 @@ class Harness:
 
     def run(
         self,
-        folder: str,
-        name: str,
+        model: EvalModel,
         settings: EvalSettings,
         into: Path,
         progress: Progress = SILENT,
@@ -107,8 +107,7 @@ class Harness:
         """Evaluate one model.
 
         Args:
-            folder: folder of the model.
-            name: name of the model in its results.
+            model: the model.
             settings: resolved settings.
             into: folder for lm-eval's result and sample files; made if it does not exist.
             progress: receives a stage for each type of request.
@@ -125,14 +124,14 @@ class Harness:
 
         processes.check_questions(self.tasks, settings.limit)
         with silenced(), in_one_process(), tempfile.TemporaryDirectory(dir=into.parent) as scratch:
-            lm = _make_lm(folder, settings)
+            lm = _make_lm(model, settings)
             _report_requests(lm, progress, label)
             tracker = EvaluationTracker(output_path=scratch)
             start = time.perf_counter()
             results = simple_evaluate(
                 lm,
                 # For the tracker and the result file; the model itself exists already.
-                model_args={"pretrained": name, "dtype": settings.dtype},
+                model_args={"pretrained": model.name, "dtype": settings.dtype},
                 tasks=self.tasks,
                 task_manager=self._manager,  # otherwise lm-eval lists its own tasks again
                 num_fewshot=settings.num_fewshot,
@@ -241,11 +240,12 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
-def _make_lm(folder: str, settings: EvalSettings) -> Any:
+def _make_lm(model: EvalModel, settings: EvalSettings) -> Any:
     """Make lm-eval's model, which loads the weights itself so that several processes can share the requests."""
+    import transformers
     from lm_eval.api.registry import get_model
 
-    arguments: dict[str, Any] = {"pretrained": folder, "dtype": settings.dtype, "trust_remote_code": False}
+    arguments: dict[str, Any] = {"pretrained": model.folder, "dtype": settings.dtype, "trust_remote_code": False}
     if settings.backend == "vllm":
         try:
             import vllm  # noqa: F401
@@ -255,7 +255,12 @@ def _make_lm(folder: str, settings: EvalSettings) -> Any:
             ) from None
     more = {"batch_size": settings.batch_size, "device": settings.device}
     processes.join(str(settings.device))
-    lm = get_model(settings.backend).create_from_arg_obj(arguments, more)
+    kind = get_model(settings.backend)
+    if settings.backend == "hf" and model.auto_class != "AutoModelForCausalLM":
+        # lm-eval takes a language model inside another model for a causal one, and finds no context in its config.
+        kind = type(kind.__name__, (kind,), {"AUTO_MODEL_CLASS": getattr(transformers, model.auto_class)})
+        arguments |= {"backend": "causal", "max_length": model.context}
+    lm = kind.create_from_arg_obj(arguments, more)
     compat.set_lm_eval_ranks(lm)
     return lm
 
