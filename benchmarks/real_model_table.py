@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from headwise import pictures
-from headwise.eval.stats import paired_mean
+from headwise.eval.stats import paired_answers
 
 TEXTS = {"wiki": "WikiText-2", "stories": "stories", "code": "code"}
 TASKS = {"hellaswag": "HellaSwag", "piqa": "PIQA", "arc_easy": "ARC-Easy", "lambada": "LAMBADA"}
@@ -81,7 +81,7 @@ def tasks(rows: list[dict[str, Any]], parent: dict[str, Any]) -> str:
         cells = []
         for name in TASKS:
             child, reference = (torch.tensor([float(c) for c in each["right"][name]]) for each in (row, parent))
-            difference = paired_mean(child, reference)
+            difference = paired_answers(child, reference)
             low, high = difference.interval(0.95)
             cells.append(
                 f"{row[name]:.1f} ({100 * difference.estimate:+.1f}; {100 * low:+.1f} to {100 * high:+.1f})"

@@ -348,8 +348,8 @@ def render_evaluation(evaluation: Evaluation) -> None:
         console.print_table(("figure", "metric", ">value"), [(row.figure, row.detail, row.child) for row in rows])
     elif rows:
         console.print_table(
-            ("figure", "metric", ">parent", ">child", ">difference", ">95% interval", ">flips", ">p"),
-            [(r.figure, r.detail, r.parent, r.child, r.difference, r.interval, r.flips, r.p) for r in rows],
+            ("figure", "metric", ">parent", ">child", ">difference", ">95% interval", ">flips", ">p", ">p (Holm)"),
+            [(r.figure, r.detail, r.parent, r.child, r.difference, r.interval, r.flips, r.p, r.p_holm) for r in rows],
         )
         console.print_line(tables.LEGEND, style="dim")
     if agreement := list(tables.agreement_rows(evaluation)):

@@ -16,7 +16,7 @@ from headwise.eval.stats import (
     Difference,
     count_flips,
     holm,
-    mcnemar,
+    paired_answers,
     paired_mean,
     paired_ratio,
     smallest_significant,
@@ -151,23 +151,22 @@ def compare_figure(
     binary = child.is_binary and parent.is_binary
     gained = lost = None
     ours, theirs, weights = (_by_cluster(child.clusters, each) for each in (child.sums, parent.sums, child.weights))
+    damage: Difference | None
     if child.log:
-        difference = paired_ratio(-ours, -theirs, weights)
-        damage: Difference | None = difference
-        test, p_value = "bootstrap", difference.p_value()
+        damage = difference = paired_ratio(-ours, -theirs, weights)
+        test = "bootstrap"
     else:
-        equal_weights = bool((weights == weights[0]).all())
-        difference = (
-            paired_mean(ours / weights, theirs / weights) if equal_weights else paired_ratio(ours, theirs, weights)
-        )
-        difference = replace(difference, binary=binary)
+        if binary and not child.clusters:
+            difference, test = paired_answers(child.sums, parent.sums), "score"
+        elif bool((weights == weights[0]).all()):
+            difference, test = paired_mean(ours / weights, theirs / weights), "t"
+        else:
+            difference, test = paired_ratio(ours, theirs, weights), "bootstrap"
+        difference = replace(difference, bounded=binary)
         has_damage = child.is_share and child.higher_is_better is not None
         damage = (-difference if child.higher_is_better else difference) if has_damage else None
-        test, p_value = "t" if equal_weights else "bootstrap", difference.p_value()
         if binary:
             gained, lost = count_flips(child.sums, parent.sums)
-            if not child.clusters:  # McNemar's test takes the questions as independent
-                test, p_value = "mcnemar", mcnemar(gained, lost)
     low, high = difference.interval()
     paired = Paired(
         difference=difference.estimate,
@@ -175,7 +174,7 @@ def compare_figure(
         low=low,
         high=high,
         samples=len(child.sums),
-        p_value=p_value,
+        p_value=difference.p_value(),
         test=test,
         gained=gained,
         lost=lost,
@@ -219,9 +218,7 @@ def correct(compared: Sequence[GatedComparison]) -> list[GatedComparison]:
             p_holm, tests = adjusted[id(gated)]
             comparison = replace(comparison, paired=replace(pairs, p_holm=p_holm))
             if gated.damage is not None:
-                gained = pairs.gained if comparison.higher_is_better else pairs.lost
-                gained = gained if pairs.test == "mcnemar" else None
-                smallest = smallest_significant(gated.damage, LEVEL / tests, gained)
+                smallest = smallest_significant(gated.damage, LEVEL / tests)
                 if smallest is not None and comparison.is_perplexity:
                     smallest = growth(smallest)
                 comparison = replace(comparison, detectable=smallest)

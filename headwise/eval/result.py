@@ -69,13 +69,12 @@ class Paired:
     Attributes:
         difference: difference of the two figures; for perplexities, difference of their logarithms (nats).
         standard_error: of the difference, from the differences of the samples.
-        low: lower end of the 95% interval of the difference: Student's t for means, studentised bootstrap over
-            documents for perplexities.
+        low: lower end of the 95% interval of the difference: the differences that the test does not reject.
         high: upper end of the same interval.
         samples: number of pairs.
-        p_value: two-sided p-value of no difference: exact McNemar for independent figures of 0 and 1, else as
-            the interval.
-        test: "mcnemar", "t" or "bootstrap".
+        p_value: two-sided p-value of no difference, below 0.05 exactly where the interval excludes 0.
+        test: "score" (McNemar's and Tango's) for independent answers that are right or wrong, "t" for other means,
+            "bootstrap" over documents for perplexities.
         p_holm: `p_value` after Holm's correction: of a headline figure over the headlines, of another figure over
             all figures. None for a figure without a damage that is no headline.
         gained: samples that only the child gets right; None if the figure does not consist of 0 and 1.

@@ -2,8 +2,12 @@
 
 Means of paired differences use Student's t. Ratios of sums (nats per token over documents of different length) use
 the studentised bootstrap over documents (Efron & Tibshirani 1993, An Introduction to the Bootstrap, 12.5). Changes
-between right and wrong use the exact McNemar test (1947), and several tasks together Holm's step-down correction
-(1979). The distributions are those of scipy, the correction is that of statsmodels.
+between right and wrong use the score test of Tango (1998, Statistics in Medicine 17, 891), which is McNemar's test
+(1947) for the hypothesis of no difference. Several tasks together use Holm's step-down correction (1979). The
+distributions are those of scipy, the correction is that of statsmodels.
+
+The p-value and the interval of a difference are one rule: the interval holds the differences that the test does not
+reject.
 """
 
 from __future__ import annotations
@@ -55,21 +59,25 @@ class Difference:
         samples: number of pairs.
         pivots: errors of resampled estimates in units of their own standard errors, sorted, (resamples,); None: the
             errors follow Student's t with `samples - 1` degrees of freedom.
-        binary: whether each sample is right or wrong. Equal pairs then still allow a difference on other samples.
+        bounded: whether each sample is a share of right answers, so that its difference is between -1 and 1.
+        flips: samples that only the child and only the parent gets right, where each sample is right or wrong. The
+            score test then decides.
     """
 
     estimate: float
     standard_error: float
     samples: int
     pivots: Tensor | None = None
-    binary: bool = False
+    bounded: bool = False
+    flips: tuple[int, int] | None = None
 
     def __neg__(self) -> Difference:
         pivots = None if self.pivots is None else -self.pivots.flip(0)
-        return replace(self, estimate=-self.estimate, pivots=pivots)
+        flips = None if self.flips is None else self.flips[::-1]
+        return replace(self, estimate=-self.estimate, pivots=pivots, flips=flips)
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Compute the confidence interval of the true difference.
+        """Compute the confidence interval of the true difference: what `above` does not reject in both directions.
 
         Args:
             level: share of repetitions whose interval contains the true difference.
@@ -77,19 +85,47 @@ class Difference:
         Returns:
             The lower and the upper bound.
         """
-        if self.standard_error == 0:
-            # Upper bound of Clopper & Pearson (1934) on the share of changed samples when none was observed.
-            unobserved = float(_distributions().beta.ppf(level, 1, self.samples)) if self.binary else 0.0
-            return self.estimate - unobserved, self.estimate + unobserved
-        if math.isinf(self.standard_error):
-            return -math.inf, math.inf
         tail = (1 - level) / 2
+        low, high = self._lower_bound(tail), -(-self)._lower_bound(tail)
+        return (max(-1.0, low), min(1.0, high)) if self.bounded else (low, high)
+
+    def _lower_bound(self, tail: float) -> float:
+        """Return the smallest true difference whose one-sided p-value is not below `tail`."""
+        if self.flips is not None:
+            return self._lower_score_bound(tail)
+        if self.standard_error == 0:
+            if self.bounded:
+                return (1 + self.estimate) * tail ** (1 / self.samples) - 1
+            return self.estimate if self.estimate == 0 or 0.5**self.samples < tail else -math.inf
+        if math.isinf(self.standard_error):
+            return -math.inf
         if self.pivots is None:
-            low = high = t_quantile(1 - tail, self.samples - 1)
-        else:
-            low, high = (float(self.pivots.quantile(at)) for at in (1 - tail, tail))
-            high = -high
-        return self.estimate - low * self.standard_error, self.estimate + high * self.standard_error
+            return self.estimate - t_quantile(1 - tail, self.samples - 1) * self.standard_error
+        rank = math.ceil(tail * (1 + len(self.pivots))) - 1
+        return self.estimate - float(self.pivots[-rank]) * self.standard_error if rank else -math.inf
+
+    def _lower_score_bound(self, tail: float) -> float:
+        quantile = float(_distributions().norm.isf(tail))
+        low, high = -1.0, self.estimate
+        for _ in range(60):  # the statistic falls with the difference
+            middle = (low + high) / 2
+            distance, deviation = self._score(middle)
+            low, high = (middle, high) if distance > quantile * deviation else (low, middle)
+        return low
+
+    def _score(self, difference: float) -> tuple[float, float]:
+        """Return how far the gained minus the lost samples are above their expectation, and their deviation.
+
+        The chance of a loss has its most likely value under the difference. The deviation has the factor of
+        Miettinen & Nurminen (1985, Statistics in Medicine 4, 213), which counts at few samples.
+        """
+        assert self.flips is not None
+        (gained, lost), samples = self.flips, self.samples
+        b = (2 * samples - gained + lost) * difference - gained - lost
+        c = -lost * difference * (1 - difference)
+        chance = (math.sqrt(max(0.0, b * b - 8 * samples * c)) - b) / (4 * samples)
+        variance = samples * max(0.0, 2 * chance + difference * (1 - difference))
+        return (gained - lost - samples * difference) * math.sqrt((samples - 1) / samples), math.sqrt(variance)
 
     def above(self, threshold: float = 0.0) -> float:
         """Compute the one-sided p-value of a true difference of at most `threshold`.
@@ -97,10 +133,19 @@ class Difference:
         Args:
             threshold: the largest true difference of the null hypothesis.
         """
+        if self.flips is not None:
+            distance, deviation = self._score(threshold)
+            if deviation == 0:
+                return 0.0 if distance > 0 else 1.0
+            return float(_distributions().norm.sf(distance / deviation))
         excess = self.estimate - threshold
         if self.standard_error == 0:
-            # All pairs differ by the same amount, so only their number is evidence, as in a sign test.
-            return 0.5**self.samples if excess > 0 else 1.0
+            if excess <= 0:
+                return 1.0
+            # All pairs differ by the same amount, so only their number is evidence: as in a sign test, or with the
+            # most likely distribution between -1 and 1 whose mean is the threshold.
+            share = (1 + threshold) / (1 + self.estimate) if self.bounded else 0.5
+            return float(max(0.0, share) ** self.samples)
         if self.pivots is None:
             return t_tail(excess / self.standard_error, self.samples - 1)
         num_larger = int((self.pivots >= excess / self.standard_error).sum())
@@ -165,6 +210,19 @@ def paired_ratio(
     return Difference(estimate, error, documents, torch.cat(pivots).sort().values)
 
 
+def paired_answers(child: Tensor, parent: Tensor) -> Difference:
+    """Estimate the difference of two shares of right answers to the same, independent questions.
+
+    Args:
+        child: 0 or 1 for each question, (samples,).
+        parent: 0 or 1 for each question, (samples,), in the same order.
+
+    Returns:
+        The difference, tested by the score test.
+    """
+    return replace(paired_mean(child, parent), bounded=True, flips=count_flips(child, parent))
+
+
 def count_flips(child: Tensor, parent: Tensor) -> tuple[int, int]:
     """Count the samples that only one of two models gets right.
 
@@ -179,39 +237,26 @@ def count_flips(child: Tensor, parent: Tensor) -> tuple[int, int]:
     return int((child & ~parent).sum()), int((parent & ~child).sum())
 
 
-def mcnemar(gained: int, lost: int) -> float:
-    """Compute the two-sided p-value of the exact McNemar test (1947).
-
-    Args:
-        gained: samples that only the child gets right.
-        lost: samples that only the parent gets right.
-
-    Returns:
-        The p-value of equal chances of both changes.
-    """
-    if gained == lost:
-        return 1.0
-    return float(_distributions().binomtest(gained, gained + lost).pvalue)
-
-
-def smallest_significant(damage: Difference, level: float, gained: int | None = None) -> float | None:
+def smallest_significant(damage: Difference, level: float) -> float | None:
     """Compute the smallest estimated damage that these samples would show as significant.
+
+    Of right-or-wrong answers, the number that only the child gets right stays as it is.
 
     Args:
         damage: the damage with its sampling error; a larger estimate is worse.
         level: two-sided p-value below which a difference is significant.
-        gained: questions that only the child gets right, where the exact McNemar test decides. None: the interval
-            of `damage` decides.
 
     Returns:
         The damage in the unit of `damage`; None where no damage would be significant.
     """
-    if gained is None:
+    if damage.flips is None:
         smallest = damage.estimate - damage.interval(1 - level)[0]
         return smallest if math.isfinite(smallest) else None
-    for lost in range(gained + 1, damage.samples - gained + 1):
-        if mcnemar(gained, lost) < level:
-            return (lost - gained) / damage.samples
+    gained, samples = damage.flips[1], damage.samples
+    for lost in range(gained + 1, samples - gained + 1):
+        share = (lost - gained) / samples
+        if replace(damage, estimate=share, flips=(lost, gained)).p_value() < level:
+            return share
     return None
 
 

@@ -32,7 +32,7 @@ def accuracy(task: str, parent: float, difference: float, error: float, p: float
     """A task of 1,000 questions."""
     gained = 40
     pair = Paired(
-        difference, error, difference - 1.96 * error, difference + 1.96 * error, 1000, p, "mcnemar",
+        difference, error, difference - 1.96 * error, difference + 1.96 * error, 1000, p, "score",
         more.pop("p_holm", p), gained, gained - round(1000 * difference),
     )  # fmt: skip
     fields = {"filter": None, "headline": True, "group": None, "num_fewshot": 0, "version": "1.0"} | more

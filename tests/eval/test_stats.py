@@ -12,12 +12,14 @@ import torch
 from headwise.errors import HeadwiseError
 from headwise.eval import stats
 from headwise.eval.stats import (
+    Difference,
     count_flips,
     holm,
-    mcnemar,
+    paired_answers,
     paired_mean,
     paired_ratio,
     require_packages,
+    smallest_significant,
     t_quantile,
     t_tail,
 )
@@ -56,13 +58,6 @@ def test_student_t_equals_the_closed_form(degrees: int) -> None:
         assert closed_form_tail(quantile, degrees) == pytest.approx(1 - probability, abs=1e-12)
 
 
-@pytest.mark.parametrize("total", [1, 2, 7, 40, 151])
-def test_mcnemar_equals_twice_the_smaller_tail(total: int) -> None:
-    for gained in range(total + 1):
-        tail = sum(math.comb(total, k) for k in range(min(gained, total - gained) + 1))
-        assert mcnemar(gained, total - gained) == pytest.approx(min(1.0, 2 * tail / 2**total), rel=1e-12)
-
-
 @pytest.mark.parametrize("count", [1, 2, 5, 50])
 def test_holm_equals_the_definition(count: int) -> None:
     p_values = (
@@ -73,15 +68,6 @@ def test_holm_equals_the_definition(count: int) -> None:
         largest = max(largest, min(1.0, (count - rank) * p_values[index]))
         adjusted[index] = largest
     assert holm(p_values) == pytest.approx(adjusted, rel=1e-12)
-
-
-@pytest.mark.parametrize("samples", [1, 2, 20, 1000])
-def test_the_bound_on_unobserved_flips_equals_the_closed_form(samples: int) -> None:
-    right = torch.ones(samples)
-    difference = replace(paired_mean(right, right), standard_error=0.0, binary=True)
-    for level in (0.9, 0.95):
-        high = 1 - (1 - level) ** (1 / samples)
-        assert difference.interval(level) == pytest.approx((-high, high), abs=1e-12)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,12 +83,70 @@ def test_cauchy_is_t_with_one_degree() -> None:
     assert t_tail(0.0, 7) == 0.5
 
 
-@pytest.mark.parametrize(
-    ("gained", "lost", "p"),
-    [(0, 0, 1), (3, 1, 0.625), (1, 3, 0.625), (10, 2, 158 / 4096), (0, 5, 2 / 32), (5, 5, 1), (0, 2000, 0)],
-)
-def test_mcnemar_is_the_binomial_test(gained: int, lost: int, p: float) -> None:
-    assert mcnemar(gained, lost) == pytest.approx(p, rel=1e-12, abs=1e-300)
+def answers(gained: int, lost: int, samples: int) -> Difference:
+    child = torch.zeros(samples)
+    parent = torch.zeros(samples)
+    child[:gained] = 1
+    parent[gained : gained + lost] = 1
+    return paired_answers(child, parent)
+
+
+@pytest.mark.parametrize(("gained", "lost", "samples"), [(0, 4, 10), (3, 1, 4), (12, 30, 100), (0, 900, 1000)])
+def test_without_a_difference_the_score_test_is_mcnemars(gained: int, lost: int, samples: int) -> None:
+    statistic = (samples - 1) / samples * (gained - lost) ** 2 / (gained + lost)
+    expected = math.erfc(math.sqrt(statistic / 2))  # chi-square with one degree of freedom
+    assert answers(gained, lost, samples).p_value() == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_score_bound_of_equal_answers_equals_the_closed_form() -> None:
+    low, high = answers(0, 0, 50).interval()
+    z2 = 1.959964**2
+    assert high == -low == pytest.approx(z2 / (49 + z2), rel=1e-6)
+
+
+@pytest.mark.parametrize(("gained", "lost", "samples"), [(1, 3, 44), (0, 4, 10), (25, 12, 100)])
+def test_the_score_takes_the_most_likely_chance_of_a_loss(gained: int, lost: int, samples: int) -> None:
+    """At the ends of the interval, with the likelihood maximised on a grid."""
+    for end, z in zip(answers(gained, lost, samples).interval(), (1.959964, -1.959964), strict=True):
+        chances = torch.linspace(max(0.0, -end), (1 - end) / 2, 200_001, dtype=torch.float64)[1:-1]
+        likelihood = gained * (chances + end).log() + lost * chances.log()
+        likelihood += (samples - gained - lost) * (1 - 2 * chances - end).log()
+        chance = float(chances[likelihood.argmax()])
+        deviation = math.sqrt(samples * (2 * chance + end - end**2) * samples / (samples - 1))
+        assert (gained - lost - samples * end) / deviation == pytest.approx(z, abs=2e-3)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 6, 10, 33])
+def test_an_interval_excludes_zero_exactly_where_its_p_value_is_significant(samples: int) -> None:
+    counts = range(0, samples + 1, 1 + samples // 7)
+    differences = [answers(gained, lost, samples) for gained in counts for lost in counts if gained + lost <= samples]
+    generator = torch.Generator().manual_seed(samples)
+    for shift in (0.0, 0.3, 0.6, 1.0):
+        values = torch.rand((2, samples), generator=generator) + torch.tensor([[shift], [0.0]])
+        weights = torch.randint(1, 9, (samples,), generator=generator).double()
+        differences += [paired_mean(*values), paired_ratio(*values * weights, weights, resamples=200)]
+        equal = torch.full((samples,), shift)
+        differences += [paired_mean(equal, equal - equal), replace(paired_mean(equal, equal * 0), bounded=True)]
+    for difference in differences + [-each for each in differences]:
+        for level in (0.9, 0.95, 0.999):
+            low, high = difference.interval(level)
+            assert low <= difference.estimate <= high
+            assert (low > 0 or high < 0) == (difference.p_value() < 1 - level), difference
+            assert (low > 0.05) == (difference.above(0.05) < (1 - level) / 2), difference
+
+
+@pytest.mark.parametrize(("samples", "flip"), [(10, 0.3), (50, 0.1)])
+def test_the_score_test_rejects_at_most_five_percent_without_a_difference(samples: int, flip: float) -> None:
+    def chance(count: int, total: int, share: float) -> float:
+        return math.comb(total, count) * share**count * (1 - share) ** (total - count)
+
+    rejected = sum(
+        chance(flips, samples, flip) * chance(gained, flips, 0.5)
+        for flips in range(min(samples, 20) + 1)
+        for gained in range(flips + 1)
+        if answers(gained, flips - gained, samples).p_value() < 0.05
+    )
+    assert 0 < rejected < 0.05
 
 
 def test_flips_count_both_ways() -> None:
@@ -195,7 +239,7 @@ def false_alarms(tasks: int, flip: float, samples: int, repetitions: int) -> flo
             if task == tasks:
                 damages.append(paired_ratio(child, parent, words[drawn], resamples=500, seed=task))
             else:
-                damages.append(-paired_mean(child, parent))
+                damages.append(-paired_answers(child, parent))
         with mock.patch("gc.collect"):  # statsmodels calls it at every correction, for most of the time
             num_fired += min(holm([damage.above(0.0) for damage in damages])) < 0.05
     return num_fired / repetitions
@@ -223,7 +267,7 @@ def test_the_gate_finds_a_real_damage() -> None:
     generator = torch.Generator().manual_seed(3)
     parent = torch.rand(1000, generator=generator) < 0.7
     child = parent & (torch.rand(1000, generator=generator) < 0.93)  # loses about 5 points
-    damage = -paired_mean(child.double(), parent.double())
+    damage = -paired_answers(child, parent)
     assert damage.above(0.01) < 0.001 and damage.above(0.02) < 0.01
     assert damage.above(0.08) > 0.5  # more than the child lost
 
@@ -236,11 +280,19 @@ def test_resampling_needs_little_memory_and_is_repeatable(monkeypatch: pytest.Mo
     assert once.interval() == in_parts.interval()
 
 
-def test_equal_answers_allow_a_difference_on_other_questions() -> None:
-    right = torch.tensor([1.0, 0.0] * 10)
-    difference = replace(paired_mean(right, right), binary=True)
+def test_equal_answers_of_a_few_passages_allow_a_difference_on_others() -> None:
+    shares = torch.tensor([0.5, 1.0] * 10)
+    difference = replace(paired_mean(shares, shares), bounded=True)
     low, high = difference.interval()
-    assert high == -low == pytest.approx(1 - 0.05 ** (1 / 20))
-    # With that share of flips, twenty answers show none with a probability of 5%.
-    assert (1 - high) ** 20 == pytest.approx(0.05)
+    # With that share of changed passages, twenty passages show none with a probability of 2.5% on each side.
+    assert high == -low and (1 - high) ** 20 == pytest.approx(0.025)
     assert (-difference).interval() == (low, high) and difference.above(0.01) == 1
+
+
+def test_the_smallest_significant_loss_is_significant_and_one_answer_less_is_not() -> None:
+    damage = -answers(2, 3, 40)
+    smallest = smallest_significant(damage, 0.01)
+    assert smallest is not None
+    lost = round(40 * smallest) + 2
+    assert answers(2, lost, 40).p_value() < 0.01 <= answers(2, lost - 1, 40).p_value()
+    assert smallest_significant(-answers(5, 5, 10), 0.05) is None

@@ -6,9 +6,11 @@ They are 300 points wide, so that their labels are as large as the text beside t
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from matplotlib.figure import Figure
 from headwise import pictures
 from headwise.eval.result import Comparison, Evaluation
 from headwise.eval.verdict import Damage, figure_name
+from headwise.format import factor
 from headwise.measure.divergence import LayerError
 from headwise.measure.entropy import AttentionEntropy, HeadIndex
 from headwise.measure.positions import PositionLoss
@@ -56,14 +59,13 @@ def make_drawings(evaluation: Evaluation) -> dict[str, tuple[Draw, str]]:
         Name -> the function that draws the figure, and its caption.
     """
     drawings: dict[str, tuple[Draw, str]] = {}
-    shown = [c for c in evaluation.comparisons if c.headline or c.is_significant]
-    rows = [(c, damage) for c in shown if (damage := Damage.of(c)) is not None and _has_scale(c)]
+    # All figures that the verdict counts.
+    rows = [(c, damage) for c in evaluation.comparisons if (damage := Damage.of(c)) is not None]
     if rows:
         drawings["differences"] = (
             lambda palette: _differences(rows, evaluation.fail_above, palette),
-            "Child against parent on the same samples, in points, for perplexities in percent. Bars are 95% "
-            "intervals; hollow marks are differences that are not significant after Holm's correction. A "
-            "perplexity that at least doubles is in the table only.",
+            "Child against parent on the same samples, in points; perplexities as a ratio. Bars are 95% intervals of "
+            "one figure alone. Hollow marks are differences that are not significant after Holm's correction.",
         )
     if (positions := evaluation.positions) is not None and len(positions.child.nats) >= FEWEST_POINTS:
         drawings["positions"] = (
@@ -125,18 +127,11 @@ def render_svg(draw: Draw, label: str) -> str:
     return re.sub(r'(url\(#|href="#)', rf"\g<1>{label}-", text)
 
 
-def _has_scale(comparison: Comparison) -> bool:
-    """Return whether a figure can be drawn in points or percent: a perplexity that doubles would hide the rest."""
-    if comparison.damage is not None and comparison.damage >= 1:
-        return False
-    assert comparison.parent is not None
-    scores = (comparison.child, comparison.parent)
-    return comparison.is_perplexity or all(0 <= score.value <= 1 for score in scores)
-
-
-def _figure(height: float, palette: Palette, columns: int = 1, **grid: Any) -> tuple[Figure, list[Any]]:
+def _figure(
+    height: float, palette: Palette, columns: int = 1, rows: int = 1, **grid: Any
+) -> tuple[Figure, list[Any]]:
     figure = pictures.new_figure(height, width=WIDTH, paper=palette.paper)
-    subplots = figure.subplots(1, columns, squeeze=False, **grid)[0]
+    subplots = figure.subplots(rows, columns, squeeze=False, **grid).flatten()
     for axes in subplots:
         axes.set_facecolor("none")
         axes.tick_params(colors=palette.muted, labelcolor=palette.ink)
@@ -147,28 +142,67 @@ def _figure(height: float, palette: Palette, columns: int = 1, **grid: Any) -> t
 
 
 def _differences(rows: Sequence[tuple[Comparison, Damage]], fail_above: float | None, palette: Palette) -> Figure:
-    figure, (axes,) = _figure(0.9 + 0.3 * len(rows), palette)
+    """Draw accuracies in points, and perplexities below them by their logarithm, so that a collapse has a place."""
+    panels = [[row for row in rows if row[0].is_perplexity == logarithmic] for logarithmic in (False, True)]
+    panels = [panel for panel in panels if panel]
+    row_height = 0.3 if len(rows) <= 20 else 0.2
+    heights = [len(panel) + 0.4 for panel in panels]
+    figure, all_axes = _figure(0.55 * len(panels) + row_height * sum(heights), palette, rows=len(panels), height_ratios=heights)
+    for axes, panel in zip(all_axes, panels, strict=True):
+        _draw_differences(axes, panel, fail_above, palette)
+    return figure
+
+
+def _draw_differences(
+    axes: Any, rows: Sequence[tuple[Comparison, Damage]], fail_above: float | None, palette: Palette
+) -> None:
+    logarithmic = rows[0][0].is_perplexity
+    unit = math.log1p if logarithmic else lambda damage: 100 * damage
+    spans = [[-unit(value) for value in (damage.high, damage.value, damage.low)] for _, damage in rows]
+    # A figure of one sample has no finite interval.
+    limit = max([abs(value) for span in spans for value in span if math.isfinite(value)] + [unit(fail_above or 0.0)])
+    limit = 1.15 * limit or unit(0.01)
     axes.axvline(0, color=palette.muted, linewidth=0.9)
     if fail_above is not None:
-        axes.axvline(-100 * fail_above, color=palette.bad, linewidth=0.9, dashes=(3, 3))
+        gate = -unit(fail_above)
+        axes.axvline(gate, color=palette.bad, linewidth=0.9, dashes=(3, 3))
         axes.annotate(
-            "gate", (-100 * fail_above, 1), xycoords=("data", "axes fraction"), color=palette.bad, ha="right",
+            "gate", (gate, 1), xycoords=("data", "axes fraction"), color=palette.bad, ha="right",
             xytext=(-3, -8), textcoords="offset points", fontsize=9,
         )  # fmt: skip
-    for place, (comparison, damage) in enumerate(rows):
+    for place, ((comparison, damage), (low, middle, high)) in enumerate(zip(rows, spans, strict=True)):
         significant = comparison.is_significant
         colour = palette.muted if not significant else palette.bad if damage.value > 0 else palette.good
-        low, middle, high = (-100 * value for value in (damage.high, damage.value, damage.low))
-        axes.plot([low, high], [place, place], color=colour, linewidth=1.8, solid_capstyle="butt")
+        ends = [max(low, -limit), min(high, limit)]
+        axes.plot(ends, [place, place], color=colour, linewidth=1.8, solid_capstyle="butt")
         face = colour if significant else palette.paper
         axes.plot(middle, place, "o", markersize=5.5, color=colour, markerfacecolor=face)
-    limit = max(max(abs(damage.low), abs(damage.high)) for _, damage in rows) * 100 or 1.0
-    limit = 1.15 * max(limit, 100 * (fail_above or 0))
     axes.set(xlim=(-limit, limit), ylim=(len(rows) - 0.4, -0.6))
     axes.set_yticks(range(len(rows)), [_row_label(comparison) for comparison, _ in rows])
+    if logarithmic:
+        axes.set_xticks(*_ratio_ticks(limit))
     axes.grid(axis="x", color=palette.line, linewidth=0.7)
-    axes.set_xlabel("← worse\u2003\u2003better →", color=palette.muted)
-    return figure
+    name = "perplexity" if logarithmic else "points"
+    axes.set_xlabel(f"← worse\u2003{name}\u2003better →", color=palette.muted)
+
+
+def _ratio_ticks(limit: float) -> tuple[list[float], list[str]]:
+    """Return places and labels of an axis of perplexities from `-limit` to `limit` nats; worse is negative.
+
+    The labels are percent up to a doubling, and ratios of child and parent beyond.
+    """
+    growth = math.expm1(limit)
+    if growth < 1:
+        step = 10.0 ** math.floor(math.log10(growth))
+        step *= next(multiple for multiple in (0.5, 1, 2, 5) if growth / (multiple * step) < 3)
+        ticks = {-math.log1p(step * k): f"{100 * step * k:+.3g}%" for k in range(-2, 3)}
+        ticks[0.0] = "0%"
+    else:
+        bases = chain((2.0, 4.0), (10.0**power for power in count(1)))
+        base = next(base for base in bases if limit / math.log(base) < 3)
+        ticks = {-math.log(base) * k: f"×{factor(base**k)}" for k in range(-2, 3)}
+    kept = {place: label.replace("-", "−") for place, label in ticks.items() if abs(place) <= limit}
+    return list(kept), list(kept.values())
 
 
 def _positions(child: PositionLoss, parent: PositionLoss | None, trained: int | None, palette: Palette) -> Figure:
@@ -264,11 +298,8 @@ def _legend(axes: Any, palette: Palette) -> None:
     pictures.legend_above(axes, labelcolor=palette.ink, fontsize=9)
 
 
-def _row_label(comparison: Comparison, most: int = 22) -> str:
-    """Return the name of a figure; a further metric of a task has its own name, under that of the task."""
-    is_other_metric = not (comparison.headline or comparison.group)
-    text = comparison.metric.replace("_", " ") if is_other_metric else figure_name(comparison)
-    text = text.removeprefix("headwise_")
+def _row_label(comparison: Comparison, most: int = 26) -> str:
+    text = figure_name(comparison).removeprefix("headwise_")
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 

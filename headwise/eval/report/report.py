@@ -163,12 +163,12 @@ def figures_table(evaluation: Evaluation, *, headlines: bool = False) -> list[st
     rows = [replace(row, figure=f"↳ {row.figure}") if row.part else row for row in rows]
     if evaluation.parent is None:
         return _table(("figure", "", "child"), [(r.figure, r.detail, r.child) for r in rows], right=(2,))
-    heads = ("figure", "", "parent", "child", "difference", "95% interval", "flips", "p")
+    heads = ("figure", "", "parent", "child", "difference", "95% interval", "flips", "p", "p (Holm)")
     cells = [
-        (row.figure, row.detail, row.parent, row.child, _emphasized(row), row.interval, row.flips, row.p)
-        for row in rows
+        (r.figure, r.detail, r.parent, r.child, _emphasized(r), r.interval, r.flips, r.p, r.p_holm)
+        for r in rows
     ]
-    return _table(heads, cells, right=range(2, 8))
+    return _table(heads, cells, right=range(2, 9))
 
 
 def limits(evaluation: Evaluation) -> Iterator[str]:

@@ -11,7 +11,7 @@ from headwise.format import factor, size
 
 LEGEND = (
     "Child minus parent on the same samples, in points (perplexity: percent). Flips: right only in the child (+), "
-    "only in the parent (−). p: two-sided, after Holm's correction."
+    "only in the parent (−). Interval and p: of one figure alone. p (Holm): corrected for the number of figures."
 )
 HEADS_SHOWN = 12
 
@@ -28,7 +28,8 @@ class FigureRow:
         difference: child minus parent; empty without a parent.
         interval: 95% interval of the difference.
         flips: gained and lost samples.
-        p: corrected p-value.
+        p: two-sided p-value of the figure alone, below 0.05 where the interval excludes 0.
+        p_holm: the same after Holm's correction, which decides what is significant; empty for other figures.
         tone: "bad" or "good" for a significant difference, else "".
         part: whether the figure is a part of a group or another metric of the task above.
         main: whether a short table has the row: a headline, a perplexity or a significant difference.
@@ -42,6 +43,7 @@ class FigureRow:
     interval: str
     flips: str
     p: str
+    p_holm: str
     tone: str
     part: bool
     main: bool
@@ -65,7 +67,6 @@ def _row(comparison: Comparison) -> FigureRow:
     tone = ""
     if damage is not None and comparison.is_significant:
         tone = "bad" if damage.value > 0 else "good"
-    p_value = None if paired is None else paired.p_value if paired.p_holm is None else paired.p_holm
     return FigureRow(
         figure=metric if is_other_metric else figure_name(comparison),
         detail=f"{'' if is_other_metric else f'{metric}{shots}, '}{_format_samples(comparison)}",
@@ -74,11 +75,16 @@ def _row(comparison: Comparison) -> FigureRow:
         difference=_difference(comparison),
         interval=_interval(comparison),
         flips="" if paired is None or paired.gained is None else f"+{paired.gained} −{paired.lost}",
-        p="" if p_value is None else "< 0.001" if p_value < 0.001 else f"{p_value:.3f}",
+        p=_format_p(paired.p_value if paired else None),
+        p_holm=_format_p(paired.p_holm if paired else None),
         tone=tone,
         part=not comparison.headline,
         main=comparison.headline or comparison.is_perplexity or bool(tone),
     )
+
+
+def _format_p(value: float | None) -> str:
+    return "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _format_samples(comparison: Comparison) -> str:

@@ -72,6 +72,7 @@ def test_a_table_has_every_figure():
         "−4.0 to −1.8",
         "+40 −69",
         "< 0.001",
+        "< 0.001",
     ]
     assert "| held-out perplexity | perplexity, 128 samples | 5.920 | 6.106 | **+3.1%** | +2.7 to +3.6 |" in text
     assert "exact_match (strict-match), 5-shot" in text and "| same next token | 91.23% |" in text
