@@ -95,7 +95,7 @@ class Difference:
             return self._lower_score_bound(tail)
         if self.standard_error == 0:
             if self.bounded:
-                return (1 + self.estimate) * tail ** (1 / self.samples) - 1
+                return (1 + self.estimate) * math.pow(tail, 1 / self.samples) - 1
             return self.estimate if self.estimate == 0 or 0.5**self.samples < tail else -math.inf
         if math.isinf(self.standard_error):
             return -math.inf

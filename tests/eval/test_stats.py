@@ -119,7 +119,7 @@ def test_the_score_takes_the_most_likely_chance_of_a_loss(gained: int, lost: int
 @pytest.mark.parametrize("samples", [1, 2, 3, 6, 10, 33])
 def test_an_interval_excludes_zero_exactly_where_its_p_value_is_significant(samples: int) -> None:
     counts = range(0, samples + 1, 1 + samples // 7)
-    differences = [answers(gained, lost, samples) for gained in counts for lost in counts if gained + lost <= samples]
+    differences = [answers(one, other, samples) for one in counts for other in counts if one + other <= samples]
     generator = torch.Generator().manual_seed(samples)
     for shift in (0.0, 0.3, 0.6, 1.0):
         values = torch.rand((2, samples), generator=generator) + torch.tensor([[shift], [0.0]])

@@ -64,8 +64,8 @@ def make_drawings(evaluation: Evaluation) -> dict[str, tuple[Draw, str]]:
     if rows:
         drawings["differences"] = (
             lambda palette: _differences(rows, evaluation.fail_above, palette),
-            "Child against parent on the same samples, in points; perplexities as a ratio. Bars are 95% intervals of "
-            "one figure alone. Hollow marks are differences that are not significant after Holm's correction.",
+            "Child against parent on the same samples, in points; perplexities as a ratio. Bars are 95% intervals "
+            "of one figure alone. Hollow marks are differences that are not significant after Holm's correction.",
         )
     if (positions := evaluation.positions) is not None and len(positions.child.nats) >= FEWEST_POINTS:
         drawings["positions"] = (
@@ -147,7 +147,9 @@ def _differences(rows: Sequence[tuple[Comparison, Damage]], fail_above: float | 
     panels = [panel for panel in panels if panel]
     row_height = 0.3 if len(rows) <= 20 else 0.2
     heights = [len(panel) + 0.4 for panel in panels]
-    figure, all_axes = _figure(0.55 * len(panels) + row_height * sum(heights), palette, rows=len(panels), height_ratios=heights)
+    figure, all_axes = _figure(
+        0.55 * len(panels) + row_height * sum(heights), palette, rows=len(panels), height_ratios=heights
+    )
     for axes, panel in zip(all_axes, panels, strict=True):
         _draw_differences(axes, panel, fail_above, palette)
     return figure
@@ -160,7 +162,9 @@ def _draw_differences(
     unit = math.log1p if logarithmic else lambda damage: 100 * damage
     spans = [[-unit(value) for value in (damage.high, damage.value, damage.low)] for _, damage in rows]
     # A figure of one sample has no finite interval.
-    limit = max([abs(value) for span in spans for value in span if math.isfinite(value)] + [unit(fail_above or 0.0)])
+    limit = max(
+        [abs(value) for span in spans for value in span if math.isfinite(value)] + [unit(fail_above or 0.0)]
+    )
     limit = 1.15 * limit or unit(0.01)
     axes.axvline(0, color=palette.muted, linewidth=0.9)
     if fail_above is not None:

@@ -165,8 +165,7 @@ def figures_table(evaluation: Evaluation, *, headlines: bool = False) -> list[st
         return _table(("figure", "", "child"), [(r.figure, r.detail, r.child) for r in rows], right=(2,))
     heads = ("figure", "", "parent", "child", "difference", "95% interval", "flips", "p", "p (Holm)")
     cells = [
-        (r.figure, r.detail, r.parent, r.child, _emphasized(r), r.interval, r.flips, r.p, r.p_holm)
-        for r in rows
+        (r.figure, r.detail, r.parent, r.child, _emphasized(r), r.interval, r.flips, r.p, r.p_holm) for r in rows
     ]
     return _table(heads, cells, right=range(2, 9))
 

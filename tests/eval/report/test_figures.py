@@ -39,7 +39,15 @@ def test_the_differences_hold_every_figure_of_the_verdict() -> None:
 
 @pytest.mark.parametrize(
     ("nats", "ticks"),
-    [(0.0, {"0%"}), (0.003, {"+0.2%", "−0.2%"}), (0.1, {"+10%"}), (1.0, {"×2", "×0.5"}), (7.0, {"×100", "×0.01"}), (1.5, {"×4"}), (300.0, {"×1"})],
+    [
+        (0.0, {"0%"}),
+        (0.003, {"+0.2%", "−0.2%"}),
+        (0.1, {"+10%"}),
+        (1.0, {"×2", "×0.5"}),
+        (7.0, {"×100", "×0.01"}),
+        (1.5, {"×4"}),
+        (300.0, {"×1"}),
+    ],
 )
 def test_the_ratio_of_perplexities_has_readable_ticks(nats: float, ticks: set[str]) -> None:
     draw, _ = make_drawings(only(perplexity(nats, 0.0)))["differences"]

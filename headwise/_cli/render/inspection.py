@@ -1,0 +1,144 @@
+"""Print what a model is, and what it can become."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from headwise._cli import console
+from headwise._cli.render.cells import (
+    engine_rows,
+    format_cache,
+    format_count,
+    format_heads,
+    format_ranges,
+    format_saving,
+)
+from headwise.format import dtype_name, size
+
+if TYPE_CHECKING:
+    from headwise.convert.inspect import Inspection
+    from headwise.models.layout import AttentionLayout
+    from headwise.serving.planner import ServingForecast
+
+HEAD_COLUMNS = ("attention", ">heads", ">KV heads", ">head dim", "RoPE", "window")
+MOST_DAMAGED = 5  # layers that are named where their damage is shown
+# The verdicts of engines in a table.
+VERDICT_WORDS = {
+    "loads": "loads",
+    "command": "with a command",
+    "wrong": "wrong output",
+    "no": "no",
+    "unknown": "not known",
+}
+
+
+def render_inspection(inspection: Inspection, *, reasons: bool = False) -> None:
+    """Print a model's attention, its cache, and the layouts that it can be converted to.
+
+    Args:
+        inspection: the model.
+        reasons: print the reason of every verdict of an engine, and the commands; else one word for each.
+    """
+    about = [inspection.model_type, dtype_name(inspection.dtype)]
+    if inspection.parameters:
+        about.append(f"{format_count(inspection.parameters)} parameters")
+    console.print_line(f"{inspection.model}: {', '.join(about)}", style="bold")
+    console.print_line()
+    kinds: dict[AttentionLayout, list[int]] = {}
+    for layer, layout in enumerate(inspection.layouts):
+        kinds.setdefault(layout, []).append(layer)
+    parts = {layout.part for layout in kinds}
+    console.print_table(
+        ("layers", *(["part"] if len(parts) > 1 else []), *HEAD_COLUMNS),
+        [
+            (
+                format_ranges(layers),
+                *([layout.part] if len(parts) > 1 else []),
+                layout.kind.upper(),
+                *format_heads(layout),
+                f"{layout.sliding_window:,}" if layout.sliding_window else "",
+            )
+            for layout, layers in kinds.items()
+        ],
+    )
+    console.print_line()
+    contexts = list(inspection.cache.at)
+    console.print_table(
+        ("possible layout", ">cache per token", *(f">cache at {c // 1024}K" for c in contexts), ">saved"),
+        [
+            ("unchanged", *format_cache(inspection.cache), ""),
+            *((o.name, *format_cache(o.cache), format_saving(o.saved)) for o in inspection.options),
+        ],
+    )
+    _render_serving(inspection, reasons)
+    if inspection.damage:
+        worst = sorted(range(len(inspection.damage)), key=lambda layer: -inspection.damage[layer])[:MOST_DAMAGED]
+        console.print_line()
+        console.print_line(
+            f"Estimated damage, all layers together: {sum(inspection.damage):.4f} nats per token; most in "
+            f"{', '.join(f'layer {layer} ({inspection.damage[layer]:.4f})' for layer in worst)}."
+        )
+    if inspection.mla:
+        console.print_line()
+        console.print_line(f"MLA is not possible: {inspection.mla}")
+    for rope_range in inspection.rope_ranges:
+        console.print_line()
+        for line in rope_range.lines():
+            console.print_line(line)
+
+
+def _render_serving(inspection: Inspection, reasons: bool) -> None:
+    """Print the forecast for each GPU, and the verdicts of the engines."""
+    unchanged = ("unchanged", inspection.serving, inspection.engines)
+    layouts = [
+        unchanged,
+        *((option.name, option.serving, option.engines) for option in inspection.options),
+    ]
+    if inspection.serving is not None:
+        console.print_line()
+        console.print_line(f"On each GPU, with sequences of {inspection.serving.context:,} tokens:")
+        console.print_table(
+            (
+                "layout",
+                ">cache per token",
+                ">cache of a sequence",
+                ">weights",
+                ">sequences",
+                ">decode step",
+                ">tokens/s",
+            ),
+            [_forecast_row(name, serving) for name, serving, _ in layouts if serving is not None],
+        )
+    verdicts = [(name, verdict) for name, _, found in layouts for verdict in found]
+    if verdicts and not reasons:
+        console.print_line()
+        rows: dict[tuple[str, ...], list[str]] = {}
+        for name, _, found in layouts:
+            rows.setdefault(tuple(VERDICT_WORDS[verdict.verdict] for verdict in found), []).append(name)
+        console.print_table(
+            ("layout", *(verdict.name for verdict in inspection.engines)),
+            [(", ".join(names), *words) for words, names in rows.items()],
+        )
+        console.print_line("--engine NAME shapes MLA for an engine, and prints its reasons and commands.")
+    elif verdicts:
+        console.print_line()
+        console.print_table(
+            ("layout", "engine"),
+            [(name if label else "", text) for name, verdict in verdicts for label, text in engine_rows(verdict)],
+        )
+    for note in inspection.notes:
+        console.print_line()
+        console.print_line(note)
+
+
+def _forecast_row(name: str, serving: ServingForecast) -> tuple[str, ...]:
+    """Return a layout's figures on one GPU; empty where they are not known."""
+    return (
+        name,
+        f"{serving.cache_bytes_per_token:,.0f} B",
+        size(round(serving.cache_bytes)),
+        "" if serving.weight_bytes is None else size(serving.weight_bytes),
+        "" if serving.sequences is None else f"{serving.sequences:,}",
+        "" if serving.seconds_per_step is None else f"{1e3 * serving.seconds_per_step:.2f} ms",
+        "" if serving.tokens_per_second is None else f"{serving.tokens_per_second:,.0f}",
+    )
