@@ -301,7 +301,7 @@ def _card(**options: Any) -> None:
         Option("--revision", "The branch; made if it does not exist [main].", metavar="BRANCH"),
         flag_option("--private", "Make a new repository private."),
         flag_option("--create-pr", "Open a pull request."),
-        flag_option("--dry-run", "Check folder and repository, and change nothing."),
+        flag_option("--dry-run", "Check the folder, and the repository if the Hub can be reached; change nothing."),
         flag_option("--unverified", "Push a folder that is not verified, or has changed since."),
         flag_option("--force", "Replace another model."),
         TOKEN,

@@ -17,6 +17,11 @@ from headwise.io.fs import REASONS
 from headwise.progress import Progress
 
 NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_UNREACHABLE = "cannot be reached"
+
+
+class HubUnreachable(HeadwiseError):
+    """The Hub cannot be reached, or HF_HUB_OFFLINE is set."""
 
 
 def split_revision(model: str) -> tuple[str, str | None]:
@@ -185,7 +190,8 @@ def hub_errors(repo: str, revision: str | None = None, token: str | None = None)
         token: in use.
 
     Raises:
-        HeadwiseError: in place of the client's error.
+        HubUnreachable: the Hub cannot be reached.
+        HeadwiseError: in place of every other error of the client.
     """
     if token is not None and not re.fullmatch(r"[!-~]+", token):
         raise HeadwiseError("The token contains a character that no token has, such as a space or a line break.")
@@ -195,7 +201,8 @@ def hub_errors(repo: str, revision: str | None = None, token: str | None = None)
         raise
     except Exception as error:
         reason, hint = _explain(error, repo, revision, token)
-        raise HeadwiseError(f"The Hub repository {repo} {reason}.", hint) from error
+        kind = HubUnreachable if _UNREACHABLE in reason else HeadwiseError
+        raise kind(f"The Hub repository {repo} {reason}.", hint) from error
 
 
 def _explain(error: Exception, repo: str, revision: str | None, token: str | None) -> tuple[str, str]:
@@ -215,10 +222,10 @@ def _explain(error: Exception, repo: str, revision: str | None, token: str | Non
         case hub.HfHubHTTPError():
             return _refused(answer, token)
         case hub.OfflineModeIsEnabled():
-            return "cannot be reached: HF_HUB_OFFLINE is set", "Unset it and try again."
+            return f"{_UNREACHABLE}: HF_HUB_OFFLINE is set", "Unset it and try again."
         case hub.LocalEntryNotFoundError():
             return (
-                "is not in the cache and the Hub cannot be reached",
+                f"is not in the cache and the Hub {_UNREACHABLE}",
                 "Check HF_HUB_OFFLINE and the network.",
             )
         case hub.HFValidationError():
@@ -232,7 +239,7 @@ def _explain(error: Exception, repo: str, revision: str | None, token: str | Non
     if "xet-write-token" in str(error):
         return "has no Xet storage", "Set HF_HUB_DISABLE_XET=1 to upload without it."
     # The transport library of the client, and its exceptions, depend on the client's version.
-    return f"cannot be reached: {_first_line(error, token)}", "Try again."
+    return f"{_UNREACHABLE}: {_first_line(error, token)}", "Try again."
 
 
 def _is_local(error: BaseException | None) -> bool:

@@ -44,8 +44,9 @@ class PushResult:
         left: other files of the repository that the folder does not have; the commit leaves them.
         verified: whether the folder passed its verification and has not changed since.
         accepted: failed checks that the user accepted when the folder was written.
-        creates_repository: whether the repository is new.
-        private: whether the repository is private.
+        creates_repository: whether the repository is new; None after a dry run that could not reach the Hub.
+        private: whether the repository is private; a dry run that could not reach the Hub takes the given value.
+        unreachable: why a dry run could not compare the folder with the repository; None: it was compared.
         commit: hash of the commit; None after a dry run.
         url: address of the commit; None after a dry run.
         pull_request: address of the pull request; None without one.
@@ -61,8 +62,9 @@ class PushResult:
     left: tuple[str, ...]
     verified: bool
     accepted: tuple[str, ...]
-    creates_repository: bool
+    creates_repository: bool | None
     private: bool
+    unreachable: str | None = None
     commit: str | None = None
     url: str | None = None
     pull_request: str | None = None
@@ -98,7 +100,7 @@ def push_model(
         revision: the branch; it is made from the main branch if it does not exist.
         private: make a new repository private; an existing public one is refused.
         create_pr: open a pull request instead of committing.
-        dry_run: check folder and repository, and change nothing.
+        dry_run: check the folder, and the repository if the Hub can be reached, and change nothing.
         unverified: push a folder that was not verified, or has changed since.
         force: replace another model.
         token: of the Hub; None: HF_TOKEN, or that of `hf auth login`.
@@ -116,17 +118,17 @@ def push_model(
     problem = _verification_problem(path, record, progress)
     if problem and not unverified:
         raise HeadwiseError(f"{path} {problem}.", "Convert it again, or give `unverified` to push it unchanged.")
-    target = check_repository(
-        repo,
-        record["source"],
-        hashes=record["sha256"],
-        revision=revision,
-        private=private,
-        create_pr=create_pr,
-        force=force,
-        token=token,
-        need_token=not dry_run,
-    )
+    options: dict[str, Any] = {"revision": revision, "private": private, "create_pr": create_pr, "token": token}
+    unreachable = None
+    try:
+        target = check_repository(
+            repo, record["source"], hashes=record["sha256"], force=force, need_token=not dry_run, **options
+        )
+    except hub.HubUnreachable as error:
+        if not dry_run:
+            raise
+        unreachable = error.message
+        target = HubRepository(*_check_name(repo, revision, create_pr), False, private, bool(revision), ())
     others = [name for name in target.files if name not in files and name not in EMPTY]
     deleted = tuple(name for name in others if any(fnmatch(name, pattern) for pattern in REPLACED))
     planned = PushResult(
@@ -138,8 +140,9 @@ def push_model(
         left=tuple(name for name in others if name not in deleted),
         accepted=tuple(accepted_checks(record)),
         verified=not problem,
-        creates_repository=not target.exists,
+        creates_repository=None if unreachable else not target.exists,
         private=target.private,
+        unreachable=unreachable,
     )
     return planned if dry_run else _upload(planned, target, create_pr, problem, token, progress)
 
@@ -218,13 +221,7 @@ def check_repository(
     Raises:
         HeadwiseError: the name or the token is wrong, the Hub refuses, or the push would replace another model.
     """
-    repo, revision = hub.resolve_revision(repo, revision)
-    if not hub.NAME.fullmatch(repo):
-        raise HeadwiseError(f"{repo!r} is not a repository name.", "Write it as org/name.")
-    if create_pr and revision:
-        raise HeadwiseError(
-            f"A pull request goes to the main branch, not to {revision}.", "Leave out `create_pr` or `revision`."
-        )
+    repo, revision = _check_name(repo, revision, create_pr)
     from huggingface_hub import errors, get_token
 
     if need_token and not (token or get_token()):
@@ -260,6 +257,18 @@ def check_repository(
                 "`force`.",
             )
         return HubRepository(repo, revision, True, bool(info.private), new_branch, files, head)
+
+
+def _check_name(repo: str, revision: str | None, create_pr: bool) -> tuple[str, str | None]:
+    """Return repository and branch, after what can be checked without the Hub."""
+    repo, revision = hub.resolve_revision(repo, revision)
+    if not hub.NAME.fullmatch(repo):
+        raise HeadwiseError(f"{repo!r} is not a repository name.", "Write it as org/name.")
+    if create_pr and revision:
+        raise HeadwiseError(
+            f"A pull request goes to the main branch, not to {revision}.", "Leave out `create_pr` or `revision`."
+        )
+    return repo, revision
 
 
 def _refuse_tag(api: HfApi, repo: str, revision: str) -> None:

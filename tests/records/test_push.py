@@ -261,6 +261,21 @@ def test_a_dry_run_changes_nothing(hub, out):
     assert not hub.repositories and {method for method, _ in hub.requests} == {"GET"}
 
 
+def test_a_dry_run_needs_no_connection(hub, out, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    result = run("push", out, "org/new@dev", "--dry-run", "--json")
+    planned = json.loads(result.stdout)
+    assert result.exit_code == 0 and planned["files"].keys() == published(out).keys()
+    assert (planned["repo"], planned["revision"], planned["creates_repository"]) == ("org/new", "dev", None)
+    assert "HF_HUB_OFFLINE is set" in planned["unreachable"]
+    assert "was not compared with the repository" in result.stderr and not hub.repositories
+    for words in (["org/new"], ["new", "--dry-run"]):  # a real push needs the Hub, and a name is always checked
+        assert run("push", out, *words, "--token", TOKEN).exit_code == 2
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "cannot be reached" in str(push_model(out, "org/new", dry_run=True).unreachable)
+
+
 def test_hidden_files_are_not_pushed(hub, out):
     for name in (".git/config", ".cache/x", ".env", "logs/.hidden/x"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)

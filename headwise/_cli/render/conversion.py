@@ -156,7 +156,10 @@ def render_push(push: PushResult) -> None:
     uploaded = [(name, size(num_bytes)) for name, num_bytes in push.files.items()]
     console.print_table(("file", ">size"), uploaded + [(name, "deleted") for name in push.deleted])
     console.print_line()
-    if push.commit is None:
+    if push.unreachable:
+        console.print_line(f"{amount} would go to {repository}. Nothing was sent.")
+        console.warn(f"The folder was not compared with the repository. {push.unreachable}")
+    elif push.commit is None:
         article = "a new" if push.creates_repository else "the"
         console.print_line(f"{amount} would go to {article} {state} repository {repository}. Nothing was sent.")
     elif not push.changed:
