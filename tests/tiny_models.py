@@ -177,11 +177,6 @@ CONFIGS |= {
         "hidden_size": 36,
         "tie_word_embeddings": False,
     },
-    "exaone4_5": {
-        "text_config": _COMMON | _heads(14, 2, 8) | _SLIDING | {"hidden_size": 112, "model_type": "exaone4"},
-        "vision_config": _QWEN_VISION | {"out_hidden_size": 112, "num_key_value_heads": 1, "num_heads": 2},
-        **_IMAGE_TOKENS,
-    },
     "idefics2": {
         "text_config": _COMMON | CONFIGS["mistral"] | {"model_type": "mistral"},
         "vision_config": {k: v for k, v in _CLIP.items() if k not in ("projection_dim", "model_type")},
@@ -241,6 +236,12 @@ OTHERS: dict[str, dict[str, Any]] = {
             "supported_aspect_ratios": [[1, 1]],
         },
         "image_token_index": 60,
+    },
+    "exaone4_5": {
+        "text_config": _COMMON | _heads(14, 2, 8) | _SLIDING | {"hidden_size": 112, "model_type": "exaone4"},
+        "vision_config": _QWEN_VISION
+        | {"hidden_size": 24, "out_hidden_size": 112, "num_key_value_heads": 6, "num_heads": 6, "depth": 2},
+        **_IMAGE_TOKENS,
     },
     "eurobert": _COMMON | _heads(6, 3, 8) | {"attention_bias": True},
     "t5gemma": {
@@ -341,12 +342,15 @@ def tokens(count: int = 12) -> torch.Tensor:
 
 
 def inputs_of(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the arguments of a model: tokens, or a source and a target of other lengths."""
+    """Return the arguments of a model: tokens, a source and a target of other lengths, or tokens and an image."""
     if hasattr(model.config.get_text_config(), "cross_attention_layers"):
         states = torch.randn(
             2, 5, model.config.get_text_config().hidden_size, generator=torch.Generator().manual_seed(2)
         )
         return {"input_ids": tokens(), "cross_attention_states": states.to(model.dtype)}
+    if hasattr(getattr(model.config, "vision_config", None), "num_key_value_heads"):
+        given = image_inputs(model)
+        return given | {"pixel_values": given["pixel_values"].to(model.dtype)}
     if not model.config.is_encoder_decoder:
         return {"input_ids": tokens()}
     return {"input_ids": tokens(), "decoder_input_ids": tokens(9).flip(0)}

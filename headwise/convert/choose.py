@@ -14,7 +14,7 @@ from headwise.convert.settings import ConvertSettings
 from headwise.errors import SettingError
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import Architecture, find_architecture
-from headwise.models.layout import CROSS, AttentionLayout
+from headwise.models.layout import CROSS, VISION, AttentionLayout
 
 
 def choose_target(checkpoint: Checkpoint, arch: Architecture, settings: ConvertSettings) -> Target:
@@ -49,6 +49,11 @@ def choose_target(checkpoint: Checkpoint, arch: Architecture, settings: ConvertS
             target.warnings.append(
                 "No images are read: cross-attention is merged without moments, and every direction of its input "
                 "counts the same."
+            )
+        if VISION in counts and not target.exact:
+            target.warnings.append(
+                "No images are read: the vision tower is merged by its weights alone, and every direction of its "
+                "input counts the same."
             )
     target.notes[:0] = notes
     return target

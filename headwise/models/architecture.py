@@ -8,7 +8,6 @@ second set of defaults that can become outdated.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,8 +41,8 @@ from headwise.models.fusion import (
     split_gate,
     stored_norm,
 )
-from headwise.models.layout import AttentionLayout, LayerWeights
-from headwise.models.table import ArchitectureRow, QkNorm, find_parts, find_row, load_table
+from headwise.models.layout import VISION, AttentionLayout, LayerWeights
+from headwise.models.table import ArchitectureRow, QkNorm, find_parts, find_row, load_table, require_variant
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,12 @@ class Architecture(ArchitectureRow):
     @property
     def reads_pairs(self) -> bool:
         """Whether the model is an encoder-decoder, which reads a source and a target."""
-        return len({part.module for part in self.parts}) > 1
+        return len({part.module for part in self.parts if part.part != VISION}) > 1
 
     @property
     def is_decoder(self) -> bool:
-        """Whether the model has one attention stack, with a cache."""
-        return self.cached and not self.parts
+        """Whether the model has one attention stack with a cache, and at most a vision tower beside it."""
+        return self.cached and {part.part for part in self.parts} <= {self.part, VISION}
 
     def cross_states(self, config: dict[str, Any]) -> dict[str, int]:
         """Return the arguments from which cross-attention makes keys and values, with their widths; none without.
@@ -134,7 +133,8 @@ class Architecture(ArchitectureRow):
                 f"config.json has hidden_size: {width}, which {self.sizes['heads']}: {heads} does not divide."
             )
         head_dim = own_head_dim or width // heads
-        rotary_dim = 0 if self.states else rotary_width(stock.rope_parameters, head_dim)
+        rope = getattr(stock, "rope_parameters", None)
+        rotary_dim = 0 if self.states or not rope else rotary_width(rope, head_dim)
         layer_types = getattr(stock, "layer_types", None) or [None] * stock.num_hidden_layers
         has_rope = getattr(stock, self.rope_flags) if self.rope_flags else [True] * stock.num_hidden_layers
         windowed = not self.states and getattr(stock, "sliding_window", None)
@@ -407,8 +407,9 @@ class Architecture(ArchitectureRow):
             text[self.num_key_value_heads] = count
         if stock.to_dict().get(self.sizes["head_dim"]):
             text[self.sizes["head_dim"]] = getattr(stock, self.sizes["head_dim"])
-        text["rope_parameters"] = copy.deepcopy(stock.rope_parameters)
-        text.update(both_spellings(text, self.model_type, self.old_rope_names, self.old_rope_scaling))
+        if self.part != VISION:
+            text["rope_parameters"] = copy.deepcopy(stock.rope_parameters)
+            text.update(both_spellings(text, self.model_type, self.old_rope_names, self.old_rope_scaling))
         for part in (new, text):
             dtype = part.get("dtype", part.get("torch_dtype"))
             if dtype is not None:
@@ -453,14 +454,7 @@ def find_architecture(config: dict[str, Any], names: Iterable[str] = ()) -> Arch
     if rows := find_parts(config, table):
         return _composite(config, rows, set(names))
     arch = Architecture(**vars(find_row(config, table)))
-    stock = arch.stock_config(config)
-    for key, rule in arch.requires.items():
-        value = getattr(stock, key, None)
-        if value != rule["value"]:
-            raise HeadwiseError(
-                f"config.json has {key}: {json.dumps(value)}, and headwise cannot convert this variant of "
-                f"{arch.model_type}: {rule['reason']}."
-            )
+    require_variant(arch, arch.stock_config(config))
     arch.layouts(config)
     heads = config.get("architectures")
     head = str(heads[0]) if isinstance(heads, list) and heads else ""
@@ -485,6 +479,7 @@ def _in_order(config: dict[str, Any], rows: Iterable[ArchitectureRow]) -> Archit
     places = []
     for index, part in enumerate(parts):
         stock, rule = part.stock_config(config), part.only_layers or {"key": "", "listed": False}
+        require_variant(part, stock)
         listed = getattr(stock, rule["key"], ())
         numbers = [n for n in range(stock.num_hidden_layers) if (n in listed) == rule["listed"]]
         places += [(stacks.index(part.module), number, index) for number in numbers]

@@ -24,7 +24,8 @@ class AttentionLayout:
     A key has `head_dim` numbers. RoPE rotates the first `rotary_dim` of them (0: the layer has no RoPE). A layer
     with `kv_lora_rank` is MLA: it caches one latent of that rank and one rotary key of `qk_rope_head_dim` numbers.
     All heads share the latent and the rotary key. `part` is what the attention is ("text", "encoder", "decoder",
-    "cross" or "vision"); an encoder's is not `cached`. Cross-attention caches tokens of the encoder.
+    "cross" or "vision"); an encoder's and a vision tower's are not `cached`. Cross-attention caches tokens of the
+    encoder.
 
     A layer of the part "linear" has no attention: it is linear attention or a convolution, with a state of constant
     size: `conv_state` elements in the model's dtype and `recurrent_state` elements in float32. Its heads and widths
@@ -253,7 +254,18 @@ def from_planes(planes: Tensor) -> Tensor:
 
 # The part that reads another model's output, and the tokens that each part's cache holds.
 CROSS = "cross"
+# The part that attends to patches of an image: text does not run it.
+VISION = "vision"
 CACHED_TOKENS = {CROSS: "encoder token", "decoder": "decoder token"}
+
+
+def text_layouts(layouts: Sequence[AttentionLayout]) -> list[AttentionLayout]:
+    """Return the layouts of the layers that read text: all but those of a vision tower.
+
+    Args:
+        layouts: of every layer.
+    """
+    return [layout for layout in layouts if layout.part != VISION]
 
 
 def cached_tokens(part: str) -> str:

@@ -186,6 +186,25 @@ def find_parts(config: dict[str, Any], table: Table) -> list[ArchitectureRow]:
     return parts
 
 
+def require_variant(row: ArchitectureRow, stock: Any) -> None:
+    """Refuse a variant of a model type that cannot be converted.
+
+    Args:
+        row: of the type.
+        stock: the stock config object.
+
+    Raises:
+        HeadwiseError: a field of the config has another value than the row requires.
+    """
+    for key, rule in row.requires.items():
+        value = getattr(stock, key, None)
+        if value != rule["value"]:
+            raise HeadwiseError(
+                f"config.json has {key}: {json.dumps(value)}, and headwise cannot convert this variant of "
+                f"{row.model_type}: {rule['reason']}."
+            )
+
+
 def find_row(config: dict[str, Any], table: Table) -> ArchitectureRow:
     """Find the row of a config's model type.
 

@@ -11,25 +11,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
-from headwise import (
-    bench_model,
-    convert_model,
-    evaluate_model,
-    inspect_model,
-    sample_text,
-    uptrain_model,
-    verify_model,
-)
+from headwise import bench_model, convert_model, evaluate_model, inspect_model, sample_text, verify_model
 from headwise.convert.gqa.merge import replicate_heads
 from headwise.convert.pipeline import ConvertResult
+from headwise.convert.verify.grouped import RepeatedAttention
 from headwise.errors import HeadwiseError, SettingError
+from headwise.io.reader import open_checkpoint
 from headwise.io.source import EMBEDDED_MODEL
 from headwise.models import table
-from headwise.models.architecture import find_architecture
-from headwise.models.layout import LINEAR
-from tests import tiny_models
+from headwise.models.architecture import Architecture, find_architecture
+from headwise.models.layout import LINEAR, VISION
+from tests import small_parents, tiny_models
 from tests.models.test_architecture import random_gauge
 
+# Models whose vision tower has a number of KV heads of its own.
+TOWERS = ["exaone4_5"]
 TO_GQA = {"to": "gqa", "calibrate": "none", "refit": "off"}
 
 
@@ -89,18 +85,14 @@ def test_a_joint_refit_and_mla_are_refused(model: Path, tmp_path: Path) -> None:
 
 
 def test_the_other_verbs_refuse_an_encoder_decoder_before_any_work(model: Path, tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("words " * 9000)
     calls = [
-        lambda: evaluate_model(model, model, report=tmp_path / "report"),
-        lambda: uptrain_model(model, tmp_path / "out", teacher=model, tokens=4096, text=str(text)),
         lambda: bench_model(model, model, context=8),
         lambda: sample_text(model, tmp_path / "out.jsonl", tokens=64),
     ]
     for call in calls:
         with pytest.raises(HeadwiseError, match="is an encoder-decoder model"):
             call()
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "text.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
 def test_a_decoder_only_model_has_the_part_text(tmp_path: Path) -> None:
@@ -171,13 +163,17 @@ def test_moments_of_an_encoder_decoder_are_saved_and_used_again(tmp_path: Path) 
 
 
 def double_heads(folder: Path) -> dict[str, Any]:
-    """Give every part twice the KV heads, each second one the first in other coordinates, and return the config."""
+    """Give every part twice the KV heads, each second one the first in other coordinates, and return the config.
+
+    A part with as many KV heads as query heads stays as it is.
+    """
     config = tiny_models.read_config(folder)
     tensors = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
     arch = find_architecture(config, tensors)
     layouts = arch.layouts(config)
-    twice = arch.with_groups(config, {layout.part: 2 * layout.num_key_value_heads for layout in layouts})
-    for layer in (place for place, layout in enumerate(layouts) if layout.part != LINEAR):
+    doubled = {i: layout for i, layout in enumerate(layouts) if layout.part != LINEAR and layout.kind != "mha"}
+    twice = arch.with_groups(config, {x.part: 2 * x.num_key_value_heads for x in doubled.values()})
+    for layer in doubled:
         gauged = random_gauge(replicate_heads(arch.read_layer(config, layer, tensors), 2), seed=layer)
         tensors |= arch.write_layer(twice, layer, gauged, torch.float64)
     rounded = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
@@ -186,7 +182,7 @@ def double_heads(folder: Path) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("model_type", [*sorted(table.load_table().wrappers), "mllama"])
+@pytest.mark.parametrize("model_type", [*sorted(table.load_table().wrappers), "mllama", *TOWERS])
 def test_an_image_in_the_prompt_gives_the_same_logits(tmp_path: Path, model_type: str) -> None:
     """Half the heads are copies in other coordinates: a conversion to half changes nothing, with an image too."""
     heads = {"num_attention_heads": 12, "num_key_value_heads": 3}
@@ -197,22 +193,118 @@ def test_an_image_in_the_prompt_gives_the_same_logits(tmp_path: Path, model_type
     folder = tiny_models.save(model_type, tmp_path / "model", **heads)
     double_heads(folder)
 
-    def run(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-        loaded = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=torch.float64, experts_implementation="eager"
-        ).eval()
-        given = tiny_models.image_inputs(loaded)
-        given["pixel_values"] = given["pixel_values"].double()
-        other = given | {"pixel_values": given["pixel_values"].flip(-1)}
-        with torch.no_grad(), tiny_models.float64_throughout():
-            return loaded(**given).logits, loaded(**other).logits
-
-    before, moved = run(folder)
+    before, moved = image_logits(loaded_whole(folder))
     assert float((moved - before).abs().max()) > 1e-3, "the image has no effect"
     result = convert_model(folder, tmp_path / "out", **TO_GQA, groups=heads["num_key_value_heads"])
-    after = run(tmp_path / "out")[0]
+    after = image_logits(loaded_whole(tmp_path / "out"))[0]
     assert float((after - before).abs().max() / before.abs().max()) < 1e-4
     assert result.verification is not None and result.verification.passed
+
+
+def loaded_whole(path: Path) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
+
+
+def image_logits(network: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a prompt with an image, and with the image's numbers in another order."""
+    given = tiny_models.image_inputs(network)
+    given["pixel_values"] = given["pixel_values"].double()
+    other = given | {"pixel_values": given["pixel_values"].flip(-1)}
+    with torch.no_grad(), tiny_models.float64_throughout():
+        return network.eval()(**given).logits, network(**other).logits
+
+
+def tower_layers(arch: Architecture, config: dict[str, Any]) -> list[int]:
+    return [layer for layer, layout in enumerate(arch.layouts(config)) if layout.part == VISION]
+
+
+@pytest.mark.parametrize("model_type", TOWERS)
+def test_a_vision_tower_takes_fewer_kv_heads(tmp_path: Path, model_type: str) -> None:
+    folder = tiny_models.save(model_type, tmp_path / "model")
+    config = tiny_models.read_config(folder)
+    tensors = load_file(folder / "model.safetensors")
+    arch = find_architecture(config, tensors)
+    towers = tower_layers(arch, config)
+    heads = arch.layouts(config)[towers[0]].num_attention_heads
+    before = image_logits(loaded_whole(folder))[0]
+    # As many groups as the tower has KV heads: the same bytes.
+    same = convert_model(folder, tmp_path / "same", to="gqa", part=f"vision={heads}")
+    assert same.verification is not None and same.verification.passed
+    assert all(torch.equal(t, tensors[n]) for n, t in load_file(tmp_path / "same" / "model.safetensors").items())
+    # Half of them: the stock class computes what the merged heads compute, repeated for every query head.
+    result = convert_model(folder, tmp_path / "out", to="gqa", part=f"vision={heads // 2}")
+    assert result.verification is not None and result.verification.passed
+    assert any("No images are read: the vision tower" in line for line in result.plan.warnings)
+    assert any(str(part).startswith("vision: ") and "no cache" in str(part) for part in result.plan.parts)
+    after = image_logits(loaded_whole(tmp_path / "out"))[0]
+    assert float((after - before).abs().max() / before.abs().max()) > 1e-4
+    repeated = image_logits(RepeatedAttention(open_checkpoint(tmp_path / "out")).whole_model())[0]
+    assert float((after - repeated).abs().max() / after.abs().max()) < 1e-9
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    unchanged = {name for name, tensor in merged.items() if torch.equal(tensor, tensors[name])}
+    assert {n for layer in towers for n in arch.tensor_names(config, layer)} == tensors.keys() - unchanged
+    # Back to as many as query heads: nothing is lost.
+    back = convert_model(tmp_path / "out", tmp_path / "back", to="mha", part="vision")
+    assert back.verification is not None and back.verification.passed
+    torch.testing.assert_close(image_logits(loaded_whole(tmp_path / "back"))[0], after)
+
+
+def test_text_and_tower_change_in_one_command(tmp_path: Path) -> None:
+    """The text is calibrated, and the tower is not; an uptraining and an evaluation read the result."""
+    folder = small_parents.tiny_parent(tmp_path / "model", "exaone4_5")
+    text = small_parents.text(tmp_path / "text.txt")
+    result = convert_model(
+        folder,
+        tmp_path / "out",
+        to="gqa",
+        part=["text=1", "vision=2"],
+        calibrate=str(text),
+        calibration_tokens=2048,
+        refit="off",
+    )
+    assert isinstance(result, ConvertResult) and result.verification is not None and result.verification.passed
+    config = tiny_models.read_config(tmp_path / "out")
+    assert [config[key]["num_key_value_heads"] for key in ("text_config", "vision_config")] == [1, 2]
+    assert ["output" in result.layers[layer] for layer in range(5)] == [True] * 3 + [False] * 2
+    assert verify_model(tmp_path / "out", folder).passed
+    longer = convert_model(folder, tmp_path / "longer", context=256, verify=False)
+    assert isinstance(longer, ConvertResult) and longer.plan.layouts_after == longer.plan.layouts_before
+
+
+@pytest.mark.parametrize("model_type", TOWERS)
+def test_a_gauge_of_a_vision_tower_moves_no_logit(tmp_path: Path, model_type: str) -> None:
+    """Half of the tower's heads are copies in other coordinates: a conversion to half changes nothing."""
+    folder = tiny_models.save(model_type, tmp_path / "model")
+    before = image_logits(loaded_whole(folder))[0]
+    config, tensors = tiny_models.read_config(folder), load_file(folder / "model.safetensors")
+    arch = find_architecture(config, tensors)
+    gauged = {n: t.double() for n, t in tensors.items()}
+    for layer in tower_layers(arch, config):
+        weights = arch.read_layer(config, layer, gauged)
+        gauged |= arch.write_layer(config, layer, random_gauge(weights, seed=layer), torch.float64)
+    rounded = {n: t.float().contiguous() for n, t in gauged.items()}
+    save_file(rounded, folder / "model.safetensors", {"format": "pt"})
+    moved = image_logits(loaded_whole(folder))[0]
+    assert float((moved - before).abs().max() / before.abs().max()) < 1e-5
+    assert any(not torch.equal(gauged[n].float(), tensors[n]) for n in tensors)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"refit": "layers"}, "acts on layers that read text"),
+        ({"refit": "joint"}, "does not run the vision tower"),
+        ({"save_moments": "moments"}, "acts on layers that read text"),
+        ({"part": "cross", "groups": 2}, "exaone4_5 has text, vision"),
+    ],
+)
+def test_what_a_vision_tower_does_not_allow_is_refused(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    folder = tiny_models.save("exaone4_5", tmp_path / "model")
+    with pytest.raises(SettingError, match=message):
+        convert_model(folder, tmp_path / "out", **{"to": "gqa", "part": "vision=2", **settings})
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("grouping", ["optimal", "contiguous"])

@@ -23,6 +23,7 @@ from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import Checkpoint, has_nonfinite
 from headwise.io.writer import Writer
 from headwise.models.architecture import Architecture, find_architecture
+from headwise.models.layout import VISION
 from headwise.progress import Progress
 
 
@@ -107,6 +108,15 @@ def plan_calibration(
             raise SettingError(
                 "refit", f"`refit` is {settings.refit}, and an exact conversion leaves nothing to refit."
             )
+        return None
+    if all(target.layouts[i].part == VISION for i in range(len(target.layouts)) if target.converted_names(i)):
+        for name in ("refit", "moments", "save_moments"):
+            if getattr(settings, name) not in (None, "auto", "off"):
+                raise SettingError(
+                    name,
+                    f"`{name}` acts on layers that read text, and `part` names the vision tower alone.",
+                    f"Leave out `{name}`.",
+                )
         return None
     if settings.calibrate == "none":
         return None
@@ -246,7 +256,7 @@ def iter_layer_stats(
         return
     if calibration.reuse is not None:
         saved = Moments.open(calibration.reuse, checkpoint)
-        yield from ((saved.read(i, device), i) for i in layers)
+        yield from ((None if target.layouts[i].part == VISION else saved.read(i, device), i) for i in layers)
         return
     progress.note(f"Reading {calibration.amount} of {calibration.text} through the parent, layer by layer.")
     arch = find_architecture(target.parent_config, checkpoint.tensors)
@@ -265,10 +275,20 @@ def iter_layer_stats(
         weights = arch.read_layer(target.parent_config, layer, source).to(torch.float32).to_device(device)
         return NormedProjections(weights, float(arch.stock_config(target.parent_config).rms_norm_eps))
 
+    unread: list[int] = []
+
+    def read() -> Iterator[int]:
+        for layer in layers:
+            if target.layouts[layer].part == VISION:  # these are the last layers
+                unread.append(layer)
+            else:
+                yield layer
+
     records = stream.records(
-        keep_activations=calibration.keeps_text, layers=layers, normed=normed if target.regresses_norms else None
+        keep_activations=calibration.keeps_text, layers=read(), normed=normed if target.regresses_norms else None
     )
     yield from _kept(records, checkpoint, calibration)
+    yield from ((None, layer) for layer in unread)
 
 
 def _kept(

@@ -19,7 +19,7 @@ from headwise.convert.settings import ConvertSettings
 from headwise.errors import SettingError
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import Architecture, find_architecture
-from headwise.models.layout import AttentionLayout, LayerWeights
+from headwise.models.layout import VISION, AttentionLayout, LayerWeights
 from headwise.models.stock import empty_model, load_into
 
 
@@ -68,13 +68,15 @@ class GroupedTarget:
             old.part in changed and old.num_key_value_heads != new.num_key_value_heads for old, new in pairs
         ]
         self.exact = all(new.num_key_value_heads >= old.num_key_value_heads for old, new in pairs)
-        self.calibrated = not self.exact and "moments" in self.method.needs
-        self.fitted = not self.exact and "text" in self.method.needs
+        text = any(changed and new.part != VISION for changed, new in zip(self._changed, self.layouts, strict=True))
+        self.calibrated = not self.exact and text and "moments" in self.method.needs
+        self.fitted = not self.exact and text and "text" in self.method.needs
         self.regresses_norms = False
         # The layer of every key and value tensor that is transformed without its layer's other tensors.
         self._tensorwise: dict[str, int] = {}
         pools = not self.method.needs and self.grouping == "contiguous"
-        if self.arch.fusion == "none" and not settings.measured and (pools or self.exact):
+        fused = any(self.arch.at(i)[0].fusion != "none" for i, changed in enumerate(self._changed) if changed)
+        if not fused and not settings.measured and (pools or self.exact):
             self._tensorwise = {
                 name: layer
                 for layer, changed in enumerate(self._changed)
@@ -111,7 +113,9 @@ class GroupedTarget:
         """See `Target`."""
         if name not in self._computed:
             return "another dtype"
-        part = next((role for role, module in self.arch.projections.items() if f".{module}." in name), None)
+        rows = self.arch.parts or (self.arch,)
+        names = {f"{row.attention}.{module}": role for row in rows for role, module in row.projections.items()}
+        part = next((role for end, role in names.items() if f".{end}." in name), None)
         if self.exact:
             return "heads repeated"
         if part in ("q", "o"):

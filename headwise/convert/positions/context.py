@@ -14,6 +14,7 @@ from headwise.convert.positions.rope_bound import first_failure, recommend_rule
 from headwise.errors import HeadwiseError, SettingError
 from headwise.models import rope
 from headwise.models.architecture import Architecture
+from headwise.models.layout import text_layouts
 from headwise.models.table import both_rope_spellings
 
 
@@ -50,7 +51,7 @@ def rope_sets(config: dict[str, Any], architecture: Architecture) -> list[RopeSe
         HeadwiseError: no layer has RoPE.
     """
     stock = architecture.stock_config(config)
-    layouts = architecture.layouts(config)
+    layouts = text_layouts(architecture.layouts(config))
     if not any(layout.rotary_dim for layout in layouts):
         raise HeadwiseError(
             f"{architecture.model_type} does not rotate its positions, so there is no RoPE to rescale.",

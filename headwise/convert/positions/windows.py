@@ -13,7 +13,7 @@ from typing import Any
 from headwise.errors import HeadwiseError, SettingError
 from headwise.models import architecture as architectures
 from headwise.models.architecture import Architecture
-from headwise.models.layout import AttentionLayout
+from headwise.models.layout import AttentionLayout, text_layouts
 from headwise.models.table import both_rope_spellings, load_table
 
 
@@ -68,7 +68,7 @@ def with_window(
         SettingError: the window is not within the context, or a layer does not exist.
         HeadwiseError: no stock class can express this choice.
     """
-    layouts = architecture.layouts(config)
+    layouts = text_layouts(architecture.layouts(config))
     stock = architecture.stock_config(config)
     wanted = [] if window is None else parse_layers(layers, len(layouts))
     if window is None and not any(layout.sliding_window for layout in layouts):
@@ -109,7 +109,7 @@ def with_window(
     if hasattr(stock, "max_window_layers"):
         # Software that does not read layer_types applies the window from this layer on.
         text["max_window_layers"] = min(wanted, default=len(layouts))
-    result = architectures.find_architecture(new).layouts(new)
+    result = text_layouts(architectures.find_architecture(new).layouts(new))
     assert [layout.sliding_window for layout in result] == [
         window if layer in wanted else None for layer in range(len(layouts))
     ]

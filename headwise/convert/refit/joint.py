@@ -28,6 +28,7 @@ from headwise.io.tokenizer import load_tokenizer
 from headwise.io.workdir import write_file_atomically
 from headwise.io.writer import Writer
 from headwise.models.architecture import Architecture
+from headwise.models.layout import VISION
 from headwise.progress import Progress
 from headwise.text.sampled import sample_tokens
 from headwise.train.recovery import JointPlan, as_records, recover_jointly
@@ -70,11 +71,14 @@ def plan_joint(
     Raises:
         SettingError: `refit` is "joint", and the source has no language-model head.
     """
-    if not arch.is_decoder:
+    tower = any(target.layouts[i].part == VISION for i in range(len(target.layouts)) if target.converted_names(i))
+    if not arch.is_decoder or tower:
         if settings.refit == "joint":
             raise SettingError(
                 "refit",
-                f"`refit` joint trains decoder-only models, and {checkpoint.source} is none.",
+                f"`refit` joint trains on text, which does not run the vision tower of {checkpoint.source}."
+                if tower
+                else f"`refit` joint trains decoder-only models, and {checkpoint.source} is none.",
                 "Give `refit` layers or off.",
             )
         return None

@@ -6,17 +6,19 @@ twentieth of unit size, and unit-normal inputs leave the linear range of the lat
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from headwise.convert.calibration.layer_stream import LayerStream
 from headwise.convert.calibration.pair_stream import PairStream
 from headwise.io.reader import Checkpoint
 from headwise.io.tokenizer import load_tokenizer
 from headwise.models.architecture import find_architecture
+from headwise.models.layout import VISION, AttentionLayout
 from headwise.models.protocol import AttentionModel
 from headwise.models.stock import empty_model, for_rows, layer_arguments, load_into
 from headwise.text.pairs import PairMarks, Pairs
@@ -77,8 +79,8 @@ def attention_inputs(
         device: where the layers run.
 
     Yields:
-        The index; the inputs, (SEQUENCES, TOKENS, D) float64 on the CPU; the arguments of an encoder-decoder's
-        module in float64, None for other models.
+        The index; the inputs, (SEQUENCES, TOKENS, D) float64 on the CPU; the arguments of the module in float64,
+        None for those of a decoder. The inputs of a vision tower are random, because no image is read.
     """
     if stock.reads_pairs:
         arch = find_architecture(checkpoint.config, checkpoint.tensors)
@@ -93,6 +95,36 @@ def attention_inputs(
     for record in stream.records(keep_activations=True, attention_stats=False):
         assert record.inputs is not None
         yield record.index, record.inputs.double(), None
+    towers = {i: layout for i, layout in enumerate(stock.layouts(checkpoint.config)) if layout.part == VISION}
+    if not towers:
+        return
+    model = empty_model(checkpoint.config, stock.auto_class)
+    for layer, layout in towers.items():
+        part, _ = find_architecture(checkpoint.config, checkpoint.tensors).at(layer)
+        attention = model.get_submodule(stock.attention_path(layer))
+        yield layer, *patch_inputs(attention, part.stock_config(checkpoint.config).hidden_size, layout, seed=layer)
+
+
+def patch_inputs(
+    attention: nn.Module, width: int, layout: AttentionLayout, seed: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """Return random inputs of a vision tower's attention in float64, and its further arguments.
+
+    Args:
+        attention: the module. With an argument `cu_seqlens` it takes the patches of all images in one sequence.
+        width: of its inputs.
+        layout: of the layer.
+        seed: of the random numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(1, TOKENS, width, generator=generator, dtype=torch.float64)
+    arguments: dict[str, Any] = {}
+    if layout.rotary_dim:
+        angles = 6 * torch.rand(TOKENS, layout.rotary_dim // 2, generator=generator, dtype=torch.float64)
+        arguments["position_embeddings"] = tuple(f(torch.cat([angles, angles], 1)) for f in (torch.cos, torch.sin))
+    if "cu_seqlens" in inspect.signature(attention.forward).parameters:
+        return inputs[0], arguments | {"cu_seqlens": torch.tensor([0, TOKENS // 2, TOKENS])}
+    return inputs, arguments | {"attention_mask": None}
 
 
 def random_states(stock: AttentionModel, config: dict[str, Any]) -> dict[str, Tensor]:
