@@ -201,6 +201,24 @@ def set_lm_eval_ranks(lm: Any) -> None:
         lm._rank, lm._world_size = accelerator.process_index, accelerator.num_processes
 
 
+def load_lm_eval_weights(kind: type, load: Callable[[str], Any]) -> type:
+    """Return a class of lm-eval's model whose weights come from a function, not from `from_pretrained`.
+
+    A model that exists already would keep lm-eval from sharing the requests among processes.
+
+    Versions: lm-eval 0.4.13, `HFLM._create_model` and `HFLM._model`.
+
+    Args:
+        kind: lm-eval's class for transformers.
+        load: takes the device and returns the stock model.
+    """
+
+    def create(self: Any, *_: Any, **__: Any) -> None:
+        self._model = load(str(self.device))
+
+    return type(kind.__name__, (kind,), {"_create_model": create})
+
+
 def on_lm_eval_answer(lm: Any, call: Callable[[], None]) -> None:
     """Call a function after every answered request of lm-eval.
 

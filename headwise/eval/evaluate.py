@@ -60,8 +60,8 @@ def evaluate_model(
 
     Args:
         child: a folder, or `org/name[@revision]`.
-        baseline: the parent, a folder or `org/name[@revision]`; None: the one that the record of `child` names, if
-            it can be found. Nothing is compared without one.
+        baseline: the parent, a folder, a GGUF file or `org/name[@revision]`; None: the one that the record of
+            `child` names, if it can be found. Nothing is compared without one.
         recipe: name of a recipe in the library (quick, standard, long-context, retrieval), or a YAML file. None:
             quick, or only `tasks` if they are given.
         tasks: names or patterns of lm-eval's tasks, or YAML files; they are added to those of the recipe.
@@ -170,7 +170,7 @@ def evaluate_model(
 
 
 def check_kinds(settings: EvalSettings, child: EvalModel, parent: EvalModel | None) -> None:
-    """Refuse an encoder-decoder without pairs, pairs for another model, and models of the two kinds.
+    """Refuse models that the settings do not fit, and models of two kinds.
 
     Args:
         settings: of the evaluation.
@@ -178,8 +178,16 @@ def check_kinds(settings: EvalSettings, child: EvalModel, parent: EvalModel | No
         parent: the parent; None without a baseline.
 
     Raises:
-        HeadwiseError: the pairs or the models do not match.
+        HeadwiseError: an encoder-decoder has no pairs, the pairs are for another model, the models do not match, or
+            vLLM would get a GGUF file.
     """
+    for model in (child, parent):
+        if settings.backend == "vllm" and model is not None and model.is_gguf:
+            raise SettingError(
+                "backend",
+                f"`backend` is 'vllm', which takes no GGUF file such as {model.name}.",
+                "Write it as a folder with `headwise convert FILE.gguf FOLDER`, or leave out `backend`.",
+            )
     name = child.subject.model
     if child.reads_pairs and settings.pairs is None:
         raise SettingError(

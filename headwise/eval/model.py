@@ -16,8 +16,8 @@ from headwise.errors import HeadwiseError
 from headwise.eval.result import Subject
 from headwise.format import layout_names
 from headwise.io.quantized.quantization import quantization_of
-from headwise.io.reader import read_headers
-from headwise.io.source import Source, find_source
+from headwise.io.reader import Checkpoint, read_gguf, read_headers
+from headwise.io.source import Source, find_gguf, find_source
 from headwise.io.tokenizer import load_tokenizer
 from headwise.models.config import dtype_of, has_stock_class
 from headwise.models.protocol import AttentionModel, find_attention_model, reads_pairs
@@ -38,12 +38,20 @@ class EvalModel:
     """A model of an evaluation.
 
     Attributes:
-        source: its files.
+        source: its files; of a GGUF file, a temporary folder with its config and tokenizer.
         subject: its description for the report.
+        checkpoint: a GGUF file or a quantised folder, whose tensors headwise dequantises; None: stock transformers
+            loads the folder.
     """
 
     source: Source
     subject: Subject
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def is_gguf(self) -> bool:
+        """Return whether the model is a GGUF file."""
+        return self.checkpoint is not None and self.checkpoint.gguf is not None
 
     @property
     def folder(self) -> str:
@@ -52,7 +60,9 @@ class EvalModel:
 
     @property
     def name(self) -> str:
-        """Return the repository, or the last part of the folder's path, which does not show private folders."""
+        """Return the repository, or the last part of the path, which does not show private folders."""
+        if self.checkpoint is not None and self.is_gguf:
+            return self.checkpoint.path.name
         return self.source.name if self.source.revision else self.source.folder.resolve().name
 
     @property
@@ -115,10 +125,9 @@ class EvalModel:
         import transformers
 
         attention = {"attn_implementation": "eager"} if eager else {}
-        if quantization_of(self.source.config) is not None:
-            checkpoint = read_headers(self.source)
-            precision = dtype_of(checkpoint.config) if dtype == "auto" else getattr(torch, dtype)
-            return load_model(checkpoint, self.auto_class, precision, **attention).to(device).eval()
+        if self.checkpoint is not None:
+            precision = dtype_of(self.checkpoint.config) if dtype == "auto" else getattr(torch, dtype)
+            return load_model(self.checkpoint, self.auto_class, precision, **attention).to(device).eval()
         with no_progress_bars():
             loaded: Any = getattr(transformers, self.auto_class).from_pretrained(
                 self.folder,
@@ -134,7 +143,7 @@ def find_model(model: str | Path, *, token: str | None = None, progress: Progres
     """Find a model and read its config and its file headers.
 
     Args:
-        model: a folder, or `org/name[@revision]`.
+        model: a folder, a GGUF file, or `org/name[@revision]`.
         token: token of the Hub.
         progress: receives the download.
 
@@ -142,18 +151,26 @@ def find_model(model: str | Path, *, token: str | None = None, progress: Progres
         HeadwiseError: there is no such model, it is no language model, a tensor is missing, or it has no
             language-model head.
     """
-    source = find_source(model, token=token, progress=progress)
+    checkpoint = None
+    if (path := find_gguf(model)) is not None:
+        checkpoint = read_gguf(path)
+        source = Source(
+            str(model), checkpoint.folder, None, checkpoint.config, [], {}, checkpoint.sidecars, checkpoint.left_out
+        )
+    else:
+        source = find_source(model, token=token, progress=progress)
     if not reads_pairs(source.config):
         require_decoder(str(model), source.config, "evaluated")
     attention = cache_bytes = parameters = None
     with suppress(HeadwiseError):  # a model that headwise cannot convert can still be evaluated
-        quantization_of(source.config)
+        if quantization_of(source.config) is not None:
+            checkpoint = read_headers(source)
         attention = layout_names(find_attention_model(source.config).layouts(source.config))
     if attention is not None:  # stock transformers fills a missing tensor with random values
-        inspection = inspect_model(source.folder)
+        inspection = inspect_model(source.folder if path is None else path)
         cache_bytes, parameters = inspection.cache.bytes_per_token, inspection.parameters
         if inspection.layouts[0].kind != "mla":
-            require_head(read_headers(source), "its text is scored by its logits")
+            require_head(checkpoint or read_headers(source), "its text is scored by its logits")
     subject = Subject(
         model=str(model),
         revision=source.revision,
@@ -161,19 +178,22 @@ def find_model(model: str | Path, *, token: str | None = None, progress: Progres
         attention=attention,
         cache_bytes_per_token=cache_bytes,
         parameters=parameters,
-        sha256=content_hash(source),
+        sha256=content_hash(source, checkpoint),
     )
-    return EvalModel(source, subject)
+    return EvalModel(source, subject, checkpoint)
 
 
-def content_hash(source: Source) -> str:
+def content_hash(source: Source, checkpoint: Checkpoint | None = None) -> str:
     """Compute the SHA-256 of names and contents of config, weights and tokenizer.
 
     Args:
         source: the files of a model.
+        checkpoint: as in `EvalModel`; a GGUF file is hashed itself.
     """
     total = hashlib.sha256()
     every = {source.folder / name for name in ("config.json", *source.weights)} | set(source.sidecars)
+    if checkpoint is not None and checkpoint.gguf is not None:
+        every = {checkpoint.path.parent / name for name in checkpoint.files}
     paths = sorted((path for path in every if not path.name.startswith(LICENCES)), key=lambda path: path.name)
     with ThreadPoolExecutor() as pool:
         for path, content in zip(paths, pool.map(_file_hash, paths), strict=True):

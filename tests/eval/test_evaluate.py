@@ -19,11 +19,15 @@ from transformers import AutoModelForCausalLM
 
 import headwise
 from headwise.cli import cli
+from headwise.convert.pipeline import convert_model
 from headwise.errors import HeadwiseError
 from headwise.eval.result import Evaluation
 from headwise.eval.tasks.samples import read_results
+from headwise.records.manifest import read_record
+from headwise.records.parent import recorded_source
 from tests import small_parents
 from tests.convert.speaking import save_speaking
+from tests.io.gguf_files import write_gguf
 
 pytest.importorskip("lm_eval")
 
@@ -116,7 +120,7 @@ def test_equal_models_do_not_differ(folders: dict[str, Path], tmp_path: Path) ->
     for comparison in evaluation.comparisons:
         assert comparison.paired is not None and comparison.damage == 0
         # Eight equal answers do not prove that others are equal; equal likelihoods do.
-        bound = 0 if comparison.task == "heldout" else 1 - 0.05 ** (1 / 8)
+        bound = 0 if comparison.task == "heldout" else 1.959964**2 / (7 + 1.959964**2)
         assert (comparison.paired.difference, comparison.paired.p_value) == (0, 1)
         assert (comparison.paired.low, comparison.paired.high) == pytest.approx((-bound, bound))
         assert comparison.paired.gained in (None, 0) and comparison.paired.lost in (None, 0)
@@ -277,6 +281,27 @@ def test_vllm_does_not_run_in_several_processes(
         headwise.evaluate_model(
             folders["parent"], tasks=["headwise_cloze_code"], backend="vllm", report=tmp_path / "out"
         )
+
+
+def test_a_gguf_file_is_the_parent_of_its_conversion(tmp_path: Path) -> None:
+    """The record names the file. All figures equal those of the folder that holds the same weights."""
+    file = write_gguf(tmp_path / "model.gguf")
+    convert_model(file, tmp_path / "same", to="gqa", groups=2, calibrate="none")
+    assert recorded_source(read_record(tmp_path / "same"), tmp_path / "same") == file
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    result = run(
+        tmp_path / "same", "--recipe", tmp_path / "recipe.yaml", "--report", tmp_path / "report", "--json",
+        "--limit", "2",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    evaluation = Evaluation.from_dict(json.loads(result.stdout))
+    assert evaluation.parent and evaluation.parent.model == str(file) and evaluation.parent.parameters
+    assert evaluation.parent.attention == evaluation.child.attention
+    assert {c.task for c in evaluation.headlines} == {"heldout", "headwise_cloze_code"}
+    assert all(c.paired and c.paired.difference == 0 for c in evaluation.comparisons)
+    assert evaluation.diagnostics and evaluation.diagnostics.kl == pytest.approx(0, abs=1e-6)
+    refused = run(tmp_path / "same", "--baseline", file, "--tasks", "headwise_cloze_code", "--backend", "vllm")
+    assert refused.exit_code == 2 and "takes no GGUF file such as model.gguf" in refused.stderr
 
 
 def test_a_different_tokenizer_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:

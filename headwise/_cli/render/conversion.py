@@ -126,7 +126,7 @@ def quality_statement(result: ConvertResult) -> str:
     """Return what is known of the quality, which the checks of the folder do not cover, and how to measure it."""
     if result.plan.exact:
         return "Quality: the conversion is exact, so the output computes the parent's function."
-    evaluate = _evaluation(str(result.out), result.plan.model)
+    evaluate = shlex.join(["headwise", "eval", str(result.out), "--baseline", result.plan.model])
     loss = result.text_loss
     if loss is None or loss.before is None or loss.after is None:
         return f"Quality not measured: run {evaluate}"
@@ -137,15 +137,6 @@ def quality_statement(result: ConvertResult) -> str:
         f"Quality: the loss on {loss.tokens:,} held-back tokens of {loss.source} is {loss.before:.4f} before and "
         f"{loss.after:.4f} after, {change:+.4f} nats per token ({perplexity}). Tasks not measured: run {evaluate}"
     )
-
-
-def _evaluation(out: str, parent: str) -> str:
-    """Return the commands that evaluate a result; the tasks need the parent as a folder."""
-    from headwise.io.source import GGUF
-
-    if parent.endswith(GGUF):
-        return f"headwise convert {shlex.quote(parent)} PARENT --dtype bfloat16; {_evaluation(out, 'PARENT')}"
-    return shlex.join(["headwise", "eval", out, "--baseline", parent])
 
 
 def render_push(push: PushResult) -> None:

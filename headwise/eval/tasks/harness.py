@@ -260,6 +260,10 @@ def _make_lm(model: EvalModel, settings: EvalSettings) -> Any:
         # lm-eval takes a language model inside another model for a causal one, and finds no context in its config.
         kind = type(kind.__name__, (kind,), {"AUTO_MODEL_CLASS": getattr(transformers, model.auto_class)})
         arguments |= {"backend": "causal", "max_length": model.context}
+    if settings.backend == "hf" and model.checkpoint is not None:
+        kind = compat.load_lm_eval_weights(
+            kind, lambda device: model.load(dtype=str(settings.dtype), device=device)
+        )
     lm = kind.create_from_arg_obj(arguments, more)
     compat.set_lm_eval_ranks(lm)
     return lm

@@ -15,7 +15,7 @@ from headwise._cli.render.conversion import quality_statement
     [
         ("org/name", "headwise eval OUT --baseline org/name"),
         ("my model", "headwise eval OUT --baseline 'my model'"),
-        ("a.gguf", "headwise convert a.gguf PARENT --dtype bfloat16; headwise eval OUT --baseline PARENT"),
+        ("a.gguf", "headwise eval OUT --baseline a.gguf"),
     ],
 )
 def test_a_conversion_ends_with_commands_that_evaluate_it(parent: str, commands: str) -> None:
