@@ -21,6 +21,7 @@ import json
 import sysconfig
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +162,8 @@ def sample(model: str, file: Path, seed: int, device: str, size: int | None, tem
     tokens = sample_tokens(
         load_for_sampling(source, torch.device(device)),
         AutoTokenizer.from_pretrained(model),
-        sequences=plan.num_sequences + plan.heldout,
-        length=plan.length,
+        sequences=plan.num_sampled + plan.heldout,
+        length=plan.sampled_length,
         seed=seed,
         temperature=temperature,
         progress=Shown(),
@@ -194,6 +195,9 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=98_304)
     parser.add_argument("--refit", default="joint")
     parser.add_argument("--refit-tokens", type=int, help="distinct tokens of the joint refit's text")
+    parser.add_argument("--refit-length", type=int, help="tokens in a sequence of the joint refit")
+    parser.add_argument("--repeats", type=float, help="share of those sequences that repeat passages")
+    parser.add_argument("--kl-steps", type=int, help="before --refit-tokens scales them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sampled", type=Path, help="text of the joint refit, shared by processes")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the text that the target sample writes")
@@ -203,6 +207,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = True
+    given = {"repeats": options.repeats, "kl_steps": options.kl_steps}
+    joint.GPU_PLAN, joint.CPU_PLAN = (
+        replace(plan, **{name: value for name, value in given.items() if value is not None})
+        for plan in (joint.GPU_PLAN, joint.CPU_PLAN)
+    )
     held = texts(AutoTokenizer.from_pretrained(options.model), options.text)
     for name in options.targets:
         row: dict[str, Any] = {
@@ -210,6 +219,7 @@ def main() -> None:
             "method": options.method,
             "refit": options.refit,
             "refit_tokens": options.refit_tokens,
+            "refit_length": options.refit_length,
             "seed": options.seed,
         }
         if name == "sample":
@@ -238,6 +248,7 @@ def main() -> None:
                 calibration_tokens=options.calibration_tokens,
                 refit=int(options.refit) if options.refit.isdecimal() else options.refit,
                 refit_tokens=options.refit_tokens,
+                refit_length=options.refit_length,
                 seed=options.seed,
                 device=options.device,
                 progress=Shown(),

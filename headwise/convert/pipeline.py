@@ -116,6 +116,7 @@ def convert_model(
     moments: str | Path | None = None,
     refit: str | int | None = None,
     refit_tokens: int | None = None,
+    refit_length: int | None = None,
     context: int | None = None,
     rope: str | None = None,
     rope_theta: float | None = None,
@@ -171,6 +172,7 @@ def convert_model(
         refit: "auto" (when the forecast is under ten minutes), "off", "layers", "joint", or a number of steps per
             layer.
         refit_tokens: distinct tokens of the joint refit's text; None: by the device.
+        refit_length: tokens in a sequence of the joint refit; None: by the device, and at most the context.
         context: rescale RoPE to this many tokens.
         rope: the RoPE rule; None: "auto".
         rope_theta: the base of the rule "base".

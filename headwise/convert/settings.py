@@ -226,6 +226,13 @@ class ConvertSettings:
         acts_with=LOSSY,
         recorded=False,
     )
+    refit_length: int | None = fields.number(
+        "Tokens in a sequence of the joint refit, at most the context [4,096 on a GPU].",
+        parse=parse_count,
+        section="Calibration",
+        acts_with=LOSSY,
+        recorded=False,
+    )
     # Positions
     context: int | None = fields.number("Rescale RoPE to this many tokens.", section="Positions")
     rope: str | None = fields.choice(
@@ -378,8 +385,9 @@ class ConvertSettings:
                     raise SettingError(
                         "refit", f"`refit` {self.refit} needs calibration text: leave out `{name}` or `refit`."
                     )
-        if self._given("refit_tokens") and self.refit != "joint":
-            raise SettingError("refit_tokens", "`refit_tokens` is the text of a joint refit: give `refit` joint.")
+        for name in ("refit_tokens", "refit_length"):
+            if self._given(name) and self.refit != "joint":
+                raise SettingError(name, f"`{name}` is of the text of a joint refit: give `refit` joint.")
         if self.refit == "joint":
             for name in ("context", "sliding_window"):
                 if self._given(name):

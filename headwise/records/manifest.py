@@ -178,7 +178,8 @@ def command_of(plan: DecidedConversion, out: str, verification: Mapping[str, Any
     elif options.get("to") in ("gqa", "mqa", "mla") and not options.get("exact"):
         options["calibrate"] = "none"
     if plan.arguments.get("joint"):
-        options |= {"refit": "joint", "refit_tokens": plan.arguments["joint"]["tokens"]}
+        joint = plan.arguments["joint"]
+        options |= {"refit": "joint", "refit_tokens": joint["tokens"], "refit_length": joint["length"]}
     for key, value in options.items():
         flag = plan.flags[key]
         for word in value if isinstance(value, list) else [value]:

@@ -51,21 +51,25 @@ class JointPlan:
         regression_steps: of the first stage.
         kl_steps: of the second stage.
         sequences: in one step.
-        length: tokens in a sequence.
-        heldout: sequences that only measure.
+        length: tokens in a sequence, a multiple of `sampled_length`.
+        sampled_length: tokens that are sampled in one piece.
+        repeats: share of the sequences in which earlier passages are repeated.
+        heldout: sampled pieces that only measure.
     """
 
     tokens: int
     regression_steps: int
     kl_steps: int
-    sequences: int = 12
-    length: int = 1024
+    sequences: int = 3
+    length: int = 4096
+    sampled_length: int = 1024
+    repeats: float = 0.2
     heldout: int = 32
 
     @property
-    def num_sequences(self) -> int:
-        """Sequences of training text."""
-        return max(self.sequences, self.tokens // self.length)
+    def num_sampled(self) -> int:
+        """Sampled pieces of training text."""
+        return max(self.sequences * self.length, self.tokens) // self.sampled_length
 
 
 @dataclass(frozen=True)
@@ -230,7 +234,7 @@ def recover_jointly(
         student: loaded from its folder; its attention has closed-form weights.
         parent: the model that it was converted from.
         blocks: training text, int64 (sequences, length).
-        heldout: text that measures, int64 (sequences, length).
+        heldout: text that measures, int64 (sequences, any length).
         plan: steps of both stages.
         work: a folder for curves, checkpoints and results of the stages.
         seed: of the order of the text.

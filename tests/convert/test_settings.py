@@ -91,6 +91,7 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
         "moments": "folder",
         "refit": "off",
         "refit_tokens": 4096,
+        "refit_length": 2048,
         "private": True,
         "rope": "ntk",
         "rope_theta": 1e6,
@@ -131,6 +132,7 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
     yield "refit", {"to": "mqa", "calibrate": "none", "refit": 5}, "needs calibration text"
     yield "refit", {"to": "mqa", "moments": "folder", "refit": 5}, "needs calibration text"
     yield "refit_tokens", {"to": "mqa", "refit": "layers", "refit_tokens": 4096}, "give --refit joint"
+    yield "refit_length", {"to": "mqa", "refit": "layers", "refit_length": 4096}, "give --refit joint"
     yield "accept", {"to": "mqa", "accept": ("layuot",)}, "which is not one or several of"
     yield "engines", {"to": "mqa", "engines": ("vLMM",)}, "which is not one or several of"
     yield "accept", {"to": "mqa", "accept": ("layout",), "verify": False}, "has no effect"
@@ -169,6 +171,7 @@ WRONG: dict[str, list[Any]] = {
     "calibration_tokens": [0],
     "refit": [0, "never", -3],
     "refit_tokens": [0, -5],
+    "refit_length": [0, -1],
     "context": [0],
     "rope": ["yarrn"],
     "rope_theta": [0.0, -1.0, float("inf")],
@@ -198,6 +201,7 @@ RIGHT: dict[str, list[Any]] = {
     "moments": ["folder"],
     "refit": ["auto", "off", 5],
     "refit_tokens": [4096],
+    "refit_length": [2048],
     "context": [4096],
     "rope": ["auto", *registry.method_names("rope")],
     "rope_theta": [1e6],

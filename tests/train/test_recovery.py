@@ -20,7 +20,9 @@ from headwise.train.recovery import JointPlan, StageReport, recover_jointly
 from headwise.train.student import ModelFolder, Student
 from tests import small_parents as models
 
-PLAN = JointPlan(tokens=40 * 32, regression_steps=9, kl_steps=8, sequences=4, length=32, heldout=6)
+PLAN = JointPlan(
+    tokens=40 * 32, regression_steps=9, kl_steps=8, sequences=4, length=32, sampled_length=32, heldout=6
+)
 
 
 @pytest.fixture(scope="module")

@@ -30,13 +30,14 @@ from headwise.io.writer import Writer
 from headwise.models.architecture import Architecture
 from headwise.models.layout import VISION
 from headwise.progress import Progress
+from headwise.text.repeats import join_rows, repeat_passages
 from headwise.text.sampled import sample_tokens
 from headwise.train.recovery import JointPlan, as_records, recover_jointly
 from headwise.train.student import ModelFolder, Student, load_for_sampling
 
 # What the amount of text and steps is where a GPU makes it affordable, and otherwise.
-GPU_PLAN = JointPlan(tokens=4_000_000, regression_steps=1000, kl_steps=300)
-CPU_PLAN = JointPlan(tokens=262_144, regression_steps=60, kl_steps=20, sequences=4, length=512)
+GPU_PLAN = JointPlan(tokens=4_000_000, regression_steps=1000, kl_steps=600)
+CPU_PLAN = JointPlan(tokens=262_144, regression_steps=60, kl_steps=20, sequences=2, length=1024, sampled_length=512)
 # Steps on a GPU are this much larger with more than the usual text.
 LARGER_STEP = 4 / 3
 # Sustained rates on one H200 in bfloat16, on the low side of what was measured on models of 135M parameters.
@@ -83,8 +84,15 @@ def plan_joint(
             )
         return None
     plan = scaled_plan(GPU_PLAN if device.type == "cuda" else CPU_PLAN, settings.refit_tokens)
-    trained = getattr(arch.stock_config(checkpoint.config), "max_position_embeddings", plan.length)
-    plan = replace(plan, length=min(plan.length, trained))
+    context = getattr(arch.stock_config(checkpoint.config), "max_position_embeddings", None) or plan.length
+    if (settings.refit_length or 0) > context:
+        raise SettingError(
+            "refit_length",
+            f"`refit_length` is {settings.refit_length:,} tokens, and the context of {checkpoint.source} is "
+            f"{context:,}.",
+            f"Give at most {context}.",
+        )
+    plan = with_length(plan, settings.refit_length or min(plan.length, context))
     if settings.refit == "joint":
         if checkpoint.headless:
             raise SettingError(
@@ -129,6 +137,19 @@ def scaled_plan(plan: JointPlan, tokens: int | None) -> JointPlan:
     )
 
 
+def with_length(plan: JointPlan, length: int) -> JointPlan:
+    """Return a plan whose sequences have another length, with as many tokens in a step.
+
+    Args:
+        plan: the usual plan of a device.
+        length: tokens in a sequence; it is rounded down to whole sampled pieces.
+    """
+    sampled = min(plan.sampled_length, length)
+    length -= length % sampled
+    sequences = max(1, round(plan.sequences * plan.length / length))
+    return replace(plan, length=length, sampled_length=sampled, sequences=sequences)
+
+
 def joint_seconds(checkpoint: Checkpoint, arch: Architecture, target: Target, plan: JointPlan) -> float:
     """Return the forecast seconds of a joint refit on a GPU, sampling included.
 
@@ -156,7 +177,8 @@ def joint_notes(plan: JointPlan | None) -> list[str]:
         return []
     return [
         f"Joint refit: {plan.regression_steps:,} steps of regression and {plan.kl_steps:,} of KL to the parent, on "
-        f"{plan.tokens:,} tokens sampled from the parent."
+        f"{plan.tokens:,} tokens sampled from the parent. Sequences have {plan.length:,} tokens, and "
+        f"{plan.repeats:.0%} of them repeat earlier passages."
     ]
 
 
@@ -192,10 +214,11 @@ def refit_jointly(
             writer.note("joint stages", True)
         blocks = _sampled_blocks(writer, parent, plan, seed, device, progress)
         student = Student.load(ModelFolder.of(open_checkpoint(writer.folder)), ModelFolder.of(parent))
+        rows = repeat_passages(join_rows(blocks[plan.heldout :], plan.length), plan.repeats, seed)
         reports = recover_jointly(
             student,
             ModelFolder.of(parent),
-            blocks[plan.heldout :],
+            rows,
             blocks[: plan.heldout],
             plan,
             stages,
@@ -236,7 +259,7 @@ def share_text(
         device: where text is sampled.
         progress: receives the stage.
     """
-    if calibration.text != SAMPLED or calibration.length != plan.length:
+    if calibration.text != SAMPLED or calibration.length != plan.sampled_length:
         return
     blocks = _sampled_blocks(writer, parent, plan, calibration.seed, device, progress)
     heldout, rest = blocks[: plan.heldout], blocks[plan.heldout :]
@@ -253,8 +276,8 @@ def _sampled_blocks(
     blocks = sample_tokens(
         load_for_sampling(parent, device),
         load_tokenizer(parent.folder, parent.source),
-        sequences=plan.num_sequences + plan.heldout,
-        length=plan.length,
+        sequences=plan.num_sampled + plan.heldout,
+        length=plan.sampled_length,
         seed=seed,
         progress=progress,
     )

@@ -14,13 +14,24 @@ from headwise.convert.calibration import corpus
 from headwise.convert.calibration.corpus import NUM_HELDBACK, SAMPLED
 from headwise.convert.pipeline import ConvertResult, convert_model
 from headwise.convert.refit import joint
+from headwise.errors import SettingError
 from headwise.io.reader import open_checkpoint
 from headwise.train import recovery
 from headwise.train.recovery import JointPlan
 from tests import small_parents
 from tests.convert.speaking import save_speaking
 
-PLAN = JointPlan(tokens=32 * 24, regression_steps=6, kl_steps=4, sequences=4, length=32, heldout=4)
+# Text is sampled in pieces of half a sequence.
+PLAN = JointPlan(
+    tokens=32 * 24,
+    regression_steps=6,
+    kl_steps=4,
+    sequences=4,
+    length=32,
+    sampled_length=32,
+    repeats=0.0,
+    heldout=4,
+)
 TARGETS: dict[str, dict[str, Any]] = {
     "mqa": {"to": "mqa"},
     "mla": {"to": "mla", "rank": 12, "rope_dim": 4},
@@ -79,7 +90,49 @@ def test_more_text_takes_larger_steps_and_more_of_them() -> None:
     assert joint.scaled_plan(PLAN, None) == PLAN and joint.scaled_plan(PLAN, PLAN.tokens) == PLAN
     assert joint.scaled_plan(PLAN, 100) == replace(PLAN, tokens=100)
     larger = joint.scaled_plan(joint.JointPlan(4_000_000, 1000, 300), 16_000_000)
-    assert larger == joint.JointPlan(16_000_000, 1000, 900, sequences=16)
+    assert larger == joint.JointPlan(16_000_000, 1000, 900, sequences=4)
+
+
+@pytest.mark.parametrize(
+    ("length", "sequences", "kept", "sampled"),
+    [
+        (4096, 3, 4096, 1024),
+        (8192, 2, 8192, 1024),
+        (2048, 6, 2048, 1024),
+        (5000, 3, 4096, 1024),
+        (100, 123, 100, 100),
+    ],
+)
+def test_another_length_keeps_the_tokens_of_a_step(length: int, sequences: int, kept: int, sampled: int) -> None:
+    plan = joint.with_length(joint.JointPlan(4_000_000, 1000, 300), length)
+    assert (plan.sequences, plan.length, plan.sampled_length) == (sequences, kept, sampled)
+
+
+def test_a_length_beyond_the_context_is_refused(parent: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"`refit_length` is 33 tokens, and the context of .* is 32"):
+        convert(parent, tmp_path / "out", "mqa", refit_length=33)
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_reads_long_sequences_with_repeats_and_measures_plain_text(
+    parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joint, "CPU_PLAN", replace(PLAN, sampled_length=16, repeats=0.5))
+    read: list[torch.Tensor] = []
+    recover = joint.recover_jointly
+
+    def watched(student: Any, folder: Any, rows: Any, heldout: Any, *others: Any, **options: Any) -> Any:
+        read.extend((rows, heldout))
+        return recover(student, folder, rows, heldout, *others, **options)
+
+    joined: list[torch.Tensor] = []
+    repeat = joint.repeat_passages
+    monkeypatch.setattr(joint, "recover_jointly", watched)
+    monkeypatch.setattr(joint, "repeat_passages", lambda rows, *by: joined.append(rows) or repeat(rows, *by))
+    convert(parent, tmp_path / "out", "mqa")
+    rows, heldout = read
+    assert rows.shape == (24, 32) and heldout.shape == (4, 16)
+    assert 0 < int((rows != joined[0]).any(1).sum()) <= 12
 
 
 def test_a_stage_that_makes_it_worse_is_undone(
@@ -110,6 +163,6 @@ def test_calibration_reads_the_text_of_the_refit(
     read: list[torch.Tensor] = []
     monkeypatch.setattr(joint, "keep_corpus", lambda *given: read.append(given[2]) or corpus.keep_corpus(*given))
     convert(parent, tmp_path / "out", "mqa")
-    assert drawn == [PLAN.num_sequences + PLAN.heldout]
+    assert drawn == [PLAN.num_sampled + PLAN.heldout]
     assert read[0].shape == (100 // 32 + NUM_HELDBACK, 32)
     assert open_checkpoint(tmp_path / "out").config["num_key_value_heads"] == 1
