@@ -31,7 +31,8 @@ from headwise._cli.options import (
     UPTRAIN,
     parse_benchmark,
 )
-from headwise.convert.settings import ConvertSettings, SampleSettings, VerifySettings
+from headwise.convert.settings import ConvertSettings, SampleSettings
+from headwise.convert.verify.settings import VerifySettings
 from headwise.demo.settings import DemoSettings
 from headwise.environment import HEADWISE_VERSION
 from headwise.errors import GateFailed

@@ -58,6 +58,19 @@ def cache_layers(cache: Any) -> list[Any]:
     return [layer for pair in pairs for layer in pair]
 
 
+def cached_elements(layer: Any) -> int:
+    """Return the elements per token of one layer of a KV cache: key, value, and the key of an indexer.
+
+    Versions: transformers 5.16 to 5.24, `DynamicIndexedLayer.indexer_keys`, (batch, tokens, width).
+
+    Args:
+        layer: from `cache_layers`, after a forward pass.
+    """
+    index_keys = getattr(layer, "indexer_keys", None)
+    own = 0 if index_keys is None else index_keys[0, 0].numel()
+    return int(layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() + own)
+
+
 def allocate_static_cache(cache: Any, shaped: Any, batch: int) -> None:
     """Allocate the memory of a static cache that no forward pass has used yet.
 

@@ -119,6 +119,11 @@ def plain_fields(value: Any, *hidden: str) -> dict[str, Any]:
     return {key: dtype_name(item) if type(item).__name__ == "dtype" else item for key, item in shown.items()}
 
 
+class _Indexer(Protocol):
+    @property
+    def index_topk(self) -> int: ...
+
+
 class _Layout(Protocol):
     """The part of `headwise.models.layout.AttentionLayout` that its name needs."""
 
@@ -132,6 +137,8 @@ class _Layout(Protocol):
     def qk_rope_head_dim(self) -> int | None: ...
     @property
     def part(self) -> str: ...
+    @property
+    def indexer(self) -> _Indexer | None: ...
 
 
 def latent_name(kv_lora_rank: int, qk_rope_head_dim: int | None) -> str:
@@ -156,7 +163,8 @@ def layout_names(layouts: Sequence[_Layout]) -> str:
     for layout in dict.fromkeys(layouts):
         part = f"{layout.part} " if several else ""
         if layout.kv_lora_rank is not None:
-            words.append(part + latent_name(layout.kv_lora_rank, layout.qk_rope_head_dim))
+            selected = f", top {layout.indexer.index_topk:,} keys" if layout.indexer else ""
+            words.append(part + latent_name(layout.kv_lora_rank, layout.qk_rope_head_dim) + selected)
         else:
             count = layout.num_key_value_heads
             words.append(part + ("MQA" if layout.kind == "mqa" else f"{layout.kind.upper()}, {count} KV heads"))

@@ -50,6 +50,7 @@ PURE = (
     "convert.gqa",
     "convert.mla",
     "convert.positions",
+    "convert.sparse",
     "eval.stats",
     "models.rope",
     "train.losses",
@@ -58,6 +59,7 @@ IMPURE = {
     *("convert.gqa.target", "convert.mla.target"),
     *("convert.positions.context", "convert.positions.moved", "convert.positions.rope_range"),
     "convert.positions.windows",
+    *("convert.sparse.budget", "convert.sparse.warm_up"),
 }
 MATHEMATICS = {"torch", "math", "scipy", "statsmodels", "numpy"}
 TYPES = {"__future__", "collections", "dataclasses", "functools", "importlib", "itertools", "typing"}

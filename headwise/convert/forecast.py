@@ -39,18 +39,30 @@ FILE_RATE = 2.5e8
 RESTING_BYTES = 450 << 20
 
 
-def trained_length(checkpoint: Checkpoint, arch: Architecture) -> int:
-    """Return the trained context in tokens; 2048 where the config class has none.
+def trained_length(arch: Architecture, config: dict[str, Any]) -> int:
+    """Return the context of a config in tokens; 2048 where the config class has none.
 
     Args:
-        checkpoint: the source.
-        arch: its architecture.
+        arch: the architecture of the source.
+        config: its config.json, or one with other positions.
     """
-    length = getattr(arch.stock_config(checkpoint.config), "max_position_embeddings", None)
+    length = getattr(arch.stock_config(config), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else 2048
 
 
-def calibration_tokens(checkpoint: Checkpoint, arch: Architecture, steps: int, *, joint: bool = False) -> int:
+def calibration_length(indexers: bool, *, exact: bool) -> int:
+    """Return the longest calibration sequence.
+
+    Args:
+        indexers: whether indexers are trained, which need distant keys.
+        exact: whether the layers are converted without moments of attention, which take memory of length squared.
+    """
+    return (4 if exact else 2) * CALIBRATION_LENGTH if indexers else CALIBRATION_LENGTH
+
+
+def calibration_tokens(
+    checkpoint: Checkpoint, arch: Architecture, steps: int, *, joint: bool = False, indexers: bool = False
+) -> int:
     """Return the number of calibration tokens where the settings name none.
 
     Args:
@@ -58,9 +70,10 @@ def calibration_tokens(checkpoint: Checkpoint, arch: Architecture, steps: int, *
         arch: its architecture.
         steps: of regression for every layer; 0: none.
         joint: whether a joint refit follows.
+        indexers: whether indexers are trained.
     """
     width = arch.stock_config(checkpoint.config).hidden_size
-    most = TOKENS_FOR_REFIT if steps else TOKENS_BEFORE_JOINT if joint else TOKENS
+    most = TOKENS_FOR_REFIT if steps or indexers else TOKENS_BEFORE_JOINT if joint else TOKENS
     tokens: int = max(4 * CALIBRATION_LENGTH, min(most, HIDDEN_NUMBERS // width))
     return tokens
 

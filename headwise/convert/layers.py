@@ -15,6 +15,7 @@ from headwise.convert.calibration.calibrate import CalibrationPlan, check_finite
 from headwise.convert.calibration.layer_stream import LayerRecord
 from headwise.convert.refit.output_projection import solve_output_projection
 from headwise.convert.refit.regression import refit as refit_layer
+from headwise.convert.sparse.warm_up import make_indexer
 from headwise.format import plain
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import Architecture
@@ -83,10 +84,36 @@ class LayerJob:
         weights = arch.read_layer(checkpoint.config, layer, source).to_device(device)
         del source
         converted, report = target.convert_layer(layer, weights, record)
-        converted = converted.to_device("cpu")  # it is written from the CPU; the device is for the refit
         del weights
-        if calibration is None or record is None or record.inputs is None:
-            return target.export_layer(layer, converted, record), plain(report)
+        tensors = self._attention(record, layer, device, converted, report)
+        indexer = target.layouts[layer].indexer
+        if indexer is not None and calibration is not None and record is not None:
+            more, report["indexer"] = make_indexer(
+                target.config,
+                indexer,
+                layer,
+                tensors,
+                record,
+                steps=calibration.index_steps,
+                seed=calibration.seed,
+                device=device,
+            )
+            tensors = {**tensors, **more}
+        return tensors, plain(report)
+
+    def _attention(
+        self,
+        record: LayerRecord | None,
+        layer: int,
+        device: torch.device,
+        converted: Any,
+        report: dict[str, Any],
+    ) -> Mapping[str, Tensor]:
+        """Return the tensors of a converted layer after its refit, and add the refit to its report."""
+        target, calibration = self.target, self.calibration
+        converted = converted.to_device("cpu")  # it is written from the CPU; the device is for the refit
+        if calibration is None or record is None or record.inputs is None or not calibration.refits:
+            return target.export_layer(layer, converted, record)
         record.key_moment = record.value_moment = record.distances = None  # free their memory
         module = target.trainable_layer(layer, converted, device, record.inputs.shape[1])
         if module.arguments is not None:
@@ -108,8 +135,7 @@ class LayerJob:
                 device=device,
             )
             report["refit"], better = asdict(outcome), better or outcome.kept
-        tensors = module.export(record) if better else target.export_layer(layer, converted, record)
-        return tensors, plain(report)
+        return module.export(record) if better else target.export_layer(layer, converted, record)
 
 
 @dataclass(frozen=True)

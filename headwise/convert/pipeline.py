@@ -109,6 +109,11 @@ def convert_model(
     exact: bool = False,
     rope_frequencies: str | None = None,
     pad_values: bool = False,
+    sparse: str | None = None,
+    index_topk: int | None = None,
+    index_heads: int | None = None,
+    index_head_dim: int | None = None,
+    index_steps: int | None = None,
     engines: str | Sequence[str] = (),
     calibrate: str | None = None,
     calibration_tokens: int | None = None,
@@ -162,6 +167,12 @@ def convert_model(
         rope_frequencies: "default", the grid that every engine computes, or "free", frequencies of the source with
             the least error.
         pad_values: pad value heads with zeros for engines that need it.
+        sparse: "dsa" adds an indexer to every MLA layer, so that a query attends to a budget of keys. Without `to`
+            and a size, MLA is exact.
+        index_topk: keys that a query attends to; None: 2048, and an eighth of the context at most.
+        index_heads: queries of an indexer; None: 32.
+        index_head_dim: width of the index key; None: 64 or 128, by the rotary key.
+        index_steps: training steps of each indexer; 0: the closed form alone; None: 300 where there is text.
         engines: the engines to serve, of "transformers", "vllm", "sglang" and "llama.cpp"; empty: the plan gives
             the verdict of each, and no shape is chosen for one.
         calibrate: calibration text: "sampled" from the parent, "mixture", "builtin", "none", a file, `hf:DATASET`,
@@ -256,7 +267,8 @@ def convert_model(
         arguments=recorded,
         peak_memory=_peak_memory(checkpoint, arch, target, calibration, work_devices, requested),
         seconds=_seconds(checkpoint, arch, target, settings, calibration, joint, work_devices, requested),
-        exact=target.exact and not (settings.context or settings.sliding_window is not None or settings.requantize),
+        exact=target.exact
+        and not (settings.context or settings.sliding_window is not None or settings.requantize or settings.sparse),
         explain=target.explain,
         max_shard_size=settings.max_shard_size,
         engines=verdicts,

@@ -1,4 +1,4 @@
-"""Everything that a user decides about a conversion, a verification and sampled text: defaults, legal values, once.
+"""Everything that a user decides about a conversion and sampled text: defaults, legal values, once.
 
 `ConvertSettings` validates itself. The command line, `convert_model`, headwise.json, the identity of a resumed run
 and the reference page are made from it. Rules that need the model, such as legal group counts, are in `choose.py`
@@ -28,7 +28,9 @@ ROPE_RULES = ("auto", *registry.method_names("rope"))
 DTYPES = ("bfloat16", "float16", "float32")
 SHARD_SIZE = "5GB"
 DEFAULT_TEXT = "auto"
+INDEX_HEADS, INDEX_STEPS = 32, 300
 REFITS = ("auto", "off", "layers", "joint")
+SPARSE = ("dsa",)
 
 # A field, and the field that it needs to have an effect.
 NEEDS = {
@@ -38,6 +40,10 @@ NEEDS = {
     "rope_theta": "rope",
     "window_layers": "sliding_window",
     "private": "push_to_hub",
+    "index_topk": "sparse",
+    "index_heads": "sparse",
+    "index_head_dim": "sparse",
+    "index_steps": "sparse",
 }
 # A field, and the fields that contradict it.
 CLASHES = {
@@ -172,6 +178,23 @@ class ConvertSettings:
         section="Latent attention (MLA)",
         acts_with=("mla",),
     )
+    # Sparse attention
+    sparse: str | None = fields.choice(
+        "Add an indexer to MLA, so that every query attends to a budget of keys; without a size, MLA is exact.",
+        SPARSE,
+        section="Sparse attention",
+        acts_with=("mla",),
+    )
+    index_topk: int | None = fields.number(
+        "Keys that a query attends to [2048, and an eighth of the context at most].", section="Sparse attention"
+    )
+    index_heads: int | None = fields.number("Queries of an indexer.", section="Sparse attention")
+    index_head_dim: int | None = fields.number(
+        "Width of the index key [64 or 128, by the rotary key].", section="Sparse attention"
+    )
+    index_steps: int | None = fields.number(
+        "Training steps of each indexer; 0: the closed form alone.", minimum=0, section="Sparse attention"
+    )
     # Engines
     engines: Sequence[str] = fields.several(
         f"Choose shapes that this engine serves: {', '.join(ENGINES)}; may be repeated.",
@@ -289,6 +312,7 @@ class ConvertSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self._complete_sparse()
         self._check_effect()
         self._check_target()
         self._check_contradictions()
@@ -298,8 +322,13 @@ class ConvertSettings:
 
     @property
     def lossy(self) -> bool:
-        """Return whether the conversion may change the function of the model."""
+        """Return whether the conversion may change the function of the model within the budget of keys."""
         return self.to in LOSSY and not self.exact
+
+    @property
+    def reads_text(self) -> bool:
+        """Return whether the conversion makes use of calibration text."""
+        return self.lossy or self.sparse is not None
 
     @property
     def refits_layers(self) -> bool:
@@ -310,6 +339,13 @@ class ConvertSettings:
     def measured(self) -> bool:
         """Return whether the layers are measured for more than the needs of the method."""
         return self.refits_layers or self.refit == "joint" or bool(self.moments or self.save_moments)
+
+    def _complete_sparse(self) -> None:
+        """Set the layout that sparse attention needs, where the settings name none."""
+        if self.sparse and self.to is None:
+            object.__setattr__(self, "to", "mla")
+        if self.sparse and self.to == "mla" and not any(map(self._given, ("cache", "rank", "rope_dim"))):
+            object.__setattr__(self, "exact", True)
 
     @property
     def parts(self) -> dict[str, int | None]:
@@ -337,7 +373,7 @@ class ConvertSettings:
         return is_given(self, name)
 
     def _check_effect(self) -> None:
-        changes = ("to", "context", "sliding_window", "dtype", "requantize")
+        changes = ("to", "sparse", "context", "sliding_window", "dtype", "requantize")
         if not any(map(self._given, changes)):
             raise SettingError(
                 "to", f"There is nothing to change: give {', '.join(f'`{name}`' for name in changes)}."
@@ -368,6 +404,8 @@ class ConvertSettings:
     def _check_contradictions(self) -> None:
         for name, others in CLASHES.items():
             for against in others:
+                if name == "exact" and self.sparse and against in ("calibrate", "calibration_tokens"):
+                    continue  # for the indexers
                 if self._given(name) and self._given(against):
                     raise SettingError(name, f"`{name}` and `{against}` contradict each other: give one of them.")
         for name, needed in NEEDS.items():
@@ -394,6 +432,14 @@ class ConvertSettings:
                     raise SettingError(
                         "refit", f"`refit` joint trains towards the parent's own positions: leave out `{name}`."
                     )
+        if self.refit == "joint" and self.sparse:
+            raise SettingError(
+                "refit", "`refit` joint changes the attention that the indexers of `sparse` were trained for."
+            )
+        if self.sparse and (self.calibrate == "none" or self.moments is not None):
+            raise SettingError(
+                "sparse", "`sparse` makes indexers from calibration text: leave out `calibrate` none and `moments`."
+            )
         if self.requantize and self.dtype not in (None, "bfloat16"):
             raise SettingError(
                 "requantize", f"`requantize` {self.requantize} stores bfloat16 weights: leave out `dtype`."
@@ -410,8 +456,10 @@ class ConvertSettings:
         defaults: dict[str, Any] = {}
         if self.lossy:
             defaults |= {"method": "optimal", "refit": "auto"}
-            if self.moments is None:
-                defaults["calibrate"] = DEFAULT_TEXT
+        if self.reads_text and self.moments is None:
+            defaults["calibrate"] = DEFAULT_TEXT
+        if self.sparse:
+            defaults |= {"index_heads": INDEX_HEADS, "index_steps": INDEX_STEPS}
         if self.to in MERGED:
             method = self.method or "optimal"
             defaults["grouping"] = "optimal" if method == "optimal" else "contiguous"
@@ -422,25 +470,6 @@ class ConvertSettings:
         if self.sliding_window:
             defaults["window_layers"] = "all"
         return defaults
-
-
-@dataclass(frozen=True)
-class VerifySettings:
-    """The settings of a verification.
-
-    Raises:
-        SettingError: a value is not legal, or contradicts another one.
-    """
-
-    against: str | Path | None = fields.model("The parent, to compare with.")
-    hashes: bool = fields.flag("Only compare tensors and files with the hashes in headwise.json.")
-    device: str | None = fields.device("Where models and their layers run: cpu, cuda or cuda:N [cpu].")
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        for name in ("against", "device"):
-            if self.hashes and getattr(self, name) is not None:
-                raise SettingError(name, f"`hashes` compares with headwise.json alone: leave out `{name}`.")
 
 
 @dataclass(frozen=True)

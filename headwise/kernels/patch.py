@@ -49,8 +49,8 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
         The same model.
 
     Raises:
-        HeadwiseError: the model does not support sdpa, or a latent up-projection is not a plain matrix
-            (it is quantized, or an adapter wraps it).
+        HeadwiseError: the model does not support sdpa, it has indexers, or a latent up-projection is not a plain
+            matrix (it is quantized, or an adapter wraps it).
     """
     dispatch.choose_backend(None)
     if enabled(model):
@@ -59,6 +59,12 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
         raise HeadwiseError(
             f"{type(model).__name__} cannot use the decode kernels: it does not run on torch's attention.",
             "Use a model that loads with attn_implementation='sdpa'.",
+        )
+    if any(hasattr(module, "indexer") for module in model.modules()):
+        raise HeadwiseError(
+            f"{type(model).__name__} cannot use the decode kernels: they attend to all tokens, and its indexers "
+            "select some.",
+            "Decode with the model as it is.",
         )
     latent = [(name, module) for name, module in model.named_modules() if hasattr(module, "expand_kv")]
     for name, module in latent:

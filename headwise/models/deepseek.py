@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ NORM_EPS = 1e-6
 NORM_TOLERANCE = 1e-8
 
 # Projections whose rows differ in size by many powers of two: one scale for many rows would lose the small ones.
-KEPT_IN_FULL = ("kv_a_proj_with_mqa", "q_a_proj", "q_b_proj")
+KEPT_IN_FULL = ("kv_a_proj_with_mqa", "q_a_proj", "q_b_proj", "wk", "weights_proj")
 # Path of a decoder layer, in checkpoints and in the stock model, and the name of its attention module.
 LAYERS, ATTENTION = "model.layers.{layer}", "self_attn"
 COPIED_CONFIG_KEYS = (
@@ -149,8 +149,8 @@ def attention_tensors(
         residual: factor on the attention output (`residual_scale`, Granite's multiplier).
         o_bias: (D,) the source's output bias, before `residual`.
         q_lora_rank: write the queries in two factors of this rank. Queries with a bias need it, since only
-            `q_a_proj` can have a bias. `query_rank` gives the smallest rank that is exact. With `hidden_size` and
-            without a bias, `q_a_proj` is a multiple of the identity.
+            `q_a_proj` can have a bias. `query_rank` gives the smallest rank that is exact. With the number of
+            inputs (`hidden_size`, and 1 for a bias), `q_a_proj` is a multiple of the identity.
         moment: (inputs, inputs) second moment of the inputs, which gives the size of the latent.
         rms: root-mean-square of the latent, if known. It replaces `moment` for the latent.
         tolerance: of the linear norm, see `linear_norm`.
@@ -184,7 +184,7 @@ def attention_tensors(
     if q_lora_rank is None:
         tensors["q_proj.weight"] = queries
     else:
-        q_a, q_b = _query_factors(queries, hidden, q_lora_rank)
+        q_a, q_b = _query_factors(queries, q_lora_rank)
         # A power of two keeps the rounding of `q_b_proj` the only one.
         q_rms = 2.0 ** math.ceil(math.log2(latent_rms(q_a, moment)))
         q_a, q_norm, q_b = linear_norm(q_a, q_b, rms=q_rms, tolerance=tolerance)
@@ -268,9 +268,9 @@ def query_rank(layout: AttentionLayout, hidden_size: int) -> int:
     return min(layout.num_attention_heads * layout.head_dim, hidden_size + 1)
 
 
-def _query_factors(queries: Tensor, hidden: int, rank: int) -> tuple[Tensor, Tensor]:
+def _query_factors(queries: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the factors (rank, inputs) and (outputs, rank) of queries (outputs, inputs), before the norm."""
-    if rank == hidden == queries.shape[1]:
+    if rank == queries.shape[1]:
         return torch.eye(rank, dtype=queries.dtype, device=queries.device), queries
     u, s, vh = torch.linalg.svd(queries, full_matrices=False)
     return _pad_rank(vh, u * s, rank)
@@ -441,6 +441,7 @@ def make_config(
         "num_nextn_predict_layers": 0,
         **stock.config,
         **experts,
+        **(asdict(layout.indexer) if layout.indexer else {}),
     }
 
 

@@ -18,6 +18,30 @@ CONTEXTS = (8_192, 32_768, 131_072)
 
 
 @dataclass(frozen=True)
+class IndexerShape:
+    """The shape of the indexer of DeepSeek sparse attention, which selects the keys that a query attends to.
+
+    Attributes:
+        index_topk: number of keys that each query selects. Up to that many tokens, attention is dense.
+        index_n_heads: number of index queries.
+        index_head_dim: width of the index queries and of the one index key; RoPE rotates its first
+            `qk_rope_head_dim` elements.
+    """
+
+    index_topk: int
+    index_n_heads: int
+    index_head_dim: int
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Return the number of weights of an indexer whose queries read the whole hidden state.
+
+        Args:
+            hidden_size: width of the residual stream.
+        """
+        return (self.index_n_heads * (self.index_head_dim + 1) + self.index_head_dim) * hidden_size
+
+
+@dataclass(frozen=True)
 class AttentionLayout:
     """The shape of one attention layer and of its cache entry per token.
 
@@ -25,7 +49,7 @@ class AttentionLayout:
     with `kv_lora_rank` is MLA: it caches one latent of that rank and one rotary key of `qk_rope_head_dim` numbers.
     All heads share the latent and the rotary key. `part` is what the attention is ("text", "encoder", "decoder",
     "cross" or "vision"); an encoder's and a vision tower's are not `cached`. Cross-attention caches tokens of the
-    encoder.
+    encoder. A layer with an `indexer` also caches one index key per token.
 
     A layer of the part "linear" has no attention: it is linear attention or a convolution, with a state of constant
     size: `conv_state` elements in the model's dtype and `recurrent_state` elements in float32. Its heads and widths
@@ -44,6 +68,7 @@ class AttentionLayout:
     cached: bool = True
     conv_state: int = 0
     recurrent_state: int = 0
+    indexer: IndexerShape | None = None
 
     @property
     def attends(self) -> bool:
@@ -69,7 +94,8 @@ class AttentionLayout:
     @property
     def cache_elements_per_token(self) -> int:
         """Number of cache elements per token in this layer; 0 where nothing is cached."""
-        return self.key_value_elements if self.cached else 0
+        index_key = self.indexer.index_head_dim if self.indexer else 0
+        return self.key_value_elements + index_key if self.cached else 0
 
     @property
     def key_value_elements(self) -> int:
@@ -79,7 +105,7 @@ class AttentionLayout:
         return self.num_key_value_heads * (self.head_dim + self.v_head_dim)
 
     def num_parameters(self, hidden_size: int) -> int:
-        """Return the number of weights in the query, key, value and output projections of this layer.
+        """Return the number of weights in the projections of this layer, its indexer included.
 
         Args:
             hidden_size: width of the residual stream.
@@ -87,7 +113,8 @@ class AttentionLayout:
         if not self.attends:
             return 0
         queries_and_output = self.num_attention_heads * (self.head_dim + self.v_head_dim)
-        return (queries_and_output + self.key_value_elements) * hidden_size
+        indexer = self.indexer.num_parameters(hidden_size) if self.indexer else 0
+        return (queries_and_output + self.key_value_elements) * hidden_size + indexer
 
     def can_become(self, num_key_value_heads: int) -> bool:
         """Return whether equal groups of the KV heads, or equal numbers of copies of them, make another number.
@@ -120,6 +147,14 @@ class _Weights:
             device: the device of the returned tensors.
         """
         return self._each(lambda tensor: tensor.to(device))
+
+    def to(self: Self, dtype: torch.dtype) -> Self:
+        """Return the same layer in another precision.
+
+        Args:
+            dtype: the dtype of the returned tensors.
+        """
+        return self._each(lambda tensor: tensor.to(dtype))
 
     def _each(self: Self, change: Callable[[Tensor], Tensor]) -> Self:
         tensors = {n: change(t) for n, t in vars(self).items() if isinstance(t, Tensor)}
@@ -184,14 +219,6 @@ class LayerWeights(_Weights):
                 if (tensor := getattr(self, name)) is not None
             },
         )
-
-    def to(self, dtype: torch.dtype) -> LayerWeights:
-        """Return the same layer in another precision.
-
-        Args:
-            dtype: the dtype of the returned tensors.
-        """
-        return self._each(lambda tensor: tensor.to(dtype))
 
 
 @dataclass(frozen=True)

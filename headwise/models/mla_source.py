@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -107,6 +107,8 @@ class StockMla:
         config: other fields of its config.
         rope: other rope parameters.
         note: a line of the plan, or None.
+        sparse: for each type of sparse attention the name of the class with an indexer.
+        indexed: whether its layers have an indexer.
     """
 
     model_type: str
@@ -117,6 +119,8 @@ class StockMla:
     config: Mapping[str, Any]
     rope: Mapping[str, Any]
     note: str | None
+    sparse: Mapping[str, str] = field(default_factory=dict)
+    indexed: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,12 +150,15 @@ def _table() -> dict[str, Any]:
     return result
 
 
-def find_mla_source(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> MlaSource:
+def find_mla_source(
+    config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16, sparse: str | None = None
+) -> MlaSource:
     """Find the row of a model that can become MLA.
 
     Args:
         config: the text config of the source. A field that it leaves out has the default of its stock class.
         dtype: dtype of the output. float16 is refused: the linear latent norm needs weights near 1e-9.
+        sparse: the type of sparse attention of the output; None: dense.
 
     Returns:
         The model's tensor rules and factors.
@@ -188,13 +195,22 @@ def find_mla_source(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat
     scale = row.get("attention_scale")
     choice = row.get("class", "deepseek_v3")
     name = choice if isinstance(choice, str) else choice[bool(config.get(choice["by"]))]
+    stock_class = StockMla(**table["classes"][name])
     tensors = row["tensors"] if isinstance(row["tensors"], str) else row["tensors"][name]
     experts = {theirs: getattr(stock, own) for own, theirs in row.get("experts", {}).items()}
     if experts:
         experts |= {"num_experts_per_tok": stock.num_experts_per_tok, **NO_OTHER_EXPERTS}
+    if sparse is not None:
+        if sparse not in stock_class.sparse:
+            raise HeadwiseError(
+                f"A {model_type} model becomes {stock_class.architecture}, which no stock class with an indexer "
+                "replaces.",
+                "Leave out `sparse`.",
+            )
+        stock_class = StockMla(**table["classes"][stock_class.sparse[sparse]])
     return MlaSource(
         tensors=table["tensors"][tensors],
-        stock=StockMla(**table["classes"][name]),
+        stock=stock_class,
         experts=experts,
         factors={
             "embedding": stream * own.get("embedding", 1.0),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from headwise.models import deepseek, rope
 from headwise.models.architecture import find_architecture
 from headwise.models.config import MAX_LAYERS, check_rope, checked_size
 from headwise.models.deepseek import ATTENTION, LAYERS
-from headwise.models.layout import AttentionLayout, LatentWeights
+from headwise.models.layout import AttentionLayout, IndexerShape, LatentWeights
 from headwise.models.mla_source import written_class
 from headwise.models.table import find_parts, load_table, supported_model_types
 
@@ -26,6 +26,9 @@ LATENT_SIZES = (
     "qk_nope_head_dim",
     "v_head_dim",
 )
+
+
+INDEXER_SIZES = tuple(field.name for field in fields(IndexerShape))
 
 
 class AttentionModel(Protocol):
@@ -107,6 +110,7 @@ class LatentModel:
     """The attention layers of a stock model with MLA, as headwise writes it."""
 
     auto_class: str = "AutoModelForCausalLM"
+    indexed: bool = False
     layers: tuple[str, ...] = (LAYERS,)
     module: str = LAYERS
     attention: str = ATTENTION
@@ -142,7 +146,10 @@ class LatentModel:
         if not 0 < layers <= MAX_LAYERS:
             raise HeadwiseError(f"config.json has num_hidden_layers: {layers}, and 1 to {MAX_LAYERS} are possible.")
         check_rope(config.get("rope_parameters"))
-        return [AttentionLayout(heads, heads, nope_dim + rope_dim, v_dim, rope_dim, None, rank, rope_dim)] * layers
+        layout = AttentionLayout(heads, heads, nope_dim + rope_dim, v_dim, rope_dim, None, rank, rope_dim)
+        if self.indexed:
+            layout = replace(layout, indexer=IndexerShape(*(checked_size(config, n) for n in INDEXER_SIZES)))
+        return [layout] * layers
 
     def attention_path(self, layer: int) -> str:
         """Return the path of a layer's attention module, which is also its prefix in the checkpoint.
@@ -181,7 +188,7 @@ def find_attention_model(config: dict[str, Any], names: Iterable[str] = ()) -> A
     model_type = config.get("model_type")
     stock = written_class(config)
     if stock is not None and isinstance(model_type, str):
-        return LatentModel(stock.auto_class)
+        return LatentModel(stock.auto_class, stock.indexed)
     if "kv_lora_rank" in config and model_type not in supported_model_types():
         raise HeadwiseError(
             f"config.json describes a {model_type} model with multi-head latent attention (MLA) that headwise did "

@@ -80,6 +80,12 @@ def check_compatible(
     check_text(recipe.data)
     if student.stock.reads_pairs:
         check_pair_recipe(recipe)
+    if any(layout.indexer for layout in student.layouts):
+        raise HeadwiseError(
+            f"{student.checkpoint.source} has indexers, and training would change the attention that they were "
+            "made for.",
+            "Train a conversion without `sparse` first.",
+        )
     for folder in (student, teacher):
         if folder is not None and not folder.is_latent:
             if not student.stock.reads_pairs:

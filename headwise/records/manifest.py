@@ -174,7 +174,8 @@ def command_of(plan: DecidedConversion, out: str, verification: Mapping[str, Any
     if measured:
         options["calibrate"] = measured["text"]
         options["calibration_tokens"] = measured["sequences"] * measured["length"]
-        options["refit"] = measured["steps"] or "off"
+        if not options.get("exact"):
+            options["refit"] = measured["steps"] or "off"
     elif options.get("to") in ("gqa", "mqa", "mla") and not options.get("exact"):
         options["calibrate"] = "none"
     if plan.arguments.get("joint"):

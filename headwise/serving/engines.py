@@ -112,6 +112,8 @@ def engine_facts(config: Mapping[str, Any], *, window: bool = False, tokenizer: 
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
         "rms_norm_eps": config.get("rms_norm_eps"),
         "hidden_act": config.get("hidden_act", "silu"),
+        "sparse": config.get("index_topk") is not None,
+        "index_head_dim": config.get("index_head_dim"),
         "queries": "direct" if config.get("q_lora_rank") is None else "factored",
         "direct_query_depth": _has_direct_query_depth(config.get("num_hidden_layers"), config.get("vocab_size")),
         "experts_exceed_groups": _count(config, "n_routed_experts") > _count(config, "n_group"),

@@ -85,6 +85,11 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
         "exact": True,
         "rope_frequencies": "free",
         "pad_values": True,
+        "sparse": "dsa",
+        "index_topk": 8,
+        "index_heads": 2,
+        "index_head_dim": 64,
+        "index_steps": 5,
         "calibrate": "builtin",
         "calibration_tokens": 4096,
         "save_moments": "folder",
@@ -111,6 +116,8 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
         for other in {"gqa", "mqa", "mha", "mla", None} - set(setting.acts_with) if setting.acts_with else ():
             if name == "to":
                 continue
+            if name == "sparse" and other is None:
+                continue  # it sets the layout
             base = {"gqa": {"to": "gqa", "groups": 2}, "mla": mla, None: {"dtype": "float32"}}.get(
                 other, {"to": other}
             )
@@ -124,13 +131,16 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
             yield name, call, f"{flag_of(name)} and {flag_of(against)} contradict" if not partner else "contradict"
     for name, needed in NEEDS.items():
         base = {"rank": {"to": "mla"}, "rope_dim": {"to": "mla"}}.get(name, {"context": 99})
-        if needed == "context":
+        if needed in ("context", "sparse"):
             base = {"dtype": "float32"}
         yield name, {**base, name: examples[name]}, f"{flag_of(name)} needs {flag_of(needed)}"
     yield "calibration_tokens", {"to": "mqa", "calibrate": "none", "calibration_tokens": 9}, "--calibrate none"
     yield "save_moments", {"to": "mqa", "calibrate": "none", "save_moments": "folder"}, "--calibrate none"
     yield "refit", {"to": "mqa", "calibrate": "none", "refit": 5}, "needs calibration text"
     yield "refit", {"to": "mqa", "moments": "folder", "refit": 5}, "needs calibration text"
+    yield "sparse", {"sparse": "dsa", "calibrate": "none"}, "makes indexers from calibration text"
+    yield "sparse", mla | {"sparse": "dsa", "moments": "folder"}, "makes indexers from calibration text"
+    yield "refit", mla | {"sparse": "dsa", "refit": "joint"}, "changes the attention"
     yield "refit_tokens", {"to": "mqa", "refit": "layers", "refit_tokens": 4096}, "give --refit joint"
     yield "refit_length", {"to": "mqa", "refit": "layers", "refit_length": 4096}, "give --refit joint"
     yield "accept", {"to": "mqa", "accept": ("layuot",)}, "which is not one or several of"
@@ -167,6 +177,11 @@ WRONG: dict[str, list[Any]] = {
     "rank": [0],
     "rope_dim": [-2],
     "cache": [0.0, 1.5, float("nan")],
+    "sparse": ["nsa"],
+    "index_topk": [0],
+    "index_heads": [-1],
+    "index_head_dim": [0],
+    "index_steps": [-1],
     "rope_frequencies": ["fre"],
     "calibration_tokens": [0],
     "refit": [0, "never", -3],
@@ -194,6 +209,11 @@ RIGHT: dict[str, list[Any]] = {
     "exact": [True],
     "rope_frequencies": ["default", "free"],
     "pad_values": [True],
+    "sparse": ["dsa"],
+    "index_topk": [64],
+    "index_heads": [3],
+    "index_head_dim": [64],
+    "index_steps": [0, 5],
     "engines": [("vllm",), ("llama.cpp", "transformers")],
     "calibrate": ["builtin", "none", "text.jsonl"],
     "calibration_tokens": [4096],

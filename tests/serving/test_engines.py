@@ -27,6 +27,13 @@ GOOD: dict[str, Any] = dict(
     rms_norm_eps=1e-6,
     hidden_act="silu",
 )
+SPARSE = dict(
+    architectures=["DeepseekV32ForCausalLM"],
+    q_lora_rank=1024,
+    index_topk=2048,
+    index_n_heads=32,
+    index_head_dim=128,
+)
 LONGROPE = dict(rope_parameters=dict(rope_type="longrope"))
 
 
@@ -81,6 +88,15 @@ def test_deepseeks_own_shape_loads_everywhere() -> None:
         (dict(tokenizer="sentencepiece"), "llama.cpp", "no", "BPE"),
         (dict(tokenizer="unreadable"), "llama.cpp", "unknown", "tokenizer.json"),
         (dict(rms_norm_eps=1e-5, tie_word_embeddings=True), "vllm", "no", "lm_head"),
+        (SPARSE, "transformers", "loads", ""),
+        (SPARSE, "vllm", "loads", ""),
+        (SPARSE, "sglang", "loads", ""),
+        (SPARSE, "llama.cpp", "unknown", "add_bos_token"),
+        (SPARSE | dict(index_head_dim=64), "vllm", "no", "128 elements"),
+        (SPARSE | dict(index_head_dim=64), "sglang", "no", "128 elements"),
+        (SPARSE | dict(kv_lora_rank=448), "vllm", "unknown", "rows of 576"),
+        (SPARSE | dict(kv_lora_rank=448), "sglang", "unknown", "except 576"),
+        (SPARSE | dict(v_head_dim=64, qk_nope_head_dim=32), "vllm", "loads", ""),
         (dict(architectures=["OtherForCausalLM"]), "sglang", "unknown", "OtherForCausalLM"),
     ],
 )

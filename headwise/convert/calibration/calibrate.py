@@ -12,7 +12,15 @@ from torch import Tensor
 
 from headwise.convert import forecast
 from headwise.convert.base import Target
-from headwise.convert.calibration.corpus import MIXTURE, NUM_HELDBACK, SAMPLED, choose_text, read_corpus
+from headwise.convert.calibration.corpus import (
+    BUILTIN,
+    LONG_TEXT,
+    MIXTURE,
+    NUM_HELDBACK,
+    SAMPLED,
+    choose_text,
+    read_corpus,
+)
 from headwise.convert.calibration.layer_stream import LayerRecord, LayerStream
 from headwise.convert.calibration.moments import Moments
 from headwise.convert.calibration.norm_stats import NormedProjections
@@ -25,6 +33,12 @@ from headwise.io.writer import Writer
 from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.layout import VISION
 from headwise.progress import Progress
+
+# What the texts that `auto` chooses hold.
+FOREIGN = {
+    MIXTURE: "English prose, dialogue and Python of this package",
+    BUILTIN: "the library of the running Python",
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,8 @@ class CalibrationPlan:
         fitted: whether output matrices are solved for.
         keep: folder to save the moments in.
         reuse: folder to read the moments from instead of measuring them.
+        indexers: whether indexers are made.
+        index_steps: of training for every indexer.
         asked: tokens that the settings name, before they are rounded down to whole sequences; None: none.
     """
 
@@ -53,17 +69,24 @@ class CalibrationPlan:
     fitted: bool = False
     keep: Path | None = None
     reuse: Path | None = None
+    indexers: bool = False
+    index_steps: int = 0
     asked: int | None = None
 
     @property
     def keeps_text(self) -> bool:
         """Return whether each layer's inputs and outputs are kept until it is converted."""
+        return self.refits or self.indexers
+
+    @property
+    def refits(self) -> bool:
+        """Return whether output matrices are solved for, or layers are regressed."""
         return self.fitted or self.steps > 0
 
     @property
     def foreign(self) -> bool:
         """Return whether the user did not choose the text and the parent did not write it."""
-        return self.reason is not None and self.text == MIXTURE
+        return self.reason is not None and self.text in (MIXTURE, BUILTIN)
 
     @property
     def tokens(self) -> int:
@@ -103,7 +126,8 @@ def plan_calibration(
     Raises:
         SettingError: `refit` is set where there is nothing to fit, or the text is too short.
     """
-    if target.exact or not any(target.converted_names(i) for i in range(len(target.layouts))):
+    indexers = any(layout.indexer for layout in target.layouts)
+    if (target.exact and not indexers) or not any(map(target.converted_names, range(len(target.layouts)))):
         if settings.refits_layers or settings.refit == "joint":
             raise SettingError(
                 "refit", f"`refit` is {settings.refit}, and an exact conversion leaves nothing to refit."
@@ -123,15 +147,18 @@ def plan_calibration(
     if settings.moments is not None:
         saved = Moments.open(settings.moments, checkpoint)
         return CalibrationPlan(saved.text, saved.sequences, saved.length, 0, saved.seed, reuse=settings.moments)
+    trained = forecast.trained_length(arch, target.parent_config if indexers else checkpoint.config)
     length = min(
-        PAIR_LENGTH if arch.reads_pairs else forecast.CALIBRATION_LENGTH, forecast.trained_length(checkpoint, arch)
+        PAIR_LENGTH if arch.reads_pairs else forecast.calibration_length(indexers, exact=target.exact), trained
     )
     steps = forecast.refit_steps(checkpoint, arch, target, settings.refit or "off", length, device)
-    if not steps and not target.calibrated and settings.save_moments is None:
+    if not steps and not target.calibrated and not indexers and settings.save_moments is None:
         return None
     count = settings.calibration_tokens
     if count is None:
-        count = forecast.calibration_tokens(checkpoint, arch, steps, joint=settings.refit == "joint")
+        count = forecast.calibration_tokens(
+            checkpoint, arch, steps, joint=settings.refit == "joint", indexers=indexers
+        )
     if count < 2 * length:
         raise SettingError(
             "calibration_tokens",
@@ -147,7 +174,7 @@ def plan_calibration(
     chosen = choose_text(
         checkpoint,
         arch,
-        settings.calibrate or "auto",
+        LONG_TEXT if indexers and settings.calibrate == "auto" else settings.calibrate or "auto",
         count + NUM_HELDBACK * length,
         device,
         settings.allow_nan,
@@ -161,6 +188,8 @@ def plan_calibration(
         reason=chosen.reason,
         fitted=target.fitted,
         keep=settings.save_moments,
+        indexers=indexers,
+        index_steps=settings.index_steps or 0,
         asked=settings.calibration_tokens,
     )
 
@@ -182,9 +211,11 @@ def plan_notes(target: Target, calibration: CalibrationPlan | None, settings: Co
         yield f"Calibration text: {calibration.text}, because {calibration.reason}."
     if target.fitted and not calibration.fitted:
         yield "Output matrices are not solved for: that takes the text itself, not its moments."
+    if calibration.index_steps:
+        yield f"Indexers: {calibration.index_steps} steps per layer on the attention of the layer."
     if calibration.steps:
         yield f"Refit: {calibration.steps} steps per layer."
-    elif settings.refit == "auto":
+    elif settings.refit == "auto" and not target.exact:
         yield "No refit: its forecast is over ten minutes on this device; give `refit` a number of steps to run it."
 
 
@@ -196,8 +227,8 @@ def plan_warnings(calibration: CalibrationPlan | None) -> Iterator[str]:
     """
     if calibration is not None and calibration.foreign:
         yield (
-            "The calibration text is foreign to the model: English prose, dialogue and Python of this package. "
-            "Text like the model's own is better: give `calibrate` a file of it."
+            f"The calibration text is foreign to the model: {FOREIGN[calibration.text]}. Text like the model's own "
+            "is better: give `calibrate` a file of it."
         )
 
 
@@ -224,10 +255,11 @@ def plan_loss(
     if not arch.is_decoder:
         return None
     if calibration is not None and calibration.reuse is None:
-        return calibration
+        # At positions beyond its context the parent is no measure.
+        return calibration if calibration.length <= forecast.trained_length(arch, checkpoint.config) else None
     if target.exact or settings.allow_nan or arch.auto_class != "AutoModelForCausalLM":
         return None
-    length = min(forecast.CALIBRATION_LENGTH, forecast.trained_length(checkpoint, arch))
+    length = min(forecast.CALIBRATION_LENGTH, forecast.trained_length(arch, checkpoint.config))
     return CalibrationPlan(MIXTURE, 0, length, 0, settings.seed)
 
 
@@ -285,7 +317,10 @@ def iter_layer_stats(
                 yield layer
 
     records = stream.records(
-        keep_activations=calibration.keeps_text, layers=read(), normed=normed if target.regresses_norms else None
+        keep_activations=calibration.keeps_text,
+        attention_stats=not target.exact,
+        layers=read(),
+        normed=normed if target.regresses_norms else None,
     )
     yield from _kept(records, checkpoint, calibration)
     yield from ((None, layer) for layer in unread)

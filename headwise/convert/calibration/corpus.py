@@ -29,7 +29,9 @@ from headwise.text.blocks import blocks_from
 from headwise.text.sampled import sample_tokens
 from headwise.train.student import load_for_sampling
 
-SAMPLED, MIXTURE = "sampled", "mixture"
+SAMPLED, MIXTURE, BUILTIN = "sampled", "mixture", "builtin"
+# The value of `calibrate` for text of long documents: indexers learn which distant keys matter.
+LONG_TEXT = "auto long"
 # `auto` samples no less than this: on 32,768 tokens the mixture was better on every text measured (decision 0026).
 FEWEST_SAMPLED = 65_536
 FILE = "text.safetensors"
@@ -94,10 +96,13 @@ def choose_text(
         checkpoint: the source.
         arch: its architecture.
         calibrate: the setting; "auto" samples text from the parent if that is affordable, else takes the mixture.
+            `LONG_TEXT` takes the longest documents at hand.
         tokens: number of calibration tokens.
         device: where text is sampled.
         allow_nan: whether the weights may hold NaN.
     """
+    if calibrate == LONG_TEXT:
+        return TextChoice(BUILTIN, "indexers learn from long documents")
     if calibrate != "auto":
         return TextChoice(calibrate)
     if checkpoint.headless:

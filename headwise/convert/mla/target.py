@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from headwise.convert.mla.shape import check_shape, choose_shape, source_cache
 from headwise.convert.mla.stand_in import linear_stand_in, unit_scale
 from headwise.convert.positions.context import rope_sets
 from headwise.convert.settings import ConvertSettings
+from headwise.convert.sparse.budget import indexer_notes, indexer_shape, indexer_tensor_shapes
 from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import Checkpoint
 from headwise.io.writer import OutputTensor
@@ -27,7 +28,7 @@ from headwise.models import deepseek, mla_source, rope
 from headwise.models.architecture import Architecture
 from headwise.models.config import dtype_of
 from headwise.models.deepseek import ATTENTION, LAYERS
-from headwise.models.layout import LatentWeights, LayerWeights
+from headwise.models.layout import AttentionLayout, LatentWeights, LayerWeights
 from headwise.models.norm_free import from_norm_free_state, norm_free_attention
 from headwise.models.stock import empty_model, layer_arguments, move_to_device
 from headwise.serving import engines
@@ -54,6 +55,10 @@ EXPLAINED = {
     "q_a_layernorm": "a norm, made linear",
     "q_b_proj": "queries, second factor",
     "o_proj": "output of the new values",
+    "wq_b": "queries of the indexer",
+    "wk": "key of the indexer",
+    "k_norm": "a norm, made linear",
+    "weights_proj": "weights of the indexer's queries",
 }
 
 
@@ -90,7 +95,7 @@ class LatentTarget:
                 "It can become GQA or MQA: `to` gqa with `groups`.",
             )
         self.dtype = dtype or dtype_of(config)
-        self.rule = mla_source.find_mla_source(text, self.dtype)
+        self.rule = mla_source.find_mla_source(text, self.dtype, settings.sparse)
         self.auto_class = self.rule.stock.auto_class
         self.source, self.arch, self.parent_config = checkpoint, arch, config
         self.method, self.exact = registry.find_method("latent", settings.method or "optimal"), settings.exact
@@ -122,26 +127,40 @@ class LatentTarget:
         ]
         if (note := unpaid_degree(self._before[0], self.layouts[0])) is not None:
             self.notes.append(note)
+        if settings.sparse:
+            shape = indexer_shape(settings, rope_dim, stock.max_position_embeddings)
+            self.layouts = [replace(each, indexer=shape) for each in self.layouts]
+            self.notes += indexer_notes(shape, self._hidden_size)
         layout = self.layouts[0]
         self.q_lora_rank = deepseek.query_rank(layout, self._hidden_size) if biased else None
-        if not biased and engines.needs_factored_queries(len(self._before), stock.vocab_size, settings.engines):
+        if settings.sparse:
+            self.q_lora_rank = self._hidden_size + biased
+        elif not biased and engines.needs_factored_queries(len(self._before), stock.vocab_size, settings.engines):
             self.q_lora_rank = self._hidden_size
             self.notes.append(
                 "Queries are written in two factors, which llama.cpp needs at this depth. The first is a multiple "
                 f"of the identity, and adds {self._hidden_size**2:,} weights per layer."
             )
-        self.config = deepseek.make_config(
-            # A field that the config leaves out has the default of the source's class, which may not be DeepSeek's.
-            stock.to_dict(),
-            layout,
-            theta=self._theta,
-            frequencies=self._grid,
-            attention_bias=bias,
-            q_lora_rank=self.q_lora_rank,
-            dtype=str(self.dtype).removeprefix("torch."),
-            stock=self.rule.stock,
-            experts=self.rule.experts,
-        )
+        # A field that the config leaves out has the default of the source's class, which may not be DeepSeek's.
+        fields, name = stock.to_dict(), str(self.dtype).removeprefix("torch.")
+
+        def make_config(stock_class: mla_source.StockMla, layout: AttentionLayout) -> dict[str, Any]:
+            return deepseek.make_config(
+                fields,
+                layout,
+                theta=self._theta,
+                frequencies=self._grid,
+                attention_bias=bias,
+                q_lora_rank=self.q_lora_rank,
+                dtype=name,
+                stock=stock_class,
+                experts=self.rule.experts,
+            )
+
+        self.config = make_config(self.rule.stock, layout)
+        # A layer is trained before it has an indexer.
+        dense = mla_source.find_mla_source(text, self.dtype).stock
+        self._dense_config = make_config(dense, replace(layout, indexer=None))
         if self.rule.stock.note:
             self.notes.append(self.rule.stock.note)
         layers = range(len(self._before))
@@ -149,6 +168,8 @@ class LatentTarget:
         copies = mla_source.plan_scaled_copies(self.rule, checkpoint.tensors, attention)
         self._copies = {copy.name: copy for copy in copies}
         self._shapes = deepseek.attention_shapes(layout, self._hidden_size, bias=bias, q_lora_rank=self.q_lora_rank)
+        if layout.indexer and self.q_lora_rank:
+            self._shapes |= indexer_tensor_shapes(layout.indexer, self._hidden_size, self.q_lora_rank)
         self.outputs = mla_source.plan_outputs(copies, checkpoint.tensors, self._shapes, self.dtype)
         empty = mla_source.empty_tensors(self.rule, len(self._before), self._hidden_size)
         self.outputs += [OutputTensor(name, self.dtype, shape) for name, shape in empty.items()]
@@ -159,7 +180,7 @@ class LatentTarget:
         """See `Target`."""
         copy = self._copies.get(name)
         if copy is None:
-            part = name.rpartition(".weight")[0].rpartition(".")[2]
+            part = name.rpartition(".")[0].rpartition(".")[2]
             return EXPLAINED.get(part, "attention of DeepSeek") if name in self._written else "held by the latent"
         reasons = ["experts stacked"] if copy.stack else []
         if name == mla_source.HEAD and copy.source == mla_source.EMBEDDING:
@@ -231,8 +252,8 @@ class LatentTarget:
         self, layer: int, converted: LatentWeights, device: torch.device, length: int
     ) -> Refittable:
         """See `Target`."""
-        attention = norm_free_attention(self.config, layer, converted, self._o_bias(layer), device)
-        model = empty_model(self.config, self.auto_class)
+        attention = norm_free_attention(self._dense_config, layer, converted, self._o_bias(layer), device)
+        model = empty_model(self._dense_config, self.auto_class)
         arguments = layer_arguments(model, LAYERS, length, torch.float32)[layer]
         parameters = [p for name, p in attention.named_parameters() if name != "o_proj.bias"]
 

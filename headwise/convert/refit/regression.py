@@ -86,7 +86,7 @@ def refit(
     before = output_error(attention, record, heldout, device)
     peak = learning_rate * min(1.0, math.sqrt(steps / ANNEALED))
     optimizer = torch.optim.Adam(units, lr=peak, betas=(0.9, 0.95), eps=1e-12)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps))
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, steps))
     scale = float(outputs[train].square().mean())
     order = torch.empty(0, dtype=torch.long)
     for p in parameters:
@@ -105,7 +105,7 @@ def refit(
         with torch.no_grad():
             for p, unit, size in zip(parameters, units, sizes, strict=True):
                 p.copy_(unit * size)
-        schedule.step()
+        rates.step()
         tick(float(loss.detach()))
     for p in parameters:
         p.requires_grad_(False)
@@ -201,7 +201,13 @@ def apply_attention(attention: nn.Module, record: LayerRecord, inputs: Tensor, s
     return result
 
 
-def _schedule(step: int, steps: int) -> float:
+def schedule(step: int, steps: int) -> float:
+    """Return the learning rate of a step over its peak: a linear warm-up, then a cosine to zero.
+
+    Args:
+        step: from 0.
+        steps: of the training.
+    """
     warmup = max(1, round(WARMUP * steps))
     if step < warmup:
         return (step + 1) / warmup

@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
-from headwise.compat import cache_layers, cache_of
+from headwise.compat import cache_layers, cache_of, cached_elements
 from headwise.convert.positions.moved import POSITION_SETTINGS, with_positions
-from headwise.convert.settings import ConvertSettings, VerifySettings
+from headwise.convert.settings import ConvertSettings
 from headwise.convert.verify.factored import FactoredAttention, check_factors, compare_with_parent
 from headwise.convert.verify.grouped import RepeatedAttention, check_groups, compare_grouped, shares_heads
 from headwise.convert.verify.layer_inputs import TOKENS
+from headwise.convert.verify.selection import check_selection
+from headwise.convert.verify.settings import VerifySettings
 from headwise.convert.verify.verification import Check, Verification
 from headwise.convert.verify.whole_model import WHOLE_BYTES, check_loading
 from headwise.environment import find_device
@@ -147,6 +149,8 @@ def check_folder(
     trained = bool(record and record.get("uptraining"))
     if own_layouts[0].kind == "mla":
         add("function", check_factors, checkpoint, model, device)
+        if own_layouts[0].indexer is not None:
+            add("selection", check_selection, checkpoint, model, device)
         if parent is not None:
             add("parent", compare_with_parent, checkpoint, parent, model, trained, device)
     else:
@@ -203,6 +207,8 @@ def _layouts_are_recorded(layouts: Sequence[AttentionLayout], arguments: Mapping
         }
         chosen = layout.part in named if named else layout.cached or not cached
         recorded = targets.get(str(to), {}) if chosen else {}
+        if to is not None and (arguments.get("sparse") is None) != (layout.indexer is None):
+            return False, f"headwise.json and layer {layer} disagree on an indexer"
         if to == "mla" and layout.kv_lora_rank is None:
             return False, f"headwise.json records MLA, and layer {layer} has {layout.num_key_value_heads} KV heads"
         for name, value in recorded.items():
@@ -252,7 +258,7 @@ def _cache_is(
         widths = {"inputs_embeds": text.config.hidden_size} | model.cross_states(checkpoint.config)
         given = {name: torch.empty(1, TOKENS, width, device="meta") for name, width in widths.items()}
         layers = cache_layers(cache_of(text(**given, use_cache=True)))
-    measured = [layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in layers]
+    measured = [cached_elements(layer) for layer in layers]
     expected = [layout.cache_elements_per_token for layout in cached]
     if measured != expected:
         return False, f"per token and layer the cache holds {measured} numbers, and the layouts need {expected}"

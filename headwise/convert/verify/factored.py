@@ -17,6 +17,7 @@ from headwise.convert.verify.layer_inputs import (
     attention_inputs,
     check_tokens,
     relative_error,
+    within_budget,
 )
 from headwise.convert.verify.rounded import is_stored, rounds_weights
 from headwise.convert.verify.whole_model import compare_logits
@@ -98,6 +99,7 @@ def check_factors(
     """
     attention, factored = StockAttention(checkpoint.config, model), FactoredAttention(checkpoint)
     tokens = check_tokens(checkpoint, checkpoint.config["vocab_size"])
+    tokens = within_budget(tokens, model.layouts(checkpoint.config))
     worst, worst_layer, bend = 0.0, 0, 0.0
     for layer, x, _ in attention_inputs(checkpoint, model, tokens, device):
         tensors = model.tensors(checkpoint, layer)

@@ -7,7 +7,7 @@ twentieth of unit size, and unit-normal inputs leave the linear range of the lat
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -53,6 +53,16 @@ def check_tokens(checkpoint: Checkpoint, vocab_size: int) -> Tensor:
         known = torch.tensor([token for token in ids if token < vocab_size], dtype=torch.long)
         row[: len(known)] = known
     return tokens
+
+
+def within_budget(tokens: Tensor, layouts: Iterable[AttentionLayout]) -> Tensor:
+    """Return the tokens up to which attention with indexers is dense; all of them without an indexer.
+
+    Args:
+        tokens: from `check_tokens`.
+        layouts: of every layer.
+    """
+    return tokens[:, : min((x.indexer.index_topk for x in layouts if x.indexer), default=TOKENS)]
 
 
 def check_pairs(tokens: Tensor, start: int) -> Pairs:
@@ -164,6 +174,14 @@ class StockAttention:
         self._states = {name: value.double() for name, value in random_states(stock, config).items()}
         self._arguments: list[dict[str, Any]] | None = None
 
+    def module(self, layer: int) -> torch.nn.Module:
+        """Return the stock attention module of a layer, whose weights are there during a call only.
+
+        Args:
+            layer: its index.
+        """
+        return self._model.get_submodule(self._stock.attention_path(layer))  # type: ignore[no-any-return]
+
     def __call__(
         self, layer: int, tensors: Mapping[str, Tensor], inputs: Tensor, arguments: dict[str, Any] | None = None
     ) -> Tensor:
@@ -180,7 +198,7 @@ class StockAttention:
             self._arguments = layer_arguments(
                 self._model, self._stock.module, inputs.shape[1], torch.float64, self._states
             )
-        attention = self._model.get_submodule(self._stock.attention_path(layer))
+        attention = self.module(layer)
         with torch.no_grad():
             given = arguments if arguments is not None else (self._arguments or [])[layer]
             output = attention(hidden_states=inputs, **for_rows(given, self._states, len(inputs)))

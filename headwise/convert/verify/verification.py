@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from headwise.errors import GateFailed
 
 # The checks of a new folder, in their order. A failure of each of them can be accepted.
-CHECKS = ("tensors", "layout", "cache", "function", "parent", "loading")
+CHECKS = ("tensors", "layout", "cache", "function", "selection", "parent", "loading")
 
 
 class Check(NamedTuple):

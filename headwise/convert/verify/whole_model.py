@@ -8,9 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.compat import cache_layers, cache_of, no_progress_bars
+from headwise.compat import cache_layers, cache_of, cached_elements, no_progress_bars
 from headwise.convert.calibration.layer_stream import LayerStream
-from headwise.convert.verify.layer_inputs import TOKENS, check_pairs, check_tokens, relative_error
+from headwise.convert.verify.layer_inputs import (
+    TOKENS,
+    check_pairs,
+    check_tokens,
+    relative_error,
+    within_budget,
+)
 from headwise.io.quantized.quantization import PLAIN_DTYPE
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import find_architecture
@@ -80,7 +86,7 @@ def check_loading(
         detail += " and generates"
     if attention is None:
         return True, detail
-    tokens = check_tokens(checkpoint, model.get_input_embeddings().num_embeddings)
+    tokens = within_budget(check_tokens(checkpoint, model.get_input_embeddings().num_embeddings), layouts)
     with torch.inference_mode():
         logits = _run_whole(model, checkpoint, stock, tokens, device)
         del model
@@ -119,7 +125,7 @@ def _generates(
     # Without an image, a decoder skips its cross-attention, which then has an empty cache.
     cache = [layer for layer in cache_layers(cache_of(generated)) if layer.keys is not None and layer.keys.numel()]
     cached = [x for x in layouts if x.cached and (stock.reads_pairs or x.part != CROSS)]
-    elements = [layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in cache]
+    elements = [cached_elements(layer) for layer in cache]
     if elements != [layout.cache_elements_per_token for layout in cached]:
         return False, f"after generate() the cache holds {elements} elements per token and layer"
     return True, ""
@@ -172,6 +178,7 @@ def compare_logits(
     dtype, parent_dtype = _dtype(checkpoint), _dtype(parent)
     stored = dtype if dtype != parent_dtype and not recomputed else torch.float32
     tokens = check_tokens(parent, _vocab_size(parent, parent_stock))
+    tokens = within_budget(tokens, stock.layouts(checkpoint.config))
     expected = _logits(parent, parent_stock, tokens, device, stored=stored)
     error = relative_error(_logits(checkpoint, stock, tokens, device), expected)
     limit = LOGITS_TOLERANCE
