@@ -308,6 +308,7 @@ def main() -> None:
         checkpointing=options.checkpointing,
         num_shards=num_shards,
         num_replicas=1 if num_shards > 1 else count,
+        accumulates=batch // count > micro,
     )
     if not processes.is_main_process:
         return

@@ -2,6 +2,7 @@
 
     python -m benchmarks.two_gpus WORK                              on a machine with two GPUs and no network
     python -m benchmarks.two_gpus WORK --device cpu --small         the same commands on a CPU, to try them
+    python -m benchmarks.two_gpus WORK --conversion --layers 32     the conversion alone, of the whole 7B shape
 
 Run it in the root of a clone. WORK needs 20 GB. Every part runs in processes of its own, with a limit of its own,
 and prints a line of JSON when it is done or has failed.
@@ -22,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,7 +43,7 @@ HEADWISE = [sys.executable, "-m", "headwise"]
 # Seconds that a part may take. Those of the first group run at the same time.
 LIMITS = {
     "checkpoint": 110,
-    "resume": 130,
+    "resume": 220,
     "eval": 130,
     "convert-1": 160,
     "convert-2": 120,
@@ -67,6 +68,7 @@ class Run:
         self.work: Path = options.work
         self.cpu, self.small = options.device == "cpu", options.small
         self.layers, self.groups = (5, 2) if self.small else (options.layers, 8)
+        self.conversion: bool = options.conversion
         self.end = time.monotonic() + options.seconds
         self.limits: dict[str, float] = {}
 
@@ -186,12 +188,24 @@ def compare_records(run: Run) -> dict[str, Any]:
     one, two = (json.loads((run.work / f"record-{count}.json").read_text()) for count in (1, 2))
     apart = [name for name, digest in one["sha256"].items() if two["sha256"].get(name) != digest]
     fields = [name for name in one if one[name] != two.get(name)]
+    errors = [dict(numbers(record["layers"])) for record in (one, two)]
+    far = [abs(value / errors[1][name] - 1) for name, value in errors[0].items() if errors[1].get(name)]
     return {
         "bytes equal": not fields,
         "tensors": len(one["sha256"]),
         "tensors that differ": apart,
         "fields": fields,
+        "largest relative difference of the layers' figures": max(far, default=0.0),
     }
+
+
+def numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the numbers in nested data with their paths."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            yield from numbers(each, f"{name}/{key}")
+    elif isinstance(value, float | int):
+        yield name, float(value)
 
 
 # Training
@@ -355,16 +369,15 @@ def measure(run: Run) -> None:
             )
         return {"layers": run.layers}
 
-    small_child(run)
-    with ThreadPoolExecutor(3) as pool:
-        made = [
-            pool.submit(run.part, name, work)
-            for name, work in (
-                ("checkpoint", make),
-                ("resume from 2 to 1 processes", lambda: resume(run)),
-                ("eval on 1 and 2 processes", lambda: evaluate(run)),
-            )
+    first: list[tuple[str, Callable[[], dict[str, Any]]]] = [("checkpoint", make)]
+    if not run.conversion:
+        small_child(run)
+        first += [
+            ("resume from 2 to 1 processes", lambda: resume(run)),
+            ("eval on 1 and 2 processes", lambda: evaluate(run)),
         ]
+    with ThreadPoolExecutor(3) as pool:
+        made = [pool.submit(run.part, *each) for each in first]
         for future in made:
             future.result()
     conversions = [run.part(f"convert on {n}", lambda n=n: convert(run, n)) for n in (1, 2)]  # type: ignore[misc]
@@ -375,6 +388,8 @@ def measure(run: Run) -> None:
             "speed of 2 / 1, layers": one["stages"]["Converting"] / two["stages"]["Converting"],
         }
         show("convert", ratios | compare_records(run))
+    if run.conversion:
+        return
     trainings = [run.part(f"train on {n}", lambda n=n: train(run, n)) for n in (2, 1)]  # type: ignore[misc]
     if not any("failed" in result for result in trainings):
         two, one = (result["loops"]["ours"] for result in trainings)
@@ -390,6 +405,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=8, help="of the 7B shape, for the conversion")
+    parser.add_argument("--conversion", action="store_true", help="convert alone: no training and no evaluation")
     parser.add_argument("--small", action="store_true", help="tiny shapes")
     parser.add_argument("--seconds", type=float, default=470, help="after which nothing begins and all is ended")
     parser.add_argument("--convert", nargs=2, metavar=("MODEL", "OUT"), help="a conversion, as a part starts it")

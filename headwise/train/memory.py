@@ -119,7 +119,11 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class MemoryForecast:
-    """Bytes of one process at the peak of a training step."""
+    """Bytes of one process at the peak of a training step.
+
+    Attributes:
+        apart: bytes counted twice, because gradients and activations are never held in full at the same time.
+    """
 
     parameters: int
     gradients: int
@@ -128,11 +132,17 @@ class MemoryForecast:
     activations: int
     logits: int
     overhead: int
+    apart: int = 0
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The bytes by what takes them."""
+        return {name: nbytes for name, nbytes in asdict(self).items() if name != "apart"}
 
     @property
     def total(self) -> int:
-        """All of them together."""
-        return sum(asdict(self).values())
+        """All parts together, at the peak."""
+        return sum(self.parts.values()) - self.apart
 
 
 def forecast_memory(
@@ -145,6 +155,7 @@ def forecast_memory(
     checkpointing: bool = False,
     num_shards: int = 1,
     num_replicas: int = 1,
+    accumulates: bool = True,
     chunk: int = CHUNK,
 ) -> MemoryForecast:
     """Forecast the peak of one process.
@@ -158,6 +169,8 @@ def forecast_memory(
         checkpointing: gradient checkpointing, layer by layer.
         num_shards: processes over which FSDP2 shards parameters, gradients, optimizer and teacher.
         num_replicas: processes that hold whole copies. DDP gathers gradients in buckets as large as the gradients.
+        accumulates: whether a step has several forward passes, of which the later ones run beside the gradients.
+            In a single pass the backward pass frees activations as it fills the gradients.
         chunk: elements of logits that the loss converts to float32 at once.
 
     Returns:
@@ -192,7 +205,11 @@ def forecast_memory(
         "activations": activations + copies,
         "logits": logits,
     }
-    return MemoryForecast(**parts, overhead=RESTING_BYTES + int(FRAGMENTATION * sum(parts.values())))
+    apart = 0
+    if not accumulates and num_replicas == 1:  # the buckets of DDP stay
+        apart = min(parts["gradients"], parts["activations"] + parts["logits"])
+    overhead = RESTING_BYTES + int(FRAGMENTATION * sum(parts.values()))
+    return MemoryForecast(**parts, overhead=overhead, apart=apart)
 
 
 def require_memory(
@@ -211,7 +228,7 @@ def require_memory(
     """
     if forecast.total <= free:
         return
-    largest = sorted(asdict(forecast).items(), key=lambda part: -part[1])[:3]
+    largest = sorted(forecast.parts.items(), key=lambda part: -part[1])[:3]
     parts = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in largest)
     fitting = next(((change, other) for change, other in alternatives.items() if other.total <= free), None)
     raise HeadwiseError(
@@ -296,10 +313,12 @@ def forecast_run(
         The forecast, in bytes.
     """
     tokens = training.batch_tokens // num_processes
+    at_once = max(length, min(tokens, training.micro_batch_tokens or tokens))
     return forecast_memory(
         ModelShape.of_folder(student),
         num_trained=num_trained_parameters(student, training),
-        tokens=max(length, min(tokens, training.micro_batch_tokens or tokens)),
+        tokens=at_once,
+        accumulates=tokens > at_once,
         teacher=None if teacher is None else ModelShape.of_folder(teacher),
         bf16=bf16,
         checkpointing=training.gradient_checkpointing if checkpointing is None else checkpointing,

@@ -66,7 +66,13 @@ def test_the_forecast_is_what_a_run_takes(checkpointing: bool) -> None:
         parameters = LlamaForCausalLM(config).num_parameters()
     shape = ModelShape.of(config, parameters)
     found = forecast_memory(
-        shape, num_trained=parameters, tokens=1024, teacher=shape, bf16=False, checkpointing=checkpointing
+        shape,
+        num_trained=parameters,
+        tokens=1024,
+        teacher=shape,
+        bf16=False,
+        checkpointing=checkpointing,
+        accumulates=False,
     )
     assert int(done.stdout) == pytest.approx(found.total - found.overhead, rel=0.25)
 
@@ -116,9 +122,14 @@ def test_a_7b_student_beside_its_parent() -> None:
     assert 125e9 < one.total < 141e9
     two = forecast_memory(shape, **options, num_shards=2)
     assert 0.5 * one.total < two.total < 0.58 * one.total
+    # In a single pass the gradients fill as the activations are freed.
+    single = forecast_memory(shape, **options, num_shards=2, accumulates=False)
+    assert single.parts == two.parts and single.apart == two.activations + two.logits < two.gradients
+    assert single.total == two.total - single.apart
     # DDP keeps everything on each GPU, and the gradients twice.
     ddp = forecast_memory(shape, **options, num_replicas=2)
     assert ddp.total > one.total + 4 * shape.num_parameters
+    assert forecast_memory(shape, **options, num_replicas=2, accumulates=False) == ddp
 
 
 def test_a_run_that_does_not_fit_is_refused_with_what_would() -> None:
