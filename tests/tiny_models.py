@@ -243,6 +243,35 @@ OTHERS: dict[str, dict[str, Any]] = {
         | {"hidden_size": 24, "out_hidden_size": 112, "num_key_value_heads": 6, "num_heads": 6, "depth": 2},
         **_IMAGE_TOKENS,
     },
+    "dia": {
+        "encoder_config": _COMMON | _heads(6, 6, 8),
+        "decoder_config": _COMMON
+        | _heads(6, 3, 8)
+        | {"hidden_size": 40, "cross_num_attention_heads": 6, "cross_num_key_value_heads": 6, "cross_head_dim": 4}
+        | {"cross_hidden_size": 36, "num_channels": 3},
+        "delay_pattern": [0, 1, 2],
+    },
+    "canary": {
+        "vocab_size": VOCABULARY,
+        "encoder_config": {
+            "model_type": "parakeet_encoder",
+            "hidden_size": 36,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+            "num_mel_bins": 16,
+            "subsampling_conv_channels": 8,
+            "conv_kernel_size": 3,
+            "subsampling_factor": 4,
+        },
+        "decoder_config": _COMMON | _heads(6, 6, 8) | {"attention_bias": True},
+    },
+    "moonshine_streaming": _COMMON
+    | {
+        "encoder_config": _COMMON | _heads(6, 6) | {"sliding_windows": [[16, 4], [16, 0]]},
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+    },
     "eurobert": _COMMON | _heads(6, 3, 8) | {"attention_bias": True},
     "t5gemma": {
         "encoder": _MODULE
@@ -351,6 +380,13 @@ def inputs_of(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
     if hasattr(getattr(model.config, "vision_config", None), "num_key_value_heads"):
         given = image_inputs(model)
         return given | {"pixel_values": given["pixel_values"].to(model.dtype)}
+    generator = torch.Generator().manual_seed(4)
+    if hasattr(model.config, "delay_pattern"):  # several codes at each position of the target
+        return {"input_ids": tokens(), "decoder_input_ids": tokens(15).view(2, 5, 3)}
+    for name, shape in (("input_features", (2, 32, 16)), ("input_values", (2, 800))):
+        if model.main_input_name == name:
+            sound = torch.randn(shape, generator=generator).to(model.dtype)
+            return {name: sound, "decoder_input_ids": tokens(9)}
     if not model.config.is_encoder_decoder:
         return {"input_ids": tokens()}
     return {"input_ids": tokens(), "decoder_input_ids": tokens(9).flip(0)}

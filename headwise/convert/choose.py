@@ -14,7 +14,7 @@ from headwise.convert.settings import ConvertSettings
 from headwise.errors import SettingError
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import Architecture, find_architecture
-from headwise.models.layout import CROSS, VISION, AttentionLayout
+from headwise.models.layout import CROSS, AttentionLayout
 
 
 def choose_target(checkpoint: Checkpoint, arch: Architecture, settings: ConvertSettings) -> Target:
@@ -45,15 +45,17 @@ def choose_target(checkpoint: Checkpoint, arch: Architecture, settings: ConvertS
         target = GroupedTarget(
             checkpoint, arch, parent.with_groups(config, counts), config, settings, changed=set(counts), dtype=dtype
         )
-        if arch.cross_states(config) and not arch.reads_pairs and CROSS in counts and not target.exact:
+        no_images = arch.on_text and not arch.reads_pairs and arch.cross_states(config) and CROSS in counts
+        if no_images and not target.exact:
             target.warnings.append(
                 "No images are read: cross-attention is merged without moments, and every direction of its input "
                 "counts the same."
             )
-        if VISION in counts and not target.exact:
+        unread = [part for part in counts if any(x.part == part and not x.on_text for x in target.layouts)]
+        if unread and not target.exact:
             target.warnings.append(
-                "No images are read: the vision tower is merged by its weights alone, and every direction of its "
-                "input counts the same."
+                f"Text does not run {' and '.join(unread)}, and nothing else is read: the weights alone decide how "
+                "heads merge, and every direction of their input counts the same."
             )
     target.notes[:0] = notes
     return target

@@ -41,7 +41,7 @@ from headwise.models.fusion import (
     split_gate,
     stored_norm,
 )
-from headwise.models.layout import VISION, AttentionLayout, LayerWeights
+from headwise.models.layout import AttentionLayout, LayerWeights
 from headwise.models.table import ArchitectureRow, QkNorm, find_parts, find_row, load_table, require_variant
 
 
@@ -61,12 +61,12 @@ class Architecture(ArchitectureRow):
     @property
     def reads_pairs(self) -> bool:
         """Whether the model is an encoder-decoder, which reads a source and a target."""
-        return len({part.module for part in self.parts if part.part != VISION}) > 1
+        return len({part.module for part in self.parts if part.on_text}) > 1
 
     @property
     def is_decoder(self) -> bool:
-        """Whether the model has one attention stack with a cache, and at most a vision tower beside it."""
-        return self.cached and {part.part for part in self.parts} <= {self.part, VISION}
+        """Whether text runs one attention stack, which has a cache."""
+        return self.cached and self.on_text and {p.part for p in self.parts if p.on_text} <= {self.part}
 
     def cross_states(self, config: dict[str, Any]) -> dict[str, int]:
         """Return the arguments from which cross-attention makes keys and values, with their widths; none without.
@@ -151,10 +151,16 @@ class Architecture(ArchitectureRow):
                 sliding_window=window if layer_types[layer] in (None, "sliding_attention") else None,
                 part=self.part,
                 cached=self.cached,
+                on_text=self.on_text,
             )
             for layer in range(stock.num_hidden_layers)
         ]
         return with_linear_layers(layouts, layer_types, stock, self.linear) if self.linear else layouts
+
+    @property
+    def _usual_parts(self) -> list[Architecture]:
+        """The parts that change if none is named: the cached ones, or all where nothing is cached."""
+        return [part for part in self.parts if part.cached] or list(self.parts)
 
     def legal_groups(self, config: dict[str, Any]) -> list[int]:
         """Return the numbers of key-value heads that the stock class can use, ascending.
@@ -163,8 +169,7 @@ class Architecture(ArchitectureRow):
             config: the checkpoint's config.json.
         """
         if self.parts:
-            sets = [set(p.legal_groups(config)) for p in self.parts if p.cached]
-            return sorted(set.intersection(*sets))
+            return sorted(set.intersection(*(set(p.legal_groups(config)) for p in self._usual_parts)))
         layout = self.layouts(config)[0]
         heads = layout.num_attention_heads
         if self.fixed_groups:
@@ -382,7 +387,7 @@ class Architecture(ArchitectureRow):
         """
         if self.parts:
             if isinstance(num_key_value_heads, int):
-                num_key_value_heads = {p.part: num_key_value_heads for p in self.parts if p.cached}
+                num_key_value_heads = {p.part: num_key_value_heads for p in self._usual_parts}
             counts = {p.count_key: num_key_value_heads[p.part] for p in self.parts if p.part in num_key_value_heads}
             for p in self.parts:
                 config = p.with_groups(config, counts.get(p.count_key, p.layouts(config)[0].num_key_value_heads))
@@ -407,7 +412,7 @@ class Architecture(ArchitectureRow):
             text[self.num_key_value_heads] = count
         if stock.to_dict().get(self.sizes["head_dim"]):
             text[self.sizes["head_dim"]] = getattr(stock, self.sizes["head_dim"])
-        if self.part != VISION:
+        if self.on_text:
             text["rope_parameters"] = copy.deepcopy(stock.rope_parameters)
             text.update(both_spellings(text, self.model_type, self.old_rope_names, self.old_rope_scaling))
         for part in (new, text):

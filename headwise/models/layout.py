@@ -49,7 +49,8 @@ class AttentionLayout:
     with `kv_lora_rank` is MLA: it caches one latent of that rank and one rotary key of `qk_rope_head_dim` numbers.
     All heads share the latent and the rotary key. `part` is what the attention is ("text", "encoder", "decoder",
     "cross" or "vision"); an encoder's and a vision tower's are not `cached`. Cross-attention caches tokens of the
-    encoder. A layer with an `indexer` also caches one index key per token.
+    encoder. A layer that text alone does not run, such as that of a vision tower, is not `on_text`. A layer with an
+    `indexer` also caches one index key per token.
 
     A layer of the part "linear" has no attention: it is linear attention or a convolution, with a state of constant
     size: `conv_state` elements in the model's dtype and `recurrent_state` elements in float32. Its heads and widths
@@ -66,6 +67,7 @@ class AttentionLayout:
     qk_rope_head_dim: int | None = None
     part: str = "text"
     cached: bool = True
+    on_text: bool = True
     conv_state: int = 0
     recurrent_state: int = 0
     indexer: IndexerShape | None = None
@@ -281,18 +283,16 @@ def from_planes(planes: Tensor) -> Tensor:
 
 # The part that reads another model's output, and the tokens that each part's cache holds.
 CROSS = "cross"
-# The part that attends to patches of an image: text does not run it.
-VISION = "vision"
 CACHED_TOKENS = {CROSS: "encoder token", "decoder": "decoder token"}
 
 
 def text_layouts(layouts: Sequence[AttentionLayout]) -> list[AttentionLayout]:
-    """Return the layouts of the layers that read text: all but those of a vision tower.
+    """Return the layouts of the layers that text runs.
 
     Args:
         layouts: of every layer.
     """
-    return [layout for layout in layouts if layout.part != VISION]
+    return [layout for layout in layouts if layout.on_text]
 
 
 def cached_tokens(part: str) -> str:

@@ -204,7 +204,7 @@ def reads_pairs(config: dict[str, Any]) -> bool:
     Args:
         config: the checkpoint's config.json.
     """
-    return any(row.part == "decoder" for row in find_parts(config, load_table()))
+    return any(row.part == "decoder" and row.on_text for row in find_parts(config, load_table()))
 
 
 def read_latent_layer(checkpoint: Checkpoint, layer: int) -> tuple[LatentWeights, Tensor | None]:

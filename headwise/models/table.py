@@ -46,6 +46,7 @@ class ArchitectureRow:
         module: the decoder layer's path inside the stock model.
         attention: the attention module's name inside the decoder layer.
         part: what the attention is: "text", "encoder", "decoder", "cross" or "vision".
+        on_text: whether text alone runs the attention; a vision tower or a model of speech needs other inputs.
         cached: whether keys and values are kept from one step to the next; an encoder keeps none.
         states: the argument of a cross-attention module that its keys and values are made from; None: they are made
             from the input of the attention.
@@ -81,6 +82,7 @@ class ArchitectureRow:
     module: str
     attention: str
     part: str
+    on_text: bool
     cached: bool
     states: str | None
     linear: dict[str, Any] | None

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM
 
 from headwise import bench_model, convert_model, evaluate_model, inspect_model, sample_text, verify_model
 from headwise.convert.gqa.merge import replicate_heads
@@ -20,12 +21,13 @@ from headwise.io.reader import open_checkpoint
 from headwise.io.source import EMBEDDED_MODEL
 from headwise.models import table
 from headwise.models.architecture import Architecture, find_architecture
-from headwise.models.layout import LINEAR, VISION
+from headwise.models.layout import LINEAR
 from tests import small_parents, tiny_models
 from tests.models.test_architecture import random_gauge
 
-# Models whose vision tower has a number of KV heads of its own.
-TOWERS = ["exaone4_5"]
+# Models with attention that text does not run.
+UNREAD = ["exaone4_5", "dia", "canary", "moonshine_streaming"]
+WEIGHTS_ALONE: dict[str, Any] = {"calibrate": "none", "refit": "off"}
 TO_GQA = {"to": "gqa", "calibrate": "none", "refit": "off"}
 
 
@@ -182,7 +184,7 @@ def double_heads(folder: Path) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("model_type", [*sorted(table.load_table().wrappers), "mllama", *TOWERS])
+@pytest.mark.parametrize("model_type", [*sorted(table.load_table().wrappers), "mllama", "exaone4_5"])
 def test_an_image_in_the_prompt_gives_the_same_logits(tmp_path: Path, model_type: str) -> None:
     """Half the heads are copies in other coordinates: a conversion to half changes nothing, with an image too."""
     heads = {"num_attention_heads": 12, "num_key_value_heads": 3}
@@ -202,7 +204,10 @@ def test_an_image_in_the_prompt_gives_the_same_logits(tmp_path: Path, model_type
 
 
 def loaded_whole(path: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
+    auto_class = find_architecture(tiny_models.read_config(path)).auto_class
+    return getattr(transformers, auto_class).from_pretrained(
+        path, dtype=torch.float64, experts_implementation="eager"
+    )
 
 
 def image_logits(network: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,47 +215,88 @@ def image_logits(network: Any) -> tuple[torch.Tensor, torch.Tensor]:
     given = tiny_models.image_inputs(network)
     given["pixel_values"] = given["pixel_values"].double()
     other = given | {"pixel_values": given["pixel_values"].flip(-1)}
+    return logits_of(network, given), logits_of(network, other)
+
+
+def logits_of(network: Any, given: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
     with torch.no_grad(), tiny_models.float64_throughout():
-        return network.eval()(**given).logits, network(**other).logits
+        return network.eval()(**(given or tiny_models.inputs_of(network))).logits
 
 
-def tower_layers(arch: Architecture, config: dict[str, Any]) -> list[int]:
-    return [layer for layer, layout in enumerate(arch.layouts(config)) if layout.part == VISION]
+def unread_layers(arch: Architecture, config: dict[str, Any]) -> list[int]:
+    return [layer for layer, layout in enumerate(arch.layouts(config)) if not layout.on_text]
 
 
-@pytest.mark.parametrize("model_type", TOWERS)
-def test_a_vision_tower_takes_fewer_kv_heads(tmp_path: Path, model_type: str) -> None:
+@pytest.mark.parametrize("model_type", UNREAD)
+def test_what_text_does_not_run_takes_fewer_kv_heads(tmp_path: Path, model_type: str) -> None:
     folder = tiny_models.save(model_type, tmp_path / "model")
     config = tiny_models.read_config(folder)
     tensors = load_file(folder / "model.safetensors")
     arch = find_architecture(config, tensors)
-    towers = tower_layers(arch, config)
-    heads = arch.layouts(config)[towers[0]].num_attention_heads
-    before = image_logits(loaded_whole(folder))[0]
-    # As many groups as the tower has KV heads: the same bytes.
-    same = convert_model(folder, tmp_path / "same", to="gqa", part=f"vision={heads}")
+    unread = unread_layers(arch, config)
+    counts = {layout.part: layout.num_key_value_heads for layout in arch.layouts(config) if not layout.on_text}
+    before = logits_of(loaded_whole(folder))
+    # As many groups as there are KV heads: the same bytes.
+    same = convert_model(folder, tmp_path / "same", to="gqa", part=[f"{p}={n}" for p, n in counts.items()])
     assert same.verification is not None and same.verification.passed
     assert all(torch.equal(t, tensors[n]) for n, t in load_file(tmp_path / "same" / "model.safetensors").items())
-    # Half of them: the stock class computes what the merged heads compute, repeated for every query head.
-    result = convert_model(folder, tmp_path / "out", to="gqa", part=f"vision={heads // 2}")
+    # Fewer of them: the stock class computes what the merged heads compute, repeated for every query head.
+    fewer = {part: count // (2 if count % 2 == 0 else 3) for part, count in counts.items()}
+    parts = [f"{part}={count}" for part, count in fewer.items()]
+    result = convert_model(folder, tmp_path / "out", to="gqa", part=parts, **WEIGHTS_ALONE)
     assert result.verification is not None and result.verification.passed
-    assert any("No images are read: the vision tower" in line for line in result.plan.warnings)
-    assert any(str(part).startswith("vision: ") and "no cache" in str(part) for part in result.plan.parts)
-    after = image_logits(loaded_whole(tmp_path / "out"))[0]
+    assert verify_model(tmp_path / "out", folder).passed
+    assert any("the weights alone decide" in line for line in result.plan.warnings)
+    after = logits_of(loaded_whole(tmp_path / "out"))
     assert float((after - before).abs().max() / before.abs().max()) > 1e-4
-    repeated = image_logits(RepeatedAttention(open_checkpoint(tmp_path / "out")).whole_model())[0]
+    repeated = logits_of(RepeatedAttention(open_checkpoint(tmp_path / "out")).whole_model())
     assert float((after - repeated).abs().max() / after.abs().max()) < 1e-9
     merged = load_file(tmp_path / "out" / "model.safetensors")
     unchanged = {name for name, tensor in merged.items() if torch.equal(tensor, tensors[name])}
-    assert {n for layer in towers for n in arch.tensor_names(config, layer)} == tensors.keys() - unchanged
+    assert {n for layer in unread for n in arch.tensor_names(config, layer)} == tensors.keys() - unchanged
     # Back to as many as query heads: nothing is lost.
-    back = convert_model(tmp_path / "out", tmp_path / "back", to="mha", part="vision")
+    back = convert_model(tmp_path / "out", tmp_path / "back", to="mha", part=list(fewer))
     assert back.verification is not None and back.verification.passed
-    torch.testing.assert_close(image_logits(loaded_whole(tmp_path / "back"))[0], after)
+    torch.testing.assert_close(logits_of(loaded_whole(tmp_path / "back")), after)
+
+
+def test_a_kind_with_a_number_of_its_own_changes_alone(tmp_path: Path) -> None:
+    folder = tiny_models.save("dia", tmp_path / "model")
+    convert_model(folder, tmp_path / "cross", to="gqa", part="cross=1", **WEIGHTS_ALONE)
+    decoder = tiny_models.read_config(tmp_path / "cross")["decoder_config"]
+    assert (decoder["cross_num_key_value_heads"], decoder["num_key_value_heads"]) == (1, 3)
+    # By default, what is cached: the decoder and its cross-attention, each at one KV head.
+    result = convert_model(folder, tmp_path / "out", to="mqa", **WEIGHTS_ALONE)
+    config = tiny_models.read_config(tmp_path / "out")
+    assert config["encoder_config"]["num_key_value_heads"] == 6
+    assert [config["decoder_config"][f"{kind}num_key_value_heads"] for kind in ("", "cross_")] == [1, 1]
+    lines = [str(part) for part in result.plan.parts]
+    assert any("cache per encoder token" in line for line in lines if line.startswith("cross"))
+    network = loaded_whole(tmp_path / "out").float().eval()
+    cache = network(**tiny_models.inputs_of(network), use_cache=True).past_key_values
+    assert cache.self_attention_cache.layers[0].keys.shape[1] == 1
+    assert cache.cross_attention_cache.layers[0].keys.shape[1] == 1
+
+
+@pytest.mark.parametrize("model_type", UNREAD)
+def test_a_gauge_of_what_text_does_not_run_moves_no_logit(tmp_path: Path, model_type: str) -> None:
+    folder = tiny_models.save(model_type, tmp_path / "model")
+    before = logits_of(loaded_whole(folder))
+    config, tensors = tiny_models.read_config(folder), load_file(folder / "model.safetensors")
+    arch = find_architecture(config, tensors)
+    gauged = {n: t.double() for n, t in tensors.items()}
+    for layer in unread_layers(arch, config):
+        weights = arch.read_layer(config, layer, gauged)
+        gauged |= arch.write_layer(config, layer, random_gauge(weights, seed=layer), torch.float64)
+    rounded = {n: t.float().contiguous() for n, t in gauged.items()}
+    save_file(rounded, folder / "model.safetensors", {"format": "pt"})
+    moved = logits_of(loaded_whole(folder))
+    assert float((moved - before).abs().max() / before.abs().max()) < 1e-5
+    assert any(not torch.equal(gauged[n].float(), tensors[n]) for n in tensors)
 
 
 def test_text_and_tower_change_in_one_command(tmp_path: Path) -> None:
-    """The text is calibrated, and the tower is not; an uptraining and an evaluation read the result."""
+    """The text is calibrated, and the tower is not."""
     folder = small_parents.tiny_parent(tmp_path / "model", "exaone4_5")
     text = small_parents.text(tmp_path / "text.txt")
     result = convert_model(
@@ -271,30 +317,12 @@ def test_text_and_tower_change_in_one_command(tmp_path: Path) -> None:
     assert isinstance(longer, ConvertResult) and longer.plan.layouts_after == longer.plan.layouts_before
 
 
-@pytest.mark.parametrize("model_type", TOWERS)
-def test_a_gauge_of_a_vision_tower_moves_no_logit(tmp_path: Path, model_type: str) -> None:
-    """Half of the tower's heads are copies in other coordinates: a conversion to half changes nothing."""
-    folder = tiny_models.save(model_type, tmp_path / "model")
-    before = image_logits(loaded_whole(folder))[0]
-    config, tensors = tiny_models.read_config(folder), load_file(folder / "model.safetensors")
-    arch = find_architecture(config, tensors)
-    gauged = {n: t.double() for n, t in tensors.items()}
-    for layer in tower_layers(arch, config):
-        weights = arch.read_layer(config, layer, gauged)
-        gauged |= arch.write_layer(config, layer, random_gauge(weights, seed=layer), torch.float64)
-    rounded = {n: t.float().contiguous() for n, t in gauged.items()}
-    save_file(rounded, folder / "model.safetensors", {"format": "pt"})
-    moved = image_logits(loaded_whole(folder))[0]
-    assert float((moved - before).abs().max() / before.abs().max()) < 1e-5
-    assert any(not torch.equal(gauged[n].float(), tensors[n]) for n in tensors)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"refit": "layers"}, "acts on layers that read text"),
-        ({"refit": "joint"}, "does not run the vision tower"),
-        ({"save_moments": "moments"}, "acts on layers that read text"),
+        ({"refit": "layers"}, "acts on layers that text runs"),
+        ({"refit": "joint"}, "does not run all layers that change"),
+        ({"save_moments": "moments"}, "acts on layers that text runs"),
         ({"part": "cross", "groups": 2}, "exaone4_5 has text, vision"),
     ],
 )

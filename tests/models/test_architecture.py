@@ -169,7 +169,7 @@ def test_rotary_dimensions_are_no_freer_than_the_row_says(model_type):
     model, config, arch, tensors = double_model(model_type, flat_norms=has_norms)
     before = logits(model)
     turning = [layer for layer, layout in enumerate(arch.layouts(config)) if layout.rotary_dim]
-    assert turning
+    assert turning or model_type in ("canary", "moonshine_streaming")  # their positions are learned or relative
     for only in turning:
 
         def free(layer: int, weights: LayerWeights, only: int = only) -> LayerWeights:
@@ -219,7 +219,8 @@ def test_the_stock_class_builds_every_legal_group_count_with_our_shapes(model_ty
             state = tiny_models.from_config(new_config).state_dict()
         for layer, layout in enumerate(arch.layouts(new_config)):
             old = arch.layouts(config)[layer]
-            assert layout == (old.with_groups(groups) if old.cached or not arch.parts else old)
+            usual = old.cached or not any(each.cached for each in arch.layouts(config))
+            assert layout == (old.with_groups(groups) if usual else old)
             shapes = arch.tensor_shapes(new_config, layer)
             empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
             for name, tensor in module_names(arch, empty).items():

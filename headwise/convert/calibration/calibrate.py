@@ -31,7 +31,6 @@ from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import Checkpoint, has_nonfinite
 from headwise.io.writer import Writer
 from headwise.models.architecture import Architecture, find_architecture
-from headwise.models.layout import VISION
 from headwise.progress import Progress
 
 # What the texts that `auto` chooses hold.
@@ -133,12 +132,12 @@ def plan_calibration(
                 "refit", f"`refit` is {settings.refit}, and an exact conversion leaves nothing to refit."
             )
         return None
-    if all(target.layouts[i].part == VISION for i in range(len(target.layouts)) if target.converted_names(i)):
-        for name in ("refit", "moments", "save_moments"):
-            if getattr(settings, name) not in (None, "auto", "off"):
+    if all(not target.layouts[i].on_text for i in range(len(target.layouts)) if target.converted_names(i)):
+        for name in ("refit", "calibrate", "moments", "save_moments"):
+            if getattr(settings, name) not in (None, "auto", "off", "none"):
                 raise SettingError(
                     name,
-                    f"`{name}` acts on layers that read text, and `part` names the vision tower alone.",
+                    f"`{name}` acts on layers that text runs, and none of them changes.",
                     f"Leave out `{name}`.",
                 )
         return None
@@ -288,7 +287,7 @@ def iter_layer_stats(
         return
     if calibration.reuse is not None:
         saved = Moments.open(calibration.reuse, checkpoint)
-        yield from ((None if target.layouts[i].part == VISION else saved.read(i, device), i) for i in layers)
+        yield from ((saved.read(i, device) if target.layouts[i].on_text else None, i) for i in layers)
         return
     progress.note(f"Reading {calibration.amount} of {calibration.text} through the parent, layer by layer.")
     arch = find_architecture(target.parent_config, checkpoint.tensors)
@@ -311,7 +310,7 @@ def iter_layer_stats(
 
     def read() -> Iterator[int]:
         for layer in layers:
-            if target.layouts[layer].part == VISION:  # these are the last layers
+            if not target.layouts[layer].on_text:  # these are the last layers
                 unread.append(layer)
             else:
                 yield layer

@@ -19,7 +19,7 @@ from headwise.convert.settings import ConvertSettings
 from headwise.errors import SettingError
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import Architecture, find_architecture
-from headwise.models.layout import VISION, AttentionLayout, LayerWeights
+from headwise.models.layout import AttentionLayout, LayerWeights
 from headwise.models.stock import empty_model, load_into
 
 
@@ -68,7 +68,7 @@ class GroupedTarget:
             old.part in changed and old.num_key_value_heads != new.num_key_value_heads for old, new in pairs
         ]
         self.exact = all(new.num_key_value_heads >= old.num_key_value_heads for old, new in pairs)
-        text = any(changed and new.part != VISION for changed, new in zip(self._changed, self.layouts, strict=True))
+        text = any(changed and new.on_text for changed, new in zip(self._changed, self.layouts, strict=True))
         self.calibrated = not self.exact and text and "moments" in self.method.needs
         self.fitted = not self.exact and text and "text" in self.method.needs
         self.regresses_norms = False

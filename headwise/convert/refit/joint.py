@@ -28,7 +28,6 @@ from headwise.io.tokenizer import load_tokenizer
 from headwise.io.workdir import write_file_atomically
 from headwise.io.writer import Writer
 from headwise.models.architecture import Architecture
-from headwise.models.layout import VISION
 from headwise.progress import Progress
 from headwise.text.repeats import join_rows, repeat_passages
 from headwise.text.sampled import sample_tokens
@@ -72,12 +71,12 @@ def plan_joint(
     Raises:
         SettingError: `refit` is "joint", and the source has no language-model head.
     """
-    tower = any(target.layouts[i].part == VISION for i in range(len(target.layouts)) if target.converted_names(i))
+    tower = any(not target.layouts[i].on_text for i in range(len(target.layouts)) if target.converted_names(i))
     if not arch.is_decoder or tower:
         if settings.refit == "joint":
             raise SettingError(
                 "refit",
-                f"`refit` joint trains on text, which does not run the vision tower of {checkpoint.source}."
+                "`refit` joint trains on text, which does not run all layers that change."
                 if tower
                 else f"`refit` joint trains decoder-only models, and {checkpoint.source} is none.",
                 "Give `refit` layers or off.",

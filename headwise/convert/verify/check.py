@@ -250,6 +250,8 @@ def _cache_is(
     cached = [layout for layout in layouts if layout.cached]
     if not cached:
         return True, "the model has no KV cache"
+    if not any(layout.on_text for layout in cached):
+        return True, "not measured: text does not run the layers that have it"
     network = empty_model(_without_scaling(checkpoint.config, model), model.auto_class).to("meta")
     # The usual grouped experts need sizes that only real models have.
     network.set_experts_implementation("batched_mm")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from headwise.convert.gqa.merge import merge_heads
-from headwise.convert.verify.layer_inputs import StockAttention, attention_inputs, check_tokens, relative_error
+from headwise.convert.verify.layer_inputs import StockAttention, attention_inputs, relative_error, tokens_of_text
 from headwise.convert.verify.rounded import is_stored, rounds_weights
 from headwise.convert.verify.whole_model import compare_logits
 from headwise.io.reader import Checkpoint
@@ -97,7 +97,7 @@ def check_groups(
     if not shares_heads(checkpoint):
         return True, "every query head has its own keys and values"
     grouped, repeated = StockAttention(checkpoint.config, arch), RepeatedAttention(checkpoint)
-    tokens = check_tokens(checkpoint, arch.stock_config(checkpoint.config).vocab_size)
+    tokens = tokens_of_text(checkpoint, arch)
     worst, worst_layer = 0.0, 0
     for layer, x, more in attention_inputs(checkpoint, arch, tokens, device):
         actual = grouped(layer, arch.tensors(checkpoint, layer), x, more)
@@ -163,7 +163,7 @@ def compare_grouped(
     if any(b.num_key_value_heads < a.num_key_value_heads for a, b in zip(before, after, strict=True)):
         return True, f"{len(rest)} tensors outside the converted attention are the parent's"
     attention, reference = StockAttention(checkpoint.config, arch), StockAttention(parent.config, old)
-    tokens = check_tokens(parent, old.stock_config(parent.config).vocab_size)
+    tokens = tokens_of_text(parent, old)
     worst, worst_layer = 0.0, 0
     for layer, x, more in attention_inputs(parent, old, tokens, device):
         rounded = {
@@ -186,7 +186,8 @@ def _changed_fields(
     """Return the fields that both stock configs of the language model have and that differ."""
     if arch.parts:
         pairs = zip(old.parts, arch.parts, strict=True)
-        return sorted({name for a, b in pairs for name in _changed_fields(a, before, b, after)})
+        counts = {part.num_key_value_heads for part in arch.parts}
+        return sorted({name for a, b in pairs for name in _changed_fields(a, before, b, after)} - counts)
     a, b = old.stock_config(before).to_dict(), arch.stock_config(after).to_dict()
     free = {arch.num_key_value_heads, "dtype", "torch_dtype", "transformers_version", "architectures"}
     if "rope_parameters" in a.keys() & b.keys():

@@ -17,8 +17,8 @@ from headwise.convert.calibration.layer_stream import LayerStream
 from headwise.convert.calibration.pair_stream import PairStream
 from headwise.io.reader import Checkpoint
 from headwise.io.tokenizer import load_tokenizer
-from headwise.models.architecture import find_architecture
-from headwise.models.layout import VISION, AttentionLayout
+from headwise.models.architecture import Architecture, find_architecture
+from headwise.models.layout import AttentionLayout
 from headwise.models.protocol import AttentionModel
 from headwise.models.stock import empty_model, for_rows, layer_arguments, load_into
 from headwise.text.pairs import PairMarks, Pairs
@@ -65,6 +65,18 @@ def within_budget(tokens: Tensor, layouts: Iterable[AttentionLayout]) -> Tensor:
     return tokens[:, : min((x.indexer.index_topk for x in layouts if x.indexer), default=TOKENS)]
 
 
+def tokens_of_text(checkpoint: Checkpoint, arch: Architecture) -> Tensor:
+    """Return the token ids that a model is checked on, as `check_tokens`; none if text runs no layer.
+
+    Args:
+        checkpoint: the model.
+        arch: its architecture.
+    """
+    if not any(layout.on_text for layout in arch.layouts(checkpoint.config)):
+        return torch.empty(0, TOKENS, dtype=torch.long)
+    return check_tokens(checkpoint, arch.stock_config(checkpoint.config).vocab_size)
+
+
 def check_pairs(tokens: Tensor, start: int) -> Pairs:
     """Return the pairs that an encoder-decoder is checked on: each text is the source of the other.
 
@@ -90,7 +102,7 @@ def attention_inputs(
 
     Yields:
         The index; the inputs, (SEQUENCES, TOKENS, D) float64 on the CPU; the arguments of the module in float64,
-        None for those of a decoder. The inputs of a vision tower are random, because no image is read.
+        None for those of a decoder. The inputs of layers that text does not run are random.
     """
     if stock.reads_pairs:
         arch = find_architecture(checkpoint.config, checkpoint.tensors)
@@ -101,38 +113,46 @@ def attention_inputs(
             assert record.inputs is not None
             yield record.index, record.inputs.double(), _in_float64({**record.arguments, **record.rows})
         return
-    stream = LayerStream(checkpoint, stock, tokens, device, states=random_states(stock, checkpoint.config))
-    for record in stream.records(keep_activations=True, attention_stats=False):
-        assert record.inputs is not None
-        yield record.index, record.inputs.double(), None
-    towers = {i: layout for i, layout in enumerate(stock.layouts(checkpoint.config)) if layout.part == VISION}
-    if not towers:
-        return
-    model = empty_model(checkpoint.config, stock.auto_class)
-    for layer, layout in towers.items():
-        part, _ = find_architecture(checkpoint.config, checkpoint.tensors).at(layer)
-        attention = model.get_submodule(stock.attention_path(layer))
-        yield layer, *patch_inputs(attention, part.stock_config(checkpoint.config).hidden_size, layout, seed=layer)
+    layouts = stock.layouts(checkpoint.config)
+    if any(layout.on_text for layout in layouts):
+        stream = LayerStream(checkpoint, stock, tokens, device, states=random_states(stock, checkpoint.config))
+        for record in stream.records(keep_activations=True, attention_stats=False):
+            assert record.inputs is not None
+            yield record.index, record.inputs.double(), None
+    if unread := [layer for layer, layout in enumerate(layouts) if not layout.on_text]:
+        arch = find_architecture(checkpoint.config, checkpoint.tensors)
+        model = empty_model(checkpoint.config, stock.auto_class)
+        for layer in unread:
+            attention = model.get_submodule(stock.attention_path(layer))
+            yield layer, *random_inputs(attention, arch, checkpoint.config, layer)
 
 
-def patch_inputs(
-    attention: nn.Module, width: int, layout: AttentionLayout, seed: int
+def random_inputs(
+    attention: nn.Module, arch: Architecture, config: dict[str, Any], layer: int
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Return random inputs of a vision tower's attention in float64, and its further arguments.
+    """Return random inputs of an attention that text does not run, in float64, and its further arguments.
 
     Args:
         attention: the module. With an argument `cu_seqlens` it takes the patches of all images in one sequence.
-        width: of its inputs.
-        layout: of the layer.
-        seed: of the random numbers.
+        arch: the architecture.
+        config: config.json of the model.
+        layer: index of the layer, and seed of the random numbers.
     """
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(1, TOKENS, width, generator=generator, dtype=torch.float64)
+    part, _ = arch.at(layer)
+    stock, generator = part.stock_config(config), torch.Generator().manual_seed(layer)
+
+    def draw(tokens: int, width: int) -> Tensor:
+        return torch.randn(1, tokens, width, generator=generator, dtype=torch.float64)
+
+    inputs = draw(TOKENS, stock.hidden_size)
     arguments: dict[str, Any] = {}
-    if layout.rotary_dim:
-        angles = 6 * torch.rand(TOKENS, layout.rotary_dim // 2, generator=generator, dtype=torch.float64)
-        arguments["position_embeddings"] = tuple(f(torch.cat([angles, angles], 1)) for f in (torch.cos, torch.sin))
+    if half := arch.layouts(config)[layer].rotary_dim // 2:
+        angles = 3 * draw(TOKENS, half).repeat(1, 1, 2)
+        arguments["position_embeddings"] = (angles.cos(), angles.sin())
+    if part.states is not None:
+        arguments[part.states] = draw(TARGET_TOKENS, getattr(stock, part.sizes["inputs"]))
     if "cu_seqlens" in inspect.signature(attention.forward).parameters:
+        arguments = {name: tuple(value[0] for value in pair) for name, pair in arguments.items()}
         return inputs[0], arguments | {"cu_seqlens": torch.tensor([0, TOKENS // 2, TOKENS])}
     return inputs, arguments | {"attention_mask": None}
 
