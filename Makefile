@@ -11,8 +11,6 @@ LOWEST := .venv-lowest
 WHEEL := .venv-wheel
 # One process per core; torch itself stays on one thread per process so that they do not fight.
 JOBS ?= 2
-# `make test COVERAGE=` runs the tests without measuring coverage, which is faster.
-COVERAGE ?= --cov --cov-report=
 # Hostile inputs of each kind of file; the slowest kinds take about 0.2 s each on one core.
 FUZZ_INPUTS ?= 2000
 EXTRAS := eval,train
@@ -57,15 +55,16 @@ types: $(READY)
 actions: $(READY)
 	$(BIN)/actionlint
 
-check: lint types actions cov
+check: lint types actions
 
-# The coverage of the last `make test`.
-cov: $(READY)
-	@if [ -f .coverage ]; then $(BIN)/coverage report; \
-	else echo 'No coverage data yet. Run `make test` to measure the coverage.'; fi
+TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m 'not full and not smoke'
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) $(COVERAGE) -m 'not full and not smoke'
+	$(TEST)
+
+# The same tests with their coverage, which nearly doubles their time.
+cov: $(READY)
+	$(TEST) --cov
 
 # The smoke test with the newest releases, as a plain `pip install` chooses them. torch stays as it is in $(VENV).
 test-newest: $(READY)
@@ -101,7 +100,7 @@ $(LLAMA_CPP)/.ready: $(READY)
 	nice $(LLAMA_CPP)/cmake/bin/cmake --build $(LLAMA_CPP)/build --target llama llama-quantize --parallel 1
 	touch $@
 
-check-full: check test audit test-newest test-lowest wheel real llama-cpp
+check-full: check cov audit test-newest test-lowest wheel real llama-cpp
 	$(BIN)/pytest -m full --ignore tests/faults
 	$(MAKE) reliability
 

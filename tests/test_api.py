@@ -53,8 +53,12 @@ def test_type_checkers_see_wrong_arguments(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     program = tmp_path / "user.py"
     program.write_text(USER)
+    # To read the sources of the libraries takes most of a minute, and no signature of ours needs them.
+    libraries = ("torch", "transformers", "safetensors", "huggingface_hub", "accelerate", "datasets", "tokenizers")
+    skipped = [f"[mypy-{name}.*]\nfollow_imports = skip\n" for name in libraries]
+    (tmp_path / "mypy.ini").write_text("[mypy]\nstrict = True\nignore_missing_imports = True\n" + "".join(skipped))
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--ignore-missing-imports", "--no-error-summary", program],
+        [sys.executable, "-m", "mypy", "--no-error-summary", program],
         capture_output=True,
         text=True,
         cwd=tmp_path,
