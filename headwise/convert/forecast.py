@@ -14,6 +14,7 @@ from headwise.convert.calibration.attention_stats import NUM_ATTENTION_QUERIES
 from headwise.convert.calibration.layer_stream import TOKENS_AT_ONCE
 from headwise.convert.refit.output_projection import FOLDS
 from headwise.convert.refit.regression import DEFAULT_STEPS, SEQUENCES_PER_STEP, forecast_flops
+from headwise.convert.sparse.warm_up import INDEX_STEPS, indexer_bytes, indexer_flops
 from headwise.environment import available_memory
 from headwise.errors import HeadwiseError
 from headwise.io.reader import Checkpoint
@@ -61,7 +62,7 @@ def calibration_length(indexers: bool, *, exact: bool) -> int:
 
 
 def calibration_tokens(
-    checkpoint: Checkpoint, arch: Architecture, steps: int, *, joint: bool = False, indexers: bool = False
+    checkpoint: Checkpoint, arch: Architecture, steps: int, *, joint: bool = False, index_steps: int = 0
 ) -> int:
     """Return the number of calibration tokens where the settings name none.
 
@@ -70,10 +71,10 @@ def calibration_tokens(
         arch: its architecture.
         steps: of regression for every layer; 0: none.
         joint: whether a joint refit follows.
-        indexers: whether indexers are trained.
+        index_steps: of training for every indexer; 0: none.
     """
     width = arch.stock_config(checkpoint.config).hidden_size
-    most = TOKENS_FOR_REFIT if steps or indexers else TOKENS_BEFORE_JOINT if joint else TOKENS
+    most = TOKENS_FOR_REFIT if steps else TOKENS_BEFORE_JOINT if joint or index_steps else TOKENS
     tokens: int = max(4 * CALIBRATION_LENGTH, min(most, HIDDEN_NUMBERS // width))
     return tokens
 
@@ -125,6 +126,37 @@ def refit_seconds(
                 length,
                 DEFAULT_STEPS,
             )
+    return flops / _sustained_flops(device)
+
+
+def index_steps(arch: Architecture, target: Any, steps: int | None, length: int, device: torch.device) -> int:
+    """Return the steps of training for every indexer: the given number, or the default if it is short enough.
+
+    Args:
+        arch: the architecture of the source.
+        target: the decided conversion.
+        steps: the value of the setting `index_steps`.
+        length: tokens in a calibration sequence.
+        device: where the indexers are trained.
+    """
+    if steps is not None:
+        return steps
+    return INDEX_STEPS if indexer_seconds(arch, target, INDEX_STEPS, length, device) <= REFIT_SECONDS else 0
+
+
+def indexer_seconds(arch: Architecture, target: Any, steps: int, length: int, device: torch.device) -> float:
+    """Return the forecast seconds of making the indexers of all layers.
+
+    Args:
+        arch: the architecture of the source.
+        target: the decided conversion.
+        steps: of training.
+        length: tokens in a calibration sequence.
+        device: where the indexers are trained.
+    """
+    width = arch.stock_config(target.parent_config).hidden_size
+    layouts = [layout for layout in target.layouts if layout.indexer]
+    flops = sum(indexer_flops(layout, width, length, steps) for layout in layouts)
     return flops / _sustained_flops(device)
 
 
@@ -240,16 +272,16 @@ def peak_memory(checkpoint: Checkpoint, arch: Architecture, target: Any, calibra
     moments = 6 * 8 * width * width
     length, heads = calibration.length, max(layout.num_attention_heads for layout in before)
     intermediate = 4 * 4 * TOKENS_AT_ONCE * getattr(stock, "intermediate_size", 4 * width)
-    attention_stats = 4 * heads * (4 * length**2 + NUM_ATTENTION_QUERIES * width)
-    fit = 0
-    if calibration.keeps_text:
+    attention_stats = 0 if target.exact else 4 * heads * (4 * length**2 + NUM_ATTENTION_QUERIES * width)
+    fit = max((indexer_bytes(layout, width, length) for layout in layouts if layout.indexer), default=0)
+    if calibration.refits:
         # Solving for output matrices alone goes fold by fold, in batches of its own.
         sequences = calibration.sequences
         batch = min(max(1, TOKENS_AT_ONCE // length), -(-sequences // FOLDS))
         if calibration.steps:
             batch = min(SEQUENCES_PER_STEP, sequences)
         scores = max(_scores_kept(layout, stock, batch, length, calibration.steps > 0) for layout in layouts)
-        fit = scores + (20 if calibration.steps else 8) * 4 * batch * length * width
+        fit = max(fit, scores + (20 if calibration.steps else 8) * 4 * batch * length * width)
     # The last four are never in memory together.
     peak: int = total + layer + hidden + moments + max(search, intermediate, attention_stats, fit)
     return max(peak, RESTING_BYTES + other)

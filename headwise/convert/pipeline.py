@@ -170,9 +170,10 @@ def convert_model(
         sparse: "dsa" adds an indexer to every MLA layer, so that a query attends to a budget of keys. Without `to`
             and a size, MLA is exact.
         index_topk: keys that a query attends to; None: 2048, and an eighth of the context at most.
-        index_heads: queries of an indexer; None: 32.
+        index_heads: queries of an indexer; None: as many as attention heads, and 32 at most.
         index_head_dim: width of the index key; None: 64 or 128, by the rotary key.
-        index_steps: training steps of each indexer; 0: the closed form alone; None: 300 where there is text.
+        index_steps: training steps of each indexer; 0: the closed form alone; None: 300 if their forecast is under
+            ten minutes, else 0.
         engines: the engines to serve, of "transformers", "vllm", "sglang" and "llama.cpp"; empty: the plan gives
             the verdict of each, and no shape is chosen for one.
         calibrate: calibration text: "sampled" from the parent, "mixture", "builtin", "none", a file, `hf:DATASET`,
@@ -429,6 +430,10 @@ def _seconds(
         stages["calibration"] = forward_seconds(checkpoint, calibration.tokens, device)
     share = 1 / len(work_devices)
     stages["layers"] = share * forecast.layer_seconds(checkpoint, arch, target, device)
+    if calibration and calibration.indexers:
+        stages["indexers"] = share * forecast.indexer_seconds(
+            arch, target, calibration.index_steps, calibration.length, device
+        )
     if calibration and calibration.steps:
         default = forecast.refit_seconds(checkpoint, arch, target, calibration.length, device)
         stages["refit"] = share * default * calibration.steps / DEFAULT_STEPS

@@ -28,7 +28,6 @@ ROPE_RULES = ("auto", *registry.method_names("rope"))
 DTYPES = ("bfloat16", "float16", "float32")
 SHARD_SIZE = "5GB"
 DEFAULT_TEXT = "auto"
-INDEX_HEADS, INDEX_STEPS = 32, 300
 REFITS = ("auto", "off", "layers", "joint")
 SPARSE = ("dsa",)
 
@@ -188,12 +187,16 @@ class ConvertSettings:
     index_topk: int | None = fields.number(
         "Keys that a query attends to [2048, and an eighth of the context at most].", section="Sparse attention"
     )
-    index_heads: int | None = fields.number("Queries of an indexer.", section="Sparse attention")
+    index_heads: int | None = fields.number(
+        "Queries of an indexer [as many as attention heads, and 32 at most].", section="Sparse attention"
+    )
     index_head_dim: int | None = fields.number(
         "Width of the index key [64 or 128, by the rotary key].", section="Sparse attention"
     )
     index_steps: int | None = fields.number(
-        "Training steps of each indexer; 0: the closed form alone.", minimum=0, section="Sparse attention"
+        "Training steps of each indexer; 0: the closed form alone [300, or 0 if they take over ten minutes].",
+        minimum=0,
+        section="Sparse attention",
     )
     # Engines
     engines: Sequence[str] = fields.several(
@@ -434,12 +437,11 @@ class ConvertSettings:
                     )
         if self.refit == "joint" and self.sparse:
             raise SettingError(
-                "refit", "`refit` joint changes the attention that the indexers of `sparse` were trained for."
+                "refit", "`refit` joint changes the attention that the indexers of `sparse` learn from."
             )
         if self.sparse and (self.calibrate == "none" or self.moments is not None):
-            raise SettingError(
-                "sparse", "`sparse` makes indexers from calibration text: leave out `calibrate` none and `moments`."
-            )
+            reason = "`sparse` makes indexers from calibration text: leave out `calibrate` none and `moments`."
+            raise SettingError("sparse", reason)
         if self.requantize and self.dtype not in (None, "bfloat16"):
             raise SettingError(
                 "requantize", f"`requantize` {self.requantize} stores bfloat16 weights: leave out `dtype`."
@@ -458,8 +460,6 @@ class ConvertSettings:
             defaults |= {"method": "optimal", "refit": "auto"}
         if self.reads_text and self.moments is None:
             defaults["calibrate"] = DEFAULT_TEXT
-        if self.sparse:
-            defaults |= {"index_heads": INDEX_HEADS, "index_steps": INDEX_STEPS}
         if self.to in MERGED:
             method = self.method or "optimal"
             defaults["grouping"] = "optimal" if method == "optimal" else "contiguous"

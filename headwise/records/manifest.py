@@ -174,6 +174,8 @@ def command_of(plan: DecidedConversion, out: str, verification: Mapping[str, Any
     if measured:
         options["calibrate"] = measured["text"]
         options["calibration_tokens"] = measured["sequences"] * measured["length"]
+        if "index_steps" in measured:
+            options["index_steps"] = measured["index_steps"]
         if not options.get("exact"):
             options["refit"] = measured["steps"] or "off"
     elif options.get("to") in ("gqa", "mqa", "mla") and not options.get("exact"):

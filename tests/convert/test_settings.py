@@ -140,7 +140,7 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
     yield "refit", {"to": "mqa", "moments": "folder", "refit": 5}, "needs calibration text"
     yield "sparse", {"sparse": "dsa", "calibrate": "none"}, "makes indexers from calibration text"
     yield "sparse", mla | {"sparse": "dsa", "moments": "folder"}, "makes indexers from calibration text"
-    yield "refit", mla | {"sparse": "dsa", "refit": "joint"}, "changes the attention"
+    yield "refit", mla | {"sparse": "dsa", "refit": "joint"}, "changes the attention that the indexers"
     yield "refit_tokens", {"to": "mqa", "refit": "layers", "refit_tokens": 4096}, "give --refit joint"
     yield "refit_length", {"to": "mqa", "refit": "layers", "refit_length": 4096}, "give --refit joint"
     yield "accept", {"to": "mqa", "accept": ("layuot",)}, "which is not one or several of"

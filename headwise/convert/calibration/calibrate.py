@@ -100,7 +100,8 @@ class CalibrationPlan:
 
     def described(self) -> dict[str, Any]:
         """Return what the measurement depends on, for the record; local folders are left out."""
-        return {name: getattr(self, name) for name in ("text", "sequences", "length", "steps", "seed")}
+        names = ("text", "sequences", "length", "steps", "seed", *(["index_steps"] if self.indexers else []))
+        return {name: getattr(self, name) for name in names}
 
 
 def plan_calibration(
@@ -153,10 +154,11 @@ def plan_calibration(
     steps = forecast.refit_steps(checkpoint, arch, target, settings.refit or "off", length, device)
     if not steps and not target.calibrated and not indexers and settings.save_moments is None:
         return None
+    index_steps = forecast.index_steps(arch, target, settings.index_steps, length, device) if indexers else 0
     count = settings.calibration_tokens
     if count is None:
         count = forecast.calibration_tokens(
-            checkpoint, arch, steps, joint=settings.refit == "joint", indexers=indexers
+            checkpoint, arch, steps, joint=settings.refit == "joint", index_steps=index_steps
         )
     if count < 2 * length:
         raise SettingError(
@@ -188,7 +190,7 @@ def plan_calibration(
         fitted=target.fitted,
         keep=settings.save_moments,
         indexers=indexers,
-        index_steps=settings.index_steps or 0,
+        index_steps=index_steps,
         asked=settings.calibration_tokens,
     )
 
@@ -212,6 +214,11 @@ def plan_notes(target: Target, calibration: CalibrationPlan | None, settings: Co
         yield "Output matrices are not solved for: that takes the text itself, not its moments."
     if calibration.index_steps:
         yield f"Indexers: {calibration.index_steps} steps per layer on the attention of the layer."
+    elif calibration.indexers and settings.index_steps is None:
+        yield (
+            "Indexers: the closed form. The forecast of training is over ten minutes on this device; give "
+            "`index_steps` a number of steps to run it."
+        )
     if calibration.steps:
         yield f"Refit: {calibration.steps} steps per layer."
     elif settings.refit == "auto" and not target.exact:

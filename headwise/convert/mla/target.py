@@ -128,7 +128,9 @@ class LatentTarget:
         if (note := unpaid_degree(self._before[0], self.layouts[0])) is not None:
             self.notes.append(note)
         if settings.sparse:
-            shape = indexer_shape(settings, rope_dim, stock.max_position_embeddings)
+            shape = indexer_shape(
+                settings, self._before[0].num_attention_heads, rope_dim, stock.max_position_embeddings
+            )
             self.layouts = [replace(each, indexer=shape) for each in self.layouts]
             self.notes += indexer_notes(shape, self._hidden_size)
         layout = self.layouts[0]

@@ -10,15 +10,18 @@ from headwise.models.layout import IndexerShape
 
 # The budget where the context is long, and its largest share of the context otherwise.
 INDEX_TOPK, SHARE = 2048, 8
+# The number of index queries where the attention has no fewer heads.
+INDEX_HEADS = 32
 # The widths that kernels of engines take, and the elements that an index key has besides its rotary ones at least.
 WIDTHS, POSITION_FREE = (64, 128), 32
 
 
-def indexer_shape(settings: ConvertSettings, rope_dim: int, context: int) -> IndexerShape:
+def indexer_shape(settings: ConvertSettings, heads: int, rope_dim: int, context: int) -> IndexerShape:
     """Choose the shape of the indexers by the settings, and check it.
 
     Args:
         settings: of the conversion.
+        heads: of the attention.
         rope_dim: width of the rotary key, which is also rotated in an index key.
         context: `max_position_embeddings` of the output.
 
@@ -46,8 +49,7 @@ def indexer_shape(settings: ConvertSettings, rope_dim: int, context: int) -> Ind
             "least.",
             f"Give {rope_dim + 1} or more, or a smaller `rope_dim`.",
         )
-    assert settings.index_heads is not None  # a default of ConvertSettings
-    return IndexerShape(budget, settings.index_heads, width)
+    return IndexerShape(budget, settings.index_heads or min(INDEX_HEADS, heads), width)
 
 
 def indexer_notes(shape: IndexerShape, hidden_size: int) -> Iterator[str]:

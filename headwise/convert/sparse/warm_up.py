@@ -30,8 +30,9 @@ from headwise.convert.sparse.indexer import (
 )
 from headwise.models import deepseek, rope
 from headwise.models.deepseek import ATTENTION, LAYERS
-from headwise.models.layout import IndexerShape, LatentWeights
+from headwise.models.layout import AttentionLayout, IndexerShape, LatentWeights
 
+INDEX_STEPS = 300
 # Queries of a sequence in one step: they bound the memory of the scores, which are taken on all tokens.
 QUERIES = 128
 # Peak learning rate relative to the root mean square of each tensor, and the power of the attention in the loss.
@@ -161,14 +162,7 @@ def train_indexer(
     measured = [_batch(teacher, x, generator, device) for x in inputs[-held:].repeat(SAMPLES, 1, 1)[:SAMPLES]]
     first = [_batch(teacher, x, generator, device) for x in train[:SAMPLES]]
     partition = torch.stack([batch.partition.mean(-1) for batch in first]).mean(0).double().cpu()
-    candidates = [
-        initial_indexer(latent, shape, moment.cpu(), partition=partition, offset=offset, size=size)
-        for offset in OFFSETS
-        for size in SIZES
-    ]
-    with torch.no_grad():
-        losses = [sum(float(_kl(c.to(torch.float32, device), batch)) for batch in first) for c in candidates]
-    start = candidates[min(range(len(losses)), key=losses.__getitem__)]
+    start = _best_start(latent, shape, moment.cpu(), partition, first)
     trained = start.to(torch.float32, device)
     before = _measure(trained, measured)
     names = ("queries", "keys", "key_bias", "weights")
@@ -186,7 +180,7 @@ def train_indexer(
     for _ in range(steps):
         batch = _batch(teacher, train[int(torch.randint(len(train), (), generator=generator))], generator, device)
         optimizer.zero_grad()
-        _kl(trained, batch).backward()
+        _kl(index_scores(trained, batch.x, batch.positions)[0], batch).backward()
         for name in ("keys", "key_bias"):  # the last element of a key is the constant
             parameters[name].grad[-1] = 0
         optimizer.step()
@@ -196,6 +190,41 @@ def train_indexer(
     best = replace(trained, **{n: p.detach() for n, p in parameters.items()}).to(torch.float64) if kept else start
     report = IndexerReport(steps, before[0], after[0], before[1], after[1], before[2], kept)
     return replace(best, frequencies=start.frequencies), report
+
+
+def indexer_flops(layout: AttentionLayout, hidden_size: int, length: int, steps: int) -> float:
+    """Return the floating-point operations of making the indexer of one layer.
+
+    Args:
+        layout: of the layer.
+        hidden_size: of the model.
+        length: tokens in a sequence.
+        steps: of training, of which each takes three times a forward pass.
+    """
+    shape = layout.indexer
+    assert shape is not None
+    row, heads, width = layout.key_value_elements, shape.index_n_heads, shape.index_head_dim
+    teacher = 2.0 * length * row * (hidden_size + QUERIES * layout.num_attention_heads)
+    indexer = 2.0 * length * width * (hidden_size + QUERIES * heads) + 2.0 * QUERIES * heads * width * hidden_size
+    measured = len(OFFSETS) * SAMPLES + 2 * SAMPLES
+    return steps * (teacher + 3 * indexer) + measured * indexer + 2 * SAMPLES * teacher
+
+
+def indexer_bytes(layout: AttentionLayout, hidden_size: int, length: int) -> int:
+    """Return the bytes that the training of one layer's indexer takes at its peak.
+
+    Args:
+        layout: of the layer.
+        hidden_size: of the model.
+        length: tokens in a sequence.
+    """
+    shape = layout.indexer
+    assert shape is not None
+    # Scores of queries on keys: before and after ReLU, and gradients; the teacher's, two at a time; the start's.
+    scores = 4 * QUERIES * length * (4 * shape.index_n_heads + 2 * layout.num_attention_heads + SAMPLES)
+    batches = 2 * SAMPLES * 4 * length * (hidden_size + 2 * QUERIES)
+    # Two closed forms in float64; weights, gradients and the averages of Adam in float32.
+    return scores + batches + 48 * shape.num_parameters(hidden_size)
 
 
 @dataclass(frozen=True)
@@ -210,6 +239,24 @@ class _Batch:
 
 
 @torch.no_grad()
+def _best_start(
+    latent: LatentWeights, shape: IndexerShape, moment: Tensor, partition: Tensor, batches: list[_Batch]
+) -> IndexerWeights:
+    """Return the closed form with the offset and the size of the least loss."""
+    best, least = None, math.inf
+    for offset in OFFSETS:
+        candidate = initial_indexer(latent, shape, moment, partition=partition, offset=offset, size=1.0)
+        own = candidate.to(torch.float32, batches[0].x.device)
+        scores = [index_scores(own, batch.x, batch.positions)[0] for batch in batches]
+        for size in SIZES:
+            loss = sum(float(_kl(size * each, batch)) for each, batch in zip(scores, batches, strict=True))
+            if best is None or loss < least:
+                best, least = replace(candidate, weights=size * candidate.weights), loss
+    assert best is not None
+    return best
+
+
+@torch.no_grad()
 def _batch(teacher: LatentWeights, x: Tensor, generator: torch.Generator, device: torch.device | str) -> _Batch:
     """Draw queries of a sequence, and compute their attention."""
     # Position 0 attends to itself alone.
@@ -220,9 +267,8 @@ def _batch(teacher: LatentWeights, x: Tensor, generator: torch.Generator, device
     return _Batch(x[None], positions, attention, target / target.sum(-1, keepdim=True), partition)
 
 
-def _kl(indexer: IndexerWeights, batch: _Batch) -> Tensor:
-    """Return the KL divergence of the target from the softmax of the index scores, in nats per query."""
-    scores = index_scores(indexer, batch.x, batch.positions)[0]
+def _kl(scores: Tensor, batch: _Batch) -> Tensor:
+    """Return the KL divergence of the target from the softmax of scores (queries, tokens), in nats per query."""
     past = torch.arange(scores.shape[1], device=scores.device) <= batch.positions[:, None]
     predicted = scores.masked_fill(~past, -torch.inf).log_softmax(-1).masked_fill(~past, 0)
     divergence: Tensor = (torch.special.xlogy(batch.target, batch.target) - batch.target * predicted).sum(-1).mean()
@@ -234,9 +280,10 @@ def _measure(indexer: IndexerWeights, batches: list[_Batch]) -> tuple[float, flo
     """Return the KL divergence, and the shares of the attention on the selected keys and on the best ones."""
     divergence = recall = best = 0.0
     for batch in batches:
-        divergence += float(_kl(indexer, batch))
+        scores = index_scores(indexer, batch.x, batch.positions)
+        divergence += float(_kl(scores[0], batch))
         budget = max(1, math.ceil(batch.x.shape[1] / SHARE))
-        chosen = select(index_scores(indexer, batch.x, batch.positions), budget, batch.positions)[0]
+        chosen = select(scores, budget, batch.positions)[0]
         recall += float((batch.attention * chosen).sum(-1).mean())
         best += float(batch.attention.topk(budget, dim=-1).values.sum(-1).mean())
     return divergence / len(batches), recall / len(batches), best / len(batches)

@@ -101,11 +101,19 @@ def test_the_plan_has_a_budget_and_a_width_for_the_model(tmp_path: Path) -> None
     plan = convert_model(source, tmp_path / "out", sparse="dsa", dry_run=True)
     assert isinstance(plan, Plan)
     # All 8 KV heads of 8 rotary dimensions are in the rotary key.
-    assert (plan.config["index_topk"], plan.config["index_n_heads"], plan.config["index_head_dim"]) == (20, 32, 128)
+    assert (plan.config["index_topk"], plan.config["index_n_heads"], plan.config["index_head_dim"]) == (20, 8, 128)
     assert plan.config["architectures"] == ["DeepseekV32ForCausalLM"] and plan.config["q_lora_rank"] == 48
     assert "every query attends to 20 keys" in str(plan)
     longer = convert_model(source, tmp_path / "out", sparse="dsa", context=20_480, dry_run=True)
     assert isinstance(longer, Plan) and longer.config["index_topk"] == 2048
+    # The forecast decides about training where the settings do not.
+    assert "Indexers: 300 steps per layer" in str(longer) and longer.seconds["indexers"] > 0
+    slow = {"sparse": "dsa", "index_heads": 4096, "index_head_dim": 2048, "dry_run": True}
+    untrained, named = (
+        convert_model(source, tmp_path / "out", **slow, **more) for more in ({}, {"index_steps": 300})
+    )
+    assert "Indexers: the closed form" in str(untrained) and "Indexers: 300 steps" in str(named)
+    assert isinstance(named, Plan) and named.seconds["indexers"] > 600 and named.peak_memory > longer.peak_memory
 
 
 @pytest.mark.parametrize(
