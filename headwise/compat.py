@@ -232,19 +232,19 @@ def load_lm_eval_weights(kind: type, load: Callable[[str], Any]) -> type:
     return type(kind.__name__, (kind,), {"_create_model": create})
 
 
-def on_lm_eval_answer(lm: Any, call: Callable[[], None]) -> None:
+def on_lm_eval_answer(lm: Any, call: Callable[[str, Any, Any], None]) -> None:
     """Call a function after every answered request of lm-eval.
 
     Versions: lm-eval 0.4.13, `lm_eval.api.model.CacheHook.add_partial` and `LM.set_cache_hook`.
 
     Args:
         lm: a model of lm-eval.
-        call: the function.
+        call: the function; takes the type of the request, its arguments and the answer.
     """
     from lm_eval.api.model import CacheHook
 
     hook: Any = CacheHook(None)
-    hook.add_partial = lambda *_: call()
+    hook.add_partial = call
     lm.set_cache_hook(hook)
 
 

@@ -133,10 +133,12 @@ def test_every_answer_of_lm_eval_is_reported(model: Any) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
     lm = HFLM(pretrained=model, tokenizer=fast, device="cpu", max_length=16, batch_size=2)
-    answers: list[None] = []
-    compat.on_lm_eval_answer(lm, lambda: answers.append(None))
+    answers: list[Any] = []
+    compat.on_lm_eval_answer(lm, lambda *answer: answers.append(answer))
     requests = [Instance("loglikelihood", {}, ("a b", text), 0) for text in (" a", " b", " a b")]
-    assert len(lm.loglikelihood(requests, disable_tqdm=True)) == 3 == len(answers)
+    results = lm.loglikelihood(requests, disable_tqdm=True)
+    expected = [("loglikelihood", r.args, result) for r, result in zip(requests, results, strict=True)]
+    assert sorted(answers) == sorted(expected)
 
 
 def test_git_is_silent_inside_lm_eval(capfd: pytest.CaptureFixture[str]) -> None:

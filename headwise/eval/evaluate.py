@@ -163,6 +163,7 @@ def evaluate_model(
             versions=package_versions(),
         )
         evaluation = write_report(evaluation, work)
+    pair.discard_child()
     progress.finish()
     _warn_of_fixed_examples(evaluation, settings, progress)
     progress.note(f"Report: {out}")

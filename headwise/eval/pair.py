@@ -64,8 +64,11 @@ class EvalPair:
         return self.work / "lm-eval" / (model.name.replace("/", "__") + (f"-{role}" if same_name else ""))
 
     def measure_child(self) -> ModelMetrics | None:
-        """Measure the child; None in a process that only computes its share."""
-        return self._measure("child", self.child)
+        """Measure the child, or take the results of an interrupted run; None in a process without the results."""
+        metrics, resumed = self._measure_once("child", self.child)
+        if resumed:
+            self.progress.note("The child's results are from an interrupted run.")
+        return metrics
 
     def measure_parent(self, child: ModelMetrics | None) -> tuple[ModelMetrics | None, bool]:
         """Measure the parent or take its cached results.
@@ -76,14 +79,23 @@ class EvalPair:
         Returns:
             The figures, None without a parent, and whether they come from the cache.
         """
-        if self.baseline is None:
-            return None, False
-        cache, into = ResultCache(self._identity(self.baseline)), self.folder("parent")
+        return (None, False) if self.baseline is None else self._measure_once("parent", self.baseline, child)
+
+    def discard_child(self) -> None:
+        """Remove the child's results from the cache: they are for an interrupted run only."""
+        if self.settings.cache and processes.is_main():
+            self._cache("child", self.child).discard()
+
+    def _measure_once(
+        self, role: str, model: EvalModel, child: ModelMetrics | None = None
+    ) -> tuple[ModelMetrics | None, bool]:
+        """Measure a model and cache the results, or take the cached ones."""
+        cache, into = self._cache(role, model), self.folder(role)
         # Of several processes only the first has the child's questions.
         cached = self._cached(cache, child, into) if self.settings.cache and processes.is_main() else None
         if processes.broadcast_decision(cached is not None):
             return cached, True
-        metrics = self._measure("parent", self.baseline)
+        metrics = self._measure(role, model, into, cache.answers if self.settings.cache else None)
         if metrics is not None and self.settings.cache:
             try:
                 cache.store(into)
@@ -131,10 +143,8 @@ class EvalPair:
         self.seconds["acceptance"] = time.perf_counter() - start
         return acceptance
 
-    def _measure(self, role: str, model: EvalModel) -> ModelMetrics | None:
-        metrics = measure_model(
-            model, role, self.harness, self.settings, self.inputs, self.folder(role), self.progress
-        )
+    def _measure(self, role: str, model: EvalModel, into: Path, answers: Path | None) -> ModelMetrics | None:
+        metrics = measure_model(model, role, self.harness, self.settings, self.inputs, into, self.progress, answers)
         if metrics is not None:
             self.seconds |= {f"{role}: {stage}": seconds for stage, seconds in metrics.seconds.items()}
         return metrics
@@ -147,6 +157,10 @@ class EvalPair:
             shutil.rmtree(into)
             return None
         return cached
+
+    def _cache(self, role: str, model: EvalModel) -> ResultCache:
+        # A child that equals its parent is measured all the same.
+        return ResultCache(self._identity(model) | ({"role": role} if role == "child" else {}))
 
     def _identity(self, model: EvalModel) -> dict[str, Any]:
         """Return everything that the figures depend on; questions that tasks download are compared one by one."""

@@ -33,9 +33,14 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """Return the number of this process."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_main() -> bool:
     """Return whether this process gets the results."""
-    return os.environ.get("RANK", "0") == "0"
+    return rank() == 0
 
 
 def join(device: str) -> None:
@@ -70,7 +75,7 @@ def our_share(count: int) -> range:
     Args:
         count: length of the list.
     """
-    return range(int(os.environ.get("RANK", "0")), count, num_processes())
+    return range(rank(), count, num_processes())
 
 
 def gather_shares(shares: dict[int, Any]) -> list[Any]:

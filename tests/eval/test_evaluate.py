@@ -22,6 +22,7 @@ from headwise.cli import cli
 from headwise.convert.pipeline import convert_model
 from headwise.errors import HeadwiseError
 from headwise.eval.result import Evaluation
+from headwise.eval.tasks.resume import AnswerLog
 from headwise.eval.tasks.samples import read_results
 from headwise.records.manifest import read_record
 from headwise.records.parent import recorded_source
@@ -182,6 +183,41 @@ def test_damage_is_found_and_fails_the_gate_and_the_parent_is_reused(
     before = next(comparison for comparison in first.headlines if comparison.task == "heldout")
     assert text.parent == before.parent
     assert (tmp_path / "two" / evaluation.logs["parent"]).is_dir()
+
+
+@pytest.mark.parametrize("model", ["child", "parent"])
+def test_a_killed_evaluation_asks_no_question_twice(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    answered: list[Any] = []
+    add = AnswerLog.add
+    stop = {"child": 5, "parent": 37}[model]  # of 32 requests for each model
+
+    def interrupted(self: AnswerLog, *answer: Any) -> None:
+        if len(answered) == stop:
+            raise KeyboardInterrupt
+        answered.append(answer[1])
+        add(self, *answer)
+
+    monkeypatch.setattr(AnswerLog, "add", interrupted)
+    arguments = [
+        folders["worse"], "--baseline", folders["parent"], "--tasks", "headwise_cloze_code", "--limit", 8,
+        "--report", tmp_path / "report", "--batch-size", 2, "--json",
+    ]  # fmt: skip
+    assert run(*arguments).exit_code == 130 and not (tmp_path / "report").exists()
+    stop = 10**6
+    resumed = run(*arguments)
+    assert resumed.exit_code == 0, resumed.stderr
+    assert "answers are from an interrupted run" in resumed.stderr
+    assert ("The child's results are from an interrupted run" in resumed.stderr) == (model == "parent")
+    assert len(answered) == 64
+    monkeypatch.setenv("HEADWISE_CACHE", str(tmp_path / "other"))
+    whole = run(*arguments, "--force")
+    figures = [json.loads(result.stdout)["comparisons"][0] for result in (resumed, whole)]
+    assert figures[0] == figures[1]
+    # The child is measured again by the next evaluation, whose parent is cached.
+    assert len(answered) == 128 and run(*arguments, "--force").exit_code == 0 and len(answered) == 160
+    assert not list((tmp_path / "other").rglob("*-answers"))
 
 
 def test_own_tasks_are_compared_and_measured_again_after_a_change(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def measure_model(
     inputs: EvalInputs,
     into: Path,
     progress: Progress,
+    answers: Path | None = None,
 ) -> ModelMetrics | None:
     """Measure a model, write everything into a new folder, and read it from there.
 
@@ -78,6 +79,7 @@ def measure_model(
         inputs: text and prompts.
         into: the folder to make.
         progress: receives the stages.
+        answers: folder of the answers to tasks that an interrupted run has already; None: none.
 
     Returns:
         The figures; None in a process that only computes its share.
@@ -86,7 +88,7 @@ def measure_model(
     lm_eval_seconds, start = 0.0, time.perf_counter()
     into.mkdir(parents=True)
     if harness is not None:
-        lm_eval_seconds = harness.run(model, settings, into, progress, f"{role}: tasks")
+        lm_eval_seconds = harness.run(model, settings, into, progress, f"{role}: tasks", answers)
         seconds["tasks"] = time.perf_counter() - start
         _free_memory()
     metrics = ModelMetrics(lm_eval_seconds=lm_eval_seconds, seconds=seconds)
@@ -163,6 +165,10 @@ def _rows(place: int, rows: int) -> slice:
 class ResultCache:
     """Results of earlier runs, each under a hash of everything that they depend on.
 
+    Attributes:
+        folder: of complete results.
+        answers: folder of the answers to tasks of a run that is not complete.
+
     Args:
         identity: plain data: content of the model, tasks, settings, versions.
     """
@@ -173,6 +179,7 @@ class ResultCache:
             os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "headwise"
         )
         self.folder = Path(root) / "eval" / key
+        self.answers = self.folder.with_name(f"{key}-answers")
 
     def copy_to(self, into: Path, *, tasks: bool) -> ModelMetrics | None:
         """Copy the cached results into a new folder and read them.
@@ -204,6 +211,12 @@ class ResultCache:
             new = scratch / "new"
             shutil.copytree(folder, new)
             publish_folder(new, self.folder, replaced=scratch / "old")
+        shutil.rmtree(self.answers, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Remove the results and the answers."""
+        for folder in (self.folder, self.answers):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _free_memory() -> None:

@@ -22,6 +22,7 @@ from headwise.eval import processes
 from headwise.eval.model import EvalModel
 from headwise.eval.settings import EvalSettings
 from headwise.eval.tasks.answers import count_answers, write_counts
+from headwise.eval.tasks.resume import AnswerLog
 from headwise.progress import SILENT, Progress
 
 OWN_TASKS = Path(__file__).parent
@@ -103,6 +104,7 @@ class Harness:
         into: Path,
         progress: Progress = SILENT,
         label: str = "tasks",
+        answers: Path | None = None,
     ) -> float:
         """Evaluate one model.
 
@@ -112,6 +114,7 @@ class Harness:
             into: folder for lm-eval's result and sample files; made if it does not exist.
             progress: receives a stage for each type of request.
             label: name of these stages.
+            answers: folder of the answers that an interrupted run has already; they are added to it. None: none.
 
         Returns:
             Seconds inside lm-eval's evaluator.
@@ -125,7 +128,8 @@ class Harness:
         processes.check_questions(self.tasks, settings.limit)
         with silenced(), in_one_process(), tempfile.TemporaryDirectory(dir=into.parent) as scratch:
             lm = _make_lm(model, settings)
-            _report_requests(lm, progress, label)
+            log = None if answers is None else AnswerLog(answers, processes.rank())
+            _report_requests(lm, progress, label, log)
             tracker = EvaluationTracker(output_path=scratch)
             start = time.perf_counter()
             results = simple_evaluate(
@@ -269,17 +273,29 @@ def _make_lm(model: EvalModel, settings: EvalSettings) -> Any:
     return lm
 
 
-def _report_requests(lm: Any, progress: Progress, label: str) -> None:
-    """Report every answered request to `progress`, and give padding requests a copy of their own."""
+def _report_requests(lm: Any, progress: Progress, label: str, log: AnswerLog | None) -> None:
+    """Report every answered request to `progress` and to the log, and give padding requests a copy of their own."""
+    if log is not None and log.resumed:
+        progress.note(f"{label}: {log.resumed:,} answers are from an interrupted run.")
 
-    def reported(answer: Any) -> Any:
-        def wrapper(requests: list[Any], *more: Any, **options: Any) -> Any:
-            processes.copy_padding(requests)
+    def reported(request_type: str, answer: Any) -> Any:
+        def ask(requests: list[Any], *more: Any, **options: Any) -> Any:
             progress.stage(label, total=len(requests), unit="requests")
             return answer(requests, *more, **options)
 
+        def wrapper(requests: list[Any], *more: Any, **options: Any) -> Any:
+            processes.copy_padding(requests)
+            if log is None:
+                return ask(requests, *more, **options)
+            return log.answer(request_type, requests, lambda missing: ask(missing, *more, **options))
+
         return wrapper
 
-    compat.on_lm_eval_answer(lm, lambda: progress.advance(1))
+    def on_answer(request_type: str, arguments: Any, answer: Any) -> None:
+        progress.advance(1)
+        if log is not None:
+            log.add(request_type, arguments, answer)
+
+    compat.on_lm_eval_answer(lm, on_answer)
     for request_type in REQUEST_TYPES:
-        setattr(lm, request_type, reported(getattr(lm, request_type)))
+        setattr(lm, request_type, reported(request_type, getattr(lm, request_type)))
