@@ -212,6 +212,8 @@ class Verbs(click.Group):
             console.discard(sys.stdout)
             code = 0 if _running is None else 2
         except BaseException as problem:
+            if isinstance(problem, SystemExit) and _running is None:  # shell completion
+                raise
             if isinstance(problem, click.Abort | KeyboardInterrupt):
                 signal.signal(signal.SIGINT, signal.SIG_DFL)  # another Ctrl-C ends the process without a traceback
             code = report_error(problem)

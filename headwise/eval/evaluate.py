@@ -147,6 +147,8 @@ def evaluate_model(
     with processes.end_together(), published(out, settings.force) as work:
         processes.join(str(settings.device))
         pair = EvalPair(chosen, settings, harness, inputs, ours, theirs, work, progress)
+        if processes.is_main():
+            pair.announce(tokenizer)
         child_metrics = pair.measure_child()
         parent_metrics, reused = pair.measure_parent(child_metrics)
         if child_metrics is None:
@@ -179,8 +181,8 @@ def check_kinds(settings: EvalSettings, child: EvalModel, parent: EvalModel | No
         parent: the parent; None without a baseline.
 
     Raises:
-        HeadwiseError: an encoder-decoder has no pairs, the pairs are for another model, the models do not match, or
-            vLLM would get a GGUF file.
+        HeadwiseError: an encoder-decoder has no pairs, the pairs are for another model, the models do not match,
+            vLLM would get a GGUF file, or a gate has no parent.
     """
     for model in (child, parent):
         if settings.backend == "vllm" and model is not None and model.is_gguf:
@@ -190,6 +192,10 @@ def check_kinds(settings: EvalSettings, child: EvalModel, parent: EvalModel | No
                 "Write it as a folder with `headwise convert FILE.gguf FOLDER`, or leave out `backend`.",
             )
     name = child.subject.model
+    if parent is None and settings.fail_above is not None:
+        raise SettingError(
+            "fail_above", f"`fail_above` is {settings.fail_above!r}, which needs a parent: give `baseline`."
+        )
     if child.reads_pairs and settings.pairs is None:
         raise SettingError(
             "pairs",

@@ -16,10 +16,12 @@ from headwise.eval.compare import same_questions
 from headwise.eval.metrics.acceptance import measure_acceptance
 from headwise.eval.metrics.inputs import EvalInputs
 from headwise.eval.metrics.model_metrics import ModelMetrics, ResultCache, measure_model
+from headwise.eval.metrics.seconds import forecast_seconds
 from headwise.eval.model import EvalModel
 from headwise.eval.result import DraftAcceptance
 from headwise.eval.settings import EvalRecipe, EvalSettings
 from headwise.eval.tasks.harness import Harness
+from headwise.format import duration
 from headwise.measure.divergence import Divergence, measure_divergence
 from headwise.progress import Progress
 
@@ -62,6 +64,22 @@ class EvalPair:
         assert model is not None
         same_name = self.baseline is not None and self.baseline.name == self.child.name
         return self.work / "lm-eval" / (model.name.replace("/", "__") + (f"-{role}" if same_name else ""))
+
+    def announce(self, tokenizer: Any) -> None:
+        """Tell `progress` how long the measurements take; cached results of the parent take no time.
+
+        Args:
+            tokenizer: of child and parent.
+        """
+        models = [self.child]
+        cached = self.settings.cache and self.baseline and self._cache("parent", self.baseline).folder.is_dir()
+        if self.baseline is not None and not cached:
+            models.append(self.baseline)
+        tasks = self.harness.tasks if self.harness else ()
+        seconds = forecast_seconds(self.recipe, self.settings, tasks, self.inputs, models, tokenizer)
+        if seconds is not None:
+            more = ", the parent's results are cached" if cached else ""
+            self.progress.note(f"Forecast: about {duration(seconds)} at the present speed of the device{more}.")
 
     def measure_child(self) -> ModelMetrics | None:
         """Measure the child, or take the results of an interrupted run; None in a process without the results."""

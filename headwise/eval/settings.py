@@ -26,8 +26,6 @@ BACKENDS = ("hf", "vllm")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 # On a CPU the search for the largest batch that fits would take longer than the tasks.
 CPU_BATCH_SIZE = 16
-# Fields that compare with the parent.
-NEED_BASELINE = ("fail_above", "cache")
 # Fields that belong to text of one side.
 NOT_WITH_PAIRS = (
     "recipe", "tasks", "online", "include_path", "task_data", "num_fewshot", "limit", "apply_chat_template",
@@ -331,7 +329,12 @@ class EvalSettings:
     )
     backend: str = fields.choice("What runs the tasks [hf].", BACKENDS, default="hf", section="How to run it")
     dtype: str | None = fields.choice("Precision [float32 on a CPU, else auto].", DTYPES, section="How to run it")
-    cache: bool = fields.flag("Measure the parent again.", default=True, flag="--no-cache", section="How to run it")
+    cache: bool = fields.flag(
+        "Measure the parent again, and keep nothing of an interrupted run.",
+        default=True,
+        flag="--no-cache",
+        section="How to run it",
+    )
     # Output
     report: Path | None = fields.folder("The report's folder [NAME-eval].", metavar="DIR", section="Output")
     force: bool = fields.flag("Replace that folder.", section="Output")
@@ -340,12 +343,6 @@ class EvalSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in NEED_BASELINE:
-            if is_given(self, name) and self.baseline is None:
-                raise SettingError(
-                    name, f"`{name}` is {getattr(self, name)!r}, which needs a parent: give `baseline`."
-                )
-
         for name in NOT_WITH_PAIRS:
             if self.pairs is not None and is_given(self, name):
                 raise SettingError(

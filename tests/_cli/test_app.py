@@ -16,7 +16,7 @@ import torch
 from headwise._cli.app import with_flags
 from headwise.cli import cli
 from headwise.errors import HeadwiseError
-from tests.command_line import CONVERT, SCRIPT, library, run
+from tests.command_line import CONVERT, SCRIPT, library, run, run_script
 
 __all__ = ["library"]
 
@@ -73,6 +73,15 @@ def test_every_verb_has_help_with_each_option_once(verb: tuple[str, ...]) -> Non
 def test_recipes_and_methods_are_completed(words: list[str], incomplete: str, expected: str) -> None:
     completion = click.shell_completion.ShellComplete(cli, {}, "headwise", "_HEADWISE_COMPLETE")
     assert [item.value for item in completion.get_completions(words, incomplete)] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("instruction", "printed"), [("bash_source", "complete -o nosort"), ("bash_complete", "plain,distill\n")]
+)
+def test_completion_prints_nothing_else(instruction: str, printed: str) -> None:
+    words = {"COMP_WORDS": "headwise uptrain m --recipe di", "COMP_CWORD": "4"}
+    done = run_script(_HEADWISE_COMPLETE=instruction, **words)
+    assert (done.returncode, done.stderr) == (0, "") and printed in done.stdout
 
 
 @pytest.mark.parametrize(

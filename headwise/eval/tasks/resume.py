@@ -13,6 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from headwise.errors import HeadwiseError
+from headwise.io.workdir import append_to_file
+
 
 class AnswerLog:
     """The answers of one model to the requests of all tasks.
@@ -46,11 +49,10 @@ class AnswerLog:
         if key in self._answers:
             return
         self._answers[key] = answer
-        with suppress(OSError):  # a cache that cannot be written costs the resume only
+        with suppress(OSError, HeadwiseError):  # a cache that cannot be written costs the resume only
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                # A run that was killed may have left an unfinished line.
-                file.write(f"\n{json.dumps([key, answer])}\n")
+            # The line before may be unfinished.
+            append_to_file(self._path, f"\n{json.dumps([key, answer])}\n".encode())
 
     def answer(
         self, request_type: str, requests: Sequence[Any], ask: Callable[[list[Any]], Sequence[Any]]
