@@ -35,7 +35,14 @@ from headwise.convert.choose import choose_target
 from headwise.convert.encode import encode_outputs
 from headwise.convert.layers import LayerJob, choose_device
 from headwise.convert.plan import Plan, make_plan
-from headwise.convert.refit.joint import joint_notes, joint_seconds, plan_joint, refit_jointly, share_text
+from headwise.convert.refit.joint import (
+    joint_notes,
+    joint_seconds,
+    joint_warnings,
+    plan_joint,
+    refit_jointly,
+    share_text,
+)
 from headwise.convert.refit.regression import DEFAULT_STEPS
 from headwise.convert.settings import SHARD_SIZE, ConvertSettings
 from headwise.convert.spread import LayerSpread, device_notes
@@ -273,7 +280,7 @@ def convert_model(
         explain=target.explain,
         max_shard_size=settings.max_shard_size,
         engines=verdicts,
-        warnings=[*target.warnings, *plan_warnings(calibration)],
+        warnings=[*target.warnings, *plan_warnings(calibration), *joint_warnings(checkpoint, arch, joint)],
         notes=[
             *target.notes,
             *storage,

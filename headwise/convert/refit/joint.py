@@ -83,7 +83,7 @@ def plan_joint(
             )
         return None
     plan = scaled_plan(GPU_PLAN if device.type == "cuda" else CPU_PLAN, settings.refit_tokens)
-    context = getattr(arch.stock_config(checkpoint.config), "max_position_embeddings", None) or plan.length
+    context = _context(checkpoint, arch) or plan.length
     if (settings.refit_length or 0) > context:
         raise SettingError(
             "refit_length",
@@ -107,6 +107,11 @@ def plan_joint(
     free = available_memory(device)
     fits = free is None or BYTES_PER_PARAMETER * parameters + BYTES_PER_TRAINED * attention < MEMORY_SHARE * free
     return plan if fits and joint_seconds(checkpoint, arch, target, plan) <= REFIT_SECONDS else None
+
+
+def _context(checkpoint: Checkpoint, arch: Architecture) -> int | None:
+    context: int | None = getattr(arch.stock_config(checkpoint.config), "max_position_embeddings", None)
+    return context
 
 
 def _attention_parameters(checkpoint: Checkpoint, arch: Architecture, target: Target) -> int:
@@ -178,6 +183,25 @@ def joint_notes(plan: JointPlan | None) -> list[str]:
         f"Joint refit: {plan.regression_steps:,} steps of regression and {plan.kl_steps:,} of KL to the parent, on "
         f"{plan.tokens:,} tokens sampled from the parent. Sequences have {plan.length:,} tokens, and "
         f"{plan.repeats:.0%} of them repeat earlier passages."
+    ]
+
+
+def joint_warnings(checkpoint: Checkpoint, arch: Architecture, plan: JointPlan | None) -> list[str]:
+    """Return the warning about prompts that are longer than the sequences of the training.
+
+    Args:
+        checkpoint: the source.
+        arch: its row.
+        plan: steps and tokens; None: no joint refit.
+    """
+    context = _context(checkpoint, arch)
+    if plan is None or context is None or context <= plan.length:
+        return []
+    return [
+        f"The joint refit trains on sequences of {plan.length:,} tokens, and the context has {context:,}: in "
+        "longer prompts the model may not find a passage again. "
+        f"`refit_length` {context} trains on all of it; `headwise "
+        "eval` with the recipe retrieval measures it."
     ]
 
 

@@ -135,6 +135,15 @@ def test_training_reads_long_sequences_with_repeats_and_measures_plain_text(
     assert 0 < int((rows != joined[0]).any(1).sum()) <= 12
 
 
+def test_a_context_longer_than_the_training_is_a_warning(parent: Path, tmp_path: Path) -> None:
+    short, whole = (
+        convert_model(parent, tmp_path / "out", to="mqa", refit="joint", refit_length=n, device="cpu", dry_run=True)
+        for n in (16, 32)
+    )
+    assert any("`refit_length` 32 trains on all of it" in warning for warning in short.warnings)
+    assert not any("refit_length" in warning for warning in whole.warnings)
+
+
 def test_a_stage_that_makes_it_worse_is_undone(
     parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
