@@ -19,6 +19,14 @@ class Progress:
             unit: what is counted.
         """
 
+    def expect(self, seconds: float, done: int = 0) -> None:
+        """Give what is known of the present stage before its work begins.
+
+        Args:
+            seconds: forecast of the time that is left.
+            done: what an interrupted run has done of the total.
+        """
+
     def advance(self, amount: int = 1, **fields: object) -> None:
         """Count work that is done.
 

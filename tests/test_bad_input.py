@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headwise.cli import cli
-from headwise.convert import forecast, layers, pipeline
+from headwise.convert import layers, pipeline
+from headwise.convert.forecast import peak_memory
 from headwise.convert.refit.regression import refit
 from headwise.io import fs as disk
 from tests.convert.speaking import TEXT, contents, save_speaking
@@ -199,7 +200,7 @@ def test_no_space_is_seen_before_the_first_byte(model: Path, monkeypatch: pytest
 
 
 def test_no_memory_is_seen_before_the_first_byte(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "available_memory", lambda _: 1000)
+    monkeypatch.setattr(peak_memory, "available_memory", lambda _: 1000)
     assert "--calibration-tokens" in refused(model, "GB of memory at its peak, and 0.00 GB are free")
 
 

@@ -244,6 +244,53 @@ class _OnlyWarnings(Progress):
     warn = staticmethod(warn)
 
 
+class _Pace:
+    """How much of a stage is done, and the seconds that the rest takes.
+
+    Before anything is done the rest is the forecast, and afterwards it follows from the speed so far.
+    """
+
+    def __init__(self, total: int | None, unit: str, clock: Callable[[], float]) -> None:
+        self.total, self.unit, self.clock = total, unit, clock
+        self.done = self.earlier = 0
+        self.forecast: float | None = None
+        self.start = self.last = clock()
+
+    def expect(self, seconds: float, done: int) -> None:
+        """Take over a forecast, and what an interrupted run has done."""
+        self.forecast = seconds
+        self.done = self.earlier = done
+
+    def advance(self, amount: int) -> None:
+        """Count work that is done now."""
+        self.done += amount
+        self.last = self.clock() if amount else self.last
+
+    @property
+    def elapsed(self) -> float:
+        """Return the seconds since the stage began."""
+        return self.clock() - self.start
+
+    @property
+    def amount(self) -> str:
+        """Return what is done of the total."""
+        return format_amount_done(self.done, self.total, self.unit)
+
+    @property
+    def left(self) -> float | None:
+        """Return the seconds that are left; None: nothing is known of them."""
+        if self.total and self.done > self.earlier:
+            each = (self.last - self.start) / (self.done - self.earlier)
+            return max(0.0, each * (self.total - self.done) - (self.clock() - self.last))
+        return None if self.forecast is None else max(0.0, self.forecast - self.elapsed)
+
+    @property
+    def time(self) -> str:
+        """Return the time that is left, or else the time so far."""
+        left = self.left
+        return f"{duration(self.elapsed)} so far" if left is None else f"{duration(left)} left"
+
+
 class _Lines(Progress):
     """Print a line every `LINE_INTERVAL` seconds of a stage, and one at its end."""
 
@@ -253,29 +300,27 @@ class _Lines(Progress):
 
     def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
         self.finish()
-        self.name, self.total, self.unit, self.done = name, total, unit, 0
-        self.start = self.last_line = self.last_advance = self.clock()
+        self.name, self.pace = name, _Pace(total, unit, self.clock)
+        self.last_line = self.pace.start
+
+    def expect(self, seconds: float, done: int = 0) -> None:
+        self.pace.expect(seconds, done)
+        if seconds >= LINE_INTERVAL:
+            note(f"{self.name}: {self.pace.amount}, {self.pace.time} by the forecast")
 
     def advance(self, amount: int = 1, **fields: object) -> None:
-        self.done += amount
+        self.pace.advance(amount)
         now = self.clock()
-        self.last_advance = now if amount else self.last_advance
         if now - self.last_line < LINE_INTERVAL:
             return
         self.last_line = now
-        parts = [format_amount_done(self.done, self.total, self.unit), *_format_fields(fields)]
-        if self.total and self.done:
-            left = (self.last_advance - self.start) * (self.total / self.done - 1) - (now - self.last_advance)
-            parts.append(f"{duration(max(left, 0))} left")
-        else:
-            parts.append(f"{duration(now - self.start)} so far")
-        note(f"{self.name}: {', '.join(parts)}")
+        note(f"{self.name}: {', '.join([self.pace.amount, *_format_fields(fields), self.pace.time])}")
 
     def finish(self) -> None:
         if self.name:
-            elapsed = duration(self.clock() - self.start)
-            amount = f"{format_amount_done(self.done, None, self.unit)} in " if self.unit or self.done else ""
-            note(f"{self.name}: {amount}{elapsed}")
+            pace = self.pace
+            amount = f"{format_amount_done(pace.done, None, pace.unit)} in " if pace.unit or pace.done else ""
+            note(f"{self.name}: {amount}{duration(pace.elapsed)}")
         self.name = ""
 
     note = staticmethod(note)
@@ -285,14 +330,24 @@ class _Lines(Progress):
 class _Bars(Progress):
     """Draw one bar per stage; the bars of finished stages stay above it."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         from rich import progress
+        from rich.text import Text
 
+        class Remaining(progress.ProgressColumn):
+            """The time left. The column of rich forgets all units that took longer than half a minute."""
+
+            def render(self, task: progress.Task) -> Text:
+                """Return the time left of a stage, or the time that it took."""
+                pace: _Pace = task.fields["pace"]
+                return Text(duration(task.finished_time or 0.0) if task.finished else pace.time)
+
+        self.clock = clock
         self.display = progress.Progress(
             progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(bar_width=24),
-            progress.TextColumn("{task.fields[amount]}", markup=False),
-            progress.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            progress.TextColumn("{task.fields[pace].amount}", markup=False),
+            Remaining(),
             progress.TextColumn("{task.fields[details]}", markup=False),
             console=_sink.err,
         )
@@ -300,18 +355,20 @@ class _Bars(Progress):
 
     def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
         self.finish()
-        self.total, self.unit, self.done = total, unit, 0
-        amount = format_amount_done(0, total, unit)
-        self.task = self.display.add_task(clean(name), total=total, amount=amount, details="")
+        self.pace = _Pace(total, unit, self.clock)
+        self.task = self.display.add_task(clean(name), total=total, pace=self.pace, details="")
+
+    def expect(self, seconds: float, done: int = 0) -> None:
+        self.pace.expect(seconds, done)
+        self.display.update(self.task, completed=done)
 
     def advance(self, amount: int = 1, **fields: object) -> None:
-        self.done += amount
-        done = format_amount_done(self.done, self.total, self.unit)
-        self.display.update(self.task, advance=amount, amount=done, details=", ".join(_format_fields(fields)))
+        self.pace.advance(amount)
+        self.display.update(self.task, advance=amount, details=", ".join(_format_fields(fields)))
 
     def finish(self) -> None:
-        if self.task is not None and self.total is None:
-            self.display.update(self.task, total=self.done, completed=self.done)
+        if self.task is not None and self.pace.total is None:
+            self.display.update(self.task, total=self.pace.done, completed=self.pace.done)
         self.task = None
 
     note = staticmethod(note)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from headwise.convert import forecast
 from headwise.convert.base import Target
 from headwise.convert.calibration.calibrate import (
     CalibrationPlan,
@@ -23,16 +22,23 @@ from headwise.convert.calibration.calibrate import (
 from headwise.convert.calibration.corpus import (
     SAMPLED,
     CalibrationLoss,
-    forward_seconds,
     loss_seconds,
     measure_converted,
     measure_text,
     read_corpus,
     sampling_seconds,
-    whole_model_bytes,
 )
 from headwise.convert.choose import choose_target
 from headwise.convert.encode import encode_outputs
+from headwise.convert.forecast.peak_memory import peak_memory, require_free_memory, whole_model_memory
+from headwise.convert.forecast.stage_seconds import (
+    FILE_RATE,
+    calibration_seconds,
+    closed_form_seconds,
+    indexer_seconds,
+    output_seconds,
+    refit_seconds,
+)
 from headwise.convert.layers import LayerJob, choose_device
 from headwise.convert.plan import Plan, make_plan
 from headwise.convert.refit.joint import (
@@ -43,18 +49,18 @@ from headwise.convert.refit.joint import (
     refit_jointly,
     share_text,
 )
-from headwise.convert.refit.regression import DEFAULT_STEPS
 from headwise.convert.settings import SHARD_SIZE, ConvertSettings
 from headwise.convert.spread import LayerSpread, device_notes
 from headwise.convert.verify.check import check_folder
-from headwise.convert.verify.layer_damage import affordable_damage, damage_seconds
+from headwise.convert.verify.layer_damage import affordable_damage, damage_seconds, damage_shape
 from headwise.convert.verify.verification import Verification
+from headwise.convert.verify.whole_model import WHOLE_BYTES
 from headwise.environment import find_devices
 from headwise.errors import SettingError
 from headwise.fields import settings_of
 from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.io.tokenizer import TOKENIZER_CONFIG, raised_max_length, tokenizer_kind
-from headwise.io.writer import Writer
+from headwise.io.writer import Writer, unfinished_identity
 from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.stock_match import match_source
 from headwise.progress import SILENT, Progress
@@ -64,6 +70,9 @@ from headwise.records.parent import PARENT
 from headwise.records.push import PushResult, check_repository, push_converted
 from headwise.serving.engines import engine_verdicts, require_engines
 from headwise.train.recovery import JointPlan
+
+# The stages of the forecast that run layer by layer.
+LAYER_STAGES = ("calibration", "layers", "indexers", "refit")
 
 
 @dataclass(frozen=True)
@@ -188,8 +197,8 @@ def convert_model(
         calibration_tokens: number of calibration tokens; None: by the model's size.
         save_moments: a folder to save the second moments of the attention inputs in.
         moments: a folder of saved moments to use.
-        refit: "auto" (when the forecast is under ten minutes), "off", "layers", "joint", or a number of steps per
-            layer.
+        refit: "auto" (when the forecast is under ten minutes on a GPU, 25 seconds on a CPU), "off", "layers",
+            "joint", or a number of steps per layer.
         refit_tokens: distinct tokens of the joint refit's text; None: by the device.
         refit_length: tokens in a sequence of the joint refit; None: by the device, and at most the context.
         context: rescale RoPE to this many tokens.
@@ -248,7 +257,11 @@ def convert_model(
     joint = plan_joint(checkpoint, arch, target, settings, requested)
     if joint:
         settings = replace(settings, refit="joint")
-    calibration = plan_calibration(checkpoint, arch, target, settings, requested)
+    recorded_before = unfinished_identity(out).get("arguments") if settings.resume else None
+    earlier = recorded_before.get("calibration") if isinstance(recorded_before, dict) else None
+    calibration = plan_calibration(
+        checkpoint, arch, target, settings, requested, earlier if isinstance(earlier, dict) else None
+    )
     work_device = choose_device(target, calibration, requested)
     # Only the layers are spread: everything else is done by the first device.
     work_devices = devices if work_device == requested else [work_device]
@@ -273,7 +286,7 @@ def convert_model(
         config=config,
         layouts=target.layouts,
         arguments=recorded,
-        peak_memory=_peak_memory(checkpoint, arch, target, calibration, work_devices, requested),
+        peak_memory=_peak_memory(checkpoint, arch, target, settings, calibration, work_devices, requested),
         seconds=_seconds(checkpoint, arch, target, settings, calibration, joint, work_devices, requested),
         exact=target.exact
         and not (settings.context or settings.sliding_window is not None or settings.requantize or settings.sparse),
@@ -299,7 +312,7 @@ def convert_model(
         )
     if settings.dry_run:
         return plan
-    forecast.require_free_memory(plan.peak_memory, work_device)
+    require_free_memory(plan.peak_memory, work_device)
 
     identity = {
         "source": checkpoint.fingerprint(),
@@ -323,7 +336,8 @@ def convert_model(
         texts = text_folder(checkpoint, measured, writer) if measured else writer.work.folder
         heldback = plan_loss(checkpoint, arch, target, settings, calibration)
         job = LayerJob(checkpoint, arch, target, calibration, texts if measured else None, settings.allow_nan)
-        with LayerSpread(job, writer, work_devices, progress) as spread:
+        expected = sum(plan.seconds.get(stage, 0.0) for stage in LAYER_STAGES)
+        with LayerSpread(job, writer, work_devices, progress, expected) as spread:
             if joint and measured:
                 share_text(writer, checkpoint, joint, measured, texts, requested, progress)
             if heldback:
@@ -403,20 +417,33 @@ def _peak_memory(
     checkpoint: Checkpoint,
     arch: Architecture,
     target: Target,
+    settings: ConvertSettings,
     calibration: CalibrationPlan | None,
     work_devices: Sequence[torch.device],
     device: torch.device,
 ) -> int:
-    """Return the forecast of the peak: of the layers, or of the whole parent where text is sampled from it.
+    """Return the forecast of the peak: of the layers, or of the stages that load a model whole.
 
     Processes that share the CPU add up. With GPUs it is the peak of one process and its GPU.
     """
-    peak = forecast.peak_memory(checkpoint, arch, target, calibration)
+    peak = peak_memory(checkpoint, arch, target, calibration, device)
     if work_devices[0].type == "cpu":
         peak *= len(work_devices)
-    if calibration is None or calibration.reuse is not None or calibration.text != SAMPLED:
-        return peak
-    return max(peak, forecast.RESTING_BYTES + whole_model_bytes(checkpoint, device))
+    heldback = plan_loss(checkpoint, arch, target, settings, calibration)
+    measured = heldback is not None and loss_seconds(checkpoint, heldback, device) is not None
+    sampled = calibration is not None and calibration.reuse is None and calibration.text == SAMPLED
+    damage = measured and calibration is not None and calibration.reuse is None
+    damage = damage and damage_seconds(checkpoint, device) is not None
+    whole = whole_model_memory(
+        checkpoint,
+        arch,
+        target,
+        loss_tokens=heldback.length if measured and heldback else int(sampled),
+        damage_tokens=damage_shape(device)[1] if damage else 0,
+        loaded=settings.verify and sum(tensor.nbytes for tensor in target.outputs) <= WHOLE_BYTES,
+        bytes_per_parameter=2 if device.type == "cuda" else 4,
+    )
+    return max(peak, whole)
 
 
 def _seconds(
@@ -431,27 +458,24 @@ def _seconds(
 ) -> dict[str, float]:
     """Return the forecast of the time by stage."""
     stages: dict[str, float] = {}
-    if calibration and calibration.reuse is None:
-        if calibration.text == SAMPLED and not joint:  # a joint refit has text of its own, and shares it
-            stages["sampling"] = sampling_seconds(checkpoint, calibration.tokens, device)
-        stages["calibration"] = forward_seconds(checkpoint, calibration.tokens, device)
     share = 1 / len(work_devices)
-    stages["layers"] = share * forecast.layer_seconds(checkpoint, arch, target, device)
-    if calibration and calibration.indexers:
-        stages["indexers"] = share * forecast.indexer_seconds(
-            arch, target, calibration.index_steps, calibration.length, device
-        )
-    if calibration and calibration.steps:
-        default = forecast.refit_seconds(checkpoint, arch, target, calibration.length, device)
-        stages["refit"] = share * default * calibration.steps / DEFAULT_STEPS
+    stages["layers"] = share * closed_form_seconds(checkpoint, arch, target, device)
+    if calibration and calibration.reuse is None:
+        text = (calibration.tokens, calibration.length, device)
+        if calibration.text == SAMPLED and not joint:  # a joint refit has text of its own, and shares it
+            stages["sampling"] = sampling_seconds(checkpoint, calibration.tokens, device, calibration.length)
+        stages["calibration"] = calibration_seconds(checkpoint, arch, *text)
+        if calibration.fitted:
+            stages["layers"] += share * output_seconds(checkpoint, arch, target, *text)
+        if calibration.indexers:
+            steps = (calibration.index_steps, calibration.length, device)
+            stages["indexers"] = share * indexer_seconds(arch, target, *steps)
+        if calibration.steps:
+            steps = (calibration.steps, calibration.length, device)
+            stages["refit"] = share * refit_seconds(checkpoint, arch, target, *steps)
     if joint:
-        slower = (
-            1.0
-            if device.type == "cuda"
-            else forward_seconds(checkpoint, 1, device) / forward_seconds(checkpoint, 1, torch.device("cuda"))
-        )
-        stages["joint refit"] = slower * joint_seconds(checkpoint, arch, target, joint)
-    stages["files"] = checkpoint.nbytes / forecast.FILE_RATE
+        stages["joint refit"] = joint_seconds(checkpoint, arch, target, joint, device)
+    stages["files"] = checkpoint.nbytes / FILE_RATE
     heldback = plan_loss(checkpoint, arch, target, settings, calibration)
     if heldback and (losses := loss_seconds(checkpoint, heldback, device)) is not None:
         damage = damage_seconds(checkpoint, device) if calibration and calibration.reuse is None else None

@@ -39,12 +39,18 @@ class LayerSpread:
         devices: where layers are converted, the first of them by this process. No more of them are used than there
             are layers.
         progress: gets one stage.
+        seconds: forecast of the time that all layers take.
     """
 
     def __init__(
-        self, job: LayerJob, writer: Writer, devices: Sequence[torch.device], progress: Progress = SILENT
+        self,
+        job: LayerJob,
+        writer: Writer,
+        devices: Sequence[torch.device],
+        progress: Progress = SILENT,
+        seconds: float = 0.0,
     ) -> None:
-        self._job, self._writer, self._progress = job, writer, progress
+        self._job, self._writer, self._progress, self._seconds = job, writer, progress, seconds
         target = job.target
         self._todo = [i for i in range(len(target.layouts)) if target.converted_names(i)]
         noted: dict[int, Any] = {i: writer.notes.get(f"layer {i}") for i in self._todo}
@@ -92,7 +98,7 @@ class LayerSpread:
             # Before other processes look for the text.
             keep_text(job.checkpoint, job.target, job.calibration, self._devices[0], self._progress, job.cache)
         self._progress.stage("Converting", total=len(self._todo), unit="layers")
-        self._progress.advance(len(self._reports))
+        self._progress.expect(self._seconds * len(self._remaining) / len(self._todo), len(self._reports))
         for result in self._results():
             # The report comes before the tensors, so that an interruption between them does not lose it.
             writer.note(f"layer {result.layer}", result.report)

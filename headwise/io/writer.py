@@ -121,6 +121,23 @@ def plan_shards(tensors: Sequence[OutputTensor], max_shard_size: int | str = "5G
     return shards
 
 
+def unfinished_identity(out: str | Path) -> dict[str, Any]:
+    """Return what the unfinished work on a folder is a function of; empty without such work.
+
+    Args:
+        out: the folder that would be published.
+    """
+    path = WorkFolder(out).folder / "journal.jsonl"
+    if path.is_symlink() or not path.is_file():
+        return {}
+    try:
+        first = json.loads(path.read_bytes().partition(b"\n")[0])
+    except (OSError, ValueError):
+        return {}
+    identity = first.get("identity") if isinstance(first, dict) else None
+    return identity if isinstance(identity, dict) else {}
+
+
 class Writer:
     """Write the planned tensors and files of one output folder.
 

@@ -55,8 +55,9 @@ def token_nats(model: Any, blocks: Tensor, *, batch_size: int = 8) -> Tensor:
     for batch in blocks.split(batch_size):
         batch = tokens_of(batch.to(device).long())
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
-        rows.append(nats.float().cpu())
+        # Flat: with the vocabulary in the middle, the loss copies the logits once more.
+        nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+        rows.append(nats.view(len(batch), -1).float().cpu())
     model.train(was_training)
     return torch.cat(rows)
 

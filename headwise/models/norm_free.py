@@ -21,6 +21,9 @@ from headwise.models.layout import LatentWeights
 from headwise.models.mla_source import written_class
 from headwise.models.stock import empty_model
 
+# The name under which transformers finds `padded_attention`.
+PADDED = "headwise_padded"
+
 
 def norm_free_attention(
     config: dict[str, Any], layer: int, latent: LatentWeights, o_bias: Tensor | None, device: torch.device
@@ -43,7 +46,49 @@ def norm_free_attention(
     model = empty_model(plain, stock.auto_class)
     attention = model.get_submodule(f"{LAYERS.format(layer=layer)}.{ATTENTION}")
     to_norm_free_module(attention, latent, o_bias)
+    if torch.device(device).type == "cpu":
+        pad_values(attention)
     return attention.to(device)
+
+
+def pad_values(attention: Any) -> None:
+    """Make a module on the CPU use `padded_attention` where its stock form uses torch's own kernels.
+
+    Args:
+        attention: the attention module; its config changes.
+    """
+    import transformers
+
+    if attention.config._attn_implementation == "sdpa":
+        transformers.AttentionInterface.register(PADDED, padded_attention)
+        attention.config._attn_implementation = PADDED
+
+
+def padded_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Return torch's fused attention with values padded to the width of the queries.
+
+    The fused kernel of a CPU takes one width. Without it, 9 heads of 96 and 64 dimensions took 4.4 times as long
+    forward, and 2.2 times forward and backward, and the attention weights of all heads were in memory.
+
+    Args:
+        module: the attention module.
+        query: (sequences, heads, tokens, head_dim).
+        key: like `query`.
+        value: (sequences, heads, tokens, v_head_dim).
+        attention_mask: as the module passes it.
+        options: further arguments of the attention function.
+
+    Returns:
+        The output, (sequences, tokens, heads, v_head_dim), and no attention weights.
+    """
+    import transformers
+
+    width = value.shape[-1]
+    padded = nn.functional.pad(value, (0, max(0, query.shape[-1] - width)))
+    attend = transformers.AttentionInterface()["sdpa"]
+    return attend(module, query, key, padded, attention_mask, **options)[0][..., :width], None
 
 
 def to_norm_free_module(attention: Any, latent: LatentWeights, o_bias: Tensor | None) -> None:

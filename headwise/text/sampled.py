@@ -6,7 +6,8 @@ tokenizer has a chat template, a part of the sequences starts with the opening o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ CACHE_SHARE = 0.3
 MAX_SEQUENCES = {"cuda": 2048, "cpu": 64}
 # Shorter samples are drawn step by step: the prompt and the recording take the first three steps.
 FEWEST_RECORDED = 8
+# Tokens of every sequence whose sampling is timed, after the prompt and the first of them.
+TIMED = 4
 
 
 def start_token(tokenizer: Any) -> int:
@@ -141,6 +144,37 @@ def sample_tokens(
     return torch.cat(rows)[order]
 
 
+def seconds_per_token(
+    model: Any, tokenizer: Any, *, sequences: int, length: int, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Time a few steps of sampling with caches of the full length.
+
+    Args:
+        model: the stock model, on its device.
+        tokenizer: its tokenizer.
+        sequences: number of sequences to sample.
+        length: tokens in each.
+        clock: returns the present time in seconds.
+
+    Returns:
+        Seconds for one token of one sequence.
+
+    Raises:
+        HeadwiseError: as in `sample_tokens`.
+    """
+    device = next(model.parameters()).device
+    count = min(sequences, _batch_size(model, length, device))
+    generator = torch.Generator(device=device).manual_seed(0)
+    start_of_text = [start_token(tokenizer)]
+    times = []
+    for most in (1, 1 + TIMED):
+        start = clock()
+        _sample_batch(model, start_of_text, count, length, 1.0, generator, tokenizer, SILENT, most)
+        times.append(clock() - start)
+    return max(0.0, times[1] - times[0]) / (TIMED * count)
+
+
+@torch.no_grad()
 def _sample_batch(
     model: Any,
     prompt: Sequence[int],
@@ -150,6 +184,7 @@ def _sample_batch(
     generator: torch.Generator,
     tokenizer: Any,
     progress: Progress,
+    most: int | None = None,
 ) -> Tensor:
     from transformers import StaticCache
     from transformers.cache_utils import StaticLayer
@@ -189,10 +224,11 @@ def _sample_batch(
         place.add_(1)
 
     # Other kinds of cache (windows, states) count their tokens on the host, which a CUDA graph cannot repeat.
-    graphed = kept > FEWEST_RECORDED and all(type(layer) is StaticLayer for layer in cache.layers)
+    steps = kept if most is None else min(kept, most)
+    graphed = steps > FEWEST_RECORDED and all(type(layer) is StaticLayer for layer in cache.layers)
     repeat, sampled = (record(step, device, [generator]), 3) if graphed else (step, 1)
     progress.advance(count * sampled)
-    for _ in range(kept - sampled):
+    for _ in range(steps - sampled):
         repeat()
         progress.advance(count)
     if not bool(finite):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import rich.console
 
 from headwise._cli import console
 from tests.command_line import CONVERT, config_folder, library, run, run_script
@@ -79,6 +80,43 @@ def test_a_terminal_gets_bars_with_amount_and_fields(monkeypatch: pytest.MonkeyP
         progress.advance(4_000, layer="[bold]3")
     assert "Write" in screen.getvalue() and "4 kB of 4 kB" in screen.getvalue()
     assert "layer [bold]3" in screen.getvalue()
+
+
+def test_a_terminal_gets_the_time_left_before_the_first_layer_and_after_a_slow_one() -> None:
+    """Layers of a minute each: rich's own column shows no time for them."""
+    console.configure()
+    now = [0.0]
+    bars = console._Bars(clock=lambda: now[0])
+
+    def shown() -> str:
+        screen = io.StringIO()
+        rich.console.Console(file=screen, width=160).print(bars.display.get_renderable())
+        return screen.getvalue()
+
+    bars.stage("Converting", total=6, unit="layers")
+    assert "0.0 s so far" in shown()
+    bars.expect(300, done=2)
+    now[0] += 20
+    assert "2/6 layers 4:40 left" in shown()
+    now[0] += 40
+    bars.advance(layer=2)
+    assert "3/6 layers 3:00 left layer 2" in shown()
+    now[0] += 30
+    assert "2:30 left" in shown()
+
+
+def test_lines_give_the_forecast_before_the_first_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    console.configure()
+    now = [0.0]
+    lines = console._Lines(clock=lambda: now[0])
+    lines.stage("Converting", total=4, unit="layers")
+    lines.expect(120, done=1)
+    now[0] += 30
+    lines.advance(layer=1)
+    assert capsys.readouterr().err.splitlines() == [
+        "Converting: 1/4 layers, 2:00 left by the forecast",
+        "Converting: 2/4 layers, layer 1, 1:00 left",
+    ]
 
 
 def test_lines_come_when_a_stage_is_long_and_when_it_ends(capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,9 +39,9 @@ SHAPES: dict[str, tuple[tuple[int, ...], dict[str, object]]] = {
 }
 CHILD = """
 import json, sys
-from headwise.convert.pipeline import convert
+from headwise.convert.pipeline import convert_model
 model, out, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-plan = convert(model, out, device="cpu", verify=False, **options).plan
+plan = convert_model(model, out, device="cpu", verify=False, **options).plan
 # Of this program alone; getrusage would count what the process was before it became this program.
 lines = open("/proc/self/status").read().splitlines()
 print(plan.peak_memory, 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")))

@@ -22,7 +22,7 @@ from headwise.io import workdir as workfolder
 from headwise.io.fs import DiskError
 from headwise.io.reader import open_checkpoint
 from headwise.io.workdir import Interrupted
-from headwise.io.writer import OutputTensor, Writer, plan_shards
+from headwise.io.writer import OutputTensor, Writer, plan_shards, unfinished_identity
 from tests.io.small import make_checkpoint, tensors_for
 
 IDENTITY = {"source": "abc", "groups": 2, "recipe": {"train": {"tokens": 8}, "seed": 0}}
@@ -175,6 +175,20 @@ def interrupt(model: Path, out: Path, number: int = 6, **options) -> None:
 
     with pytest.raises(Interrupted):
         convert(model, out, stop=stop, **options)
+
+
+def test_the_identity_of_unfinished_work_can_be_read(model, tmp_path):
+    out = tmp_path / "out"
+    assert unfinished_identity(out) == {}
+    interrupt(model, out)
+    assert {name: unfinished_identity(out)[name] for name in IDENTITY} == IDENTITY
+    journal = work_of(out) / "journal.jsonl"
+    for damaged in (b"", b"{", b"[]", b'{"identity": 3}\n', b"\xff\n"):
+        journal.write_bytes(damaged)
+        assert unfinished_identity(out) == {}
+    journal.unlink()
+    os.mkfifo(journal)
+    assert unfinished_identity(out) == {}
 
 
 def test_resume_does_not_repeat_what_is_done(model, tmp_path):

@@ -13,6 +13,8 @@ from headwise.convert.calibration.norm_stats import CrossMoment, NormedProjectio
 # difference, a variance over queries, is positive semidefinite (docs/decisions/0013).
 NUM_ATTENTION_QUERIES = 64
 TINY = 1e-9
+# Attention weights whose distances are summed at once, in float64.
+ELEMENTS_AT_ONCE = 1 << 21
 
 
 def first_position(length: int) -> int:
@@ -39,7 +41,7 @@ class AttentionStats:
         self._moment: Tensor | None = None
         self._keys: Tensor | None = None
         self._distances: Tensor | None = None
-        self._weight = 0.0
+        self._weight: Tensor | float = 0.0
 
     def add(
         self,
@@ -69,6 +71,7 @@ class AttentionStats:
         sink = 0 if states else first
         causal = states is None and getattr(attention, "is_causal", True)
         mask = _additive_mask(arguments.get("attention_mask"), inputs, read.shape[1], causal)
+        total: Tensor | None = None
         before = attention.config._attn_implementation
         attention.config._attn_implementation = "eager"
         try:
@@ -77,30 +80,29 @@ class AttentionStats:
                     "attention_mask": _row(mask, i, sequences)
                 }
                 weights = attention(hidden_states=inputs[i : i + 1], **row)[1][0]  # (heads, length, read tokens)
-                weights = weights.clone()
-                weights[..., :sink] = 0
+                # In place: each array of this size is new memory from the system.
+                total = weights if total is None else total.add_(weights)
                 queries = index if valid is None else index[valid[i]]
                 queries = queries[first :: max(1, len(queries) // NUM_ATTENTION_QUERIES)]
                 whole = torch.cat([read[i], torch.ones_like(read[i, :, :1])], 1)
-                share = weights[:, queries].sum(-1, keepdim=True).clamp_min(TINY)
-                averaged = (weights[:, queries] @ whole / share.sqrt()).flatten(0, 1)
+                weights = weights[:, queries]  # a copy
+                weights[..., :sink] = 0
+                share = weights.sum(-1, keepdim=True).clamp_min(TINY)
+                averaged = (weights @ whole / share.sqrt()).flatten(0, 1)
                 moment = (averaged.mT @ averaged).double()
-                received = weights[:, queries].sum((0, 1))
+                received = weights.sum((0, 1))
                 attended = (whole.mT * received) @ whole
                 if self._normed is not None:
                     self.keys.add(whole, self._normed.keys(whole), received)
                 self._moment = moment if self._moment is None else self._moment + moment
                 self._keys = attended.double() if self._keys is None else self._keys + attended.double()
-                self._weight += float(share.sum())
-                if states is None:
-                    self._add_distances(weights)
+                self._weight = self._weight + share.double().sum()
         finally:
             attention.config._attn_implementation = before
-
-    def _add_distances(self, weights: Tensor) -> None:
-        """Add the attention weights (heads, length, length) by their distance."""
-        by_distance = torch.stack([sum_by_distance(head) for head in weights])
-        self._distances = by_distance if self._distances is None else self._distances + by_distance
+        if states is None and total is not None:
+            total[..., :sink] = 0
+            by_distance = sum_by_distance(total)
+            self._distances = by_distance if self._distances is None else self._distances + by_distance
 
     def result(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return `value_moment`, `key_moment` and `distances` of a `LayerRecord`."""
@@ -112,19 +114,22 @@ class AttentionStats:
 
 
 def sum_by_distance(weights: Tensor) -> Tensor:
-    """Return the sums of attention weights over equal distances between query and token, (length,), float64.
+    """Return the sums of attention weights over equal distances between query and token, (heads, length), float64.
 
     The order of each sum is fixed. On a GPU, `index_add_` sums in an order that changes from run to run.
 
     Args:
-        weights: (length, length), queries by tokens.
+        weights: (heads, length, length), queries by tokens.
     """
-    length = len(weights)
-    # Rows are reversed and shifted by one each, so that a column holds one distance.
-    skewed = torch.nn.functional.pad(weights.flip(1).double(), (0, length)).flatten()[:-length]
-    sums = skewed.view(length, 2 * length - 1).sum(0)
-    earlier, later = sums[length - 1 :], sums[: length - 1].flip(0)
-    return torch.cat([earlier[:1], earlier[1:] + later])
+    length = weights.shape[-1]
+    sums = []
+    for heads in weights.split(max(1, ELEMENTS_AT_ONCE // length**2)):
+        # Rows are reversed and shifted by one each, so that a column holds one distance.
+        skewed = torch.nn.functional.pad(heads.flip(2).double(), (0, length)).flatten(1)[:, :-length]
+        sums.append(skewed.unflatten(1, (length, 2 * length - 1)).sum(1))
+    columns = torch.cat(sums)
+    earlier, later = columns[:, length - 1 :], columns[:, : length - 1].flip(1)
+    return torch.cat([earlier[:, :1], earlier[:, 1:] + later], 1)
 
 
 def _row(value: Any, index: int, sequences: int) -> Any:

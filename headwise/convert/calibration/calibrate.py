@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.convert import forecast
 from headwise.convert.base import Target
 from headwise.convert.calibration.corpus import (
     BUILTIN,
@@ -18,6 +17,7 @@ from headwise.convert.calibration.corpus import (
     MIXTURE,
     NUM_HELDBACK,
     SAMPLED,
+    TextChoice,
     choose_text,
     read_corpus,
 )
@@ -26,6 +26,15 @@ from headwise.convert.calibration.moments import Moments
 from headwise.convert.calibration.norm_stats import NormedProjections
 from headwise.convert.calibration.pair_corpus import PAIR_LENGTH, read_pair_corpus
 from headwise.convert.calibration.pair_stream import PairStream
+from headwise.convert.forecast.amounts import (
+    RefitChoice,
+    calibration_length,
+    calibration_tokens,
+    choose_index_steps,
+    choose_refit,
+    trained_length,
+)
+from headwise.convert.forecast.stage_seconds import CALIBRATION_LENGTH
 from headwise.convert.settings import ConvertSettings
 from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import Checkpoint, has_nonfinite
@@ -57,6 +66,7 @@ class CalibrationPlan:
         indexers: whether indexers are made.
         index_steps: of training for every indexer.
         asked: tokens that the settings name, before they are rounded down to whole sequences; None: none.
+        refit_reason: why `auto` chose the steps; None if the settings gave them.
     """
 
     text: str
@@ -71,6 +81,7 @@ class CalibrationPlan:
     indexers: bool = False
     index_steps: int = 0
     asked: int | None = None
+    refit_reason: str | None = None
 
     @property
     def keeps_text(self) -> bool:
@@ -110,6 +121,7 @@ def plan_calibration(
     target: Target,
     settings: ConvertSettings,
     device: torch.device,
+    earlier: Mapping[str, Any] | None = None,
 ) -> CalibrationPlan | None:
     """Decide what is measured on the parent.
 
@@ -119,6 +131,7 @@ def plan_calibration(
         target: the decided conversion.
         settings: of the conversion.
         device: where the layers run.
+        earlier: what an interrupted run recorded of its calibration, whose choices are kept; None: nothing.
 
     Returns:
         The text and the amount; None if nothing is measured.
@@ -147,19 +160,23 @@ def plan_calibration(
     if settings.moments is not None:
         saved = Moments.open(settings.moments, checkpoint)
         return CalibrationPlan(saved.text, saved.sequences, saved.length, 0, saved.seed, reuse=settings.moments)
-    trained = forecast.trained_length(arch, target.parent_config if indexers else checkpoint.config)
-    length = min(
-        PAIR_LENGTH if arch.reads_pairs else forecast.calibration_length(indexers, exact=target.exact), trained
-    )
-    steps = forecast.refit_steps(checkpoint, arch, target, settings.refit or "off", length, device)
+    trained = trained_length(arch, target.parent_config if indexers else checkpoint.config)
+    longest = PAIR_LENGTH if arch.reads_pairs else calibration_length(indexers, exact=target.exact)
+    length = min(longest, trained)
+    before = earlier or {}
+    if settings.refit == "auto" and isinstance(before.get("steps"), int):
+        refit = RefitChoice(before["steps"], "as in the interrupted run")
+    else:
+        refit = choose_refit(checkpoint, arch, target, settings.refit or "off", length, device)
+    steps = refit.steps
     if not steps and not target.calibrated and not indexers and settings.save_moments is None:
         return None
-    index_steps = forecast.index_steps(arch, target, settings.index_steps, length, device) if indexers else 0
+    given = before.get("index_steps") if settings.index_steps is None else settings.index_steps
+    index_steps = choose_index_steps(arch, target, given, length, device) if indexers else 0
     count = settings.calibration_tokens
     if count is None:
-        count = forecast.calibration_tokens(
-            checkpoint, arch, steps, joint=settings.refit == "joint", index_steps=index_steps
-        )
+        joint = settings.refit == "joint"
+        count = calibration_tokens(checkpoint, arch, steps, device, joint=joint, index_steps=index_steps)
     if count < 2 * length:
         raise SettingError(
             "calibration_tokens",
@@ -172,14 +189,18 @@ def plan_calibration(
             f"`calibrate` {SAMPLED} needs a language-model head, and {checkpoint.source} has none.",
             "Leave out `calibrate`, or name a text.",
         )
-    chosen = choose_text(
-        checkpoint,
-        arch,
-        LONG_TEXT if indexers and settings.calibrate == "auto" else settings.calibrate or "auto",
-        count + NUM_HELDBACK * length,
-        device,
-        settings.allow_nan,
-    )
+    if settings.calibrate == "auto" and not indexers and before.get("text") in (SAMPLED, MIXTURE):
+        chosen = TextChoice(before["text"], "the interrupted run read it")
+    else:
+        chosen = choose_text(
+            checkpoint,
+            arch,
+            LONG_TEXT if indexers and settings.calibrate == "auto" else settings.calibrate or "auto",
+            count + NUM_HELDBACK * length,
+            device,
+            settings.allow_nan,
+            length,
+        )
     return CalibrationPlan(
         chosen.text,
         count // length,
@@ -187,6 +208,7 @@ def plan_calibration(
         steps,
         settings.seed,
         reason=chosen.reason,
+        refit_reason=refit.reason,
         fitted=target.fitted,
         keep=settings.save_moments,
         indexers=indexers,
@@ -219,10 +241,11 @@ def plan_notes(target: Target, calibration: CalibrationPlan | None, settings: Co
             "Indexers: the closed form. The forecast of training is over ten minutes on this device; give "
             "`index_steps` a number of steps to run it."
         )
+    reason = calibration.refit_reason
     if calibration.steps:
-        yield f"Refit: {calibration.steps} steps per layer."
-    elif settings.refit == "auto" and not target.exact:
-        yield "No refit: its forecast is over ten minutes on this device; give `refit` a number of steps to run it."
+        yield f"Refit: {calibration.steps} steps per layer{f', because {reason}' if reason else ''}."
+    elif reason and not target.exact:
+        yield f"No refit: {reason}; give `refit` a number of steps to run it."
 
 
 def plan_warnings(calibration: CalibrationPlan | None) -> Iterator[str]:
@@ -262,10 +285,10 @@ def plan_loss(
         return None
     if calibration is not None and calibration.reuse is None:
         # At positions beyond its context the parent is no measure.
-        return calibration if calibration.length <= forecast.trained_length(arch, checkpoint.config) else None
+        return calibration if calibration.length <= trained_length(arch, checkpoint.config) else None
     if target.exact or settings.allow_nan or arch.auto_class != "AutoModelForCausalLM":
         return None
-    length = min(forecast.CALIBRATION_LENGTH, forecast.trained_length(arch, checkpoint.config))
+    length = min(CALIBRATION_LENGTH, trained_length(arch, checkpoint.config))
     return CalibrationPlan(MIXTURE, 0, length, 0, settings.seed)
 
 

@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from headwise.convert.forecast.machine import clock, product_rate
+from headwise.convert.forecast.stage_seconds import CALIBRATION_LENGTH, forward_seconds
 from headwise.environment import available_memory
 from headwise.errors import HeadwiseError
 from headwise.format import duration
@@ -26,7 +28,7 @@ from headwise.models.architecture import Architecture, find_architecture
 from headwise.progress import SILENT, Progress
 from headwise.schema import restore
 from headwise.text.blocks import blocks_from
-from headwise.text.sampled import sample_tokens
+from headwise.text.sampled import MAX_SEQUENCES, sample_tokens, seconds_per_token
 from headwise.train.student import load_for_sampling
 
 SAMPLED, MIXTURE, BUILTIN = "sampled", "mixture", "builtin"
@@ -37,9 +39,10 @@ FEWEST_SAMPLED = 65_536
 FILE = "text.safetensors"
 # Forecast seconds up to which `auto` samples text, and up to which losses on the text are measured.
 SAMPLING_SECONDS, LOSS_SECONDS = 600.0, 120.0
-# Sustained rates of sampling and of a forward pass, on the low side of what was measured on 135M parameters.
-SAMPLING_FLOPS, FORWARD_FLOPS = {"cuda": 1e13}, {"cuda": 3e13}
-CPU_SAMPLING_FLOPS, CPU_FORWARD_FLOPS = 1e10, 2e10  # of each thread
+# Sustained rate of sampling on one H200, on the low side of what was measured on 135M parameters.
+CUDA_SAMPLING_FLOPS = 1e13
+# Rows of a product at a step of sampling on a CPU: the most sequences at once.
+ROWS = MAX_SEQUENCES["cpu"]
 MEMORY_SHARE = 0.6
 # Sequences of calibration length that no moment contains, and pieces for the comparison with samples.
 NUM_HELDBACK, NUM_PIECES, PIECE_LENGTH = 2, 8, 128
@@ -89,6 +92,7 @@ def choose_text(
     tokens: int,
     device: torch.device,
     allow_nan: bool = False,
+    length: int = CALIBRATION_LENGTH,
 ) -> TextChoice:
     """Decide which text is read.
 
@@ -100,6 +104,7 @@ def choose_text(
         tokens: number of calibration tokens.
         device: where text is sampled.
         allow_nan: whether the weights may hold NaN.
+        length: tokens in a sequence.
     """
     if calibrate == LONG_TEXT:
         return TextChoice(BUILTIN, "indexers learn from long documents")
@@ -117,7 +122,7 @@ def choose_text(
         return TextChoice(MIXTURE, "the model reads more than text, and is not sampled from")
     if tokens < FEWEST_SAMPLED:
         return TextChoice(MIXTURE, f"sampled text is better from {FEWEST_SAMPLED:,} tokens on")
-    seconds, limit = sampling_seconds(checkpoint, tokens, device), duration(SAMPLING_SECONDS)
+    seconds, limit = sampling_seconds(checkpoint, tokens, device, length), duration(SAMPLING_SECONDS)
     if seconds > SAMPLING_SECONDS:
         return TextChoice(MIXTURE, f"sampling is forecast at {duration(seconds)}, over the limit of {limit}")
     if not _fits(checkpoint, device):
@@ -125,28 +130,44 @@ def choose_text(
     return TextChoice(SAMPLED, f"sampling is forecast at {duration(seconds)}, within the limit of {limit}")
 
 
-def sampling_seconds(checkpoint: Checkpoint, tokens: int, device: torch.device) -> float:
+def sampling_seconds(
+    checkpoint: Checkpoint, tokens: int, device: torch.device, length: int = CALIBRATION_LENGTH
+) -> float:
     """Return the forecast seconds of sampling.
+
+    On a CPU a few steps are timed, unless the products alone take too long.
 
     Args:
         checkpoint: the model.
         tokens: how many are sampled.
         device: where the model runs.
+        length: tokens in a sequence.
     """
-    rate = SAMPLING_FLOPS.get(device.type, CPU_SAMPLING_FLOPS * torch.get_num_threads())
-    return 2.0 * checkpoint.num_parameters * tokens / rate
+    flops = 2.0 * checkpoint.num_parameters * tokens
+    if device.type == "cuda":
+        return flops / CUDA_SAMPLING_FLOPS
+    width = find_architecture(checkpoint.config, checkpoint.tensors).stock_config(checkpoint.config).hidden_size
+    least = flops / product_rate(torch.float32, ROWS, width, 4 * width)
+    if least > SAMPLING_SECONDS or not _fits(checkpoint, device):
+        return least
+    return max(least, tokens * _timed_sampling(checkpoint, max(1, tokens // length), length))
 
 
-def forward_seconds(checkpoint: Checkpoint, tokens: int, device: torch.device) -> float:
-    """Return the forecast seconds of a forward pass.
+_TIMED: dict[tuple[str, int, int, int], float] = {}
 
-    Args:
-        checkpoint: the model.
-        tokens: of the text.
-        device: where the model runs.
-    """
-    rate = FORWARD_FLOPS.get(device.type, CPU_FORWARD_FLOPS * torch.get_num_threads())
-    return 2.0 * checkpoint.num_parameters * tokens / rate
+
+def _timed_sampling(checkpoint: Checkpoint, sequences: int, length: int) -> float:
+    """Return the measured seconds for one token on the CPU; 0 for a model that cannot be sampled from."""
+    key = (checkpoint.fingerprint(), sequences, length, torch.get_num_threads())
+    if key not in _TIMED:
+        try:
+            network = load_for_sampling(checkpoint, torch.device("cpu"))
+            tokenizer = load_tokenizer(checkpoint.folder, checkpoint.source)
+            shape = {"sequences": sequences, "length": length}
+            _TIMED[key] = seconds_per_token(network, tokenizer, **shape, clock=clock)
+        except HeadwiseError:  # the run itself reports it
+            _TIMED[key] = 0.0
+    return _TIMED[key]
 
 
 def keep_corpus(cache: Path, calibration: Any, blocks: Tensor) -> None:
@@ -385,7 +406,7 @@ def loss_seconds(checkpoint: Checkpoint, calibration: Any, device: torch.device)
     tokens = 2 * NUM_HELDBACK * calibration.length + 2 * NUM_PIECES * PIECE_LENGTH
     seconds = forward_seconds(checkpoint, tokens, device)
     if calibration.text != SAMPLED and calibration.sequences:
-        seconds += sampling_seconds(checkpoint, NUM_PIECES * PIECE_LENGTH, device)
+        seconds += sampling_seconds(checkpoint, NUM_PIECES * PIECE_LENGTH, device, PIECE_LENGTH)
     return seconds if seconds <= LOSS_SECONDS and _fits(checkpoint, device) else None
 
 

@@ -55,7 +55,8 @@ class CrossMoment:
     def __init__(self) -> None:
         self._cross: Tensor | None = None
         self._scales: Tensor | None = None
-        self._weight = self._squares = 0.0
+        self._weight: Tensor | float = 0.0
+        self._squares: Tensor | float = 0.0
 
     def add(self, inputs: Tensor, normed: tuple[Tensor, Tensor], weights: Tensor | None = None) -> None:
         """Add tokens.
@@ -73,11 +74,11 @@ class CrossMoment:
         sums = torch.einsum("sth,t->sh", sums, weights.double())
         self._cross = cross if self._cross is None else self._cross + cross
         self._scales = sums if self._scales is None else self._scales + sums
-        self._weight += float(weights.sum())
-        self._squares += float(weights.square().sum())
+        self._weight = self._weight + weights.double().sum()
+        self._squares = self._squares + weights.double().square().sum()
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Return the cross moment and the scales of a `LayerRecord`."""
         assert self._cross is not None and self._scales is not None
-        count = torch.full_like(self._scales[:1], self._weight**2 / self._squares)
+        count = torch.as_tensor(self._weight**2 / self._squares).expand_as(self._scales[:1])
         return self._cross / self._weight, torch.cat([self._scales / self._weight, count])

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from headwise.convert.base import Target
 from headwise.convert.calibration.calibrate import CalibrationPlan
-from headwise.convert.calibration.corpus import NUM_HELDBACK, SAMPLED, keep_corpus
-from headwise.convert.forecast import REFIT_SECONDS
+from headwise.convert.calibration.corpus import NUM_HELDBACK, SAMPLED, keep_corpus, sampling_seconds
+from headwise.convert.forecast.amounts import REFIT_SECONDS
+from headwise.convert.forecast.stage_seconds import forward_seconds, trained_seconds
 from headwise.convert.settings import ConvertSettings
 from headwise.environment import available_memory
 from headwise.errors import SettingError
@@ -106,7 +107,7 @@ def plan_joint(
     parameters, attention = checkpoint.num_parameters, _attention_parameters(checkpoint, arch, target)
     free = available_memory(device)
     fits = free is None or BYTES_PER_PARAMETER * parameters + BYTES_PER_TRAINED * attention < MEMORY_SHARE * free
-    return plan if fits and joint_seconds(checkpoint, arch, target, plan) <= REFIT_SECONDS else None
+    return plan if fits and joint_seconds(checkpoint, arch, target, plan, device) <= REFIT_SECONDS else None
 
 
 def _context(checkpoint: Checkpoint, arch: Architecture) -> int | None:
@@ -154,17 +155,29 @@ def with_length(plan: JointPlan, length: int) -> JointPlan:
     return replace(plan, length=length, sampled_length=sampled, sequences=sequences)
 
 
-def joint_seconds(checkpoint: Checkpoint, arch: Architecture, target: Target, plan: JointPlan) -> float:
-    """Return the forecast seconds of a joint refit on a GPU, sampling included.
+def joint_seconds(
+    checkpoint: Checkpoint, arch: Architecture, target: Target, plan: JointPlan, device: torch.device
+) -> float:
+    """Return the forecast seconds of a joint refit, sampling included.
 
     Args:
         checkpoint: the source.
         arch: its row.
         target: the decided conversion.
         plan: steps and tokens.
+        device: where the models are trained.
     """
-    parameters, attention = checkpoint.num_parameters, _attention_parameters(checkpoint, arch, target)
     tokens = plan.sequences * plan.length
+    if device.type != "cuda":
+        forward = forward_seconds(checkpoint, 1, device)
+        attention_step = trained_seconds(target, plan.length)
+        # Both stages measure the held-out loss before and after; a backward pass costs two forward passes.
+        measured = 4 * plan.heldout * plan.sampled_length * forward
+        regressed = plan.regression_steps * tokens * (forward + attention_step)
+        distilled = plan.kl_steps * tokens * (4 * forward + attention_step)
+        sampled = (plan.num_sampled + plan.heldout) * plan.sampled_length
+        return measured + regressed + distilled + sampling_seconds(checkpoint, sampled, device, plan.sampled_length)
+    parameters, attention = checkpoint.num_parameters, _attention_parameters(checkpoint, arch, target)
     regression = plan.regression_steps * tokens * (2.0 * parameters + 6.0 * attention)
     distillation = plan.kl_steps * tokens * (2.0 + 2.0 + 4.0) * parameters
     sampling = plan.tokens * 2.0 * parameters

@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from headwise.convert.calibration.layer_stream import LayerRecord
 from headwise.train.optimizer import TINY, step_scale
 
-# Sequences per step, and the share of sequences that only measure the result.
-SEQUENCES_PER_STEP = 12
+# Sequences per step on a GPU. On a CPU a step has two of 512 tokens or more, or so many shorter ones that they have
+# as many tokens. There 300 steps of 2 took half the time of 100 steps of 12, and left less error
+# (docs/results/convert-speed.md).
+SEQUENCES_PER_STEP, SEQUENCES_PER_STEP_ON_CPU, TOKENS_PER_STEP_ON_CPU = 12, 2, 1024
+# The share of sequences that only measure the result.
 HELD_BACK = 0.1
 # Peak learning rate as a share of a weight's size (see `step_scale`): one setting fits weights of any scale. A run
 # shorter than ANNEALED steps gets a lower rate: it is too short to settle from large steps.
@@ -65,7 +68,7 @@ def refit(
         attention: the target's stock attention module, float32 on `device`; MLA without its latent norm.
         parameters: which of its parameters are trained.
         record: the parent layer's inputs and outputs, from `LayerStream.records(keep_activations=True)`.
-        steps: of Adam, on `SEQUENCES_PER_STEP` sequences each.
+        steps: of Adam, on `sequences_per_step` sequences each.
         learning_rate: at its peak, relative to each weight's size; it falls to zero along a cosine.
         seed: of the order of sequences; the layer's index is added.
         device: where `attention` is.
@@ -78,6 +81,7 @@ def refit(
         ValueError: the record holds no inputs and outputs, or fewer than two sequences.
     """
     inputs, outputs, train, heldout = split_sequences(record, device)
+    size_of_step = sequences_per_step(device, inputs.shape[1])
     generator = torch.Generator().manual_seed(seed + record.index)
 
     start = [p.detach().clone() for p in parameters]
@@ -92,9 +96,9 @@ def refit(
     for p in parameters:
         p.requires_grad_(True)
     for _ in range(steps):
-        while len(order) < min(SEQUENCES_PER_STEP, len(train)):
+        while len(order) < min(size_of_step, len(train)):
             order = torch.cat([order, train[torch.randperm(len(train), generator=generator)]])
-        batch, order = order[:SEQUENCES_PER_STEP], order[SEQUENCES_PER_STEP:]
+        batch, order = order[:size_of_step], order[size_of_step:]
         output = apply_attention(attention, record, inputs[batch].to(device), batch)
         loss = (output - outputs[batch].to(device)).square().mean() / scale
         loss.backward()
@@ -140,20 +144,31 @@ def output_error(
     return lost / total if total else 0.0
 
 
-def forecast_flops(parameters: int, heads: int, head_dim: int, length: int, steps: int) -> float:
-    """Return the floating-point operations of the regression of one layer.
+def sequences_per_step(device: torch.device | str, length: int) -> int:
+    """Return the sequences of one step of the regression.
 
-    Each step takes 6 per weight and token and 6 per causal score and head dim.
+    Args:
+        device: where the layer is.
+        length: tokens in a sequence.
+    """
+    if torch.device(device).type != "cpu":
+        return SEQUENCES_PER_STEP
+    return min(SEQUENCES_PER_STEP, max(SEQUENCES_PER_STEP_ON_CPU, TOKENS_PER_STEP_ON_CPU // length))
+
+
+def forecast_flops(parameters: int, heads: int, head_dim: int, tokens: int, length: int) -> float:
+    """Return the floating-point operations of a forward and a backward pass of one layer's attention.
+
+    A token takes 6 per weight, and 6 per causal score and head dim.
 
     Args:
         parameters: number of trained parameters.
         heads: number of query heads.
         head_dim: elements of a head.
+        tokens: of all sequences.
         length: tokens in a sequence.
-        steps: of training.
     """
-    tokens = SEQUENCES_PER_STEP * length
-    return steps * tokens * (6.0 * parameters + 6.0 * heads * head_dim * length)
+    return tokens * (6.0 * parameters + 6.0 * heads * head_dim * length)
 
 
 def split_sequences(record: LayerRecord, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

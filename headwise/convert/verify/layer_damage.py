@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headwise.convert.calibration.corpus import LOSS_SECONDS, MEMORY_SHARE, forward_seconds
+from headwise.convert.calibration.corpus import LOSS_SECONDS, MEMORY_SHARE
+from headwise.convert.forecast.stage_seconds import forward_seconds
 from headwise.environment import available_memory
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import find_architecture
@@ -41,11 +42,20 @@ def affordable_damage(
         device: where the models run.
         progress: receives a stage.
     """
-    sequences, length = SHAPE.get(device.type, CPU_SHAPE)
+    sequences, length = damage_shape(device)
     tokens = blocks[:sequences, :length]
     if damage_seconds(parent, device, tokens.numel()) is None:
         return None
     return layer_damage(checkpoint, parent, tokens, device=device, progress=progress)
+
+
+def damage_shape(device: torch.device) -> tuple[int, int]:
+    """Return the sequences of the text of `layer_damage`, and the tokens in each.
+
+    Args:
+        device: where the models run.
+    """
+    return SHAPE.get(device.type, CPU_SHAPE)
 
 
 def damage_seconds(parent: Checkpoint, device: torch.device, tokens: int | None = None) -> float | None:
@@ -59,7 +69,7 @@ def damage_seconds(parent: Checkpoint, device: torch.device, tokens: int | None 
     free = available_memory(device)
     if free is not None and BYTES_PER_PARAMETER * parent.num_parameters > MEMORY_SHARE * free:
         return None
-    sequences, length = SHAPE.get(device.type, CPU_SHAPE)
+    sequences, length = damage_shape(device)
     seconds = PASSES * forward_seconds(parent, sequences * length if tokens is None else tokens, device)
     return seconds if seconds <= LOSS_SECONDS else None
 

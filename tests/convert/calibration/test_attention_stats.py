@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from headwise.convert.calibration import attention_stats
 from headwise.convert.calibration.attention_stats import NUM_ATTENTION_QUERIES, sum_by_distance
 from headwise.models.architecture import find_architecture
 from headwise.models.layout import LayerWeights
@@ -58,10 +59,18 @@ def test_attention_statistics_are_those_of_the_weights(model_type, tmp_path):
 
 
 @pytest.mark.parametrize("length", [1, 2, 7])
-def test_sums_by_distance(length):
-    weights = torch.rand(length, length, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("at_once", [1, 100, 1 << 21])
+def test_sums_by_distance(length: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all heads in one operation, of some, and of one at a time."""
+    monkeypatch.setattr(attention_stats, "ELEMENTS_AT_ONCE", at_once)
+    weights = torch.rand(3, length, length, generator=torch.Generator().manual_seed(0))
     expected = [
-        sum(float(weights[i, j]) for i in range(length) for j in range(length) if abs(i - j) == distance)
-        for distance in range(length)
+        [
+            sum(float(head[i, j]) for i in range(length) for j in range(length) if abs(i - j) == distance)
+            for distance in range(length)
+        ]
+        for head in weights
     ]
-    assert sum_by_distance(weights).tolist() == pytest.approx(expected)
+    sums = sum_by_distance(weights)
+    assert sums.dtype == torch.float64
+    torch.testing.assert_close(sums, torch.tensor(expected, dtype=torch.float64))
