@@ -99,8 +99,8 @@ def stock_text_config(model_type: str, text_config: dict[str, Any]) -> Any:
             )
     if text_config.get("per_layer_config"):
         raise HeadwiseError(
-            "config.json has per_layer_config: its layers differ in shape, and no stock class that headwise knows "
-            "can hold that."
+            "config.json has per_layer_config: its layers differ in shape, and the stock classes that headwise "
+            "converts read one shape for all layers."
         )
     return _stock_config(model_type, json.dumps(text_config, sort_keys=True))
 

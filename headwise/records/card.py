@@ -27,6 +27,7 @@ FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(.*?)^---[ \t]*$\n?", re.DOTALL | re.M
 MOST_DAMAGED = 5  # layers that the card names
 # The first words of common licence files, and the Hub's names of the licences.
 LICENCES = {"Apache License Version 2.0": "apache-2.0", "MIT License": "mit", "BSD 3-Clause": "bsd-3-clause"}
+SPEECH = "AutoModelForSpeechSeq2Seq"
 EVALUATION = "Evaluation"  # the section of the measured figures
 UPTRAINING = "Uptraining"  # the section of a training run
 # The words for the step of a method.
@@ -73,11 +74,13 @@ def render_card(manifest: Mapping[str, Any], source_card: Path | None = None) ->
 
 
 def _auto_class(manifest: Mapping[str, Any]) -> str:
-    """Return the auto class of transformers that loads the model's class; records before 2026-11-29 name none."""
+    """Return the auto class of transformers that loads the model's class; old records name neither."""
     name = str(manifest.get("class") or "ForCausalLM")
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "AutoModelForCausalLM"
-    return "AutoModelForImageTextToText" if name.endswith("ForConditionalGeneration") else "AutoModel"
+    if name.endswith("ForConditionalGeneration"):  # of images, of pairs or of speech
+        return str(manifest.get("auto_class") or "AutoModelForImageTextToText")
+    return "AutoModel"
 
 
 def _licence_of(folder: Path | None, files: Collection[str]) -> dict[str, str]:
@@ -112,7 +115,7 @@ def _usage(manifest: Mapping[str, Any]) -> Iterator[str]:
     """Yield the section with the code that loads the model; OUT stands for the folder or its repository."""
     auto = _auto_class(manifest)
     reader, name = "AutoTokenizer", "tokenizer"
-    if auto == "AutoModelForImageTextToText":
+    if auto in ("AutoModelForImageTextToText", SPEECH):
         reader, name = "AutoProcessor", "processor"
     yield "## Usage"
     yield ""
@@ -123,10 +126,11 @@ def _usage(manifest: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield f'model = {auto}.from_pretrained("OUT", dtype="auto", device_map="auto")'
     yield f'{name} = {reader}.from_pretrained("OUT")'
-    yield f'inputs = {name}(text="Once upon a time", return_tensors="pt").to(model.device)'
+    if auto != SPEECH:  # it depends on the model whether it reads speech or writes it
+        yield f'inputs = {name}(text="Once upon a time", return_tensors="pt").to(model.device)'
     if auto == "AutoModel":
         yield "print(model(**inputs).last_hidden_state.shape)"
-    else:
+    elif auto != SPEECH:
         yield f"print({name}.decode(model.generate(**inputs, max_new_tokens=64)[0]))"
     yield "```"
     yield ""

@@ -16,6 +16,7 @@ from headwise.io.fs import os_errors
 from headwise.io.reader import CHUNK, Checkpoint, make_buffers
 from headwise.io.source import find_weights, path_inside, read_json
 from headwise.models.layout import AttentionLayout, CacheSize
+from headwise.models.protocol import find_attention_model
 from headwise.progress import SILENT, Progress
 
 RECORD = "headwise.json"
@@ -135,6 +136,7 @@ def make_manifest(
         "versions": versions(PACKAGES),
         "device": device,
         "class": next(iter(plan.config.get("architectures") or []), None),
+        "auto_class": find_attention_model(plan.config).auto_class,
         "exact": plan.exact,
         "attention": {
             "before": layout_names(before),

@@ -55,7 +55,8 @@ def forward_with_hooks(
     # The first is the embedding; the last is after the final norm.
     name = "hidden_states" if "hidden_states" in outputs else "decoder_hidden_states"
     layers = outputs[name][1:-1] if hidden_states else ()
-    return ModelOutputs(outputs.logits, layers, [captured[index] for index in range(len(attention))])
+    # Text does not run the attention of a vision tower, nor that to an image.
+    return ModelOutputs(outputs.logits, layers, [captured[index] for index in sorted(captured)])
 
 
 class Teacher:

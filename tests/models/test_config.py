@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForSpeechSeq2Seq
 
 from headwise.errors import HeadwiseError
@@ -391,3 +392,21 @@ def test_more_labels_than_any_model_has_are_refused(change):
         stock_config({"model_type": "llama"} | change)
     with pytest.raises(HeadwiseError, match="labels, and the most is 10,000"):
         stock_text_config("llama", {"model_type": "llama"} | change)
+
+
+@pytest.mark.parametrize("model_type", sorted(tiny_models.CONFIGS))
+def test_no_row_has_a_class_that_reads_a_number_of_kv_heads_for_each_layer(model_type: str) -> None:
+    """`per_layer_config` of transformers: the classes read one number, and the config then refuses to give it."""
+    config = tiny_models.config_of(model_type)
+    arch = architecture.find_architecture(config)
+    text = arch.text_config(config)
+    if arch.num_key_value_heads is None:
+        pytest.skip("the class reads no number of KV heads at all")
+    layout = arch.layouts(config)[0]
+    other = layout.num_attention_heads if layout.num_key_value_heads == 1 else 1
+    text["per_layer_config"] = {"0": {arch.num_key_value_heads: other}}
+    with pytest.raises(HeadwiseError, match="per_layer_config"):
+        architecture.find_architecture(config)
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    with pytest.raises(RuntimeError, match="per-layer attribute"), torch.device("meta"):
+        getattr(transformers, arch.auto_class).from_config(AutoConfig.for_model(config["model_type"], **fields))

@@ -87,9 +87,18 @@ def test_card_loads_the_model_and_warns_until_it_is_measured(model):
     assert ModelCard(text).data.pipeline_tag == "text-generation"
     measured = with_section(text, "Evaluation", "No loss.")
     assert "WARNING" not in measured and measured.count("## Evaluation") == 1
-    seeing = record_of(model) | {"class": "LlavaForConditionalGeneration"}
+    images = {"class": "LlavaForConditionalGeneration", "auto_class": "AutoModelForImageTextToText"}
+    seeing = record_of(model) | images
+    assert render_card(seeing) == render_card(
+        {name: value for name, value in seeing.items() if name != "auto_class"}
+    )
     assert "AutoModelForImageTextToText, AutoProcessor" in render_card(seeing)
     assert 'processor(text="Once upon a time"' in render_card(seeing)
+    pairs = {"class": "T5GemmaForConditionalGeneration", "auto_class": "AutoModelForSeq2SeqLM"}
+    assert "AutoModelForSeq2SeqLM, AutoTokenizer" in render_card(record_of(model) | pairs)
+    speech = {"class": "DiaForConditionalGeneration", "auto_class": "AutoModelForSpeechSeq2Seq"}
+    assert "AutoModelForSpeechSeq2Seq, AutoProcessor" in render_card(record_of(model) | speech)
+    assert "Once upon a time" not in render_card(record_of(model) | speech)
     headless = render_card(record_of(model) | {"class": "LlamaModel"})
     assert "AutoModel, AutoTokenizer" in headless and "generate(" not in headless and "pipeline_tag" not in headless
     exact = record_of(model) | {"exact": True}

@@ -155,11 +155,16 @@ def _differences(rows: Sequence[tuple[Comparison, Damage]], fail_above: float | 
     return figure
 
 
+def _log_damage(damage: float) -> float:
+    """Return the change of the loss for a relative change of the perplexity; -inf for a perplexity of 0."""
+    return math.log1p(damage) if damage > -1 else -math.inf
+
+
 def _draw_differences(
     axes: Any, rows: Sequence[tuple[Comparison, Damage]], fail_above: float | None, palette: Palette
 ) -> None:
     logarithmic = rows[0][0].is_perplexity
-    unit = math.log1p if logarithmic else lambda damage: 100 * damage
+    unit = _log_damage if logarithmic else lambda damage: 100 * damage
     spans = [[-unit(value) for value in (damage.high, damage.value, damage.low)] for _, damage in rows]
     # A figure of one sample has no finite interval.
     limit = max(
@@ -195,7 +200,7 @@ def _ratio_ticks(limit: float) -> tuple[list[float], list[str]]:
 
     The labels are percent up to a doubling, and ratios of child and parent beyond.
     """
-    growth = math.expm1(limit)
+    growth = math.expm1(min(limit, 700.0))
     if growth < 1:
         step = 10.0 ** math.floor(math.log10(growth))
         step *= next(multiple for multiple in (0.5, 1, 2, 5) if growth / (multiple * step) < 3)

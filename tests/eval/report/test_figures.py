@@ -9,6 +9,7 @@ import pytest
 
 from headwise import pictures
 from headwise.eval.report.figures import LIGHT, make_drawings
+from headwise.eval.result import Comparison
 from headwise.eval.verdict import Damage
 from tests.eval.evaluations import accuracy, full, only, perplexity
 
@@ -57,10 +58,14 @@ def test_the_ratio_of_perplexities_has_readable_ticks(nats: float, ticks: set[st
     assert ticks <= set(labels) and 1 <= len(labels) <= 5
 
 
-def test_an_infinite_interval_is_drawn_to_the_edge() -> None:
-    single = accuracy("one_question", 1.0, -1.0, math.inf, 1.0)
+@pytest.mark.parametrize(
+    "single",
+    [accuracy("one_question", 1.0, -1.0, math.inf, 1.0), perplexity(0.1, math.inf), perplexity(0.1, 800.0)],
+)
+def test_an_infinite_interval_is_drawn_to_the_edge(single: Comparison) -> None:
     assert single.paired is not None
-    single = replace(single, paired=replace(single.paired, low=-math.inf, high=math.inf))
+    if not math.isfinite(single.paired.standard_error or 0.0):
+        single = replace(single, paired=replace(single.paired, low=-math.inf, high=math.inf))
     draw, _ = make_drawings(only(single))["differences"]
     with pictures.picture_style():
         (axes,) = draw(LIGHT).axes
