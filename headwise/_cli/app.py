@@ -101,7 +101,14 @@ def flag_option(names: str, help: str, **more: Any) -> Option:
 
 def number_option(names: str, help: str, minimum: int = 1, **more: Any) -> Option:
     """Return an option with a whole number of at least `minimum`."""
-    return Option(names, help, type=click.IntRange(min=minimum), metavar="N", **more)
+
+    def parse(word: str) -> int:
+        if int(word) < minimum:
+            raise ValueError
+        return int(word)
+
+    wanted = f"a whole number of at least {minimum}"
+    return Option(names, help, type=ParsedType("NUMBER", parse, wanted), metavar="N", **more)
 
 
 def options_of(kind: type) -> list[Option]:

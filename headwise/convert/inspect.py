@@ -12,7 +12,7 @@ import torch
 
 from headwise.convert.mla.exact import latent_layout
 from headwise.convert.positions.rope_range import RopeRange, rope_ranges
-from headwise.errors import HeadwiseError
+from headwise.errors import HeadwiseError, SettingError
 from headwise.format import latent_name, plain_fields, size
 from headwise.io import hub
 from headwise.io.gguf import open_gguf
@@ -172,6 +172,8 @@ def inspect_model(
         HeadwiseError: there is no such model, or its type cannot be converted.
     """
     settings = ServingSettings(engines, tp, dcp, memory, cache_dtype, card)
+    if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 1):
+        raise SettingError("context", f"`context` is {context!r}, which is not a whole number of at least 1.")
     parameters: int | None
     origin: str | None
     damage: tuple[float, ...] = ()

@@ -11,8 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from headwise.environment import find_device
 from headwise.errors import HeadwiseError, SettingError
 from headwise.eval import processes
 from headwise.eval.assemble import assemble
@@ -106,7 +105,7 @@ def evaluate_model(
         )
     processes.check_device(settings.device)
     require_packages()
-    settings = settings.resolve(chosen, settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    settings = settings.resolve(chosen, str(find_device(settings.device)))
     progress = progress if processes.is_main() else SILENT
     ours = find_model(child, token=token, progress=progress)
     if baseline is None and (baseline := recorded_parent(ours, progress)) is not None:

@@ -84,8 +84,10 @@ def check_name(path: str | Path) -> None:
         path: as the user gave it.
 
     Raises:
-        HeadwiseError: it has bytes that are not UTF-8.
+        HeadwiseError: it is no text, or has bytes that are not UTF-8.
     """
+    if not isinstance(path, str | Path):
+        raise HeadwiseError(f"{path!r} is not a path or a name.", "Give text, such as the path of a folder.")
     try:
         str(path).encode()
     except UnicodeEncodeError:

@@ -130,8 +130,9 @@ def find_gguf(model: str | Path, revision: str | None = None) -> Path | None:
         revision: branch, tag or commit, which a file does not have.
 
     Raises:
-        HeadwiseError: `revision` is given for a file.
+        HeadwiseError: `revision` is given for a file, or `model` is no name.
     """
+    check_name(model)
     path = Path(model).expanduser()
     if path.suffix != GGUF or not path.is_file():
         return None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from headwise.environment import HEADWISE_VERSION
 from headwise.errors import HeadwiseError
 from headwise.io import hub
+from headwise.io.fs import check_name
 from headwise.io.reader import open_checkpoint
 from headwise.io.source import path_inside, read_json
 from headwise.progress import SILENT, Progress
@@ -112,6 +113,8 @@ def push_model(
     Raises:
         HeadwiseError: the folder cannot be pushed, or the Hub refuses.
     """
+    for name in (folder, repo):
+        check_name(name)
     path = Path(folder).expanduser()
     record = _read_source_record(path)
     files = files_to_push(path)

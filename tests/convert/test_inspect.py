@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM, PhiConfig
 from headwise.compat import cache_of
 from headwise.convert.inspect import inspect_model
 from headwise.errors import HeadwiseError, SettingError
+from headwise.io.source import EMBEDDED_MODEL
 from headwise.models.layout import AttentionLayout, CacheSize
 from headwise.serving.engines import ENGINES
 from tests import tiny_models
@@ -142,3 +143,9 @@ def test_every_shared_config_is_inspected_or_refused_in_one_sentence(folder: Pat
         assert "\n" not in str(error)
         return
     assert inspection.cache.bytes_per_token > 0 and json.dumps(inspection.to_dict())
+
+
+@pytest.mark.parametrize("context", ["abc", 0, -1, True, 1.5])
+def test_a_context_is_a_whole_number(context: Any) -> None:
+    with pytest.raises(SettingError, match=r"`context` is .* not a whole number of at least 1"):
+        inspect_model(EMBEDDED_MODEL, context=context)

@@ -292,6 +292,7 @@ def test_without_a_baseline_nothing_is_compared(folders: dict[str, Path], tmp_pa
         (["--online"], "but the recipe quick has none"),
         (["--limit", "1.5"], "a number of questions or a share below 1"),
         (["--fail-above", "1%"], "--fail-above is 0.01, which needs a parent: give --baseline"),
+        (["--device", "cuda:7"], "--device is 'cuda:7', which this machine does not have"),
         (["--tasks", "headwise_cloze_code", "--include-path", "nowhere"], "There is no folder nowhere"),
         (["--backend", "vllm", "--tasks", "headwise_cloze_code"], "vLLM, which is not installed"),
     ],

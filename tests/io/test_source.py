@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars
 
+import headwise
 from headwise.convert.inspect import inspect_model
 from headwise.errors import HeadwiseError
 from headwise.io.hub import hub_errors
@@ -200,3 +203,18 @@ def test_a_huge_generation_config_is_refused_before_a_model_is_loaded(tmp_path):
     (folder / "generation_config.json").write_text('{"stop_strings": ' + "[" * 60_000 + "]" * 60_000 + "}")
     with pytest.raises(HeadwiseError, match=r"generation_config\.json is larger than 100,000 bytes"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, ["model"]])
+def test_what_is_no_name_is_refused_by_every_verb(wrong: Any, tmp_path: Path) -> None:
+    calls: list[Callable[[], Any]] = [
+        lambda: headwise.inspect_model(wrong),
+        lambda: headwise.convert_model(wrong, tmp_path / "out", to="mqa"),
+        lambda: headwise.sample_text(wrong, tmp_path / "text.jsonl"),
+        lambda: headwise.update_card(tmp_path, wrong),
+        lambda: headwise.push_model(tmp_path, wrong),
+    ]
+    for call in calls:
+        with pytest.raises(HeadwiseError, match="is not a path or a name"):
+            call()
+    assert not list(tmp_path.iterdir())

@@ -19,6 +19,7 @@ from headwise.eval.report.publish import REPORT
 from headwise.eval.report.report import figures_table, limits, read_report
 from headwise.eval.result import Comparison, Evaluation
 from headwise.eval.verdict import figure_name, verdict_of
+from headwise.io.fs import check_name
 from headwise.io.source import path_inside, read_json, source_in_folder
 from headwise.io.workdir import write_file_atomically
 from headwise.records.card import EVALUATION, read_card, with_section
@@ -69,6 +70,8 @@ def update_card(
     Raises:
         HeadwiseError: there is no card or no report, they are of two models, or a task is not in the report.
     """
+    for path in (folder, report_folder):
+        check_name(path)
     home = Path(folder).expanduser()
     path = home / "README.md"
     if not path.is_file():

@@ -47,13 +47,13 @@ def test_the_forecast_counts_questions_models_and_text(tmp_path: Path, monkeypat
 
     loading = forecast(0)
     one = forecast(50) - loading
-    # 50 questions with two answers of 41 to 45 bytes, a token each, at a quarter of the rate.
+    # 50 questions with two answers of 41 to 45 bytes, a token each, at half of the rate.
     parameters = model.subject.parameters
-    assert parameters and one == pytest.approx(2 * parameters * 50 * 87 / 0.25e9, rel=0.05)
+    assert parameters and one == pytest.approx(2 * parameters * 50 * 87 / 0.5e9, rel=0.05)
     assert forecast(100) - loading == pytest.approx(2 * one)
     assert forecast(100, limit=25) - loading == pytest.approx(one / 2)
     assert forecast(50, models=2) == pytest.approx(2 * forecast(50))
-    assert forecast(50, blocks=8) - forecast(50) == pytest.approx(2 * parameters * 8 * 32 / 0.25e9)
+    assert forecast(50, blocks=8) - forecast(50) == pytest.approx(2 * parameters * 8 * 32 / 0.5e9)
 
 
 def test_what_cannot_be_counted_has_no_forecast(tmp_path: Path) -> None:
