@@ -217,6 +217,7 @@ def inspect_model(
             damage=damage,
             serving=serving.forecast(layouts),
             engines=serving.verdicts(config, layouts),
+            notes=tuple(_indexer_notes(layouts)),
         )
     arch = architecture.find_architecture(config)
     cache = CacheSize.of(layouts, dtype)
@@ -249,6 +250,16 @@ def inspect_model(
             *([LINEAR_NORMS] if mla is None and arch.qk_norm(config) else []),
         ),
     )
+
+
+def _indexer_notes(layouts: Sequence[AttentionLayout]) -> Iterator[str]:
+    """Yield a line about each shape of indexers."""
+    for shape in dict.fromkeys(layout.indexer for layout in layouts):
+        if shape is not None:
+            yield (
+                f"Sparse attention: every query attends to {shape.index_topk:,} keys, which {shape.index_n_heads} "
+                f"index queries of {shape.index_head_dim} elements select. The index key is in the cache."
+            )
 
 
 def _linear_notes(layouts: Sequence[AttentionLayout], dtype: torch.dtype) -> Iterator[str]:

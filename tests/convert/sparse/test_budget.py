@@ -57,7 +57,9 @@ def test_up_to_the_budget_the_output_is_the_dense_parent(
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(tmp_path / "again", tokens), actual)
 
-    layout = inspect_model(tmp_path / "out").layouts[0]
+    inspection = inspect_model(tmp_path / "out")
+    layout = inspection.layouts[0]
+    assert any("every query attends to 9 keys, which 3 index queries" in note for note in inspection.notes)
     assert layout.indexer is not None and layout.indexer.index_topk == 9 and layout.indexer.index_n_heads == 3
     row = (layout.kv_lora_rank or 0) + (layout.qk_rope_head_dim or 0) + layout.indexer.index_head_dim
     assert layout.cache_elements_per_token == row
