@@ -51,10 +51,16 @@ def test_the_command_repeats_every_decision(model):
         == "headwise convert org/name@c0ffee 'a folder' --to gqa --groups 4 --calibrate none"
     )
     measured = {"text": "builtin", "sequences": 8, "length": 512, "steps": 0, "seed": 3, "keep": None}
-    arguments = {"to": "mla", "rank": 16, "exact": True, "calibration": measured, "seed": 3}
+    arguments = {"to": "mla", "rank": 16, "pad_values": True, "calibration": measured, "seed": 3}
     assert command_of(replace(plan, arguments=arguments), "out", None) == (
-        "headwise convert org/name@c0ffee out --to mla --rank 16 --exact --seed 3 "
+        "headwise convert org/name@c0ffee out --to mla --rank 16 --pad-values --seed 3 "
         "--calibrate builtin --calibration-tokens 4096 --refit off --no-verify"
+    )
+    # An exact conversion has no refit; its text is that of the indexers.
+    arguments = {"to": "mla", "exact": True, "sparse": "dsa", "calibration": measured | {"index_steps": 5}}
+    assert command_of(replace(plan, arguments=arguments), "out", PASSED) == (
+        "headwise convert org/name@c0ffee out --to mla --exact --sparse dsa "
+        "--calibrate builtin --calibration-tokens 4096 --index-steps 5"
     )
 
 

@@ -63,7 +63,7 @@ class CalibrationPlan:
         fitted: whether output matrices are solved for.
         keep: folder to save the moments in.
         reuse: folder to read the moments from instead of measuring them.
-        indexers: whether indexers are made.
+        indexers: index queries of the indexer of a layer; 0: no indexers are made.
         index_steps: of training for every indexer.
         asked: tokens that the settings name, before they are rounded down to whole sequences; None: none.
         refit_reason: why `auto` chose the steps; None if the settings gave them.
@@ -78,7 +78,7 @@ class CalibrationPlan:
     fitted: bool = False
     keep: Path | None = None
     reuse: Path | None = None
-    indexers: bool = False
+    indexers: int = 0
     index_steps: int = 0
     asked: int | None = None
     refit_reason: str | None = None
@@ -86,7 +86,7 @@ class CalibrationPlan:
     @property
     def keeps_text(self) -> bool:
         """Return whether each layer's inputs and outputs are kept until it is converted."""
-        return self.refits or self.indexers
+        return self.refits or self.indexers > 0
 
     @property
     def refits(self) -> bool:
@@ -139,7 +139,7 @@ def plan_calibration(
     Raises:
         SettingError: `refit` is set where there is nothing to fit, or the text is too short.
     """
-    indexers = any(layout.indexer for layout in target.layouts)
+    indexers = max((layout.indexer.index_n_heads for layout in target.layouts if layout.indexer), default=0)
     if (target.exact and not indexers) or not any(map(target.converted_names, range(len(target.layouts)))):
         if settings.refits_layers or settings.refit == "joint":
             raise SettingError(
@@ -161,7 +161,7 @@ def plan_calibration(
         saved = Moments.open(settings.moments, checkpoint)
         return CalibrationPlan(saved.text, saved.sequences, saved.length, 0, saved.seed, reuse=settings.moments)
     trained = trained_length(arch, target.parent_config if indexers else checkpoint.config)
-    longest = PAIR_LENGTH if arch.reads_pairs else calibration_length(indexers, exact=target.exact)
+    longest = PAIR_LENGTH if arch.reads_pairs else calibration_length(indexers > 0, exact=target.exact)
     length = min(longest, trained)
     before = earlier or {}
     if settings.refit == "auto" and isinstance(before.get("steps"), int):

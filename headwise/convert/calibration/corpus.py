@@ -395,7 +395,7 @@ def loss_seconds(checkpoint: Checkpoint, calibration: Any, device: torch.device)
 
     Args:
         checkpoint: the source.
-        calibration: has text, sequences, length and seed.
+        calibration: has text, sequences, length and seed, and the number of index queries as `indexers`.
         device: where the models run.
 
     Returns:
@@ -407,7 +407,9 @@ def loss_seconds(checkpoint: Checkpoint, calibration: Any, device: torch.device)
     seconds = forward_seconds(checkpoint, tokens, device)
     if calibration.text != SAMPLED and calibration.sequences:
         seconds += sampling_seconds(checkpoint, NUM_PIECES * PIECE_LENGTH, device, PIECE_LENGTH)
-    return seconds if seconds <= LOSS_SECONDS and _fits(checkpoint, device) else None
+    # The stock class holds the scores of all index queries on all tokens, before and after ReLU.
+    scores = 3 * 4 * getattr(calibration, "indexers", 0) * calibration.length**2
+    return seconds if seconds <= LOSS_SECONDS and _fits(checkpoint, device, scores) else None
 
 
 def whole_model_bytes(checkpoint: Checkpoint, device: torch.device) -> int:
@@ -420,9 +422,9 @@ def whole_model_bytes(checkpoint: Checkpoint, device: torch.device) -> int:
     return (2 if device.type == "cuda" else 4) * checkpoint.num_parameters
 
 
-def _fits(checkpoint: Checkpoint, device: torch.device) -> bool:
+def _fits(checkpoint: Checkpoint, device: torch.device, more: int = 0) -> bool:
     free = available_memory(device)
-    return free is None or whole_model_bytes(checkpoint, device) < MEMORY_SHARE * free
+    return free is None or whole_model_bytes(checkpoint, device) + more < MEMORY_SHARE * free
 
 
 def _number(nats: float) -> float | None:
