@@ -118,7 +118,8 @@ def sample_tokens(
         int64 (sequences, length), on the CPU, in random order.
 
     Raises:
-        HeadwiseError: the tokenizer has no token to start with, or the model gives logits that are not finite.
+        HeadwiseError: the tokenizer has no token to start with, or one that the model does not know, or the model
+            gives logits that are not finite.
     """
     start, chat = start_token(tokenizer), chat_start(tokenizer)
     if len(chat) >= length:
@@ -192,7 +193,13 @@ def _sample_batch(
     device = next(model.parameters()).device
     kept = length if len(prompt) == 1 else length - len(prompt)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=len(prompt) + kept)
-    allowed = min(len(tokenizer), model.config.get_text_config().vocab_size)
+    vocab_size = model.config.get_text_config().vocab_size
+    if max(prompt) >= vocab_size:
+        raise HeadwiseError(
+            f"The tokenizer begins a text with token {max(prompt)}; the vocabulary has {vocab_size}.",
+            "Its files belong to another model: replace them.",
+        )
+    allowed = min(len(tokenizer), vocab_size)
     drawn = torch.zeros(count, kept, dtype=torch.long, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
 
