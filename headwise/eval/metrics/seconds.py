@@ -27,7 +27,7 @@ REST_SECONDS = 8.0
 # A token costs more where layers are compared: attention returns its weights, whose entropy is measured.
 DIAGNOSTICS = 2
 MEASURED_SECONDS = 1.0
-FILE_RATE = 1e9
+FILE_RATE = 2.5e9
 # Tokens of an answer in free text that names no other number.
 ANSWER_TOKENS = 256
 
