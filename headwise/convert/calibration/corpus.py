@@ -143,14 +143,19 @@ def sampling_seconds(
         device: where the model runs.
         length: tokens in a sequence.
     """
+    least = _least_sampling_seconds(checkpoint, tokens, device)
+    if device.type == "cuda" or least > SAMPLING_SECONDS or not _fits(checkpoint, device):
+        return least
+    return max(least, tokens * _timed_sampling(checkpoint, max(1, tokens // length), length))
+
+
+def _least_sampling_seconds(checkpoint: Checkpoint, tokens: int, device: torch.device) -> float:
+    """Return the forecast seconds of the products of sampling; on a GPU of sampling as a whole."""
     flops = 2.0 * checkpoint.num_parameters * tokens
     if device.type == "cuda":
         return flops / CUDA_SAMPLING_FLOPS
     width = find_architecture(checkpoint.config, checkpoint.tensors).stock_config(checkpoint.config).hidden_size
-    least = flops / product_rate(torch.float32, ROWS, width, 4 * width)
-    if least > SAMPLING_SECONDS or not _fits(checkpoint, device):
-        return least
-    return max(least, tokens * _timed_sampling(checkpoint, max(1, tokens // length), length))
+    return flops / product_rate(torch.float32, ROWS, width, 4 * width)
 
 
 _TIMED: dict[tuple[str, int, int, int], float] = {}
@@ -165,7 +170,7 @@ def _timed_sampling(checkpoint: Checkpoint, sequences: int, length: int) -> floa
             tokenizer = load_tokenizer(checkpoint.folder, checkpoint.source)
             shape = {"sequences": sequences, "length": length}
             _TIMED[key] = seconds_per_token(network, tokenizer, **shape, clock=clock)
-        except HeadwiseError:  # the run itself reports it
+        except Exception:  # of a stock class, or of a tokenizer of another model; the run itself reports it
             _TIMED[key] = 0.0
     return _TIMED[key]
 
@@ -406,7 +411,7 @@ def loss_seconds(checkpoint: Checkpoint, calibration: Any, device: torch.device)
     tokens = 2 * NUM_HELDBACK * calibration.length + 2 * NUM_PIECES * PIECE_LENGTH
     seconds = forward_seconds(checkpoint, tokens, device)
     if calibration.text != SAMPLED and calibration.sequences:
-        seconds += sampling_seconds(checkpoint, NUM_PIECES * PIECE_LENGTH, device, PIECE_LENGTH)
+        seconds += _least_sampling_seconds(checkpoint, NUM_PIECES * PIECE_LENGTH, device)
     # The stock class holds the scores of all index queries on all tokens, before and after ReLU.
     scores = 3 * 4 * getattr(calibration, "indexers", 0) * calibration.length**2
     return seconds if seconds <= LOSS_SECONDS and _fits(checkpoint, device, scores) else None
