@@ -58,7 +58,7 @@ UPTRAIN = ["uptrain", "model"]
         ([*TO_MQA, "--window-layers", "all"], "--window-layers needs --sliding-window"),
         (["verify", "out", "--revision", "main"], "need --against"),
         (["verify", "out", "--hashes", "--against", "model"], "leave out --against"),
-        ([*EVAL, "--fail-above", "1%"], "give --baseline"),
+        ([*EVAL, "--fail-above", "1%"], "There is no folder out"),
         ([*EVAL, "--limit", "1.5"], "--limit is 1.5"),
         ([*EVAL, "--tasks", ","], "--tasks is ','"),
         ([*EVAL, "--backend", "vlm"], "Did you mean 'vllm'?"),

@@ -634,7 +634,7 @@ def test_damaged_bytes_raise_no_other_error(tmp_path: Path, llama: Path, seed: i
 
 
 def test_verbs_that_need_a_folder(llama: Path, tmp_path: Path) -> None:
-    for words in (["verify", str(llama)], ["eval", str(llama)], ["bench", str(llama), "--baseline", str(llama)]):
+    for words in (["verify", str(llama)], ["bench", str(llama), "--baseline", str(llama)]):
         result = run(*words)
         assert result.exit_code == 2 and ".gguf" in result.output and "Traceback" not in result.output
     result = run("inspect", str(llama), "--revision", "main")

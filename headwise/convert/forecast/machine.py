@@ -23,6 +23,8 @@ from headwise.models.stock import empty_model, layer_arguments, stock_config
 
 # Seconds of repeats of an operation, and the fewest and the most repeats.
 LEAST, FEWEST, MOST = 0.03, 3, 50
+# What the clock cannot tell from nothing counts as so many seconds.
+TICK = 1e-8
 # The largest order of a timed product, and the operations of a timed pass of attention.
 ORDER, ATTENTION_FLOPS = 512, 6e9
 # Elements of a timed operation on single elements, as many as fit into a cache: (heads, n, n).
@@ -49,7 +51,7 @@ def best_seconds(work: Callable[[], object]) -> float:
         start = clock()
         work()
         times.append(clock() - start)
-    return min(times)
+    return max(min(times), TICK)
 
 
 def product_rate(dtype: torch.dtype, rows: int, inner: int, columns: int) -> float:

@@ -204,7 +204,8 @@ def _ratio_ticks(limit: float) -> tuple[list[float], list[str]]:
     if growth < 1:
         step = 10.0 ** math.floor(math.log10(growth))
         step *= next(multiple for multiple in (0.5, 1, 2, 5) if growth / (multiple * step) < 3)
-        ticks = {-math.log1p(step * k): f"{100 * step * k:+.3g}%" for k in range(-2, 3)}
+        changes = (step * k for k in range(-2, 3) if step * k > -1)
+        ticks = {-math.log1p(change): f"{100 * change:+.3g}%" for change in changes}
         ticks[0.0] = "0%"
     else:
         bases = chain((2.0, 4.0), (10.0**power for power in count(1)))

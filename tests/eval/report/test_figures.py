@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from headwise import pictures
+from headwise.eval.report import figures
 from headwise.eval.report.figures import LIGHT, make_drawings
 from headwise.eval.result import Comparison
 from headwise.eval.verdict import Damage
@@ -70,3 +71,10 @@ def test_an_infinite_interval_is_drawn_to_the_edge(single: Comparison) -> None:
     with pictures.picture_style():
         (axes,) = draw(LIGHT).axes
     assert all(math.isfinite(x) for line in axes.lines for x in line.get_xdata())
+
+
+@pytest.mark.parametrize("limit", [1e-9, 0.01, 0.3, 0.6253, 0.69, 0.7, 3.0, 900.0])
+def test_ticks_of_a_ratio_axis_lie_on_it(limit: float) -> None:
+    places, labels = figures._ratio_ticks(limit)
+    assert 0.0 in places and len(places) == len(labels) == len(set(labels)) >= 2
+    assert all(abs(place) <= limit for place in places)
