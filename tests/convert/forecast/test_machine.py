@@ -17,11 +17,24 @@ from tests import tiny_models
 
 
 def test_an_operation_is_repeated_and_its_least_time_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    ends = iter([0.0, 5.0, 5.0, 7.0, 7.0, 10.0])
-    monkeypatch.setattr(machine, "clock", lambda: next(ends))
+    times = iter([0.0, 0.2, 0.2, 0.25, 0.25, 0.27, 0.27, 0.3])
+    monkeypatch.setattr(machine, "clock", lambda: next(times))
     runs: list[int] = []
-    assert machine.best_seconds(lambda: runs.append(1)) == 2.0
+    assert machine.best_seconds(lambda: runs.append(1)) == pytest.approx(0.02)
     assert len(runs) == 4
+
+
+def test_a_long_operation_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 5.0])
+    monkeypatch.setattr(machine, "clock", lambda: next(times))
+    runs: list[int] = []
+    assert machine.best_seconds(lambda: runs.append(1)) == 5.0
+    assert len(runs) == 1
+
+
+def test_nothing_takes_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "clock", lambda: 0.0)
+    assert machine.best_seconds(lambda: None) == machine.TICK
 
 
 def test_a_rate_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
