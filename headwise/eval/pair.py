@@ -66,7 +66,7 @@ class EvalPair:
         return self.work / "lm-eval" / (model.name.replace("/", "__") + (f"-{role}" if same_name else ""))
 
     def announce(self, tokenizer: Any) -> None:
-        """Tell `progress` how long the measurements take; cached results of the parent take no time.
+        """Report to `progress` how long the measurements take; cached results of the parent take no time.
 
         Args:
             tokenizer: of child and parent.

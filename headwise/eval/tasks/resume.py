@@ -62,7 +62,7 @@ class AnswerLog:
         Args:
             request_type: of lm-eval.
             requests: of lm-eval.
-            ask: answers requests.
+            ask: runs requests in the model, and returns their results.
         """
         known = [None if _is_random(r) else self._answers.get(_key(request_type, r.args)) for r in requests]
         missing = [request for request, answer in zip(requests, known, strict=True) if answer is None]
