@@ -204,6 +204,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=Path, help="folder of the lm-eval slices")
     parser.add_argument("--out", type=Path, help="file of rows to append to")
     parser.add_argument("--keep", type=Path, help="folder that keeps the converted models")
+    parser.add_argument("--resume", action="store_true", help="continue the conversions that stopped in --keep")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -219,7 +220,7 @@ def main() -> None:
             "method": options.method,
             "refit": options.refit,
             "refit_tokens": options.refit_tokens,
-            "refit_length": options.refit_length,
+            "refit_length": (options.refit_length or joint.GPU_PLAN.length) if options.refit == "joint" else None,
             "seed": options.seed,
         }
         if name == "sample":
@@ -252,6 +253,7 @@ def main() -> None:
                 seed=options.seed,
                 device=options.device,
                 progress=Shown(),
+                resume=options.resume,
             )
             assert isinstance(done, ConvertResult) and done.verification is not None
             row |= {"seconds": round(time.monotonic() - start), "verified": done.verification.passed}

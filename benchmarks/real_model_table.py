@@ -25,19 +25,24 @@ TASKS = {"hellaswag": "HellaSwag", "piqa": "PIQA", "arc_easy": "ARC-Easy", "lamb
 CACHE = {"mla:128+64": 192, "mla:64+32": 96, "gqa:1": 128}
 NAMES = {"mla:128+64": "MLA 128+64", "mla:64+32": "MLA 64+32", "gqa:1": "MQA (1 KV head)"}
 PARENT_CACHE = 384
-# By method, refit, and the distinct tokens of the refit where they are not the default.
+# By method, refit, the distinct tokens of the refit where they are not the default, and the length of its sequences.
 LABELS = {
-    ("optimal", "joint", 16_000_000): "refit on 16M tokens",
-    ("optimal", "joint", None): "defaults, one GPU",
-    ("optimal", "off", None): "closed form, two cores",
-    ("transmla", "off", None): "TransMLA's algorithm",
-    ("mean", "off", None): "mean of the heads",
+    ("optimal", "joint", 16_000_000, 1024): "16M tokens, one GPU",
+    ("optimal", "joint", None, 4096): "defaults, one GPU",
+    ("optimal", "joint", None, 1024): "short sequences, one GPU",
+    ("optimal", "40", None, None): "refit, two cores",
+    ("optimal", "off", None, None): "closed form, two cores",
+    ("transmla", "off", None, None): "TransMLA's algorithm",
+    ("mean", "off", None, None): "mean of the heads",
 }
+# Marks of the picture that are close to others: their figures stand below them, or they are left out.
+BELOW = {"16M tokens, one GPU", "refit, two cores"}
+NOT_DRAWN = {"short sequences, one GPU"}
 
 
 def label(row: dict[str, Any]) -> str:
     """Return the words for the way a row was converted."""
-    return LABELS[row["method"], row["refit"], row.get("refit_tokens")]
+    return LABELS[row["method"], row["refit"], row.get("refit_tokens"), row.get("refit_length")]
 
 
 def groups(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -99,12 +104,13 @@ def plot(rows: list[dict[str, Any]], parent: dict[str, Any], file: Path) -> None
     for (target, words), same in groups(rows).items():
         points[words].append((target, mean(row["wiki"] for row in same) - parent["wiki"]))
     targets = sorted(CACHE, key=lambda target: CACHE[target])
-    marks = zip([words for words in LABELS.values() if words in points], "osDv^", pictures.COLOURS, strict=False)
+    drawn = [words for words in LABELS.values() if words in points and words not in NOT_DRAWN]
+    marks = zip(drawn, "osPDv^", pictures.COLOURS, strict=False)
     for words, marker, colour in marks:
         names, gaps = zip(*points[words], strict=True)
         heights = [targets.index(name) for name in names]
         axes.plot(gaps, heights, marker, linestyle="none", color=colour, markersize=6, label=words)
-        below = words == LABELS["optimal", "joint", 16_000_000]  # close to the defaults
+        below = words in BELOW
         for gap, height in zip(gaps, heights, strict=True):
             place = {"xytext": (0, -14 if below else 7), "ha": "center", "color": colour}
             axes.annotate(f"{gap:.2f}", (gap, height), textcoords="offset points", **place)
