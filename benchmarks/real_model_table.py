@@ -25,7 +25,7 @@ TASKS = {"hellaswag": "HellaSwag", "piqa": "PIQA", "arc_easy": "ARC-Easy", "lamb
 CACHE = {"mla:128+64": 192, "mla:64+32": 96, "gqa:1": 128}
 NAMES = {"mla:128+64": "MLA 128+64", "mla:64+32": "MLA 64+32", "gqa:1": "MQA (1 KV head)"}
 PARENT_CACHE = 384
-# By method, refit, the distinct tokens of the refit where they are not the default, and the length of its sequences.
+# By method, refit, distinct tokens of the refit where they are not the default, and the length of its sequences.
 LABELS = {
     ("optimal", "joint", 16_000_000, 1024): "16M tokens, one GPU",
     ("optimal", "joint", None, 4096): "defaults, one GPU",
