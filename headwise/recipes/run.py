@@ -262,8 +262,11 @@ class Run:
         if writer is None:
             return
         if "nats" not in writer.notes:
-            self.progress.stage("measuring")
-            losses = [self._nats(self.folder), self._nats(self.teacher) if self.teacher else None]
+            self.progress.stage("measuring the loss before training")
+            losses: list[float | None] = [self._nats(self.folder), None]
+            if self.teacher:
+                self.progress.stage("measuring the loss of the parent")
+                losses[1] = self._nats(self.teacher)
             writer.note("nats", losses)
         self.before, self.parent = writer.notes["nats"]
 

@@ -75,6 +75,12 @@ class CurveCallback(TrainerCallback):
             rows = [[0, 0, "0.0", "", "", self.before, "" if self.closed is None else f"{self.closed:.4f}"]]
         if state.is_world_process_zero:
             self._write([self.COLUMNS, *rows], write_file_atomically)
+        self._show(state.max_steps)
+
+    def _show(self, max_steps: int) -> None:
+        """Begin the stage of the training with the tokens that are left."""
+        self.max_steps = max_steps
+        self.progress.stage("training", max_steps * self.batch_tokens - self.reported_tokens, "tokens")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Leave the time of a measurement or a checkpoint out of the rate."""
@@ -101,9 +107,8 @@ class CurveCallback(TrainerCallback):
         closed = "" if self.closed is None or "eval_loss" not in logs else f"{self.closed:.4f}"
         figures = [logs.get(key, "") for key in ("loss", "learning_rate", "eval_loss")]
         self._write([[state.global_step, tokens, f"{now - self.started:.1f}", *figures, closed]], append_to_file)
-        if self.max_steps != state.max_steps:  # the first report, or a time budget has shortened the run
-            self.max_steps = state.max_steps
-            self.progress.stage("training", self.max_steps * self.batch_tokens - self.reported_tokens, "tokens")
+        if self.max_steps != state.max_steps:  # a time budget has shortened the run
+            self._show(state.max_steps)
         shown = {name: logs[key] for key, name in (("loss", "loss"), ("eval_loss", "heldout")) if key in logs}
         if self.closed is not None and "eval_loss" in logs:
             shown["gap closed"] = f"{self.closed:.1%}"
