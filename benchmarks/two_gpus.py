@@ -4,8 +4,9 @@
     python -m benchmarks.two_gpus WORK --device cpu --small         the same commands on a CPU, to try them
     python -m benchmarks.two_gpus WORK --conversion --layers 32     the conversion alone, of the whole 7B shape
 
-Run it in the root of a clone. WORK needs 20 GB. Every part runs in processes of its own, with a limit of its own,
-and prints a line of JSON when it is done or has failed.
+Run it in the root of a clone. WORK needs 20 GB, and 30 GB for 32 layers. Every part runs in processes of its own,
+with a limit of its own, and prints a line of JSON when it is done or has failed. A conversion prints each stage to
+stderr when it begins, so that a run that was cut shows where its time went.
 
 First come the parts that compare figures and time nothing. The 7B-shaped checkpoint is made; meanwhile a small
 model is trained, resumed on another number of processes, and evaluated on one process and on two. Then conversion
@@ -18,6 +19,7 @@ import argparse
 import csv
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -40,16 +42,18 @@ PATHS = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPAT
 ENVIRONMENT = {**SET, **os.environ, "PYTHONPATH": PATHS, "PYTHONUNBUFFERED": "1"}
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 HEADWISE = [sys.executable, "-m", "headwise"]
-# Seconds that a part may take. Those of the first group run at the same time.
+# Seconds that a part may take, and more for every converted layer. The first three run at the same time.
 LIMITS = {
-    "checkpoint": 110,
-    "resume": 220,
-    "eval": 130,
-    "convert-1": 160,
-    "convert-2": 120,
-    "train-1": 80,
-    "train-2": 130,
+    "checkpoint": (30, 10),
+    "resume": (220, 0),
+    "eval": (130, 0),
+    "convert-1": (60, 12),
+    "convert-2": (60, 12),
+    "train-1": (80, 0),
+    "train-2": (130, 0),
 }
+# Seconds of the whole run, and more for every layer.
+WHOLE = (200, 34)
 RECIPE = """
 about: Held-out loss by position, and two tasks where lm-eval is installed.
 perplexity: {length: 512, blocks: 48, stretches: 8}
@@ -69,7 +73,7 @@ class Run:
         self.cpu, self.small = options.device == "cpu", options.small
         self.layers, self.groups = (5, 2) if self.small else (options.layers, 8)
         self.conversion: bool = options.conversion
-        self.end = time.monotonic() + options.seconds
+        self.end = time.monotonic() + (options.seconds or WHOLE[0] + WHOLE[1] * self.layers)
         self.limits: dict[str, float] = {}
 
     @property
@@ -85,7 +89,8 @@ class Run:
             words: of the command.
             stop: ends the command with SIGTERM as soon as it returns True.
         """
-        allowed = LIMITS[part] * (20 if self.cpu else 1)
+        fixed, for_a_layer = LIMITS[part]
+        allowed = (fixed + for_a_layer * self.layers) * (20 if self.cpu else 1)
         limit = min(self.limits.setdefault(part, time.monotonic() + allowed), self.end)
         log = self.work / f"{part}-{int(time.monotonic() * 1000)}.log"
         with log.open("w+") as errors, (log.with_suffix(".out")).open("w+") as output:
@@ -110,7 +115,7 @@ class Run:
                 process.wait()
             output.seek(0)
             errors.seek(0)
-            printed, tail = output.read(), errors.read()[-600:]
+            printed, tail = output.read(), errors.read()[-1500:]
         if late or (process.returncode and not stopped):
             reason = "too late" if late else f"exit code {process.returncode}"
             raise Failed(f"{reason}: {' '.join(map(str, words[1:6]))}: {tail} {printed[-2000:]}")
@@ -143,7 +148,10 @@ def lines(output: str) -> list[dict[str, Any]]:
 
 
 def convert_once(model: str, out: str, groups: int, device: str) -> None:
-    """Convert, and print seconds by stage and the forecast."""
+    """Convert, and print seconds by stage and the forecast; to stderr each stage when it begins.
+
+    Processor seconds show what each process does where several share the processor.
+    """
     import torch
 
     from headwise.convert.pipeline import convert_model
@@ -152,23 +160,30 @@ def convert_once(model: str, out: str, groups: int, device: str) -> None:
     class Clock(Progress):
         def __init__(self) -> None:
             self.stages: dict[str, float] = {}
-            self.current, self.since = "Start", time.perf_counter()
+            self.processor: dict[str, float] = {}
+            self.current, self.start = "Start", time.perf_counter()
+            self.since, self.used = self.start, time.process_time()
 
         def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
-            now = time.perf_counter()
+            now, used = time.perf_counter(), time.process_time()
             self.stages[self.current] = self.stages.get(self.current, 0.0) + now - self.since
-            self.current, self.since = name, now
+            self.processor[self.current] = self.processor.get(self.current, 0.0) + used - self.used
+            self.current, self.since, self.used = name, now, used
+            print(f"{now - self.start:8.1f} s  {name or 'end'}", file=sys.stderr, flush=True)
 
         def finish(self) -> None:
             self.stage("")
 
     options: dict[str, Any] = {"to": "gqa", "groups": groups, "refit": "off", "device": device}
     plan: Any = convert_model(model, out, dry_run=True, **options)
-    clock, start = Clock(), time.perf_counter()
+    clock = Clock()
     convert_model(model, out, progress=clock, **options)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - clock.start
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     result = {"seconds": seconds, "stages": clock.stages, "forecast": plan.seconds, "peak": peak}
+    # Of the first process, its threads included, and of the processes of the other devices.
+    further = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result |= {"processor seconds": clock.processor, "of other processes": further.ru_utime + further.ru_stime}
     print(json.dumps(result))
 
 
@@ -189,13 +204,18 @@ def compare_records(run: Run) -> dict[str, Any]:
     apart = [name for name, digest in one["sha256"].items() if two["sha256"].get(name) != digest]
     fields = [name for name in one if one[name] != two.get(name)]
     errors = [dict(numbers(record["layers"])) for record in (one, two)]
-    far = [abs(value / errors[1][name] - 1) for name, value in errors[0].items() if errors[1].get(name)]
+    far: dict[str, float] = {}
+    for name, value in errors[0].items():
+        _, _, figure = name.strip("/").partition("/")  # of every layer
+        other = errors[1].get(name)
+        apart_by = abs(value / other - 1) if other else float(value != other)
+        far[figure] = max(far.get(figure, 0.0), apart_by)
     return {
         "bytes equal": not fields,
         "tensors": len(one["sha256"]),
         "tensors that differ": apart,
         "fields": fields,
-        "largest relative difference of the layers' figures": max(far, default=0.0),
+        "largest relative difference of the layers' figures": far,
     }
 
 
@@ -407,7 +427,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8, help="of the 7B shape, for the conversion")
     parser.add_argument("--conversion", action="store_true", help="convert alone: no training and no evaluation")
     parser.add_argument("--small", action="store_true", help="tiny shapes")
-    parser.add_argument("--seconds", type=float, default=470, help="after which nothing begins and all is ended")
+    parser.add_argument("--seconds", type=float, help="after which all is ended; default: by the layers")
     parser.add_argument("--convert", nargs=2, metavar=("MODEL", "OUT"), help="a conversion, as a part starts it")
     parser.add_argument("--groups", type=int)
     options = parser.parse_args()

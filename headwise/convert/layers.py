@@ -1,4 +1,4 @@
-"""Calibrate, convert and refit the layers of a conversion, with one layer in memory at a time."""
+"""Calibrate, convert, refit and write the layers of a conversion, with one layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from headwise.convert.refit.output_projection import solve_output_projection
 from headwise.convert.refit.regression import refit as refit_layer
 from headwise.convert.sparse.warm_up import make_indexer
 from headwise.format import plain
-from headwise.io.reader import Checkpoint
+from headwise.io.reader import Checkpoint, as_bytes
+from headwise.io.writer import Writer
 from headwise.models.architecture import Architecture
-from headwise.progress import Progress
+from headwise.progress import SILENT, Progress
 
 
 def choose_device(target: Target, calibration: CalibrationPlan | None, device: torch.device) -> torch.device:
@@ -151,3 +152,77 @@ class LayerResult:
     layer: int
     tensors: Mapping[str, Tensor]
     report: dict[str, Any]
+
+    def __getstate__(self) -> tuple[int, dict[str, Any], dict[str, Any]]:
+        """Return arrays in place of tensors: torch would put these into shared memory, which containers limit."""
+        arrays = {n: (t.dtype, t.shape, as_bytes(t).numpy()) for n, t in self.tensors.items()}
+        return self.layer, arrays, self.report
+
+    def __setstate__(self, state: tuple[int, dict[str, Any], dict[str, Any]]) -> None:
+        layer, arrays, report = state
+        tensors = {n: torch.from_numpy(x).view(dtype).view(shape) for n, (dtype, shape, x) in arrays.items()}
+        for name, value in (("layer", layer), ("tensors", tensors), ("report", report)):
+            object.__setattr__(self, name, value)
+
+
+class RemainingLayers:
+    """The layers that a conversion has yet to convert, and the reports of those that an interrupted run converted.
+
+    Args:
+        target: the decided conversion.
+        writer: of the output folder; its journal names the finished layers.
+
+    Attributes:
+        indices: of the layers that remain.
+    """
+
+    def __init__(self, target: Target, writer: Writer) -> None:
+        self._writer = writer
+        self._all = [i for i in range(len(target.layouts)) if target.converted_names(i)]
+        noted: dict[int, Any] = {i: writer.notes.get(f"layer {i}") for i in self._all}
+        written = writer.done
+        # A journal that was changed by hand may hold anything: such a layer is converted again.
+        self._reports = {
+            i: report
+            for i, report in noted.items()
+            if isinstance(report, dict) and set(target.converted_names(i)) <= written
+        }
+        self.indices = [i for i in self._all if i not in self._reports]
+
+    def write(
+        self, results: Iterable[LayerResult], progress: Progress = SILENT, seconds: float = 0.0
+    ) -> dict[int, dict[str, Any]]:
+        """Write the remaining layers as they are done.
+
+        Args:
+            results: of all layers that remain.
+            progress: gets one stage.
+            seconds: forecast of the time that all layers take.
+
+        Returns:
+            The reports of all converted layers by index, including those of an interrupted run.
+        """
+        reports, writer = dict(self._reports), self._writer
+        if not self.indices:
+            return reports
+        progress.stage("Converting", total=len(self._all), unit="layers")
+        progress.expect(seconds * len(self.indices) / len(self._all), len(reports))
+        for result in results:
+            # The report comes before the tensors, so that an interruption between them does not lose it.
+            writer.note(f"layer {result.layer}", result.report)
+            for name, tensor in result.tensors.items():
+                if name not in writer.done:
+                    writer.write(name, tensor)
+            reports[result.layer] = result.report
+            progress.advance(1, layer=result.layer, **_figures(result.report))
+            del result  # free its memory before the next layer is read
+        return dict(sorted(reports.items()))
+
+
+def _figures(report: dict[str, Any]) -> dict[str, str]:
+    """Return the fields of a layer's report for the progress line."""
+    refit = report.get("refit")
+    if refit:
+        before, after = ("NaN" if refit[k] is None else f"{refit[k]:.4f}" for k in ("before", "after"))
+        return {"error": f"{before} -> {after}"}
+    return {k: f"{v:.4f}" for k, v in report.items() if isinstance(v, float)}

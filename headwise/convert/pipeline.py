@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from headwise.convert.background_copy import BackgroundCopy
 from headwise.convert.base import Target
 from headwise.convert.calibration.calibrate import (
     CalibrationPlan,
+    keep_text,
     plan_calibration,
     plan_loss,
     plan_notes,
@@ -22,6 +24,7 @@ from headwise.convert.calibration.calibrate import (
 from headwise.convert.calibration.corpus import (
     SAMPLED,
     CalibrationLoss,
+    is_measured,
     loss_seconds,
     measure_converted,
     measure_text,
@@ -39,7 +42,7 @@ from headwise.convert.forecast.stage_seconds import (
     output_seconds,
     refit_seconds,
 )
-from headwise.convert.layers import LayerJob, choose_device
+from headwise.convert.layers import LayerJob, RemainingLayers, choose_device
 from headwise.convert.plan import Plan, make_plan
 from headwise.convert.refit.joint import (
     joint_notes,
@@ -50,9 +53,9 @@ from headwise.convert.refit.joint import (
     share_text,
 )
 from headwise.convert.settings import SHARD_SIZE, ConvertSettings
-from headwise.convert.spread import LayerSpread, device_notes
+from headwise.convert.spread import DevicePool, device_notes
 from headwise.convert.verify.check import check_folder
-from headwise.convert.verify.layer_damage import affordable_damage, damage_seconds, damage_shape
+from headwise.convert.verify.layer_damage import damage_seconds, damage_shape, plan_damage
 from headwise.convert.verify.verification import Verification
 from headwise.convert.verify.whole_model import WHOLE_BYTES
 from headwise.environment import find_devices
@@ -322,7 +325,7 @@ def convert_model(
         "device": work_device.type,
         "torch": torch.__version__,
     }
-    with Writer(
+    writer = Writer(
         out,
         target.outputs,
         identity=identity,
@@ -331,19 +334,24 @@ def convert_model(
         resume=settings.resume,
         force=settings.force,
         allow_nan=settings.allow_nan,
-    ) as writer:
+    )
+    with writer, DevicePool(work_devices) as pool, BackgroundCopy(checkpoint, target, writer) as copy:
         measured = calibration if calibration and calibration.reuse is None else None
         texts = text_folder(checkpoint, measured, writer) if measured else writer.work.folder
         heldback = plan_loss(checkpoint, arch, target, settings, calibration)
         job = LayerJob(checkpoint, arch, target, calibration, texts if measured else None, settings.allow_nan)
+        remaining = RemainingLayers(target, writer)
+        if joint and measured:
+            share_text(writer, checkpoint, joint, measured, texts, requested, progress)
+        if measured and remaining.indices:
+            keep_text(checkpoint, target, measured, requested, progress, texts)
+        # The other devices convert while this process measures the parent.
+        converted = pool.begin(job, remaining.indices, progress)
+        if heldback:
+            measure_text(checkpoint, heldback, writer, requested, progress, texts)
         expected = sum(plan.seconds.get(stage, 0.0) for stage in LAYER_STAGES)
-        with LayerSpread(job, writer, work_devices, progress, expected) as spread:
-            if joint and measured:
-                share_text(writer, checkpoint, joint, measured, texts, requested, progress)
-            if heldback:
-                measure_text(checkpoint, heldback, writer, requested, progress, texts)
-            layers = spread.convert()
-        _copy_rest(checkpoint, target, writer, progress)
+        layers = remaining.write(converted, progress, expected)
+        copy.finish(progress)
         if longer:
             writer.add_text(TOKENIZER_CONFIG, longer[1])
         checkpoint.check_unchanged()
@@ -359,6 +367,12 @@ def convert_model(
                         writer, checkpoint, names, joint, seed=settings.seed, device=requested, progress=progress
                     )
                 )
+            damage = None
+            if heldback and measured and is_measured(writer):
+                text = read_corpus(checkpoint, measured, requested, progress, texts)[0]
+                damage = plan_damage(open_checkpoint(folder), checkpoint, text, requested)
+            if damage:  # the other devices estimate it while this process makes the checks
+                estimated = pool.begin(damage, range(len(damage.tokens)), processes=damage.processes(requested))
             if settings.verify:
                 checked = check_folder(
                     open_checkpoint(folder),
@@ -372,11 +386,8 @@ def convert_model(
                 text_loss.append(
                     measure_converted(folder, checkpoint, heldback, writer, requested, progress, texts)
                 )
-                if text_loss[0] and measured:
-                    text = read_corpus(checkpoint, measured, requested, progress, texts)[0]
-                    found = affordable_damage(open_checkpoint(folder), checkpoint, text, requested, progress)
-                    for layer, nats in enumerate(found or ()):
-                        layers.setdefault(layer, {})["damage"] = nats
+                for layer, nats in enumerate(damage.total(estimated, progress) if damage else ()):
+                    layers.setdefault(layer, {})["damage"] = nats
             manifest = make_manifest(
                 plan,
                 checkpoint,
@@ -442,7 +453,10 @@ def _peak_memory(
         damage_tokens=damage_shape(device)[1] if damage else 0,
         loaded=settings.verify and sum(tensor.nbytes for tensor in target.outputs) <= WHOLE_BYTES,
         bytes_per_parameter=2 if device.type == "cuda" else 4,
+        fused=device.type != "cuda",
     )
+    if damage and work_devices[0].type == "cpu":
+        whole *= len(work_devices)
     return max(peak, whole)
 
 
@@ -479,19 +493,5 @@ def _seconds(
     heldback = plan_loss(checkpoint, arch, target, settings, calibration)
     if heldback and (losses := loss_seconds(checkpoint, heldback, device)) is not None:
         damage = damage_seconds(checkpoint, device) if calibration and calibration.reuse is None else None
-        stages["losses"] = losses + (damage or 0.0)
+        stages["losses"] = losses + share * (damage or 0.0)
     return {stage: round(seconds, 1) for stage, seconds in stages.items()}
-
-
-def _copy_rest(checkpoint: Checkpoint, target: Target, writer: Writer, progress: Progress) -> None:
-    """Copy or transform every tensor outside the converted layers, then copy the sidecar files."""
-    rest = [tensor for tensor in target.outputs if tensor.name not in writer.done]
-    progress.stage("Copying", total=sum(tensor.nbytes for tensor in rest), unit="bytes")
-    for tensor in rest:
-        if tensor.source is not None:
-            writer.copy(tensor.name, checkpoint)
-        else:
-            writer.write(tensor.name, target.transform_other(tensor.name, checkpoint))
-        progress.advance(tensor.nbytes)
-    for path in checkpoint.sidecars:
-        writer.add_file(path, path.relative_to(checkpoint.folder).as_posix())

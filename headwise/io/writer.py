@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -141,8 +142,9 @@ def unfinished_identity(out: str | Path) -> dict[str, Any]:
 class Writer:
     """Write the planned tensors and files of one output folder.
 
-    Use it as a context manager. Leaving it after an interruption or a failing disk keeps the work for
-    `resume`; leaving it after a HeadwiseError (the input is at fault) removes it.
+    One thread may `copy` tensors while another one writes. Use it as a context manager. Leaving it after an
+    interruption or a failing disk keeps the work for `resume`; leaving it after a HeadwiseError (the input is at
+    fault) removes it.
 
     Args:
         out: the folder to make.
@@ -182,6 +184,7 @@ class Writer:
         self._offsets = {shard.file: shard.offsets() for shard in self.shards}
         self._left = {shard.file: len(shard.tensors) for shard in self.shards}
         self._synced: list[Future[None]] = []
+        self._journal = Lock()
         digest = hashlib.sha256(b"".join(shard.header for shard in self.shards)).hexdigest()
         self.work = WorkFolder(out, source=source, resume=resume, force=force)
         self.work.start({**identity, "tensors": digest}, sum(shard.nbytes for shard in self.shards))
@@ -281,8 +284,9 @@ class Writer:
         Raises:
             DiskError: the disk fails.
         """
-        self.notes[key] = value
-        self.work.append({"note": key, "value": value})
+        with self._journal:
+            self.notes[key] = value
+            self.work.append({"note": key, "value": value})
 
     def add_text(self, name: str, text: str) -> None:
         """Write a small file, whole.
@@ -417,15 +421,17 @@ class Writer:
                 os.close(handle)
         for future in pending:
             future.result()
-        self.hashes[name] = digest.hexdigest()
-        self.work.append({"tensor": name, "sha256": self.hashes[name]})
-        self._left[shard.file] -= 1
-        if not self._left[shard.file]:
-            self._synced.append(self._syncer.submit(self._complete, shard))
+        with self._journal:
+            self.hashes[name] = digest.hexdigest()
+            self.work.append({"tensor": name, "sha256": self.hashes[name]})
+            self._left[shard.file] -= 1
+            if not self._left[shard.file]:
+                self._synced.append(self._syncer.submit(self._complete, shard))
 
     def _complete(self, shard: Shard) -> None:
         sync(self.folder / shard.file)
-        self.work.append({"shard": shard.file})
+        with self._journal:
+            self.work.append({"shard": shard.file})
 
     def _hash_on_disk(self, tensor: OutputTensor, shard: Shard) -> str:
         digest, left = hashlib.sha256(), tensor.nbytes

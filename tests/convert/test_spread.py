@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import pickle
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ from headwise.convert import spread
 from headwise.convert.layers import LayerJob
 from headwise.convert.pipeline import convert_model
 from headwise.convert.plan import Plan
+from headwise.convert.spread import DevicePool
+from headwise.convert.verify.layer_damage import LayerDamage
 from headwise.errors import HeadwiseError, SettingError
 from tests.convert.speaking import TEXT, contents, save_speaking
 
+CPU = torch.device("cpu")
 OPTIONS = {"to": "gqa", "groups": 2, "refit": 3, "verify": False, **TEXT}
 
 
@@ -71,6 +76,51 @@ def test_another_process_gives_the_same_bytes_and_may_be_killed(
     assert contents(two) == contents(one)
 
 
+def test_records_are_equal_with_checks_losses_and_damage(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file is the same, also the record with the damage of each layer, whichever process estimates it."""
+    monkeypatch.setattr("headwise.convert.calibration.corpus.LOSS_SECONDS", 60.0)
+    options = {**OPTIONS, "refit": "off", "verify": True}
+    one, two = tmp_path / "1" / "out", tmp_path / "2" / "out"
+    convert_model(model, one, device="cpu", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerJob, "results", _nothing)
+        patch.setattr(LayerDamage, "results", _nothing)
+        convert_model(model, two, device="cpu,cpu", **options)
+    assert all(layer["damage"] > 0 for layer in json.loads((one / "headwise.json").read_text())["layers"].values())
+    assert contents(two) == contents(one)
+
+
+def test_other_processes_work_before_results_are_read() -> None:
+    """This process is busy with other work meanwhile, and finds every item done."""
+    with DevicePool([CPU, CPU]) as pool:
+        for items in ([3, 5, 6], [], [2]):
+            running = pool.begin(Squares(), items)
+            while pool._counter.value <= len(items):  # the other process has drawn past the last item
+                time.sleep(0.01)
+            assert list(running) == [(item, item**2) for item in items]
+        assert list(pool.begin(Squares(), [1, 4], processes=1)) == [(1, 1), (4, 16)]
+        with pytest.raises(ZeroDivisionError):
+            list(pool.begin(Inverses(), [0]))
+
+
+class Squares:
+    """Squares of the items."""
+
+    def results(self, items: Iterable[int], *_: Any) -> Iterator[tuple[int, int]]:
+        """Yield an item and its square."""
+        yield from ((item, item**2) for item in items)
+
+
+class Inverses(Squares):
+    """Inverses of the items."""
+
+    def results(self, items: Iterable[int], *_: Any) -> Iterator[Any]:
+        """Yield the inverses."""
+        yield from (1 / item for item in items)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("to", [{"groups": 1}, {"to": "mla", "groups": None, "rank": 24, "rope_dim": 4}], ids=str)
 def test_any_number_of_devices_gives_the_same_bytes(model: Path, tmp_path: Path, idle: None, to: Any) -> None:
@@ -110,7 +160,7 @@ def test_weights_in_memory_take_one_device(model: Path, tmp_path: Path) -> None:
 def test_the_plan_names_the_devices(model: Path, tmp_path: Path) -> None:
     plans = [convert_model(model, tmp_path, device=d, dry_run=True, **OPTIONS) for d in ("cpu", "cpu,cpu")]
     one, two = (plan for plan in plans if isinstance(plan, Plan))
-    assert "Layers are converted on cpu, cpu; all other work is done on cpu." in two.notes
+    assert "Layers are converted and their damage is estimated on cpu, cpu." in two.notes
     assert two.seconds["refit"] <= one.seconds["refit"] and two.peak_memory == 2 * one.peak_memory
     assert two.arguments == one.arguments
 

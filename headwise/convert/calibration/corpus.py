@@ -289,7 +289,7 @@ def measure_text(
         progress: receives a warning.
         cache: folder that keeps the text.
     """
-    if NOTE in writer.notes or loss_seconds(checkpoint, calibration, device) is None:
+    if is_measured(writer) or loss_seconds(checkpoint, calibration, device) is None:
         return
     try:
         blocks, heldback = read_corpus(checkpoint, calibration, device, progress, cache)
@@ -321,6 +321,15 @@ def measure_text(
             f"The parent's loss on {calibration.text} is {text:.2f} nats per token, and {samples:.2f} on its own "
             "samples: this text does not fit the model. Pass `calibrate` sampled, or text like the model's own."
         )
+
+
+def is_measured(writer: Writer) -> bool:
+    """Return whether `measure_text` measured the parent, in this run or in the one that it resumes.
+
+    Args:
+        writer: its journal keeps the losses.
+    """
+    return NOTE in writer.notes
 
 
 def measure_converted(

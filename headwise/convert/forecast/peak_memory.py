@@ -149,6 +149,7 @@ def whole_model_memory(
     damage_tokens: int = 0,
     loaded: bool = False,
     bytes_per_parameter: int = 4,
+    fused: bool = True,
 ) -> int:
     """Return the bytes at the peak of the stages that load a model whole, of the process and its device together.
 
@@ -163,6 +164,7 @@ def whole_model_memory(
         damage_tokens: of the sequence on which the damage of the layers is estimated; 0: it is not.
         loaded: whether the result is loaded whole to check it.
         bytes_per_parameter: of a model that is sampled from or measured.
+        fused: whether the backward pass computes attention weights again; False: it keeps them, twice.
     """
     stock = arch.stock_config(checkpoint.config)
     vocabulary = int(getattr(stock, "vocab_size", 0) or 0)
@@ -175,6 +177,9 @@ def whole_model_memory(
         peak = max(bytes_per_parameter * count + max(pages, logits) for count, pages in sizes)
     if damage_tokens:
         kept = 4 * damage_tokens * KEPT_STATES * stock.hidden_size * len(target.layouts)
+        if not fused:
+            heads = sum(layout.num_attention_heads for layout in target.layouts)
+            kept += 2 * 4 * heads * damage_tokens**2
         logits = (1 + BACKWARD_COPIES) * 4 * damage_tokens * vocabulary
         peak = max(peak, 4 * (ours + result) + max(checkpoint.nbytes, kept + logits))
     if loaded:

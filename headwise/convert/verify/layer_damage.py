@@ -6,10 +6,15 @@ same error does, and its unit is nats per token.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from headwise.convert.calibration.corpus import LOSS_SECONDS, MEMORY_SHARE
 from headwise.convert.forecast.stage_seconds import forward_seconds
@@ -30,23 +35,138 @@ BYTES_PER_PARAMETER = 12
 PASSES = 3
 
 
-def affordable_damage(
-    checkpoint: Checkpoint, parent: Checkpoint, blocks: Tensor, device: torch.device, progress: Progress
-) -> list[float] | None:
-    """Return `layer_damage` on a part of a text; None where time or memory is forecast not to suffice.
+@dataclass(frozen=True)
+class LayerDamage:
+    """The estimate of what each layer costs, on sequences that do not depend on each other.
+
+    d is the error of a layer's output on the parent's own inputs of that layer, and g the gradient of the parent's
+    loss by that output, with labels sampled from the parent's predictions. The estimate is E[(g . d)^2] / 2, the
+    second-order term of the KL divergence that the layer's error alone causes, without the terms between tokens.
+
+    Every sequence has a random generator of its own, and attention whose gradient has a fixed order of sums. The
+    estimate is therefore the same on one device and on several of the same kind.
+
+    Attributes:
+        checkpoint: the converted folder.
+        parent: the model that it was converted from.
+        tokens: text, a list of token ids for each sequence; all have one length.
+        seed: of the sampled labels.
+    """
+
+    checkpoint: Checkpoint
+    parent: Checkpoint
+    tokens: list[list[int]]
+    seed: int = 0
+
+    def processes(self, device: torch.device) -> int:
+        """Return how many processes may estimate at once by the memory of the host, one at least.
+
+        Args:
+            device: where the models run. A GPU's models are loaded through the memory of the host, one by one.
+        """
+        free = available_memory(torch.device("cpu"))
+        needed = (BYTES_PER_PARAMETER if device.type == "cpu" else 4) * self.parent.num_parameters
+        return max(1, int(MEMORY_SHARE * free / needed)) if free is not None else 1
+
+    def results(
+        self, items: Iterable[int], device: torch.device, progress: Progress
+    ) -> Iterator[tuple[int, list[float]]]:
+        """Yield sequences with the sum over their tokens of (g . d)^2 for every layer.
+
+        Args:
+            items: indices of sequences. Both models are loaded, in float32, when there is a first one.
+            device: where the models run.
+            progress: receives nothing.
+        """
+        drawn = iter(items)
+        for first in drawn:
+            yield from self._measure(chain([first], drawn), device)
+
+    def total(self, results: Iterable[tuple[int, list[float]]], progress: Progress = SILENT) -> list[float]:
+        """Return half the Fisher norm of every attention layer's error, in nats per token.
+
+        Args:
+            results: of all sequences, in any order.
+            progress: receives a stage that counts sequences.
+        """
+        progress.stage("Layer damage", total=len(self.tokens), unit="sequences")
+        sums: dict[int, list[float]] = {}
+        for sequence, by_layer in results:
+            sums[sequence] = by_layer
+            progress.advance(1)
+        tokens = sum(map(len, self.tokens))
+        ordered = (sums[sequence] for sequence in sorted(sums))
+        return [sum(each) / (2 * tokens) for each in zip(*ordered, strict=True)]
+
+    def _measure(self, sequences: Iterable[int], device: torch.device) -> Iterator[tuple[int, list[float]]]:
+        checkpoint, parent = self.checkpoint, self.parent
+        stock, arch = (
+            find_attention_model(checkpoint.config, checkpoint.tensors),
+            find_architecture(parent.config, parent.tensors),
+        )
+        child = load_model(checkpoint, stock.auto_class, torch.float32).to(device).eval()
+        network = load_model(parent, arch.auto_class, torch.float32).to(device).eval().requires_grad_(False)
+        skeleton = empty_model(checkpoint.config, stock.auto_class)
+        arguments = [
+            move_to_device(each, device)
+            for each in layer_arguments(skeleton, stock.module, len(self.tokens[0]), torch.float32)
+        ]
+        scale = 1.0
+        if stock.layouts(checkpoint.config)[0].kind == "mla":
+            dtype = next(iter(checkpoint.tensors.values())).dtype
+            scale = find_mla_source(arch.text_config(parent.config), dtype).factors["residual"]
+        total = torch.zeros(len(arguments), dtype=torch.float64, device=device)
+
+        def measure(layer: int) -> Any:
+            attention = child.get_submodule(stock.attention_path(layer))
+
+            def hook(module: nn.Module, given: Any, options: dict[str, Any], output: Any) -> None:
+                inputs = options["hidden_states"] if "hidden_states" in options else given[0]
+                expected = output[0] if isinstance(output, tuple) else output
+                with torch.no_grad():
+                    actual = attention(hidden_states=inputs, **arguments[layer])
+                    error = (actual[0] if isinstance(actual, tuple) else actual) / scale - expected
+
+                def add(gradient: Tensor) -> None:
+                    total[layer] += (gradient * error).sum(-1).double().square().sum()
+
+                expected.register_hook(add)
+
+            return hook
+
+        for layer, layout in enumerate(stock.layouts(checkpoint.config)):
+            if layout.attends:
+                module = network.get_submodule(arch.attention_path(layer))
+                module.register_forward_hook(measure(layer), with_kwargs=True)
+        # The weights need no gradient, so the embeddings begin the graph.
+        network.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_())
+        for sequence in sequences:
+            total.zero_()
+            generator = torch.Generator(device=device).manual_seed(self.seed + sequence)
+            with _repeatable_attention(device):
+                row = torch.tensor(self.tokens[sequence], device=device)
+                logits = network(input_ids=row[None], use_cache=False).logits[0].float()
+                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+                nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+            yield sequence, total.tolist()
+
+
+def plan_damage(
+    checkpoint: Checkpoint, parent: Checkpoint, blocks: Tensor, device: torch.device
+) -> LayerDamage | None:
+    """Return the estimate on a part of a text; None where time or memory is forecast not to suffice.
 
     Args:
         checkpoint: the converted folder.
         parent: the model that it was converted from.
         blocks: text, int64 (sequences, length).
         device: where the models run.
-        progress: receives a stage.
     """
     sequences, length = damage_shape(device)
     tokens = blocks[:sequences, :length]
     if damage_seconds(parent, device, tokens.numel()) is None:
         return None
-    return layer_damage(checkpoint, parent, tokens, device=device, progress=progress)
+    return LayerDamage(checkpoint, parent, tokens.tolist())
 
 
 def damage_shape(device: torch.device) -> tuple[int, int]:
@@ -74,82 +194,9 @@ def damage_seconds(parent: Checkpoint, device: torch.device, tokens: int | None 
     return seconds if seconds <= LOSS_SECONDS else None
 
 
-def layer_damage(
-    checkpoint: Checkpoint,
-    parent: Checkpoint,
-    tokens: Tensor,
-    *,
-    device: torch.device,
-    seed: int = 0,
-    progress: Progress = SILENT,
-) -> list[float]:
-    """Return half the Fisher norm of every attention layer's error, in nats per token.
+def _repeatable_attention(device: torch.device) -> AbstractContextManager[None]:
+    """Choose attention whose gradient is the same in every run: that of the fused kernels of a GPU is not.
 
-    d is the error of a layer's output on the parent's own inputs of that layer, and g the gradient of the parent's
-    loss by that output, with labels sampled from the parent's predictions. The estimate is E[(g . d)^2] / 2, the
-    second-order term of the KL divergence that the layer's error alone causes, without the terms between tokens.
-
-    Args:
-        checkpoint: the converted folder.
-        parent: the model that it was converted from. Both are loaded whole, in float32.
-        tokens: text, int64 (sequences, length).
-        device: where they run.
-        seed: of the sampled labels.
-        progress: receives a stage that counts sequences.
-
-    Returns:
-        One figure for each layer.
+    These add the parts of a gradient in the order in which they are done.
     """
-    stock, arch = (
-        find_attention_model(checkpoint.config, checkpoint.tensors),
-        find_architecture(parent.config, parent.tensors),
-    )
-    child = load_model(checkpoint, stock.auto_class, torch.float32).to(device).eval()
-    network = load_model(parent, arch.auto_class, torch.float32).to(device).eval().requires_grad_(False)
-    skeleton = empty_model(checkpoint.config, stock.auto_class)
-    arguments = [
-        move_to_device(each, device)
-        for each in layer_arguments(skeleton, stock.module, tokens.shape[1], torch.float32)
-    ]
-    scale = 1.0
-    if stock.layouts(checkpoint.config)[0].kind == "mla":
-        dtype = next(iter(checkpoint.tensors.values())).dtype
-        scale = find_mla_source(arch.text_config(parent.config), dtype).factors["residual"]
-    total = torch.zeros(len(arguments), dtype=torch.float64, device=device)
-    generator = torch.Generator(device=device).manual_seed(seed)
-
-    def measure(layer: int) -> Any:
-        attention = child.get_submodule(stock.attention_path(layer))
-
-        def hook(module: nn.Module, given: Any, options: dict[str, Any], output: Any) -> None:
-            inputs = options["hidden_states"] if "hidden_states" in options else given[0]
-            expected = output[0] if isinstance(output, tuple) else output
-            with torch.no_grad():
-                actual = attention(hidden_states=inputs, **arguments[layer])
-                error = (actual[0] if isinstance(actual, tuple) else actual) / scale - expected
-
-            def add(gradient: Tensor) -> None:
-                total[layer] += (gradient * error).sum(-1).double().square().sum()
-
-            expected.register_hook(add)
-
-        return hook
-
-    hooks = [
-        network.get_submodule(arch.attention_path(layer)).register_forward_hook(measure(layer), with_kwargs=True)
-        for layer, layout in enumerate(stock.layouts(checkpoint.config))
-        if layout.attends
-    ]
-    # The weights need no gradient, so the embeddings begin the graph.
-    hooks.append(network.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_()))
-    progress.stage("Layer damage", total=len(tokens), unit="sequences")
-    try:
-        for row in tokens:
-            logits = network(input_ids=row[None].to(device), use_cache=False).logits[0].float()
-            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-            progress.advance(1)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return (total / (2 * tokens.numel())).tolist()
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()

@@ -10,12 +10,19 @@ from safetensors.torch import load_file, save_file
 
 from headwise.convert.inspect import inspect_model
 from headwise.convert.pipeline import convert_model
-from headwise.convert.verify.layer_damage import layer_damage
-from headwise.io.reader import open_checkpoint
+from headwise.convert.verify.layer_damage import LayerDamage
+from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.models.stock import load_model
+from headwise.progress import SILENT
 from tests.convert.speaking import save_speaking
 
 CPU = torch.device("cpu")
+
+
+def estimate(child: Checkpoint, parent: Checkpoint, tokens: torch.Tensor) -> list[float]:
+    """Estimate the damage of every layer in this process."""
+    work = LayerDamage(child, parent, tokens.tolist())
+    return work.total(work.results(range(len(tokens)), CPU, SILENT))
 
 
 @pytest.mark.parametrize("settings", [{"to": "mha"}, {"to": "mla", "exact": True, "dtype": "float32"}])
@@ -23,7 +30,7 @@ def test_an_exact_conversion_damages_no_layer(tmp_path: Path, settings: dict[str
     parent = save_speaking(tmp_path / "parent")
     convert_model(parent, tmp_path / "out", **settings)
     tokens = torch.arange(24).view(2, 12)
-    found = layer_damage(open_checkpoint(tmp_path / "out"), open_checkpoint(parent), tokens, device=CPU)
+    found = estimate(open_checkpoint(tmp_path / "out"), open_checkpoint(parent), tokens)
     assert len(found) == 2
     assert max(found) < 1e-9
 
@@ -40,7 +47,7 @@ def test_the_damage_of_the_last_layer_is_its_divergence(tmp_path: Path) -> None:
     child = open_checkpoint(tmp_path / "out")
     tokens = torch.randint(250, (96, 16), generator=torch.Generator().manual_seed(2))
 
-    found = layer_damage(child, parent, tokens, device=CPU)
+    found = estimate(child, parent, tokens)
 
     before, after = (
         load_model(each, "AutoModelForCausalLM", torch.float32)(tokens).logits.log_softmax(-1).detach()
@@ -49,7 +56,18 @@ def test_the_damage_of_the_last_layer_is_its_divergence(tmp_path: Path) -> None:
     divergence = float((before.exp() * (before - after)).sum(-1).mean())
     assert found[0] == 0.0
     assert found[1] == pytest.approx(divergence, rel=0.25)
-    assert layer_damage(child, parent, tokens, device=CPU) == found
+    assert estimate(child, parent, tokens) == found
+
+
+def test_sequences_may_be_estimated_apart_and_in_any_order(tmp_path: Path) -> None:
+    parent = save_speaking(tmp_path / "parent")
+    convert_model(parent, tmp_path / "out", to="gqa", groups=2, method="mean", calibrate="none", verify=False)
+    tokens = torch.arange(60).view(5, 12).tolist()
+    work = LayerDamage(open_checkpoint(tmp_path / "out"), open_checkpoint(parent), tokens)
+    together = work.total(work.results(range(5), CPU, SILENT))
+    apart = [next(work.results([sequence], CPU, SILENT)) for sequence in (3, 0, 4, 2, 1)]
+    assert work.total(apart) == together and all(nats > 0 for nats in together)
+    assert list(work.results([], CPU, SILENT)) == []
 
 
 def test_a_conversion_records_the_damage_and_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
