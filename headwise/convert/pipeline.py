@@ -55,7 +55,7 @@ from headwise.convert.refit.joint import (
 from headwise.convert.settings import SHARD_SIZE, ConvertSettings
 from headwise.convert.spread import DevicePool, device_notes
 from headwise.convert.verify.check import check_folder
-from headwise.convert.verify.layer_damage import damage_seconds, damage_shape, plan_damage
+from headwise.convert.verify.layer_damage import LayerDamage, damage_seconds, damage_shape, plan_damage
 from headwise.convert.verify.verification import Verification
 from headwise.convert.verify.whole_model import WHOLE_BYTES
 from headwise.environment import find_devices
@@ -335,7 +335,8 @@ def convert_model(
         force=settings.force,
         allow_nan=settings.allow_nan,
     )
-    with writer, DevicePool(work_devices) as pool, BackgroundCopy(checkpoint, target, writer) as copy:
+    processes = DevicePool(work_devices, (LayerJob, LayerDamage))
+    with writer, processes as pool, BackgroundCopy(checkpoint, target, writer) as copy:
         measured = calibration if calibration and calibration.reuse is None else None
         texts = text_folder(checkpoint, measured, writer) if measured else writer.work.folder
         heldback = plan_loss(checkpoint, arch, target, settings, calibration)

@@ -51,10 +51,11 @@ class DevicePool:
 
     Args:
         devices: where work is done, on the first of them by this process.
+        kinds: of the work to come, whose modules the processes import while they wait.
     """
 
-    def __init__(self, devices: Sequence[torch.device]) -> None:
-        self._devices = devices
+    def __init__(self, devices: Sequence[torch.device], kinds: Sequence[type[Work]] = ()) -> None:
+        self._devices, self._kinds = devices, tuple(kinds)
         self._context = multiprocessing.get_context("spawn")  # a fork of a process that uses a GPU cannot use it
         self._helpers: list[tuple[Any, Connection]] = []
 
@@ -63,7 +64,7 @@ class DevicePool:
         try:
             for device in self._devices[1:]:
                 ours, theirs = self._context.Pipe()
-                given = (theirs, self._counter, str(device), torch.get_num_threads())
+                given = (theirs, self._counter, str(device), torch.get_num_threads(), self._kinds)
                 helper = self._context.Process(target=_help, args=given, daemon=True, name=f"headwise on {device}")
                 helper.start()
                 theirs.close()  # the helper's end alone is open: its death ends the connection
@@ -152,8 +153,11 @@ def _take(items: Sequence[int], counter: Any) -> Iterator[int]:
         yield items[place]
 
 
-def _help(connection: Connection, counter: Any, name: str, threads: int) -> None:
-    """Do the work that arrives, and send its results: the life of a further process."""
+def _help(connection: Connection, counter: Any, name: str, threads: int, _kinds: tuple[type[Work], ...]) -> None:
+    """Do the work that arrives, and send its results, in a further process.
+
+    The modules of the kinds of work were imported with the arguments.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
     torch.set_num_threads(threads)  # the number decides the order of sums
     device = torch.device(name)
