@@ -4,8 +4,8 @@
 
 CHILD is a folder that headwise wrote, with `damage` in the layers of its headwise.json. The attention of one layer
 of the child, and the norm before it, take the place of the parent's. The loss of the whole model above the parent's
-is the layer's true damage. Prints one JSON line: Spearman's rank correlation of the reported figures with the true
-ones, that of the errors of keys and values beside it, and both lists.
+is the layer's true damage. Prints one JSON line: Spearman's rank correlation with the true damage of the reported
+figures, of the same estimate on the text of the measurement, and of the errors of keys and values; and the lists.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from headwise.convert.verify.layer_damage import layer_damage
+from headwise.io.reader import open_checkpoint
 from headwise.measure.loss import nats_per_token
 
 
@@ -70,10 +72,15 @@ def main() -> None:
     figures = {
         name: [each.get(name, 0.0) for each in reported.values()] for name in ("damage", "key_error", "value_error")
     }
+    folders = [open_checkpoint(folder) for folder in (options.child, options.parent)]
+    figures["estimate"] = layer_damage(*folders, tokens, device=torch.device(options.device))
     ranks = {name: round(float(spearmanr(values, true).statistic), 3) for name, values in figures.items()}
     whole = nats_per_token(child, tokens).nats - base
     result = {"child": options.child.name, "rank correlation": ranks, "sum": sum(true), "whole": whole}
-    print(json.dumps(result | {"reported": figures["damage"], "true": true}), flush=True)
+    print(
+        json.dumps(result | {"reported": figures["damage"], "estimate": figures["estimate"], "true": true}),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -45,11 +45,14 @@ from headwise.train.callbacks import check_reporters, gap_closed
 from headwise.train.checkpoints import WEIGHTS, Checkpoints, load_tensors, save_tensors
 from headwise.train.curve_plot import draw_curve
 from headwise.train.memory import check_memory
+from headwise.train.settings import Training
 from headwise.train.student import ModelFolder, Student
 from headwise.train.teacher import Teacher, cache_teacher_topk
 from headwise.train.trainer import Task, collate_topk, make_trainer, process_state, resume
 
 TRAINING = "training"
+# A learning rate is high when it is this many times the usual one for the size of the model.
+HIGH_RATE = 5
 SELF_FILE = "self.jsonl"
 SELF_TOKENS = 4_194_304  # sampled at most; a longer training reads them again
 
@@ -368,6 +371,7 @@ class Run:
         if last is not None:
             checkpoints.load(student.network, last)
         scales = student.scales(self.teacher) if self.teacher else (1.0, 1.0)
+        self._show_rate(training)
         trainer = make_trainer(
             student.network,
             blocks,
@@ -391,6 +395,18 @@ class Run:
             writer.note("trained", {"steps": self.steps, "seconds": self.seconds, "text": dict(self.text)})
             save_tensors(state, trained, weights)
         return state
+
+    def _show_rate(self, training: Training) -> None:
+        """Print the learning rate that follows from the size of the model, and warn of one far above it."""
+        size = self.folder.checkpoint.num_parameters
+        usual, rate = replace(training, learning_rate=None).peak_rate(size), training.peak_rate(size)
+        if training.learning_rate is None:
+            self.progress.note(f"Learning rate: {rate:.1e}, for {size / 1e6:,.0f} million parameters.")
+        elif rate > HIGH_RATE * usual:
+            self.progress.warn(
+                f"The learning rate of {rate:.1e} is high for {size / 1e6:,.0f} million parameters, and can damage "
+                f"the model: {usual:.1e} is usual (`train.learning_rate`)."
+            )
 
     def _fill_a_step(self, blocks: Tensor | Pairs, batch_tokens: int) -> Tensor | Pairs:
         """Return the blocks, repeated where they are too few for one step of the optimizer."""

@@ -17,6 +17,10 @@ from headwise.fields import check_fields
 
 # How `headwise uptrain --launch` starts processes: the configurations of accelerate in recipes/accelerate.
 LAUNCH_KINDS = ("single", "ddp", "fsdp2")
+# The peak learning rate by the number of parameters: the best one of the embedded model
+# (docs/results/uptraining.md), falling to 2e-5 at 7 billion, as is usual there. LoRA takes ten times the rate of a
+# full training (Schulman et al., "LoRA Without Regret", 2025).
+SMALL_RATE, SMALL_MODEL, RATE_FALL, LORA_RATE = 4e-4, 5_000_000, 0.41, 10
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,9 @@ class Training:
     micro_batch_tokens: int | None = fields.number(
         "Tokens in one forward pass of one process (null: its whole part of the batch)."
     )
-    learning_rate: float = fields.positive("Peak learning rate.", default=3e-4)
+    learning_rate: float | None = fields.positive(
+        "Peak learning rate (null: by the number of parameters, from 4e-4 at 5 million to 2e-5 at 7 billion)."
+    )
     schedule: str = fields.choice(
         "cosine: warm up, then a half cosine. wsd: warm up, stay, then linear over the last fifth.",
         ("cosine", "wsd"),
@@ -188,6 +194,16 @@ class Training:
                 "lora", "`lora` puts adapters on attention alone, and `parameters` is all: make it attention."
             )
 
+    def peak_rate(self, num_parameters: int) -> float:
+        """Return the peak learning rate: the given one, or that of the rule for this size.
+
+        Args:
+            num_parameters: of the whole model.
+        """
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return usual_rate(num_parameters) * (LORA_RATE if self.lora else 1)
+
     def budget(self, pretraining_tokens: int | None = None) -> int:
         """Return the tokens of the run.
 
@@ -207,3 +223,12 @@ class Training:
                 "Give `train.pretraining_tokens`, such as 15T, or a budget in tokens.",
             )
         return math.ceil((self.fraction or 0) * known)
+
+
+def usual_rate(num_parameters: int) -> float:
+    """Return the usual peak learning rate of a model that is trained further as a whole.
+
+    Args:
+        num_parameters: of the whole model.
+    """
+    return float(SMALL_RATE * (SMALL_MODEL / max(num_parameters, SMALL_MODEL)) ** RATE_FALL)

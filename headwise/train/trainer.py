@@ -276,7 +276,8 @@ def make_trainer(
         SettingError: `batch_tokens` does not divide into the processes, or the text does not fill one step.
     """
     tokens = tokens or training.budget()
-    arguments = _arguments(training, length, work, tokens, checkpoints is not None, device)
+    rate = training.peak_rate(sum(parameter.numel() for parameter in network.parameters()))
+    arguments = _arguments(training, rate, length, work, tokens, checkpoints is not None, device)
     rows = training.batch_tokens // length
     if not isinstance(blocks, IterableDataset) and len(blocks) < rows:
         # The Trainer drops a batch that is not full: it would take no step, without an error.
@@ -350,7 +351,7 @@ def resume(trainer: Trainer, checkpoint: Path | None) -> None:
 
 
 def _arguments(
-    training: Training, length: int, work: Path, tokens: int, checkpoints: bool, device: str | None
+    training: Training, rate: float, length: int, work: Path, tokens: int, checkpoints: bool, device: str | None
 ) -> TrainingArguments:
     processes, cpu = process_state(device).num_processes, on_cpu(device)
     rows = training.batch_tokens // (length * processes)
@@ -371,7 +372,7 @@ def _arguments(
         max_steps=steps,
         per_device_train_batch_size=micro_rows,
         gradient_accumulation_steps=rows // micro_rows,
-        learning_rate=training.learning_rate,
+        learning_rate=rate,
         weight_decay=training.weight_decay,
         adam_beta1=training.betas[0],
         adam_beta2=training.betas[1],

@@ -426,6 +426,9 @@ class Notes(Progress):
     def note(self, text: str) -> None:
         self.notes.append(text)
 
+    def warn(self, text: str) -> None:
+        self.notes.append(text)
+
 
 def test_short_texts_are_used_as_far_as_they_go(home: Path, tmp_path: Path) -> None:
     short = models.text(tmp_path / "short.txt", lines=4)
@@ -439,6 +442,7 @@ def test_short_texts_are_used_as_far_as_they_go(home: Path, tmp_path: Path) -> N
     assert 0 < facts["heldout"]["tokens"] < 100_000 * 31
     assert any("the recipe's number is 100000" in note for note in notes.notes)
     assert any("a step takes 8: each step reads them repeatedly" in note for note in notes.notes)
+    assert any("The learning rate of 1.0e-02 is high for 0 million parameters" in note for note in notes.notes)
 
 
 @pytest.fixture(scope="module")
