@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,11 +34,13 @@ from headwise.convert.settings import ConvertSettings, SampleSettings
 from headwise.convert.verify.settings import VerifySettings
 from headwise.demo.settings import DemoSettings
 from headwise.environment import HEADWISE_VERSION
-from headwise.errors import GateFailed
+from headwise.errors import GateFailed, HeadwiseError
 from headwise.eval.bench_settings import BenchSettings
 from headwise.eval.settings import EvalSettings
 from headwise.fields import settings_of
+from headwise.format import public_command
 from headwise.recipes.settings import UptrainSettings
+from headwise.schema import nearest
 from headwise.serving.settings import ServingSettings
 
 
@@ -200,9 +201,7 @@ def _uptrain(**options: Any) -> None:
     from headwise.recipes.uptrain import uptrain_model
 
     with console.progress() as progress:
-        # Where a user keeps files is not published.
-        words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-        result = uptrain_model(**options, command=shlex.join(["headwise", *words]), progress=progress)
+        result = uptrain_model(**options, command=public_command(["headwise", *sys.argv[1:]]), progress=progress)
     if result is not None:  # in the first of several processes
         render.render_uptraining(result)
         console.print_json(result)
@@ -373,15 +372,12 @@ def _list_recipes() -> None:
     \b
     headwise recipes list
     """
-    from headwise.eval import settings as evaluation
-    from headwise.recipes import settings as training
+    from headwise.eval.settings import load_eval_recipe
+    from headwise.recipes.settings import load_uptrain_recipe
 
+    loaders = {"uptrain": load_uptrain_recipe, "eval": load_eval_recipe}
     recipes = {
-        verb: {path.stem: load(path).about.strip() for path in sorted(library.glob("*.yaml"))}
-        for verb, library, load in (
-            ("uptrain", training.LIBRARY, training.load_uptrain_recipe),
-            ("eval", evaluation.LIBRARY, evaluation.load_eval_recipe),
-        )
+        verb: {name: loaders[verb](name).about.strip() for name in names} for verb, names in _recipe_names().items()
     }
     console.print_table(
         ("recipe", "verb", "purpose"),
@@ -392,8 +388,14 @@ def _list_recipes() -> None:
 
 def _complete_recipe(context: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Return the names of recipes that begin with a word, for shell completion."""
-    names = {name for kind in (UptrainSettings, EvalSettings) for name in settings_of(kind)["recipe"][1].choices}
+    names = {name for known in _recipe_names().values() for name in known}
     return sorted(name for name in names if name.startswith(incomplete))
+
+
+def _recipe_names() -> dict[str, list[str]]:
+    """Return the names of the recipes by the verb that reads them."""
+    kinds = {"uptrain": UptrainSettings, "eval": EvalSettings}
+    return {verb: sorted(settings_of(kind)["recipe"][1].choices) for verb, kind in kinds.items()}
 
 
 RECIPE = [
@@ -428,9 +430,14 @@ def _validate_recipe(recipe: str, evaluation: bool = False) -> None:
 def _load_recipe(name: str, evaluation: bool) -> tuple[Path, Any]:
     """Return the file and the recipe of a name or file; of two recipes with one name, the one for training."""
     from headwise.eval.settings import find_eval_recipe, is_eval_recipe, load_eval_recipe
-    from headwise.recipes.settings import LIBRARY, find_uptrain_recipe, load_uptrain_recipe
+    from headwise.recipes.settings import find_uptrain_recipe, load_uptrain_recipe
 
-    trains = not Path(name).is_file() and (LIBRARY / f"{name}.yaml").is_file()
+    known = _recipe_names()
+    if not Path(name).is_file() and not any(name in names for names in known.values()):
+        near = nearest(name, sorted({name for names in known.values() for name in names}))
+        library = "; ".join(f"for `headwise {verb}`: {', '.join(names)}" for verb, names in known.items())
+        raise HeadwiseError(f"There is no recipe {name!r}.", f"{near}The library has {library}.")
+    trains = not Path(name).is_file() and name in known["uptrain"]
     if evaluation or (not trains and is_eval_recipe(name)):
         return find_eval_recipe(name), load_eval_recipe(name)
     return find_uptrain_recipe(name), load_uptrain_recipe(name)

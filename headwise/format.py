@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Protocol
 
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (direction overrides), surrogates, separators
@@ -106,6 +108,42 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, str | int | None) else str(value)
+
+
+def public_text(text: str) -> str:
+    """Return a word or a line with every absolute path cut to its last part: its folders may be private.
+
+    Args:
+        text: a path, `key=PATH`, or a list of paths such as [/a/x,/b/y]. Text of several lines stays as it is.
+    """
+    if "\n" in text:
+        return text
+    key, sign, value = text.rpartition("=")
+    if Path(value).is_absolute():
+        return f"{key}{sign}{Path(value).name or value}"
+    return re.sub(r"(?<![^=,\[\s\"'])/[^=,\[\]\s\"']*/(?=[^/])", "", text)
+
+
+def public_data(value: Any) -> Any:
+    """Return plain data in which every absolute path is its last part, keys of mappings included.
+
+    Args:
+        value: strings, numbers, mappings and lists.
+    """
+    if isinstance(value, Mapping):
+        return {public_text(str(key)): public_data(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [public_data(item) for item in value]
+    return public_text(str(value)) if isinstance(value, str | Path) else value
+
+
+def public_command(words: Iterable[str]) -> str:
+    """Return a command line in which every absolute path is its last part.
+
+    Args:
+        words: of the command.
+    """
+    return shlex.join(map(public_text, words))
 
 
 def plain_fields(value: Any, *hidden: str) -> dict[str, Any]:

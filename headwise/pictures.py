@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from headwise.errors import HeadwiseError
+from headwise.io.fs import os_errors
 from headwise.io.workdir import write_file_atomically
 
 if TYPE_CHECKING:
@@ -139,17 +140,19 @@ def save_picture(figure: Figure, path: Path) -> Path:
 
     Raises:
         HeadwiseError: the path ends with another suffix.
+        DiskError: a file cannot be written.
     """
     if path.suffix not in (".png", ".svg"):
         raise HeadwiseError(f"{path} does not end with .png or .svg, as pictures do.")
     png, svg = picture_files(path)
     # Without the metadata that differ from run to run, or from version to version.
-    write_file_atomically(
-        png, lambda to: figure.savefig(to, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
-    )
-    write_file_atomically(
-        svg, lambda to: figure.savefig(to, format="svg", metadata={"Date": None, "Creator": None})
-    )
+    with os_errors(png):
+        write_file_atomically(
+            png, lambda to: figure.savefig(to, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+        )
+        write_file_atomically(
+            svg, lambda to: figure.savefig(to, format="svg", metadata={"Date": None, "Creator": None})
+        )
     return png
 
 

@@ -70,6 +70,11 @@ UPTRAIN = ["uptrain", "model"]
         (["bench", "out", "--baseline", "model", "--dtype", "bfloat"], "Did you mean 'bfloat16'?"),
         (["card", "out", "report", "--eval-result", "gpqa"], "TASK=DATASET:TASK_ID"),
         (["recipes", "show", "no-such-recipe"], "no recipe"),
+        (
+            ["recipes", "show", "retreival"],
+            "Did you mean retrieval? The library has for `headwise uptrain`: ",
+        ),
+        (["recipes", "validate", "quik"], "for `headwise eval`: long-context, quick, retrieval, standard."),
         (["inspect", "no/such/folder"], "no/such/folder"),
         (["inspect", "model", "--plot", "x.png"], "--context"),
         (["inspect"], "Give MODEL, or --types"),

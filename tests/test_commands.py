@@ -62,6 +62,7 @@ about: A little of everything.
 tasks: [headwise_cloze_code]
 perplexity: {length: 64, blocks: 8, stretches: 4}
 """
+TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}</>{% endfor %}"
 # 16 KV heads and a wide model: every target that the pages name is legal.
 SHAPE = {
     "hidden_size": 256,
@@ -111,6 +112,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(texts), home / "corpus/a.parquet")
     for name in ("corpus/a.jsonl", "held.jsonl", "text.jsonl"):
         (home / name).write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
+    (home / "MODEL/chat_template.jinja").write_text(TEMPLATE)
+    chat = [{"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "It is 2, I think."}]
+    for name in ("chats.jsonl", "held-chats.jsonl"):
+        (home / name).write_text((json.dumps({"messages": chat}) + "\n") * 200)
+    (home / "questions").mkdir()
+    question = {"goal": "Cut wood", "sol1": "Use a saw.", "sol2": "Use soap.", "label": 0}
+    (home / "questions/piqa.jsonl").write_text((json.dumps(question) + "\n") * 3)
     (home / "small.yaml").write_text(RECIPE)
     write_gguf(home / "model-Q4_K_M.gguf", "llama", Kind.Q8_0)
     return home

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from headwise.format import duration, parse_bytes, size
+from headwise.format import duration, parse_bytes, public_command, public_data, public_text, size
 
 
 @pytest.mark.parametrize(
@@ -41,3 +43,34 @@ def test_sizes_are_parsed(text: int | str, num_bytes: int) -> None:
 def test_sizes_that_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not a size"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "published"),
+    [
+        ("/home/ann/my models/x", "x"),
+        ("--text=/home/ann/x.jsonl", "--text=x.jsonl"),
+        ("data.text=[/home/ann/x, /home/ann/*.txt]", "data.text=[x, *.txt]"),
+        ("piqa,/home/ann/own.yaml", "piqa,own.yaml"),
+        ("out/mqa", "out/mqa"),
+        ("../x", "../x"),
+        ("org/name@main", "org/name@main"),
+        ("https://example.org/a/b", "https://example.org/a/b"),
+        ("one and/or the other", "one and/or the other"),
+        ("1 / 2", "1 / 2"),
+        ("/", "/"),
+        ("/a/b\n/c/d", "/a/b\n/c/d"),
+    ],
+)
+def test_folders_of_absolute_paths_are_not_published(text: str, published: str) -> None:
+    assert public_text(text) == published
+    assert public_data({text: [text, 1, None]}) == {published: [published, 1, None]}
+
+
+def test_a_path_is_published_as_a_name() -> None:
+    assert public_data((Path("/home/ann/x"), Path("y/z"))) == ["x", "y/z"]
+
+
+def test_a_command_is_quoted_after_its_folders_are_cut() -> None:
+    words = ["headwise", "eval", "/home/ann/a b", "--report", "/r/x y/z"]
+    assert public_command(words) == "headwise eval 'a b' --report z"

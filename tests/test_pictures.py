@@ -42,3 +42,8 @@ def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HeadwiseError, match=r"x\.doc does not end with \.png or \.svg"):
         draw(tmp_path / "x.doc")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(HeadwiseError, match=r"none/x\.png cannot be written: No such file"):
+        draw(tmp_path / "none" / "x.png")

@@ -25,6 +25,7 @@ from headwise.eval.settings import EvalRecipe, EvalSettings
 from headwise.eval.stats import require_packages
 from headwise.eval.tasks.harness import Harness
 from headwise.fields import settings_of
+from headwise.format import public_data
 from headwise.progress import SILENT, Progress
 from headwise.records.manifest import read_record
 from headwise.records.parent import recorded_source
@@ -159,7 +160,7 @@ def evaluate_model(
             evaluation,
             recipe=None if name is None else Path(name).stem,
             command=settings.command(child),
-            settings=settings.recorded(chosen),
+            settings=public_data(settings.recorded(chosen)),
             reused=reused,
             versions=package_versions(),
         )
@@ -190,7 +191,7 @@ def check_kinds(settings: EvalSettings, child: EvalModel, parent: EvalModel | No
                 f"`backend` is 'vllm', which takes no GGUF file such as {model.name}.",
                 "Write it as a folder with `headwise convert FILE.gguf FOLDER`, or leave out `backend`.",
             )
-    name = child.subject.model
+    name = child.source.name
     if parent is None and settings.fail_above is not None:
         raise SettingError(
             "fail_above", f"`fail_above` is {settings.fail_above!r}, which needs a parent: give `baseline`."
@@ -207,7 +208,7 @@ def check_kinds(settings: EvalSettings, child: EvalModel, parent: EvalModel | No
         )
     if parent is not None and parent.reads_pairs != child.reads_pairs:
         raise HeadwiseError(
-            f"Of {name} and {parent.subject.model}, only one is an encoder-decoder.",
+            f"Of {name} and {parent.source.name}, only one is an encoder-decoder.",
             "The baseline must be the model that was converted.",
         )
 

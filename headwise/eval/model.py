@@ -61,9 +61,7 @@ class EvalModel:
     @property
     def name(self) -> str:
         """Return the repository, or the last part of the path, which does not show private folders."""
-        if self.checkpoint is not None and self.is_gguf:
-            return self.checkpoint.path.name
-        return self.source.name if self.source.revision else self.source.folder.resolve().name
+        return self.subject.model
 
     @property
     def context(self) -> int | None:
@@ -111,7 +109,7 @@ class EvalModel:
         Raises:
             HeadwiseError: there is no tokenizer.
         """
-        return load_tokenizer(self.folder, self.subject.model)
+        return load_tokenizer(self.folder, self.source.name)
 
     def load(self, *, dtype: str, device: str, eager: bool = False) -> Any:
         """Load the stock model for measurements.
@@ -172,7 +170,7 @@ def find_model(model: str | Path, *, token: str | None = None, progress: Progres
         if inspection.layouts[0].kind != "mla":
             require_head(checkpoint or read_headers(source), "its text is scored by its logits")
     subject = Subject(
-        model=str(model),
+        model=_public_name(source, checkpoint),
         revision=source.revision,
         model_type=str(source.config.get("model_type")),
         attention=attention,
@@ -181,6 +179,13 @@ def find_model(model: str | Path, *, token: str | None = None, progress: Progres
         sha256=content_hash(source, checkpoint),
     )
     return EvalModel(source, subject, checkpoint)
+
+
+def _public_name(source: Source, checkpoint: Checkpoint | None) -> str:
+    """Return the repository, or the last part of the path: its folders may be private."""
+    if checkpoint is not None and checkpoint.gguf is not None:
+        return checkpoint.path.name
+    return source.name if source.revision else source.folder.resolve().name
 
 
 def content_hash(source: Source, checkpoint: Checkpoint | None = None) -> str:

@@ -27,7 +27,7 @@ class Subject:
     """A model that was evaluated.
 
     Attributes:
-        model: the folder or the Hub repository, as it was given.
+        model: the Hub repository, or the last part of a local path: its folders may be private.
         revision: the commit of a Hub repository; None for a folder.
         model_type: `model_type` of config.json.
         attention: layout in words, such as "GQA, 4 KV heads" or "MLA 128+32"; None for an unknown model type.

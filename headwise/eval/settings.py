@@ -8,7 +8,6 @@ Both validate themselves and raise `SettingError`.
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from headwise import fields, schema
 from headwise.errors import SettingError
 from headwise.eval.tasks.benchmarks import local_task
 from headwise.fields import check_fields, is_given, settings_of
-from headwise.format import plain
+from headwise.format import plain, public_command
 
 LIBRARY = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "quick"
@@ -423,7 +422,7 @@ class EvalSettings:
         }
 
     def command(self, child: str | Path) -> str:
-        """Return the command line that repeats the evaluation.
+        """Return the command line that repeats the evaluation, without the folders of absolute paths.
 
         Args:
             child: the model that was evaluated.
@@ -442,7 +441,7 @@ class EvalSettings:
                 words += [flag, ",".join(value)] if value else []
             elif value is not None:
                 words += [flag, f"{value:.6g}" if isinstance(value, float) else str(value)]
-        return shlex.join(words)
+        return public_command(words)
 
 
 def load_eval_recipe(recipe: str | Path) -> EvalRecipe:

@@ -160,7 +160,8 @@ def _advice(evaluation: Evaluation) -> str:
 
 
 def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
+    # A name such as headwise_piqa stays as it is.
+    return text if "_" in text.split()[0] else text[0].upper() + text[1:]
 
 
 def _agreement(evaluation: Evaluation) -> tuple[str, str]:

@@ -14,6 +14,8 @@ from headwise.io.source import read_json
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+# Files that hold the vocabulary of a tokenizer.
+VOCABULARIES = (TOKENIZER, "*.model", "*.tiktoken", "vocab.*", "tekken.json")
 
 
 def load_tokenizer(
@@ -34,8 +36,15 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    with tokenizer_errors(f"{source} has no tokenizer that transformers can load", hint):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    complaint = f"{source} has no tokenizer that transformers can load"
+    with tokenizer_errors(complaint, hint):
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            # The library then lists what it tried. A few tokenizers, such as those of bytes, need no file.
+            if any(path for kind in VOCABULARIES for path in Path(folder).glob(kind)):
+                raise
+            raise HeadwiseError(f"{complaint}: there is no {TOKENIZER}.", hint) from error
 
 
 def tokenizer_kind(folder: Path) -> str:

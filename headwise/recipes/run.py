@@ -24,6 +24,7 @@ from torch import Tensor
 from headwise import environment
 from headwise.convert.sample import write_samples
 from headwise.errors import HeadwiseError, SettingError
+from headwise.format import public_data, public_text
 from headwise.io.reader import open_checkpoint
 from headwise.io.tokenizer import load_tokenizer
 from headwise.io.workdir import WorkFolder
@@ -458,16 +459,16 @@ class Run:
         return {
             "command": self.command,
             "recipe": self.name,
-            "settings": json.loads(json.dumps(asdict(self.recipe))),
+            "settings": public_data(json.loads(json.dumps(asdict(self.recipe)))),
             "teacher": outcome.model_name(self.teacher.checkpoint) if self.teacher else None,
-            "text": {name: dict(facts) for name, facts in self.text.items()},
+            "text": public_data(self.text),
             "tokens": self.steps * training.batch_tokens if training else 0,
             "layerwise": {str(layer): report for layer, report in self.layers.items()},
             "steps": self.steps,
             "seconds": round(self.seconds, 1),
             "hardware": outcome.hardware(),
             "versions": environment.versions(outcome.RECORDED_PACKAGES),
-            "heldout": {"text": text.heldout, "tokens": num_predicted(self.heldout)},
+            "heldout": {"text": public_text(text.heldout), "tokens": num_predicted(self.heldout)},
             "nats": {"parent": self.parent, "before": self.before, "after": after},
             "gap_closed": gap_closed(after, self.parent, self.before),
         }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Protocol
 
 from headwise.environment import HEADWISE_VERSION, versions
 from headwise.errors import HeadwiseError
-from headwise.format import layout_names
+from headwise.format import layout_names, public_command, public_data
 from headwise.io.fs import os_errors
 from headwise.io.reader import CHUNK, Checkpoint, make_buffers
 from headwise.io.source import find_weights, path_inside, read_json
@@ -131,7 +130,7 @@ def make_manifest(
     return {
         "headwise": HEADWISE_VERSION,
         "command": command_of(plan, out, verification),
-        "arguments": plan.arguments,
+        "arguments": public_data(plan.arguments),
         "source": source_record(plan, checkpoint),
         "versions": versions(PACKAGES),
         "device": device,
@@ -193,7 +192,7 @@ def command_of(plan: DecidedConversion, out: str, verification: Mapping[str, Any
         command.append("--no-verify")
     else:
         command += [word for name in verification.get("accepted", ()) for word in ("--accept", name)]
-    return shlex.join(command)
+    return public_command(command)
 
 
 def source_record(plan: DecidedConversion, checkpoint: Checkpoint) -> dict[str, Any]:

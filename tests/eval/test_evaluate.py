@@ -235,6 +235,8 @@ def test_own_tasks_are_compared_and_measured_again_after_a_change(folders: dict[
     }
     first = headwise.evaluate_model(folders["worse"], folders["parent"], **arguments)
     assert first is not None and first.recipe is None and first.diagnostics is None and not first.reused
+    assert first.parent is not None and (first.child.model, first.parent.model) == ("worse", "parent")
+    assert_publishable(tmp_path / "out", tmp_path, folders["parent"].parent)
     (comparison,) = first.headlines
     assert comparison.task == "fruit" and comparison.samples == 6 and comparison.paired is not None
     assert comparison.paired.difference == pytest.approx(comparison.child.value - comparison.parent.value)  # type: ignore[union-attr]
@@ -249,6 +251,37 @@ def test_own_tasks_are_compared_and_measured_again_after_a_change(folders: dict[
     data.write_text("\n".join(json.dumps(row | {"question": "Which? "}) for row in rows))
     changed = headwise.evaluate_model(folders["worse"], folders["parent"], **arguments)
     assert changed is not None and not changed.reused
+
+
+def assert_publishable(report: Path, *private: Path) -> None:
+    """No file of a report names a folder of the user."""
+    for path in (path for path in report.rglob("*") if path.is_file()):
+        assert not [folder for folder in private if str(folder).encode() in path.read_bytes()], path
+
+
+def test_both_models_get_questions_in_the_chat_template(folders: dict[str, Path], tmp_path: Path) -> None:
+    template = "{% for message in messages %}<{{ message.role }}>{{ message.content }}</>{% endfor %}<reply>"
+    for name in ("parent", "worse"):
+        shutil.copytree(folders[name], tmp_path / name)
+        (tmp_path / name / "chat_template.jinja").write_text(template)
+    (tmp_path / "questions").mkdir()
+    rows = [{"goal": f"Cut {i}", "sol1": "Use a saw.", "sol2": "Use soap.", "label": i % 2} for i in range(3)]
+    (tmp_path / "questions" / "piqa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = run(
+        tmp_path / "worse", "--baseline", tmp_path / "parent", "--tasks", "headwise_piqa", "--apply-chat-template",
+        "--task-data", tmp_path / "questions", "--report", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    prompts = {}
+    for file in (tmp_path / "out" / "lm-eval").rglob("samples_*.jsonl"):
+        lines = map(json.loads, file.read_text().splitlines())
+        prompts[file.parent.name] = [line["arguments"]["gen_args_0"]["arg_0"] for line in lines]
+    expected = [f"<user>Question: Cut {i}\nAnswer:</><reply>" for i in range(3)]
+    assert prompts == {"worse": expected, "parent": expected}
+    report = json.loads(result.stdout)
+    assert report["settings"]["apply_chat_template"] is True and "--apply-chat-template" in report["command"]
+    assert "apply chat template" in (tmp_path / "out" / "report.md").read_text()
+    assert_publishable(tmp_path / "out", tmp_path)
 
 
 def test_a_task_keeps_its_own_number_of_examples_with_a_warning(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -331,7 +364,7 @@ def test_a_gguf_file_is_the_parent_of_its_conversion(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     evaluation = Evaluation.from_dict(json.loads(result.stdout))
-    assert evaluation.parent and evaluation.parent.model == str(file) and evaluation.parent.parameters
+    assert evaluation.parent and evaluation.parent.model == file.name and evaluation.parent.parameters
     assert evaluation.parent.attention == evaluation.child.attention
     assert {c.task for c in evaluation.headlines} == {"heldout", "headwise_cloze_code"}
     assert all(c.paired and c.paired.difference == 0 for c in evaluation.comparisons)

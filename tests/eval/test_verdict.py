@@ -60,7 +60,7 @@ from tests.eval.evaluations import (
         (
             only(replace(equal_answers(), unfit="the parent has 25%, and a guess has 25%")),
             "open",
-            r"could not be measured\. Arc_easy cannot show a loss: the parent has 25%",
+            r"could not be measured\. arc_easy cannot show a loss: the parent has 25%",
         ),
         (alone(), "plain", "No parent was measured.*`baseline`"),
         (

@@ -1,15 +1,17 @@
-"""The kind of a vocabulary, from the files of a folder alone."""
+"""The kind of a vocabulary, from the files of a folder alone, and a folder without one."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from headwise.errors import HeadwiseError
 from headwise.io.source import EMBEDDED_MODEL
-from headwise.io.tokenizer import tokenizer_kind
+from headwise.io.tokenizer import load_tokenizer, tokenizer_kind
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False}
 
@@ -35,6 +37,14 @@ def test_folders_without_tokenizer_json(tmp_path: Path) -> None:
     assert tokenizer_kind(tmp_path) == "none"
     (tmp_path / "tokenizer.model").write_bytes(b"sentencepiece")
     assert tokenizer_kind(tmp_path) == "sentencepiece"
+
+
+def test_a_folder_without_a_vocabulary_is_named_in_one_sentence(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer_config.json"):
+        shutil.copy(EMBEDDED_MODEL / name, tmp_path / name)
+    with pytest.raises(HeadwiseError, match=r"model has no tokenizer .*: there is no tokenizer\.json\.") as refused:
+        load_tokenizer(tmp_path, "model")
+    assert refused.value.hint == "Add the tokenizer's files to the folder."
 
 
 def test_the_embedded_model() -> None:

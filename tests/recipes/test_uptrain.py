@@ -29,6 +29,7 @@ from headwise.progress import Progress
 from headwise.recipes import outcome, run
 from headwise.recipes.settings import Data, Layerwise, Loss, TeacherSettings, Training, UptrainRecipe
 from headwise.recipes.uptrain import uptrain_model
+from headwise.records.parent import PARENT
 from headwise.text.marks import given_tokens
 from headwise.text.pairs import collate_pairs, encode_pairs, require_pairs
 from headwise.train import checkpoints
@@ -112,6 +113,9 @@ def test_a_trained_folder_is_stock_verified_and_recorded(home: Path, tmp_path: P
     assert (facts["tokens"], facts["steps"], facts["command"], facts["teacher"]) == (3072, 12, "typed", "parent")
     assert record["arguments"] == json.loads((home / layout / "headwise.json").read_text())["arguments"]
     card = (out / "README.md").read_text()
+    for path in out.iterdir():
+        assert path.name == PARENT or str(home).encode() not in path.read_bytes(), f"{path} names a private folder"
+    assert facts["heldout"]["text"] == "held.txt" and list(facts["text"]) == ["text.txt"]
     assert all((out / f"uptraining.{kind}").stat().st_size > 1000 for kind in ("png", "svg"))
     assert f"gap to the parent closed: {closed:.1%}" in card
     assert card.index("## Uptraining") < card.index("## Checks")

@@ -27,7 +27,7 @@ from headwise.convert.verify.settings import VerifySettings
 from headwise.convert.verify.verification import Check, Verification
 from headwise.convert.verify.whole_model import WHOLE_BYTES, check_loading
 from headwise.environment import find_device
-from headwise.errors import HeadwiseError
+from headwise.errors import HeadwiseError, SettingError
 from headwise.format import layout_names
 from headwise.io.reader import Checkpoint, as_bytes, has_nonfinite, open_checkpoint
 from headwise.io.source import find_gguf
@@ -40,6 +40,8 @@ from headwise.models.stock_match import match_source, match_stock_class
 from headwise.progress import SILENT, Progress
 from headwise.records.manifest import accepted_checks, changed_files, check_hashes, read_record
 
+# Sizes that a conversion keeps, as fields of the stock config of a language model.
+KEPT_SIZES = ("num_hidden_layers", "hidden_size", "vocab_size")
 # Rope types whose frequencies depend on the length of the input.
 READS_LENGTH = ("dynamic", "longrope")
 
@@ -71,7 +73,7 @@ def verify_model(
 
     Raises:
         SettingError: a setting is not legal or contradicts another one.
-        HeadwiseError: a checkpoint cannot be opened at all.
+        HeadwiseError: a checkpoint cannot be opened at all, or `against` is a model of other sizes.
     """
     settings = VerifySettings(against=against, hashes=hashes, device=device)
     where = find_device(settings.device or "cpu")
@@ -85,7 +87,9 @@ def verify_model(
         return Verification((Check("hashes", *check_hashes(checkpoint, progress)),))
     parent = None
     if against is not None:
-        parent = match_source(open_checkpoint(against, revision=revision, token=token, progress=progress))
+        parent = open_checkpoint(against, revision=revision, token=token, progress=progress)
+        _require_same_sizes(checkpoint, parent)
+        parent = match_source(parent)
     record = read_record(checkpoint.folder)
     arguments = record["arguments"] if record else None
     verification = check_folder(
@@ -179,6 +183,27 @@ def _loads(
     elif shares_heads(checkpoint):
         attention = RepeatedAttention(checkpoint)
     return check_loading(checkpoint, model, layouts, allow_nan=allow_nan, attention=attention, device=device)
+
+
+def _require_same_sizes(checkpoint: Checkpoint, parent: Checkpoint) -> None:
+    """Refuse the folder itself, and a model of other sizes, before anything is computed.
+
+    Raises:
+        SettingError: `parent` cannot be what the folder was converted from.
+    """
+    remedy = "Name the model that the folder was converted from."
+    if parent.folder.resolve() == checkpoint.folder.resolve() and parent.gguf is None:
+        raise SettingError("against", f"`against` is {parent.source}, the folder that is checked.", remedy)
+    configs = [stock_config(each.config).get_text_config(decoder=True) for each in (parent, checkpoint)]
+    for name in KEPT_SIZES:
+        expected, actual = (getattr(config, name, None) for config in configs)
+        if expected != actual and isinstance(expected, int) and isinstance(actual, int):
+            raise SettingError(
+                "against",
+                f"`against` is {parent.source}, which is not the parent of {checkpoint.source}: {name} is "
+                f"{expected} there and {actual} here.",
+                remedy,
+            )
 
 
 def _with_same_positions(parent: Checkpoint, arguments: Mapping[str, Any]) -> Checkpoint:

@@ -19,6 +19,7 @@ from headwise.eval.report.publish import REPORT
 from headwise.eval.report.report import figures_table, limits, read_report
 from headwise.eval.result import Comparison, Evaluation
 from headwise.eval.verdict import figure_name, verdict_of
+from headwise.format import public_command
 from headwise.io.fs import check_name
 from headwise.io.source import path_inside, read_json, source_in_folder
 from headwise.io.workdir import write_file_atomically
@@ -144,14 +145,11 @@ def evaluation_section(evaluation: Evaluation) -> str:
 
 
 def _public_command(evaluation: Evaluation) -> str:
-    """Return the command with every local folder shortened to the last part of its path."""
-    subjects = [evaluation.child, *([evaluation.parent] if evaluation.parent else [])]
-    folders = {subject.model for subject in subjects if subject.revision is None}
+    """Return the command with every absolute path shortened to its last part, whoever wrote the report."""
     try:
-        words = shlex.split(evaluation.command)
+        return public_command(shlex.split(evaluation.command))
     except (ValueError, AttributeError):
         raise HeadwiseError("The `command` of report.json is not a command line.", AGAIN) from None
-    return shlex.join(Path(word).name if word in folders or Path(word).is_absolute() else word for word in words)
 
 
 def _model_index_entry(comparison: Comparison, config: dict[str, Any]) -> EvalResult:

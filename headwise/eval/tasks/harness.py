@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import tempfile
 import time
@@ -23,6 +24,7 @@ from headwise.eval.model import EvalModel
 from headwise.eval.settings import EvalSettings
 from headwise.eval.tasks.answers import count_answers, write_counts
 from headwise.eval.tasks.resume import AnswerLog
+from headwise.format import public_data
 from headwise.progress import SILENT, Progress
 
 OWN_TASKS = Path(__file__).parent
@@ -160,6 +162,8 @@ class Harness:
             seconds = time.perf_counter() - start
             into.mkdir(parents=True, exist_ok=True)
             for path in Path(scratch).rglob("*.json*"):
+                if path.suffix == ".json":  # lm-eval records where tasks, tokenizer and questions were
+                    path.write_text(json.dumps(public_data(json.loads(path.read_text()))))
                 path.replace(into / path.name)
             write_counts(counts, into)
         return seconds

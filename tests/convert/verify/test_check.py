@@ -302,8 +302,6 @@ def test_a_changed_config_is_seen(
 
 
 def test_another_model_is_not_the_parent(home: Path, tmp_path: Path) -> None:
-    deeper = save_speaking(tmp_path / "deeper", num_key_value_heads=4, num_hidden_layers=3)
-    assert failed(verify_model(home / "gqa", deeper)) == {"parent"}
     other = shutil.copytree(home / "parent", tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
     save_file({n: t + 0.01 for n, t in tensors.items()}, other / "model.safetensors", metadata={"format": "pt"})
@@ -378,3 +376,21 @@ def test_the_device_reaches_every_model_and_every_layer(home: Path, monkeypatch:
 def test_wrong_settings_are_refused(home: Path, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(SettingError, match=sentence):
         verify_model(home / "gqa", **options)
+
+
+@pytest.mark.parametrize("kind", ["gqa", "long-mla"])
+@pytest.mark.parametrize("sizes", [{"num_hidden_layers": 3}, {"hidden_size": 56}, {"vocab_size": 263}])
+def test_a_parent_of_other_sizes_is_refused_from_the_headers(
+    home: Path, tmp_path: Path, kind: str, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = save_speaking(tmp_path / "other", **sizes)
+    monkeypatch.setattr("headwise.convert.verify.check.check_folder", None)
+    (name, size), *_ = sizes.items()
+    with pytest.raises(SettingError, match=f"not the parent of .*{kind}: {name} is {size} there and ") as refused:
+        verify_model(home / kind, other)
+    assert refused.value.field == "against" and "converted from" in str(refused.value.hint)
+
+
+def test_a_folder_is_not_its_own_parent(home: Path) -> None:
+    with pytest.raises(SettingError, match="the folder that is checked"):
+        verify_model(home / "gqa", home / "gqa")
