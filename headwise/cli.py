@@ -375,7 +375,7 @@ def _list_recipes() -> None:
     from headwise.eval.settings import load_eval_recipe
     from headwise.recipes.settings import load_uptrain_recipe
 
-    loaders = {"uptrain": load_uptrain_recipe, "eval": load_eval_recipe}
+    loaders: dict[str, Any] = {"uptrain": load_uptrain_recipe, "eval": load_eval_recipe}
     recipes = {
         verb: {name: loaders[verb](name).about.strip() for name in names} for verb, names in _recipe_names().items()
     }

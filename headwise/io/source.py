@@ -378,7 +378,7 @@ def read_json(folder: Path, name: str, limit: int = MAX_JSON) -> dict[str, Any]:
         refuse_dense_json(text)
         content = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
-        raise HeadwiseError(f"{path} is not valid JSON: {error}.") from None
+        raise HeadwiseError(f"{path} is not valid JSON: {error}.", "Correct it, or download it again.") from None
     if not isinstance(content, dict):
         raise HeadwiseError(f"{path} contains a {type(content).__name__}, and a JSON object is expected.")
     return content
