@@ -119,7 +119,15 @@ def load_file(kind: type[T], path: Path, assignments: Sequence[str] = ()) -> T:
         HeadwiseError: the file is not a YAML mapping.
         SettingError: an assignment has the wrong form, a key is unknown or missing, or a value is not legal.
     """
-    return build(kind, assign(read_mapping(path), assignments), str(path))
+    mapping = assign(read_mapping(path), assignments)
+    try:
+        return build(kind, mapping)
+    except SettingError as error:
+        assigned = [f"{text.partition('=')[0].strip()}." for text in assignments]
+        key = f"{error.field}."
+        given = any(key.startswith(word) or word.startswith(key) for word in assigned)
+        place = "`settings`" if given else path
+        raise SettingError(error.field, f"{place}: {error.message}", error.hint) from None
 
 
 def assign(mapping: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:

@@ -80,11 +80,14 @@ def test_settings_are_laid_over_a_recipe_that_was_read(recipe: Path) -> None:
 
 def test_a_setting_is_checked_like_the_file(recipe: Path) -> None:
     with pytest.raises(
-        HeadwiseError, match=r"unknown key train\.learning_rat\..*Did you mean train\.learning_rate\?"
+        HeadwiseError, match=r"^`settings`: unknown key train\.learning_rat\..*Did you mean train\.learning_rate\?"
     ):
         load_uptrain_recipe(recipe, ["train.learning_rat=1"])
     with pytest.raises(HeadwiseError, match="not of the form"):
         load_uptrain_recipe(recipe, ["train.seed"])
+    recipe.write_text(recipe.read_text() + "\nsurplus: 1\n")
+    with pytest.raises(HeadwiseError, match=rf"^{recipe}: unknown key surplus"):
+        load_uptrain_recipe(recipe, ["train.seed=1"])
     with pytest.raises(HeadwiseError, match="about is a plain value and has no keys"):
         load_uptrain_recipe(recipe, ["about.x=1"])
 
