@@ -119,15 +119,7 @@ def load_file(kind: type[T], path: Path, assignments: Sequence[str] = ()) -> T:
         HeadwiseError: the file is not a YAML mapping.
         SettingError: an assignment has the wrong form, a key is unknown or missing, or a value is not legal.
     """
-    mapping = assign(read_mapping(path), assignments)
-    try:
-        return build(kind, mapping)
-    except SettingError as error:
-        assigned = [f"{text.partition('=')[0].strip()}." for text in assignments]
-        key = f"{error.field}."
-        given = any(key.startswith(word) or word.startswith(key) for word in assigned)
-        place = "`settings`" if given else path
-        raise SettingError(error.field, f"{place}: {error.message}", error.hint) from None
+    return build(kind, assign(read_mapping(path), assignments), str(path), assignments)
 
 
 def assign(mapping: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
@@ -160,13 +152,14 @@ def assign(mapping: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any
     return mapping
 
 
-def build(kind: type[T], mapping: dict[str, Any], where: str = "") -> T:
+def build(kind: type[T], mapping: dict[str, Any], where: str = "", assignments: Iterable[str] = ()) -> T:
     """Return the dataclass of a mapping, every value checked.
 
     Args:
         kind: the dataclass; it may hold others, lists and mappings.
         mapping: plain data. Numbers may be written as people write them: 21M, 3e-4, 5%.
         where: the file, for error messages.
+        assignments: those that were laid over `mapping`; an error in one of them names `settings`, not the file.
 
     Raises:
         SettingError: a key is unknown or missing, or a value is not legal; names the dotted path of the key.
@@ -174,8 +167,11 @@ def build(kind: type[T], mapping: dict[str, Any], where: str = "") -> T:
     try:
         return _build(kind, mapping, "")
     except SettingError as error:
-        place = f"{where}: " if where else ""
-        raise SettingError(error.field, f"{place}{error.message}", error.hint) from None
+        key, assigned = f"{error.field}.", [f"{text.partition('=')[0].strip()}." for text in assignments]
+        place = "`settings`" if any(key.startswith(a) or a.startswith(key) for a in assigned) else where
+        raise SettingError(
+            error.field, f"{place}: {error.message}" if place else error.message, error.hint
+        ) from None
 
 
 def _build(kind: type[T], mapping: dict[str, Any], prefix: str) -> T:

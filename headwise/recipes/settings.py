@@ -154,7 +154,7 @@ def load_uptrain_recipe(recipe: str | Path | UptrainRecipe, assignments: Sequenc
         SettingError: a key is unknown or missing, or a value is not legal.
     """
     mapping, where = _read(recipe)
-    return schema.build(UptrainRecipe, schema.assign(mapping, assignments), where)
+    return schema.build(UptrainRecipe, schema.assign(mapping, assignments), where, assignments)
 
 
 def _read(recipe: str | Path | UptrainRecipe) -> tuple[dict[str, Any], str]:
@@ -289,7 +289,7 @@ class UptrainSettings:
                     None if name == "seed" else "Give layerwise.tokens instead.",
                 )
         schema.assign(mapping, self._from_fields())
-        object.__setattr__(self, "plan", schema.build(UptrainRecipe, mapping, where))
+        object.__setattr__(self, "plan", schema.build(UptrainRecipe, mapping, where, self.settings))
 
     @property
     def name(self) -> str:

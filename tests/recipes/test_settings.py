@@ -195,8 +195,8 @@ def test_wrong_settings_are_named_by_their_field(make: Callable[[], Any], field:
     assert refused.value.field == field
 
 
-def test_the_same_rule_from_yaml_has_the_path_of_the_section(recipe: Path) -> None:
-    with pytest.raises(SettingError, match=r"mine\.yaml: `train\.lora` .* `train\.parameters` is all") as refused:
+def test_a_rule_between_fields_has_the_path_of_the_section(recipe: Path) -> None:
+    with pytest.raises(SettingError, match=r"`settings`: `train\.lora` .* `train\.parameters` is all") as refused:
         load_uptrain_recipe(recipe, ["train.lora.rank=4"])
     assert refused.value.field == "train.lora"
 
