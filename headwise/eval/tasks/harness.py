@@ -25,6 +25,7 @@ from headwise.eval.settings import EvalSettings
 from headwise.eval.tasks.answers import count_answers, write_counts
 from headwise.eval.tasks.resume import AnswerLog
 from headwise.format import public_data
+from headwise.io.workdir import write_file_atomically
 from headwise.progress import SILENT, Progress
 
 OWN_TASKS = Path(__file__).parent
@@ -163,8 +164,10 @@ class Harness:
             into.mkdir(parents=True, exist_ok=True)
             for path in Path(scratch).rglob("*.json*"):
                 if path.suffix == ".json":  # lm-eval records where tasks, tokenizer and questions were
-                    path.write_text(json.dumps(public_data(json.loads(path.read_text()))))
-                path.replace(into / path.name)
+                    content = public_data(json.loads(path.read_bytes()))
+                    write_file_atomically(into / path.name, json.dumps(content).encode())
+                else:
+                    path.replace(into / path.name)
             write_counts(counts, into)
         return seconds
 
