@@ -22,9 +22,12 @@ def check_report(out: Path, force: bool) -> None:
         force: whether a report may be replaced; no other folder ever is.
 
     Raises:
-        HeadwiseError: the folder exists and is not replaced, or its name is not UTF-8.
+        HeadwiseError: the folder exists and is not replaced, it is inside a file, or its name is not UTF-8.
     """
     check_name(out)
+    for parent in out.parents:
+        if parent.exists() and not parent.is_dir():
+            raise HeadwiseError(f"{out} cannot be written: {parent} is a file.", "Give `report` another folder.")
     if not os.path.lexists(out):
         return
     if not force:

@@ -64,3 +64,9 @@ def test_the_old_report_comes_back_if_the_new_one_cannot_appear(
     with pytest.raises(OSError):
         write(out, "new", force=True)
     assert (out / REPORT).read_text() == "old"
+
+
+def test_a_report_inside_a_file_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(HeadwiseError, match=r"note\.txt/a/b cannot be written: .*note\.txt is a file"):
+        check_report(tmp_path / "note.txt" / "a" / "b", force=False)
