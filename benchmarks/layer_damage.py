@@ -20,9 +20,10 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from headwise.convert.verify.layer_damage import layer_damage
+from headwise.convert.verify.layer_damage import LayerDamage
 from headwise.io.reader import open_checkpoint
 from headwise.measure.loss import nats_per_token
+from headwise.progress import SILENT
 
 
 class Guest(nn.Module):
@@ -72,8 +73,9 @@ def main() -> None:
     figures = {
         name: [each.get(name, 0.0) for each in reported.values()] for name in ("damage", "key_error", "value_error")
     }
-    folders = [open_checkpoint(folder) for folder in (options.child, options.parent)]
-    figures["estimate"] = layer_damage(*folders, tokens, device=torch.device(options.device))
+    estimate = LayerDamage(open_checkpoint(options.child), open_checkpoint(options.parent), tokens.tolist())
+    sequences = estimate.results(range(options.blocks), torch.device(options.device), SILENT)
+    figures["estimate"] = estimate.total(sequences)
     ranks = {name: round(float(spearmanr(values, true).statistic), 3) for name, values in figures.items()}
     whole = nats_per_token(child, tokens).nats - base
     result = {"child": options.child.name, "rank correlation": ranks, "sum": sum(true), "whole": whole}
