@@ -195,12 +195,14 @@ def figure_name(comparison: Comparison) -> str:
 
 
 def format_amount(comparison: Comparison, value: float) -> str:
-    """Return a damage with its unit: "2.9 points" or "3.1%".
+    """Return a damage with its unit: "2.9 points" or "3.1%"; from a doubling on "a factor of 2.7".
 
     Args:
         comparison: the figure, which decides the unit.
         value: the damage.
     """
+    if comparison.is_perplexity and value >= 1:
+        return f"a factor of {factor(1 + value)}"
     digits = f"{abs(100 * value):.2g}" if abs(value) < 0.01 else f"{abs(100 * value):.1f}"
     return f"{digits}%" if comparison.is_perplexity else f"{digits} points"
 

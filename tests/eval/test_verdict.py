@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from headwise.eval.result import Evaluation
-from headwise.eval.verdict import Damage, verdict_of
+from headwise.eval.verdict import Damage, format_amount, verdict_of
 from tests.eval.evaluations import (
     PARENT,
     accuracy,
@@ -80,6 +80,12 @@ from tests.eval.evaluations import (
 def test_tone_and_words(evaluation: Evaluation, tone: str, words: str) -> None:
     verdict = verdict_of(evaluation)
     assert verdict.tone == tone and re.search(words, verdict.text), verdict
+
+
+def test_a_perplexity_that_doubles_is_a_factor() -> None:
+    words = [format_amount(perplexity(5.92, 0.5), value) for value in (0.004, 0.99, 1.0, 3986)]
+    assert words == ["0.4%", "99.0%", "a factor of 2", "a factor of 3,987"]
+    assert format_amount(accuracy("arc_easy", 0.4, -0.01, 0.02, 0.6), 0.139) == "13.9 points"
 
 
 def test_a_larger_damage_is_worse() -> None:
