@@ -9,6 +9,7 @@ layer runs over all sequences, hooks record its attention's inputs and outputs, 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -235,6 +236,9 @@ class LayerStream:
         self._tokens, self._stored, self._attention = tokens, stored, attention
         self._states = {name: value.to(device, dtype) for name, value in states.items()}
         self._tuples = False  # whether a layer returns a tuple
+        # Before a GPU the next layer is read while this one is converted: Python and the GPU wait for no file.
+        self._reader = ThreadPoolExecutor(1, "read") if self._device.type == "cuda" else None
+        self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
         self._model = empty_model(config or checkpoint.config, architecture.auto_class, dtype)
         if dtype == torch.float64:  # the usual grouped experts compute in no such dtype
             self._model.set_experts_implementation("eager")
@@ -362,7 +366,11 @@ class LayerStream:
     @contextmanager
     def _real_layer(self, index: int) -> Iterator[nn.Module]:
         layer = self._layers[index]
-        self._load(self._names[index])
+        ahead = self._ahead.pop(index, None)
+        self._fill(self._read(self._names[index]) if ahead is None else ahead.result())
+        del ahead  # it holds what is now on the device
+        if self._reader is not None and index + 1 < len(self._names):
+            self._ahead[index + 1] = self._reader.submit(self._read, self._names[index + 1])
         with self._replaced_attention(index):
             try:
                 yield layer.to(self._device)  # buffers follow the weights
@@ -410,10 +418,17 @@ class LayerStream:
         self._unload()
         return torch.cat(hidden), [(stub.args, stub.kwargs) if stub.was_called else None for stub in stubs]
 
+    def _read(self, names: Collection[str]) -> dict[str, Tensor]:
+        return {name: self._checkpoint.read(name) for name in names}
+
     def _load(self, names: Collection[str]) -> None:
         """Load tensors of the checkpoint into the model."""
+        self._fill(self._read(names))
+
+    def _fill(self, read: dict[str, Tensor]) -> None:
+        """Load tensors into the model; `read` is emptied, so that one tensor is in memory twice at most."""
         # Moved first: the device changes their dtype, and fewer bytes are moved.
-        tensors = {name: self._checkpoint.read(name).to(self._device) for name in names}
+        tensors = {name: read.pop(name).to(self._device) for name in list(read)}
         if self._stored is not None:
             tensors = {n: t.to(self._stored) if t.is_floating_point() else t for n, t in tensors.items()}
         load_into(self._model, tensors, self._device)

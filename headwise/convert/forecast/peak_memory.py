@@ -106,7 +106,8 @@ def peak_memory(
         key = ".".join(name.split(".")[:depth])
         sizes[key] = sizes.get(key, 0) + entry.nbytes
     # A tensor outside the layers is a group of its own; the largest of either kind is in memory at once.
-    layer = 3 * max(sizes.values())
+    # Before a GPU the next layer is read ahead.
+    layer = (4 if device.type == "cuda" else 3) * max(sizes.values())
     hidden = 4 * calibration.tokens * width * (3 if calibration.keeps_text else 1)
     moments = 6 * 8 * width * width
     length, heads = calibration.length, max(layout.num_attention_heads for layout in before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import transformers
@@ -42,6 +44,23 @@ def test_layers_without_a_record_change_nothing(tmp_path):
     assert last.index == 2
     for name in ("inputs", "outputs", "moment", "value_moment", "distances"):
         assert torch.equal(getattr(last, name), getattr(every[2], name))
+
+
+def test_reading_ahead_changes_nothing_and_reads_each_tensor_once(tmp_path, monkeypatch):
+    """As before a GPU; the last layer is the one before the end, so that one is read in vain."""
+    checkpoint = match_source(open_checkpoint(tiny_models.save("gemma2", tmp_path / "model")))
+    arch, tokens = find_architecture(checkpoint.config, checkpoint.tensors), tiny_models.tokens()
+    wanted = list(LayerStream(checkpoint, arch, tokens).records(keep_activations=True, layers=[1]))
+    read, reading = [], type(checkpoint).read
+    monkeypatch.setattr(type(checkpoint), "read", lambda self, name: (read.append(name), reading(self, name))[1])
+    with ThreadPoolExecutor(1) as reader:
+        ahead = LayerStream(checkpoint, arch, tokens)
+        ahead._reader = reader
+        found = list(ahead.records(keep_activations=True, layers=[1]))
+    assert torch.equal(found[0].outputs, wanted[0].outputs) and torch.equal(found[0].moment, wanted[0].moment)
+    assert len(read) == len(set(read)) and sum(".layers." in name for name in read) == sum(
+        f".layers.{layer}." in name for name in checkpoint.tensors for layer in range(3)
+    )
 
 
 @pytest.mark.parametrize("model_type", ROWS)
