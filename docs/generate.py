@@ -15,7 +15,8 @@ import yaml
 from headwise import registry
 from headwise._cli.app import Option
 from headwise.cli import cli
-from headwise.convert.settings import ConvertSettings, SampleSettings
+from headwise.convert.calibration.sample_settings import SampleSettings
+from headwise.convert.settings import ConvertSettings
 from headwise.convert.verify.settings import VerifySettings
 from headwise.demo.settings import DemoSettings
 from headwise.eval import settings as evaluation

@@ -30,7 +30,8 @@ from headwise._cli.options import (
     UPTRAIN,
     parse_benchmark,
 )
-from headwise.convert.settings import ConvertSettings, SampleSettings
+from headwise.convert.calibration.sample_settings import SampleSettings
+from headwise.convert.settings import ConvertSettings
 from headwise.convert.verify.settings import VerifySettings
 from headwise.demo.settings import DemoSettings
 from headwise.environment import HEADWISE_VERSION

@@ -16,7 +16,8 @@ import pytest
 
 from headwise._cli.app import check_options
 from headwise.cli import cli
-from headwise.convert.settings import ConvertSettings, SampleSettings
+from headwise.convert.calibration.sample_settings import SampleSettings
+from headwise.convert.settings import ConvertSettings
 from headwise.convert.verify.settings import VerifySettings
 from headwise.demo.settings import DemoSettings
 from headwise.errors import HeadwiseError

@@ -58,7 +58,7 @@ PURE = (
 IMPURE = {
     *("convert.gqa.target", "convert.mla.target"),
     *("convert.positions.context", "convert.positions.moved", "convert.positions.rope_range"),
-    "convert.positions.windows",
+    *("convert.positions.windows", "convert.positions.window_choice"),
     *("convert.sparse.budget", "convert.sparse.warm_up"),
 }
 MATHEMATICS = {"torch", "math", "scipy", "statsmodels", "numpy"}

@@ -11,9 +11,7 @@ from typing import Any
 import torch
 
 from headwise.convert.background_copy import BackgroundCopy
-from headwise.convert.base import Target
 from headwise.convert.calibration.calibrate import (
-    CalibrationPlan,
     keep_text,
     plan_calibration,
     plan_loss,
@@ -22,31 +20,21 @@ from headwise.convert.calibration.calibrate import (
     text_folder,
 )
 from headwise.convert.calibration.corpus import (
-    SAMPLED,
     CalibrationLoss,
     is_measured,
-    loss_seconds,
     measure_converted,
     measure_text,
     read_corpus,
-    sampling_seconds,
 )
 from headwise.convert.choose import choose_target
 from headwise.convert.encode import encode_outputs
-from headwise.convert.forecast.peak_memory import peak_memory, require_free_memory, whole_model_memory
-from headwise.convert.forecast.stage_seconds import (
-    FILE_RATE,
-    calibration_seconds,
-    closed_form_seconds,
-    indexer_seconds,
-    output_seconds,
-    refit_seconds,
-)
+from headwise.convert.forecast.peak_memory import require_free_memory
+from headwise.convert.forecast.whole_conversion import conversion_memory, conversion_seconds
 from headwise.convert.layers import LayerJob, RemainingLayers, choose_device
 from headwise.convert.plan import Plan, make_plan
+from headwise.convert.positions.window_choice import WindowChoice, choose_windows, recorded_choice
 from headwise.convert.refit.joint import (
     joint_notes,
-    joint_seconds,
     joint_warnings,
     plan_joint,
     refit_jointly,
@@ -55,16 +43,15 @@ from headwise.convert.refit.joint import (
 from headwise.convert.settings import SHARD_SIZE, ConvertSettings
 from headwise.convert.spread import DevicePool, device_notes
 from headwise.convert.verify.check import check_folder
-from headwise.convert.verify.layer_damage import LayerDamage, damage_seconds, damage_shape, plan_damage
+from headwise.convert.verify.layer_damage import LayerDamage, plan_damage
 from headwise.convert.verify.verification import Verification
-from headwise.convert.verify.whole_model import WHOLE_BYTES
 from headwise.environment import find_devices
 from headwise.errors import SettingError
 from headwise.fields import settings_of
-from headwise.io.reader import Checkpoint, open_checkpoint
+from headwise.io.reader import open_checkpoint
 from headwise.io.tokenizer import TOKENIZER_CONFIG, raised_max_length, tokenizer_kind
 from headwise.io.writer import Writer, unfinished_identity
-from headwise.models.architecture import Architecture, find_architecture
+from headwise.models.architecture import find_architecture
 from headwise.models.stock_match import match_source
 from headwise.progress import SILENT, Progress
 from headwise.records.card import render_card
@@ -72,7 +59,6 @@ from headwise.records.manifest import hash_files, make_manifest, source_record
 from headwise.records.parent import PARENT
 from headwise.records.push import PushResult, check_repository, push_converted
 from headwise.serving.engines import engine_verdicts, require_engines
-from headwise.train.recovery import JointPlan
 
 # The stages of the forecast that run layer by layer.
 LAYER_STAGES = ("calibration", "layers", "indexers", "refit")
@@ -146,6 +132,7 @@ def convert_model(
     rope_theta: float | None = None,
     sliding_window: int | None = None,
     window_layers: str | None = None,
+    window_loss: float | None = None,
     dtype: str | None = None,
     requantize: str | None = None,
     max_shard_size: int | str = SHARD_SIZE,
@@ -208,7 +195,9 @@ def convert_model(
         rope: the RoPE rule; None: "auto".
         rope_theta: the base of the rule "base".
         sliding_window: attention window in tokens; 0 removes every window.
-        window_layers: the layers with a window: "all", "alternate" or a list such as "0,2,4-7".
+        window_layers: the layers with a window: "all", "alternate", "auto" (those where it costs least, by the loss
+            measured on text) or a list such as "0,2,4-7".
+        window_loss: nats per token that the windows of "auto" may cost together; None: 0.01.
         dtype: of the output; None: the dtype of each tensor.
         requantize: "fp8" stores the matrices of the layers as block FP8, in the stock format.
         max_shard_size: the largest weight file, such as "5GB".
@@ -246,6 +235,11 @@ def convert_model(
     arch = find_architecture(checkpoint.config, checkpoint.tensors)
     devices = find_devices(settings.device)
     requested = devices[0]
+    recorded_before = unfinished_identity(out).get("arguments") if settings.resume else None
+    earlier = recorded_before if isinstance(recorded_before, dict) else {}
+    windows = choose_windows(checkpoint, arch, settings, requested, progress, earlier.get("windows"))
+    if isinstance(windows, WindowChoice):
+        settings = windows.resolved(settings)
     target = choose_target(checkpoint, arch, settings)
     target.outputs, config, storage = encode_outputs(
         target.outputs, target.config, target.auto_class, checkpoint, settings
@@ -260,11 +254,7 @@ def convert_model(
     joint = plan_joint(checkpoint, arch, target, settings, requested)
     if joint:
         settings = replace(settings, refit="joint")
-    recorded_before = unfinished_identity(out).get("arguments") if settings.resume else None
-    earlier = recorded_before.get("calibration") if isinstance(recorded_before, dict) else None
-    calibration = plan_calibration(
-        checkpoint, arch, target, settings, requested, earlier if isinstance(earlier, dict) else None
-    )
+    calibration = plan_calibration(checkpoint, arch, target, settings, requested, earlier.get("calibration"))
     work_device = choose_device(target, calibration, requested)
     # Only the layers are spread: everything else is done by the first device.
     work_devices = devices if work_device == requested else [work_device]
@@ -274,7 +264,7 @@ def convert_model(
             f"`device` names {len(devices)} devices; .bin weights such as those of {checkpoint.source} take one.",
             "Name one device, or save the weights as safetensors.",
         )
-    recorded = settings.recorded()
+    recorded = settings.recorded() | recorded_choice(windows)
     if calibration:
         recorded["calibration"] = calibration.described() | {"reason": calibration.reason}
     if joint:
@@ -289,16 +279,22 @@ def convert_model(
         config=config,
         layouts=target.layouts,
         arguments=recorded,
-        peak_memory=_peak_memory(checkpoint, arch, target, settings, calibration, work_devices, requested),
-        seconds=_seconds(checkpoint, arch, target, settings, calibration, joint, work_devices, requested),
+        peak_memory=conversion_memory(checkpoint, arch, target, settings, calibration, work_devices, requested),
+        seconds=conversion_seconds(checkpoint, arch, target, settings, calibration, joint, work_devices, requested),
         exact=target.exact
         and not (settings.context or settings.sliding_window is not None or settings.requantize or settings.sparse),
         explain=target.explain,
         max_shard_size=settings.max_shard_size,
         engines=verdicts,
-        warnings=[*target.warnings, *plan_warnings(calibration), *joint_warnings(checkpoint, arch, joint)],
+        warnings=[
+            *target.warnings,
+            *(windows.warnings() if windows else ()),
+            *plan_warnings(calibration),
+            *joint_warnings(checkpoint, arch, joint),
+        ],
         notes=[
             *target.notes,
+            *(windows.notes() if windows else ()),
             *storage,
             *plan_notes(target, calibration, settings),
             *joint_notes(joint),
@@ -423,76 +419,3 @@ def convert_model(
         verification[0] if verification else None,
         pushed,
     )
-
-
-def _peak_memory(
-    checkpoint: Checkpoint,
-    arch: Architecture,
-    target: Target,
-    settings: ConvertSettings,
-    calibration: CalibrationPlan | None,
-    work_devices: Sequence[torch.device],
-    device: torch.device,
-) -> int:
-    """Return the forecast of the peak: of the layers, or of the stages that load a model whole.
-
-    Processes that share the CPU add up. With GPUs it is the peak of one process and its GPU.
-    """
-    peak = peak_memory(checkpoint, arch, target, calibration, device)
-    if work_devices[0].type == "cpu":
-        peak *= len(work_devices)
-    heldback = plan_loss(checkpoint, arch, target, settings, calibration)
-    measured = heldback is not None and loss_seconds(checkpoint, heldback, device) is not None
-    sampled = calibration is not None and calibration.reuse is None and calibration.text == SAMPLED
-    damage = measured and calibration is not None and calibration.reuse is None
-    damage = damage and damage_seconds(checkpoint, device) is not None
-    whole = whole_model_memory(
-        checkpoint,
-        arch,
-        target,
-        loss_tokens=heldback.length if measured and heldback else int(sampled),
-        damage_tokens=damage_shape(device)[1] if damage else 0,
-        loaded=settings.verify and sum(tensor.nbytes for tensor in target.outputs) <= WHOLE_BYTES,
-        bytes_per_parameter=2 if device.type == "cuda" else 4,
-        fused=device.type != "cuda",
-    )
-    if damage and work_devices[0].type == "cpu":
-        whole *= len(work_devices)
-    return max(peak, whole)
-
-
-def _seconds(
-    checkpoint: Checkpoint,
-    arch: Architecture,
-    target: Target,
-    settings: ConvertSettings,
-    calibration: CalibrationPlan | None,
-    joint: JointPlan | None,
-    work_devices: Sequence[torch.device],
-    device: torch.device,
-) -> dict[str, float]:
-    """Return the forecast of the time by stage."""
-    stages: dict[str, float] = {}
-    share = 1 / len(work_devices)
-    stages["layers"] = share * closed_form_seconds(checkpoint, arch, target, device)
-    if calibration and calibration.reuse is None:
-        text = (calibration.tokens, calibration.length, device)
-        if calibration.text == SAMPLED and not joint:  # a joint refit has text of its own, and shares it
-            stages["sampling"] = sampling_seconds(checkpoint, calibration.tokens, device, calibration.length)
-        stages["calibration"] = calibration_seconds(checkpoint, arch, *text)
-        if calibration.fitted:
-            stages["layers"] += share * output_seconds(checkpoint, arch, target, *text)
-        if calibration.indexers:
-            steps = (calibration.index_steps, calibration.length, device)
-            stages["indexers"] = share * indexer_seconds(arch, target, *steps)
-        if calibration.steps:
-            steps = (calibration.steps, calibration.length, device)
-            stages["refit"] = share * refit_seconds(checkpoint, arch, target, *steps)
-    if joint:
-        stages["joint refit"] = joint_seconds(checkpoint, arch, target, joint, device)
-    stages["files"] = checkpoint.nbytes / FILE_RATE
-    heldback = plan_loss(checkpoint, arch, target, settings, calibration)
-    if heldback and (losses := loss_seconds(checkpoint, heldback, device)) is not None:
-        damage = damage_seconds(checkpoint, device) if calibration and calibration.reuse is None else None
-        stages["losses"] = losses + share * (damage or 0.0)
-    return {stage: round(seconds, 1) for stage, seconds in stages.items()}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from headwise.convert.settings import SampleSettings
+from headwise.convert.calibration.sample_settings import SampleSettings
 from headwise.environment import find_device
 from headwise.errors import HeadwiseError, SettingError
 from headwise.io.fs import os_errors

@@ -1,4 +1,4 @@
-"""Everything that a user decides about a conversion and sampled text: defaults, legal values, once.
+"""Everything that a user decides about a conversion: defaults, legal values, once.
 
 `ConvertSettings` validates itself. The command line, `convert_model`, headwise.json, the identity of a resumed run
 and the reference page are made from it. Rules that need the model, such as legal group counts, are in `choose.py`
@@ -30,6 +30,9 @@ SHARD_SIZE = "5GB"
 DEFAULT_TEXT = "auto"
 REFITS = ("auto", "off", "layers", "joint")
 SPARSE = ("dsa",)
+AUTO_LAYERS = "auto"
+# Nats per token that the windows of `window_layers` auto may cost together.
+WINDOW_LOSS = 0.01
 
 # A field, and the field that it needs to have an effect.
 NEEDS = {
@@ -38,6 +41,7 @@ NEEDS = {
     "rope": "context",
     "rope_theta": "rope",
     "window_layers": "sliding_window",
+    "window_loss": "window_layers",
     "private": "push_to_hub",
     "index_topk": "sparse",
     "index_heads": "sparse",
@@ -76,7 +80,7 @@ def _parse_refit(word: str) -> str | int:
 
 
 def _check_layers(value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"all|alternate|\d+(-\d+)?(, *\d+(-\d+)?)*", value):
+    if not isinstance(value, str) or not re.fullmatch(r"auto|all|alternate|\d+(-\d+)?(, *\d+(-\d+)?)*", value):
         raise ValueError
     return value
 
@@ -97,12 +101,6 @@ def _check_shard_size(value: Any) -> int | str:
     if isinstance(size, bool) or parse_bytes(size) < 1:
         raise ValueError
     return size
-
-
-def _check_jsonl(value: Any) -> Path:
-    if not isinstance(value, str | Path) or Path(value).suffix != ".jsonl":
-        raise ValueError
-    return Path(value)
 
 
 @dataclass(frozen=True)
@@ -269,11 +267,16 @@ class ConvertSettings:
         "Attention window in tokens; 0: no window.", minimum=0, section="Positions"
     )
     window_layers: str | None = fields.other(
-        "Layers with the window: all, alternate, or a list such as 0,2,4-7 [all].",
+        "Layers with the window: all, alternate, auto (by measured loss), or a list such as 0,2,4-7 [all].",
         check=_check_layers,
         parse=str,
-        wanted="all, alternate or a list of layers such as 0,2,5-7",
+        wanted="auto, all, alternate or a list of layers such as 0,2,5-7",
         metavar="LAYERS",
+        section="Positions",
+    )
+    window_loss: float | None = fields.positive(
+        f"Nats per token that the windows of auto may cost together [{WINDOW_LOSS}].",
+        metavar="NATS",
         section="Positions",
     )
     # Output
@@ -382,6 +385,8 @@ class ConvertSettings:
                 "to", f"There is nothing to change: give {', '.join(f'`{name}`' for name in changes)}."
             )
         for name, (_, setting) in settings_of(self).items():
+            if name == "calibrate" and self.sliding_window:
+                continue  # the loss of the window is measured on it
             if setting.acts_with and self._given(name) and self.to not in setting.acts_with:
                 layouts = " or ".join(f"`to` {layout}" for layout in setting.acts_with)
                 raise SettingError(name, f"`{name}` acts only with {layouts}.")
@@ -414,6 +419,20 @@ class ConvertSettings:
         for name, needed in NEEDS.items():
             if self._given(name) and not self._given(needed):
                 raise SettingError(name, f"`{name}` needs `{needed}`.")
+        if self.to == "mla" and self.sliding_window:
+            raise SettingError(
+                "sliding_window",
+                "no stock MLA class has a sliding window: leave out `sliding_window`, or `to` mla.",
+            )
+        if self.window_loss is not None and self.window_layers != AUTO_LAYERS:
+            raise SettingError("window_loss", f"`window_loss` acts only with `window_layers` {AUTO_LAYERS}.")
+        if self.window_layers == AUTO_LAYERS:
+            if not self.sliding_window:
+                reason = f"`sliding_window` 0 removes every window: leave out `window_layers` {AUTO_LAYERS}."
+                raise SettingError("window_layers", reason)
+            if self.calibrate == "none":
+                reason = f"`window_layers` {AUTO_LAYERS} measures losses on text: leave out `calibrate` none."
+                raise SettingError("window_layers", reason)
         if self.calibrate == "none":
             for name in ("calibration_tokens", "save_moments"):
                 if self._given(name):
@@ -469,32 +488,6 @@ class ConvertSettings:
             defaults["rope"] = "auto"
         if self.sliding_window:
             defaults["window_layers"] = "all"
+        if self.window_layers == AUTO_LAYERS:
+            defaults["window_loss"] = WINDOW_LOSS
         return defaults
-
-
-@dataclass(frozen=True)
-class SampleSettings:
-    """The settings of text that a model samples from itself.
-
-    Raises:
-        SettingError: a value is not legal.
-    """
-
-    tokens: int = fields.number("Tokens to sample [262144].", parse=parse_count, default=1 << 18)
-    out: Path | None = declare(
-        None,
-        Setting(
-            "The file, .jsonl [MODEL-samples.jsonl].",
-            wanted="a path that ends with .jsonl",
-            check=_check_jsonl,
-            parse=Path,
-            metavar="FILE",
-        ),
-    )
-    force: bool = fields.flag("Replace FILE.")
-    seed: int = fields.number("Random seed [0].", minimum=0, default=0)
-    device: str | None = fields.device()
-    dtype: str | None = fields.choice("Precision of the weights [bfloat16 on a GPU, else float32].", DTYPES)
-
-    def __post_init__(self) -> None:
-        check_fields(self)

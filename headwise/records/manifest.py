@@ -21,6 +21,8 @@ from headwise.progress import SILENT, Progress
 RECORD = "headwise.json"
 # People may edit the card; weights are recorded tensor by tensor.
 NOT_HASHED = (RECORD, "README.md")
+# The keys of the arguments that are no settings, but what was measured or decided.
+MEASURED = ("calibration", "joint", "windows")
 PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy")
 
 
@@ -170,7 +172,7 @@ def command_of(plan: DecidedConversion, out: str, verification: Mapping[str, Any
     """
     model = f"{plan.model}@{plan.revision}" if plan.revision else source_name(plan)
     command = ["headwise", "convert", model, out]
-    options = {key: value for key, value in plan.arguments.items() if key not in ("calibration", "joint")}
+    options = {key: value for key, value in plan.arguments.items() if key not in MEASURED}
     measured = plan.arguments.get("calibration")
     if measured:
         options["calibrate"] = measured["text"]

@@ -101,6 +101,7 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
         "rope": "ntk",
         "rope_theta": 1e6,
         "window_layers": "all",
+        "window_loss": 0.05,
     }
     yield "to", {}, "nothing to change"
     yield "to", {"to": "GQA", "groups": 4}, "'GQA', which is not one of gqa, mqa, mha, mla"
@@ -192,6 +193,7 @@ WRONG: dict[str, list[Any]] = {
     "rope_theta": [0.0, -1.0, float("inf")],
     "sliding_window": [-1],
     "window_layers": ["none", "0,,2", "1-"],
+    "window_loss": [0.0, -0.1],
     "dtype": ["bf16"],
     "requantize": ["int8"],
     "max_shard_size": ["five", "0GB"],
@@ -226,7 +228,8 @@ RIGHT: dict[str, list[Any]] = {
     "rope": ["auto", *registry.method_names("rope")],
     "rope_theta": [1e6],
     "sliding_window": [0, 16],
-    "window_layers": ["all", "alternate", "0,2-3"],
+    "window_layers": ["all", "alternate", "auto", "0,2-3"],
+    "window_loss": [0.05],
     "dtype": ["bfloat16"],
     "requantize": ["fp8"],
     "max_shard_size": ["1GB", "500mb"],

@@ -67,6 +67,7 @@ class CalibrationPlan:
         index_steps: of training for every indexer.
         asked: tokens that the settings name, before they are rounded down to whole sequences; None: none.
         refit_reason: why `auto` chose the steps; None if the settings gave them.
+        least: sequences that are enough where the text has no more; None: all.
     """
 
     text: str
@@ -82,6 +83,7 @@ class CalibrationPlan:
     index_steps: int = 0
     asked: int | None = None
     refit_reason: str | None = None
+    least: int | None = None
 
     @property
     def keeps_text(self) -> bool:

@@ -125,7 +125,7 @@ def choose_text(
     seconds, limit = sampling_seconds(checkpoint, tokens, device, length), duration(SAMPLING_SECONDS)
     if seconds > SAMPLING_SECONDS:
         return TextChoice(MIXTURE, f"sampling is forecast at {duration(seconds)}, over the limit of {limit}")
-    if not _fits(checkpoint, device):
+    if not fits_whole(checkpoint, device):
         return TextChoice(MIXTURE, "the whole parent does not fit into the free memory")
     return TextChoice(SAMPLED, f"sampling is forecast at {duration(seconds)}, within the limit of {limit}")
 
@@ -144,7 +144,7 @@ def sampling_seconds(
         length: tokens in a sequence.
     """
     least = _least_sampling_seconds(checkpoint, tokens, device)
-    if device.type == "cuda" or least > SAMPLING_SECONDS or not _fits(checkpoint, device):
+    if device.type == "cuda" or least > SAMPLING_SECONDS or not fits_whole(checkpoint, device):
         return least
     return max(least, tokens * _timed_sampling(checkpoint, max(1, tokens // length), length))
 
@@ -394,7 +394,9 @@ def _read(checkpoint: Checkpoint, calibration: Any, device: torch.device, progre
         try:
             blocks = blocks_from(calibration.text, tokenizer, count=count, **options)
         except HeadwiseError:  # enough for the calibration, perhaps, and nothing to hold back
-            blocks = blocks_from(calibration.text, tokenizer, count=calibration.sequences, **options)
+            least = getattr(calibration, "least", None)
+            count = calibration.sequences
+            blocks = blocks_from(calibration.text, tokenizer, count=count, minimum=least, **options)
     config = find_architecture(checkpoint.config).stock_config(checkpoint.config)
     require_known_tokens(checkpoint, config.vocab_size, blocks)
     return blocks
@@ -423,7 +425,7 @@ def loss_seconds(checkpoint: Checkpoint, calibration: Any, device: torch.device)
         seconds += _least_sampling_seconds(checkpoint, NUM_PIECES * PIECE_LENGTH, device)
     # The stock class holds the scores of all index queries on all tokens, before and after ReLU.
     scores = 3 * 4 * getattr(calibration, "indexers", 0) * calibration.length**2
-    return seconds if seconds <= LOSS_SECONDS and _fits(checkpoint, device, scores) else None
+    return seconds if seconds <= LOSS_SECONDS and fits_whole(checkpoint, device, scores) else None
 
 
 def whole_model_bytes(checkpoint: Checkpoint, device: torch.device) -> int:
@@ -436,7 +438,14 @@ def whole_model_bytes(checkpoint: Checkpoint, device: torch.device) -> int:
     return (2 if device.type == "cuda" else 4) * checkpoint.num_parameters
 
 
-def _fits(checkpoint: Checkpoint, device: torch.device, more: int = 0) -> bool:
+def fits_whole(checkpoint: Checkpoint, device: torch.device, more: int = 0) -> bool:
+    """Return whether a device has memory for the whole model, as `load_for_sampling` loads it.
+
+    Args:
+        checkpoint: the model.
+        device: where it runs.
+        more: bytes that it needs beside its weights.
+    """
     free = available_memory(device)
     return free is None or whole_model_bytes(checkpoint, device) + more < MEMORY_SHARE * free
 

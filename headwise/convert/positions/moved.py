@@ -26,16 +26,32 @@ def with_positions(
     Raises:
         HeadwiseError: no stock class can express the positions.
     """
-    notes: list[str] = []
-    if settings.context is not None:
-        config, notes = extend_context(
-            config,
-            architecture,
-            context=settings.context,
-            rule=settings.rope or "auto",
-            rope_theta=settings.rope_theta,
-        )
+    config, notes = with_context(config, architecture, settings)
     if settings.sliding_window is not None:
         window, layers = settings.sliding_window or None, settings.window_layers or "all"
         config = with_window(config, architecture, window, layers)
     return config, notes
+
+
+def with_context(
+    config: dict[str, Any], architecture: Architecture, settings: ConvertSettings
+) -> tuple[dict[str, Any], list[str]]:
+    """Return a config with the context of some settings, and lines for the plan; its windows stay.
+
+    Args:
+        config: the source's config.json.
+        architecture: its row.
+        settings: of the conversion; without `context` the config is returned as it is.
+
+    Raises:
+        HeadwiseError: no stock class can express the positions.
+    """
+    if settings.context is None:
+        return config, []
+    return extend_context(
+        config,
+        architecture,
+        context=settings.context,
+        rule=settings.rope or "auto",
+        rope_theta=settings.rope_theta,
+    )

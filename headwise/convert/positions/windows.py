@@ -13,7 +13,9 @@ from typing import Any
 from headwise.errors import HeadwiseError, SettingError
 from headwise.models import architecture as architectures
 from headwise.models.architecture import Architecture
+from headwise.models.config import has_stock_class
 from headwise.models.layout import AttentionLayout, text_layouts
+from headwise.models.stock import stock_config
 from headwise.models.table import both_rope_spellings, load_table
 
 
@@ -53,6 +55,59 @@ def parse_layers(text: str, num_hidden_layers: int) -> list[int]:
     return sorted(chosen)
 
 
+def format_layers(layers: Sequence[int]) -> str:
+    """Return ascending layer indices as `parse_layers` reads them, such as 0,2,5-7.
+
+    Args:
+        layers: the indices; at least one.
+    """
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def require_choice(config: dict[str, Any], architecture: Architecture) -> None:
+    """Refuse a model whose stock class cannot hold a window per layer, and name the types that can.
+
+    Args:
+        config: the source's config.json.
+        architecture: its row.
+
+    Raises:
+        SettingError: no stock class of the model's function has a window per layer.
+    """
+    replaced = architecture.model_type in load_table().windowed_classes and not architecture.text_key
+    if replaced or _has_choice(architecture.stock_config(config)):
+        return
+    name = architecture.wrapper or architecture.model_type
+    raise SettingError(
+        "window_layers",
+        f"the stock {name} class has no window per layer; these types have one: {', '.join(_types_with_choice())}.",
+        "Leave out `window_layers` auto.",
+    )
+
+
+def _has_choice(stock: Any) -> bool:
+    return hasattr(stock, "sliding_window") and hasattr(stock, "layer_types")
+
+
+def _types_with_choice() -> list[str]:
+    """Return the model types whose windows can be chosen by layer and change nothing else."""
+    table = load_table()
+    types = {name for name in table.windowed_classes if name in table.rows}
+    for name, row in table.rows.items():
+        if has_stock_class(name) and not row.rope_layer_types:
+            stock = stock_config({"model_type": name})
+            rope = getattr(stock, "rope_parameters", None) or {}
+            per_type = any(isinstance(value, dict) for value in rope.values())
+            types |= {name} if _has_choice(stock) and not per_type else set()
+    return sorted(types)
+
+
 def with_window(
     config: dict[str, Any], architecture: Architecture, window: int | None, layers: str = "all"
 ) -> dict[str, Any]:
@@ -86,7 +141,9 @@ def with_window(
         )
     new = copy.deepcopy(config)
     text = architecture.text_config(new)
-    if not hasattr(stock, "sliding_window"):
+    some = 0 < len(wanted) < len(layouts)
+    replaced = architecture.model_type in load_table().windowed_classes and not architecture.text_key
+    if not hasattr(stock, "sliding_window") or (some and replaced and not hasattr(stock, "layer_types")):
         _stand_in(new, architecture, stock, "all" if len(wanted) == len(layouts) else "some")
         stock = architectures.find_architecture(new).stock_config(new)
     if hasattr(stock, "layer_types"):
@@ -94,7 +151,7 @@ def with_window(
         text["layer_types"] = [
             "sliding_attention" if layer in wanted else "full_attention" for layer in range(len(layouts))
         ]
-    elif 0 < len(wanted) < len(layouts):
+    elif some:
         raise SettingError(
             "window_layers",
             f"the stock {architecture.model_type} class has one window for all layers, and `window_layers` "

@@ -82,6 +82,32 @@ def test_the_inverse(model_type: str) -> None:
     assert set(attended_tokens(model)) == {12}
 
 
+def test_mistral_as_ministral_computes_the_same_outside_its_windows() -> None:
+    model, other, new = windowed("mistral", WINDOW, "1")
+    assert new["architectures"] == ["MinistralForCausalLM"]
+    with torch.no_grad():
+        short = tiny_models.tokens(WINDOW)
+        torch.testing.assert_close(other(short).logits, model(short).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [[0], [0, 2], [1, 2, 3], [0, 2, 3, 4, 7, 9]])
+def test_layers_are_written_as_they_are_read(layers: list[int]) -> None:
+    assert windows.parse_layers(windows.format_layers(layers), 10) == layers
+    assert len(windows.format_layers(layers)) <= 9
+
+
+def test_types_without_a_window_per_layer_are_refused_with_those_that_have_one() -> None:
+    config = tiny_models.config_of("starcoder2")
+    with pytest.raises(HeadwiseError, match="the stock starcoder2 class has no window per layer") as refused:
+        windows.require_choice(config, architecture.find_architecture(config))
+    named = refused.value.message.partition("these types have one: ")[2].rstrip(".").split(", ")
+    assert set(named) >= {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt_oss", "smollm3"}
+    assert not set(named) & {"mixtral", "starcoder2", "gpt_neox", "cohere2"}
+    for model_type in ("llama", "mistral", "qwen3"):
+        config = tiny_models.config_of(model_type)
+        windows.require_choice(config, architecture.find_architecture(config))
+
+
 def test_llama_as_mistral_computes_llama_with_a_mask() -> None:
     model, other, new = windowed("llama", WINDOW)
     assert new["model_type"] == "mistral" and new["architectures"] == ["MistralForCausalLM"]
@@ -121,7 +147,7 @@ def test_bad_layer_lists(text: str) -> None:
     [
         ("llama", WINDOW, "all", "attention_bias: true"),
         ("gpt_neox", WINDOW, "all", "the stock gpt_neox class has no sliding window"),
-        ("mistral", WINDOW, "alternate", "one window for all layers"),
+        ("mixtral", WINDOW, "alternate", "one window for all layers"),
         ("gemma3_text", WINDOW, "all", "decides how its positions rotate"),
         ("qwen2", 0, "all", "is not between 1 and"),
         ("qwen2", 128, "all", "is not between 1 and"),
