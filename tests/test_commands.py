@@ -115,7 +115,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "MODEL/chat_template.jinja").write_text(TEMPLATE)
     chat = [{"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "It is 2, I think."}]
     for name in ("chats.jsonl", "held-chats.jsonl"):
-        (home / name).write_text((json.dumps({"messages": chat}) + "\n") * 200)
+        (home / name).write_text((json.dumps({"messages": chat}) + "\n") * 800)
     (home / "questions").mkdir()
     question = {"goal": "Cut wood", "sol1": "Use a saw.", "sol2": "Use soap.", "label": 0}
     (home / "questions/piqa.jsonl").write_text((json.dumps(question) + "\n") * 3)
@@ -169,7 +169,7 @@ def test_the_commands_of_the_guide_run(
 def before(command: str) -> Iterator[list[str]]:
     """Yield the commands that make what a command needs."""
     words = shlex.split(command)
-    if words[0] in ("eval", "uptrain", "verify", "bench", "card"):
+    if words[0] in ("eval", "uptrain", "verify", "bench", "card") or words[:2] == ["inspect", "OUT"]:
         made = next(word for word in words[1:] if word.isupper())
         parent = words[words.index("--against") + 1] if "--against" in words else "MODEL"
         yield ["convert", parent, made, "--to", "mqa", "--calibrate", "none", "--refit", "off"]
