@@ -100,6 +100,8 @@ class DevicePool:
             An iterator over the results in the order in which they are done. It raises the exception of another
             process, and a HeadwiseError if one ended too early.
         """
+        if not items:  # a resumed run may have all of them
+            return iter(())
         arrived: SimpleQueue[Any] = SimpleQueue()
         helpers = self._helpers[: None if processes is None else max(0, processes - 1)]
         self._counter.value = 0
