@@ -470,7 +470,7 @@ def test_targets_of_an_encoder_decoder_are_compared_with_the_parent(tmp_path: Pa
     (targets,) = evaluation.comparisons
     assert (targets.task, targets.metric, targets.samples) == ("targets", "perplexity", 60)
     assert targets.paired is not None and targets.paired.difference != 0
-    assert f"--pairs {pairs}" in evaluation.command and "--recipe" not in evaluation.command
+    assert f"--pairs {pairs.name}" in evaluation.command and "--recipe" not in evaluation.command
     assert "targets perplexity" in (out / "report.md").read_text()
     same = headwise.evaluate_model(parent, parent, pairs=pairs, report=tmp_path / "same")
     assert same is not None and same.reused

@@ -194,6 +194,9 @@ def _require_same_sizes(checkpoint: Checkpoint, parent: Checkpoint) -> None:
     remedy = "Name the model that the folder was converted from."
     if parent.folder.resolve() == checkpoint.folder.resolve() and parent.gguf is None:
         raise SettingError("against", f"`against` is {parent.source}, the folder that is checked.", remedy)
+    model = find_attention_model(checkpoint.config, checkpoint.tensors)
+    if not run_check(_tensors_fit, checkpoint, model)[0]:
+        return  # its config was changed: the checks name what does not fit
     configs = [stock_config(each.config).get_text_config(decoder=True) for each in (parent, checkpoint)]
     for name in KEPT_SIZES:
         expected, actual = (getattr(config, name, None) for config in configs)
