@@ -34,7 +34,8 @@ headwise eval converted --baseline parent --report converted-eval --force \
 step 'Recover quality with a short training'
 headwise uptrain converted recovered --teacher parent --force \
     --recipe distill --tokens 32k --text mixture --heldout mixture \
-    --set data.length=512 --set train.batch_tokens=2048 --set train.micro_batch_tokens=512
+    --set data.length=512 --set data.heldout_blocks=16 \
+    --set train.batch_tokens=2048 --set train.micro_batch_tokens=512
 
 step 'What is left of the cost?'
 headwise eval recovered --baseline parent --report recovered-eval --force \

@@ -302,7 +302,8 @@ def files_to_push(folder: Path) -> dict[str, int]:
 
 def _read_source_record(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise HeadwiseError(f"There is no folder {folder}.", "Name the folder that `headwise convert` wrote.")
+        found = f"{folder} is a file." if folder.is_file() else f"There is no folder {folder}."
+        raise HeadwiseError(found, "Name the folder that `headwise convert` or `headwise uptrain` wrote.")
     record = read_record(folder)
     source = record.get("source") if record else None
     if record is None or not (isinstance(source, dict) and isinstance(source.get("model"), str)):
