@@ -131,7 +131,12 @@ def public_data(value: Any) -> Any:
         value: strings, numbers, mappings and lists.
     """
     if isinstance(value, Mapping):
-        return {public_text(str(key)): public_data(item) for key, item in value.items()}
+        named: dict[str, Any] = {}
+        for key, item in value.items():
+            name = public_text(str(key))
+            # Files of one name in two folders stay two.
+            named[f"{name} ({len(named) + 1})" if name in named else name] = public_data(item)
+        return named
     if isinstance(value, list | tuple):
         return [public_data(item) for item in value]
     return public_text(str(value)) if isinstance(value, str | Path) else value

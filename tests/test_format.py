@@ -71,6 +71,10 @@ def test_a_path_is_published_as_a_name() -> None:
     assert public_data((Path("/home/ann/x"), Path("y/z"))) == ["x", "y/z"]
 
 
+def test_files_of_one_name_stay_apart() -> None:
+    assert public_data({"/a/x.txt": 1, "/b/x.txt": 2, "y": 3}) == {"x.txt": 1, "x.txt (2)": 2, "y": 3}
+
+
 def test_a_command_is_quoted_after_its_folders_are_cut() -> None:
     words = ["headwise", "eval", "/home/ann/a b", "--report", "/r/x y/z"]
     assert public_command(words) == "headwise eval 'a b' --report z"

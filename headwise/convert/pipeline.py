@@ -29,7 +29,7 @@ from headwise.convert.calibration.corpus import (
 from headwise.convert.choose import choose_target
 from headwise.convert.encode import encode_outputs
 from headwise.convert.forecast.peak_memory import require_free_memory
-from headwise.convert.forecast.whole_conversion import conversion_memory, conversion_seconds
+from headwise.convert.forecast.whole_conversion import forecast_conversion
 from headwise.convert.layers import LayerJob, RemainingLayers, choose_device
 from headwise.convert.plan import Plan, make_plan
 from headwise.convert.positions.window_choice import WindowChoice, choose_windows, recorded_choice
@@ -235,8 +235,9 @@ def convert_model(
     arch = find_architecture(checkpoint.config, checkpoint.tensors)
     devices = find_devices(settings.device)
     requested = devices[0]
-    recorded_before = unfinished_identity(out).get("arguments") if settings.resume else None
-    earlier = recorded_before if isinstance(recorded_before, dict) else {}
+    before = unfinished_identity(out).get("arguments") if settings.resume else None
+    # A work folder that was changed by hand may hold anything.
+    earlier = {k: v for k, v in before.items() if isinstance(v, dict)} if isinstance(before, dict) else {}
     windows = choose_windows(checkpoint, arch, settings, requested, progress, earlier.get("windows"))
     if isinstance(windows, WindowChoice):
         settings = windows.resolved(settings)
@@ -272,6 +273,9 @@ def convert_model(
     longer = raised_max_length(checkpoint.folder, settings.context) if settings.context else None
     if longer:
         target.notes.append(f"{TOKENIZER_CONFIG}: model_max_length {longer[0]} becomes {settings.context}.")
+    memory, seconds = forecast_conversion(
+        checkpoint, arch, target, settings, calibration, joint, work_devices, requested
+    )
     plan = make_plan(
         checkpoint,
         arch,
@@ -279,8 +283,8 @@ def convert_model(
         config=config,
         layouts=target.layouts,
         arguments=recorded,
-        peak_memory=conversion_memory(checkpoint, arch, target, settings, calibration, work_devices, requested),
-        seconds=conversion_seconds(checkpoint, arch, target, settings, calibration, joint, work_devices, requested),
+        peak_memory=memory,
+        seconds=seconds,
         exact=target.exact
         and not (settings.context or settings.sliding_window is not None or settings.requantize or settings.sparse),
         explain=target.explain,

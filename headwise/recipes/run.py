@@ -372,7 +372,7 @@ class Run:
         if last is not None:
             checkpoints.load(student.network, last)
         scales = student.scales(self.teacher) if self.teacher else (1.0, 1.0)
-        self._show_rate(training)
+        training = self._with_rate(training)
         trainer = make_trainer(
             student.network,
             blocks,
@@ -397,17 +397,19 @@ class Run:
             save_tensors(state, trained, weights)
         return state
 
-    def _show_rate(self, training: Training) -> None:
-        """Print the learning rate that follows from the size of the model, and warn of one far above it."""
+    def _with_rate(self, training: Training) -> Training:
+        """Return settings with a learning rate: a given one, with a warning if it is high, or the usual one."""
         size = self.folder.checkpoint.num_parameters
-        usual, rate = replace(training, learning_rate=None).peak_rate(size), training.peak_rate(size)
+        usual, millions = training.usual_rate(size), f"{size / 1e6:,.0f} million parameters"
         if training.learning_rate is None:
-            self.progress.note(f"Learning rate: {rate:.1e}, for {size / 1e6:,.0f} million parameters.")
-        elif rate > HIGH_RATE * usual:
+            self.progress.note(f"Learning rate: {usual:.1e}, for {millions}.")
+            return replace(training, learning_rate=usual)
+        if training.learning_rate > HIGH_RATE * usual:
             self.progress.warn(
-                f"The learning rate of {rate:.1e} is high for {size / 1e6:,.0f} million parameters, and can damage "
-                f"the model: {usual:.1e} is usual (`train.learning_rate`)."
+                f"The learning rate of {training.learning_rate:.1e} is high for {millions}, and can damage the "
+                f"model: {usual:.1e} is usual (`train.learning_rate`)."
             )
+        return training
 
     def _fill_a_step(self, blocks: Tensor | Pairs, batch_tokens: int) -> Tensor | Pairs:
         """Return the blocks, repeated where they are too few for one step of the optimizer."""

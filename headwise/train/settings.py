@@ -194,15 +194,14 @@ class Training:
                 "lora", "`lora` puts adapters on attention alone, and `parameters` is all: make it attention."
             )
 
-    def peak_rate(self, num_parameters: int) -> float:
-        """Return the peak learning rate: the given one, or that of the rule for this size.
+    def usual_rate(self, num_parameters: int) -> float:
+        """Return the usual peak learning rate for a model of this size.
 
         Args:
             num_parameters: of the whole model.
         """
-        if self.learning_rate is not None:
-            return self.learning_rate
-        return usual_rate(num_parameters) * (LORA_RATE if self.lora else 1)
+        fall = float((SMALL_MODEL / max(num_parameters, SMALL_MODEL)) ** RATE_FALL)
+        return SMALL_RATE * fall * (LORA_RATE if self.lora else 1)
 
     def budget(self, pretraining_tokens: int | None = None) -> int:
         """Return the tokens of the run.
@@ -223,12 +222,3 @@ class Training:
                 "Give `train.pretraining_tokens`, such as 15T, or a budget in tokens.",
             )
         return math.ceil((self.fraction or 0) * known)
-
-
-def usual_rate(num_parameters: int) -> float:
-    """Return the usual peak learning rate of a model that is trained further as a whole.
-
-    Args:
-        num_parameters: of the whole model.
-    """
-    return float(SMALL_RATE * (SMALL_MODEL / max(num_parameters, SMALL_MODEL)) ** RATE_FALL)

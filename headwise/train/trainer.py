@@ -257,7 +257,7 @@ def make_trainer(
         network: the model.
         blocks: (blocks, length): a tensor, a `TeacherTopK`, or a stream of rows; pairs for an encoder-decoder.
         heldout: blocks that measure progress, int64 (blocks, length), or pairs.
-        training: the settings.
+        training: the settings, with a learning rate.
         task: the loss.
         work: folder of the curve.
         progress: gets the figures of every report.
@@ -276,8 +276,7 @@ def make_trainer(
         SettingError: `batch_tokens` does not divide into the processes, or the text does not fill one step.
     """
     tokens = tokens or training.budget()
-    rate = training.peak_rate(sum(parameter.numel() for parameter in network.parameters()))
-    arguments = _arguments(training, rate, length, work, tokens, checkpoints is not None, device)
+    arguments = _arguments(training, length, work, tokens, checkpoints is not None, device)
     rows = training.batch_tokens // length
     if not isinstance(blocks, IterableDataset) and len(blocks) < rows:
         # The Trainer drops a batch that is not full: it would take no step, without an error.
@@ -351,7 +350,7 @@ def resume(trainer: Trainer, checkpoint: Path | None) -> None:
 
 
 def _arguments(
-    training: Training, rate: float, length: int, work: Path, tokens: int, checkpoints: bool, device: str | None
+    training: Training, length: int, work: Path, tokens: int, checkpoints: bool, device: str | None
 ) -> TrainingArguments:
     processes, cpu = process_state(device).num_processes, on_cpu(device)
     rows = training.batch_tokens // (length * processes)
@@ -366,13 +365,14 @@ def _arguments(
     every, steps = training.evaluate_every, math.ceil(tokens / training.batch_tokens)
     default_every = max(FEWEST_STEPS, steps // DEFAULT_NUM_CHECKPOINTS)
     save_every = training.save_every if training.save_every is not None else default_every
+    assert training.learning_rate is not None  # whoever knows the model has decided it
     arguments = TrainingArguments(
         output_dir=str(work),
         use_cpu=cpu,
         max_steps=steps,
         per_device_train_batch_size=micro_rows,
         gradient_accumulation_steps=rows // micro_rows,
-        learning_rate=rate,
+        learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
         adam_beta1=training.betas[0],
         adam_beta2=training.betas[1],

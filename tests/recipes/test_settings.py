@@ -52,12 +52,11 @@ def test_numbers_as_people_write_them(recipe: Path) -> None:
 
 def test_the_learning_rate_follows_the_number_of_parameters() -> None:
     train = load_uptrain_recipe("distill").train
-    assert train.peak_rate(1_000_000) == train.peak_rate(5_000_000) == 4e-4
-    assert train.peak_rate(135_000_000) == pytest.approx(1e-4, rel=0.05)
-    assert train.peak_rate(7_000_000_000) == pytest.approx(2e-5, rel=0.05)
+    assert train.usual_rate(1_000_000) == train.usual_rate(5_000_000) == 4e-4
+    assert train.usual_rate(135_000_000) == pytest.approx(1e-4, rel=0.05)
+    assert train.usual_rate(7_000_000_000) == pytest.approx(2e-5, rel=0.05)
     adapters = replace(train, parameters="attention", lora=Lora(rank=4))
-    assert adapters.peak_rate(7_000_000_000) == pytest.approx(2e-4, rel=0.05)
-    assert replace(train, learning_rate=3e-4).peak_rate(7_000_000_000) == 3e-4
+    assert adapters.usual_rate(7_000_000_000) == pytest.approx(2e-4, rel=0.05)
 
 
 def test_settings_are_laid_over_in_order(recipe: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -184,7 +185,8 @@ def choose_windows(
     with_window(config, arch, window, format_layers(sorted({*present, *candidates[:1]})))
     limit = settings.window_loss if auto else None
     if earlier and (earlier.get("window"), earlier.get("asked"), earlier.get("limit")) == (window, asked, limit):
-        return restore(WindowChoice, dict(earlier))
+        with suppress(TypeError):  # changed by hand: it is measured again
+            return restore(WindowChoice, dict(earlier))
     parent = replace(checkpoint, config=config)
     text = _plan_text(parent, arch, settings, len(candidates), device)
     if isinstance(text, Unmeasured):

@@ -80,8 +80,7 @@ def require_choice(config: dict[str, Any], architecture: Architecture) -> None:
     Raises:
         SettingError: no stock class of the model's function has a window per layer.
     """
-    replaced = architecture.model_type in load_table().windowed_classes and not architecture.text_key
-    if replaced or _has_choice(architecture.stock_config(config)):
+    if _is_replaced(architecture) or _has_choice(architecture.stock_config(config)):
         return
     name = architecture.wrapper or architecture.model_type
     raise SettingError(
@@ -89,6 +88,11 @@ def require_choice(config: dict[str, Any], architecture: Architecture) -> None:
         f"the stock {name} class has no window per layer; these types have one: {', '.join(_types_with_choice())}.",
         "Leave out `window_layers` auto.",
     )
+
+
+def _is_replaced(architecture: Architecture) -> bool:
+    """Return whether another class with the same function has windows for this one."""
+    return architecture.model_type in load_table().windowed_classes and not architecture.text_key
 
 
 def _has_choice(stock: Any) -> bool:
@@ -142,8 +146,8 @@ def with_window(
     new = copy.deepcopy(config)
     text = architecture.text_config(new)
     some = 0 < len(wanted) < len(layouts)
-    replaced = architecture.model_type in load_table().windowed_classes and not architecture.text_key
-    if not hasattr(stock, "sliding_window") or (some and replaced and not hasattr(stock, "layer_types")):
+    swapped = some and _is_replaced(architecture) and not hasattr(stock, "layer_types")
+    if swapped or not hasattr(stock, "sliding_window"):
         _stand_in(new, architecture, stock, "all" if len(wanted) == len(layouts) else "some")
         stock = architectures.find_architecture(new).stock_config(new)
     if hasattr(stock, "layer_types"):

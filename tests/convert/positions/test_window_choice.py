@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from headwise.convert.pipeline import ConvertResult, convert_model
 from headwise.convert.plan import Plan
 from headwise.convert.positions import window_choice
-from headwise.convert.positions.window_choice import WindowChoice, choose_windows
+from headwise.convert.positions.window_choice import WindowChoice, choose_windows, recorded_choice
 from headwise.convert.settings import ConvertSettings
 from headwise.errors import HeadwiseError
 from headwise.io.reader import open_checkpoint
@@ -89,7 +90,12 @@ def test_the_plan_measures_named_layers_and_the_missing_sinks(tmp_path: Path) ->
 
 
 def chosen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, loss: Callable[..., float], **given: Any
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model_type: str,
+    loss: Callable[..., float],
+    earlier: dict[str, Any] | None = None,
+    **given: Any,
 ) -> Any:
     """The choice for a tiny model whose losses are given by the paths of the layers with windows."""
     checkpoint = open_checkpoint(tiny_models.save(model_type, tmp_path / "model"))
@@ -101,7 +107,7 @@ def chosen(
 
     monkeypatch.setattr(window_choice, "loss_beyond", measured)
     settings = ConvertSettings(sliding_window=WINDOW, window_layers="auto", **given)
-    return choose_windows(checkpoint, find_architecture(checkpoint.config), settings, CPU, SILENT)
+    return choose_windows(checkpoint, find_architecture(checkpoint.config), settings, CPU, SILENT, earlier)
 
 
 def test_learned_sinks_and_windows_of_the_source_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +122,19 @@ def test_learned_sinks_and_windows_of_the_source_stay(tmp_path: Path, monkeypatc
     assert set(firsts) == {0} and choice.first_loss is None and choice.layer_loss[0] is None
     assert 0 in choice.layers and choice.loss == pytest.approx(0.002 * len(choice.layers))
     assert "learned ones" in " ".join(choice.notes())
+
+
+def test_a_resumed_run_keeps_its_choice_and_measures_a_damaged_one_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(paths: list[str], _: int) -> float:
+        return 0.004 * len(paths)
+
+    choice = chosen(tmp_path / "first", monkeypatch, "qwen3", loss)
+    noted = json.loads(json.dumps(recorded_choice(choice)["windows"]))
+    kept = chosen(tmp_path / "second", monkeypatch, "qwen3", lambda *_: math.nan, noted)
+    again = chosen(tmp_path / "third", monkeypatch, "qwen3", loss, noted | {"layers": "all"})
+    assert kept == again == choice
 
 
 def test_no_window_within_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
