@@ -73,6 +73,15 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def token_count(number: int) -> str:
+    """Return "32K" for 32768 tokens, and "1,000" for 1000.
+
+    Args:
+        number: of tokens.
+    """
+    return f"{number // 1024}K" if number % 1024 == 0 else f"{number:,}"
+
+
 def dtype_name(dtype: object) -> str:
     """Return "bfloat16" for torch.bfloat16.
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # rich takes longer to import than `headwise --help` may
     from rich.console import Console
 
 MAX_MESSAGE = 1500  # characters
+FILE_WIDTH = 100  # columns of a table where there is no terminal
 LINE_INTERVAL = 10.0  # seconds between two progress lines where there is no terminal
 # Seconds that a process other than the first waits before it prints an error. Most often the first process has the
 # same error, and the launcher then ends the others.
@@ -86,7 +87,7 @@ def _console(stream: TextIO) -> Console:
         highlight=False,
         emoji=False,
         color_system="auto" if colour else None,
-        width=None if stream.isatty() else 160,
+        width=None if stream.isatty() or os.environ.get("COLUMNS") else FILE_WIDTH,
     )
 
 
@@ -130,13 +131,13 @@ def clean_logs() -> None:
 def print_line(text: object = "", style: str = "") -> None:
     """Print a line of the result for a reader (stdout; nothing with --json)."""
     if not _sink.json:
-        _sink.out.print(clean(text), style=style, soft_wrap=True)
+        _sink.out.print(_to_text(text), style=style, soft_wrap=True)
 
 
 def print_lines(text: str) -> None:
     """Print lines of the result for a reader, unchanged (stdout; nothing with --json)."""
-    for line in text.splitlines():
-        print_line(line)
+    for line in () if _sink.json else text.splitlines():
+        _sink.out.print(clean(line), soft_wrap=True)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> None:
@@ -144,11 +145,12 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, tit
 
     Args:
         columns: headings, or none; a heading that starts with ">" is of a column of numbers, aligned to the right.
-        rows: as many cells each as there are columns.
+        rows: as many cells each as there are columns. A cell that does not fit wraps, one of a number does not.
         title: a line above the table.
     """
     if _sink.json:
         return
+    cells = [[_to_text(cell) for cell in row] for row in rows]
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -156,15 +158,25 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, tit
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_header=bool(columns), header_style="bold"
     )
-    for name in columns:
+    for place, name in enumerate(columns):
+        number = name.startswith(">")
         table.add_column(
-            clean(name.lstrip(">")), justify="right" if name.startswith(">") else "left", overflow="fold"
+            clean(name.lstrip(">")),
+            justify="right" if number else "left",
+            overflow="fold",
+            min_width=max((len(row[place]) for row in cells), default=None) if number else None,
         )
-    for row in rows:
-        table.add_row(*(Text(_to_text(cell)) for cell in row))
+    for row in cells:
+        table.add_row(*map(Text, row))
     if title:
         print_line(title, style="bold")
-    _sink.out.print(table)
+    if _sink.stdout.isatty():
+        _sink.out.print(table)
+        return
+    with _sink.out.capture() as captured:
+        _sink.out.print(table)
+    for line in captured.get().splitlines():  # a file gets no spaces at the end of a line
+        _sink.out.out(line.rstrip(), highlight=False)
 
 
 def print_json(value: Any) -> None:
@@ -247,24 +259,35 @@ class _OnlyWarnings(Progress):
 class _Pace:
     """How much of a stage is done, and the seconds that the rest takes.
 
-    Before anything is done the rest is the forecast, and afterwards it follows from the speed so far.
+    Before anything is done the rest is the forecast. Afterwards it follows from the speed since the first advance:
+    the first one is slow, because it loads libraries and fills caches. Results of a batch arrive one by one at
+    almost the same time. The speed therefore counts from mark to mark, and an advance soon after a mark is none.
     """
+
+    # Share of the time so far that lies between two marks at least.
+    SPACING = 0.1
 
     def __init__(self, total: int | None, unit: str, clock: Callable[[], float]) -> None:
         self.total, self.unit, self.clock = total, unit, clock
-        self.done = self.earlier = 0
+        self.done = 0
         self.forecast: float | None = None
-        self.start = self.last = clock()
+        self.start = clock()
+        # Time, and the amount that was done then, of the first and of the last mark.
+        self.first: tuple[float, int] | None = None
+        self.last: tuple[float, int] | None = None
 
     def expect(self, seconds: float, done: int) -> None:
         """Take over a forecast, and what an interrupted run has done."""
         self.forecast = seconds
-        self.done = self.earlier = done
+        self.done = done
 
     def advance(self, amount: int) -> None:
         """Count work that is done now."""
         self.done += amount
-        self.last = self.clock() if amount else self.last
+        now = self.clock()
+        if amount and (self.last is None or now - self.last[0] > self.SPACING * (self.last[0] - self.start)):
+            self.last = now, self.done
+            self.first = self.first or self.last
 
     @property
     def elapsed(self) -> float:
@@ -279,9 +302,11 @@ class _Pace:
     @property
     def left(self) -> float | None:
         """Return the seconds that are left; None: nothing is known of them."""
-        if self.total and self.done > self.earlier:
-            each = (self.last - self.start) / (self.done - self.earlier)
-            return max(0.0, each * (self.total - self.done) - (self.clock() - self.last))
+        if self.total and self.done >= self.total:
+            return 0.0
+        if self.total and self.first and self.last and self.last != self.first:
+            each = (self.last[0] - self.first[0]) / (self.last[1] - self.first[1])
+            return max(0.0, each * (self.total - self.last[1]) - (self.clock() - self.last[0]))
         return None if self.forecast is None else max(0.0, self.forecast - self.elapsed)
 
     @property

@@ -32,8 +32,9 @@ from headwise.io.tokenizer import tokenizer_kind
 from headwise.models import architecture, mla_source
 from headwise.models.architecture import Architecture
 from headwise.models.config import dtype_of
-from headwise.models.layout import CONTEXTS, AttentionLayout, CacheSize, describe, state_bytes
+from headwise.models.layout import AttentionLayout, CacheSize, describe, state_bytes
 from headwise.models.protocol import find_attention_model
+from headwise.models.stock import context_length
 from headwise.models.stock_match import match_source
 from headwise.records.manifest import recorded_damage
 from headwise.serving.engines import EngineVerdict, engine_verdicts
@@ -62,7 +63,7 @@ class ReachableLayout:
         kv_lora_rank: of MLA; else None.
         qk_rope_head_dim: of MLA; else None.
         cache: size of the KV cache.
-        saved: fraction of the present cache that is saved at the longest of `CONTEXTS`.
+        saved: fraction of the present cache that is saved at the longest context of `cache`.
         serving: what it costs on each GPU; None without a forecast.
         engines: verdicts of the engines that the settings name, or of all.
     """
@@ -200,6 +201,8 @@ def inspect_model(
         tokenizer = tokenizer_kind(folder) if commit is None else "unreadable"
     attention = find_attention_model(config)
     layouts = attention.layouts(config)
+    longest = max(filter(None, (context_length(config), context)), default=None)
+    cache = CacheSize.of(layouts, dtype, longest)
     serving = _Serving(settings, context, tokenizer)
     if layouts[0].kind == "mla":
         serving.measure(parameters, layouts, config["hidden_size"], dtype)
@@ -211,7 +214,7 @@ def inspect_model(
             parameters=parameters,
             parameters_from=origin,
             layouts=tuple(layouts),
-            cache=CacheSize.of(layouts, dtype),
+            cache=cache,
             options=(),
             mla="the model has MLA already",
             damage=damage,
@@ -220,7 +223,6 @@ def inspect_model(
             notes=tuple(_indexer_notes(layouts)),
         )
     arch = architecture.find_architecture(config)
-    cache = CacheSize.of(layouts, dtype)
     mla = _why_not_mla(arch.text_config(config), layouts, dtype)
     serving.measure(parameters, layouts, arch.stock_config(config).hidden_size, dtype)
     options = tuple(
@@ -283,12 +285,12 @@ def _options(
             continue
         new = [layout.with_groups(groups) if layout.cached or encoder else layout for layout in layouts]
         if new != list(layouts):
-            after = CacheSize.of(new, dtype)
+            after = CacheSize.of(new, dtype, max(cache.at))
             kind = next((layout for layout in new if layout.cached), new[0]).kind
             yield ReachableLayout(kind, groups, None, None, after, _saved(cache, after)), new
     for rank, rope in LATENTS if mla else ():
         new = [latent_layout(layout, rank, rope) for layout in layouts]
-        after = CacheSize.of(new, dtype)
+        after = CacheSize.of(new, dtype, max(cache.at))
         if after.bytes_per_token < cache.bytes_per_token:
             yield ReachableLayout("mla", None, rank, rope, after, _saved(cache, after)), new
 
@@ -345,8 +347,8 @@ class _Serving:
 
 
 def _saved(before: CacheSize, after: CacheSize) -> float:
-    whole = before.at[CONTEXTS[-1]]
-    return 1 - after.at[CONTEXTS[-1]] / whole if whole else 0.0
+    longest = max(before.at)
+    return 1 - after.at[longest] / before.at[longest] if before.at[longest] else 0.0
 
 
 def _why_not_mla(text_config: dict[str, Any], layouts: Sequence[AttentionLayout], dtype: torch.dtype) -> str | None:

@@ -18,6 +18,7 @@ from headwise.io.writer import OutputTensor, Shard, plan_shards
 from headwise.models.architecture import Architecture
 from headwise.models.config import dtype_of
 from headwise.models.layout import AttentionLayout, CacheSize, cached_tokens, describe
+from headwise.models.stock import context_length
 from headwise.serving.engines import EngineVerdict
 
 
@@ -287,6 +288,7 @@ def make_plan(
     """
     outputs = tuple(outputs)
     before = arch.layouts(checkpoint.config)
+    longest = max(filter(None, map(context_length, (checkpoint.config, config))), default=None)
     return Plan(
         model=checkpoint.source,
         revision=checkpoint.revision,
@@ -297,8 +299,8 @@ def make_plan(
         actions=tuple(_tensor_actions(checkpoint, outputs, explain)),
         outputs=outputs,
         shards=tuple(plan_shards(outputs, max_shard_size)),
-        cache_before=CacheSize.of(before, dtype_of(checkpoint.config)),
-        cache_after=CacheSize.of(layouts, dtype_of(config)),
+        cache_before=CacheSize.of(before, dtype_of(checkpoint.config), longest),
+        cache_after=CacheSize.of(layouts, dtype_of(config), longest),
         bytes_before=checkpoint.stored_bytes,
         parameters_before=checkpoint.num_parameters,
         dtype_before=dtype_of(checkpoint.config),

@@ -312,7 +312,7 @@ class CacheSize:
     at: dict[int, int]
 
     @classmethod
-    def of(cls, layouts: Sequence[AttentionLayout], dtype: torch.dtype) -> CacheSize:
+    def of(cls, layouts: Sequence[AttentionLayout], dtype: torch.dtype, longest: int | None = None) -> CacheSize:
         """Return the cache size of one sequence. The cache of a layer with a full sliding window does not grow.
 
         The states of linear layers are in the totals, and not in the bytes for one more token.
@@ -320,14 +320,17 @@ class CacheSize:
         Args:
             layouts: layout of every layer.
             dtype: dtype of the cache.
+            longest: context of the model, in tokens: the last entry of `at`, after the shorter ones of `CONTEXTS`.
+                None: unknown, and `at` has all of `CONTEXTS`.
         """
+        contexts = CONTEXTS if longest is None else (*(n for n in CONTEXTS if n < longest), longest)
 
         def total(tokens: int) -> int:
             seen = ((min(tokens, layer.sliding_window or tokens), layer) for layer in layouts)
             return sum(count * layer.cache_elements_per_token for count, layer in seen) * dtype.itemsize
 
         states = state_bytes(layouts, dtype)
-        return cls(total(1), {tokens: total(tokens) + states for tokens in CONTEXTS})
+        return cls(total(1), {tokens: total(tokens) + states for tokens in contexts})
 
 
 def state_bytes(layouts: Sequence[AttentionLayout], dtype: torch.dtype) -> int:

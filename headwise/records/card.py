@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from headwise.errors import HeadwiseError, SettingError
 from headwise.format import size
+from headwise.io.source import read_json
 from headwise.registry import Kind, Method, find_method
 from headwise.schema import parse_yaml
 
@@ -27,6 +28,7 @@ FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(.*?)^---[ \t]*$\n?", re.DOTALL | re.M
 MOST_DAMAGED = 5  # layers that the card names
 # The first words of common licence files, and the Hub's names of the licences.
 LICENCES = {"Apache License Version 2.0": "apache-2.0", "MIT License": "mit", "BSD 3-Clause": "bsd-3-clause"}
+TOKENIZER_CONFIG = "tokenizer_config.json"
 SPEECH = "AutoModelForSpeechSeq2Seq"
 EVALUATION = "Evaluation"  # the section of the measured figures
 UPTRAINING = "Uptraining"  # the section of a training run
@@ -57,7 +59,7 @@ def render_card(manifest: Mapping[str, Any], source_card: Path | None = None) ->
     )
     lines = [
         *(_title(manifest) if attention else [f"# {source['model']}, uptrained", ""]),
-        *_usage(manifest),
+        *_usage(manifest, chat=_is_chat_model(source_card, manifest.get("files") or {})),
         *_serving(manifest.get("engines") or []),
         *_origin(manifest, known),
         *_quality(manifest),
@@ -111,8 +113,26 @@ def _title(manifest: Mapping[str, Any]) -> Iterator[str]:
     yield ""
 
 
-def _usage(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the section with the code that loads the model; OUT stands for the folder or its repository."""
+def _is_chat_model(source_card: Path | None, files: Collection[str]) -> bool:
+    """Return whether the model has a chat template: a file of its own, or an entry of the tokenizer's config.
+
+    Args:
+        source_card: beside the tokenizer's config; None: the source is unknown.
+        files: names of the files beside the weights.
+    """
+    if "chat_template.jinja" in files:
+        return True
+    config = source_card and source_card.with_name(TOKENIZER_CONFIG)
+    return bool(config and config.is_file() and read_json(config.parent, TOKENIZER_CONFIG).get("chat_template"))
+
+
+def _usage(manifest: Mapping[str, Any], chat: bool) -> Iterator[str]:
+    """Yield the section with the code that loads the model; OUT stands for the folder or its repository.
+
+    Args:
+        manifest: the content of headwise.json.
+        chat: whether the prompt is a user's turn in the chat template.
+    """
     auto = _auto_class(manifest)
     reader, name = "AutoTokenizer", "tokenizer"
     if auto in ("AutoModelForImageTextToText", SPEECH):
@@ -126,7 +146,12 @@ def _usage(manifest: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield f'model = {auto}.from_pretrained("OUT", dtype="auto", device_map="auto")'
     yield f'{name} = {reader}.from_pretrained("OUT")'
-    if auto != SPEECH:  # it depends on the model whether it reads speech or writes it
+    if auto == "AutoModelForCausalLM" and chat:
+        yield 'messages = [{"role": "user", "content": "What is the capital of France?"}]'
+        yield "inputs = tokenizer.apply_chat_template("
+        yield '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+        yield ").to(model.device)"
+    elif auto != SPEECH:  # it depends on the model whether it reads speech or writes it
         yield f'inputs = {name}(text="Once upon a time", return_tensors="pt").to(model.device)'
     if auto == "AutoModel":
         yield "print(model(**inputs).last_hidden_state.shape)"

@@ -28,5 +28,7 @@ def test_the_states_of_linear_layers_are_counted(model_type: str) -> None:
     ]
     assert sum(held) == state_bytes(layouts, torch.float32) > 0
     size = CacheSize.of(layouts, torch.bfloat16)
+    assert list(CacheSize.of(layouts, torch.bfloat16, 40_960).at) == [8_192, 32_768, 40_960]
+    assert list(CacheSize.of(layouts, torch.bfloat16, 8_192).at) == [8_192]
     assert size.at[8192] - state_bytes(layouts, torch.bfloat16) == 8192 * size.bytes_per_token
     assert size.bytes_per_token == 2 * sum(layout.cache_elements_per_token for layout in layouts[1:])

@@ -105,6 +105,19 @@ def test_card_loads_the_model_and_warns_until_it_is_measured(model):
     assert "WARNING" not in render_card(exact) and "conversion is exact" in render_card(exact)
 
 
+def test_card_of_a_chat_model_asks_in_its_template(model, tmp_path):
+    """The template is a file of its own, or an entry of the tokenizer's config beside the source's card."""
+    as_file = render_card(record_of(model) | {"files": {"chat_template.jinja": "00"}})
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    in_config = render_card(record_of(model), tmp_path / "README.md")
+    for text in (as_file, in_config):
+        code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+        ast.parse(code)
+        assert "tokenizer.apply_chat_template(" in code and "Once upon a time" not in code
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert "Once upon a time" in render_card(record_of(model), tmp_path / "README.md")
+
+
 def test_licence_comes_from_a_licence_file_where_no_card_names_it(model, tmp_path):
     record = record_of(model) | {"files": {"LICENSE": "00"}}
     for words, licence in (("Apache License\n  Version 2.0, January 2004", "apache-2.0"), ("Own words", "other")):

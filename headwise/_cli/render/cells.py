@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from headwise._cli import console
@@ -85,8 +85,20 @@ def detail_layers(layers: Mapping[int, Mapping[str, Any]]) -> None:
         console.detail(f"layer {layer}: {', '.join(f'{name} {value}' for name, value in flatten_report(report))}")
 
 
-def engine_rows(verdict: EngineVerdict) -> Iterator[tuple[str, str]]:
-    """Yield the verdict of an engine, and the commands that serve the result."""
-    yield "engine", verdict.line
-    for command in verdict.commands if verdict.verdict == "command" else ():
-        yield "", command
+def engine_commands(verdicts: Iterable[EngineVerdict]) -> tuple[str, ...]:
+    """Return the commands that serve a layout, of all engines."""
+    return tuple(command for verdict in verdicts for command in verdict.commands)
+
+
+def print_commands(layout: str, commands: Sequence[str]) -> None:
+    """Print the commands that serve a layout, each on a line of its own, so that they can be copied.
+
+    Args:
+        layout: the name of what they serve.
+        commands: of the engines; nothing is printed without one.
+    """
+    if commands:
+        console.print_line()
+        console.print_line(f"To serve {layout}:")
+    for command in commands:
+        console.print_line(f"  {command}")

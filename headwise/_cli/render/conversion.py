@@ -5,12 +5,19 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from headwise._cli import console
-from headwise._cli.render.cells import detail_layers, engine_rows, format_saving, format_tensor
-from headwise.format import duration, factor, layout_names, size
+from headwise._cli.render.cells import (
+    detail_layers,
+    engine_commands,
+    format_saving,
+    format_tensor,
+    print_commands,
+)
+from headwise.format import duration, factor, layout_names, size, token_count
 
 if TYPE_CHECKING:
     from headwise.convert.pipeline import ConvertResult
@@ -42,16 +49,7 @@ def render_plan(plan: Plan) -> None:
         ],
     )
     console.print_line()
-    tensors: dict[tuple[Any, ...], list[str]] = {}
-    for action in plan.actions:
-        pattern = re.sub(r"\.\d+(?=\.)", ".*", action.name)
-        shapes = (format_tensor(action.before), format_tensor(action.after))
-        key = (pattern, action.action, *shapes, action.reason)
-        tensors.setdefault(key, []).append(action.name)
-    console.print_table(
-        (">tensors", "name", "action", "before", "after", "reason"),
-        [(len(names), *key) for key, names in tensors.items()],
-    )
+    console.print_table((">tensors", "name and change"), _change_rows(plan))
     console.print_line()
     console.print_table(
         (),
@@ -61,19 +59,39 @@ def render_plan(plan: Plan) -> None:
             ("disk", size(plan.disk)),
             ("peak memory", size(plan.peak_memory)),
             *([("time", _format_forecast(plan.seconds))] if plan.seconds else []),
-            *(row for verdict in plan.engines for row in engine_rows(verdict)),
+            *(("engine", verdict.line) for verdict in plan.engines),
             *(("not copied", name) for name in plan.left_out),
             *(("note", note) for note in plan.notes),
         ],
     )
+    print_commands("the result", engine_commands(plan.engines))
     for warning in plan.warnings:
         console.warn(warning)
+
+
+def _change_rows(plan: Plan) -> Iterator[tuple[object, ...]]:
+    """Yield the tensors that are converted or dropped, by name and shape; copied ones are counted."""
+    changes: Counter[tuple[str, str]] = Counter()
+    copied = 0
+    for action in plan.actions:
+        if action.action == "copy":
+            copied += 1
+            continue
+        after = format_tensor(action.after) or "dropped"
+        shapes = f"{format_tensor(action.before)} -> {after}" if action.before else f"new, {after}"
+        reason = f"; {action.reason}" if action.reason else ""
+        changes[re.sub(r"\.\d+(?=\.)", ".*", action.name), f"{shapes}{reason}"] += 1
+    for (name, change), count in changes.items():
+        yield count, name
+        yield "", f"  {change}"
+    if copied:
+        yield copied, "all others, copied byte for byte" if changes else "copied byte for byte"
 
 
 def _cache_rows(before: CacheSize, after: CacheSize) -> Iterator[tuple[str, str, str, str]]:
     """Yield the cache per token and at each context: name, before, after, saving."""
     rows = [("cache per token", before.bytes_per_token, after.bytes_per_token)]
-    rows += [(f"cache at {context // 1024}K", total, after.at[context]) for context, total in before.at.items()]
+    rows += [(f"cache at {token_count(context)}", total, after.at[context]) for context, total in before.at.items()]
     for name, old, new in rows:
         yield name, size(old), size(new), "" if old == new else format_saving(1 - new / old)
 

@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING
 
 from headwise._cli import console
 from headwise._cli.render.cells import (
-    engine_rows,
+    engine_commands,
     format_cache,
     format_count,
     format_heads,
     format_ranges,
     format_saving,
+    print_commands,
 )
-from headwise.format import dtype_name, size
+from headwise.format import dtype_name, size, token_count
 
 if TYPE_CHECKING:
     from headwise.convert.inspect import Inspection
@@ -64,7 +65,7 @@ def render_inspection(inspection: Inspection, *, reasons: bool = False) -> None:
     console.print_line()
     contexts = list(inspection.cache.at)
     console.print_table(
-        ("possible layout", ">cache per token", *(f">cache at {c // 1024}K" for c in contexts), ">saved"),
+        ("possible layout", ">cache per token", *(f">cache at {token_count(c)}" for c in contexts), ">saved"),
         [
             ("unchanged", *format_cache(inspection.cache), ""),
             *((o.name, *format_cache(o.cache), format_saving(o.saved)) for o in inspection.options),
@@ -124,8 +125,13 @@ def _render_serving(inspection: Inspection, reasons: bool) -> None:
         console.print_line()
         console.print_table(
             ("layout", "engine"),
-            [(name if label else "", text) for name, verdict in verdicts for label, text in engine_rows(verdict)],
+            [(name, verdict.line) for name, verdict in verdicts],
         )
+        served: dict[tuple[str, ...], list[str]] = {}
+        for name, _, found in layouts:
+            served.setdefault(engine_commands(found), []).append(name)
+        for commands, names in served.items():
+            print_commands(", ".join(names), commands)
     for note in inspection.notes:
         console.print_line()
         console.print_line(note)

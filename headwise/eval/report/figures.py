@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from headwise import pictures
 from headwise.eval.result import Comparison, Evaluation
 from headwise.eval.verdict import Damage, figure_name
-from headwise.format import factor
+from headwise.format import factor, token_count
 from headwise.measure.divergence import LayerError
 from headwise.measure.entropy import AttentionEntropy, HeadIndex
 from headwise.measure.positions import PositionLoss
@@ -295,7 +295,7 @@ def _passkey(evaluation: Evaluation, palette: Palette) -> Figure:
             for column, share in enumerate(line):
                 colour = "black" if share > 0.6 else "white"
                 axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=9, color=colour)
-        axes.set_xticks(range(len(lengths)), [_thousands(length) for length in lengths])
+        axes.set_xticks(range(len(lengths)), [token_count(length) for length in lengths])
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         axes.set_title(side, color=palette.ink, fontsize=10, loc="left")
         axes.set_xlabel("prompt (tokens)", color=palette.muted)
@@ -311,7 +311,3 @@ def _legend(axes: Any, palette: Palette) -> None:
 def _row_label(comparison: Comparison, most: int = 26) -> str:
     text = figure_name(comparison).removeprefix("headwise_")
     return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def _thousands(number: int) -> str:
-    return f"{number // 1024}K" if number % 1024 == 0 else f"{number:,}"

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from headwise._cli.render.conversion import quality_statement
+from headwise.io.source import EMBEDDED_MODEL
 from headwise.models.layout import AttentionLayout
+from tests.command_line import run
 
 OLD = AttentionLayout(4, 4, 8, 8, 8)
 
@@ -39,3 +41,18 @@ def test_a_conversion_ends_with_commands_that_evaluate_it(parent: str, commands:
     for text_loss in (None, loss):
         result: Any = SimpleNamespace(plan=plan, out="OUT", text_loss=text_loss)
         assert quality_statement(result).endswith(f"easured: run {commands}")
+
+
+@pytest.mark.parametrize("columns", ["80", "100", ""])
+def test_a_plan_fits_the_width_and_its_commands_stay_whole(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLA has the longest tensor names, reasons of engines, and commands."""
+    monkeypatch.setenv("COLUMNS", columns)
+    options = ("--to", "mla", "--cache", "50%", "--calibrate", "none", "--dry-run")
+    result = run("convert", str(EMBEDDED_MODEL), "OUT", *options)
+    assert result.exit_code == 0, result.stderr
+    plan, commands = result.stdout.split("To serve the result:\n")
+    lines = plan.splitlines()
+    assert max(map(len, lines)) <= int(columns or 100)
+    assert not [line for line in lines if line != line.rstrip()]
+    assert "5   model.layers.*.self_attn.kv_a_proj_with_mqa.weight" in plan
+    assert all(line.startswith(("  python ", "  llama-", "  vllm ")) for line in commands.splitlines())
