@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from headwise.models import architecture
+from headwise.models.stock import stock_config
 
 VOCABULARY = 61
 
@@ -123,6 +124,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": _heads(9, 3, 16) | _LINEAR | _MOE | _SHARED,
     "lfm2": _heads(9, 3)
     | {"hidden_size": 72, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "full_attention"]},
+    "granitemoehybrid": _heads(9, 3)
+    | {"hidden_size": 72, "num_hidden_layers": 3, "attention_multiplier": 0.3, "residual_multiplier": 0.4}
+    | {"layer_types": ["mamba", "attention", "attention"], "shared_intermediate_size": 12}
+    | {"position_embedding_type": "rope"}
+    | {"mamba_n_heads": 6, "mamba_n_groups": 2, "mamba_d_state": 10, "mamba_chunk_size": 8}
+    | _MOE,
     "nemotron": _heads(9, 3, 8) | {"attention_bias": True} | _PARTIAL,
 }
 
@@ -327,10 +334,9 @@ def build(model_type: str, **overrides: Any) -> tuple[transformers.PreTrainedMod
 
 def from_config(config: dict[str, Any]) -> transformers.PreTrainedModel:
     """The stock model that a config.json describes, its weights as they come."""
-    fields = {name: value for name, value in config.items() if name != "model_type"}
     auto_class = getattr(transformers, architecture.find_architecture(config).auto_class)
     model: transformers.PreTrainedModel = auto_class.from_config(
-        AutoConfig.for_model(config["model_type"], **fields),
+        stock_config(config),
         attn_implementation="eager",
         experts_implementation="eager",
     )

@@ -44,6 +44,8 @@ from headwise.models.fusion import (
 from headwise.models.layout import AttentionLayout, LayerWeights
 from headwise.models.table import ArchitectureRow, QkNorm, find_parts, find_row, load_table, require_variant
 
+ROPE = "rope"
+
 
 @dataclass(frozen=True)
 class Architecture(ArchitectureRow):
@@ -136,7 +138,8 @@ class Architecture(ArchitectureRow):
         rope = getattr(stock, "rope_parameters", None)
         rotary_dim = 0 if self.states or not rope else rotary_width(rope, head_dim)
         layer_types = getattr(stock, "layer_types", None) or [None] * stock.num_hidden_layers
-        has_rope = getattr(stock, self.rope_flags) if self.rope_flags else [True] * stock.num_hidden_layers
+        flags = getattr(stock, self.rope_flags) if self.rope_flags else ROPE
+        has_rope = flags if isinstance(flags, list) else [flags == ROPE] * stock.num_hidden_layers
         windowed = not self.states and getattr(stock, "sliding_window", None)
         window = positive_size(stock, "sliding_window") if windowed else None
         if self.rope_layer_types and window:

@@ -136,11 +136,25 @@ def named_dtype(name: Any) -> torch.dtype | None:
     return dtype if isinstance(dtype, torch.dtype) else None
 
 
+def with_special_floats(text: str) -> Any:
+    """Return what JSON text holds, with the floats that JSON has no numbers for, as transformers writes them.
+
+    Args:
+        text: JSON; `{"__float__": "Infinity"}` stands for such a float.
+    """
+    return json.loads(text, object_hook=_special_float)
+
+
+def _special_float(entries: dict[str, Any]) -> Any:
+    special = len(entries) == 1 and entries.get("__float__") in ("Infinity", "-Infinity", "NaN")
+    return float(entries["__float__"]) if special else entries
+
+
 @lru_cache(maxsize=64)
 def _stock_config(model_type: str, text_config: str) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    fields = {name: value for name, value in json.loads(text_config).items() if name != "model_type"}
+    fields = {name: value for name, value in with_special_floats(text_config).items() if name != "model_type"}
     try:
         stock = CONFIG_MAPPING[model_type](**fields)
         stock.to_dict()  # what the class took without a look may fail here

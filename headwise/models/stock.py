@@ -7,6 +7,7 @@ model type.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import MappingProxyType
@@ -20,7 +21,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from headwise.compat import CACHE_ARGUMENTS, no_progress_bars
 from headwise.errors import HeadwiseError, is_out_of_memory
 from headwise.io.reader import Checkpoint
-from headwise.models.config import check_labels
+from headwise.models.config import check_labels, with_special_floats
 
 
 def stock_config(config: dict[str, Any]) -> Any:
@@ -32,7 +33,7 @@ def stock_config(config: dict[str, Any]) -> Any:
     import transformers
 
     check_labels(config)
-    plain = {k: v for k, v in config.items() if k != "auto_map"}
+    plain = with_special_floats(json.dumps({k: v for k, v in config.items() if k != "auto_map"}))
     return transformers.CONFIG_MAPPING[config["model_type"]].from_dict(plain)
 
 

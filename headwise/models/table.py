@@ -64,7 +64,8 @@ class ArchitectureRow:
             softmax and has no value; None where there is none.
         query_gate: whether q has a second half in every head, whose sigmoid multiplies the head's output.
         rotary_layout: "half": planes are rows f and f + rotary_dim/2; "interleaved": rows 2f and 2f + 1.
-        rope_flags: config key of a list that is true where a layer has RoPE.
+        rope_flags: config key of a list that is true where a layer has RoPE, or of the one kind of positions of all
+            layers, "rope" for RoPE.
         rope_layer_types: the layer types that have RoPE, where only some do.
         num_key_value_heads: config key, None where the stock class has none.
         fixed_groups: why the number of key-value heads cannot change, where it cannot (or saves nothing).

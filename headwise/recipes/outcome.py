@@ -59,10 +59,18 @@ def write_stock_model(student: Student, state: Mapping[str, Tensor], folder: Pat
     tensors = dict(student.export(state))
     tensors |= {name: source.read(name) for name in source.tensors if name not in tensors}
     write_file_atomically(folder / "model.safetensors", lambda to: save_file(tensors, to, {"format": "pt"}))
-    for path in (source.folder / "config.json", *source.sidecars):
+    write_file_atomically(folder / "config.json", _config_text(source).encode())
+    for path in source.sidecars:
         to = folder / path.relative_to(source.folder)
         to.parent.mkdir(exist_ok=True)
         write_file_atomically(to, partial(shutil.copyfile, path))
+
+
+def _config_text(checkpoint: Checkpoint) -> str:
+    """Return the config of a trained folder: the folder's own, without a quantization, since weights are plain."""
+    if checkpoint.is_plain:
+        return (checkpoint.folder / "config.json").read_text(encoding="utf-8")
+    return json.dumps(checkpoint.config, indent=2) + "\n"
 
 
 def add_files(writer: Writer, checkpoint: Checkpoint, training_dir: Path) -> None:
@@ -73,10 +81,7 @@ def add_files(writer: Writer, checkpoint: Checkpoint, training_dir: Path) -> Non
         checkpoint: the folder that was trained: its config and sidecars are copied.
         training_dir: the run's folder with the curve.
     """
-    if checkpoint.is_plain:
-        writer.add_file(checkpoint.folder / "config.json")
-    else:  # trained weights are written plain
-        writer.add_text("config.json", json.dumps(checkpoint.config, indent=2) + "\n")
+    writer.add_text("config.json", _config_text(checkpoint))
     for path in checkpoint.sidecars:
         writer.add_file(path, path.relative_to(checkpoint.folder).as_posix())
     for name in CURVES:

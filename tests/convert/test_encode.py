@@ -151,3 +151,24 @@ def test_weights_that_are_not_finite_are_refused_before_they_are_rounded(tmp_pat
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(HeadwiseError, match=r"up_proj.* holds NaN or infinite"):
         convert_model(source, tmp_path / "out", **UNCALIBRATED, requantize="fp8")
+
+
+def test_a_folder_in_fp8_computes_what_its_parent_does_with_rounded_weights(tmp_path: Path) -> None:
+    source = tiny_models.save("llama", tmp_path / "model", torch.bfloat16, **WIDE)
+    convert_model(source, tmp_path / "out", requantize="fp8")
+    rounded = load_file(tmp_path / "out" / "model.safetensors").keys()
+    models = []
+    for folder in (source, tmp_path / "out"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        models.append(model.to(torch.float32).eval())
+    parent, child = models
+    with torch.inference_mode():
+        expected = parent(input_ids=tiny_models.tokens()).logits
+        for name, parameter in parent.named_parameters():
+            if f"{name}_scale_inv" in rounded:
+                parameter.copy_(round_to_blocks(parameter))
+        same = parent(input_ids=tiny_models.tokens()).logits
+        logits = child(input_ids=tiny_models.tokens()).logits
+    assert torch.equal(logits, same)
+    # A code has three bits behind the leading one; two layers of random weights add up their rounding.
+    assert 0 < (logits - expected).norm() < 2**-2 * expected.norm()

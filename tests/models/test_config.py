@@ -407,6 +407,5 @@ def test_no_row_has_a_class_that_reads_a_number_of_kv_heads_for_each_layer(model
     text["per_layer_config"] = {"0": {arch.num_key_value_heads: other}}
     with pytest.raises(HeadwiseError, match="per_layer_config"):
         architecture.find_architecture(config)
-    fields = {name: value for name, value in config.items() if name != "model_type"}
     with pytest.raises(RuntimeError, match="per-layer attribute"), torch.device("meta"):
-        getattr(transformers, arch.auto_class).from_config(AutoConfig.for_model(config["model_type"], **fields))
+        getattr(transformers, arch.auto_class).from_config(stock_config(config))

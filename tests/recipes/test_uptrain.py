@@ -228,6 +228,17 @@ def test_text_sampled_from_the_parent(home: Path, tmp_path: Path) -> None:
         uptrain_model(model, tmp_path / "other", recipe=alone)
 
 
+def test_a_folder_in_fp8_is_trained_and_written_plain(home: Path, tmp_path: Path) -> None:
+    parent = models.parent(tmp_path / "parent", hidden_size=128, intermediate_size=128, head_dim=32)
+    source = models.converted(parent, tmp_path / "fp8", to="mqa", requantize="fp8")
+    assert not open_checkpoint(source).is_plain
+    done = uptrain_model(source, tmp_path / "out", recipe=recipe(home))
+    assert done is not None and done.after < done.before
+    trained = open_checkpoint(tmp_path / "out")
+    assert trained.is_plain and "quantization_config" not in trained.config
+    assert verify_model(tmp_path / "out", against=parent).passed
+
+
 def test_conversations_train_on_their_answers(home: Path, tmp_path: Path) -> None:
     turns = [{"role": r, "content": f"x = {r}"} for r in ("user", "assistant")]
     chat = tmp_path / "chat.jsonl"
