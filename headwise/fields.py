@@ -246,7 +246,8 @@ def number(help: str, *, minimum: int = 1, default: int | None = None, **more: A
             raise ValueError
         return int(value)
 
-    wanted = f"a whole number of at least {minimum}"
+    short = "" if more.get("parse", int) is int else ", such as 40000, 40K or 21M"
+    wanted = f"a whole number of at least {minimum}{short}"
     options: dict[str, Any] = {"parse": int, "metavar": "N", **more}
     return declare(default, Setting(help, wanted=wanted, check=check, **options))
 

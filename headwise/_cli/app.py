@@ -213,6 +213,9 @@ class Verbs(click.Group):
         if not standalone_mode:
             return run(*args, standalone_mode=False, **more)
         console.configure()
+        # Schedulers end a process by SIGTERM: what is kept, and how to go on, is the same as after Ctrl-C.
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             code = run(*args, standalone_mode=False, **more) or 0
         except BrokenPipeError:  # a reader such as `head` closed the pipe of a help text, which click writes
@@ -222,7 +225,8 @@ class Verbs(click.Group):
             if isinstance(problem, SystemExit) and _running is None:  # shell completion
                 raise
             if isinstance(problem, click.Abort | KeyboardInterrupt):
-                signal.signal(signal.SIGINT, signal.SIG_DFL)  # another Ctrl-C ends the process without a traceback
+                for number in (signal.SIGINT, signal.SIGTERM):  # another one ends the process without a traceback
+                    signal.signal(number, signal.SIG_DFL)
             code = report_error(problem)
         console.flush()
         sys.exit(code)

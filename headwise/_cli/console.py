@@ -266,10 +266,12 @@ class _Pace:
 
     # Share of the time so far that lies between two marks at least.
     SPACING = 0.1
+    # Share of the total from which the first advance alone gives a speed: less may be the first result of a batch.
+    ENOUGH = 0.05
 
     def __init__(self, total: int | None, unit: str, clock: Callable[[], float]) -> None:
         self.total, self.unit, self.clock = total, unit, clock
-        self.done = 0
+        self.done = self.earlier = 0
         self.forecast: float | None = None
         self.start = clock()
         # Time, and the amount that was done then, of the first and of the last mark.
@@ -279,7 +281,7 @@ class _Pace:
     def expect(self, seconds: float, done: int) -> None:
         """Take over a forecast, and what an interrupted run has done."""
         self.forecast = seconds
-        self.done = done
+        self.done = self.earlier = done
 
     def advance(self, amount: int) -> None:
         """Count work that is done now."""
@@ -304,8 +306,11 @@ class _Pace:
         """Return the seconds that are left; None: nothing is known of them."""
         if self.total and self.done >= self.total:
             return 0.0
-        if self.total and self.first and self.last and self.last != self.first:
-            each = (self.last[0] - self.first[0]) / (self.last[1] - self.first[1])
+        first = self.first
+        if self.total and first == self.last and self.done - self.earlier >= self.ENOUGH * self.total:
+            first = self.start, self.earlier
+        if self.total and first and self.last and self.last != first:
+            each = (self.last[0] - first[0]) / (self.last[1] - first[1])
             return max(0.0, each * (self.total - self.last[1]) - (self.clock() - self.last[0]))
         return None if self.forecast is None else max(0.0, self.forecast - self.elapsed)
 

@@ -325,13 +325,15 @@ def _tensor_actions(
         return (entry.dtype, entry.shape) if entry else None
 
     for tensor in outputs:
-        action = "copy" if tensor.source else "convert"
+        codes = tensor.stored[-1] if tensor.stored else tensor
+        rounded = bool(tensor.stored) and codes.source is None
+        reasons = ["" if tensor.source else explain(tensor.name), "rounded to blocks of FP8" if rounded else ""]
         yield TensorAction(
             tensor.name,
-            action,
+            "copy" if tensor.source and not rounded else "convert",
             stored(tensor.source or tensor.name),
-            (tensor.dtype, tensor.shape),
-            "" if tensor.source else explain(tensor.name),
+            (codes.dtype if rounded else tensor.dtype, tensor.shape),
+            "; ".join(filter(None, reasons)),
         )
     kept = {tensor.source or tensor.name for tensor in outputs}
     for name in stored_entries:

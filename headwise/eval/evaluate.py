@@ -144,7 +144,7 @@ def evaluate_model(
         inputs = make_inputs(chosen, tokenizer, ours.context, settings.seed)
     else:
         inputs = make_pair_inputs(settings.pairs, tokenizer, ours, progress)
-    with processes.end_together(), published(out, settings.force) as work:
+    with processes.end_together(keeps_answers=settings.cache), published(out, settings.force) as work:
         processes.join(str(settings.device))
         pair = EvalPair(chosen, settings, harness, inputs, ours, theirs, work, progress)
         if processes.is_main():

@@ -18,6 +18,7 @@ from typing import Any
 
 from headwise import compat
 from headwise.errors import HeadwiseError, SettingError
+from headwise.io.workdir import Interrupted
 
 # The others wait while the first process measures text and continuations.
 TIMEOUT = timedelta(weeks=1)
@@ -150,13 +151,17 @@ def copy_padding(requests: list[Any]) -> None:
 
 
 @contextmanager
-def end_together() -> Iterator[None]:
+def end_together(*, keeps_answers: bool = False) -> Iterator[None]:
     """Treat SIGTERM as Ctrl-C and name the loss of another process, so that temporary files are removed.
 
     Launchers and schedulers end a process by SIGTERM.
 
+    Args:
+        keeps_answers: whether the results so far are cached, so that the same command continues.
+
     Raises:
         HeadwiseError: another process ended.
+        Interrupted: in place of a KeyboardInterrupt, with the way to continue.
     """
     received: list[int] = []
 
@@ -172,6 +177,10 @@ def end_together() -> Iterator[None]:
         if received and num_processes() > 1:
             raise HeadwiseError(
                 "The launcher ended this process, as it does when another process fails.", LOOK_AT_OUTPUT
+            ) from None
+        if keeps_answers:
+            raise Interrupted(
+                "Interrupted; the results so far are in the cache.", "Run the same command again to continue."
             ) from None
         raise
     except RuntimeError as error:

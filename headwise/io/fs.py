@@ -77,6 +77,20 @@ def _os_error_of(error: Exception) -> OSError | None:
     return None
 
 
+def require_folder(path: Path, remedy: str) -> None:
+    """Refuse a path that is no folder.
+
+    Args:
+        path: that should be a folder.
+        remedy: what to do, for the message.
+
+    Raises:
+        HeadwiseError: there is no such folder, or the path is a file.
+    """
+    if not path.is_dir():
+        raise HeadwiseError(f"{path} is a file." if path.is_file() else f"There is no folder {path}.", remedy)
+
+
 def check_name(path: str | Path) -> None:
     """Check that a path is text, as the records and cards that name it are.
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headwise.progress import SILENT, Progress
 from headwise.text.marks import given_tokens, tokens_of
 from headwise.text.pairs import Pairs
 
@@ -35,7 +36,7 @@ class TextLoss:
 
 
 @torch.inference_mode()
-def token_nats(model: Any, blocks: Tensor, *, batch_size: int = 8) -> Tensor:
+def token_nats(model: Any, blocks: Tensor, *, batch_size: int = 8, progress: Progress = SILENT) -> Tensor:
     """Measure -ln p(token | earlier tokens of its block) of every predicted token.
 
     Args:
@@ -43,6 +44,7 @@ def token_nats(model: Any, blocks: Tensor, *, batch_size: int = 8) -> Tensor:
         blocks: token ids of any integer type, (blocks, length); marks are left out. The first token of a block is
             given, not predicted.
         batch_size: blocks in one forward pass; changes memory and speed, and the result by rounding only.
+        progress: counts the blocks, in a stage that the caller has begun.
 
     Returns:
         Nats, float32 on the CPU, (blocks, length - 1). The mean over rows is the loss of each position, the mean
@@ -58,18 +60,20 @@ def token_nats(model: Any, blocks: Tensor, *, batch_size: int = 8) -> Tensor:
         # Flat: with the vocabulary in the middle, the loss copies the logits once more.
         nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
         rows.append(nats.view(len(batch), -1).float().cpu())
+        progress.advance(len(batch))
     model.train(was_training)
     return torch.cat(rows)
 
 
 @torch.inference_mode()
-def pair_nats(model: Any, pairs: Pairs, *, batch_size: int = 8) -> Tensor:
+def pair_nats(model: Any, pairs: Pairs, *, batch_size: int = 8, progress: Progress = SILENT) -> Tensor:
     """Measure -ln p(token | source, earlier tokens of its target) of every predicted token.
 
     Args:
         model: an encoder-decoder; the device and the precision of its weights stay as they are.
         pairs: sources and targets.
         batch_size: pairs in one forward pass.
+        progress: counts the pairs, in a stage that the caller has begun.
 
     Returns:
         Nats, float32 on the CPU, (pairs, target length - 1); 0 where the target is padding.
@@ -86,6 +90,7 @@ def pair_nats(model: Any, pairs: Pairs, *, batch_size: int = 8) -> Tensor:
         expected = batch.targets[:, 1:].to(device)
         nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), expected, reduction="none")
         rows[place, : expected.shape[1]] = nats.float().cpu().where(batch.predicted, 0)
+        progress.advance(len(batch))
     model.train(was_training)
     return rows
 
@@ -100,7 +105,9 @@ def num_predicted(text: Tensor | Pairs) -> int:
     return int(counted.sum())
 
 
-def nats_per_token(model: Any, text: Tensor | Pairs, *, batch_size: int = 8) -> TextLoss:
+def nats_per_token(
+    model: Any, text: Tensor | Pairs, *, batch_size: int = 8, progress: Progress = SILENT
+) -> TextLoss:
     """Measure the mean nats per predicted token of blocks, or of the targets of pairs.
 
     Args:
@@ -108,12 +115,13 @@ def nats_per_token(model: Any, text: Tensor | Pairs, *, batch_size: int = 8) -> 
         text: token ids, (blocks, length); a token with the mark GIVEN of `headwise.text.marks` does not count. Or
             pairs of source and target.
         batch_size: blocks or pairs in one forward pass.
+        progress: counts the blocks or pairs, in a stage that the caller has begun.
 
     Returns:
         The mean and the number of predicted tokens.
     """
     if isinstance(text, Pairs):
-        nats = pair_nats(model, text, batch_size=batch_size)[text.predicted]
+        nats = pair_nats(model, text, batch_size=batch_size, progress=progress)[text.predicted]
     else:
-        nats = token_nats(model, text, batch_size=batch_size)[~given_tokens(text[:, 1:]).cpu()]
+        nats = token_nats(model, text, batch_size=batch_size, progress=progress)[~given_tokens(text[:, 1:]).cpu()]
     return TextLoss(nats=nats.double().mean().item(), tokens=nats.numel())

@@ -144,6 +144,7 @@ class Run:
         self.marks = folder.pair_marks
         self.layers: dict[int, dict[str, Any]] = {}
         self.steps, self.seconds = 0, 0.0
+        self.measured: dict[str, float] = {}  # seconds of a pass over the held-out text, by what is measured
         self.text: Mapping[str, Any] = {}
 
     def __call__(self, *, resume: bool, force: bool, max_shard_size: int | str) -> UptrainResult | None:
@@ -266,18 +267,36 @@ class Run:
         if writer is None:
             return
         if "nats" not in writer.notes:
-            self.progress.stage("measuring the loss before training")
-            losses: list[float | None] = [self._nats(self.folder), None]
+            losses: list[float | None] = [self._nats(self.folder, "before training"), None]
             if self.teacher:
-                self.progress.stage("measuring the loss of the parent")
-                losses[1] = self._nats(self.teacher)
+                losses[1] = self._nats(self.teacher, "of the parent")
             writer.note("nats", losses)
         self.before, self.parent = writer.notes["nats"]
 
-    def _nats(self, folder: ModelFolder) -> float:
-        """Return the nats per token of a folder's stock model on the held-out text."""
+    def _nats(self, folder: ModelFolder, which: str) -> float:
+        """Return the nats per token of a folder's stock model on the held-out text, and keep the time of it."""
+        self.progress.stage(f"loading {outcome.model_name(folder.checkpoint)}")
         network = folder.load(torch.float32 if self.device.type == "cpu" else torch.bfloat16).to(self.device)
-        return nats_per_token(network, self.heldout).nats
+        unit = "pairs" if isinstance(self.heldout, Pairs) else "blocks"
+        self.progress.stage(f"measuring the loss {which}", len(self.heldout), unit)
+        started = time.monotonic()
+        nats = nats_per_token(network, self.heldout, progress=self.progress).nats
+        self.measured[which] = time.monotonic() - started
+        return nats
+
+    def _forecast(self, training: Training, tokens: int) -> float | None:
+        """Return the seconds of the training by the speed of the measurements; None in a run that resumes.
+
+        A backward pass takes two forward passes, and checkpointing one more. The teacher runs forward beside it.
+        """
+        if "before training" not in self.measured:
+            return None
+        child, parent = self.measured["before training"], self.measured.get("of the parent", 0.0)
+        passes = (4 if training.gradient_checkpointing else 3) * child
+        passes += parent if self.recipe.needs_teacher_in_memory else 0.0
+        text = len(self.heldout) * self.recipe.data.length
+        measurements = 1 + tokens // training.batch_tokens // (training.evaluate_every or tokens)
+        return float(passes * tokens / text / self.processes.num_processes + measurements * child)
 
     def _layer_by_layer(self, student: Student, writer: Writer | None) -> None:
         assert self.recipe.layerwise is not None and self.teacher is not None
@@ -385,7 +404,11 @@ class Run:
             collate=collate,
             checkpoints=checkpoints,
             tokens=tokens,
-            figures={"parent": self.parent, "before": self.before},
+            figures={
+                "parent": self.parent,
+                "before": self.before,
+                "seconds": self._forecast(training, whole_steps),
+            },
             device=self.device.type,
         )
         started = time.monotonic()
@@ -439,7 +462,7 @@ class Run:
 
         def check(folder: Path) -> None:
             nonlocal after
-            after = self._nats(ModelFolder.of(open_checkpoint(folder)))
+            after = self._nats(ModelFolder.of(open_checkpoint(folder)), "after training")
             facts = self._facts(after)
             outcome.verify_and_write_metadata(writer, facts, self.record, checkpoint, self.accept, self.progress)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from headwise.environment import HEADWISE_VERSION
 from headwise.errors import HeadwiseError
 from headwise.io import hub
-from headwise.io.fs import check_name
+from headwise.io.fs import check_name, require_folder
 from headwise.io.reader import open_checkpoint
 from headwise.io.source import path_inside, read_json
 from headwise.progress import SILENT, Progress
@@ -301,9 +301,7 @@ def files_to_push(folder: Path) -> dict[str, int]:
 
 
 def _read_source_record(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        found = f"{folder} is a file." if folder.is_file() else f"There is no folder {folder}."
-        raise HeadwiseError(found, "Name the folder that `headwise convert` or `headwise uptrain` wrote.")
+    require_folder(folder, "Name the folder that `headwise convert` or `headwise uptrain` wrote.")
     record = read_record(folder)
     source = record.get("source") if record else None
     if record is None or not (isinstance(source, dict) and isinstance(source.get("model"), str)):
@@ -376,7 +374,8 @@ def _upload(
             api.create_repo(repo, private=target.private, exist_ok=True)
         if target.new_branch and revision:
             api.create_branch(repo, branch=revision, exist_ok=True)
-        progress.stage("Uploading", total=sum(planned.files.values()), unit="bytes")
+        # The client sends only what the repository does not hold.
+        progress.stage("Comparing and uploading", total=sum(planned.files.values()), unit="bytes")
         added = []
         # One file at a time, for the progress; the client sends the parts of a file in parallel.
         for name, size in planned.files.items():

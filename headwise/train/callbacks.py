@@ -44,6 +44,7 @@ class CurveCallback(TrainerCallback):
         progress: gets the figures of every report.
         parent: the parent's nats per token on the held-out text, if there is a parent.
         before: the model's own before training; None: the first held-out loss that is reported.
+        seconds: forecast of the whole training; None: there is none.
     """
 
     COLUMNS = ("step", "tokens", "seconds", "loss", "learning_rate", "heldout", "closed")
@@ -55,7 +56,9 @@ class CurveCallback(TrainerCallback):
         progress: Progress,
         parent: float | None = None,
         before: float | None = None,
+        seconds: float | None = None,
     ) -> None:
+        self.seconds = seconds
         self.path, self.batch_tokens, self.progress = path, batch_tokens, progress
         self.parent, self.before = parent, before
         self.started, self.max_steps = time.time(), 0
@@ -76,6 +79,8 @@ class CurveCallback(TrainerCallback):
         if state.is_world_process_zero:
             self._write([self.COLUMNS, *rows], write_file_atomically)
         self._show(state.max_steps)
+        if self.seconds is not None:
+            self.progress.expect(self.seconds)
 
     def _show(self, max_steps: int) -> None:
         """Begin the stage of the training with the tokens that are left."""

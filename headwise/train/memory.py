@@ -259,11 +259,13 @@ def check_memory(student: ModelFolder, teacher: ModelFolder | None, training: Tr
     bf16 = not on_cpu and training.precision == "bf16"
     sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
 
-    def forecast(num_processes: int, sharded: bool, checkpointing: bool) -> MemoryForecast:
+    def forecast(
+        num_processes: int, sharded: bool, checkpointing: bool, micro: int | None = training.micro_batch_tokens
+    ) -> MemoryForecast:
         return forecast_run(
             student,
             teacher,
-            training,
+            replace(training, micro_batch_tokens=micro),
             length,
             num_processes=num_processes,
             sharded=sharded,
@@ -272,6 +274,13 @@ def check_memory(student: ModelFolder, teacher: ModelFolder | None, training: Tr
         )
 
     alternatives: dict[str, MemoryForecast] = {}
+    own = training.batch_tokens // processes.num_processes
+    rows = min(own, training.micro_batch_tokens or own) // length
+    for part in (n for n in range(rows - 1, 0, -1) if rows % n == 0):
+        change = f"`settings` train.micro_batch_tokens={part * length}"
+        alternatives[change] = forecast(
+            processes.num_processes, sharded, training.gradient_checkpointing, part * length
+        )
     if not training.gradient_checkpointing:
         change = "`settings` train.gradient_checkpointing=true"
         alternatives[change] = forecast(processes.num_processes, sharded, True)

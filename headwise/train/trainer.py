@@ -265,7 +265,7 @@ def make_trainer(
         collate: from rows to a batch.
         checkpoints: where they go; None: no checkpoints.
         tokens: of the run, where the settings alone do not give them.
-        figures: `parent` and `before`, nats on the held-out text, for the curve.
+        figures: `parent` and `before`, nats on the held-out text, and the forecast in `seconds`, for the curve.
         trainer_class: what to make; a subclass has another loss.
         device: "cpu" trains on the CPU of a machine with an accelerator; None: on the accelerator if there is one.
 

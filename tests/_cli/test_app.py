@@ -31,6 +31,25 @@ def all_verbs(group: click.Group = cli, path: tuple[str, ...] = ()) -> list[tupl
     ]
 
 
+def test_sigterm_ends_a_verb_as_ctrl_c_does(library: SimpleNamespace) -> None:
+    """The handler of pytest itself is kept apart."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    library.action = lambda **_: signal.raise_signal(signal.SIGTERM)
+    try:
+        result = run(*TO_MQA)
+        again = signal.getsignal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (result.exit_code, result.stderr.strip()) == (130, "Error: Interrupted.")
+    assert again is signal.SIG_DFL
+
+
+def test_numbers_of_tokens_name_their_short_forms() -> None:
+    for verb in (["uptrain", "X"], ["sample", "X", "--out", "x.jsonl"]):
+        result = run(*verb, "--tokens", "8kk")
+        assert "such as 40000, 40K or 21M" in result.stderr and result.exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("typed", "suggestion"),
     [(["convrt"], "convert"), (["convert", "--grops", "2"], "--groups"), (["recipes", "lst"], "list")],

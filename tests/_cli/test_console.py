@@ -100,12 +100,12 @@ def test_a_terminal_gets_the_time_left_before_the_first_layer_and_after_a_slow_o
     assert "2/6 layers 4:40 left" in shown()
     now[0] += 40
     bars.advance(layer=2)
-    assert "3/6 layers 4:00 left layer 2" in shown()
-    now[0] += 80
-    bars.advance(layer=3)
-    assert "4/6 layers 2:40 left layer 3" in shown()
+    assert "3/6 layers 3:00 left layer 2" in shown()
     now[0] += 30
-    assert "2:10 left" in shown()
+    assert "2:30 left" in shown()
+    now[0] += 10
+    bars.advance(layer=3)
+    assert "4/6 layers 1:20 left layer 3" in shown()
 
 
 def test_lines_give_the_forecast_before_the_first_layer(capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +118,7 @@ def test_lines_give_the_forecast_before_the_first_layer(capsys: pytest.CaptureFi
     lines.advance(layer=1)
     assert capsys.readouterr().err.splitlines() == [
         "Converting: 1/4 layers, 2:00 left by the forecast",
-        "Converting: 2/4 layers, layer 1, 1:30 left",
+        "Converting: 2/4 layers, layer 1, 1:00 left",
     ]
 
 

@@ -140,6 +140,10 @@ def test_the_plan_counts_what_is_stored(tmp_path: Path) -> None:
     source = tiny_models.save("llama", tmp_path / "model", torch.bfloat16, **WIDE)
     plan = convert_model(source, tmp_path / "out", to="mqa", requantize="fp8", dry_run=True)
     assert isinstance(plan, Plan) and not plan.exact
+    rounded = {action.name: action for action in plan.actions if "rounded to blocks of FP8" in action.reason}
+    assert rounded.keys() == {tensor.name for tensor in plan.outputs if tensor.stored} and len(rounded) > 7
+    for action in rounded.values():
+        assert action.action == "convert" and action.after is not None and action.after[0] == torch.float8_e4m3fn
     convert_model(source, tmp_path / "out", **UNCALIBRATED, requantize="fp8")
     assert plan.disk == (tmp_path / "out" / "model.safetensors").stat().st_size
 

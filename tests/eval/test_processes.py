@@ -23,6 +23,7 @@ from headwise.eval.evaluate import evaluate_model
 from headwise.eval.report.publish import published
 from headwise.eval.result import Evaluation
 from headwise.eval.tasks.samples import read_results
+from headwise.io.workdir import Interrupted
 from tests.convert.speaking import save_speaking
 
 pytest.importorskip("lm_eval")
@@ -203,6 +204,12 @@ def test_sigterm_ends_the_work_as_ctrl_c_does(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(raised), processes.end_together(), published(tmp_path / "out", force=False):
             os.kill(os.getpid(), signal.SIGTERM)
         assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_interrupted_evaluation_says_how_it_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(Interrupted, match="Run the same command again"), processes.end_together(keeps_answers=True):
+        raise KeyboardInterrupt
 
 
 def test_the_first_process_prints_before_the_others(

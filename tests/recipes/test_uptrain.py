@@ -95,6 +95,37 @@ class At(Progress):
             self.action()
 
 
+class Amounts(Progress):
+    """Keep what every stage has to do and has done, and the forecast of the training."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, list[int | None]] = {}
+        self.forecast: dict[str, float] = {}
+
+    def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
+        self.name = name
+        self.stages[name] = [total, 0]
+
+    def expect(self, seconds: float, done: int = 0) -> None:
+        self.forecast[self.name] = seconds
+
+    def advance(self, amount: int = 1, **fields: object) -> None:
+        total, done = self.stages[self.name]
+        self.stages[self.name] = [total, (done or 0) + amount]
+
+
+def test_measurements_count_their_blocks_and_forecast_the_training(home: Path, tmp_path: Path) -> None:
+    amounts = Amounts()
+    uptrain_model(home / "mqa", tmp_path / "out", recipe=recipe(home), progress=amounts)
+    measured = {name: count for name, count in amounts.stages.items() if name.startswith("measuring")}
+    assert measured.keys() == {
+        f"measuring the loss {w}" for w in ("before training", "of the parent", "after training")
+    }
+    for total, done in measured.values():
+        assert total == done and total
+    assert amounts.forecast.keys() == {"training"} and amounts.forecast["training"] > 0
+
+
 @pytest.mark.parametrize("layout", ["mla", pytest.param("mqa", marks=pytest.mark.full)])
 def test_a_trained_folder_is_stock_verified_and_recorded(home: Path, tmp_path: Path, layout: str) -> None:
     before = contents(home / layout)

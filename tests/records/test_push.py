@@ -386,7 +386,9 @@ def test_the_variables_of_the_client_apply(hub, converted, tmp_path):
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["commit"] == hub.repositories["org/new"].commit("main")
     assert TOKEN not in result.stdout + result.stderr
-    assert "Uploading" in result.stderr and "%|" not in result.stderr, "only the progress of headwise is shown"
+    assert "Comparing and uploading" in result.stderr and "%|" not in result.stderr, (
+        "only the progress of headwise is shown"
+    )
 
 
 def test_convert_pushes_at_the_end_and_checks_the_repository_first(hub, converted, tmp_path):

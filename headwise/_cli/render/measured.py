@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from headwise._cli import console
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from headwise.demo.demo import DemoResult
     from headwise.demo.picture import Measurement
     from headwise.eval.bench import BenchResult
+    from headwise.eval.report.tables import FigureRow
     from headwise.eval.result import Evaluation
     from headwise.recipes.run import UptrainResult
 
@@ -54,13 +56,8 @@ def render_evaluation(evaluation: Evaluation) -> None:
     if rows and evaluation.parent is None:
         console.print_table(("figure", "metric", ">value"), [(row.figure, row.detail, row.child) for row in rows])
     elif rows:
-        console.print_table(
-            ("figure", "metric", ">parent", ">child", ">difference", ">95% interval", ">flips", ">p", ">p (Holm)"),
-            [
-                (r.figure, r.detail, r.parent, r.child, r.difference, r.interval, r.flips, r.p, r.p_holm)
-                for r in rows
-            ],
-        )
+        columns = ("figure", ">parent", ">child", ">change", ">95% interval", ">p (Holm)")
+        console.print_table(columns, [cells for row in rows for cells in _figure_cells(row)])
         console.print_line(tables.LEGEND, style="dim")
     if agreement := list(tables.agreement_rows(evaluation)):
         console.print_line()
@@ -73,6 +70,13 @@ def render_evaluation(evaluation: Evaluation) -> None:
         console.print_line(f"Gate {gate.name} {'passed' if gate.passed else 'FAILED'}: {gate.detail}")
     for layer in evaluation.diagnostics.layers if evaluation.diagnostics else ():
         console.detail(f"layer {layer.layer}: hidden {layer.hidden:.4f}, attention {layer.attention:.4f}")
+
+
+def _figure_cells(row: FigureRow) -> Iterator[tuple[str, ...]]:
+    """Yield a figure and, in a line of its own so that the table is narrow, what was counted."""
+    name = f"↳ {row.figure}" if row.part else row.figure
+    yield name, row.parent, row.child, row.difference, row.interval, row.p_holm
+    yield f"  {row.detail}" + (f"; flips {row.flips}" if row.flips else ""), "", "", "", "", ""
 
 
 def render_uptraining(result: UptrainResult) -> None:

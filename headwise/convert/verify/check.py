@@ -31,7 +31,9 @@ from headwise.errors import HeadwiseError, SettingError
 from headwise.format import layout_names
 from headwise.io.reader import Checkpoint, as_bytes, has_nonfinite, open_checkpoint
 from headwise.io.source import find_gguf
+from headwise.models import mla_source
 from headwise.models.architecture import find_architecture
+from headwise.models.config import dtype_of
 from headwise.models.layout import AttentionLayout
 from headwise.models.protocol import AttentionModel, find_attention_model
 from headwise.models.rope import rope_type, unscaled
@@ -42,6 +44,8 @@ from headwise.records.manifest import accepted_checks, changed_files, check_hash
 
 # Sizes that a conversion keeps, as fields of the stock config of a language model.
 KEPT_SIZES = ("num_hidden_layers", "hidden_size", "vocab_size")
+# Tensors that tell at once whether a model of the same sizes is the parent.
+NUM_COMPARED = 16
 # Rope types whose frequencies depend on the length of the input.
 READS_LENGTH = ("dynamic", "longrope")
 
@@ -73,7 +77,7 @@ def verify_model(
 
     Raises:
         SettingError: a setting is not legal or contradicts another one.
-        HeadwiseError: a checkpoint cannot be opened at all, or `against` is a model of other sizes.
+        HeadwiseError: a checkpoint cannot be opened at all, or `against` is a model of other sizes or weights.
     """
     settings = VerifySettings(against=against, hashes=hashes, device=device)
     where = find_device(settings.device or "cpu")
@@ -91,6 +95,8 @@ def verify_model(
         _require_same_sizes(checkpoint, parent)
         parent = match_source(parent)
     record = read_record(checkpoint.folder)
+    if parent is not None and record is not None and not record.get("uptraining"):
+        _require_same_weights(checkpoint, parent, record["sha256"])
     arguments = record["arguments"] if record else None
     verification = check_folder(
         checkpoint, parent, arguments=arguments, record=record, finite=True, device=where, progress=progress
@@ -207,6 +213,44 @@ def _require_same_sizes(checkpoint: Checkpoint, parent: Checkpoint) -> None:
                 f"{expected} there and {actual} here.",
                 remedy,
             )
+
+
+def _require_same_weights(checkpoint: Checkpoint, parent: Checkpoint, recorded: Mapping[str, str]) -> None:
+    """Refuse another model of the same sizes, such as a fine-tune of the parent, before anything is computed.
+
+    The smallest tensors that a conversion copies are compared. They are evidence while the folder has them as the
+    record does. Where they are equal, the check `parent` compares all of them.
+
+    Raises:
+        SettingError: a copied tensor of the folder is not the one of `parent`.
+    """
+    for name in _copied(checkpoint, parent)[:NUM_COMPARED]:
+        own = checkpoint.read(name)
+        written = hashlib.sha256(as_bytes(own).numpy().data).hexdigest() == recorded.get(name)
+        if written and not torch.equal(own, parent.read(name)):
+            raise SettingError(
+                "against",
+                f"`against` is {parent.source}, which has the sizes of the parent of {checkpoint.source} and other "
+                f"weights: {name} differs.",
+                "Name the model that the folder was converted from.",
+            )
+
+
+def _copied(checkpoint: Checkpoint, parent: Checkpoint) -> list[str]:
+    """Return the tensors outside attention that a conversion copies, the smallest first."""
+    arch, tensors = find_architecture(parent.config, parent.tensors), parent.tensors
+    layers = range(len(arch.layouts(parent.config)))
+    names = set(tensors).difference(*(arch.tensor_names(parent.config, layer) for layer in layers))
+    model = find_attention_model(checkpoint.config, checkpoint.tensors)
+    if model.layouts(checkpoint.config)[0].kind == "mla":
+        rule = mla_source.find_mla_source(arch.text_config(parent.config), dtype_of(checkpoint.config))
+        carried = mla_source.plan_scaled_copies(rule, names, ())
+        names = {each.name for each in carried if each == mla_source.ScaledCopy(each.name, each.name)}
+    kept = checkpoint.tensors
+    same = [
+        n for n in names & kept.keys() if (kept[n].dtype, kept[n].shape) == (tensors[n].dtype, tensors[n].shape)
+    ]
+    return sorted(same, key=lambda name: (tensors[name].nbytes, name))
 
 
 def _with_same_positions(parent: Checkpoint, arguments: Mapping[str, Any]) -> Checkpoint:

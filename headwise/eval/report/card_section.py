@@ -20,7 +20,7 @@ from headwise.eval.report.report import figures_table, limits, read_report
 from headwise.eval.result import Comparison, Evaluation
 from headwise.eval.verdict import figure_name, verdict_of
 from headwise.format import public_command
-from headwise.io.fs import check_name
+from headwise.io.fs import check_name, require_folder
 from headwise.io.source import path_inside, read_json, source_in_folder
 from headwise.io.workdir import write_file_atomically
 from headwise.records.card import EVALUATION, read_card, with_section
@@ -75,8 +75,10 @@ def update_card(
         check_name(path)
     home = Path(folder).expanduser()
     path = home / "README.md"
+    remedy = "Name the folder that `headwise convert` or `headwise uptrain` wrote."
+    require_folder(home, remedy)
     if not path.is_file():
-        raise HeadwiseError(f"{home} has no README.md.", "Name the folder that `headwise convert` wrote.")
+        raise HeadwiseError(f"{home} has no README.md.", remedy)
     evaluation = read_report(report_folder)
     if content_hash(source_in_folder(str(home), home)) != evaluation.child.sha256:
         raise HeadwiseError(

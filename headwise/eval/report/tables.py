@@ -10,8 +10,8 @@ from headwise.eval.verdict import Damage, figure_name
 from headwise.format import factor, size
 
 LEGEND = (
-    "Child minus parent on the same samples, in points (perplexity: percent). Flips: right only in the child (+), "
-    "only in the parent (−). Interval and p: of one figure alone. p (Holm): corrected for the number of figures."
+    "Change: child minus parent on the same samples, in points (perplexity: factor or percent). Flips: right only "
+    "in the child (+), only in the parent (−). Interval: of one figure alone. p (Holm): corrected for their number."
 )
 HEADS_SHOWN = 12
 

@@ -301,7 +301,8 @@ def test_a_changed_config_is_seen(
     assert failed(found) == checks and words in found.failures
 
 
-def test_another_model_is_not_the_parent(home: Path, tmp_path: Path) -> None:
+def test_another_model_is_not_the_parent(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headwise.convert.verify.check.NUM_COMPARED", 0)  # the check itself, not the early refusal
     other = shutil.copytree(home / "parent", tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
     save_file({n: t + 0.01 for n, t in tensors.items()}, other / "model.safetensors", metadata={"format": "pt"})
@@ -389,6 +390,28 @@ def test_a_parent_of_other_sizes_is_refused_from_the_headers(
     with pytest.raises(SettingError, match=f"not the parent of .*{kind}: {name} is {size} there and ") as refused:
         verify_model(home / kind, other)
     assert refused.value.field == "against" and "converted from" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize("kind", ["gqa", "long-mla"])
+def test_a_fine_tune_of_the_parent_is_refused_before_anything_is_computed(
+    home: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = shutil.copytree(home / "parent", tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr("headwise.convert.verify.check.check_folder", None)
+    with pytest.raises(SettingError, match=r"other weights: model\.norm\.weight differs") as refused:
+        verify_model(home / kind, other)
+    assert refused.value.field == "against" and "converted from" in str(refused.value.hint)
+
+
+def test_a_folder_that_was_changed_itself_gets_its_checks(home: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(home / "gqa", tmp_path / "out")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert failed(verify_model(folder, home / "parent")) == {"record", "parent"}
 
 
 def test_a_folder_is_not_its_own_parent(home: Path) -> None:

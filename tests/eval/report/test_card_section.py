@@ -132,6 +132,7 @@ def test_a_part_of_the_samples_is_no_benchmark_result(folders, out, tmp_path):
     ("spoil", "words"),
     [
         (lambda out: (out / "README.md").unlink(), r"has no README\.md"),
+        (lambda out: shutil.rmtree(out), "There is no folder .*out"),
         (lambda out: (out / "README.md").write_text("---\na: [\n---\n"), "front matter .* cannot be read"),
         (lambda out: _front_matter(out, "a: " + "[" * 4000 + "]" * 4000), "front matter .* cannot be read"),
         (lambda out: _front_matter(out, f"a: {'x' * 100_000}"), "longer than 100,000 characters"),
