@@ -90,7 +90,7 @@ def draw_stages(rows: Sequence[Row], wanted: dict[tuple[str, float], float], pat
                 )
                 axes.annotate(
                     f"{mean(gaps):.3f}", (x, max(gaps)), xytext=(0, 6), textcoords="offset points", ha="center",
-                    color=colour, fontsize=8,
+                    color=colour, fontsize=8, bbox={"facecolor": pictures.PAPER, "edgecolor": "none", "pad": 0.5},
                 )  # fmt: skip
         axes.plot([place - 0.35, place + 0.35], [least] * 2, color=INK, linewidth=1)
         labels.append(f"{target}\n{percent:g}%")

@@ -68,8 +68,9 @@ def _label_lines(axes: Any, points: list[tuple[float, float]], parent: float | N
         labels.append((parent, f"parent  {parent:.4f}", INK))
     upper = max(value for value, _, _ in labels)
     for value, text, colour in labels:
-        # The lines may be close: one label is above its line, the other below.
-        above = value == upper
+        # The lines may be close: one label is above its line, the other below. A label alone is below its curve,
+        # which falls.
+        above = parent is not None and value == upper
         axes.annotate(
             text,
             (1.0, value),

@@ -272,6 +272,7 @@ def _entropy(entropy: AttentionEntropy, palette: Palette) -> Figure:
     both[0].set_ylabel("layer", color=palette.muted)
     bar = figure.colorbar(image, ax=both, aspect=30, pad=0.02)
     bar.outline.set_visible(False)
+    bar.set_label("attention entropy (0: one token, 1: uniform)", color=palette.muted)
     bar.ax.tick_params(colors=palette.muted, labelcolor=palette.ink)
     return figure
 
