@@ -134,7 +134,6 @@ def demo(
     settings = DemoSettings(out=Path(out), quick=quick, model=model, seed=seed, device=device)
     where = find_device(settings.device)
     out, model = Path(out), settings.model or EMBEDDED_MODEL
-    out.mkdir(parents=True, exist_ok=True)
     inspection = inspect_model(model, token=token)
     first = inspection.layouts[0]
     legal = {option.num_key_value_heads for option in inspection.options}
@@ -143,6 +142,7 @@ def demo(
     if not planned:
         raise HeadwiseError(f"{model} has {first.num_key_value_heads} KV head: fewer are not possible.")
 
+    out.mkdir(parents=True, exist_ok=True)
     source = find_source(model, token=token, progress=progress).folder
     progress.stage("Demo", total=1 + sum(trial.cost for trial in planned), unit="steps")
     progress.advance(0, now="the parent")
