@@ -62,7 +62,7 @@ IMPURE = {
     *("convert.sparse.budget", "convert.sparse.warm_up"),
 }
 MATHEMATICS = {"torch", "math", "scipy", "statsmodels", "numpy"}
-TYPES = {"__future__", "collections", "dataclasses", "functools", "importlib", "itertools", "typing"}
+TYPES = {"__future__", "collections", "concurrent", "dataclasses", "functools", "importlib", "itertools", "typing"}
 FOUNDATION = {"headwise.errors", "headwise.registry", "headwise.models.layout", "headwise.models.rope"}
 
 

@@ -82,7 +82,8 @@ class LayerJob:
         checkpoint, arch, target, calibration = self.checkpoint, self.arch, self.target, self.calibration
         source = {name: checkpoint.read(name) for name in arch.tensor_names(checkpoint.config, layer)}
         check_finite(checkpoint, target, layer, source, record, self.allow_nan)
-        weights = arch.read_layer(checkpoint.config, layer, source).to_device(device)
+        source = {name: tensor.to(device) for name, tensor in source.items()}  # before it becomes float64
+        weights = arch.read_layer(checkpoint.config, layer, source)
         del source
         converted, report = target.convert_layer(layer, weights, record)
         del weights
@@ -112,7 +113,6 @@ class LayerJob:
     ) -> Mapping[str, Tensor]:
         """Return the tensors of a converted layer after its refit, and add the refit to its report."""
         target, calibration = self.target, self.calibration
-        converted = converted.to_device("cpu")  # it is written from the CPU; the device is for the refit
         if calibration is None or record is None or record.inputs is None or not calibration.refits:
             return target.export_layer(layer, converted, record)
         record.key_moment = record.value_moment = record.distances = None  # free their memory

@@ -6,6 +6,8 @@ A moment is a Hermitian positive semidefinite matrix `E[x x^H]`. These functions
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor
 TOLERANCE = 1e-12
 # Problems up to this order run on one thread, and are decomposed in full even where few eigenvectors are needed.
 SMALL_ORDER = 1024
+# The largest matrices of which a GPU solves many at once, and how many.
+BATCHED_ORDER, MATRICES_AT_ONCE = 32, 4096
 # Subspace iteration: the number of multiplications, and the width of the subspace per eigenvector.
 NUM_ITERATIONS, OVERSAMPLING = 6, 1.25
 
@@ -95,14 +99,80 @@ def top_eigenpairs(matrix: Tensor, count: int, right: Tensor | None = None) -> t
     def multiply(vectors: Tensor) -> Tensor:
         return matrix @ (vectors if right is None else right @ vectors)
 
-    generator = torch.Generator().manual_seed(0)
-    # Drawn on the CPU, so that every device starts from the same numbers.
-    start = torch.randn(order, int(OVERSAMPLING * count), generator=generator, dtype=torch.float64, device="cpu")
-    basis = start.to(matrix).expand(*matrix.shape[:-2], -1, -1)
+    basis: Tensor = _start(order, int(OVERSAMPLING * count)).to(matrix).expand(*matrix.shape[:-2], -1, -1)
     for _ in range(NUM_ITERATIONS):
-        basis = torch.linalg.qr(multiply(basis))[0]
+        basis = orthonormal(multiply(basis))
     values, vectors = torch.linalg.eigh(basis.mH @ multiply(basis))
     return values[..., -count:].flip(-1), basis @ vectors[..., -count:].flip(-1)
+
+
+@lru_cache(2)
+def _start(order: int, count: int) -> Tensor:
+    """Return random columns, drawn on the CPU so that every device starts from the same numbers."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(order, count, generator=generator, dtype=torch.float64, device="cpu")
+
+
+def eigenvalues(matrices: Tensor) -> Tensor:
+    """Return the eigenvalues of many small Hermitian matrices, rising.
+
+    A GPU solves matrices above `BATCHED_ORDER` one after another, so that threads of the host are faster: 896 of
+    order 64 took 287 ms on an H200, and 165 ms on one core beside it. Smaller ones it solves at once, with a
+    megabyte of work space for each.
+
+    Args:
+        matrices: (..., n, n).
+
+    Returns:
+        (..., n).
+    """
+    if not matrices.is_cuda:
+        values: Tensor = single_threaded_lapack(torch.linalg.eigvalsh, matrices)
+        return values
+    flat = matrices.flatten(0, -3)
+    if matrices.shape[-1] <= BATCHED_ORDER:
+        values = torch.cat([torch.linalg.eigvalsh(part) for part in flat.split(MATRICES_AT_ONCE)])
+    else:
+        threads = torch.get_num_threads()
+
+        def solve(host: Tensor) -> Tensor:
+            with ThreadPoolExecutor(threads) as pool:
+                return torch.cat(list(pool.map(torch.linalg.eigvalsh, host.chunk(threads))))
+
+        values = single_threaded_lapack(solve, flat.cpu()).to(matrices.device)
+    values = values.unflatten(0, matrices.shape[:-2])
+    return values
+
+
+def orthonormal(columns: Tensor) -> Tensor:
+    """Return an orthonormal basis of the space that some columns span.
+
+    A GPU takes the products of the columns and factors them three times, at first with a shift (Fukaya et al.
+    2020, SIAM J. Sci. Comput. 42, algorithm 4.2). Its Householder reflections took most of the time of
+    `top_eigenpairs`; they remain for columns that depend on each other.
+
+    Args:
+        columns: (..., n, count), real or complex, n >= count.
+
+    Returns:
+        (..., n, count).
+    """
+    if columns.is_cuda:
+        n, count = columns.shape[-2:]
+        shift = 11 * (n + count + 1) * count * torch.finfo(columns.dtype).eps
+        basis, failed = columns, columns.new_zeros((), dtype=torch.int32)
+        for step in range(3):
+            gram = basis.mH @ basis
+            if not step:
+                diagonal = gram.diagonal(dim1=-2, dim2=-1)
+                diagonal += shift * diagonal.real.sum(-1, keepdim=True)
+            factor, info = torch.linalg.cholesky_ex(gram)
+            failed = failed + info.abs().sum()
+            basis = torch.linalg.solve_triangular(factor.mH, basis, upper=True, left=False)
+        if not failed:
+            return basis
+    reflected: Tensor = torch.linalg.qr(columns).Q
+    return reflected
 
 
 def fix_phase(vectors: Tensor) -> Tensor:

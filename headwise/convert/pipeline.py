@@ -380,6 +380,7 @@ def convert_model(
                     checkpoint,
                     planned=target.layouts,
                     arguments=plan.arguments,
+                    device=requested,
                     progress=progress,
                 )
                 verification.append(checked.accepting(settings.accept))

@@ -21,6 +21,8 @@ from headwise.models.layout import AttentionLayout, LatentWeights
 # serves both only if it is this one.
 NORM_EPS = 1e-6
 NORM_TOLERANCE = 1e-8
+# A token's latent may be this much larger than the size that is brought to 1; its error is then 2.6e-6.
+LARGER_LATENTS = 16
 
 # Projections whose rows differ in size by many powers of two: one scale for many rows would lose the small ones.
 KEPT_IN_FULL = ("kv_a_proj_with_mqa", "q_a_proj", "q_b_proj", "wk", "weights_proj")
@@ -50,7 +52,7 @@ def linear_norm(
     Args:
         down: (rank, inputs) the down-projection.
         up: (outputs, rank) the up-projection.
-        rms: root-mean-square of `down @ x` over tokens, which the result brings to 1.
+        rms: size of `down @ x`, which the result brings to 1; see `latent_size`.
         tolerance: relative error of a token of that size. A token k times larger gets k^2 times the error.
 
     Returns:
@@ -129,6 +131,22 @@ def latent_rms(down: Tensor, moment: Tensor | None) -> float:
     return math.sqrt(float(energy) / down.shape[0]) or 1.0
 
 
+def latent_size(down: Tensor, moment: Tensor | None) -> float:
+    """Return the size of a latent by which `linear_norm` scales it, so that its norm is linear for every token.
+
+    This is the root-mean-square over tokens; or more, where an input of the usual norm could give a latent over
+    `LARGER_LATENTS` times as large. Text rarely holds all tokens of a vocabulary, and a norm before the attention
+    gives all inputs nearly one size. No latent exceeds the product of that size and of the matrix's own.
+
+    Args:
+        down: (rank, inputs) the down-projection.
+        moment: (inputs, inputs) second moment of the inputs; None: inputs have unit size in every direction.
+    """
+    size_of_input = float(down.shape[1] if moment is None else moment.diagonal().sum())
+    largest = math.sqrt(float((down * down).sum()) * size_of_input / down.shape[0])
+    return max(latent_rms(down, moment), largest / LARGER_LATENTS)
+
+
 def attention_tensors(
     latent: LatentWeights,
     prefix: str,
@@ -169,7 +187,7 @@ def attention_tensors(
 
     o = latent.o.transpose(1, 2).flatten(0, 1).T * residual
     up = torch.cat([latent.k_up, latent.v_up], dim=1).flatten(0, 1)
-    rms = rms or latent_rms(latent.kv_down, moment)
+    rms = rms or latent_size(latent.kv_down, moment)
     down, norm, up = linear_norm(latent.kv_down, up, rms=rms, tolerance=tolerance)
     kv_a = torch.cat([down, interleave(latent.k_rope)])
     queries = torch.cat([latent.q_nope, interleave(latent.q_rope)], dim=1).flatten(0, 1)
@@ -186,7 +204,7 @@ def attention_tensors(
     else:
         q_a, q_b = _query_factors(queries, q_lora_rank)
         # A power of two keeps the rounding of `q_b_proj` the only one.
-        q_rms = 2.0 ** math.ceil(math.log2(latent_rms(q_a, moment)))
+        q_rms = 2.0 ** math.ceil(math.log2(latent_size(q_a, moment)))
         q_a, q_norm, q_b = linear_norm(q_a, q_b, rms=q_rms, tolerance=tolerance)
         tensors |= {
             "q_a_proj.weight": q_a[:, :hidden],

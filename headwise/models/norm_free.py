@@ -151,7 +151,15 @@ def from_norm_free_state(
 def _linear(matrix: Tensor, inputs: int | None = None) -> nn.Linear:
     """Return a float32 projection; a column beyond `inputs` is its bias."""
     inputs = inputs or matrix.shape[1]
-    made = nn.Linear(inputs, matrix.shape[0], bias=matrix.shape[1] > inputs)
+    # Without the random numbers that a new layer starts from: drawing them took longer than the rest.
+    made: nn.Linear = nn.utils.skip_init(
+        nn.Linear,
+        inputs,
+        matrix.shape[0],
+        bias=matrix.shape[1] > inputs,
+        device=matrix.device,
+        dtype=torch.float32,
+    )
     with torch.no_grad():
         made.weight.copy_(matrix[:, :inputs])
         if made.bias is not None:

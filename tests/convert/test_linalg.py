@@ -41,6 +41,25 @@ def test_ridge_regression_from_the_right_keeps_a_redundant_unknown_small():
     assert linalg.solve_from_right(rows @ rows.T, known @ rows @ rows.T, 10.0).norm() < known.norm()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("order", [4, 40])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_a_gpu_finds_the_eigenvalues_and_the_basis_of_a_cpu(order, dtype):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(3, 5, order, 2 * order, generator=generator, dtype=dtype)
+    moments = rows @ rows.mH
+    expected = linalg.eigenvalues(moments)
+    torch.testing.assert_close(linalg.eigenvalues(moments.cuda()).cpu(), expected)
+    assert expected.shape == (3, 5, order)
+    columns = torch.randn(200, order, generator=generator, dtype=dtype) * torch.logspace(0, -9, order).to(dtype)
+    basis = linalg.orthonormal(columns.cuda()).cpu()
+    torch.testing.assert_close(basis.mH @ basis, torch.eye(order, dtype=dtype))
+    torch.testing.assert_close(basis @ (basis.mH @ columns), columns)
+    dependent = linalg.orthonormal(columns[:, [0, 0]].cuda()).cpu()
+    torch.testing.assert_close(dependent.mH @ dependent, torch.eye(2, dtype=dtype))
+
+
 def test_one_thread_for_small_problems_only(monkeypatch):
     used = []
     before = torch.get_num_threads()

@@ -204,6 +204,24 @@ def test_exact_lift_in_float64_is_exact_to_the_norms_tolerance(tmp_path):
     assert relative(logits(child, TOKENS), logits(parent, TOKENS)) < 1e-6
 
 
+def test_the_norm_is_linear_for_a_token_that_the_text_lacks():
+    """The text has inputs in three directions; a rare token of the same size has a latent 1,000 times as large."""
+    generator = torch.Generator().manual_seed(0)
+    down = torch.randn(6, 24, generator=generator, dtype=torch.float64)
+    down[:, :3] *= 1e-3
+    moment = torch.diag(torch.cat([torch.full((3,), 8.0), torch.zeros(21)]).double())
+    rare = torch.zeros(24, dtype=torch.float64)
+    rare[3] = math.sqrt(24)
+    assert (down @ rare).norm() / math.sqrt(6) > 900 * deepseek.latent_rms(down, moment)
+    up = torch.eye(6, dtype=torch.float64)
+    small, weight, back = deepseek.linear_norm(down, up, rms=deepseek.latent_size(down, moment))
+    latent = small @ rare
+    normed = weight * latent * torch.rsqrt(latent.square().mean() + deepseek.NORM_EPS)
+    torch.testing.assert_close(back @ normed, down @ rare, rtol=1e-5, atol=0)
+    full = torch.eye(24, dtype=torch.float64)
+    assert deepseek.latent_size(down, full) == deepseek.latent_rms(down, full)
+
+
 def test_the_cache_holds_rank_plus_rope_dim_numbers(tmp_path):
     parent = make(SOURCES["mqa"])
     config, tensors = export(parent, exact(parent))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from headwise.convert.linalg import single_threaded_lapack
+from headwise.convert.linalg import eigenvalues
 
 # The largest order of the eigenvalue problem that gives the cost of a candidate group. With many heads there are
 # thousands of candidates.
@@ -103,8 +103,7 @@ class GroupCost:
             n = energy.shape[-1]
             block = energy[index[:, :, None], index[:, None, :]]  # (groups, g, g, batch, n, n)
             block = block.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # (groups, batch, g n, g n)
-            values = single_threaded_lapack(torch.linalg.eigvalsh, block)
-            residual += values[..., :-n].sum((-1, -2)).to(torch.float64) / total
+            residual += eigenvalues(block)[..., :-n].sum((-1, -2)).to(torch.float64) / total
         self._costs.update(zip(new, residual.tolist(), strict=True))
 
 

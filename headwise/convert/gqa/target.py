@@ -153,7 +153,7 @@ class GroupedTarget:
     def export_layer(self, layer: int, converted: LayerWeights, record: LayerRecord | None) -> dict[str, Tensor]:
         """See `Target`."""
         tensors = self.arch.write_layer(self.config, layer, converted, torch.float64)
-        return {name: tensor.to(self._dtypes[name]) for name, tensor in tensors.items()}
+        return {name: tensor.to(self._dtypes[name]).cpu() for name, tensor in tensors.items()}
 
     def trainable_layer(self, layer: int, converted: LayerWeights, device: torch.device, length: int) -> Refittable:
         """See `Target`."""
@@ -167,7 +167,7 @@ class GroupedTarget:
         free = {prefix + n: p for n, p in attention.named_parameters() if prefix + n in tensors}
 
         def export(record: LayerRecord) -> dict[str, Tensor]:
-            return {name: p.detach().to("cpu", self._dtypes[name]) for name, p in free.items()}
+            return {name: p.detach().to(self._dtypes[name]).cpu() for name, p in free.items()}
 
         projection = attention.get_submodule(self.arch.projections["o"])
         return Refittable(attention, projection, list(free.values()), export)

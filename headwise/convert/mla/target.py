@@ -276,8 +276,8 @@ class LatentTarget:
         moment = None
         if record is not None:
             inputs = converted.q_nope.shape[2]
-            moment = record.moment[:inputs, :inputs].cpu()
-        return deepseek.attention_tensors(
+            moment = record.moment[:inputs, :inputs].to(converted.q_nope.device)
+        tensors = deepseek.attention_tensors(
             converted,
             f"{LAYERS.format(layer=layer)}.{ATTENTION}",
             residual=self.rule.factors["residual"],
@@ -286,6 +286,7 @@ class LatentTarget:
             moment=moment,
             dtype=self.dtype,
         )
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
 
     def _pad(self, converted: LatentWeights, layer: int) -> LatentWeights:
         layout = self.layouts[layer]

@@ -45,7 +45,8 @@ def latent_attention(weights: LatentWeights, x: Tensor, o_bias: Tensor | None = 
     inputs = x
     if weights.kv_down.shape[1] > x.shape[-1]:
         inputs = torch.cat([x, torch.ones_like(x[..., :1])], -1)
-    angles = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * weights.frequencies.double()
+    positions = torch.arange(x.shape[1], dtype=torch.float64, device=x.device)
+    angles = positions[:, None] * weights.frequencies.double()
     turned = torch.polar(torch.ones_like(angles), angles).T  # (planes, tokens)
 
     def rotate(vectors: Tensor) -> Tensor:  # (..., P, tokens)
@@ -56,11 +57,11 @@ def latent_attention(weights: LatentWeights, x: Tensor, o_bias: Tensor | None = 
     keys = weights.k_up @ latent_rows[:, None]
     scores = (weights.q_nope @ columns).mT @ keys
     scores = scores + rotate(weights.q_rope @ columns).mT @ rotate(weights.k_rope @ inputs.mT)[:, None]
-    future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+    future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
     attention = (weights.scale * scores).masked_fill(future, -torch.inf).softmax(-1)
     values = (weights.v_up @ latent_rows[:, None]).mT
     output = torch.einsum("bhtv,hdv->btd", attention @ values, weights.o)
-    return output if o_bias is None else output + o_bias.double()
+    return output if o_bias is None else output + o_bias.to(output)
 
 
 class FactoredAttention:
@@ -81,7 +82,7 @@ class FactoredAttention:
             inputs: (sequences, tokens, D) float64.
         """
         weights, o_bias = read_latent_layer(self._checkpoint, layer)
-        return latent_attention(weights, inputs, o_bias)
+        return latent_attention(weights.to_device(inputs.device), inputs, o_bias)
 
 
 def check_factors(
@@ -119,9 +120,9 @@ def check_factors(
 def _norm_bend(tensors: dict[str, Tensor], path: str, rank: int, x: Tensor) -> float:
     """Return the largest relative error of the linear latent norm: mean square over twice epsilon."""
     prefix = f"{path}.kv_a_proj_with_mqa"
-    latent = x @ tensors[f"{prefix}.weight"][:rank].double().T
+    latent = x @ tensors[f"{prefix}.weight"][:rank].to(x).T
     if f"{prefix}.bias" in tensors:
-        latent = latent + tensors[f"{prefix}.bias"][:rank].double()
+        latent = latent + tensors[f"{prefix}.bias"][:rank].to(x)
     return float(latent.square().mean(-1).max()) / (2 * deepseek.NORM_EPS)
 
 

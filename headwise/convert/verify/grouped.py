@@ -43,18 +43,19 @@ class RepeatedAttention:
             inputs: (sequences, tokens, D) float64.
             arguments: further arguments of the module; None: those of the model's own forward.
         """
-        return self._stock(layer, self.tensors(layer), inputs, arguments)
+        return self._stock(layer, self.tensors(layer, inputs.device), inputs, arguments)
 
-    def tensors(self, layer: int) -> dict[str, Tensor]:
+    def tensors(self, layer: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Return the tensors of a layer's attention with repeated keys and values.
 
         Args:
             layer: its index.
+            device: of the tensors.
         """
         arch, config = self._arch, self._checkpoint.config
         if not self._layouts[layer].attends:
             return {}
-        tensors = arch.tensors(self._checkpoint, layer)
+        tensors = {name: tensor.to(device) for name, tensor in arch.tensors(self._checkpoint, layer).items()}
         names = arch.tensor_names(config, layer)
         heads = self._layouts[layer].num_attention_heads
         weights, _ = merge_heads(arch.read_layer(config, layer, {n: tensors[n] for n in names}), heads)

@@ -23,14 +23,15 @@ from headwise.io.reader import Checkpoint
 from headwise.models.architecture import find_architecture
 from headwise.models.mla_source import find_mla_source
 from headwise.models.protocol import find_attention_model
-from headwise.models.stock import empty_model, layer_arguments, load_model, move_to_device
+from headwise.models.stock import empty_model, layer_arguments, load_into, load_model, move_to_device
 from headwise.progress import SILENT, Progress
 
 # Text that the damage is estimated on: sequences and tokens in each.
 SHAPE = {"cuda": (32, 1024)}
 CPU_SHAPE = (8, 256)
-# Bytes for each parameter: both models in float32, and activations of one sequence.
-BYTES_PER_PARAMETER = 12
+# Bytes for each parameter of the parent: its weights (bfloat16 on a GPU, else float32), the child's attention in
+# float32, and activations of one sequence.
+BYTES_PER_PARAMETER, BYTES_PER_PARAMETER_ON_CPU = 5, 10
 # A backward pass costs twice a forward pass.
 PASSES = 3
 
@@ -65,7 +66,7 @@ class LayerDamage:
             device: where the models run. A GPU's models are loaded through the memory of the host, one by one.
         """
         free = available_memory(torch.device("cpu"))
-        needed = (BYTES_PER_PARAMETER if device.type == "cpu" else 4) * self.parent.num_parameters
+        needed = (BYTES_PER_PARAMETER_ON_CPU if device.type == "cpu" else 2) * self.parent.num_parameters
         return max(1, int(MEMORY_SHARE * free / needed)) if free is not None else 1
 
     def results(
@@ -74,7 +75,7 @@ class LayerDamage:
         """Yield sequences with the sum over their tokens of (g . d)^2 for every layer.
 
         Args:
-            items: indices of sequences. Both models are loaded, in float32, when there is a first one.
+            items: indices of sequences. The parent and the child's attention are loaded when there is a first one.
             device: where the models run.
             progress: receives nothing.
         """
@@ -104,17 +105,21 @@ class LayerDamage:
             find_attention_model(checkpoint.config, checkpoint.tensors),
             find_architecture(parent.config, parent.tensors),
         )
-        child = load_model(checkpoint, stock.auto_class, torch.float32).to(device).eval()
-        network = load_model(parent, arch.auto_class, torch.float32).to(device).eval().requires_grad_(False)
-        skeleton = empty_model(checkpoint.config, stock.auto_class)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        network = load_model(parent, arch.auto_class, dtype).to(device).eval().requires_grad_(False)
+        child = empty_model(checkpoint.config, stock.auto_class).eval()  # its attention alone is loaded
         arguments = [
             move_to_device(each, device)
-            for each in layer_arguments(skeleton, stock.module, len(self.tokens[0]), torch.float32)
+            for each in layer_arguments(child, stock.module, len(self.tokens[0]), torch.float32)
         ]
+        for layer, layout in enumerate(stock.layouts(checkpoint.config)):
+            if layout.attends:
+                load_into(child, stock.tensors(checkpoint, layer), device)
+                child.get_submodule(stock.attention_path(layer)).to(device)
         scale = 1.0
         if stock.layouts(checkpoint.config)[0].kind == "mla":
-            dtype = next(iter(checkpoint.tensors.values())).dtype
-            scale = find_mla_source(arch.text_config(parent.config), dtype).factors["residual"]
+            stored = next(iter(checkpoint.tensors.values())).dtype
+            scale = find_mla_source(arch.text_config(parent.config), stored).factors["residual"]
         total = torch.zeros(len(arguments), dtype=torch.float64, device=device)
 
         def measure(layer: int) -> Any:
@@ -124,11 +129,11 @@ class LayerDamage:
                 inputs = options["hidden_states"] if "hidden_states" in options else given[0]
                 expected = output[0] if isinstance(output, tuple) else output
                 with torch.no_grad():
-                    actual = attention(hidden_states=inputs, **arguments[layer])
-                    error = (actual[0] if isinstance(actual, tuple) else actual) / scale - expected
+                    actual = attention(hidden_states=inputs.float(), **arguments[layer])
+                    error = (actual[0] if isinstance(actual, tuple) else actual) / scale - expected.float()
 
                 def add(gradient: Tensor) -> None:
-                    total[layer] += (gradient * error).sum(-1).double().square().sum()
+                    total[layer] += (gradient.float() * error).sum(-1).double().square().sum()
 
                 expected.register_hook(add)
 
@@ -187,7 +192,8 @@ def damage_seconds(parent: Checkpoint, device: torch.device, tokens: int | None 
         tokens: of the text; None: as many as the device takes.
     """
     free = available_memory(device)
-    if free is not None and BYTES_PER_PARAMETER * parent.num_parameters > MEMORY_SHARE * free:
+    size = BYTES_PER_PARAMETER if device.type == "cuda" else BYTES_PER_PARAMETER_ON_CPU
+    if free is not None and size * parent.num_parameters > MEMORY_SHARE * free:
         return None
     sequences, length = damage_shape(device)
     seconds = PASSES * forward_seconds(parent, sequences * length if tokens is None else tokens, device)

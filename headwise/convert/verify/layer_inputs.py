@@ -20,7 +20,7 @@ from headwise.io.tokenizer import load_tokenizer
 from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.layout import AttentionLayout
 from headwise.models.protocol import AttentionModel
-from headwise.models.stock import empty_model, for_rows, layer_arguments, load_into
+from headwise.models.stock import empty_model, for_rows, layer_arguments, load_into, move_to_device
 from headwise.text.pairs import PairMarks, Pairs
 
 SEQUENCES, TOKENS, TARGET_TOKENS = 2, 24, 17
@@ -101,8 +101,8 @@ def attention_inputs(
         device: where the layers run.
 
     Yields:
-        The index; the inputs, (SEQUENCES, TOKENS, D) float64 on the CPU; the arguments of the module in float64,
-        None for those of a decoder. The inputs of layers that text does not run are random.
+        The index; the inputs, (SEQUENCES, TOKENS, D) float64, on the CPU or a GPU; the arguments of the module in
+        float64, None for those of a decoder. The inputs of layers that text does not run are random.
     """
     if stock.reads_pairs:
         arch = find_architecture(checkpoint.config, checkpoint.tensors)
@@ -111,14 +111,15 @@ def attention_inputs(
             keep_activations=True, attention_stats=False
         ):
             assert record.inputs is not None
-            yield record.index, record.inputs.double(), _in_float64({**record.arguments, **record.rows})
+            more = _in_float64({**record.arguments, **record.rows})
+            yield record.index, _double(record.inputs, device), more
         return
     layouts = stock.layouts(checkpoint.config)
     if any(layout.on_text for layout in layouts):
         stream = LayerStream(checkpoint, stock, tokens, device, states=random_states(stock, checkpoint.config))
         for record in stream.records(keep_activations=True, attention_stats=False):
             assert record.inputs is not None
-            yield record.index, record.inputs.double(), None
+            yield record.index, _double(record.inputs, device), None
     if unread := [layer for layer, layout in enumerate(layouts) if not layout.on_text]:
         arch = find_architecture(checkpoint.config, checkpoint.tensors)
         model = empty_model(checkpoint.config, stock.auto_class)
@@ -169,6 +170,11 @@ def random_states(stock: AttentionModel, config: dict[str, Any]) -> dict[str, Te
     return {name: torch.randn(1, TARGET_TOKENS, width, generator=generator) for name, width in widths.items()}
 
 
+def _double(inputs: Tensor, device: torch.device | str) -> Tensor:
+    """Return inputs in float64, on a GPU or else on the CPU: other devices may not have it."""
+    return inputs.to(device if torch.device(device).type == "cuda" else "cpu").double()
+
+
 def _in_float64(value: Any) -> Any:
     """Return arguments with their floating tensors in float64 on the CPU; the largest negative number stays one."""
     if isinstance(value, dict):
@@ -181,7 +187,7 @@ def _in_float64(value: Any) -> Any:
 
 
 class StockAttention:
-    """Evaluate the stock attention of single layers in float64.
+    """Evaluate the stock attention of single layers in float64, where their inputs are.
 
     Args:
         config: config.json of the model.
@@ -213,15 +219,17 @@ class StockAttention:
             inputs: (sequences, tokens, D) float64.
             arguments: further arguments of the module; None: those of the model's own forward.
         """
-        load_into(self._model, dict(tensors))
+        device = inputs.device
+        load_into(self._model, move_to_device(dict(tensors), device), device)
         if arguments is None and self._arguments is None:
             self._arguments = layer_arguments(
                 self._model, self._stock.module, inputs.shape[1], torch.float64, self._states
             )
-        attention = self.module(layer)
+        attention = self.module(layer).to(device)  # buffers follow the weights
+        given = arguments if arguments is not None else (self._arguments or [])[layer]
+        given = move_to_device(for_rows(given, self._states, len(inputs)), device)
         with torch.no_grad():
-            given = arguments if arguments is not None else (self._arguments or [])[layer]
-            output = attention(hidden_states=inputs, **for_rows(given, self._states, len(inputs)))
+            output = attention(hidden_states=inputs, **given)
         for name, parameter in list(attention.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             setattr(attention.get_submodule(owner), leaf, torch.nn.Parameter(parameter.to("meta"), False))

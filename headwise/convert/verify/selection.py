@@ -34,7 +34,8 @@ def check_selection(
     attention = StockAttention(checkpoint.config, model)
     tokens = check_tokens(checkpoint, checkpoint.config["vocab_size"])
     worst, worst_layer = 0.0, 0
-    for layer, x, _ in attention_inputs(checkpoint, model, tokens, device):
+    for layer, inputs, _ in attention_inputs(checkpoint, model, tokens, device):
+        x = inputs.cpu()
         tensors, path = model.tensors(checkpoint, layer), model.attention_path(layer)
         scale = query_scale(tensors, path, NORM_EPS)
         heads, frequencies = checkpoint.config["index_n_heads"], read_latent_layer(checkpoint, layer)[0].frequencies

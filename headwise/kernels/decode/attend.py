@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headwise.cuda import current
 from headwise.errors import HeadwiseError
 from headwise.kernels.decode import portable
 from headwise.kernels.decode.tiling import Config, card_of, choose_splits, choose_tiles, chunks, hopper
@@ -54,7 +55,8 @@ def attend(
             f"{name} is too old for the decode kernels, which need compute capability 8.0.",
             "Set HEADWISE_KERNELS=reference.",
         )
-    return launch_attend(q, q_rope, k, k_rope, v, scale, lengths, starts, block_table, window)
+    with current(q.device):
+        return launch_attend(q, q_rope, k, k_rope, v, scale, lengths, starts, block_table, window)
 
 
 @attend.register_fake

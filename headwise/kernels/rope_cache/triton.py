@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headwise.cuda import current
+
 # Warps of a program. Every warp computes the angles again, so more warps mean more instructions.
 WARPS = 1
 HEAD_TILE = 32
@@ -110,11 +112,12 @@ def rope_cache(
     tokens, heads, width = q_rope.shape
     out = torch.empty(tokens, heads, width, dtype=q_rope.dtype, device=q_rope.device)
     tile = min(HEAD_TILE, 1 << (heads - 1).bit_length())
-    _rope_cache[(tokens, -(-heads // tile))](
-        q_rope, compressed, norm_weight, positions, frequencies, latent_cache, k_rope_cache, slots, out,
-        *q_rope.stride()[:2], compressed.stride(0), *latent_cache.stride()[:2], *k_rope_cache.stride()[:2],
-        heads, norm_weight.shape[0], width // 2, latent_cache.shape[1], eps, attention_scaling,
-        INTERLEAVED=interleaved, HEADS=tile, RANK=1 << (norm_weight.shape[0] - 1).bit_length(),
-        HALF=1 << (width // 2 - 1).bit_length(), num_warps=WARPS,
-    )  # fmt: skip
+    with current(q_rope.device):
+        _rope_cache[(tokens, -(-heads // tile))](
+            q_rope, compressed, norm_weight, positions, frequencies, latent_cache, k_rope_cache, slots, out,
+            *q_rope.stride()[:2], compressed.stride(0), *latent_cache.stride()[:2], *k_rope_cache.stride()[:2],
+            heads, norm_weight.shape[0], width // 2, latent_cache.shape[1], eps, attention_scaling,
+            INTERLEAVED=interleaved, HEADS=tile, RANK=1 << (norm_weight.shape[0] - 1).bit_length(),
+            HALF=1 << (width // 2 - 1).bit_length(), num_warps=WARPS,
+        )  # fmt: skip
     return out
