@@ -11,6 +11,7 @@ from torch import Tensor
 from headwise.cuda import current
 from headwise.errors import HeadwiseError
 from headwise.kernels.decode import portable
+from headwise.kernels.decode.latent_fp8 import BLOCK
 from headwise.kernels.decode.tiling import Config, card_of, choose_splits, choose_tiles, chunks, hopper
 
 NO_WINDOW = 2**30
@@ -28,6 +29,7 @@ def attend(
     starts: Tensor | None,
     block_table: Tensor | None,
     window: int | None,
+    k_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run `launch_attend` with the tiles of `choose_tiles`, as one operator that torch.compile does not enter.
 
@@ -42,21 +44,24 @@ def attend(
         starts: first visible token of each sequence.
         block_table: pages of each sequence.
         window: sliding window in tokens.
+        k_scale: scales of FP8 keys.
 
     Returns:
         Output and log-sum-exp.
 
     Raises:
-        HeadwiseError: the card is older than sm_80.
+        HeadwiseError: the card is older than sm_80, or than sm_89 with FP8 keys.
     """
-    if q.is_cuda and card_of(q.device.index).capability < (8, 0):
+    needed = (8, 0) if k_scale is None else (8, 9)
+    if q.is_cuda and card_of(q.device.index).capability < needed:
         name = torch.cuda.get_device_name(q.device)
+        kernels = "decode kernels" if k_scale is None else "decode kernels on FP8 latents"
         raise HeadwiseError(
-            f"{name} is too old for the decode kernels, which need compute capability 8.0.",
+            f"{name} is too old for the {kernels}, which need compute capability {needed[0]}.{needed[1]}.",
             "Set HEADWISE_KERNELS=reference.",
         )
     with current(q.device):
-        return launch_attend(q, q_rope, k, k_rope, v, scale, lengths, starts, block_table, window)
+        return launch_attend(q, q_rope, k, k_rope, v, scale, lengths, starts, block_table, window, k_scale)
 
 
 @attend.register_fake
@@ -78,6 +83,7 @@ def launch_attend(
     starts: Tensor | None,
     block_table: Tensor | None,
     window: int | None,
+    k_scale: Tensor | None = None,
     config: Config | None = None,
     num_splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -94,6 +100,7 @@ def launch_attend(
         starts: (batch) int32, first visible token; None: 0.
         block_table: (batch, max_pages) int32, the page of each run of page_size tokens.
         window: sliding window in tokens, the token itself counted.
+        k_scale: as `k` without groups, one float32 for each block of 128 numbers; `k` is e4m3, and its own value.
         config: the tiles; None: `choose_tiles`.
         num_splits: of the keys; None: `choose_splits`.
 
@@ -110,7 +117,9 @@ def launch_attend(
     capacity = k.shape[1] if block_table is None else block_table.shape[1] * page
     card = card_of(q.device.index if q.is_cuda else None)
     if config is None:
-        config = choose_tiles(card, queries * per_group, head_dim, rope_dim, value_dim, v is None)
+        config = choose_tiles(
+            card, queries * per_group, head_dim, rope_dim, value_dim, v is None, k_scale is not None
+        )
     row_tiles = -(-queries * per_group // (config.rows * config.consumers))
     if num_splits is None:
         longest = min(capacity, (window or capacity) + queries - 1)
@@ -130,16 +139,18 @@ def launch_attend(
         *k.stride()[:3],
         *(k_rope.stride()[:2] if k_rope is not None else (0, 0)),
         *v.stride()[:3],
+        *(k_scale.stride()[:2] if k_scale is not None else (0, 0)),
         block_table.stride(0) if block_table is not None else 0,
         *(rows * value_dim, queries * heads * value_dim, heads * value_dim, value_dim),
         *(rows, queries * heads, heads),
     )
     arguments = (
-        q, q_rope, k, k_rope, v, lengths, starts, block_table, parts, part_lse,
+        q, q_rope, k, k_rope, v, k_scale, lengths, starts, block_table, parts, part_lse,
         scale * math.log2(math.e), *strides, queries, per_group, capacity, window or NO_WINDOW,
     )  # fmt: skip
+    widest = None if k_scale is None else BLOCK
     options: dict[str, Any] = dict(
-        HEAD=chunks(head_dim), ROPE=chunks(rope_dim), VALUE=chunks(value_dim), VALUE_IS_KEY=v is k,
+        HEAD=chunks(head_dim, widest), ROPE=chunks(rope_dim), VALUE=chunks(value_dim, widest), VALUE_IS_KEY=v is k,
         ROWS=config.rows, KEYS=config.keys, PAGE=page, STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
     grid = (num_splits, groups * row_tiles, batch)

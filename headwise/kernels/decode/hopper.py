@@ -196,9 +196,10 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["queries", "heads_per_group", "capacity", "window", "lse_split", "lse_batch"])
 def attend(
-    Q, QRope, K, KRope, V, Lengths, Starts, Table, Out, Lse, scale,
+    Q, QRope, K, KRope, V, KScale, Lengths, Starts, Table, Out, Lse, scale,
     q_batch, q_token, q_head, qr_batch, qr_token, qr_head,
-    k_batch, k_token, k_group, kr_batch, kr_token, v_batch, v_token, v_group, table_batch,
+    k_batch, k_token, k_group, kr_batch, kr_token, v_batch, v_token, v_group,
+    ks_batch, ks_token, table_batch,
     out_split, out_batch, out_token, out_head, lse_split, lse_batch, lse_token,
     queries, heads_per_group, capacity, window,
     HEAD: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr, VALUE_IS_KEY: gl.constexpr,

@@ -14,6 +14,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from headwise.kernels.decode import latent_fp8
+
+BLOCK = tl.constexpr(latent_fp8.BLOCK)
+
 
 @triton.jit
 def _columns(rows, START: tl.constexpr, WIDTH: tl.constexpr, live):
@@ -41,9 +45,10 @@ def _store_across(rows, tiles, factor, CHUNKS: tl.constexpr, live):
 
 @triton.jit(do_not_specialize=["queries", "heads_per_group", "capacity", "window", "lse_split", "lse_batch"])
 def attend(
-    Q, QRope, K, KRope, V, Lengths, Starts, Table, Out, Lse, scale,
+    Q, QRope, K, KRope, V, KScale, Lengths, Starts, Table, Out, Lse, scale,
     q_batch, q_token, q_head, qr_batch, qr_token, qr_head,
-    k_batch, k_token, k_group, kr_batch, kr_token, v_batch, v_token, v_group, table_batch,
+    k_batch, k_token, k_group, kr_batch, kr_token, v_batch, v_token, v_group,
+    ks_batch, ks_token, table_batch,
     out_split, out_batch, out_token, out_head, lse_split, lse_batch, lse_token,
     queries, heads_per_group, capacity, window,
     HEAD: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, VALUE_IS_KEY: tl.constexpr,
@@ -52,7 +57,8 @@ def attend(
     """Attend from one tile of query rows to one split of the keys: normalized output and log-sum-exp.
 
     The grid is (splits, groups x row tiles, batch). A row is one (query token, head) pair of the group. Chunks are
-    tuples of (start, power-of-two width); `scale` includes log2(e).
+    tuples of (start, power-of-two width); `scale` includes log2(e). With KScale, K is e4m3 and no chunk of HEAD
+    crosses the border of a block.
     """
     split = tl.program_id(0)
     row_tiles = tl.cdiv(queries * heads_per_group, ROWS)
@@ -103,6 +109,10 @@ def attend(
         values = ()
         for i in tl.static_range(len(HEAD)):
             part = _columns(k_rows, tl.constexpr(HEAD[i][0]), tl.constexpr(HEAD[i][1]), live)
+            if KScale is not None:
+                scales = KScale + block * ks_batch + slot * ks_token + HEAD[i][0] // BLOCK
+                factor = tl.load(scales, mask=live, other=0.0)
+                part = (part.to(tl.float32) * factor[:, None]).to(Q.dtype.element_ty)
             score = tl.dot(part, q[i], score, input_precision="ieee")
             if VALUE_IS_KEY:
                 values = values + (part,)
@@ -120,7 +130,7 @@ def attend(
         weight = tl.exp2(score - finite[None, :])
         weights = weights * shrink[None, :] + weight
         maximum = new_maximum
-        probability = weight.to(V.dtype.element_ty)
+        probability = weight.to(Q.dtype.element_ty)
         grown = ()
         for i in tl.static_range(len(VALUE)):
             grown = grown + (

@@ -76,19 +76,26 @@ def card_of(index: int | None) -> Card:
     )
 
 
-def chunks(width: int) -> tuple[tuple[int, int], ...]:
-    """Return (start, power of two) pieces that cover a width: 448 -> (0, 256), (256, 128), (384, 64)."""
+def chunks(width: int, widest: int | None = None) -> tuple[tuple[int, int], ...]:
+    """Return (start, power of two) pieces that cover a width: 448 -> (0, 256), (256, 128), (384, 64).
+
+    Args:
+        width: numbers to cover.
+        widest: the largest piece, a power of two; None: no limit.
+    """
     pieces: list[tuple[int, int]] = []
     start = 0
     while start < width:
-        piece = 1 << ((width - start).bit_length() - 1)
+        piece = min(widest or width, 1 << ((width - start).bit_length() - 1))
         pieces.append((start, piece))
         start += piece
     return tuple(pieces)
 
 
 @cache
-def choose_tiles(card: Card, rows: int, head_dim: int, rope_dim: int, value_dim: int, value_is_key: bool) -> Config:
+def choose_tiles(
+    card: Card, rows: int, head_dim: int, rope_dim: int, value_dim: int, value_is_key: bool, fp8: bool = False
+) -> Config:
     """Choose the tiles for query rows that read one group of keys.
 
     Args:
@@ -98,11 +105,12 @@ def choose_tiles(card: Card, rows: int, head_dim: int, rope_dim: int, value_dim:
         rope_dim: numbers of the rotary key; 0: none.
         value_dim: numbers of a value.
         value_is_key: whether the value is the key itself (MLA), which is then copied once.
+        fp8: whether keys are in FP8, with scales of blocks.
     """
     row_bytes = 2 * (head_dim + rope_dim + (0 if value_is_key else value_dim))
     query_bytes = 2 * (head_dim + rope_dim)
     power = 1 << (rows - 1).bit_length()
-    if card.capability[0] == 9 and hopper is not None and value_dim % 64 == 0:
+    if not fp8 and card.capability[0] == 9 and hopper is not None and value_dim % 64 == 0:
         tile = min(32, max(8, power))
         while tile * value_dim > 32 * 512:
             tile //= 2

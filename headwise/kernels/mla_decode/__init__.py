@@ -17,6 +17,7 @@ def mla_decode(
     k_rope: Tensor,
     *,
     scale: float,
+    latent_scale: Tensor | None = None,
     lengths: Tensor | None = None,
     starts: Tensor | None = None,
     block_table: Tensor | None = None,
@@ -34,6 +35,8 @@ def mla_decode(
             (pages, page_size, kv_lora_rank).
         k_rope: as `latent`, qk_rope_head_dim numbers, rotated.
         scale: of the scores.
+        latent_scale: as `latent`, one float32 for each block of 128 numbers; the latent is then e4m3
+            (`headwise.kernels.decode.latent_fp8`), and the rotary key has the type of the queries.
         lengths: (batch) int32, tokens in the cache; None: capacity.
         starts: (batch) int32, first visible token (left padding); None: 0.
         block_table: (batch, max_pages) int32, the page of each run of page_size tokens.
@@ -48,7 +51,14 @@ def mla_decode(
     """
     name = choose_backend(backend)
     has_triton = supports_triton(q_latent, q_latent.shape[-1], q_rope.shape[-1], q_latent.shape[-1])
-    masks: dict[str, Any] = dict(lengths=lengths, starts=starts, block_table=block_table, window=window)
+    options: dict[str, Any] = dict(
+        scale=scale,
+        latent_scale=latent_scale,
+        lengths=lengths,
+        starts=starts,
+        block_table=block_table,
+        window=window,
+    )
     if name == "triton" and not has_triton:
         raise backend_error("mla_decode", name, "it needs half precision on CUDA and widths in multiples of 16")
     if name == "sdpa" and backend:
@@ -56,5 +66,5 @@ def mla_decode(
     if name != "reference" and has_triton:
         from headwise.kernels.mla_decode import triton
 
-        return triton.mla_decode(q_latent, q_rope, latent, k_rope, scale=scale, **masks)
-    return reference.mla_decode(q_latent, q_rope, latent, k_rope, scale=scale, **masks)
+        return triton.mla_decode(q_latent, q_rope, latent, k_rope, **options)
+    return reference.mla_decode(q_latent, q_rope, latent, k_rope, **options)

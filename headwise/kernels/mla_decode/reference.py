@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headwise.kernels.decode.latent_fp8 import dequantize_latent
 from headwise.kernels.gqa_decode import reference
 
 
@@ -15,6 +16,7 @@ def mla_decode(
     k_rope: Tensor,
     *,
     scale: float,
+    latent_scale: Tensor | None = None,
     lengths: Tensor | None = None,
     starts: Tensor | None = None,
     block_table: Tensor | None = None,
@@ -30,6 +32,7 @@ def mla_decode(
         latent: (batch, capacity, kv_lora_rank), after the latent norm; with a block table (pages, page_size, ...).
         k_rope: as `latent`, (..., qk_rope_head_dim), rotated. Both may be views of one buffer.
         scale: of the scores. It has no default: the head dim does not follow from these shapes.
+        latent_scale: as `latent`, (..., blocks of 128) float32: the latent is e4m3 times its block's scale.
         lengths: (batch) int32, tokens in the cache; None: capacity.
         starts: (batch) int32, first visible token (left padding); None: 0.
         block_table: (batch, max_pages) int32, the page of each run of page_size tokens.
@@ -38,6 +41,8 @@ def mla_decode(
     Returns:
         The weighted latents (batch, S, heads, kv_lora_rank), to be multiplied by `v_up`, and the log-sum-exp.
     """
+    if latent_scale is not None:
+        latent = dequantize_latent(latent, latent_scale)
     return reference.gqa_decode(
         torch.cat([q_latent, q_rope], -1),
         torch.cat([latent, k_rope], -1)[..., None, :],

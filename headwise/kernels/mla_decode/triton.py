@@ -14,6 +14,7 @@ def mla_decode(
     k_rope: Tensor,
     *,
     scale: float,
+    latent_scale: Tensor | None = None,
     lengths: Tensor | None = None,
     starts: Tensor | None = None,
     block_table: Tensor | None = None,
@@ -22,6 +23,6 @@ def mla_decode(
     """Compute `reference.mla_decode` with the kernel; rank and rotary width are multiples of 16."""
     latent, k_rope = latent[..., None, :], k_rope[..., None, :]
     result: tuple[Tensor, Tensor] = attend(
-        q_latent, q_rope, latent, k_rope, None, scale, lengths, starts, block_table, window
+        q_latent, q_rope, latent, k_rope, None, scale, lengths, starts, block_table, window, latent_scale
     )
     return result

@@ -20,11 +20,12 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from headwise.kernels.decode import hopper, portable
+from headwise.kernels.decode.latent_fp8 import BLOCK
 from headwise.kernels.decode.tiling import Card, choose_tiles, chunks
 
 CARDS = {90: Card((9, 0), 132, 232448), 89: Card((8, 9), 128, 101376), 80: Card((8, 0), 108, 166912)}
-# Capability, query rows, key, rotary and value width, MLA, page size.
-SHAPES = {
+# Capability, query rows, key, rotary and value width, MLA, page size; FP8: a latent in e4m3.
+SHAPES: dict[str, tuple[Any, ...]] = {
     "sm_90 MLA 32 heads 512+64": (90, 32, 512, 64, 512, True, 0),
     "sm_90 MLA 28 heads 448+64, pages": (90, 28, 448, 64, 448, True, 16),
     "sm_90 MLA 9 heads 192+64": (90, 9, 192, 64, 192, True, 0),
@@ -34,28 +35,34 @@ SHAPES = {
     "sm_90 GQA groups of 4 x128, pages": (90, 4, 128, 0, 128, False, 16),
     "sm_90 MLA 32 heads 208+48": (90, 32, 208, 48, 208, True, 0),
     "sm_89 MLA 14 heads 256+32, pages": (89, 14, 256, 32, 256, True, 16),
+    "sm_89 MLA 14 heads 256+32, FP8": (89, 14, 256, 32, 256, True, 16, True),
     "sm_80 MLA 14 heads 512+64": (80, 14, 512, 64, 512, True, 0),
     "sm_80 GQA groups of 5 x128, pages": (80, 5, 128, 0, 128, False, 16),
 }
 
 
 def compile_kernel(
-    capability: int, rows: int, head: int, rope: int, value: int, latent: bool, page: int
+    capability: int, rows: int, head: int, rope: int, value: int, latent: bool, page: int, fp8: bool = False
 ) -> tuple[Any, bool]:
     """Return a compiled kernel, and whether it is the one for Hopper."""
-    config = choose_tiles(CARDS[capability], rows, head, rope, value, latent)
+    config = choose_tiles(CARDS[capability], rows, head, rope, value, latent, fp8)
     kernel = hopper.attend if config.hopper else portable.attend
+    widest = BLOCK if fp8 else None
     constants: dict[str, Any] = dict(
-        HEAD=chunks(head), ROPE=chunks(rope), VALUE=chunks(value), VALUE_IS_KEY=latent, ROWS=config.rows,
-        KEYS=config.keys, PAGE=page, STAGES=config.stages, Starts=None,
+        HEAD=chunks(head, widest), ROPE=chunks(rope), VALUE=chunks(value, widest), VALUE_IS_KEY=latent,
+        ROWS=config.rows, KEYS=config.keys, PAGE=page, STAGES=config.stages, Starts=None,
     )  # fmt: skip
     if config.hopper:
         constants["CONSUMERS"] = config.consumers
     if not rope:
         constants |= dict(QRope=None, KRope=None)
+    if not fp8:
+        constants["KScale"] = None
     if not page:
         constants["Table"] = None
     types = dict.fromkeys(("Q", "QRope", "K", "KRope", "V"), "*bf16") | dict.fromkeys(("Out", "Lse"), "*fp32")
+    if fp8:
+        types |= dict(K="*fp8e4nv", V="*fp8e4nv", KScale="*fp32")
     types |= dict.fromkeys(("Lengths", "Starts", "Table"), "*i32") | {"scale": "fp32"}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
