@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from headwise.cuda import current
 from headwise.errors import HeadwiseError
 from headwise.kernels.decode import portable
 from headwise.kernels.decode.latent_fp8 import BLOCK
-from headwise.kernels.decode.tiling import Config, card_of, choose_splits, choose_tiles, chunks, hopper
+from headwise.kernels.decode.tiling import Config, card_of, choose_splits, choose_tiles, chunks, hopper, hopper_fp8
 
 NO_WINDOW = 2**30
 
@@ -72,6 +73,12 @@ def _(
     return q.new_empty(*q.shape[:3], value.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
+def _can_copy(cache: Tensor) -> bool:
+    """Return whether every row of a cache begins at a multiple of 16 bytes, as `hopper_fp8` copies it."""
+    strides = (stride * cache.element_size() for stride in cache.stride()[:2])
+    return cache.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides)
+
+
 def launch_attend(
     q: Tensor,
     q_rope: Tensor | None,
@@ -116,11 +123,13 @@ def launch_attend(
     page = 0 if block_table is None else k.shape[1]
     capacity = k.shape[1] if block_table is None else block_table.shape[1] * page
     card = card_of(q.device.index if q.is_cuda else None)
+    fp8 = k_scale is not None
     if config is None:
-        config = choose_tiles(
-            card, queries * per_group, head_dim, rope_dim, value_dim, v is None, k_scale is not None
-        )
-    row_tiles = -(-queries * per_group // (config.rows * config.consumers))
+        if fp8 and not (_can_copy(k) and (k_rope is None or _can_copy(k_rope))):
+            card = replace(card, capability=min(card.capability, (8, 9)))
+        config = choose_tiles(card, queries * per_group, head_dim, rope_dim, value_dim, v is None, fp8)
+    # The consumers of FP8 keys share their rows.
+    row_tiles = -(-queries * per_group // (config.rows * (1 if fp8 else config.consumers)))
     if num_splits is None:
         longest = min(capacity, (window or capacity) + queries - 1)
         num_splits = choose_splits(batch * groups * row_tiles, longest, config, card.multiprocessors)
@@ -133,11 +142,12 @@ def launch_attend(
         parts = torch.empty(num_splits, rows, value_dim, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(num_splits, rows, dtype=torch.float32, device=q.device)
     v = k if v is None else v
+    rope_unit = 8 if fp8 and config.hopper else 1
     strides = (
         *q.stride()[:3],
         *(q_rope.stride()[:3] if q_rope is not None else (0, 0, 0)),
         *k.stride()[:3],
-        *(k_rope.stride()[:2] if k_rope is not None else (0, 0)),
+        *(stride // rope_unit for stride in (k_rope.stride()[:2] if k_rope is not None else (0, 0))),
         *v.stride()[:3],
         *(k_scale.stride()[:2] if k_scale is not None else (0, 0)),
         block_table.stride(0) if block_table is not None else 0,
@@ -148,14 +158,15 @@ def launch_attend(
         q, q_rope, k, k_rope, v, k_scale, lengths, starts, block_table, parts, part_lse,
         scale * math.log2(math.e), *strides, queries, per_group, capacity, window or NO_WINDOW,
     )  # fmt: skip
-    widest = None if k_scale is None else BLOCK
+    widest = BLOCK if fp8 else None
     options: dict[str, Any] = dict(
         HEAD=chunks(head_dim, widest), ROPE=chunks(rope_dim), VALUE=chunks(value_dim, widest), VALUE_IS_KEY=v is k,
         ROWS=config.rows, KEYS=config.keys, PAGE=page, STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
     grid = (num_splits, groups * row_tiles, batch)
     if config.hopper:
-        hopper.attend[grid](*arguments, **options, CONSUMERS=config.consumers, maxnreg=config.registers)
+        kernel = hopper_fp8.attend if fp8 else hopper.attend
+        kernel[grid](*arguments, **options, CONSUMERS=config.consumers, maxnreg=config.registers)
     else:
         portable.attend[grid](*arguments, **options)
     if num_splits > 1:

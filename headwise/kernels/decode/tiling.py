@@ -8,11 +8,16 @@ from typing import Any
 
 import torch
 
+from headwise.kernels.decode.latent_fp8 import BLOCK, num_blocks
+
 try:
     from headwise.kernels.decode import hopper as hopper
+    from headwise.kernels.decode import hopper_fp8 as hopper_fp8
 except ImportError:  # Gluon's interface changes between Triton releases; the portable kernel runs everywhere.
-    hopper = None  # type: ignore[assignment]
+    hopper = hopper_fp8 = None  # type: ignore[assignment]
 
+# More tiles than this are never in flight.
+FP8_STAGES = 6
 # Work of a split that does not grow with its keys (start-up, first copies, epilogue), in key tiles.
 SPLIT_OVERHEAD = 2
 
@@ -42,7 +47,8 @@ class Config:
         keys: keys of a tile.
         warps: warps of a program.
         stages: tiles of keys that are copied ahead.
-        consumers: groups of warps that take `rows` query rows each (Hopper).
+        consumers: groups of warps that take `rows` query rows each; with FP8 keys the groups share the rows and
+            take every second tile of keys (Hopper).
         resident: programs that share a multiprocessor.
         registers: the limit of each thread's registers; None: the compiler's choice.
     """
@@ -110,6 +116,10 @@ def choose_tiles(
     row_bytes = 2 * (head_dim + rope_dim + (0 if value_is_key else value_dim))
     query_bytes = 2 * (head_dim + rope_dim)
     power = 1 << (rows - 1).bit_length()
+    if fp8 and card.capability[0] == 9 and hopper is not None and head_dim % BLOCK == 0:
+        config = _fp8_tiles(card, min(32, max(8, power)), head_dim, rope_dim)
+        if config is not None:
+            return config
     if not fp8 and card.capability[0] == 9 and hopper is not None and value_dim % 64 == 0:
         tile = min(32, max(8, power))
         while tile * value_dim > 32 * 512:
@@ -127,6 +137,18 @@ def choose_tiles(
     while keys > 16 and 2 * keys * row_bytes + tile * query_bytes > card.shared_memory:
         keys //= 2
     return Config(False, tile, keys, 8 if tile * value_dim >= 32 * 256 else 4, 2)
+
+
+def _fp8_tiles(card: Card, rows: int, head_dim: int, rope_dim: int) -> Config | None:
+    """Return the tiles of `hopper_fp8.attend`, with as many stages as fit; None: the card has room for one only."""
+    keys = 64
+    stage = keys * (head_dim + 4 * num_blocks(head_dim) + 2 * rope_dim)
+    # Queries in two parts, their rotary parts, and the probabilities of both consumers.
+    rest = rows * (2 * head_dim + 2 * rope_dim + 2 * 2 * keys) + 2048
+    if rows * head_dim > 32 * 512 or card.shared_memory < 2 * stage + rest:
+        return None
+    stages = min(FP8_STAGES, (card.shared_memory - rest) // stage)
+    return Config(True, rows, keys, 4, stages, consumers=2)
 
 
 def choose_splits(num_programs: int, num_keys: int, config: Config, multiprocessors: int) -> int:

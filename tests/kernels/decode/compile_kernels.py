@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from headwise.kernels.decode import hopper, portable
+from headwise.kernels.decode import hopper, hopper_fp8, portable
 from headwise.kernels.decode.latent_fp8 import BLOCK
 from headwise.kernels.decode.tiling import Card, choose_tiles, chunks
 
@@ -35,6 +35,10 @@ SHAPES: dict[str, tuple[Any, ...]] = {
     "sm_90 GQA groups of 4 x128, pages": (90, 4, 128, 0, 128, False, 16),
     "sm_90 MLA 32 heads 208+48": (90, 32, 208, 48, 208, True, 0),
     "sm_89 MLA 14 heads 256+32, pages": (89, 14, 256, 32, 256, True, 16),
+    "sm_90 MLA 32 heads 512+64, FP8": (90, 32, 512, 64, 512, True, 0, True),
+    "sm_90 MLA 14 heads 256+64, FP8, pages": (90, 14, 256, 64, 256, True, 64, True),
+    "sm_90 MLA 32 heads 384+32, FP8": (90, 32, 384, 32, 384, True, 0, True),
+    "sm_90 MLA 9 heads 128+64, FP8": (90, 9, 128, 64, 128, True, 0, True),
     "sm_89 MLA 14 heads 256+32, FP8": (89, 14, 256, 32, 256, True, 16, True),
     "sm_80 MLA 14 heads 512+64": (80, 14, 512, 64, 512, True, 0),
     "sm_80 GQA groups of 5 x128, pages": (80, 5, 128, 0, 128, False, 16),
@@ -46,7 +50,9 @@ def compile_kernel(
 ) -> tuple[Any, bool]:
     """Return a compiled kernel, and whether it is the one for Hopper."""
     config = choose_tiles(CARDS[capability], rows, head, rope, value, latent, fp8)
-    kernel = hopper.attend if config.hopper else portable.attend
+    kernel = portable.attend
+    if config.hopper:
+        kernel = hopper_fp8.attend if fp8 else hopper.attend
     widest = BLOCK if fp8 else None
     constants: dict[str, Any] = dict(
         HEAD=chunks(head, widest), ROPE=chunks(rope), VALUE=chunks(value, widest), VALUE_IS_KEY=latent,
@@ -67,7 +73,7 @@ def compile_kernel(
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     # As at run time: pointers and the strides of queries and caches are multiples of sixteen.
-    aligned = re.compile(r"(q|qr|k|kr|v|out)_")
+    aligned = re.compile(r"(q|qr|k|v|out)_" if fp8 and config.hopper else r"(q|qr|k|kr|v|out)_")
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, (name, kind) in enumerate(signature.items())

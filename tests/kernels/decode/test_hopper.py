@@ -12,6 +12,10 @@ BUDGETS = {
     "sm_90 MLA 9 heads 192+64": Budget(255, 0, 143700, "wgmma", 56),
     "sm_90 MLA 32 heads 128+64": Budget(255, 0, 168600, "wgmma", 40),
     "sm_90 MLA 128 heads 512+64": Budget(168, 88, 230500, "wgmma", 136),
+    "sm_90 MLA 32 heads 512+64, FP8": Budget(168, 336, 214500, "wgmma", 136),
+    "sm_90 MLA 14 heads 256+64, FP8, pages": Budget(168, 0, 165800, "wgmma", 72),
+    "sm_90 MLA 32 heads 384+32, FP8": Budget(168, 176, 213000, "wgmma", 100),
+    "sm_90 MLA 9 heads 128+64, FP8": Budget(168, 0, 111000, "wgmma", 40),
     "sm_90 GQA groups of 7 x64": Budget(128, 0, 51400, "wgmma", 8),
     "sm_90 GQA groups of 4 x128, pages": Budget(128, 0, 101600, "wgmma", 16),
 }

@@ -56,6 +56,18 @@ def test_tiles_fit_the_card(card: Card, rows: int, width: int, rope: int, latent
         assert config.rows * width <= 32 * 512
 
 
+@given(st.integers(1, 256), widths, st.integers(0, 8).map(lambda n: 16 * n))
+def test_fp8_tiles_fit_the_card(rows: int, width: int, rope: int) -> None:
+    config = choose_tiles(HOPPER, rows, width, rope, width, True, True)
+    assert not config.hopper or width % 128 == 0
+    if config.hopper:
+        stage = config.keys * (width + 4 * -(-width // 128) + 2 * rope)
+        queries = config.rows * (2 * width + 2 * rope + 4 * config.keys)
+        assert config.stages >= 2 and config.stages * stage + queries <= HOPPER.shared_memory
+        # Partial results of 4 bytes must fit into the ring of keys.
+        assert 4 * config.rows * width <= config.stages * config.keys * width
+
+
 @given(st.integers(1, 5000), st.integers(1, 100_000))
 def test_splits_are_never_more_than_tiles(programs: int, keys: int) -> None:
     config = choose_tiles(HOPPER, 32, 512, 64, 512, True)
