@@ -118,8 +118,8 @@ def _assemble(
     """Return the layer that caches these features and reads them by this readout.
 
     Position-free queries are the source's own: the reconstructed key rows are in the up-projection. The latent gets
-    the basis in which its elements are uncorrelated, of unit size and ordered by their contribution: any other
-    basis would lose digits in bfloat16.
+    the basis in which its elements are uncorrelated, of unit size and ordered by their contribution. The written
+    layer has that of `latent_basis.py`.
     """
     features, keys, values = solution.features, solution.readout.keys, solution.readout.values
     layout, rank = weights.layout, len(features.latent)

@@ -16,6 +16,7 @@ from headwise.convert.mla.exact import exact_mla, exact_mla_shape, latent_layout
 from headwise.convert.mla.features import layer_statistics, with_constant
 from headwise.convert.mla.frequencies import free_frequencies, partial_frequencies, plane_norms, rotary_gains
 from headwise.convert.mla.latent import approximate_mla
+from headwise.convert.mla.latent_basis import balanced_basis, unit_rotary_key
 from headwise.convert.mla.shape import check_shape, choose_shape, source_cache
 from headwise.convert.mla.stand_in import linear_stand_in, unit_scale
 from headwise.convert.positions.context import rope_sets
@@ -277,6 +278,9 @@ class LatentTarget:
         if record is not None:
             inputs = converted.q_nope.shape[2]
             moment = record.moment[:inputs, :inputs].to(converted.q_nope.device)
+        if not self.exact:
+            # The exact form copies rows of the source; another basis would round them twice.
+            converted = unit_rotary_key(balanced_basis(converted, moment), moment)
         tensors = deepseek.attention_tensors(
             converted,
             f"{LAYERS.format(layer=layer)}.{ATTENTION}",
