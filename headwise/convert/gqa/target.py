@@ -71,6 +71,7 @@ class GroupedTarget:
         text = any(changed and new.on_text for changed, new in zip(self._changed, self.layouts, strict=True))
         self.calibrated = not self.exact and text and "moments" in self.method.needs
         self.fitted = not self.exact and text and "text" in self.method.needs
+        self._solved = self.fitted and settings.calibrate != "none"
         self.regresses_norms = False
         # The layer of every key and value tensor that is transformed without its layer's other tensors.
         self._tensorwise: dict[str, int] = {}
@@ -119,7 +120,7 @@ class GroupedTarget:
         if self.exact:
             return "heads repeated"
         if part in ("q", "o"):
-            return "turned to its merged KV head" + "; solved on text" * (part == "o" and self.fitted)
+            return "turned to its merged KV head" + "; solved on text" * (part == "o" and self._solved)
         return "heads merged"
 
     def converted_names(self, layer: int) -> tuple[str, ...]:
