@@ -1,11 +1,12 @@
-"""Loss and recall of sparse attention at budgets of a context: random keys, a window, indexers.
+"""Loss, recall and passkeys of sparse attention at budgets of a context: random keys, a window, indexers.
 
-    python benchmarks/sparse.py --context 2048 --blocks 6
+    python benchmarks/sparse.py --context 2048 --blocks 6 --passkeys 8
     python benchmarks/sparse.py --context 4096 --rank 192 --rope-dim 64 --device cuda
 
 The model is converted twice with `--sparse dsa`: with the closed form of the indexers alone, and trained. The stock
 class then runs on held-out text with the keys that each selection gives it. The dense model is the same folder with
-a budget of the whole context. Prints Markdown tables; --json keeps the figures.
+a budget of the whole context. A passkey is a number hidden in a text as long as the context, at five depths; a
+prompt is solved if greedy decoding writes the number. Prints Markdown tables; --json keeps the figures.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from headwise.convert.pipeline import convert_model
 from headwise.convert.sparse.indexer import index_scores, query_scale, read_indexer, select
 from headwise.convert.sparse.warm_up import summed_attention
+from headwise.eval.tasks.passkey import make_passkey_documents, passkey_shares, solve_passkeys
 from headwise.io.reader import open_checkpoint
 from headwise.io.source import EMBEDDED_MODEL
 from headwise.measure.positions import loss_by_position
@@ -129,6 +131,7 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=131072)
     parser.add_argument("--heldout", default="builtin")
     parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--passkeys", type=int, default=0, help="prompts at each depth, at 1/4 and 1/8")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -181,10 +184,24 @@ def main() -> None:
                 rows.setdefault(name, {})[share] = over
                 print(f"| {name} | 1/{share} | {sum(over) / 8:.4f} | {over[-1]:.4f} |", flush=True)
         figures["over"] = rows
-        print(f"\nLoss over dense by position, budget 1/8 ({budgets[1]} keys), intervals of {width}:\n")
-        print("| selection |" + "".join(f" {i * width} |" for i in range(8)) + "\n|---|" + "---|" * 8)
-        for name, by_share in rows.items():
-            print(f"| {name} |" + "".join(f" {value:.4f} |" for value in by_share[8]))
+        for share, budget in zip(SHARES[:2], budgets, strict=False):
+            print(f"\nLoss over dense by position, budget 1/{share} ({budget} keys), intervals of {width}:\n")
+            print("| selection |" + "".join(f" {i * width} |" for i in range(8)) + "\n|---|" + "---|" * 8)
+            for name, by_share in rows.items():
+                print(f"| {name} |" + "".join(f" {value:.4f} |" for value in by_share[share]), flush=True)
+        if options.passkeys:
+            documents = make_passkey_documents(tokenizer, [context], samples=options.passkeys)
+            figures["passkeys"] = {}
+            print(f"\nPasskeys found at {context:,} tokens, {len(documents)} prompts:\n")
+            print("| selection | budget | found | by depth |\n|---|---|---|---|")
+            runs = [("dense", 1, models["trained"], None)]
+            runs += [(name, share, model, scores) for share in SHARES[:2] for name, model, scores in cases]
+            for name, share, model, scores in runs:
+                set_selection(model, context // share, scores)
+                shares = passkey_shares(solve_passkeys(model, tokenizer, documents))
+                figures["passkeys"][f"{name} 1/{share}"] = list(shares.values())
+                depths = ", ".join(f"{value:.0%}" for value in shares.values())
+                print(f"| {name} | 1/{share} | {sum(shares.values()) / len(shares):.1%} | {depths} |", flush=True)
         print(f"\nRecall of the attention of a layer at {', '.join(f'1/{share}' for share in SHARES)}:\n")
         print("| layer | random | window | closed form | trained | best |\n|---|---|---|---|---|---|")
         figures["recall"] = []

@@ -17,7 +17,7 @@ from headwise.convert.calibration.layer_stream import LayerRecord
 from headwise.convert.refit.regression import LEARNING_RATE
 from headwise.io.reader import Checkpoint
 from headwise.io.writer import OutputTensor
-from headwise.models.layout import AttentionLayout, LayerWeights
+from headwise.models.layout import AttentionLayout
 
 
 class Target(Protocol):
@@ -63,14 +63,12 @@ class Target(Protocol):
             layer: its index.
         """
 
-    def convert_layer(
-        self, layer: int, weights: LayerWeights, record: LayerRecord | None
-    ) -> tuple[Any, dict[str, Any]]:
+    def convert_layer(self, layer: int, weights: Any, record: LayerRecord | None) -> tuple[Any, dict[str, Any]]:
         """Convert one layer.
 
         Args:
             layer: its index.
-            weights: of the source, on the device of `record`.
+            weights: of the source (`AttentionModel.read_layer`), on the device of `record`.
             record: what was measured on the layer; None if nothing was.
 
         Returns:

@@ -11,24 +11,71 @@ from headwise.convert.gqa.target import GroupedTarget
 from headwise.convert.mla.target import LatentTarget
 from headwise.convert.positions.moved import with_positions
 from headwise.convert.settings import ConvertSettings
-from headwise.errors import SettingError
+from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.layout import CROSS, AttentionLayout
+from headwise.models.mla_source import written_class
+from headwise.models.protocol import AttentionModel
 
 
-def choose_target(checkpoint: Checkpoint, arch: Architecture, settings: ConvertSettings) -> Target:
+def check_source(checkpoint: Checkpoint, model: AttentionModel, settings: ConvertSettings) -> None:
+    """Refuse what cannot be made of a model that has MLA already: it can be given indexers, and nothing else.
+
+    Args:
+        checkpoint: the source.
+        model: its stock class.
+        settings: of the conversion.
+
+    Raises:
+        HeadwiseError: the model has indexers already, or the settings are for other models.
+    """
+    layout = model.layouts(checkpoint.config)[0]
+    if layout.kind != "mla":
+        return
+    if layout.indexer is not None:
+        raise HeadwiseError(
+            f"config.json: {checkpoint.source} is a {model.model_type} model, which has indexers already.",
+            "Convert the model that it was made from.",
+        )
+    if settings.sparse is None:
+        raise HeadwiseError(
+            f"config.json: {checkpoint.source} is a {model.model_type} model, which has MLA already, and indexers "
+            "(`sparse`) are all that it can be given.",
+            "Convert the model that it was made from.",
+        )
+    stock = written_class(checkpoint.config)
+    if stock is None or settings.sparse not in stock.sparse:
+        raise HeadwiseError(
+            f"config.json: {checkpoint.source} is a {model.model_type} model, which no stock class with an indexer "
+            "replaces.",
+            "Leave it as it is.",
+        )
+    for name in ("rank", "rope_dim", "cache", "context", "sliding_window"):
+        if getattr(settings, name) is not None:
+            raise SettingError(
+                name,
+                f"`{name}` acts on the model that {checkpoint.source} was made from: MLA keeps its size and its "
+                "positions under `sparse`.",
+                f"Leave out `{name}`.",
+            )
+
+
+def choose_target(checkpoint: Checkpoint, model: AttentionModel, settings: ConvertSettings) -> Target:
     """Return the decided conversion.
 
     Args:
         checkpoint: the source.
-        arch: its architecture.
+        model: its stock class.
         settings: of the conversion.
 
     Raises:
         HeadwiseError: the conversion is not possible for this model.
     """
     dtype: torch.dtype | None = getattr(torch, settings.dtype) if settings.dtype else None
+    if model.layouts(checkpoint.config)[0].kind == "mla":
+        return LatentTarget(checkpoint, model, checkpoint.config, settings, dtype=dtype)
+    arch = find_architecture(checkpoint.config, checkpoint.tensors)
     config = arch.with_groups(checkpoint.config, {})
     if not arch.is_decoder:
         _refuse_positions(checkpoint, settings)

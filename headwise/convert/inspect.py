@@ -374,8 +374,7 @@ def _match_headers(model: str, folder: Path, commit: str | None) -> Checkpoint |
     if not ((folder / SINGLE).is_file() or any(folder.glob("model-*.safetensors"))):
         return None
     opened = read_headers(source_in_folder(model, folder))
-    grouped = find_attention_model(opened.config, opened.tensors).layouts(opened.config)[0].kind != "mla"
-    return match_source(opened) if grouped else opened
+    return match_source(opened)
 
 
 def _count_parameters(

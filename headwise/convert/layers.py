@@ -19,7 +19,7 @@ from headwise.convert.sparse.warm_up import make_indexer
 from headwise.format import plain
 from headwise.io.reader import Checkpoint, as_bytes
 from headwise.io.writer import Writer
-from headwise.models.architecture import Architecture
+from headwise.models.protocol import AttentionModel
 from headwise.progress import SILENT, Progress
 
 
@@ -52,7 +52,7 @@ class LayerJob:
     """
 
     checkpoint: Checkpoint
-    arch: Architecture
+    arch: AttentionModel
     target: Target
     calibration: CalibrationPlan | None
     cache: Path | None

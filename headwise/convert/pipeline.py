@@ -26,7 +26,7 @@ from headwise.convert.calibration.corpus import (
     measure_text,
     read_corpus,
 )
-from headwise.convert.choose import choose_target
+from headwise.convert.choose import check_source, choose_target
 from headwise.convert.encode import encode_outputs
 from headwise.convert.forecast.peak_memory import require_free_memory
 from headwise.convert.forecast.whole_conversion import forecast_conversion
@@ -51,7 +51,7 @@ from headwise.fields import settings_of
 from headwise.io.reader import open_checkpoint
 from headwise.io.tokenizer import TOKENIZER_CONFIG, raised_max_length, tokenizer_kind
 from headwise.io.writer import Writer, unfinished_identity
-from headwise.models.architecture import find_architecture
+from headwise.models.protocol import find_attention_model
 from headwise.models.stock_match import match_source
 from headwise.progress import SILENT, Progress
 from headwise.records.card import render_card
@@ -232,7 +232,8 @@ def convert_model(
         model, revision=revision, token=token, allow_pickle=settings.allow_pickle, progress=progress
     )
     checkpoint = match_source(opened)
-    arch = find_architecture(checkpoint.config, checkpoint.tensors)
+    arch = find_attention_model(checkpoint.config, checkpoint.tensors)
+    check_source(checkpoint, arch, settings)
     devices = find_devices(settings.device)
     requested = devices[0]
     before = unfinished_identity(out).get("arguments") if settings.resume else None

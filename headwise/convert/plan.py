@@ -18,6 +18,7 @@ from headwise.io.writer import OutputTensor, Shard, plan_shards
 from headwise.models.architecture import Architecture
 from headwise.models.config import dtype_of
 from headwise.models.layout import AttentionLayout, CacheSize, cached_tokens, describe
+from headwise.models.protocol import AttentionModel
 from headwise.models.stock import context_length
 from headwise.serving.engines import EngineVerdict
 
@@ -253,7 +254,7 @@ def grouped_outputs(
 
 def make_plan(
     checkpoint: Checkpoint,
-    arch: Architecture,
+    arch: AttentionModel,
     outputs: Iterable[OutputTensor],
     *,
     config: dict[str, Any],

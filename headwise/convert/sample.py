@@ -16,7 +16,7 @@ from headwise.io.fs import os_errors
 from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.io.tokenizer import load_tokenizer
 from headwise.io.workdir import write_file_atomically
-from headwise.models.architecture import find_architecture
+from headwise.models.protocol import find_attention_model
 from headwise.models.stock_match import match_source, require_head
 from headwise.models.table import require_decoder
 from headwise.progress import SILENT, Progress
@@ -127,7 +127,7 @@ def write_samples(
     Raises:
         HeadwiseError: the model cannot be loaded, or gives logits that are not finite.
     """
-    stock = find_architecture(checkpoint.config, checkpoint.tensors).stock_config(checkpoint.config)
+    stock = find_attention_model(checkpoint.config, checkpoint.tensors).stock_config(checkpoint.config)
     longest = getattr(stock, "max_position_embeddings", None) or LENGTH
     length = min(LENGTH, longest, tokens)
     if length < 2:

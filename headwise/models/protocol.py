@@ -12,11 +12,11 @@ from headwise.errors import HeadwiseError
 from headwise.io.reader import Checkpoint
 from headwise.models import deepseek, rope
 from headwise.models.architecture import find_architecture
-from headwise.models.config import MAX_LAYERS, check_rope, checked_size
+from headwise.models.config import MAX_LAYERS, check_rope, checked_size, stock_text_config
 from headwise.models.deepseek import ATTENTION, LAYERS
 from headwise.models.layout import AttentionLayout, IndexerShape, LatentWeights
 from headwise.models.mla_source import written_class
-from headwise.models.table import find_parts, load_table, supported_model_types
+from headwise.models.table import QkNorm, find_parts, load_table, supported_model_types
 
 LATENT_SIZES = (
     "num_hidden_layers",
@@ -37,6 +37,10 @@ class AttentionModel(Protocol):
     `Architecture` implements it for MHA, GQA and MQA, `LatentModel` for MLA. Callers that need to distinguish them
     use `AttentionLayout.kind`.
     """
+
+    @property
+    def model_type(self) -> str:
+        """The model type of the language model."""
 
     @property
     def auto_class(self) -> str:
@@ -62,6 +66,14 @@ class AttentionModel(Protocol):
     def reads_pairs(self) -> bool:
         """Whether the model is an encoder-decoder, which reads a source and a target."""
 
+    @property
+    def is_decoder(self) -> bool:
+        """Whether text runs one attention stack, which has a cache."""
+
+    @property
+    def cached(self) -> bool:
+        """Whether the attention has a cache."""
+
     def cross_states(self, config: dict[str, Any]) -> dict[str, int]:
         """Return the arguments from which cross-attention makes keys and values, with their widths; none without.
 
@@ -76,6 +88,13 @@ class AttentionModel(Protocol):
             config: the config.json.
         """
 
+    def stock_config(self, config: dict[str, Any]) -> Any:
+        """Return the stock config object of the language model. Callers share it and must not change it.
+
+        Args:
+            config: the config.json.
+        """
+
     def layouts(self, config: dict[str, Any]) -> list[AttentionLayout]:
         """Return the layout of every layer.
 
@@ -84,6 +103,44 @@ class AttentionModel(Protocol):
 
         Raises:
             HeadwiseError: a field has the wrong type or an impossible value.
+        """
+
+    def has_bias(self, config: dict[str, Any]) -> bool:
+        """Return whether queries, keys and values have biases.
+
+        Args:
+            config: the config.json.
+        """
+
+    def qk_norm(self, config: dict[str, Any]) -> QkNorm | None:
+        """Return the norms on queries and keys; None if the model has none.
+
+        Args:
+            config: the config.json.
+        """
+
+    def first_names(self, config: dict[str, Any]) -> tuple[str, ...]:
+        """Return `tensor_names` of the first layer with attention.
+
+        Args:
+            config: the config.json.
+        """
+
+    def tensor_names(self, config: dict[str, Any], layer: int) -> tuple[str, ...]:
+        """Return the names of a layer's attention tensors, which a conversion rewrites.
+
+        Args:
+            config: the config.json.
+            layer: index of the decoder layer.
+        """
+
+    def read_layer(self, config: dict[str, Any], layer: int, tensors: dict[str, Tensor]) -> Any:
+        """Return a layer's weights in float64: `LayerWeights`, or `LatentWeights` of an MLA model.
+
+        Args:
+            config: the config.json.
+            layer: index of the decoder layer.
+            tensors: at least those of `tensor_names`, in any floating dtype.
         """
 
     def attention_path(self, layer: int) -> str:
@@ -109,6 +166,7 @@ class AttentionModel(Protocol):
 class LatentModel:
     """The attention layers of a stock model with MLA, as headwise writes it."""
 
+    model_type: str = "deepseek_v3"
     auto_class: str = "AutoModelForCausalLM"
     indexed: bool = False
     layers: tuple[str, ...] = (LAYERS,)
@@ -116,6 +174,8 @@ class LatentModel:
     attention: str = ATTENTION
     output_projection: str = "o_proj"
     reads_pairs: bool = False
+    is_decoder: bool = True
+    cached: bool = True
 
     def cross_states(self, config: dict[str, Any]) -> dict[str, int]:
         """Return none: there is no cross-attention.
@@ -132,6 +192,14 @@ class LatentModel:
             config: the config.json.
         """
         return config
+
+    def stock_config(self, config: dict[str, Any]) -> Any:
+        """Return the stock config object. Callers share it and must not change it.
+
+        Args:
+            config: the config.json.
+        """
+        return stock_text_config(self.model_type, config)
 
     def layouts(self, config: dict[str, Any]) -> list[AttentionLayout]:
         """Return the layout of every layer.
@@ -150,6 +218,58 @@ class LatentModel:
         if self.indexed:
             layout = replace(layout, indexer=IndexerShape(*(checked_size(config, n) for n in INDEXER_SIZES)))
         return [layout] * layers
+
+    def has_bias(self, config: dict[str, Any]) -> bool:
+        """Return whether the projections have biases.
+
+        Args:
+            config: the config.json.
+        """
+        return bool(config.get("attention_bias"))
+
+    def qk_norm(self, config: dict[str, Any]) -> QkNorm | None:
+        """Return None: the norms of MLA as headwise writes it are linear.
+
+        Args:
+            config: the config.json.
+        """
+        return None
+
+    def first_names(self, config: dict[str, Any]) -> tuple[str, ...]:
+        """Return the names of the attention tensors of the first layer.
+
+        Args:
+            config: the config.json.
+        """
+        return self.tensor_names(config, 0)
+
+    def tensor_names(self, config: dict[str, Any], layer: int) -> tuple[str, ...]:
+        """Return the names of a layer's attention tensors, without those of its indexer.
+
+        Args:
+            config: the config.json.
+            layer: index of the decoder layer.
+        """
+        shapes = deepseek.attention_shapes(
+            self.layouts(config)[layer],
+            config["hidden_size"],
+            bias=self.has_bias(config),
+            q_lora_rank=config.get("q_lora_rank"),
+        )
+        return tuple(f"{self.attention_path(layer)}.{name}" for name in shapes)
+
+    def read_layer(self, config: dict[str, Any], layer: int, tensors: dict[str, Tensor]) -> LatentWeights:
+        """Return a layer in the norm-free parametrization, float64, without its output bias.
+
+        Args:
+            config: the config.json.
+            layer: index of the decoder layer.
+            tensors: at least those of `tensor_names`, in any floating dtype.
+        """
+        frequencies, _ = rope.frequencies(
+            config["rope_parameters"], config["qk_rope_head_dim"], config["max_position_embeddings"]
+        )
+        return deepseek.read_attention(tensors, self.attention_path(layer), config, frequencies)
 
     def attention_path(self, layer: int) -> str:
         """Return the path of a layer's attention module, which is also its prefix in the checkpoint.
@@ -188,7 +308,7 @@ def find_attention_model(config: dict[str, Any], names: Iterable[str] = ()) -> A
     model_type = config.get("model_type")
     stock = written_class(config)
     if stock is not None and isinstance(model_type, str):
-        return LatentModel(stock.auto_class, stock.indexed)
+        return LatentModel(stock.model_type, stock.auto_class, stock.indexed)
     if "kv_lora_rank" in config and model_type not in supported_model_types():
         raise HeadwiseError(
             f"config.json describes a {model_type} model with multi-head latent attention (MLA) that headwise did "
@@ -217,9 +337,7 @@ def read_latent_layer(checkpoint: Checkpoint, layer: int) -> tuple[LatentWeights
     Returns:
         The layer in the norm-free parametrization, float64, and its output bias (D,) or None.
     """
-    model, config = LatentModel(), checkpoint.config
-    tensors, prefix = model.tensors(checkpoint, layer), model.attention_path(layer)
-    frequencies, _ = rope.frequencies(
-        config["rope_parameters"], config["qk_rope_head_dim"], config["max_position_embeddings"]
-    )
-    return deepseek.read_attention(tensors, prefix, config, frequencies), tensors.get(f"{prefix}.o_proj.bias")
+    model = LatentModel()
+    tensors = model.tensors(checkpoint, layer)
+    weights = model.read_layer(checkpoint.config, layer, tensors)
+    return weights, tensors.get(f"{model.attention_path(layer)}.o_proj.bias")

@@ -20,8 +20,8 @@ from headwise.format import dtype_name
 from headwise.io.quantized.quantization import CONVERT_ORIGINAL
 from headwise.io.reader import Checkpoint, make_buffers
 from headwise.io.source import ADAPTER_CONFIG, adapter_error
-from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.config import check_labels, stored_dtype
+from headwise.models.protocol import AttentionModel, find_attention_model
 from headwise.models.stock import empty_model, load_into
 
 # Buffers that old releases of transformers saved and no release reads.
@@ -120,7 +120,7 @@ def match_source(checkpoint: Checkpoint) -> Checkpoint:
         HeadwiseError: stock transformers does not load the checkpoint, or a file beside it changes its weights.
     """
     config = checkpoint.config
-    arch = find_architecture(config, checkpoint.tensors)
+    arch = find_attention_model(config, checkpoint.tensors)
     if checkpoint.gguf is None and (checkpoint.folder / ADAPTER_CONFIG).is_file():
         raise adapter_error(checkpoint.folder, "has a LoRA adapter beside the weights")
     found = match_stock_class(checkpoint, arch.auto_class)
@@ -157,7 +157,7 @@ def require_head(checkpoint: Checkpoint, purpose: str) -> None:
     Raises:
         HeadwiseError: it has no head.
     """
-    found = match_stock_class(checkpoint, find_architecture(checkpoint.config, checkpoint.tensors).auto_class)
+    found = match_stock_class(checkpoint, find_attention_model(checkpoint.config, checkpoint.tensors).auto_class)
     if checkpoint.headless or not _heads(found.model) or _lacks_a_head(checkpoint, found):
         raise HeadwiseError(
             f"{checkpoint.source} is a model without a language-model head, and {purpose}.",
@@ -165,7 +165,7 @@ def require_head(checkpoint: Checkpoint, purpose: str) -> None:
         )
 
 
-def _refuse_unloadable(checkpoint: Checkpoint, arch: Architecture, found: StockMatch) -> None:
+def _refuse_unloadable(checkpoint: Checkpoint, arch: AttentionModel, found: StockMatch) -> None:
     """Raise HeadwiseError if the stock class misses a tensor or reads one of another shape or kind."""
     for name, place in found.places.items():
         dtype = checkpoint.tensors[name].dtype
@@ -182,7 +182,7 @@ def _refuse_unloadable(checkpoint: Checkpoint, arch: Architecture, found: StockM
         raise HeadwiseError(f"tensor {name} is missing; the model of config.json has it.", FOREIGN)
 
 
-def _explain_missing(checkpoint: Checkpoint, arch: Architecture, found: StockMatch) -> None:
+def _explain_missing(checkpoint: Checkpoint, arch: AttentionModel, found: StockMatch) -> None:
     """Raise HeadwiseError if the names of a checkpoint show why the class misses tensors."""
     source, names = checkpoint.source, checkpoint.tensors
     if name := next(filter(LORA.search, names), None):
@@ -226,7 +226,7 @@ def _lacks_a_head(checkpoint: Checkpoint, found: StockMatch) -> bool:
     return bool(found.missing) and not any(name.startswith(prefix) for name in checkpoint.tensors)
 
 
-def _tied(config: dict[str, Any], arch: Architecture) -> dict[str, Any]:
+def _tied(config: dict[str, Any], arch: AttentionModel) -> dict[str, Any]:
     """Return a config whose head is tied to the embeddings."""
     new = copy.deepcopy(config)
     for part in (new, arch.text_config(new)):
@@ -238,10 +238,10 @@ def _canonical_names(config: dict[str, Any], placed: Collection[str], found: Sto
     """Return the name of every placed tensor in its architecture's row, by its name in the checkpoint."""
     prefix, parameters = f"{found.model.base_model_prefix}.", found.model.state_dict().keys()
     names = {name: name for name in placed}
-    row = find_architecture(config, placed)
+    row = find_attention_model(config, placed)
     if not names.keys() >= set(row.first_names(config)):
         bare = {n: n if n in parameters or n.startswith(prefix) else prefix + n for n in placed}
-        row = find_architecture(config, bare.values())
+        row = find_attention_model(config, bare.values())
         if set(bare.values()) >= set(row.first_names(config)):
             names = bare
     # A head that stands for the embeddings tied to it.
@@ -269,7 +269,7 @@ def _name_dtype(config: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]
         yield f"config.json names no dtype: {config['dtype']} is written, that of the tensors."
 
 
-def _untie(source: Checkpoint, arch: Architecture, found: StockMatch) -> Iterator[str]:
+def _untie(source: Checkpoint, arch: AttentionModel, found: StockMatch) -> Iterator[str]:
     """Untie a head that differs from the embeddings, as stock transformers loads it, and yield a note."""
     stored = {place: name for name, place in found.places.items() if place is not None}
     by_file_name = {entry.name: name for name, entry in source.tensors.items()}
@@ -296,7 +296,7 @@ def _equal(source: Checkpoint, a: str, b: str) -> bool:
 
 
 def _explain_dropped(
-    config: dict[str, Any], arch: Architecture, model: Any, dropped: Collection[str]
+    config: dict[str, Any], arch: AttentionModel, model: Any, dropped: Collection[str]
 ) -> tuple[list[str], list[str]]:
     """Return notes on the tensors that the class is known to ignore, and warnings about others without a place."""
     num_layers = arch.stock_config(config).num_hidden_layers

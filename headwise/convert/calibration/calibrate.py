@@ -39,7 +39,8 @@ from headwise.convert.settings import ConvertSettings
 from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import Checkpoint, has_nonfinite
 from headwise.io.writer import Writer
-from headwise.models.architecture import Architecture, find_architecture
+from headwise.models.architecture import find_architecture
+from headwise.models.protocol import AttentionModel, find_attention_model
 from headwise.progress import Progress
 
 # What the texts that `auto` chooses hold.
@@ -119,7 +120,7 @@ class CalibrationPlan:
 
 def plan_calibration(
     checkpoint: Checkpoint,
-    arch: Architecture,
+    arch: AttentionModel,
     target: Target,
     settings: ConvertSettings,
     device: torch.device,
@@ -265,7 +266,7 @@ def plan_warnings(calibration: CalibrationPlan | None) -> Iterator[str]:
 
 def plan_loss(
     checkpoint: Checkpoint,
-    arch: Architecture,
+    arch: AttentionModel,
     target: Target,
     settings: ConvertSettings,
     calibration: CalibrationPlan | None,
@@ -322,10 +323,11 @@ def iter_layer_stats(
         yield from ((saved.read(i, device) if target.layouts[i].on_text else None, i) for i in layers)
         return
     progress.note(f"Reading {calibration.amount} of {calibration.text} through the parent, layer by layer.")
-    arch = find_architecture(target.parent_config, checkpoint.tensors)
+    arch = find_attention_model(target.parent_config, checkpoint.tensors)
     if arch.reads_pairs:
-        pairs = read_pair_corpus(checkpoint, arch, calibration, device, progress, cache)
-        stats = PairStream(checkpoint, arch, pairs, device)
+        encoder_decoder = find_architecture(target.parent_config, checkpoint.tensors)
+        pairs = read_pair_corpus(checkpoint, encoder_decoder, calibration, device, progress, cache)
+        stats = PairStream(checkpoint, encoder_decoder, pairs, device)
         yield from _kept(
             stats.records(keep_activations=calibration.keeps_text, layers=layers), checkpoint, calibration
         )
@@ -387,8 +389,8 @@ def keep_text(
         progress: receives the tokens that are sampled.
         cache: the folder.
     """
-    arch = find_architecture(target.parent_config, checkpoint.tensors)
-    if arch.reads_pairs:
+    if find_attention_model(target.parent_config, checkpoint.tensors).reads_pairs:
+        arch = find_architecture(target.parent_config, checkpoint.tensors)
         read_pair_corpus(checkpoint, arch, calibration, device, progress, cache)
     else:
         read_corpus(checkpoint, calibration, device, progress, cache)

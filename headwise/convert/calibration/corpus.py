@@ -24,7 +24,7 @@ from headwise.io.tokenizer import load_tokenizer, tokenizer_errors
 from headwise.io.workdir import write_file_atomically
 from headwise.io.writer import Writer
 from headwise.measure.loss import nats_per_token
-from headwise.models.architecture import Architecture, find_architecture
+from headwise.models.protocol import AttentionModel, find_attention_model
 from headwise.progress import SILENT, Progress
 from headwise.schema import restore
 from headwise.text.blocks import blocks_from
@@ -87,7 +87,7 @@ class CalibrationLoss:
 
 def choose_text(
     checkpoint: Checkpoint,
-    arch: Architecture,
+    arch: AttentionModel,
     calibrate: str,
     tokens: int,
     device: torch.device,
@@ -154,7 +154,7 @@ def _least_sampling_seconds(checkpoint: Checkpoint, tokens: int, device: torch.d
     flops = 2.0 * checkpoint.num_parameters * tokens
     if device.type == "cuda":
         return flops / CUDA_SAMPLING_FLOPS
-    width = find_architecture(checkpoint.config, checkpoint.tensors).stock_config(checkpoint.config).hidden_size
+    width = find_attention_model(checkpoint.config, checkpoint.tensors).stock_config(checkpoint.config).hidden_size
     return flops / product_rate(torch.float32, ROWS, width, 4 * width)
 
 
@@ -397,7 +397,7 @@ def _read(checkpoint: Checkpoint, calibration: Any, device: torch.device, progre
             least = getattr(calibration, "least", None)
             count = calibration.sequences
             blocks = blocks_from(calibration.text, tokenizer, count=count, minimum=least, **options)
-    config = find_architecture(checkpoint.config).stock_config(checkpoint.config)
+    config = find_attention_model(checkpoint.config).stock_config(checkpoint.config)
     require_known_tokens(checkpoint, config.vocab_size, blocks)
     return blocks
 

@@ -12,7 +12,7 @@ from headwise.convert.refit.regression import DEFAULT_STEPS
 from headwise.convert.sparse.warm_up import INDEX_STEPS
 from headwise.format import duration
 from headwise.io.reader import Checkpoint
-from headwise.models.architecture import Architecture
+from headwise.models.protocol import AttentionModel
 
 # Tokens for the closed forms, for a refit of each layer, which learns from every one of them, and for closed forms
 # before a joint refit, which samples far more text anyway. On a CPU, where a refit reads fewer of them, the least
@@ -29,7 +29,7 @@ REFIT_SECONDS, REFIT_SECONDS_ON_CPU = 600.0, 25.0
 STEPS_TO_TRY = (DEFAULT_STEPS, 200, 100)
 
 
-def trained_length(arch: Architecture, config: dict[str, Any]) -> int:
+def trained_length(arch: AttentionModel, config: dict[str, Any]) -> int:
     """Return the context of a config in tokens; 2048 where the config class has none.
 
     Args:
@@ -52,7 +52,7 @@ def calibration_length(indexers: bool, *, exact: bool) -> int:
 
 def calibration_tokens(
     checkpoint: Checkpoint,
-    arch: Architecture,
+    arch: AttentionModel,
     steps: int,
     device: torch.device,
     *,
@@ -91,7 +91,7 @@ class RefitChoice:
 
 
 def choose_refit(
-    checkpoint: Checkpoint, arch: Architecture, target: Any, refit: str | int, length: int, device: torch.device
+    checkpoint: Checkpoint, arch: AttentionModel, target: Any, refit: str | int, length: int, device: torch.device
 ) -> RefitChoice:
     """Decide the steps of regression per layer: the given number, or for "auto" the most that are short enough.
 
@@ -120,7 +120,7 @@ def choose_refit(
 
 
 def choose_index_steps(
-    arch: Architecture, target: Any, steps: int | None, length: int, device: torch.device
+    arch: AttentionModel, target: Any, steps: int | None, length: int, device: torch.device
 ) -> int:
     """Return the steps of training for every indexer: the given number, or the default if it is short enough.
 

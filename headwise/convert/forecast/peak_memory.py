@@ -15,7 +15,7 @@ from headwise.convert.sparse.warm_up import indexer_bytes
 from headwise.environment import available_memory
 from headwise.errors import HeadwiseError
 from headwise.io.reader import Checkpoint
-from headwise.models.architecture import Architecture
+from headwise.models.protocol import AttentionModel
 
 # A process that has imported torch and the stock classes, with a tokenizer of 50,000 entries.
 RESTING_BYTES = 580 << 20
@@ -48,7 +48,7 @@ def require_free_memory(nbytes: int, device: torch.device) -> None:
 
 
 def peak_memory(
-    checkpoint: Checkpoint, arch: Architecture, target: Any, calibration: Any, device: torch.device
+    checkpoint: Checkpoint, arch: AttentionModel, target: Any, calibration: Any, device: torch.device
 ) -> int:
     """Return the bytes of memory at the peak, of the process and its device together.
 
@@ -143,7 +143,7 @@ def _scores_kept(layout: Any, stock: Any, sequences: int, length: int, trained: 
 
 def whole_model_memory(
     checkpoint: Checkpoint,
-    arch: Architecture,
+    arch: AttentionModel,
     target: Any,
     *,
     loss_tokens: int = 0,

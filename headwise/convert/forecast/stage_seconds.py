@@ -15,7 +15,6 @@ from headwise.convert.refit.output_projection import FOLDS
 from headwise.convert.refit.regression import forecast_flops, sequences_per_step
 from headwise.convert.sparse.warm_up import indexer_flops
 from headwise.io.reader import Checkpoint
-from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.protocol import AttentionModel, find_attention_model
 
 # Longest calibration sequence: how far attention looks is measured on it.
@@ -49,7 +48,7 @@ def forward_seconds(checkpoint: Checkpoint, tokens: int, device: torch.device) -
 
 
 def calibration_seconds(
-    checkpoint: Checkpoint, arch: Architecture, tokens: int, length: int, device: torch.device
+    checkpoint: Checkpoint, arch: AttentionModel, tokens: int, length: int, device: torch.device
 ) -> float:
     """Return the forecast seconds of running text through the layers and taking their moments.
 
@@ -72,7 +71,7 @@ def calibration_seconds(
     return _forward_seconds(checkpoint, inside, tokens, length) + moments + stats
 
 
-def closed_form_seconds(checkpoint: Checkpoint, arch: Architecture, target: Any, device: torch.device) -> float:
+def closed_form_seconds(checkpoint: Checkpoint, arch: AttentionModel, target: Any, device: torch.device) -> float:
     """Return the forecast seconds of the closed forms of every converted layer.
 
     Merging heads is the work of a few products of the attention's matrices. The search of MLA solves the normal
@@ -105,7 +104,7 @@ def closed_form_seconds(checkpoint: Checkpoint, arch: Architecture, target: Any,
 
 
 def output_seconds(
-    checkpoint: Checkpoint, arch: Architecture, target: Any, tokens: int, length: int, device: torch.device
+    checkpoint: Checkpoint, arch: AttentionModel, target: Any, tokens: int, length: int, device: torch.device
 ) -> float:
     """Return the forecast seconds of solving for the output matrices of every converted layer.
 
@@ -129,7 +128,7 @@ def output_seconds(
 
 
 def refit_seconds(
-    checkpoint: Checkpoint, arch: Architecture, target: Any, steps: int, length: int, device: torch.device
+    checkpoint: Checkpoint, arch: AttentionModel, target: Any, steps: int, length: int, device: torch.device
 ) -> float:
     """Return the forecast seconds of the regression of every converted layer.
 
@@ -149,7 +148,7 @@ def refit_seconds(
     return tokens * trained_seconds(target, length)
 
 
-def indexer_seconds(arch: Architecture, target: Any, steps: int, length: int, device: torch.device) -> float:
+def indexer_seconds(arch: AttentionModel, target: Any, steps: int, length: int, device: torch.device) -> float:
     """Return the forecast seconds of making the indexers of all layers.
 
     Args:
@@ -187,7 +186,7 @@ def _child(target: Any) -> AttentionModel:
 
 def _forward_seconds(checkpoint: Checkpoint, parameters: int, tokens: int, length: int) -> float:
     """Return the seconds of a forward pass on the CPU through weights that hold those of the attention."""
-    arch = find_architecture(checkpoint.config, checkpoint.tensors)
+    arch = find_attention_model(checkpoint.config, checkpoint.tensors)
     layouts, width = arch.layouts(checkpoint.config), arch.stock_config(checkpoint.config).hidden_size
     layers = [i for i, layout in enumerate(layouts) if layout.attends]
     attention = sum(layouts[i].num_parameters(width) for i in layers)

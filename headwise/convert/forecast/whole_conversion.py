@@ -23,13 +23,13 @@ from headwise.convert.settings import ConvertSettings
 from headwise.convert.verify.layer_damage import damage_seconds, damage_shape
 from headwise.convert.verify.whole_model import WHOLE_BYTES
 from headwise.io.reader import Checkpoint
-from headwise.models.architecture import Architecture
+from headwise.models.protocol import AttentionModel
 from headwise.train.recovery import JointPlan
 
 
 def forecast_conversion(
     checkpoint: Checkpoint,
-    arch: Architecture,
+    arch: AttentionModel,
     target: Target,
     settings: ConvertSettings,
     calibration: CalibrationPlan | None,

@@ -12,10 +12,12 @@ def latent_layout(source: AttentionLayout, rank: int, rope_dim: int) -> Attentio
     """Return the MLA layout with the source's heads: position-free width `head_dim`, rotary width `rope_dim`.
 
     Args:
-        source: the layout of a source layer.
+        source: the layout of a source layer; that of an MLA layer is returned as it is.
         rank: of the latent (`kv_lora_rank`).
         rope_dim: width of the shared rotary key (`qk_rope_head_dim`).
     """
+    if source.kv_lora_rank is not None:
+        return source
     return AttentionLayout(
         num_attention_heads=source.num_attention_heads,
         num_key_value_heads=source.num_attention_heads,
@@ -30,11 +32,13 @@ def latent_layout(source: AttentionLayout, rank: int, rope_dim: int) -> Attentio
 def exact_mla_shape(layout: AttentionLayout) -> tuple[int, int]:
     """Return the rank and rotary width with which `exact_mla` holds a layer.
 
-    The rotary key holds every plane of every KV head, the latent holds the rest.
+    The rotary key holds every plane of every KV head, the latent holds the rest. MLA has its own shape.
 
     Args:
         layout: the layout of a source layer.
     """
+    if layout.kv_lora_rank is not None:
+        return layout.kv_lora_rank, layout.rotary_dim
     position_free = layout.head_dim - layout.rotary_dim
     groups = layout.num_key_value_heads
     return groups * (position_free + layout.v_head_dim), groups * layout.rotary_dim

@@ -1,4 +1,7 @@
-"""The MLA target: any MHA, GQA or MQA model that stock DeepSeek can express (mathematics, section 4)."""
+"""The MLA target: any MHA, GQA or MQA model that stock DeepSeek can express (mathematics, section 4).
+
+A model with MLA is a source too: its layers stay, and indexers are added.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +29,11 @@ from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import Checkpoint
 from headwise.io.writer import OutputTensor
 from headwise.models import deepseek, mla_source, rope
-from headwise.models.architecture import Architecture
 from headwise.models.config import dtype_of
 from headwise.models.deepseek import ATTENTION, LAYERS
 from headwise.models.layout import AttentionLayout, LatentWeights, LayerWeights
 from headwise.models.norm_free import from_norm_free_state, norm_free_attention
+from headwise.models.protocol import AttentionModel
 from headwise.models.stock import empty_model, layer_arguments, move_to_device
 from headwise.serving import engines
 from headwise.serving.latent_shape import pad_layout
@@ -83,7 +86,7 @@ class LatentTarget:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        arch: Architecture,
+        arch: AttentionModel,
         config: dict[str, Any],
         settings: ConvertSettings,
         *,
@@ -108,6 +111,7 @@ class LatentTarget:
             self._check_norms(settings)
         stock = arch.stock_config(config)
         self._before, self._hidden_size = arch.layouts(config), stock.hidden_size
+        self._was_latent = self._before[0].kind == "mla"
         mla_source.refuse_windows(self._before)
         self._check_rotary_layers()
         self._frequencies, factor = self._source_frequencies()
@@ -184,7 +188,8 @@ class LatentTarget:
         copy = self._copies.get(name)
         if copy is None:
             part = name.rpartition(".")[0].rpartition(".")[2]
-            return EXPLAINED.get(part, "attention of DeepSeek") if name in self._written else "held by the latent"
+            held = "held by its factors" if self._was_latent else "held by the latent"
+            return EXPLAINED.get(part, "attention of DeepSeek") if name in self._written else held
         reasons = ["experts stacked"] if copy.stack else []
         if name == mla_source.HEAD and copy.source == mla_source.EMBEDDING:
             reasons.append("a head of its own: scaled embeddings")
@@ -199,7 +204,7 @@ class LatentTarget:
         numbers = {tensor.name: math.prod(tensor.shape) for tensor in self.outputs}
         before = self.source.num_parameters
         grown = sum(numbers.values()) - before
-        if grown <= 0:
+        if grown <= 0 or self._was_latent:
             return
         head = numbers[mla_source.HEAD] if mla_source.HEAD not in self.source.tensors else 0
         parts = []
@@ -221,14 +226,14 @@ class LatentTarget:
         return tuple(f"{prefix}.{name}" for name in self._shapes)
 
     def convert_layer(
-        self, layer: int, weights: LayerWeights, record: LayerRecord | None
+        self, layer: int, weights: Any, record: LayerRecord | None
     ) -> tuple[LatentWeights, dict[str, Any]]:
         """See `Target`."""
-        frequencies, grid = (f.to(weights.q.device) for f in (self._frequencies[layer], self._grid))
+        frequencies, grid = (f.to(weights.o.device) for f in (self._frequencies[layer], self._grid))
         layout = self.layouts[layer]
         if self.exact:
             shape = {"rank": layout.kv_lora_rank, "rope_dim": layout.qk_rope_head_dim}
-            exact = exact_mla(weights, grid, scale=self._scale, **shape)
+            exact = weights if self._was_latent else exact_mla(weights, grid, scale=self._scale, **shape)
             return self._pad(exact, layer), {"key_error": 0.0, "value_error": 0.0}
         measured: dict[str, Any] = {}
         norms: dict[str, Any] = {}
@@ -288,6 +293,8 @@ class LatentTarget:
             o_bias=o_bias,
             q_lora_rank=self.q_lora_rank,
             moment=moment,
+            # The latent of a model with MLA keeps its scale, and its tensors their values.
+            rms=deepseek.unscaled_latent_rms() if self._was_latent else None,
             dtype=self.dtype,
         )
         return {name: tensor.cpu() for name, tensor in tensors.items()}
@@ -351,7 +358,7 @@ class LatentTarget:
                 "Convert to GQA: `to` gqa with `groups`.",
             )
         kind = rope.rope_type(sets[0].parameters)
-        if kind in rope.EXACT_WHEN_SHORT:
+        if kind in rope.EXACT_WHEN_SHORT and not self._was_latent:
             raise HeadwiseError(
                 f"{kind} frequencies change with the length of the input, and an MLA model is written for one set.",
                 "Give another rule as `rope`, or convert to GQA: `to` gqa with `groups`.",
@@ -432,7 +439,7 @@ class LatentTarget:
             )
 
     def _o_bias_name(self, layer: int) -> str:
-        return f"{self.arch.layers[0].format(layer=layer)}.{self.arch.attention}.{self.arch.projections['o']}.bias"
+        return f"{self.arch.layers[0].format(layer=layer)}.{self.arch.attention}.{self.arch.output_projection}.bias"
 
     def _o_bias(self, layer: int) -> Tensor | None:
         name = self._o_bias_name(layer)

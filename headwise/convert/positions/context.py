@@ -15,6 +15,7 @@ from headwise.errors import HeadwiseError, SettingError
 from headwise.models import rope
 from headwise.models.architecture import Architecture
 from headwise.models.layout import text_layouts
+from headwise.models.protocol import AttentionModel
 from headwise.models.table import both_rope_spellings
 
 
@@ -40,7 +41,7 @@ class RopeSet:
         return f"{self.layer_type} layers" if self.layer_type else "all layers"
 
 
-def rope_sets(config: dict[str, Any], architecture: Architecture) -> list[RopeSet]:
+def rope_sets(config: dict[str, Any], architecture: AttentionModel) -> list[RopeSet]:
     """Return the sets of frequencies of a model, one per layer type if the stock class keeps several.
 
     Args:

@@ -21,8 +21,9 @@ from headwise.format import duration
 from headwise.io.reader import Checkpoint
 from headwise.io.tokenizer import tokenizer_kind
 from headwise.measure.window_loss import loss_beyond
-from headwise.models.architecture import Architecture
+from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.layout import text_layouts
+from headwise.models.protocol import AttentionModel
 from headwise.models.stock import load_model
 from headwise.progress import Progress
 from headwise.schema import restore
@@ -137,7 +138,7 @@ class Unmeasured:
 
 def choose_windows(
     checkpoint: Checkpoint,
-    arch: Architecture,
+    model: AttentionModel,
     settings: ConvertSettings,
     device: torch.device,
     progress: Progress,
@@ -151,7 +152,7 @@ def choose_windows(
 
     Args:
         checkpoint: the source.
-        arch: its architecture.
+        model: its stock class.
         settings: of the conversion.
         device: where the parent runs.
         progress: receives a stage that counts passes over the text.
@@ -164,8 +165,9 @@ def choose_windows(
         SettingError: no stock class holds the choice, nothing can be measured, or no window is within the limit.
         HeadwiseError: the text cannot be read.
     """
-    if not settings.sliding_window or not arch.is_decoder:
+    if not settings.sliding_window or not model.is_decoder:
         return None
+    arch = find_architecture(checkpoint.config, checkpoint.tensors)
     window, asked = settings.sliding_window, settings.window_layers or "all"
     config = with_context(arch.with_groups(checkpoint.config, {}), arch, settings)[0]
     layouts = text_layouts(arch.layouts(config))

@@ -28,7 +28,7 @@ from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.io.tokenizer import load_tokenizer
 from headwise.io.workdir import write_file_atomically
 from headwise.io.writer import Writer
-from headwise.models.architecture import Architecture
+from headwise.models.protocol import AttentionModel
 from headwise.progress import Progress
 from headwise.text.repeats import join_rows, repeat_passages
 from headwise.text.sampled import sample_tokens
@@ -51,7 +51,7 @@ NOTE = "joint refit"
 
 def plan_joint(
     checkpoint: Checkpoint,
-    arch: Architecture,
+    arch: AttentionModel,
     target: Target,
     settings: ConvertSettings,
     device: torch.device,
@@ -110,12 +110,12 @@ def plan_joint(
     return plan if fits and joint_seconds(checkpoint, arch, target, plan, device) <= REFIT_SECONDS else None
 
 
-def _context(checkpoint: Checkpoint, arch: Architecture) -> int | None:
+def _context(checkpoint: Checkpoint, arch: AttentionModel) -> int | None:
     context: int | None = getattr(arch.stock_config(checkpoint.config), "max_position_embeddings", None)
     return context
 
 
-def _attention_parameters(checkpoint: Checkpoint, arch: Architecture, target: Target) -> int:
+def _attention_parameters(checkpoint: Checkpoint, arch: AttentionModel, target: Target) -> int:
     width = arch.stock_config(checkpoint.config).hidden_size
     return sum(layout.num_parameters(width) for layout in target.layouts)
 
@@ -156,7 +156,7 @@ def with_length(plan: JointPlan, length: int) -> JointPlan:
 
 
 def joint_seconds(
-    checkpoint: Checkpoint, arch: Architecture, target: Target, plan: JointPlan, device: torch.device
+    checkpoint: Checkpoint, arch: AttentionModel, target: Target, plan: JointPlan, device: torch.device
 ) -> float:
     """Return the forecast seconds of a joint refit, sampling included.
 
@@ -199,7 +199,7 @@ def joint_notes(plan: JointPlan | None) -> list[str]:
     ]
 
 
-def joint_warnings(checkpoint: Checkpoint, arch: Architecture, plan: JointPlan | None) -> list[str]:
+def joint_warnings(checkpoint: Checkpoint, arch: AttentionModel, plan: JointPlan | None) -> list[str]:
     """Return the warning about prompts that are longer than the sequences of the training.
 
     Args:

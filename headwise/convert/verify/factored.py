@@ -23,9 +23,8 @@ from headwise.convert.verify.rounded import is_stored, rounds_weights
 from headwise.convert.verify.whole_model import compare_logits
 from headwise.io.reader import Checkpoint
 from headwise.models import deepseek, mla_source
-from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.layout import LatentWeights, from_planes, to_planes
-from headwise.models.protocol import AttentionModel, read_latent_layer
+from headwise.models.protocol import AttentionModel, find_attention_model, read_latent_layer
 from headwise.models.stock import stock_config
 
 # The linear norm is off by 1e-8 for a token of ordinary size (mathematics, section 7c). An exact conversion is
@@ -142,7 +141,7 @@ def compare_with_parent(
         trained: whether the folder was trained since; only its shape is then the parent's.
         device: where models and their layers run.
     """
-    arch = find_architecture(parent.config, parent.tensors)
+    arch = find_attention_model(parent.config, parent.tensors)
     before, after = arch.layouts(parent.config), model.layouts(checkpoint.config)
     if len(before) != len(after):
         return False, f"the parent has {len(before)} layers, and the folder {len(after)}"
@@ -181,7 +180,7 @@ def compare_with_parent(
     return worst < limit and agree, f"exact: {detail}{logits}"
 
 
-def _changed_fields(config: dict[str, Any], parent: dict[str, Any], arch: Architecture) -> list[str]:
+def _changed_fields(config: dict[str, Any], parent: dict[str, Any], arch: AttentionModel) -> list[str]:
     """Return the copied config fields that differ from the parent's."""
     stock = arch.stock_config(parent).to_dict()
     before = {key: stock[key] for key in deepseek.COPIED_CONFIG_KEYS if key in stock}

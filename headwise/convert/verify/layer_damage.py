@@ -20,7 +20,6 @@ from headwise.convert.calibration.corpus import LOSS_SECONDS, MEMORY_SHARE
 from headwise.convert.forecast.stage_seconds import forward_seconds
 from headwise.environment import available_memory
 from headwise.io.reader import Checkpoint
-from headwise.models.architecture import find_architecture
 from headwise.models.mla_source import find_mla_source
 from headwise.models.protocol import find_attention_model
 from headwise.models.stock import empty_model, layer_arguments, load_into, load_model, move_to_device
@@ -103,7 +102,7 @@ class LayerDamage:
         checkpoint, parent = self.checkpoint, self.parent
         stock, arch = (
             find_attention_model(checkpoint.config, checkpoint.tensors),
-            find_architecture(parent.config, parent.tensors),
+            find_attention_model(parent.config, parent.tensors),
         )
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         network = load_model(parent, arch.auto_class, dtype).to(device).eval().requires_grad_(False)

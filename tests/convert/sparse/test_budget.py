@@ -163,7 +163,65 @@ def test_a_source_with_experts(tmp_path: Path) -> None:
 def test_a_sparse_source(tmp_path: Path) -> None:
     source = save_speaking(tmp_path / "model")
     convert_model(source, tmp_path / "sparse" / "out", **SPARSE)
-    message = refused(tmp_path / "sparse" / "out", "", "--sparse", "dsa", out=tmp_path / "again")
-    assert "DeepseekV32ForCausalLM" in message or "deepseek_v32" in message
+    for options in (("--sparse", "dsa"), ("--to", "mqa")):
+        message = refused(tmp_path / "sparse" / "out", "", *options, out=tmp_path / "again")
+        assert "is a deepseek_v32 model, which has indexers already" in " ".join(message.split())
     with pytest.raises(SettingError, match="index_steps"):
         convert_model(source, tmp_path / "x", sparse="dsa", index_steps=-1)
+
+
+# The lossless form; biases, and query factors of the smallest rank; a rounded one; queries in factors already.
+@pytest.mark.parametrize(
+    ("model_type", "dtype", "more", "shape"),
+    [
+        ("llama", torch.float32, {"rms_norm_eps": 1e-5}, {"exact": True}),
+        ("qwen2", torch.float32, {"num_key_value_heads": 2}, {"rank": 16, "rope_dim": 8, "refit": 3}),
+        (
+            "llama",
+            torch.bfloat16,
+            {"num_attention_heads": 3, "num_key_value_heads": 3},
+            {"rank": 16, "rope_dim": 8},
+        ),
+        ("llama", torch.float32, {}, {"rank": 16, "rope_dim": 8, "engines": "llama.cpp"}),
+    ],
+)
+def test_a_source_with_mla_keeps_its_function_and_gets_indexers(
+    model_type: str, dtype: torch.dtype, more: dict[str, Any], shape: dict[str, Any], tmp_path: Path
+) -> None:
+    source = save_speaking(tmp_path / "model", dtype, model_type=model_type, **more)
+    convert_model(source, tmp_path / "mla", to="mla", **shape, **({} if "exact" in shape else TEXT))
+    result = convert_model(tmp_path / "mla", tmp_path / "out", **SPARSE)
+    assert isinstance(result, ConvertResult) and result.verification and result.verification.passed
+    assert "exact: attention of all layers" in {c.name: c.detail for c in result.verification.checks}["parent"]
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("mla", "out"))
+    changed = {name for name in before if name not in after or not torch.equal(before[name], after[name])}
+    assert all(".q_" in name for name in changed)
+    tokens = torch.arange(2 * 25).view(2, 25) * 5 % 256 + 1
+    expected, actual = logits(tmp_path / "mla", tokens), logits(tmp_path / "out", tokens)
+    error = (actual - expected).abs().amax(-1) / expected.abs().max()
+    assert float(error[:, :9].max()) < (1e-5 if dtype == torch.float32 else 3e-2)
+    assert float(error[:, 12:].max()) > 1e-1  # beyond the budget keys are left out
+    assert verify_model(tmp_path / "out", tmp_path / "mla").passed
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--to", "mqa"), "which has MLA already, and indexers (--sparse) are all that it can be given"),
+        (("--dtype", "float32"), "which has MLA already"),
+        (("--sparse", "dsa", "--to", "mla", "--cache", "50%"), "--cache acts on the model that"),
+        (("--sparse", "dsa", "--context", "64"), "--context acts on the model that"),
+        (("--sparse", "dsa", "--index-topk", "32"), "and the context of the output is 32 tokens"),
+    ],
+)
+def test_what_a_source_with_mla_cannot_become(options: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    convert_model(save_speaking(tmp_path / "model"), tmp_path / "home" / "mla", to="mla", exact=True)
+    message = refused(tmp_path / "home" / "mla", "", *options, out=tmp_path / "again")
+    assert words in " ".join(message.split())
+
+
+def test_a_source_with_mla_and_experts(tmp_path: Path) -> None:
+    source = save_speaking(tmp_path / "model", model_type="mixtral", num_local_experts=3)
+    convert_model(source, tmp_path / "home" / "mla", to="mla", exact=True)
+    message = refused(tmp_path / "home" / "mla", "", "--sparse", "dsa", out=tmp_path / "again")
+    assert "is a mistral4 model, which no stock class with an indexer replaces" in " ".join(message.split())
