@@ -370,6 +370,28 @@ def other(
     return declare(default, Setting(help, wanted=wanted, check=check, parse=parse, metavar=metavar, **more))
 
 
+def word_or_number(help: str, words: Sequence[str], *, metavar: str, **more: Any) -> Any:
+    """Declare a field that takes one of some words, or a whole number of at least 1.
+
+    Args:
+        help: one sentence for help pages.
+        words: the legal words.
+        metavar: the placeholder in help pages.
+        **more: further arguments of `Setting`, among them `wanted`.
+    """
+
+    def check(value: Any) -> str | int:
+        if value in words:
+            return str(value)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError
+        return value
+
+    return other(
+        help, check=check, parse=lambda word: word if word in words else int(word), metavar=metavar, **more
+    )
+
+
 def several(help: str, choices: Sequence[str], *, metavar: str, **more: Any) -> Any:
     """Declare a field that takes any number of `choices`; the flag on the command line may be repeated.
 

@@ -191,6 +191,8 @@ class _Layout(Protocol):
     def part(self) -> str: ...
     @property
     def indexer(self) -> _Indexer | None: ...
+    @property
+    def shares_indexer(self) -> bool: ...
 
 
 def latent_name(kv_lora_rank: int, qk_rope_head_dim: int | None) -> str:
@@ -212,10 +214,12 @@ def layout_names(layouts: Sequence[_Layout]) -> str:
     layouts = [layout for layout in layouts if layout.kind != layout.part]  # a layer without attention has none
     several = len({layout.part for layout in layouts}) > 1
     words = []
+    own = sum(not layout.shares_indexer for layout in layouts)
+    shared = f" of {own} indexer{'s' * (own > 1)}" if own < len(layouts) else ""
     for layout in dict.fromkeys(layouts):
         part = f"{layout.part} " if several else ""
         if layout.kv_lora_rank is not None:
-            selected = f", top {layout.indexer.index_topk:,} keys" if layout.indexer else ""
+            selected = f", top {layout.indexer.index_topk:,} keys{shared}" if layout.indexer else ""
             words.append(part + latent_name(layout.kv_lora_rank, layout.qk_rope_head_dim) + selected)
         else:
             count = layout.num_key_value_heads

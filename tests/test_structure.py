@@ -59,7 +59,7 @@ IMPURE = {
     *("convert.gqa.target", "convert.mla.target"),
     *("convert.positions.context", "convert.positions.moved", "convert.positions.rope_range"),
     *("convert.positions.windows", "convert.positions.window_choice"),
-    *("convert.sparse.budget", "convert.sparse.warm_up"),
+    *("convert.sparse.budget", "convert.sparse.sharing", "convert.sparse.target", "convert.sparse.warm_up"),
 }
 MATHEMATICS = {"torch", "math", "scipy", "statsmodels", "numpy"}
 TYPES = {"__future__", "collections", "concurrent", "dataclasses", "functools", "importlib", "itertools", "typing"}

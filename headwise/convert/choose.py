@@ -11,11 +11,12 @@ from headwise.convert.gqa.target import GroupedTarget
 from headwise.convert.mla.target import LatentTarget
 from headwise.convert.positions.moved import with_positions
 from headwise.convert.settings import ConvertSettings
+from headwise.convert.sparse.target import SharedIndexerTarget
 from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.layout import CROSS, AttentionLayout
-from headwise.models.mla_source import written_class
+from headwise.models.mla_source import sharing_class, written_class
 from headwise.models.protocol import AttentionModel
 
 
@@ -30,13 +31,22 @@ def check_source(checkpoint: Checkpoint, model: AttentionModel, settings: Conver
     Raises:
         HeadwiseError: the model has indexers already, or the settings are for other models.
     """
-    layout = model.layouts(checkpoint.config)[0]
+    layout, stock = model.layouts(checkpoint.config)[0], written_class(checkpoint.config)
+    if settings.index_layers is not None and layout.indexer is None:
+        raise SettingError(
+            "index_layers",
+            f"`index_layers` shares the indexers of a sparse model, and {checkpoint.source} has none.",
+            "Convert it with `sparse` first, and then its output with `index_layers`.",
+        )
     if layout.kind != "mla":
         return
     if layout.indexer is not None:
+        if settings.index_layers is not None and stock is not None and sharing_class(stock):
+            return
         raise HeadwiseError(
             f"config.json: {checkpoint.source} is a {model.model_type} model, which has indexers already.",
-            "Convert the model that it was made from.",
+            "Convert the model that it was made from; `index_layers` lets the layers of a deepseek_v32 model share "
+            "them.",
         )
     if settings.sparse is None:
         raise HeadwiseError(
@@ -44,7 +54,6 @@ def check_source(checkpoint: Checkpoint, model: AttentionModel, settings: Conver
             "(`sparse`) are all that it can be given.",
             "Convert the model that it was made from.",
         )
-    stock = written_class(checkpoint.config)
     if stock is None or settings.sparse not in stock.sparse:
         raise HeadwiseError(
             f"config.json: {checkpoint.source} is a {model.model_type} model, which no stock class with an indexer "
@@ -61,18 +70,26 @@ def check_source(checkpoint: Checkpoint, model: AttentionModel, settings: Conver
             )
 
 
-def choose_target(checkpoint: Checkpoint, model: AttentionModel, settings: ConvertSettings) -> Target:
+def choose_target(
+    checkpoint: Checkpoint, model: AttentionModel, settings: ConvertSettings, indexers: Sequence[int] = ()
+) -> Target:
     """Return the decided conversion.
 
     Args:
         checkpoint: the source.
         model: its stock class.
         settings: of the conversion.
+        indexers: layers of a sparse source that keep an indexer.
 
     Raises:
         HeadwiseError: the conversion is not possible for this model.
     """
     dtype: torch.dtype | None = getattr(torch, settings.dtype) if settings.dtype else None
+    if indexers:
+        stock = written_class(checkpoint.config)
+        sharing = sharing_class(stock) if stock else None
+        assert sharing is not None  # `check_source` refused the others
+        return SharedIndexerTarget(checkpoint, model, sharing, indexers, dtype=dtype)
     if model.layouts(checkpoint.config)[0].kind == "mla":
         return LatentTarget(checkpoint, model, checkpoint.config, settings, dtype=dtype)
     arch = find_architecture(checkpoint.config, checkpoint.tensors)

@@ -88,7 +88,7 @@ class LayerJob:
         converted, report = target.convert_layer(layer, weights, record)
         del weights
         tensors = self._attention(record, layer, device, converted, report)
-        indexer = target.layouts[layer].indexer
+        indexer = target.layouts[layer].own_indexer
         if indexer is not None and calibration is not None and record is not None:
             more, report["indexer"] = make_indexer(
                 target.config,

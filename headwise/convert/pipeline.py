@@ -41,6 +41,7 @@ from headwise.convert.refit.joint import (
     share_text,
 )
 from headwise.convert.settings import SHARD_SIZE, ConvertSettings
+from headwise.convert.sparse.sharing import choose_sharing
 from headwise.convert.spread import DevicePool, device_notes
 from headwise.convert.verify.check import check_folder
 from headwise.convert.verify.layer_damage import LayerDamage, plan_damage
@@ -119,6 +120,8 @@ def convert_model(
     index_heads: int | None = None,
     index_head_dim: int | None = None,
     index_steps: int | None = None,
+    index_layers: str | int | None = None,
+    index_loss: float | None = None,
     engines: str | Sequence[str] = (),
     calibrate: str | None = None,
     calibration_tokens: int | None = None,
@@ -180,6 +183,9 @@ def convert_model(
         index_head_dim: width of the index key; None: 64 or 128, by the rotary key.
         index_steps: training steps of each indexer; 0: the closed form alone; None: 300 if their forecast is under
             ten minutes, else 0.
+        index_layers: layers of a sparse source that keep an indexer: their number, or "auto" (the fewest whose
+            measured loss is within `index_loss`). The others share the one before them.
+        index_loss: nats per token that sharing indexers may cost with "auto"; None: 0.01.
         engines: the engines to serve, of "transformers", "vllm", "sglang" and "llama.cpp"; empty: the plan gives
             the verdict of each, and no shape is chosen for one.
         calibrate: calibration text: "sampled" from the parent, "mixture", "builtin", "none", a file, `hf:DATASET`,
@@ -242,7 +248,10 @@ def convert_model(
     windows = choose_windows(checkpoint, arch, settings, requested, progress, earlier.get("windows"))
     if isinstance(windows, WindowChoice):
         settings = windows.resolved(settings)
-    target = choose_target(checkpoint, arch, settings)
+    sharing = choose_sharing(checkpoint, arch, settings, requested, progress, earlier.get("indexers"))
+    if sharing:
+        settings = sharing.resolved(settings)
+    target = choose_target(checkpoint, arch, settings, sharing.layers if sharing else ())
     target.outputs, config, storage = encode_outputs(
         target.outputs, target.config, target.auto_class, checkpoint, settings
     )
@@ -266,7 +275,7 @@ def convert_model(
             f"`device` names {len(devices)} devices; .bin weights such as those of {checkpoint.source} take one.",
             "Name one device, or save the weights as safetensors.",
         )
-    recorded = settings.recorded() | recorded_choice(windows)
+    recorded = settings.recorded() | recorded_choice(windows) | (sharing.recorded() if sharing else {})
     if calibration:
         recorded["calibration"] = calibration.described() | {"reason": calibration.reason}
     if joint:
@@ -287,7 +296,8 @@ def convert_model(
         peak_memory=memory,
         seconds=seconds,
         exact=target.exact
-        and not (settings.context or settings.sliding_window is not None or settings.requantize or settings.sparse),
+        and not (settings.context or settings.sliding_window is not None or settings.requantize or settings.sparse)
+        and sharing is None,
         explain=target.explain,
         max_shard_size=settings.max_shard_size,
         engines=verdicts,
@@ -300,6 +310,7 @@ def convert_model(
         notes=[
             *target.notes,
             *(windows.notes() if windows else ()),
+            *(sharing.notes() if sharing else ()),
             *storage,
             *plan_notes(target, calibration, settings),
             *joint_notes(joint),

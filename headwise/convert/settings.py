@@ -31,7 +31,7 @@ DEFAULT_TEXT = "auto"
 REFITS = ("auto", "off", "layers", "joint")
 SPARSE = ("dsa",)
 AUTO_LAYERS = "auto"
-# Nats per token that the windows of `window_layers` auto may cost together.
+# Nats per token that the windows of `window_layers` auto may cost together, and the sharing of `index_layers` auto.
 WINDOW_LOSS = 0.01
 
 # A field, and the field that it needs to have an effect.
@@ -47,12 +47,14 @@ NEEDS = {
     "index_heads": "sparse",
     "index_head_dim": "sparse",
     "index_steps": "sparse",
+    "index_loss": "index_layers",
 }
 # A field, and the fields that contradict it.
 CLASHES = {
     "cache": ("rank", "rope_dim"),
     "exact": ("cache", "rank", "rope_dim", "method", "calibrate", "calibration_tokens", "moments", "refit"),
     "moments": ("save_moments", "calibrate", "calibration_tokens"),
+    "index_layers": ("sparse", "to", "context", "sliding_window"),
 }
 
 
@@ -65,18 +67,6 @@ def methods_of(to: str | None) -> tuple[str, ...]:
     if to not in LOSSY:
         return ()
     return registry.method_names("latent" if to == "mla" else "merge")
-
-
-def _check_refit(value: Any) -> str | int:
-    if value in REFITS:
-        return str(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError
-    return value
-
-
-def _parse_refit(word: str) -> str | int:
-    return word if word in REFITS else int(word)
 
 
 def _check_layers(value: Any) -> str:
@@ -196,6 +186,18 @@ class ConvertSettings:
         minimum=0,
         section="Sparse attention",
     )
+    index_layers: str | int | None = fields.word_or_number(
+        "Share indexers of a sparse model: the number of layers that keep one, or auto (by measured loss).",
+        (AUTO_LAYERS,),
+        wanted="auto or a number of layers",
+        metavar="LAYERS",
+        section="Sparse attention",
+    )
+    index_loss: float | None = fields.positive(
+        f"Nats per token that sharing indexers may cost with auto [{WINDOW_LOSS}].",
+        metavar="NATS",
+        section="Sparse attention",
+    )
     # Engines
     engines: Sequence[str] = fields.several(
         f"Choose shapes that this engine serves: {', '.join(ENGINES)}; may be repeated.",
@@ -233,10 +235,9 @@ class ConvertSettings:
         acts_with=LOSSY,
         recorded=False,
     )
-    refit: str | int | None = fields.other(
+    refit: str | int | None = fields.word_or_number(
         "Recover quality: auto, off, layers (each alone; or a number of steps), joint [auto].",
-        check=_check_refit,
-        parse=_parse_refit,
+        REFITS,
         wanted="auto, off, layers, joint or a number of steps",
         metavar="STEPS",
         section="Calibration",
@@ -379,14 +380,14 @@ class ConvertSettings:
         return is_given(self, name)
 
     def _check_effect(self) -> None:
-        changes = ("to", "sparse", "context", "sliding_window", "dtype", "requantize")
+        changes = ("to", "sparse", "index_layers", "context", "sliding_window", "dtype", "requantize")
         if not any(map(self._given, changes)):
             raise SettingError(
                 "to", f"There is nothing to change: give {', '.join(f'`{name}`' for name in changes)}."
             )
         for name, (_, setting) in settings_of(self).items():
-            if name == "calibrate" and self.sliding_window:
-                continue  # the loss of the window is measured on it
+            if name == "calibrate" and (self.sliding_window or self.index_layers):
+                continue  # the loss of the change is measured on it
             if setting.acts_with and self._given(name) and self.to not in setting.acts_with:
                 layouts = " or ".join(f"`to` {layout}" for layout in setting.acts_with)
                 raise SettingError(name, f"`{name}` acts only with {layouts}.")
@@ -426,6 +427,10 @@ class ConvertSettings:
             )
         if self.window_loss is not None and self.window_layers != AUTO_LAYERS:
             raise SettingError("window_loss", f"`window_loss` acts only with `window_layers` {AUTO_LAYERS}.")
+        if self.index_loss is not None and self.index_layers != AUTO_LAYERS:
+            raise SettingError("index_loss", f"`index_loss` acts only with `index_layers` {AUTO_LAYERS}.")
+        if self.index_layers is not None and self.calibrate == "none":
+            raise SettingError("index_layers", "`index_layers` measures losses: leave out `calibrate` none.")
         if self.window_layers == AUTO_LAYERS:
             if not self.sliding_window:
                 reason = f"`sliding_window` 0 removes every window: leave out `window_layers` {AUTO_LAYERS}."
@@ -490,4 +495,6 @@ class ConvertSettings:
             defaults["window_layers"] = "all"
         if self.window_layers == AUTO_LAYERS:
             defaults["window_loss"] = WINDOW_LOSS
+        if self.index_layers == AUTO_LAYERS:
+            defaults["index_loss"] = WINDOW_LOSS
         return defaults

@@ -26,6 +26,8 @@ LARGER_LATENTS = 16
 
 # Projections whose rows differ in size by many powers of two: one scale for many rows would lose the small ones.
 KEPT_IN_FULL = ("kv_a_proj_with_mqa", "q_a_proj", "q_b_proj", "wk", "weights_proj")
+# The tensors of an indexer whose rows RoPE rotates.
+ROTATED = ("indexer.wq_b.weight", "indexer.wk.weight", "indexer.k_norm.weight", "indexer.k_norm.bias")
 # Path of a decoder layer, in checkpoints and in the stock model, and the name of its attention module.
 LAYERS, ATTENTION = "model.layers.{layer}", "self_attn"
 COPIED_CONFIG_KEYS = (
@@ -118,6 +120,22 @@ def half_split(rows: Tensor) -> Tensor:
         rows: (..., P, inputs) interleaved rotary rows.
     """
     return torch.cat([rows[..., 0::2, :], rows[..., 1::2, :]], dim=-2)
+
+
+def interleaved_rows(name: str, tensor: Tensor, heads: int, rotary: int, *, back: bool = False) -> Tensor:
+    """Return a tensor of an indexer for RoPE that rotates neighbouring elements, in place of the two halves.
+
+    Args:
+        name: of the tensor, which ends in one of `ROTATED`.
+        tensor: its values.
+        heads: number of index queries.
+        rotary: number of rotary elements, the first ones of a query and of the key.
+        back: return the inverse.
+    """
+    rows = tensor.unflatten(0, (heads if "wq_b" in name else 1, -1))
+    rows = rows[..., None] if tensor.dim() == 1 else rows
+    turned = (half_split if back else interleave)(rows[:, :rotary])
+    return torch.cat([turned, rows[:, rotary:]], 1).reshape(tensor.shape)
 
 
 def latent_rms(down: Tensor, moment: Tensor | None) -> float:

@@ -50,7 +50,8 @@ class AttentionLayout:
     All heads share the latent and the rotary key. `part` is what the attention is ("text", "encoder", "decoder",
     "cross" or "vision"); an encoder's and a vision tower's are not `cached`. Cross-attention caches tokens of the
     encoder. A layer that text alone does not run, such as that of a vision tower, is not `on_text`. A layer with an
-    `indexer` also caches one index key per token.
+    `indexer` also caches one index key per token. A layer that `shares_indexer` has none of its own: it attends to
+    the keys that the last indexer before it selects, and caches no index key.
 
     A layer of the part "linear" has no attention: it is linear attention or a convolution, with a state of constant
     size: `conv_state` elements in the model's dtype and `recurrent_state` elements in float32. Its heads and widths
@@ -71,6 +72,12 @@ class AttentionLayout:
     conv_state: int = 0
     recurrent_state: int = 0
     indexer: IndexerShape | None = None
+    shares_indexer: bool = False
+
+    @property
+    def own_indexer(self) -> IndexerShape | None:
+        """The shape of the indexer whose weights the layer has."""
+        return None if self.shares_indexer else self.indexer
 
     @property
     def attends(self) -> bool:
@@ -96,7 +103,7 @@ class AttentionLayout:
     @property
     def cache_elements_per_token(self) -> int:
         """Number of cache elements per token in this layer; 0 where nothing is cached."""
-        index_key = self.indexer.index_head_dim if self.indexer else 0
+        index_key = self.own_indexer.index_head_dim if self.own_indexer else 0
         return self.key_value_elements + index_key if self.cached else 0
 
     @property
@@ -115,7 +122,7 @@ class AttentionLayout:
         if not self.attends:
             return 0
         queries_and_output = self.num_attention_heads * (self.head_dim + self.v_head_dim)
-        indexer = self.indexer.num_parameters(hidden_size) if self.indexer else 0
+        indexer = self.own_indexer.num_parameters(hidden_size) if self.own_indexer else 0
         return (queries_and_output + self.key_value_elements) * hidden_size + indexer
 
     def can_become(self, num_key_value_heads: int) -> bool:

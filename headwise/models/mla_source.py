@@ -109,6 +109,8 @@ class StockMla:
         note: a line of the plan, or None.
         sparse: for each type of sparse attention the name of the class with an indexer.
         indexed: whether its layers have an indexer.
+        shared: name of the class whose layers may share an indexer; None: there is none.
+        interleaved: whether RoPE rotates neighbouring elements of an indexer, in place of the two halves.
     """
 
     model_type: str
@@ -121,6 +123,8 @@ class StockMla:
     note: str | None
     sparse: Mapping[str, str] = field(default_factory=dict)
     indexed: bool = False
+    shared: str | None = None
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ def find_mla_source(
             "An MLA model cannot be written in float16: its latent norm is made linear by weights near 1e-9.",
             "Use `dtype` bfloat16 or float32.",
         )
-    row: dict[str, Any] | None = table["sources"].get(model_type)
+    row: dict[str, Any] | None = (table["sources"] | table["written"]).get(model_type)
     if row is None:
         reason = next(
             (entry["reason"] for entry in table["impossible"] if model_type in entry["types"]),
@@ -333,6 +337,15 @@ def written_class(config: Mapping[str, Any]) -> StockMla | None:
         if config.get("architectures") == [stock.architecture] and marked:
             return stock
     return None
+
+
+def sharing_class(stock: StockMla) -> StockMla | None:
+    """Return the class whose layers may share an indexer, and that computes the same function otherwise.
+
+    Args:
+        stock: a class with indexers.
+    """
+    return StockMla(**_table()["classes"][stock.shared]) if stock.shared else None
 
 
 def plan_outputs(

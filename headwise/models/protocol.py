@@ -217,6 +217,8 @@ class LatentModel:
         layout = AttentionLayout(heads, heads, nope_dim + rope_dim, v_dim, rope_dim, None, rank, rope_dim)
         if self.indexed:
             layout = replace(layout, indexer=IndexerShape(*(checked_size(config, n) for n in INDEXER_SIZES)))
+            kinds = getattr(self.stock_config(config), "indexer_types", None) or ["full"] * layers
+            return [replace(layout, shares_indexer=kind == "shared") for kind in kinds]
         return [layout] * layers
 
     def has_bias(self, config: dict[str, Any]) -> bool:

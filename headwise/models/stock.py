@@ -23,6 +23,9 @@ from headwise.errors import HeadwiseError, is_out_of_memory
 from headwise.io.reader import Checkpoint
 from headwise.models.config import check_labels, with_special_floats
 
+# The argument by which a layer gets the keys that an indexer before it selects.
+SELECTION = "prev_topk_indices"
+
 
 def stock_config(config: dict[str, Any]) -> Any:
     """Return the stock configuration object of a config.json. Remote code never runs.
@@ -216,7 +219,8 @@ def for_rows(arguments: Mapping[str, Any], names: Collection[str], rows: int) ->
         names: of the arguments that a module takes with a row for each sequence, such as the encoder's states.
         rows: number of sequences.
     """
-    return {k: v.expand(rows, *v.shape[1:]) if k in names and v is not None else v for k, v in arguments.items()}
+    each = {*names, SELECTION}
+    return {k: v.expand(rows, *v.shape[1:]) if k in each and v is not None else v for k, v in arguments.items()}
 
 
 def move_to_device(value: Any, device: torch.device) -> Any:
@@ -315,8 +319,10 @@ class LayerStub(nn.Module):
         except AttributeError:
             return getattr(self._layer[0], name)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Record the arguments and return the hidden states unchanged.
+
+        A layer that passes on the keys that its indexer selects passes on all of them.
 
         Args:
             hidden_states: the input of the layer.
@@ -329,4 +335,7 @@ class LayerStub(nn.Module):
         self.hidden, self.args, self.kwargs, self.was_called = hidden_states, args, kwargs, True
         if self._last:
             raise StopForward
+        if SELECTION in kwargs:
+            rows, tokens = hidden_states.shape[:2]
+            return hidden_states, torch.arange(tokens, device=hidden_states.device).expand(rows, tokens, tokens)
         return hidden_states

@@ -22,7 +22,7 @@ RECORD = "headwise.json"
 # People may edit the card; weights are recorded tensor by tensor.
 NOT_HASHED = (RECORD, "README.md")
 # The keys of the arguments that are no settings, but what was measured or decided.
-MEASURED = ("calibration", "joint", "windows")
+MEASURED = ("calibration", "joint", "windows", "indexers")
 PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy")
 
 

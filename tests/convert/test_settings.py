@@ -90,6 +90,11 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
         "index_heads": 2,
         "index_head_dim": 64,
         "index_steps": 5,
+        "index_layers": 2,
+        "index_loss": 0.05,
+        "context": 99,
+        "sliding_window": 0,
+        "to": "mqa",
         "calibrate": "builtin",
         "calibration_tokens": 4096,
         "save_moments": "folder",
@@ -123,7 +128,12 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
                 other, {"to": other}
             )
             yield name, {**base, name: examples[name]}, f"{flag_of(name)} acts only with"
-    lossy: dict[str, dict[str, Any]] = {"cache": {"to": "mla"}, "exact": {"to": "mla"}, "moments": {"to": "mqa"}}
+    lossy: dict[str, dict[str, Any]] = {
+        "cache": {"to": "mla"},
+        "exact": {"to": "mla"},
+        "moments": {"to": "mqa"},
+        "index_layers": {},
+    }
     for name, others in CLASHES.items():
         for against in others:
             partner = {"rank": {"rope_dim": 4}, "rope_dim": {"rank": 4}}.get(against, {})
@@ -132,7 +142,7 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
             yield name, call, f"{flag_of(name)} and {flag_of(against)} contradict" if not partner else "contradict"
     for name, needed in NEEDS.items():
         base = {"rank": {"to": "mla"}, "rope_dim": {"to": "mla"}}.get(name, {"context": 99})
-        if needed in ("context", "sparse"):
+        if needed in ("context", "sparse", "index_layers"):
             base = {"dtype": "float32"}
         yield name, {**base, name: examples[name]}, f"{flag_of(name)} needs {flag_of(needed)}"
     yield "calibration_tokens", {"to": "mqa", "calibrate": "none", "calibration_tokens": 9}, "--calibrate none"
@@ -141,6 +151,8 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
     yield "refit", {"to": "mqa", "moments": "folder", "refit": 5}, "needs calibration text"
     yield "sparse", {"sparse": "dsa", "calibrate": "none"}, "makes indexers from calibration text"
     yield "sparse", mla | {"sparse": "dsa", "moments": "folder"}, "makes indexers from calibration text"
+    yield "index_loss", {"index_layers": 2, "index_loss": 0.1}, "acts only with --index-layers auto"
+    yield "index_layers", {"index_layers": "auto", "calibrate": "none"}, "measures losses: leave out --calibrate"
     yield "refit", mla | {"sparse": "dsa", "refit": "joint"}, "changes the attention that the indexers"
     yield "refit_tokens", {"to": "mqa", "refit": "layers", "refit_tokens": 4096}, "give --refit joint"
     yield "refit_length", {"to": "mqa", "refit": "layers", "refit_length": 4096}, "give --refit joint"
@@ -183,6 +195,8 @@ WRONG: dict[str, list[Any]] = {
     "index_heads": [-1],
     "index_head_dim": [0],
     "index_steps": [-1],
+    "index_layers": [0, -1, "all"],
+    "index_loss": [0.0, -0.1],
     "rope_frequencies": ["fre"],
     "calibration_tokens": [0],
     "refit": [0, "never", -3],
@@ -216,6 +230,8 @@ RIGHT: dict[str, list[Any]] = {
     "index_heads": [3],
     "index_head_dim": [64],
     "index_steps": [0, 5],
+    "index_layers": [1, 5, "auto"],
+    "index_loss": [0.05],
     "engines": [("vllm",), ("llama.cpp", "transformers")],
     "calibrate": ["builtin", "none", "text.jsonl"],
     "calibration_tokens": [4096],

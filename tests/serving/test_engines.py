@@ -34,6 +34,7 @@ SPARSE = dict(
     index_n_heads=32,
     index_head_dim=128,
 )
+SHARED = SPARSE | dict(architectures=["GlmMoeDsaForCausalLM"])
 LONGROPE = dict(rope_parameters=dict(rope_type="longrope"))
 
 
@@ -92,6 +93,11 @@ def test_deepseeks_own_shape_loads_everywhere() -> None:
         (SPARSE, "vllm", "loads", ""),
         (SPARSE, "sglang", "loads", ""),
         (SPARSE, "llama.cpp", "unknown", "add_bos_token"),
+        (SHARED, "transformers", "loads", ""),
+        (SHARED, "vllm", "loads", ""),
+        (SHARED, "sglang", "unknown", "share an indexer"),
+        (SHARED, "llama.cpp", "unknown", "converter of this class"),
+        (SHARED | dict(index_head_dim=64), "vllm", "no", "128 elements"),
         (SPARSE | dict(index_head_dim=64), "vllm", "no", "128 elements"),
         (SPARSE | dict(index_head_dim=64), "sglang", "no", "128 elements"),
         (SPARSE | dict(kv_lora_rank=448), "vllm", "unknown", "rows of 576"),

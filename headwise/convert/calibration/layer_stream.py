@@ -239,7 +239,7 @@ class LayerStream:
         self._device = torch.device(device)
         self._tokens, self._stored, self._attention = tokens, stored, attention
         self._states = {name: value.to(device, dtype) for name, value in states.items()}
-        self._tuples = False  # whether a layer returns a tuple
+        self._more: tuple[Any, ...] | None = None  # what a layer returns beside the hidden states, in a tuple
         # Before a GPU the next layer is read while this one is converted: Python and the GPU wait for no file.
         self._reader = ThreadPoolExecutor(1, "read") if self._device.type == "cuda" else None
         self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
@@ -302,7 +302,7 @@ class LayerStream:
         with capture_layer_calls(self._layers, stop=False) as stubs:
             for row, hidden in zip(self._tokens.split(1), self._hidden.split(1), strict=True):
                 last = hidden.to(self._device)
-                output = (last,) if self._tuples else last
+                output = last if self._more is None else (last, *self._more)
                 handles = [stub.register_forward_hook(lambda *_, output=output: output) for stub in stubs]
                 logits.append(self._model(input_ids=row.to(self._device), use_cache=False).logits.cpu())
                 for handle in handles:
@@ -323,7 +323,7 @@ class LayerStream:
         called = self._arguments[index]
         for part in self._parts() if called else ():
             output = self._call(layer, called, part)
-            self._tuples = isinstance(output, tuple)
+            self._more = output[1:] if isinstance(output, tuple) else None
             self._hidden[part] = _first(output)
 
     def _parts(self) -> list[slice]:

@@ -10,28 +10,21 @@ from typing import Any
 
 import torch
 
-from headwise.convert.calibration.calibrate import CalibrationPlan
-from headwise.convert.calibration.corpus import BUILTIN, LOSS_SECONDS, fits_whole, read_corpus
-from headwise.convert.forecast.stage_seconds import forward_seconds
+from headwise.convert.calibration.corpus import read_corpus
+from headwise.convert.calibration.loss_text import Unmeasured, plan_loss_text
 from headwise.convert.positions.moved import with_context
 from headwise.convert.positions.windows import format_layers, parse_layers, require_choice, with_window
-from headwise.convert.settings import AUTO_LAYERS, DEFAULT_TEXT, ConvertSettings
+from headwise.convert.settings import AUTO_LAYERS, ConvertSettings
 from headwise.errors import HeadwiseError, SettingError
-from headwise.format import duration
 from headwise.io.reader import Checkpoint
-from headwise.io.tokenizer import tokenizer_kind
 from headwise.measure.window_loss import loss_beyond
-from headwise.models.architecture import Architecture, find_architecture
+from headwise.models.architecture import find_architecture
 from headwise.models.layout import text_layouts
 from headwise.models.protocol import AttentionModel
 from headwise.models.stock import load_model
 from headwise.progress import Progress
 from headwise.schema import restore
 
-# A text has as many tokens as this number of windows, so that most queries have lost most of the text.
-WINDOWS = 4
-# Tokens of the text: at most, where the forecast of the time allows; and at least, in sequences.
-TOKENS, SEQUENCES = 32_768, 2
 # Tokens at the start of a text that StreamingLLM (arXiv 2309.17453) keeps as attention sinks.
 FIRST = 4
 # Nats per token from which the loss of windows that the user chose is a warning.
@@ -117,25 +110,6 @@ class WindowChoice:
         return replace(settings, window_layers=format_layers(self.layers), window_loss=None)
 
 
-@dataclass(frozen=True)
-class Unmeasured:
-    """Windows whose loss is not measured.
-
-    Attributes:
-        reason: why.
-    """
-
-    reason: str
-
-    def notes(self) -> Iterator[str]:
-        """Yield the line of the plan."""
-        yield f"The loss of the windows is not measured: {self.reason}."
-
-    def warnings(self) -> Iterator[str]:
-        """Yield nothing."""
-        yield from ()
-
-
 def choose_windows(
     checkpoint: Checkpoint,
     model: AttentionModel,
@@ -190,7 +164,8 @@ def choose_windows(
         with suppress(TypeError):  # changed by hand: it is measured again
             return restore(WindowChoice, dict(earlier))
     parent = replace(checkpoint, config=config)
-    text = _plan_text(parent, arch, settings, len(candidates), device)
+    passes = _passes(len(candidates))
+    text = plan_loss_text(parent, arch, settings, "windows", window, passes, device, needed=auto)
     if isinstance(text, Unmeasured):
         if auto:
             raise SettingError(
@@ -202,7 +177,7 @@ def choose_windows(
     except HeadwiseError as error:
         if auto or settings.calibrate:
             raise
-        return Unmeasured(f"the text cannot be read ({str(error).rstrip('.')})")
+        return Unmeasured("windows", f"the text cannot be read ({str(error).rstrip('.')})")
     network = load_model(parent, arch.auto_class, torch.bfloat16 if device.type == "cuda" else torch.float32)
     network = network.to(device).eval()
     progress.stage("Measuring windows", total=_passes(len(candidates)), unit="passes")
@@ -284,34 +259,3 @@ def _largest_within(loss: Callable[[int], float], most: int, limit: float) -> in
 def _passes(candidates: int) -> int:
     """Return the passes over the text: the parent, the candidates, the bisection, and the first tokens."""
     return 3 + candidates + candidates.bit_length()
-
-
-def _plan_text(
-    parent: Checkpoint, arch: Architecture, settings: ConvertSettings, candidates: int, device: torch.device
-) -> CalibrationPlan | Unmeasured:
-    """Return the text that losses are measured on, or why none is measured."""
-    window = settings.sliding_window or 0
-    length = min(WINDOWS * window, arch.stock_config(parent.config).max_position_embeddings)
-    if settings.calibrate == "none":
-        return Unmeasured("`calibrate` is none")
-    if arch.auto_class != "AutoModelForCausalLM":
-        return Unmeasured(f"{arch.auto_class} reads more than text")
-    if parent.headless:
-        return Unmeasured("the model has no language-model head")
-    if tokenizer_kind(parent.folder) == "none":
-        return Unmeasured("the model has no tokenizer")
-    if settings.allow_nan:
-        return Unmeasured("the weights may hold NaN")
-    if length < window + 2:
-        return Unmeasured(f"no text is longer than the window: the context is {length} tokens")
-    if not fits_whole(parent, device):
-        return Unmeasured("the whole parent does not fit into the free memory")
-    sequence = _passes(candidates) * forward_seconds(parent, length, device)
-    sequences = max(SEQUENCES, min(TOKENS // length, int(LOSS_SECONDS / max(sequence, 1e-9))))
-    if not candidates and sequences * sequence > LOSS_SECONDS:
-        return Unmeasured(
-            f"the forecast is {duration(sequences * sequence)}, and the limit is {duration(LOSS_SECONDS)}"
-        )
-    text = settings.calibrate or DEFAULT_TEXT
-    text = BUILTIN if text == DEFAULT_TEXT else text
-    return CalibrationPlan(text, sequences, length, 0, settings.seed, least=SEQUENCES)

@@ -166,7 +166,7 @@ def compare_with_parent(
     if not linear or (shape.kv_lora_rank or 0) < largest[0] or shape.rotary_dim < largest[1]:
         return True, "outside attention, every tensor is what the parent's becomes"
     attention, factored = StockAttention(parent.config, arch), FactoredAttention(checkpoint)
-    tokens = check_tokens(parent, arch.stock_config(parent.config).vocab_size)
+    tokens = within_budget(check_tokens(parent, arch.stock_config(parent.config).vocab_size), before)
     worst, worst_layer = 0.0, 0
     for layer, x, _ in attention_inputs(parent, arch, tokens, device):
         expected = attention(layer, arch.tensors(parent, layer), x)

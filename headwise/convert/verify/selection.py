@@ -10,7 +10,8 @@ from torch import Tensor
 from headwise.convert.sparse.indexer import index_scores, query_scale, read_indexer
 from headwise.convert.verify.layer_inputs import TOKENS, StockAttention, attention_inputs, check_tokens
 from headwise.io.reader import Checkpoint
-from headwise.models.deepseek import NORM_EPS
+from headwise.models.deepseek import NORM_EPS, ROTATED, interleaved_rows
+from headwise.models.mla_source import written_class
 from headwise.models.protocol import AttentionModel, read_latent_layer
 
 # The budget of the check, which is smaller than the text; and the largest difference of scores, relative to the
@@ -34,12 +35,19 @@ def check_selection(
     attention = StockAttention(checkpoint.config, model)
     tokens = check_tokens(checkpoint, checkpoint.config["vocab_size"])
     worst, worst_layer = 0.0, 0
+    layouts, stock = model.layouts(checkpoint.config), written_class(checkpoint.config)
+    heads, rotary = checkpoint.config["index_n_heads"], layouts[0].rotary_dim
     for layer, inputs, _ in attention_inputs(checkpoint, model, tokens, device):
+        if layouts[layer].own_indexer is None:
+            continue
         x = inputs.cpu()
         tensors, path = model.tensors(checkpoint, layer), model.attention_path(layer)
         scale = query_scale(tensors, path, NORM_EPS)
-        heads, frequencies = checkpoint.config["index_n_heads"], read_latent_layer(checkpoint, layer)[0].frequencies
-        scores = index_scores(read_indexer(tensors, path, heads, scale, frequencies), x)
+        frequencies = read_latent_layer(checkpoint, layer)[0].frequencies
+        halves = tensors
+        if stock is not None and stock.interleaved:
+            halves = {n: _halves(n, tensor, heads, rotary) for n, tensor in tensors.items()}
+        scores = index_scores(read_indexer(halves, path, heads, scale, frequencies), x)
         error = _shortfall(scores, _selected(attention, layer, tensors, x))
         if not error <= worst:
             worst, worst_layer = error, layer
@@ -48,6 +56,11 @@ def check_selection(
         f"of the best (layer {worst_layer}), limit {TOLERANCE:.0e}"
     )
     return worst < TOLERANCE, detail
+
+
+def _halves(name: str, tensor: Tensor, heads: int, rotary: int) -> Tensor:
+    """Return a tensor of an indexer for RoPE that rotates the two halves, in place of neighbouring elements."""
+    return interleaved_rows(name, tensor, heads, rotary, back=True) if name.endswith(ROTATED) else tensor
 
 
 def _selected(attention: StockAttention, layer: int, tensors: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from headwise.convert.calibration import loss_text
 from headwise.convert.pipeline import ConvertResult, convert_model
 from headwise.convert.plan import Plan
 from headwise.convert.positions import window_choice
@@ -99,7 +100,7 @@ def chosen(
 ) -> Any:
     """The choice for a tiny model whose losses are given by the paths of the layers with windows."""
     checkpoint = open_checkpoint(tiny_models.save(model_type, tmp_path / "model"))
-    monkeypatch.setattr(window_choice, "tokenizer_kind", lambda _: "bpe")
+    monkeypatch.setattr(loss_text, "tokenizer_kind", lambda _: "bpe")
     monkeypatch.setattr(window_choice, "read_corpus", lambda *_: (tiny_models.tokens(12), None))
 
     def measured(_: Any, blocks: torch.Tensor, __: int, paths: list[str], *, first: int) -> Any:
