@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure on a few tokens."""
-    monkeypatch.setattr(window_choice, "TOKENS", 4 * 4 * WINDOW)
+    monkeypatch.setattr(loss_text, "TOKENS", 4 * 4 * WINDOW)
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.4, 1.0, 2.5, 9.0])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from headwise import convert_model, inspect_model, verify_model
+from headwise.convert.calibration import loss_text
 from headwise.convert.pipeline import ConvertResult
 from headwise.convert.sparse import sharing
 from headwise.convert.sparse.sharing import SharingChoice, choose_sharing
@@ -26,6 +27,12 @@ from tests.test_bad_input import refused
 
 CALIBRATE = {"calibrate": TEXT["calibrate"]}
 TOKENS = torch.arange(2 * 25).view(2, 25) * 5 % 256 + 1
+
+
+@pytest.fixture(autouse=True)
+def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure on a few tokens."""
+    monkeypatch.setattr(loss_text, "TOKENS", 16 * 32)
 
 
 def save_sparse(folder: Path, **overrides: Any) -> Path:
