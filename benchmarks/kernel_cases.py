@@ -12,7 +12,10 @@ SCALE = 0.05
 
 @dataclass(frozen=True)
 class Case:
-    """One decode step. `rope` 0: grouped cache with keys and values of `width`; else MLA of rank `width`."""
+    """One decode step. `rope` 0: grouped cache with keys and values of `width`; else MLA of rank `width`.
+
+    `selected`: the tokens of the context that each query attends to; 0: all.
+    """
 
     name: str
     heads: int
@@ -23,6 +26,11 @@ class Case:
     context: int = 8192
     page: int = 0
     queries: int = 1
+    selected: int = 0
+
+    @property
+    def keys(self) -> int:
+        return self.selected or self.context
 
     @property
     def numbers(self) -> int:
@@ -30,11 +38,11 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        return 2 * self.batch * self.context * self.numbers
+        return self.batch * self.keys * (2 * self.numbers + (4 if self.selected else 0))
 
     @property
     def operations(self) -> int:
-        return 2 * self.batch * self.context * self.heads * self.queries * (2 * self.width + self.rope)
+        return 2 * self.batch * self.keys * self.heads * self.queries * (2 * self.width + self.rope)
 
 
 CASES = [
@@ -50,6 +58,20 @@ CASES = [
     Case("MLA 32 heads 512+64, batch 1, 32,768", 32, 512, 64, batch=1, context=32768),
     Case("MLA 32 heads 512+64, pages of 64", 32, 512, 64, page=64),
     Case("MLA 32 heads 512+64, 2 queries", 32, 512, 64, queries=2),
+    *(
+        Case(
+            f"selection, MLA 32 heads {rank}+64: {named} of {context:,}",
+            32,
+            rank,
+            64,
+            batch=16,
+            context=context,
+            selected=selected,
+        )
+        for rank in (512, 192)
+        for context in (32768, 131072)
+        for named, selected in (("all", 0), ("2,048", 2048))
+    ),
     Case("MQA 32/1 x128", 32, 128),
     Case("GQA 14/2 x64", 14, 64, groups=2),
     Case("GQA 32/8 x128", 32, 128, groups=8),
@@ -76,7 +98,10 @@ def inputs(case: Case, seed: int) -> dict[str, Tensor | None]:
         rows = (case.batch * pages, case.page)
     if case.rope:
         q = noise(case.batch, case.queries, case.heads, case.width + case.rope)
-        return {"q": q, "cache": noise(*rows, case.width + case.rope), "table": table}
+        scores = torch.rand(case.batch, case.queries, case.context if case.selected else 0, device="cuda")
+        indices = scores.topk(case.selected, dim=-1).indices.int() if case.selected else None
+        cache = noise(*rows, case.width + case.rope)
+        return {"q": q, "cache": cache, "table": table, "indices": indices}
     q = noise(case.batch, case.queries, case.heads, case.width)
     k, v = (noise(*rows, case.groups, case.width) for _ in range(2))
     return {"q": q, "k": k, "v": v, "table": table}

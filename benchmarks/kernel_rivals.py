@@ -32,8 +32,14 @@ def ours(case: Case, x: Inputs) -> Tensor:
     if case.rope:
         q, cache, r = x["q"], x["cache"], case.width
         parts = (q[..., :r], q[..., r:], cache[..., :r], cache[..., r:])
-        return mla_decode(*parts, scale=SCALE, block_table=x["table"])[0]
+        return mla_decode(*parts, scale=SCALE, block_table=x["table"], indices=x["indices"])[0]
     return gqa_decode(x["q"], x["k"], x["v"], scale=SCALE, block_table=x["table"])[0]
+
+
+def gathered(case: Case, x: Inputs) -> Tensor:
+    """The selected tokens copied, and then absorbed attention as two batched products."""
+    index = x["indices"].flatten(1).long()[..., None].expand(-1, -1, x["cache"].shape[-1])
+    return eager(case, {**x, "cache": x["cache"].gather(1, index)})
 
 
 def portable(case: Case, x: Inputs) -> Tensor:
@@ -168,6 +174,8 @@ def flash_attention_3(case: Case, x: Inputs) -> Tensor:
 
 def rivals(case: Case) -> dict[str, Rival]:
     """Everything here that can compute the case."""
+    if case.selected:
+        return {"headwise": ours, "gather, eager bmm": gathered}
     found: dict[str, Rival] = {"headwise": ours, "headwise portable": portable}
     contiguous = not case.page
     if contiguous and case.queries == 1:

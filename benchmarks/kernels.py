@@ -26,6 +26,7 @@ from kernel_rivals import Rival, rivals
 from torch import Tensor
 
 from headwise.kernels.gqa_decode import reference as gqa_reference
+from headwise.kernels.mla_decode import reference as mla_reference
 from headwise.kernels.rope_cache import reference as rope_reference
 from headwise.kernels.rope_cache.triton import rope_cache
 
@@ -74,9 +75,14 @@ def ceilings() -> tuple[float, float]:
 
 def wrong_by(case: Case, call: Rival) -> float:
     """The largest relative error over the sequences of a small batch against float64."""
-    small = replace(case, batch=4, context=1024)
+    small = replace(case, batch=4, context=1024, selected=min(case.selected, 256))
     x = inputs(small, 7)
     out = call(small, x).double()
+    if case.selected:
+        q, cache, r = x["q"].double(), x["cache"].double(), case.width
+        parts = (q[..., :r], q[..., r:], cache[..., :r], cache[..., r:])
+        expected, _ = mla_reference.mla_decode(*parts, scale=SCALE, indices=x["indices"])
+        return max(((o - e).norm() / e.norm()).item() for o, e in zip(out, expected, strict=True))
     if case.rope:
         cache = x["cache"].double()[:, :, None]
         k, v = cache, cache[..., : case.width]

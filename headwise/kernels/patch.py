@@ -6,6 +6,7 @@ Three extension points of transformers are enough, and no model code is copied:
   before (sdpa, FlexAttention) for everything except decode;
 - the mask interface: for decode it passes the visible range of each sequence to the attention function, in place of
   a (batch, 1, queries, capacity) mask. The range has four dimensions, so that `generate` does not change it;
+- a model with indexers passes the keys that they select to the attention function, which decodes on these alone;
 - `expand_kv`: stock DeepSeek attention keeps the latent cache compressed, and expands all of it at every step
   through this method. The replacement returns the latents unchanged, and the attention function expands them for
   prefill only.
@@ -28,7 +29,7 @@ from headwise.kernels import dispatch
 from headwise.kernels.gqa_decode import gqa_decode
 from headwise.kernels.mla_decode import mla_decode
 
-NAME = "headwise"
+NAME, SELECTED = "headwise", "headwise_selected"
 MAX_QUERIES = 8
 # Attribute of the model with its attention implementation before `enable`, for `disable`.
 BEFORE = "_headwise_attention_before"
@@ -49,8 +50,8 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
         The same model.
 
     Raises:
-        HeadwiseError: the model does not support sdpa, it has indexers, or a latent up-projection is not a plain
-            matrix (it is quantized, or an adapter wraps it).
+        HeadwiseError: the model does not support sdpa, or a latent up-projection is not a plain matrix (it is
+            quantized, or an adapter wraps it).
     """
     dispatch.choose_backend(None)
     if enabled(model):
@@ -60,12 +61,6 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
             f"{type(model).__name__} cannot use the decode kernels: it does not run on torch's attention.",
             "Use a model that loads with attn_implementation='sdpa'.",
         )
-    if any(hasattr(module, "indexer") for module in model.modules()):
-        raise HeadwiseError(
-            f"{type(model).__name__} cannot use the decode kernels: they attend to all tokens, and its indexers "
-            "select some.",
-            "Decode with the model as it is.",
-        )
     latent = [(name, module) for name, module in model.named_modules() if hasattr(module, "expand_kv")]
     for name, module in latent:
         if type(module.kv_b_proj) is not nn.Linear or module.kv_b_proj.bias is not None:
@@ -74,7 +69,8 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
                 "Merge the adapter or load the model unquantized, then enable the kernels.",
             )
     before = model.config._attn_implementation
-    model.set_attn_implementation(_registered(before))
+    selects = any(hasattr(module, "indexer") for module in model.modules())
+    model.set_attn_implementation(_registered_selected() if selects else _registered(before))
     setattr(model, BEFORE, before)
     for _, module in latent:
         module.expand_kv = _keep_latent
@@ -109,6 +105,16 @@ def _registered(before: str) -> str:
     AttentionInterface.register(name, partial(attention, functions[ordinary]))
     AttentionMaskInterface.register(name, partial(visible_range, masks[ordinary]))
     return name
+
+
+def _registered_selected() -> str:
+    """Register the attention function of models with indexers, and return its name for transformers.
+
+    Their indexers read the mask of sdpa also in decode.
+    """
+    AttentionInterface.register(SELECTED, selected_attention)
+    AttentionMaskInterface.register(SELECTED, AttentionMaskInterface()["sdpa"])
+    return SELECTED
 
 
 def enabled(model: PreTrainedModel) -> bool:
@@ -239,6 +245,43 @@ def attention(
         return _absorbed(module, query, key[:, 0], value[:, 0], scaling, limits), None
     key, value = key.transpose(1, 2), value.transpose(1, 2)
     return gqa_decode(query, key, value, scale=scaling, **limits)[0], None
+
+
+def selected_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    indices: Tensor,
+    **options: Any,
+) -> tuple[Tensor, Any]:
+    """Attend to the keys that an indexer selects, with the kernels for decode; transformers calls it.
+
+    Args:
+        module: the attention module.
+        query: (batch, heads, queries, head_dim).
+        key: (batch, 1, tokens, rank), the latents of `_keep_latent`.
+        value: (batch, 1, tokens, rope_dim), the rotary keys of `_keep_latent`.
+        attention_mask: (batch, 1, queries, tokens) bool, of sdpa.
+        scaling: of the scores.
+        indices: (batch, queries, count) int32, visible keys first.
+        **options: for sdpa.
+
+    Returns:
+        The output (batch, queries, heads, v_head_dim), and the weights or None.
+    """
+    tokens, capacity = query.shape[2], key.shape[2]
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    if tokens > MAX_QUERIES or capacity <= tokens or differentiable:
+        selected = torch.zeros_like(attention_mask.expand(len(query), -1, -1, -1))
+        selected = selected.scatter(-1, indices.long()[:, None], True) & attention_mask
+        key, value = type(module).expand_kv(module, key, value)
+        return sdpa_attention_forward(module, query, key, value, selected, scaling=scaling, **options)
+    # Indices are absolute: of the mask, only the number of visible keys is needed.
+    limits = {"lengths": attention_mask[:, 0, -1].sum(-1, dtype=torch.int32), "indices": indices}
+    return _absorbed(module, query.transpose(1, 2), key[:, 0], value[:, 0], scaling, limits), None
 
 
 def _absorbed(

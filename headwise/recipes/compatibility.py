@@ -84,7 +84,7 @@ def check_compatible(
         raise HeadwiseError(
             f"{student.checkpoint.source} has indexers, and training would change the attention that they were "
             "made for.",
-            "Train a conversion without `sparse` first.",
+            "Train the MLA folder without indexers, and convert the trained one with `sparse`.",
         )
     for folder in (student, teacher):
         if folder is not None and not folder.is_latent:

@@ -12,6 +12,8 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
     DeepseekV3Config,
+    DeepseekV32Config,
+    GlmMoeDsaConfig,
     LlamaConfig,
     MistralConfig,
     StaticCache,
@@ -232,3 +234,34 @@ def test_one_graph_on_a_gpu(name: str) -> None:
 
     expected = logits(model)
     assert (logits(step) - expected).norm() < 2e-2 * expected.norm()
+
+
+INDEXED = dict(index_topk=9, index_n_heads=3, index_head_dim=24) | LATENT | dict(q_lora_rank=32)
+SELECTING = {
+    "an indexer in every layer": DeepseekV32Config(**COMMON, **INDEXED),
+    "a shared indexer": GlmMoeDsaConfig(**COMMON, **INDEXED, indexer_types=["full", "shared"]),
+}
+
+
+@pytest.mark.parametrize("name", SELECTING)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_model_with_indexers_decodes_on_the_selected_keys(name, cache) -> None:
+    """Prompts beyond the budget of keys, and one within it for the first steps."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(SELECTING[name])).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(4)  # so that attention is far from even
+    inputs = prompts()
+    inputs["attention_mask"][0, :13] = 0
+    inputs["input_ids"][0, :13] = 0
+    options = dict(max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    options |= {"cache_implementation": "static"} if cache == "static" else {}
+    expected = model.generate(**inputs, **options)
+    actual = enable(model).generate(**inputs, **options)
+    assert torch.equal(actual.sequences, expected.sequences)
+    for ours, stock in zip(actual.logits, expected.logits, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+    assert model.config._attn_implementation == "headwise_selected"
+    disable(model)
+    assert model.config._attn_implementation == "sdpa"

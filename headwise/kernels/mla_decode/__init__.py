@@ -22,6 +22,7 @@ def mla_decode(
     starts: Tensor | None = None,
     block_table: Tensor | None = None,
     window: int | None = None,
+    indices: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend from the newest tokens of each sequence to the latent cache of MLA, on the fastest backend.
@@ -41,6 +42,8 @@ def mla_decode(
         starts: (batch) int32, first visible token (left padding); None: 0.
         block_table: (batch, max_pages) int32, the page of each run of page_size tokens.
         window: sliding window in tokens, the token itself counted.
+        indices: (batch, S, count) int32, in place of a block table: the tokens of the cache that each query token
+            attends to, visible ones first; None: all visible tokens.
         backend: "auto", "triton" or "reference"; None: HEADWISE_KERNELS, else "auto".
 
     Returns:
@@ -48,7 +51,10 @@ def mla_decode(
 
     Raises:
         HeadwiseError: the named backend cannot run with these tensors.
+        ValueError: `indices` are given with a block table or a window.
     """
+    if indices is not None and (block_table is not None or window is not None):
+        raise ValueError("indices take the place of a block table and of a window")
     name = choose_backend(backend)
     has_triton = supports_triton(q_latent, q_latent.shape[-1], q_rope.shape[-1], q_latent.shape[-1])
     options: dict[str, Any] = dict(
@@ -58,6 +64,7 @@ def mla_decode(
         starts=starts,
         block_table=block_table,
         window=window,
+        indices=indices,
     )
     if name == "triton" and not has_triton:
         raise backend_error("mla_decode", name, "it needs half precision on CUDA and widths in multiples of 16")

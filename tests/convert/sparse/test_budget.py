@@ -15,7 +15,6 @@ from headwise import convert_model, inspect_model, uptrain_model, verify_model
 from headwise.convert.pipeline import ConvertResult
 from headwise.convert.plan import Plan
 from headwise.errors import HeadwiseError, SettingError
-from headwise.kernels.patch import enable
 from tests.convert.speaking import TEXT, save_speaking
 from tests.test_bad_input import refused
 
@@ -141,11 +140,9 @@ def test_a_wrong_setting_gets_one_sentence(options: tuple[str, ...], words: str,
     assert words in " ".join(message.split())
 
 
-def test_kernels_and_training_refuse_a_folder_with_indexers(tmp_path: Path) -> None:
+def test_training_refuses_a_folder_with_indexers(tmp_path: Path) -> None:
     source = save_speaking(tmp_path / "model")
     convert_model(source, tmp_path / "out", **SPARSE)
-    with pytest.raises(HeadwiseError, match="its indexers select some"):
-        enable(DeepseekV32ForCausalLM.from_pretrained(tmp_path / "out"))
     with pytest.raises(HeadwiseError, match="has indexers, and training would change"):
         uptrain_model(tmp_path / "out", tmp_path / "trained", teacher=source, recipe="layerwise", device="cpu")
 
