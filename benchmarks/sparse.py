@@ -1,12 +1,13 @@
 """Loss, recall and passkeys of sparse attention at budgets of a context: random keys, a window, indexers.
 
-    python benchmarks/sparse.py --context 2048 --blocks 6 --passkeys 8
+    python benchmarks/sparse.py --context 2048 --blocks 6
+    python benchmarks/sparse.py --folder OUT --context 1024 --passkeys 8
     python benchmarks/sparse.py --context 4096 --rank 192 --rope-dim 64 --device cuda
 
 The model is converted twice with `--sparse dsa`: with the closed form of the indexers alone, and trained. The stock
 class then runs on held-out text with the keys that each selection gives it. The dense model is the same folder with
-a budget of the whole context. A passkey is a number hidden in a text as long as the context, at five depths; a
-prompt is solved if greedy decoding writes the number. Prints Markdown tables; --json keeps the figures.
+a budget of the whole context. With --folder, a converted folder is measured on passkeys alone, at 1/4 and 1/8:
+numbers hidden in a text, which greedy decoding must write. Prints Markdown tables; --json keeps the figures.
 """
 
 from __future__ import annotations
@@ -116,6 +117,32 @@ def recalls(folder: Path, inputs: list[list[Tensor]]) -> Iterator[dict[str, list
         yield rows
 
 
+def passkeys(folder: Path, length: int, samples: int, device: str) -> Iterator[tuple[str, int, list[float]]]:
+    """The share of passkeys that a sparse folder finds, by selection and budget, at five depths of the text."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    documents = make_passkey_documents(tokenizer, [length], samples=samples)
+    cases: list[tuple[str, int, Any]] = [("dense", length, recent_scores)]
+    selections = (("random keys", random_scores), ("window", recent_scores), ("trained", None))
+    cases += [(name, length // share, scores) for share in SHARES[:2] for name, scores in selections]
+    for name, budget, scores in cases:
+        set_selection(model, budget, scores)
+        yield name, budget, list(passkey_shares(solve_passkeys(model, tokenizer, documents)).values())
+
+
+def print_passkeys(options: argparse.Namespace) -> dict[str, list[float]]:
+    """Print the passkeys that a folder finds, and return them."""
+    prompts = 5 * options.passkeys
+    print(f"Passkeys found at {options.context:,} tokens, {prompts} prompts:\n")
+    print("| selection | keys | found | by depth |\n|---|---|---|---|", flush=True)
+    found = {}
+    for name, budget, shares in passkeys(options.folder, options.context, options.passkeys, options.device):
+        found[f"{name} {budget}"] = shares
+        depths = ", ".join(f"{value:.0%}" for value in shares)
+        print(f"| {name} | {budget:,} | {sum(shares) / len(shares):.1%} | {depths} |", flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(EMBEDDED_MODEL))
@@ -131,10 +158,16 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=131072)
     parser.add_argument("--heldout", default="builtin")
     parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--passkeys", type=int, default=0, help="prompts at each depth, at 1/4 and 1/8")
+    parser.add_argument("--folder", type=Path, help="of --sparse dsa: measure its passkeys alone, at --context")
+    parser.add_argument("--passkeys", type=int, default=8, help="prompts at each depth")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.folder:
+        found = print_passkeys(options)
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1))
+        return
 
     context, figures = options.context, dict[str, Any](options={k: str(v) for k, v in vars(options).items()})
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -189,19 +222,6 @@ def main() -> None:
             print("| selection |" + "".join(f" {i * width} |" for i in range(8)) + "\n|---|" + "---|" * 8)
             for name, by_share in rows.items():
                 print(f"| {name} |" + "".join(f" {value:.4f} |" for value in by_share[share]), flush=True)
-        if options.passkeys:
-            documents = make_passkey_documents(tokenizer, [context], samples=options.passkeys)
-            figures["passkeys"] = {}
-            print(f"\nPasskeys found at {context:,} tokens, {len(documents)} prompts:\n")
-            print("| selection | budget | found | by depth |\n|---|---|---|---|")
-            runs = [("dense", 1, models["trained"], None)]
-            runs += [(name, share, model, scores) for share in SHARES[:2] for name, model, scores in cases]
-            for name, share, model, scores in runs:
-                set_selection(model, context // share, scores)
-                shares = passkey_shares(solve_passkeys(model, tokenizer, documents))
-                figures["passkeys"][f"{name} 1/{share}"] = list(shares.values())
-                depths = ", ".join(f"{value:.0%}" for value in shares.values())
-                print(f"| {name} | 1/{share} | {sum(shares.values()) / len(shares):.1%} | {depths} |", flush=True)
         print(f"\nRecall of the attention of a layer at {', '.join(f'1/{share}' for share in SHARES)}:\n")
         print("| layer | random | window | closed form | trained | best |\n|---|---|---|---|---|---|")
         figures["recall"] = []
