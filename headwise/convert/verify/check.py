@@ -238,13 +238,13 @@ def _require_same_weights(checkpoint: Checkpoint, parent: Checkpoint, recorded: 
 
 def _copied(checkpoint: Checkpoint, parent: Checkpoint) -> list[str]:
     """Return the tensors outside attention that a conversion copies, the smallest first."""
-    arch, tensors = find_architecture(parent.config, parent.tensors), parent.tensors
+    arch, tensors = find_attention_model(parent.config, parent.tensors), parent.tensors
     layers = range(len(arch.layouts(parent.config)))
     names = set(tensors).difference(*(arch.tensor_names(parent.config, layer) for layer in layers))
     model = find_attention_model(checkpoint.config, checkpoint.tensors)
     if model.layouts(checkpoint.config)[0].kind == "mla":
         rule = mla_source.find_mla_source(arch.text_config(parent.config), dtype_of(checkpoint.config))
-        carried = mla_source.plan_scaled_copies(rule, names, ())
+        carried = mla_source.plan_scaled_copies(rule, names, [n for n in names if f".{arch.attention}." in n])
         names = {each.name for each in carried if each == mla_source.ScaledCopy(each.name, each.name)}
     kept = checkpoint.tensors
     same = [
