@@ -323,8 +323,9 @@ def test_queries_have_one_factor_where_llama_cpp_reads_one(tmp_path: Path) -> No
 
 
 def test_heads_are_padded_for_vllm(tmp_path: Path) -> None:
-    parent = save_speaking(tmp_path / "parent")
-    options = {"to": "mla", "rank": 28, "rope_dim": 64, "calibrate": "none"}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 48}
+    parent = save_speaking(tmp_path / "parent", hidden_size=256, **heads)
+    options = {"to": "mla", "rank": 256, "rope_dim": 64, "calibrate": "none"}
     convert_model(parent, tmp_path / "plain", verify=False, **options)
     result = passed(convert_model(parent, tmp_path / "out", engines=["vllm"], **options))
     written = config(tmp_path / "out")
