@@ -23,7 +23,7 @@ from headwise.eval import settings as evaluation
 from headwise.eval.bench_settings import BenchSettings
 from headwise.fields import flag_of, settings_of
 from headwise.models import deepseek
-from headwise.models.table import supported_types
+from headwise.models.table import load_table, supported_types
 from headwise.recipes.settings import Layerwise, UptrainSettings
 from headwise.serving.settings import ServingSettings
 from headwise.text.sources import Data
@@ -90,7 +90,7 @@ def models_lines() -> Iterator[str]:
         ("family", "model types (`model_type` of config.json)"),
         [
             *((family, joined(types)) for family, types in supported_types().items()),
-            ("also to MLA", joined(sorted(latent))),
+            ("also to MLA", joined(sorted(latent - load_table().latents.keys()))),
         ],
     )
 

@@ -22,7 +22,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from headwise.models import architecture
+from headwise.models.protocol import find_attention_model
 from headwise.models.stock import stock_config
 
 VOCABULARY = 61
@@ -302,9 +302,31 @@ CONFIGS |= {
 }
 
 
+_LATENT = {
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 14,
+}
+_SOME_EXPERTS = {k: v for k, v in _ROUTED.items() if k != "intermediate_size"} | {"first_k_dense_replace": 1}
+# Stock classes with MLA whose latent norm is not linear.
+LATENTS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": _LATENT | _SOME_EXPERTS | {"q_lora_rank": None, "topk_method": "greedy"},
+    "deepseek_v3": _LATENT | _SOME_EXPERTS | {"attention_bias": True},
+    "glm4_moe_lite": _LATENT | _SOME_EXPERTS | {"mlp_layer_types": ["dense", "sparse"]},
+    # transformers makes the embedding of its padding token zero, whatever the file holds.
+    "youtu": _LATENT | {"pad_token_id": None},
+    "axk1": _LATENT | _SOME_EXPERTS,
+    "minicpm3": _LATENT,
+}
+
+
 def config_of(model_type: str, **overrides: Any) -> dict[str, Any]:
     """What config.json holds of such a model. `overrides` go to the language model's config."""
-    fields = copy.deepcopy((CONFIGS | OTHERS)[model_type])
+    fields = copy.deepcopy((CONFIGS | OTHERS | LATENTS)[model_type])
     if "decoder" in fields:
         fields["decoder"] |= overrides
         if "vocab_size" in overrides:
@@ -334,7 +356,7 @@ def build(model_type: str, **overrides: Any) -> tuple[transformers.PreTrainedMod
 
 def from_config(config: dict[str, Any]) -> transformers.PreTrainedModel:
     """The stock model that a config.json describes, its weights as they come."""
-    auto_class = getattr(transformers, architecture.find_architecture(config).auto_class)
+    auto_class = getattr(transformers, find_attention_model(config).auto_class)
     model: transformers.PreTrainedModel = auto_class.from_config(
         stock_config(config),
         attn_implementation="eager",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from headwise.convert.base import Target
+from headwise.convert.from_mla.heads import HeadsTarget
+from headwise.convert.from_mla.target import ReducedTarget
 from headwise.convert.gqa.target import GroupedTarget
 from headwise.convert.mla.target import LatentTarget
 from headwise.convert.positions.moved import with_positions
@@ -17,11 +20,11 @@ from headwise.io.reader import Checkpoint
 from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.layout import CROSS, AttentionLayout
 from headwise.models.mla_source import sharing_class, written_class
-from headwise.models.protocol import AttentionModel
+from headwise.models.protocol import AttentionModel, latent_model
 
 
 def check_source(checkpoint: Checkpoint, model: AttentionModel, settings: ConvertSettings) -> None:
-    """Refuse what cannot be made of a model that has MLA already: it can be given indexers, and nothing else.
+    """Refuse what cannot be made of a model that has MLA already: it gets a smaller cache, or indexers.
 
     Args:
         checkpoint: the source.
@@ -49,11 +52,9 @@ def check_source(checkpoint: Checkpoint, model: AttentionModel, settings: Conver
             "them.",
         )
     if settings.sparse is None:
-        raise HeadwiseError(
-            f"config.json: {checkpoint.source} is a {model.model_type} model, which has MLA already, and indexers "
-            "(`sparse`) are all that it can be given.",
-            "Convert the model that it was made from.",
-        )
+        if settings.to != "mla" and not (settings.to == "mha" and expands(checkpoint.config)):
+            _refuse_for_latent(checkpoint, model, settings)
+        return
     if stock is None or settings.sparse not in stock.sparse:
         raise HeadwiseError(
             f"config.json: {checkpoint.source} is a {model.model_type} model, which no stock class with an indexer "
@@ -91,6 +92,10 @@ def choose_target(
         assert sharing is not None  # `check_source` refused the others
         return SharedIndexerTarget(checkpoint, model, sharing, indexers, dtype=dtype)
     if model.layouts(checkpoint.config)[0].kind == "mla":
+        if settings.to == "mha":
+            return HeadsTarget(checkpoint, latent_model(checkpoint.config), dtype=dtype)
+        if settings.sparse is None:
+            return ReducedTarget(checkpoint, latent_model(checkpoint.config), settings, dtype=dtype)
         return LatentTarget(checkpoint, model, checkpoint.config, settings, dtype=dtype)
     arch = find_architecture(checkpoint.config, checkpoint.tensors)
     config = arch.with_groups(checkpoint.config, {})
@@ -123,6 +128,32 @@ def choose_target(
             )
     target.notes[:0] = notes
     return target
+
+
+def _refuse_for_latent(checkpoint: Checkpoint, model: AttentionModel, settings: ConvertSettings) -> None:
+    """Raise HeadwiseError: a model with MLA becomes MLA of another size, and nothing else."""
+    start = f"config.json: {checkpoint.source} is a {model.model_type} model, which has MLA already"
+    if settings.to is None:
+        raise HeadwiseError(f"{start}: its positions and its precision stay as they are.", "Give `to` mla.")
+    smaller = "Give `to` mla with `cache`, or with `rank` and `rope_dim`, for a smaller cache."
+    if expands(checkpoint.config):
+        raise HeadwiseError(f"{start}, and no key-value heads to merge.", f"{smaller} `to` mha expands it exactly.")
+    why = (
+        "no stock class with key-value heads has its router"
+        if latent_model(checkpoint.config).linear
+        else "the norm of its latent is no linear map, and no stock class with key-value heads has it"
+    )
+    raise HeadwiseError(f"{start}: {why}.", smaller)
+
+
+def expands(config: dict[str, Any]) -> bool:
+    """Return whether a model with MLA can become heads exactly: dense, with linear norms, as headwise writes it.
+
+    Args:
+        config: the config.json.
+    """
+    stock = written_class(config)
+    return stock is not None and not stock.marks and not stock.indexed
 
 
 def part_counts(

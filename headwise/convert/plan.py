@@ -15,7 +15,6 @@ from headwise.fields import flag_of, settings_of
 from headwise.format import dtype_name, duration, layout_names, plain_fields, size
 from headwise.io.reader import Checkpoint
 from headwise.io.writer import OutputTensor, Shard, plan_shards
-from headwise.models.architecture import Architecture
 from headwise.models.config import dtype_of
 from headwise.models.layout import AttentionLayout, CacheSize, cached_tokens, describe
 from headwise.models.protocol import AttentionModel
@@ -226,7 +225,7 @@ class Plan:
 
 def grouped_outputs(
     checkpoint: Checkpoint,
-    arch: Architecture,
+    arch: AttentionModel,
     config: dict[str, Any],
     *,
     dtype: torch.dtype | None = None,

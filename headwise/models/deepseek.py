@@ -441,7 +441,7 @@ def make_config(
     rope = rope_parameters(theta, frequencies, longest, stock.plain_rope)
     if stock.rope:
         rope |= {"original_max_position_embeddings": longest, **stock.rope}
-        rope["partial_rotary_factor"] = _exact_share(layout.rotary_dim, layout.head_dim)
+        rope["partial_rotary_factor"] = exact_share(layout.rotary_dim, layout.head_dim)
     position_free = layout.head_dim - layout.rotary_dim
     return {
         "architectures": [stock.architecture],
@@ -481,8 +481,13 @@ def make_config(
     }
 
 
-def _exact_share(part: int, whole: int) -> float:
-    """Return a factor of `whole` whose product is not below `part`, since stock classes cut off its fraction."""
+def exact_share(part: int, whole: int) -> float:
+    """Return a factor of `whole` whose product is not below `part`, since stock classes cut off its fraction.
+
+    Args:
+        part: number of rotary dimensions.
+        whole: width of a head.
+    """
     share = part / whole
     while int(whole * share) < part:
         share = math.nextafter(share, 1)

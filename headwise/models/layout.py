@@ -262,6 +262,59 @@ class LatentWeights(_Weights):
         return self.o.shape[1]
 
 
+@dataclass(frozen=True)
+class NormedLatent(_Weights):
+    """One MLA layer of a stock class with the norm of its latent, which is not linear.
+
+    Shapes, with rank R, rotary width P, position-free width N and value width V. `inputs` is the width D, or D + 1
+    with biases; `query_inputs` is `inputs`, or the rank of queries in two factors:
+
+    - `kv_down` (R, inputs), `norm` (R,): the latent is `c = norm * z / sqrt(mean(z^2) + eps)`, `z = kv_down @ x`
+    - `k_rope` (P, inputs): the rotary key all heads share; `k_up` (H, N, R), `v_up` (H, V, R), `o` (H, D, V)
+    - `q_nope` (H, N, query_inputs), `q_rope` (H, P, query_inputs)
+    - `q_down` (query rank, inputs), `q_norm` (query rank,): queries read the normed `q_down @ x`; None: they read x
+
+    The score of a query on a key is `scale * (q_nope . k_up c + rope(q_rope) . rope(k_rope))`. Rotary rows are
+    half-split, as in `LayerWeights`. A bias is the last input column.
+    """
+
+    layout: AttentionLayout
+    kv_down: Tensor
+    norm: Tensor
+    k_rope: Tensor
+    k_up: Tensor
+    v_up: Tensor
+    q_nope: Tensor
+    q_rope: Tensor
+    o: Tensor
+    q_down: Tensor | None = None
+    q_norm: Tensor | None = None
+    eps: float = 1e-6
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of the residual stream."""
+        return self.o.shape[1]
+
+    def normed(self, rows: Tensor) -> Tensor:
+        """Return rows divided by their root-mean-square, without the norm's weight.
+
+        Args:
+            rows: (..., R).
+        """
+        return rows * (rows.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+
+    def query_inputs(self, inputs: Tensor) -> Tensor:
+        """Return what the queries are made from.
+
+        Args:
+            inputs: (..., inputs) of the attention, with a constant 1 where there are biases.
+        """
+        if self.q_down is None or self.q_norm is None:
+            return inputs[..., : self.q_nope.shape[-1]]
+        return self.normed(inputs @ self.q_down.T) * self.q_norm
+
+
 def to_planes(rows: Tensor, rotary_dim: int) -> Tensor:
     """Return half-split rotary rows as complex planes.
 

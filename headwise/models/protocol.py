@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from headwise.errors import HeadwiseError
@@ -14,9 +15,10 @@ from headwise.models import deepseek, rope
 from headwise.models.architecture import find_architecture
 from headwise.models.config import MAX_LAYERS, check_rope, checked_size, stock_text_config
 from headwise.models.deepseek import ATTENTION, LAYERS
-from headwise.models.layout import AttentionLayout, IndexerShape, LatentWeights
+from headwise.models.fusion import check_shapes
+from headwise.models.layout import AttentionLayout, IndexerShape, LatentWeights, NormedLatent
 from headwise.models.mla_source import written_class
-from headwise.models.table import QkNorm, find_parts, load_table, supported_model_types
+from headwise.models.table import QkNorm, find_parts, load_table, require_values
 
 LATENT_SIZES = (
     "num_hidden_layers",
@@ -134,8 +136,16 @@ class AttentionModel(Protocol):
             layer: index of the decoder layer.
         """
 
+    def tensor_shapes(self, config: dict[str, Any], layer: int) -> dict[str, tuple[int, ...]]:
+        """Return the name and shape of every tensor of `tensor_names`.
+
+        Args:
+            config: the config.json.
+            layer: index of the decoder layer.
+        """
+
     def read_layer(self, config: dict[str, Any], layer: int, tensors: dict[str, Tensor]) -> Any:
-        """Return a layer's weights in float64: `LayerWeights`, or `LatentWeights` of an MLA model.
+        """Return a layer's weights in float64: `LayerWeights`, or those of an MLA model.
 
         Args:
             config: the config.json.
@@ -164,11 +174,18 @@ class AttentionModel(Protocol):
 
 @dataclass(frozen=True)
 class LatentModel:
-    """The attention layers of a stock model with MLA, as headwise writes it."""
+    """The attention layers of a stock model with MLA.
+
+    Attributes:
+        linear: whether the norms of its latents are linear, as headwise writes them.
+        half_split: whether row f of the rotary key belongs to row f + width / 2; else the rows alternate.
+    """
 
     model_type: str = "deepseek_v3"
     auto_class: str = "AutoModelForCausalLM"
     indexed: bool = False
+    linear: bool = True
+    half_split: bool = False
     layers: tuple[str, ...] = (LAYERS,)
     module: str = LAYERS
     attention: str = ATTENTION
@@ -210,6 +227,8 @@ class LatentModel:
         Raises:
             HeadwiseError: a field has the wrong type or an impossible value.
         """
+        if not self.linear:  # a config of others may leave out what its class has by default
+            config = self.stock_config(config).to_dict()
         layers, heads, rank, rope_dim, nope_dim, v_dim = (checked_size(config, name) for name in LATENT_SIZES)
         if not 0 < layers <= MAX_LAYERS:
             raise HeadwiseError(f"config.json has num_hidden_layers: {layers}, and 1 to {MAX_LAYERS} are possible.")
@@ -252,26 +271,98 @@ class LatentModel:
             config: the config.json.
             layer: index of the decoder layer.
         """
+        return tuple(self.tensor_shapes(config, layer))
+
+    def tensor_shapes(self, config: dict[str, Any], layer: int) -> dict[str, tuple[int, ...]]:
+        """Return the names and shapes of a layer's attention tensors, without those of its indexer.
+
+        Args:
+            config: the config.json.
+            layer: index of the decoder layer.
+        """
+        stock = self.stock_config(config)
         shapes = deepseek.attention_shapes(
             self.layouts(config)[layer],
-            config["hidden_size"],
+            stock.hidden_size,
             bias=self.has_bias(config),
-            q_lora_rank=config.get("q_lora_rank"),
+            q_lora_rank=stock.q_lora_rank,
         )
-        return tuple(f"{self.attention_path(layer)}.{name}" for name in shapes)
+        return {f"{self.attention_path(layer)}.{name}": shape for name, shape in shapes.items()}
 
-    def read_layer(self, config: dict[str, Any], layer: int, tensors: dict[str, Tensor]) -> LatentWeights:
-        """Return a layer in the norm-free parametrization, float64, without its output bias.
+    def read_layer(self, config: dict[str, Any], layer: int, tensors: dict[str, Tensor]) -> Any:
+        """Return a layer in float64, without its output bias.
+
+        Args:
+            config: the config.json.
+            layer: index of the decoder layer.
+            tensors: at least those of `tensor_names`, in any floating dtype.
+
+        Returns:
+            `LatentWeights` without norms where these are linear, else `NormedLatent`.
+        """
+        if not self.linear:
+            return self.read_normed(config, layer, tensors)
+        frequencies, _ = rope.frequencies(
+            config["rope_parameters"], config["qk_rope_head_dim"], config["max_position_embeddings"]
+        )
+        return deepseek.read_attention(tensors, self.attention_path(layer), config, frequencies)
+
+    def read_normed(self, config: dict[str, Any], layer: int, tensors: dict[str, Tensor]) -> NormedLatent:
+        """Return a layer with its norms in float64, without its output bias.
 
         Args:
             config: the config.json.
             layer: index of the decoder layer.
             tensors: at least those of `tensor_names`, in any floating dtype.
         """
-        frequencies, _ = rope.frequencies(
-            config["rope_parameters"], config["qk_rope_head_dim"], config["max_position_embeddings"]
+
+        def matrix(name: str) -> Tensor:
+            weight = tensors[f"{prefix}.{name}.weight"].to(torch.float64)
+            bias = tensors.get(f"{prefix}.{name}.bias")
+            return weight if bias is None else torch.cat([weight, bias.to(weight)[:, None]], 1)
+
+        layout, prefix = self.layouts(config)[layer], self.attention_path(layer)
+        check_shapes(tensors, self.tensor_shapes(config, layer))
+        heads, rank, nope = layout.num_attention_heads, layout.kv_lora_rank, layout.head_dim - layout.rotary_dim
+        split = torch.clone if self.half_split else deepseek.half_split
+        kv_a, up = matrix("kv_a_proj_with_mqa"), matrix("kv_b_proj").unflatten(0, (heads, -1))
+        factored = f"{prefix}.q_b_proj.weight" in tensors
+        queries = matrix("q_b_proj" if factored else "q_proj").unflatten(0, (heads, -1))
+        return NormedLatent(
+            layout=layout,
+            kv_down=kv_a[:rank],
+            norm=matrix("kv_a_layernorm"),
+            k_rope=split(kv_a[rank:]),
+            k_up=up[:, :nope],
+            v_up=up[:, nope:],
+            q_nope=queries[:, :nope],
+            q_rope=split(queries[:, nope:]),
+            o=tensors[f"{prefix}.o_proj.weight"].to(torch.float64).unflatten(1, (heads, -1)).transpose(0, 1),
+            q_down=matrix("q_a_proj") if factored else None,
+            q_norm=matrix("q_a_layernorm") if factored else None,
+            eps=deepseek.NORM_EPS,
         )
-        return deepseek.read_attention(tensors, self.attention_path(layer), config, frequencies)
+
+    def write_normed(self, layer: int, weights: NormedLatent) -> dict[str, Tensor]:
+        """Return the tensors of a layer that `read_normed` reads, without the first factor of its queries.
+
+        Args:
+            layer: index of the decoder layer.
+            weights: of the layer.
+        """
+        join, hidden = (torch.clone if self.half_split else deepseek.interleave), weights.hidden_size
+        kv_a = torch.cat([weights.kv_down, join(weights.k_rope)])
+        queries = torch.cat([weights.q_nope, join(weights.q_rope)], 1).flatten(0, 1)
+        tensors = {
+            "kv_a_proj_with_mqa.weight": kv_a[:, :hidden],
+            "kv_a_layernorm.weight": weights.norm,
+            "kv_b_proj.weight": torch.cat([weights.k_up, weights.v_up], 1).flatten(0, 1),
+            "o_proj.weight": weights.o.transpose(0, 1).flatten(1),
+            f"{'q_proj' if weights.q_down is None else 'q_b_proj'}.weight": queries,
+        }
+        if kv_a.shape[1] > hidden:
+            tensors["kv_a_proj_with_mqa.bias"] = kv_a[:, hidden]
+        return {f"{self.attention_path(layer)}.{name}": tensor for name, tensor in tensors.items()}
 
     def attention_path(self, layer: int) -> str:
         """Return the path of a layer's attention module, which is also its prefix in the checkpoint.
@@ -305,19 +396,40 @@ def find_attention_model(config: dict[str, Any], names: Iterable[str] = ()) -> A
         The names and layouts of the attention layers.
 
     Raises:
-        HeadwiseError: the model type is unknown, or the model has MLA and headwise did not write it.
+        HeadwiseError: the model type is unknown, or headwise cannot read this variant of it.
+    """
+    if is_latent(config):
+        return latent_model(config)
+    return find_architecture(config, names)
+
+
+def is_latent(config: dict[str, Any]) -> bool:
+    """Return whether a config is of a model with MLA that headwise reads.
+
+    Args:
+        config: the config.json.
     """
     model_type = config.get("model_type")
-    stock = written_class(config)
-    if stock is not None and isinstance(model_type, str):
+    known = isinstance(model_type, str) and model_type in load_table().latents
+    return known or written_class(config) is not None
+
+
+def latent_model(config: dict[str, Any]) -> LatentModel:
+    """Return the attention layers of a model with MLA.
+
+    Args:
+        config: the config.json, for which `is_latent` holds.
+
+    Raises:
+        HeadwiseError: headwise cannot read this variant of the type.
+    """
+    model_type = str(config.get("model_type"))
+    if (stock := written_class(config)) is not None:
         return LatentModel(stock.model_type, stock.auto_class, stock.indexed)
-    if "kv_lora_rank" in config and model_type not in supported_model_types():
-        raise HeadwiseError(
-            f"config.json describes a {model_type} model with multi-head latent attention (MLA) that headwise did "
-            "not write.",
-            "Of models with MLA, headwise reads those that it writes.",
-        )
-    return find_architecture(config, names)
+    row = load_table().latents[model_type]
+    model = LatentModel(model_type, linear=False, half_split=row["half_split"])
+    require_values(row["requires"], model.stock_config(config), model_type)
+    return model
 
 
 def reads_pairs(config: dict[str, Any]) -> bool:

@@ -114,6 +114,7 @@ class Table:
     rows: dict[str, ArchitectureRow]
     wrappers: dict[str, dict[str, Any]]
     composites: dict[str, dict[str, Any]]
+    latents: dict[str, dict[str, Any]]
     auto_classes: dict[str, str]
     refused: dict[str, str]
     windowed_classes: dict[str, dict[str, Any]]
@@ -144,6 +145,8 @@ def parse_table(text: str) -> Table:
         for part in whole["parts"]:
             _check_keys(f"{model_type}, {part.get('part')}", part, expected | {"model_type", "text_key"})
         whole["parts"] = [ArchitectureRow(**_frozen(model_type, part) | common) for part in whole["parts"]]
+    for model_type, row in data["latents"].items():
+        _check_keys(model_type, row, {"half_split", "requires"})
     for model_type, row in data["wrappers"].items():
         _check_keys(
             model_type,
@@ -199,12 +202,26 @@ def require_variant(row: ArchitectureRow, stock: Any) -> None:
     Raises:
         HeadwiseError: a field of the config has another value than the row requires.
     """
-    for key, rule in row.requires.items():
+    require_values(row.requires, stock, row.model_type)
+
+
+def require_values(requires: dict[str, dict[str, Any]], stock: Any, model_type: str) -> None:
+    """Refuse a variant of a model type by the values of its config.
+
+    Args:
+        requires: config key -> {value, reason}.
+        stock: the stock config object.
+        model_type: for the message.
+
+    Raises:
+        HeadwiseError: a field has another value.
+    """
+    for key, rule in requires.items():
         value = getattr(stock, key, None)
         if value != rule["value"]:
             raise HeadwiseError(
                 f"config.json has {key}: {json.dumps(value)}, and headwise cannot convert this variant of "
-                f"{row.model_type}: {rule['reason']}."
+                f"{model_type}: {rule['reason']}."
             )
 
 
@@ -291,6 +308,7 @@ def supported_types() -> dict[str, list[str]]:
         families.setdefault(row.family, []).append(model_type)
     for model_type, whole in (table.wrappers | table.composites).items():
         families.setdefault(whole["family"], []).append(model_type)
+    families["models with MLA (to a smaller cache)"] = list(table.latents)
     return {family: sorted(types) for family, types in families.items()}
 
 
@@ -313,7 +331,7 @@ def require_decoder(source: str, config: dict[str, Any], purpose: str) -> None:
 
 
 def _unsupported(model_type: Any, table: Table, config: dict[str, Any]) -> HeadwiseError:
-    known = sorted([*table.rows, *table.wrappers, *table.composites])
+    known = sorted([*table.rows, *table.wrappers, *table.composites, *table.latents])
     listed = "`headwise inspect --types` lists the supported types."
     start = f"headwise cannot convert model type {model_type}"
     if isinstance(model_type, str) and model_type in table.refused:
@@ -345,7 +363,7 @@ def _unsupported(model_type: Any, table: Table, config: dict[str, Any]) -> Headw
 def supported_model_types() -> list[str]:
     """Return every model type that has a row, sorted."""
     table = load_table()
-    return sorted([*table.rows, *table.wrappers, *table.composites])
+    return sorted([*table.rows, *table.wrappers, *table.composites, *table.latents])
 
 
 def both_rope_spellings(text_config: dict[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class ModelFolder:
         """Return the folder of an opened checkpoint.
 
         Raises:
-            HeadwiseError: the checkpoint is of an MLA model that headwise did not write, or of an unknown type.
+            HeadwiseError: the checkpoint is of an unknown type.
         """
         return cls(checkpoint, find_attention_model(checkpoint.config, checkpoint.tensors))
 
@@ -62,8 +62,8 @@ class ModelFolder:
 
     @property
     def is_latent(self) -> bool:
-        """Whether the attention layers are MLA."""
-        return self.layouts[0].kind == "mla"
+        """Whether the attention layers are MLA with linear norms, which are trained without these norms."""
+        return mla_source.written_class(self.checkpoint.config) is not None
 
     @property
     def text(self) -> Any:
@@ -136,8 +136,6 @@ class Student:
             folder: the folder.
             parent: the model that the folder was converted from, for the scale of an MLA model's residual stream.
 
-        Raises:
-            HeadwiseError: the folder holds an MLA model that headwise did not write.
         """
         network = folder.load(torch.float32)
         student = cls(folder, network)

@@ -10,7 +10,7 @@ import torch
 
 from headwise.errors import HeadwiseError
 from headwise.io.reader import open_checkpoint
-from headwise.models.protocol import find_attention_model, read_latent_layer
+from headwise.models.protocol import find_attention_model, latent_model, read_latent_layer
 from headwise.models.stock import empty_model
 from tests import small_parents
 
@@ -53,10 +53,11 @@ def test_an_mla_layer_is_read_without_its_norm(folders: dict[str, Path]) -> None
     assert weights.scale == pytest.approx(width**-0.5)
 
 
-def test_an_mla_model_of_other_origin_is_refused(folders: dict[str, Path]) -> None:
+def test_an_mla_model_of_other_origin_has_norms(folders: dict[str, Path]) -> None:
     config = json.loads((folders["mla"] / "config.json").read_text())
-    with pytest.raises(HeadwiseError, match="deepseek_v3 model with multi-head latent attention"):
-        find_attention_model(config | {"first_k_dense_replace": 1})
+    assert latent_model(config).linear and not latent_model(config | {"first_k_dense_replace": 1}).linear
+    with pytest.raises(HeadwiseError, match=r"glm_moe_dsa: .*\(MLA\) already"):
+        find_attention_model(config | {"model_type": "glm_moe_dsa", "architectures": ["GlmMoeDsaForCausalLM"]})
     with pytest.raises(HeadwiseError, match="kv_lora_rank"):
         find_attention_model(config).layouts(config | {"kv_lora_rank": "12"})
 

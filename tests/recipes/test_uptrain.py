@@ -270,6 +270,14 @@ def test_a_folder_in_fp8_is_trained_and_written_plain(home: Path, tmp_path: Path
     assert verify_model(tmp_path / "out", against=parent).passed
 
 
+def test_latents_with_a_real_norm_are_trained_as_they_are(home: Path, tmp_path: Path) -> None:
+    parent = models.tiny_parent(tmp_path / "parent", "youtu")
+    reduced = models.converted(parent, tmp_path / "reduced", to="mla", rank=12, rope_dim=8)
+    done = uptrain_model(reduced, tmp_path / "out", recipe=recipe(home))
+    assert done is not None and done.after < done.before
+    assert verify_model(tmp_path / "out", against=parent).passed
+
+
 def test_conversations_train_on_their_answers(home: Path, tmp_path: Path) -> None:
     turns = [{"role": r, "content": f"x = {r}"} for r in ("user", "assistant")]
     chat = tmp_path / "chat.jsonl"

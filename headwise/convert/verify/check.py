@@ -19,9 +19,10 @@ import torch
 from headwise.compat import cache_layers, cache_of, cached_elements
 from headwise.convert.positions.moved import POSITION_SETTINGS, with_positions
 from headwise.convert.settings import ConvertSettings
-from headwise.convert.verify.factored import FactoredAttention, check_factors, compare_with_parent
+from headwise.convert.verify.factored import check_factors, compare_with_parent, latent_reference
 from headwise.convert.verify.grouped import RepeatedAttention, check_groups, compare_grouped, shares_heads
 from headwise.convert.verify.layer_inputs import TOKENS
+from headwise.convert.verify.normed import compare_expanded
 from headwise.convert.verify.selection import check_selection
 from headwise.convert.verify.settings import VerifySettings
 from headwise.convert.verify.verification import Check, Verification
@@ -35,7 +36,7 @@ from headwise.models import mla_source
 from headwise.models.architecture import find_architecture
 from headwise.models.config import dtype_of
 from headwise.models.layout import AttentionLayout
-from headwise.models.protocol import AttentionModel, find_attention_model
+from headwise.models.protocol import AttentionModel, find_attention_model, is_latent
 from headwise.models.rope import rope_type, unscaled
 from headwise.models.stock import empty_model, run_check, stock_config
 from headwise.models.stock_match import match_source, match_stock_class
@@ -165,7 +166,9 @@ def check_folder(
             add("parent", compare_with_parent, checkpoint, parent, model, trained, device)
     else:
         add("function", check_groups, checkpoint, model, device)
-        if parent is not None:
+        if parent is not None and is_latent(parent.config):
+            add("parent", compare_expanded, checkpoint, parent, model, trained, device)
+        elif parent is not None:
             more = {"compare": finite, "trained": trained, "device": device}
             add("parent", compare_grouped, checkpoint, parent, model, **more)
     if checkpoint.nbytes <= WHOLE_BYTES:
@@ -185,7 +188,7 @@ def _loads(
     """Load the folder whole; where its attention was computed, compare the logits with float64."""
     attention: Any = None
     if latent:
-        attention = FactoredAttention(checkpoint)
+        attention = latent_reference(checkpoint)
     elif shares_heads(checkpoint):
         attention = RepeatedAttention(checkpoint)
     return check_loading(checkpoint, model, layouts, allow_nan=allow_nan, attention=attention, device=device)
@@ -242,7 +245,7 @@ def _copied(checkpoint: Checkpoint, parent: Checkpoint) -> list[str]:
     layers = range(len(arch.layouts(parent.config)))
     names = set(tensors).difference(*(arch.tensor_names(parent.config, layer) for layer in layers))
     model = find_attention_model(checkpoint.config, checkpoint.tensors)
-    if model.layouts(checkpoint.config)[0].kind == "mla":
+    if model.layouts(checkpoint.config)[0].kind == "mla" and not is_latent(parent.config):
         rule = mla_source.find_mla_source(arch.text_config(parent.config), dtype_of(checkpoint.config))
         carried = mla_source.plan_scaled_copies(rule, names, [n for n in names if f".{arch.attention}." in n])
         names = {each.name for each in carried if each == mla_source.ScaledCopy(each.name, each.name)}

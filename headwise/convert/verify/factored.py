@@ -19,12 +19,13 @@ from headwise.convert.verify.layer_inputs import (
     relative_error,
     within_budget,
 )
+from headwise.convert.verify.normed import NormedAttention, compare_reduced
 from headwise.convert.verify.rounded import is_stored, rounds_weights
 from headwise.convert.verify.whole_model import compare_logits
 from headwise.io.reader import Checkpoint
 from headwise.models import deepseek, mla_source
 from headwise.models.layout import LatentWeights, from_planes, to_planes
-from headwise.models.protocol import AttentionModel, find_attention_model, read_latent_layer
+from headwise.models.protocol import AttentionModel, find_attention_model, latent_model, read_latent_layer
 from headwise.models.stock import stock_config
 
 # The linear norm is off by 1e-8 for a token of ordinary size (mathematics, section 7c). An exact conversion is
@@ -84,6 +85,16 @@ class FactoredAttention:
         return latent_attention(weights.to_device(inputs.device), inputs, o_bias)
 
 
+def latent_reference(checkpoint: Checkpoint) -> FactoredAttention | NormedAttention:
+    """Return the evaluation in float64 of an MLA folder's attention: without norms where they are linear.
+
+    Args:
+        checkpoint: the folder.
+    """
+    model = latent_model(checkpoint.config)
+    return FactoredAttention(checkpoint) if model.linear else NormedAttention(checkpoint, model)
+
+
 def check_factors(
     checkpoint: Checkpoint, model: AttentionModel, device: torch.device | str = "cpu"
 ) -> tuple[bool, str]:
@@ -97,7 +108,7 @@ def check_factors(
     Returns:
         Whether they agree, and the measured errors in words.
     """
-    attention, factored = StockAttention(checkpoint.config, model), FactoredAttention(checkpoint)
+    attention, factored = StockAttention(checkpoint.config, model), latent_reference(checkpoint)
     tokens = check_tokens(checkpoint, checkpoint.config["vocab_size"])
     tokens = within_budget(tokens, model.layouts(checkpoint.config))
     worst, worst_layer, bend = 0.0, 0, 0.0
@@ -108,6 +119,11 @@ def check_factors(
             worst, worst_layer = error, layer
         bend = max(bend, _norm_bend(tensors, model.attention_path(layer), checkpoint.config["kv_lora_rank"], x))
     num_layers = checkpoint.config["num_hidden_layers"]
+    if not latent_model(checkpoint.config).linear:
+        return worst < TOLERANCE, (
+            f"attention of all {num_layers} layers within {worst:.1e} of its tensors in float64 (layer "
+            f"{worst_layer}), limit {TOLERANCE:.0e}, on the model's own inputs"
+        )
     detail = (
         f"attention of all {num_layers} layers within {worst:.1e} of its factors (layer {worst_layer}), "
         f"limit {TOLERANCE:.0e}, on the model's own inputs; the latent's mean square is at most {2 * bend:.1e} of "
@@ -143,6 +159,8 @@ def compare_with_parent(
     """
     arch = find_attention_model(parent.config, parent.tensors)
     before, after = arch.layouts(parent.config), model.layouts(checkpoint.config)
+    if before[0].kind == "mla" and after[0].indexer is None:
+        return compare_reduced(checkpoint, parent, latent_model(checkpoint.config), trained)
     if len(before) != len(after):
         return False, f"the parent has {len(before)} layers, and the folder {len(after)}"
     changed = _changed_fields(checkpoint.config, parent.config, arch)

@@ -21,7 +21,7 @@ from headwise.convert.forecast.stage_seconds import forward_seconds
 from headwise.environment import available_memory
 from headwise.io.reader import Checkpoint
 from headwise.models.mla_source import find_mla_source
-from headwise.models.protocol import find_attention_model
+from headwise.models.protocol import find_attention_model, is_latent
 from headwise.models.stock import empty_model, layer_arguments, load_into, load_model, move_to_device
 from headwise.progress import SILENT, Progress
 
@@ -116,7 +116,7 @@ class LayerDamage:
                 load_into(child, stock.tensors(checkpoint, layer), device)
                 child.get_submodule(stock.attention_path(layer)).to(device)
         scale = 1.0
-        if stock.layouts(checkpoint.config)[0].kind == "mla":
+        if is_latent(checkpoint.config) and not is_latent(parent.config):
             stored = next(iter(checkpoint.tensors.values())).dtype
             scale = find_mla_source(arch.text_config(parent.config), stored).factors["residual"]
         total = torch.zeros(len(arguments), dtype=torch.float64, device=device)

@@ -204,7 +204,7 @@ def test_a_source_with_mla_keeps_its_function_and_gets_indexers(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--to", "mqa"), "which has MLA already, and indexers (--sparse) are all that it can be given"),
+        (("--to", "mqa"), "which has MLA already, and no key-value heads to merge"),
         (("--dtype", "float32"), "which has MLA already"),
         (("--sparse", "dsa", "--to", "mla", "--cache", "50%"), "--cache acts on the model that"),
         (("--sparse", "dsa", "--context", "64"), "--context acts on the model that"),

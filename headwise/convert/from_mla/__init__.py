@@ -1,0 +1,1 @@
+"""Models with MLA as sources: a smaller cache in the same stock class."""

@@ -1,0 +1,62 @@
+"""MLA that headwise wrote becomes heads again, exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from headwise import convert_model, verify_model
+from headwise.errors import HeadwiseError
+from tests import small_parents, tiny_models
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        result: torch.Tensor = model(input_ids=tiny_models.tokens(24)).logits
+    return result
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("llama", {"exact": True}),
+        ("llama", {"rank": 12, "rope_dim": 4}),
+        ("llama", {"rank": 12, "rope_dim": 4, "rope_frequencies": "free"}),
+        ("qwen2", {"rank": 12, "rope_dim": 4}),
+    ],
+)
+def test_heads_compute_what_the_latent_does(kind: str, shape: dict[str, Any], tmp_path: Path) -> None:
+    parent = small_parents.parent(tmp_path / "parent", kind)
+    mla = small_parents.converted(parent, tmp_path / "mla", to="mla", **shape)
+    result = convert_model(mla, tmp_path / "out", to="mha")
+    assert result.plan.exact  # type: ignore[union-attr]
+    expected = logits(mla)
+    assert (logits(tmp_path / "out") - expected).abs().max() < 1e-4 * expected.abs().max()
+    config = tiny_models.read_config(tmp_path / "out")
+    assert config["architectures"] == ["Glm4MoeForCausalLM"] and config["num_key_value_heads"] == 4
+    assert verify_model(tmp_path / "out", mla).passed
+    convert_model(tmp_path / "out", tmp_path / "gqa", to="gqa", groups=2, calibrate="none")
+    assert verify_model(tmp_path / "gqa", tmp_path / "out").passed
+
+
+def test_an_output_bias_has_no_place(tmp_path: Path) -> None:
+    parent = small_parents.parent(tmp_path / "parent", "qwen2")
+    mla = small_parents.converted(parent, tmp_path / "mla", to="mla", rank=12, rope_dim=4)
+    tensors = load_file(mla / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.bias"] += 1
+    save_file(tensors, mla / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(HeadwiseError, match=r"layers\.1\.self_attn\.o_proj\.bias is not zero"):
+        convert_model(mla, tmp_path / "out", to="mha")
+
+
+def test_heads_are_not_merged_from_a_latent(tmp_path: Path) -> None:
+    parent = small_parents.parent(tmp_path / "parent")
+    mla = small_parents.converted(parent, tmp_path / "mla", to="mla", rank=12, rope_dim=4)
+    with pytest.raises(HeadwiseError, match="no key-value heads to merge"):
+        convert_model(mla, tmp_path / "out", to="mqa")
