@@ -2,7 +2,7 @@
 
     python benchmarks/heads_by_layer.py [PARENT] --groups 1 2 4 [--calibrate builtin] [--heldout builtin]
 
-No stock class reads such a model (docs/decisions/0043), so the mixed models exist in memory only: the attention of
+No stock class reads such a model (docs/decisions/0045), so the mixed models exist in memory only: the attention of
 single layers of uniform conversions takes the place of the parent's. The damage of each layer at each number is the
 loss of the model with that layer alone replaced, above the parent's loss. Dynamic programming chooses the numbers
 with the least sum under a budget of the cache; the chosen model is then measured whole. Prints JSON lines.
