@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="held-out text in blocks of the new length (default: all)")
     parser.add_argument("--samples", type=int, default=10, help="passkeys per point of the grid")
     parser.add_argument("--rules", nargs="*", help="of those without training (default: all)")
+    parser.add_argument("--curves", action="store_true", help="losses without training alone, and no passkeys")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="on the recipe")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -106,23 +107,24 @@ def main() -> None:
     def measure(model: Any, name: str, stage: str) -> positions.PositionLoss:
         with torch.autocast(options.device, torch.bfloat16, enabled=options.device == "cuda"):
             curve = positions.loss_by_position(model, windows, width=width, batch_size=4)
-            grid = retrieval(model, tokenizer, lengths, options.samples)
+            grid = {} if options.curves else retrieval(model, tokenizer, lengths, options.samples)
         results[stage][name] = summary(curve, trained)
         results["passkey"][f"{name} {stage}"] = {f"{size} {depth}": share for (size, depth), share in grid.items()}
-        plots.plot_passkey_grid(
-            grid, options.out / f"passkey-{name}-{stage}.png", f"Passkey: {name}, {stage} training"
-        )
+        if grid:
+            plots.plot_passkey_grid(
+                grid, options.out / f"passkey-{name}-{stage}.png", f"Passkey: {name}, {stage} training"
+            )
         (options.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        say(
-            f"{stage} {name}: {curve.before(trained):.4f} at {trained}, {curve.end:.4f} at {length}; "
-            f"passkey {sum(grid.values()) / len(grid):.0%}"
-        )
+        found = f"; passkey {sum(grid.values()) / len(grid):.0%}" if grid else ""
+        say(f"{stage} {name}: {curve.before(trained):.4f} at {trained}, {curve.end:.4f} at {length}{found}")
         return curve
 
     before = {}
     for rule in options.rules or configs:
         before[rule] = measure(load(options.model, configs[rule][0], options.device), rule, "before")
     plots.plot_loss_by_position(before, options.out / "before.png", trained)
+    if options.curves:
+        return
 
     recipe = load_uptrain_recipe("long-context", [f"data.length={length}", *options.set])
     blocks, text = data.training_blocks(recipe.data, tokenizer, recipe.train.tokens, recipe.train.seed)

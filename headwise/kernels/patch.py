@@ -40,8 +40,9 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
 
     It works with `generate`, dynamic and static caches, left-padded batches, torch.compile and CUDA graphs.
     Training and prefill use the attention that the model was loaded with: sdpa, FlexAttention, or one that was
-    registered with transformers. In place of "eager" and of FlashAttention they use sdpa. `HEADWISE_KERNELS` (auto,
-    triton, sdpa, reference) chooses the backend of decode; on a CPU it is the reference.
+    registered with transformers. In place of "eager" and of FlashAttention they use sdpa, and with indexers always.
+    `HEADWISE_KERNELS` (auto, triton, sdpa, reference) chooses the backend of decode; on a CPU it is the reference.
+    A model with indexers decodes one token at a time with the kernels, and several with sdpa.
 
     Args:
         model: any model that transformers runs with `attn_implementation="sdpa"`.
@@ -264,7 +265,7 @@ def selected_attention(
         query: (batch, heads, queries, head_dim).
         key: (batch, 1, tokens, rank), the latents of `_keep_latent`.
         value: (batch, 1, tokens, rope_dim), the rotary keys of `_keep_latent`.
-        attention_mask: (batch, 1, queries, tokens) bool, of sdpa.
+        attention_mask: (batch, 1, queries, tokens), of sdpa: bool, or added to the scores.
         scaling: of the scores.
         indices: (batch, queries, count) int32, visible keys first.
         **options: for sdpa.
@@ -274,7 +275,10 @@ def selected_attention(
     """
     tokens, capacity = query.shape[2], key.shape[2]
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    if tokens > MAX_QUERIES or capacity <= tokens or differentiable:
+    if attention_mask.dtype != torch.bool:
+        attention_mask = attention_mask == 0
+    # Several queries may be a tree of drafts, whose mask is no prefix for each of them.
+    if tokens > 1 or capacity == 1 or differentiable:
         selected = torch.zeros_like(attention_mask.expand(len(query), -1, -1, -1))
         selected = selected.scatter(-1, indices.long()[:, None], True) & attention_mask
         key, value = type(module).expand_kv(module, key, value)

@@ -54,7 +54,7 @@ class SharedIndexerTarget:
             "architectures": [stock.architecture],
             "model_type": stock.model_type,
             "indexer_types": ["shared" if layout.shares_indexer else "full" for layout in self.layouts],
-            # For vLLM, which reads neither the class nor `indexer_types`.
+            # For vLLM, which loads the class and reads these in place of `indexer_types`.
             "index_topk_pattern": "".join("S" if layout.shares_indexer else "F" for layout in self.layouts),
             "indexer_rope_interleave": stock.interleaved,
         }

@@ -56,6 +56,11 @@ def attend(
     needed = (8, 0) if k_scale is None else (8, 9)
     if q.is_cuda and card_of(q.device.index).capability < needed:
         name = torch.cuda.get_device_name(q.device)
+        if torch.version.hip:
+            raise HeadwiseError(
+                f"The decode kernels on FP8 latents run on NVIDIA cards, and this is {name}.",
+                "Set HEADWISE_KERNELS=reference.",
+            )
         kernels = "decode kernels" if k_scale is None else "decode kernels on FP8 latents"
         raise HeadwiseError(
             f"{name} is too old for the {kernels}, which need compute capability {needed[0]}.{needed[1]}.",

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from headwise.kernels.decode.latent_fp8 import DTYPE
 from headwise.kernels.dispatch import backend_error, choose_backend, supports_triton
 from headwise.kernels.mla_decode import reference
 
@@ -51,8 +52,15 @@ def mla_decode(
 
     Raises:
         HeadwiseError: the named backend cannot run with these tensors.
-        ValueError: `indices` are given with a block table or a window.
+        ValueError: `indices` are given with a block table or a window, or an FP8 latent has another type, or its
+            rotary key another than the queries.
     """
+    if latent_scale is not None and latent.dtype != DTYPE:
+        raise ValueError(f"a latent with scales is {DTYPE}, and this one is {latent.dtype}: view it as {DTYPE}")
+    if latent_scale is not None and k_rope.dtype != q_rope.dtype:
+        raise ValueError(
+            f"the rotary key is {k_rope.dtype}, and the queries are {q_rope.dtype}: convert the queries"
+        )
     if indices is not None and (block_table is not None or window is not None):
         raise ValueError("indices take the place of a block table and of a window")
     name = choose_backend(backend)

@@ -7,19 +7,29 @@ backends are replaced by subclasses of themselves, so that no flag is needed. `V
 from __future__ import annotations
 
 import logging
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 # The release whose sources the subclasses were written for; in another one the plugin changes nothing.
-RELEASE = "0.33."
+RELEASE = "0.33.0"
+LOG = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Replace the backends of the vLLM that is installed, or log why they stay."""
-    if not version("vllm").startswith(RELEASE):
-        logging.getLogger(__name__).warning(
-            "headwise changes nothing in vLLM %s: its plugin was written for %sx.", version("vllm"), RELEASE
-        )
+    """Replace the backends of the vLLM that is installed, or log why they stay; vLLM starts in any case."""
+    try:
+        found = version("vllm")
+    except PackageNotFoundError:  # a build under another name
+        found = "of unknown version"
+    if found != RELEASE:
+        LOG.info("headwise changes nothing in vLLM %s: its plugin was written for %s.", found, RELEASE)
         return
+    try:
+        _replace_backends()
+    except (ImportError, AttributeError) as error:
+        LOG.warning("headwise changes nothing in this vLLM, which lacks a part of %s: %s", RELEASE, error)
+
+
+def _replace_backends() -> None:
     from vllm.v1.attention.backends.mla.prefill.registry import (
         MLAPrefillBackendEnum,
         register_mla_prefill_backend,

@@ -12,7 +12,7 @@ from vllm.v1.attention.backends.mla.triton_mla import TritonMLABackend, TritonML
 
 from headwise.kernels import mla_decode
 from headwise.kernels.dispatch import supports_triton, uses_hopper_kernel
-from headwise.serving.vllm_plugin.gather import any_row
+from headwise.serving.vllm_plugin.gather import ROWS, any_row
 
 # Query tokens of a sequence that the kernel takes.
 MAX_QUERIES = 8
@@ -56,7 +56,8 @@ class AnyRowMLAImpl(TritonMLAImpl):  # type: ignore[misc]
         query = torch.cat(q, -1) if isinstance(q, tuple) else q
         decode, rank = attn_metadata.decode, self.kv_lora_rank
         queries, rest = divmod(query.shape[0], max(decode.seq_lens.shape[0], 1))
-        if not self._has_kernel(query, kv_c_and_k_pe_cache, queries, attn_metadata.causal) or rest:
+        served = kv_c_and_k_pe_cache.shape[-1] in ROWS  # rows that vLLM serves run in its own code
+        if served or rest or not self._has_kernel(query, kv_c_and_k_pe_cache, queries, attn_metadata.causal):
             return super().forward_mqa(query, kv_c_and_k_pe_cache, attn_metadata, layer)  # type: ignore[no-any-return]
         query = query.unflatten(0, (-1, queries))
         latent, k_rope = kv_c_and_k_pe_cache[..., :rank], kv_c_and_k_pe_cache[..., rank:]

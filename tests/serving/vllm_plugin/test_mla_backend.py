@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +39,26 @@ def test_three_backends_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
         assert issubclass(getattr(importlib.import_module(module), name), stock)
 
 
-@pytest.mark.parametrize("release", ["0.32.5", "0.34.0", "1.0"])
+@pytest.mark.parametrize("release", ["0.32.5", "0.33.1", "0.34.0", "1.0"])
 def test_another_release_stays_as_it_is(release: str, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     monkeypatch.setattr(vllm_plugin, "version", lambda name: release)
+    caplog.set_level("INFO")
     vllm_plugin.register()
     assert not stand_ins.REGISTERED
     assert f"headwise changes nothing in vLLM {release}" in caplog.text
+
+
+def test_a_vllm_of_another_name_or_with_other_parts_starts(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    def unknown(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(vllm_plugin, "version", unknown)
+    vllm_plugin.register()
+    monkeypatch.setattr(vllm_plugin, "version", lambda name: vllm_plugin.RELEASE)
+    monkeypatch.delitem(sys.modules, "vllm.v1.attention.backends.registry")
+    vllm_plugin.register()
+    assert not stand_ins.REGISTERED
+    assert "lacks a part of 0.33.0" in caplog.text
 
 
 def test_the_entry_point_is_declared() -> None:
