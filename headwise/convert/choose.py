@@ -9,7 +9,7 @@ import torch
 
 from headwise.convert.base import Target
 from headwise.convert.from_mla.heads import HeadsTarget
-from headwise.convert.from_mla.target import ReducedTarget
+from headwise.convert.from_mla.target import ReducedTarget, refuse_settings_of_heads
 from headwise.convert.gqa.target import GroupedTarget
 from headwise.convert.mla.target import LatentTarget
 from headwise.convert.positions.moved import with_positions
@@ -24,7 +24,7 @@ from headwise.models.protocol import AttentionModel, latent_model
 
 
 def check_source(checkpoint: Checkpoint, model: AttentionModel, settings: ConvertSettings) -> None:
-    """Refuse what cannot be made of a model that has MLA already: it gets a smaller cache, or indexers.
+    """Refuse what cannot be made of a model that has MLA already: it gets a smaller cache, indexers, or heads.
 
     Args:
         checkpoint: the source.
@@ -54,6 +54,7 @@ def check_source(checkpoint: Checkpoint, model: AttentionModel, settings: Conver
     if settings.sparse is None:
         if settings.to != "mla" and not (settings.to == "mha" and expands(checkpoint.config)):
             _refuse_for_latent(checkpoint, model, settings)
+        refuse_settings_of_heads(settings, checkpoint.source)
         return
     if stock is None or settings.sparse not in stock.sparse:
         raise HeadwiseError(

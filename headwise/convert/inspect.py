@@ -33,8 +33,7 @@ from headwise.models import architecture, mla_source
 from headwise.models.architecture import Architecture
 from headwise.models.config import dtype_of
 from headwise.models.layout import AttentionLayout, CacheSize, describe, state_bytes
-from headwise.models.protocol import find_attention_model
-from headwise.models.stock import context_length
+from headwise.models.protocol import context_length, find_attention_model
 from headwise.models.stock_match import match_source
 from headwise.records.manifest import recorded_damage
 from headwise.serving.engines import EngineVerdict, engine_verdicts

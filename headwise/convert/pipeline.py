@@ -114,6 +114,7 @@ def convert_model(
     cache: float | None = None,
     exact: bool = False,
     rope_frequencies: str | None = None,
+    cache_dtype: str | None = None,
     pad_values: bool = False,
     sparse: str | None = None,
     index_topk: int | None = None,
@@ -175,6 +176,8 @@ def convert_model(
         exact: MLA of the full rank, which computes the parent's function.
         rope_frequencies: "default", the grid that every engine computes, or "free", frequencies of the source with
             the least error.
+        cache_dtype: element type of the cache that will be served; "fp8" writes the latent in the basis in which
+            rounding costs least, which `refit` "joint" and `uptrain` train more slowly.
         pad_values: pad value heads with zeros for engines that need it.
         sparse: "dsa" adds an indexer to every MLA layer, so that a query attends to a budget of keys. Without `to`
             and a size, MLA is exact.

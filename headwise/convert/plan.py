@@ -17,8 +17,7 @@ from headwise.io.reader import Checkpoint
 from headwise.io.writer import OutputTensor, Shard, plan_shards
 from headwise.models.config import dtype_of
 from headwise.models.layout import AttentionLayout, CacheSize, cached_tokens, describe
-from headwise.models.protocol import AttentionModel
-from headwise.models.stock import context_length
+from headwise.models.protocol import AttentionModel, context_length
 from headwise.serving.engines import EngineVerdict
 
 

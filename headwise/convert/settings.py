@@ -43,10 +43,7 @@ NEEDS = {
     "window_layers": "sliding_window",
     "window_loss": "window_layers",
     "private": "push_to_hub",
-    "index_topk": "sparse",
-    "index_heads": "sparse",
-    "index_head_dim": "sparse",
-    "index_steps": "sparse",
+    **dict.fromkeys(("index_topk", "index_heads", "index_head_dim", "index_steps"), "sparse"),
     "index_loss": "index_layers",
 }
 # A field, and the fields that contradict it.
@@ -160,6 +157,12 @@ class ConvertSettings:
         section="Latent attention (MLA)",
         acts_with=("mla",),
     )
+    cache_dtype: str | None = fields.choice(
+        "Cache that will be served; fp8: the basis of the latent in which rounding costs least [bf16].",
+        ("bf16", "fp8"),
+        section="Latent attention (MLA)",
+        acts_with=("mla",),
+    )
     pad_values: bool = fields.flag(
         "Pad value heads with zeros for engines that need it.",
         section="Latent attention (MLA)",
@@ -178,9 +181,7 @@ class ConvertSettings:
     index_heads: int | None = fields.number(
         "Queries of an indexer [as many as attention heads, and 32 at most].", section="Sparse attention"
     )
-    index_head_dim: int | None = fields.number(
-        "Width of the index key [64 or 128, by the rotary key].", section="Sparse attention"
-    )
+    index_head_dim: int | None = fields.number("Width of the index key [64 or 128].", section="Sparse attention")
     index_steps: int | None = fields.number(
         "Training steps of each indexer; 0: the closed form alone [300, or 0 if they take over ten minutes].",
         minimum=0,
@@ -493,8 +494,7 @@ class ConvertSettings:
             defaults["rope"] = "auto"
         if self.sliding_window:
             defaults["window_layers"] = "all"
-        if self.window_layers == AUTO_LAYERS:
-            defaults["window_loss"] = WINDOW_LOSS
-        if self.index_layers == AUTO_LAYERS:
-            defaults["index_loss"] = WINDOW_LOSS
+        for chosen, loss in (("window_layers", "window_loss"), ("index_layers", "index_loss")):
+            if getattr(self, chosen) == AUTO_LAYERS:
+                defaults[loss] = WINDOW_LOSS
         return defaults

@@ -432,6 +432,16 @@ def latent_model(config: dict[str, Any]) -> LatentModel:
     return model
 
 
+def context_length(config: dict[str, Any]) -> int | None:
+    """Return `max_position_embeddings` of the language model's stock config; None if it has no such field.
+
+    Args:
+        config: the config.json.
+    """
+    length = getattr(find_attention_model(config).stock_config(config), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
 def reads_pairs(config: dict[str, Any]) -> bool:
     """Return whether a checkpoint is an encoder-decoder that headwise knows, which reads a source and a target.
 

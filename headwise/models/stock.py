@@ -40,16 +40,6 @@ def stock_config(config: dict[str, Any]) -> Any:
     return transformers.CONFIG_MAPPING[config["model_type"]].from_dict(plain)
 
 
-def context_length(config: dict[str, Any]) -> int | None:
-    """Return `max_position_embeddings` of the language model's stock config; None if it has no such field.
-
-    Args:
-        config: the plain config.json of a whole model.
-    """
-    length = getattr(stock_config(config).get_text_config(), "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
-
-
 def empty_model(
     config: dict[str, Any], auto_class: str, dtype: torch.dtype = torch.float32, most: int | None = None
 ) -> Any:

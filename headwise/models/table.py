@@ -336,6 +336,8 @@ def _unsupported(model_type: Any, table: Table, config: dict[str, Any]) -> Headw
     start = f"headwise cannot convert model type {model_type}"
     if isinstance(model_type, str) and model_type in table.refused:
         return HeadwiseError(f"{start}: {table.refused[model_type].strip()}.", f"Choose another model: {listed}")
+    if isinstance(model_type, str) and model_type in table.latents:
+        return HeadwiseError(f"config.json: a {model_type} model has MLA already, and no heads.", listed)
     reason = why_no_decoder(config)
     if isinstance(model_type, str) and has_stock_class(model_type) and not stores_group_count(model_type):
         has_cache = config.get("is_encoder_decoder") is True or (has_causal_class(model_type) and not reason)

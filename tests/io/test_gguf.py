@@ -21,7 +21,7 @@ from headwise.convert.inspect import inspect_model
 from headwise.convert.pipeline import ConvertResult, convert_model
 from headwise.convert.plan import Plan
 from headwise.convert.verify.check import verify_model
-from headwise.errors import HeadwiseError
+from headwise.errors import HeadwiseError, SettingError
 from headwise.io import gguf as gguf_reader
 from headwise.io.gguf_config import load_gguf_table
 from headwise.io.reader import Checkpoint, as_bytes, make_buffers, open_checkpoint
@@ -449,11 +449,11 @@ def test_a_calibrated_conversion_and_its_records(tmp_path: Path, llama: Path) ->
     assert tokenizer(TEXTS[0])["input_ids"] == tiny_tokenizer().encode(TEXTS[0]).ids
 
 
-def test_another_parent_fails_the_verification(tmp_path: Path, llama: Path) -> None:
+def test_another_parent_is_refused_at_once(tmp_path: Path, llama: Path) -> None:
     convert_model(llama, tmp_path / "out", to="mqa", calibrate="none")
     other = write_gguf(tmp_path / "other.gguf", "llama", Kind.Q4_0)
-    verification = verify_model(tmp_path / "out", other)
-    assert not verification.passed and "parent" in verification.failures
+    with pytest.raises(SettingError, match=r"has the sizes of the parent .* and other weights"):
+        verify_model(tmp_path / "out", other)
 
 
 def test_out_may_be_beside_the_file_and_not_around_it(tmp_path: Path, llama: Path) -> None:

@@ -263,7 +263,7 @@ def test_a_head_on_top_chooses_the_class_that_loads_it():
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "no number of KV heads.*It has no KV cache"),
         ({"model_type": "qwen"}, "transformers has no class for it, and headwise never runs code"),
         ({"model_type": "gpt2"}, "no num_key_value_heads"),
-        ({"model_type": "deepseek_v3"}, "latent attention"),
+        ({"model_type": "deepseek_v3"}, "has MLA already"),
         ({"model_type": "llava", "text_config": {"model_type": "gpt2"}}, "gpt2: its positions are learned"),
         ({"model_type": "stablelm", "qk_layernorm": True}, "qk_layernorm: true.*subtracts the mean"),
         ({"model_type": "cohere", "use_qk_norm": True}, "use_qk_norm: true.*subtracts the mean"),

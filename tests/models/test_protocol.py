@@ -57,7 +57,8 @@ def test_an_mla_model_of_other_origin_has_norms(folders: dict[str, Path]) -> Non
     config = json.loads((folders["mla"] / "config.json").read_text())
     assert latent_model(config).linear and not latent_model(config | {"first_k_dense_replace": 1}).linear
     with pytest.raises(HeadwiseError, match=r"glm_moe_dsa: .*\(MLA\) already"):
-        find_attention_model(config | {"model_type": "glm_moe_dsa", "architectures": ["GlmMoeDsaForCausalLM"]})
+        other = {"model_type": "glm_moe_dsa", "architectures": ["GlmMoeDsaForCausalLM"], "first_k_dense_replace": 1}
+        find_attention_model(config | other)
     with pytest.raises(HeadwiseError, match="kv_lora_rank"):
         find_attention_model(config).layouts(config | {"kv_lora_rank": "12"})
 

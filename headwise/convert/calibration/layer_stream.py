@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from headwise.convert.calibration.attention_stats import AttentionStats, first_position
 from headwise.convert.calibration.norm_stats import CrossMoment, NormedProjections
+from headwise.environment import available_memory
 from headwise.io.reader import Checkpoint
 from headwise.models.protocol import AttentionModel
 from headwise.models.stock import StopForward, capture_layer_calls, empty_model, for_rows, load_into
@@ -447,10 +448,7 @@ class LayerStream:
 
 def _has_room(device: torch.device, nbytes: int) -> bool:
     """Return whether a device is a GPU on which states of all tokens leave most of the memory free."""
-    if device.type != "cuda":
-        return False
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, and free
-    return SHARE_OF_HIDDEN * (torch.cuda.mem_get_info(device)[0] + kept) > nbytes
+    return device.type == "cuda" and SHARE_OF_HIDDEN * (available_memory(device) or 0) > nbytes
 
 
 def _with_one(x: Tensor) -> Tensor:

@@ -128,7 +128,8 @@ class HeadsTarget:
 
     def export_layer(self, layer: int, converted: LayerWeights, record: LayerRecord | None) -> dict[str, Tensor]:
         """See `Target`."""
-        return self._arch.write_layer(self.config, layer, converted, self.dtype)
+        tensors = self._arch.write_layer(self.config, layer, converted, self.dtype)
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
 
     def trainable_layer(self, layer: int, converted: Any, device: torch.device, length: int) -> Refittable:
         """Raise NotImplementedError: an exact conversion leaves nothing to refit."""

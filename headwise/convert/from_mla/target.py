@@ -33,7 +33,7 @@ EXPLAINED = {
     "o_proj": "solved on text",
 }
 # Settings that make MLA from heads.
-OF_HEADS = ("exact", "pad_values")
+OF_HEADS = ("exact", "pad_values", "cache_dtype")
 
 
 class ReducedTarget:
@@ -65,7 +65,6 @@ class ReducedTarget:
         stock = arch.stock_config(checkpoint.config)
         self.notes: list[str] = []
         self.warnings: list[str] = []
-        _check_settings(settings, checkpoint.source)
         rank, rope_dim = self._choose_shape(settings, stock.rope_parameters)
         self.config = copy.deepcopy(checkpoint.config)
         for key in CODE_KEYS:
@@ -130,7 +129,7 @@ class ReducedTarget:
     def export_layer(self, layer: int, converted: NormedLatent, record: LayerRecord | None) -> dict[str, Tensor]:
         """See `Target`."""
         tensors = self.arch.write_normed(layer, converted)
-        return {name: tensors[name].to(self._dtypes[name]).contiguous() for name in self.converted_names(layer)}
+        return {n: tensors[n].to(self._dtypes[n]).cpu().contiguous() for n in self.converted_names(layer)}
 
     def trainable_layer(self, layer: int, converted: NormedLatent, device: torch.device, length: int) -> Refittable:
         """See `Target`."""
@@ -196,10 +195,16 @@ class ReducedTarget:
         return rank, rope_dim
 
 
-def _check_settings(settings: ConvertSettings, source: str) -> None:
-    """Refuse settings that make MLA from heads, or move positions."""
-    for name in (*OF_HEADS, "context", "sliding_window"):
-        if getattr(settings, name) not in (None, False):
+def refuse_settings_of_heads(settings: ConvertSettings, source: str) -> None:
+    """Raise SettingError for settings that make MLA from heads, name parts of a model, or move positions.
+
+    Args:
+        settings: of the conversion.
+        source: the model with MLA.
+    """
+    for name in (*OF_HEADS, "context", "sliding_window", "part"):
+        value = getattr(settings, name)
+        if value is not None and value is not False and value != ():
             raise SettingError(
                 name,
                 f"`{name}` does not act on {source}, which has MLA already.",

@@ -124,6 +124,13 @@ class LatentTarget:
         self._grid = self._choose_frequencies(rope_dim, settings.rope_frequencies or "default")
         self._warn_of_default_grid(rope.rope_type(parameters), settings.rope_frequencies or "default")
 
+        self._rounded_cache = settings.cache_dtype == "fp8"
+        if self._rounded_cache and self.exact:
+            raise SettingError(
+                "cache_dtype",
+                "`cache_dtype` fp8 gives the latent another basis, and `exact` copies the rows of the source.",
+                "Leave out one of the two.",
+            )
         biased = arch.has_bias(config)
         bias = biased or self._o_bias_name(0) in checkpoint.tensors
         least = PADDED_V_HEAD_DIM if settings.pad_values else 0
@@ -283,8 +290,7 @@ class LatentTarget:
         if record is not None:
             inputs = converted.q_nope.shape[2]
             moment = record.moment[:inputs, :inputs].to(converted.q_nope.device)
-        if not self.exact:
-            # The exact form copies rows of the source; another basis would round them twice.
+        if self._rounded_cache:
             converted = unit_rotary_key(balanced_basis(converted, moment), moment)
         tensors = deepseek.attention_tensors(
             converted,

@@ -28,7 +28,7 @@ from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.io.tokenizer import load_tokenizer
 from headwise.io.workdir import write_file_atomically
 from headwise.io.writer import Writer
-from headwise.models.protocol import AttentionModel
+from headwise.models.protocol import AttentionModel, is_latent
 from headwise.progress import Progress
 from headwise.text.repeats import join_rows, repeat_passages
 from headwise.text.sampled import sample_tokens
@@ -70,7 +70,7 @@ def plan_joint(
         The steps and tokens; None: no joint refit.
 
     Raises:
-        SettingError: `refit` is "joint", and the source has no language-model head.
+        SettingError: `refit` is "joint", and the source has no language-model head or has MLA already.
     """
     tower = any(not target.layouts[i].on_text for i in range(len(target.layouts)) if target.converted_names(i))
     if not arch.is_decoder or tower:
@@ -80,6 +80,22 @@ def plan_joint(
                 "`refit` joint trains on text, which does not run all layers that change."
                 if tower
                 else f"`refit` joint trains decoder-only models, and {checkpoint.source} is none.",
+                "Give `refit` layers or off.",
+            )
+        return None
+    if settings.cache_dtype == "fp8":
+        if settings.refit == "joint":
+            raise SettingError(
+                "cache_dtype",
+                "`cache_dtype` fp8 writes a basis of the latent in which `refit` joint trains badly.",
+                "Give `refit` layers or off, or leave out `cache_dtype`.",
+            )
+        return None
+    if is_latent(checkpoint.config):
+        if settings.refit == "joint":
+            raise SettingError(
+                "refit",
+                f"`refit` joint trains queries too, and a smaller cache keeps those of {checkpoint.source}.",
                 "Give `refit` layers or off.",
             )
         return None

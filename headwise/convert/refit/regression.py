@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.convert.calibration.layer_stream import LayerRecord
+from headwise.environment import available_memory
 from headwise.train.optimizer import TINY, step_scale
 
 # Sequences per step on a GPU. On a CPU a step has two of 512 tokens or more, or so many shorter ones that they have
@@ -187,16 +188,11 @@ def split_sequences(record: LayerRecord, device: torch.device | str) -> tuple[Te
     if record.inputs is None or record.outputs is None or len(record.inputs) < 2:
         raise ValueError("a refit needs the inputs and outputs of two sequences or more")
     inputs, outputs, count = record.inputs, record.outputs, len(record.inputs)
-    if torch.device(device).type == "cuda" and _room(device) > 8 * inputs.nbytes:
+    device = torch.device(device)
+    if device.type == "cuda" and (available_memory(device) or 0) > 8 * inputs.nbytes:
         inputs, outputs = inputs.to(device), outputs.to(device)
     held = max(1, round(HELD_BACK * count))
     return inputs, outputs, torch.arange(count - held), torch.arange(count - held, count)
-
-
-def _room(device: torch.device | str) -> int:
-    """Return the free bytes of a GPU, with those that torch keeps cached."""
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def apply_attention(attention: nn.Module, record: LayerRecord, inputs: Tensor, sequences: Tensor) -> Tensor:

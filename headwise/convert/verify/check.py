@@ -35,6 +35,7 @@ from headwise.io.source import find_gguf
 from headwise.models import mla_source
 from headwise.models.architecture import find_architecture
 from headwise.models.config import dtype_of
+from headwise.models.deepseek import ROTATED
 from headwise.models.layout import AttentionLayout
 from headwise.models.protocol import AttentionModel, find_attention_model, is_latent
 from headwise.models.rope import rope_type, unscaled
@@ -68,7 +69,7 @@ def verify_model(
         against: the folder, GGUF file or repository it was converted from; None: no comparison.
         hashes: compare every tensor and file with the hashes in headwise.json, and do nothing else.
         device: where models and their layers run, "cpu", "cuda" or "cuda:N"; None: the CPU. Single attention layers
-            are computed in float64 on the CPU.
+            are computed in float64, there or on the CPU.
         revision: branch, tag or commit of `against`, if it is a Hub repository.
         token: of the Hub, for `against`.
         progress: gets the stages.
@@ -244,6 +245,7 @@ def _copied(checkpoint: Checkpoint, parent: Checkpoint) -> list[str]:
     arch, tensors = find_attention_model(parent.config, parent.tensors), parent.tensors
     layers = range(len(arch.layouts(parent.config)))
     names = set(tensors).difference(*(arch.tensor_names(parent.config, layer) for layer in layers))
+    names = {name for name in names if not name.endswith(ROTATED)}  # indexers are not attention, and may turn
     model = find_attention_model(checkpoint.config, checkpoint.tensors)
     if model.layouts(checkpoint.config)[0].kind == "mla" and not is_latent(parent.config):
         rule = mla_source.find_mla_source(arch.text_config(parent.config), dtype_of(checkpoint.config))

@@ -109,7 +109,8 @@ def check_factors(
         Whether they agree, and the measured errors in words.
     """
     attention, factored = StockAttention(checkpoint.config, model), latent_reference(checkpoint)
-    tokens = check_tokens(checkpoint, checkpoint.config["vocab_size"])
+    stock = model.stock_config(checkpoint.config)
+    tokens = check_tokens(checkpoint, stock.vocab_size)
     tokens = within_budget(tokens, model.layouts(checkpoint.config))
     worst, worst_layer, bend = 0.0, 0, 0.0
     for layer, x, _ in attention_inputs(checkpoint, model, tokens, device):
@@ -118,7 +119,7 @@ def check_factors(
         if not error <= worst:
             worst, worst_layer = error, layer
         bend = max(bend, _norm_bend(tensors, model.attention_path(layer), checkpoint.config["kv_lora_rank"], x))
-    num_layers = checkpoint.config["num_hidden_layers"]
+    num_layers = stock.num_hidden_layers
     if not latent_model(checkpoint.config).linear:
         return worst < TOLERANCE, (
             f"attention of all {num_layers} layers within {worst:.1e} of its tensors in float64 (layer "

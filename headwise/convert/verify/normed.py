@@ -39,11 +39,12 @@ class NormedAttention:
             inputs: (sequences, tokens, D) float64.
         """
         tensors = self._model.tensors(self._checkpoint, layer)
-        weights = self._model.read_normed(self._checkpoint.config, layer, tensors)
+        weights = self._model.read_normed(self._checkpoint.config, layer, tensors).to_device(inputs.device)
         x = inputs
         if weights.kv_down.shape[1] > x.shape[-1]:
             x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
-        angles = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * self._frequencies.double()
+        positions = torch.arange(x.shape[1], dtype=torch.float64, device=x.device)
+        angles = positions[:, None] * self._frequencies.to(x)
         turned = torch.polar(torch.full_like(angles, self._factor), angles).T  # (planes, tokens)
 
         def rotate(vectors: Tensor) -> Tensor:  # (..., P, tokens)
@@ -53,11 +54,11 @@ class NormedAttention:
         given = weights.query_inputs(x).mT[:, None]
         scores = (weights.q_nope @ given).mT @ (weights.k_up @ latent)
         scores = scores + rotate(weights.q_rope @ given).mT @ rotate(weights.k_rope @ x.mT)[:, None]
-        future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
         attention = (self._scale * scores).masked_fill(future, -torch.inf).softmax(-1)
         output = torch.einsum("bhtv,hdv->btd", attention @ (weights.v_up @ latent).mT, weights.o)
         bias = tensors.get(f"{self._model.attention_path(layer)}.o_proj.bias")
-        return output if bias is None else output + bias.double()
+        return output if bias is None else output + bias.to(output)
 
 
 def compare_reduced(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from headwise import convert_model, verify_model
-from headwise.errors import HeadwiseError
+from headwise.errors import HeadwiseError, SettingError
 from tests import small_parents, tiny_models
 
 
@@ -53,6 +53,14 @@ def test_an_output_bias_has_no_place(tmp_path: Path) -> None:
     save_file(tensors, mla / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(HeadwiseError, match=r"layers\.1\.self_attn\.o_proj\.bias is not zero"):
         convert_model(mla, tmp_path / "out", to="mha")
+
+
+def test_heads_keep_the_positions_of_the_latent(tmp_path: Path) -> None:
+    parent = small_parents.parent(tmp_path / "parent")
+    mla = small_parents.converted(parent, tmp_path / "mla", to="mla", rank=12, rope_dim=4)
+    for settings in ({"context": 256}, {"sliding_window": 8}, {"sliding_window": 0}):
+        with pytest.raises(SettingError, match="which has MLA already"):
+            convert_model(mla, tmp_path / "out", to="mha", **settings)
 
 
 def test_heads_are_not_merged_from_a_latent(tmp_path: Path) -> None:

@@ -101,6 +101,8 @@ def test_a_folder_of_headwise_is_reduced_again(tmp_path: Path) -> None:
         ({"exact": True}, "`exact` does not act on"),
         ({"cache": 0.5, "method": "transmla"}, "`method` transmla makes MLA from heads"),
         ({"cache": 0.5, "context": 256}, "`context` does not act on"),
+        ({"cache": 0.5, "sliding_window": 0}, "`sliding_window` does not act on"),
+        ({"cache": 0.5, "refit": "joint"}, "keeps those of"),
     ],
 )
 def test_what_a_model_with_mla_cannot_become(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
