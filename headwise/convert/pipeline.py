@@ -315,7 +315,7 @@ def convert_model(
             *(windows.notes() if windows else ()),
             *(sharing.notes() if sharing else ()),
             *storage,
-            *plan_notes(target, calibration, settings),
+            *plan_notes(arch, target, calibration, settings),
             *joint_notes(joint),
             *device_notes(devices, work_devices),
         ],

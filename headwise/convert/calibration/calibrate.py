@@ -220,10 +220,13 @@ def plan_calibration(
     )
 
 
-def plan_notes(target: Target, calibration: CalibrationPlan | None, settings: ConvertSettings) -> Iterator[str]:
+def plan_notes(
+    arch: AttentionModel, target: Target, calibration: CalibrationPlan | None, settings: ConvertSettings
+) -> Iterator[str]:
     """Yield the lines of the plan that describe the calibration.
 
     Args:
+        arch: the architecture of the source.
         target: the decided conversion.
         calibration: what is measured on the parent; None: nothing.
         settings: of the conversion.
@@ -249,6 +252,13 @@ def plan_notes(target: Target, calibration: CalibrationPlan | None, settings: Co
         yield f"Refit: {calibration.steps} steps per layer{f', because {reason}' if reason else ''}."
     elif reason and not target.exact:
         yield f"No refit: {reason}; give `refit` a number of steps to run it."
+    context = trained_length(arch, target.parent_config)
+    if arch.is_decoder and not target.exact and settings.refit != "joint" and context > calibration.length:
+        yield (
+            f"Retrieval: in prompts beyond {calibration.length:,} tokens, the length of the calibration sequences, "
+            "the model may not find a passage again; `refit` joint trains on longer ones. The recipe retrieval of "
+            "`headwise eval` measures it."
+        )
 
 
 def plan_warnings(calibration: CalibrationPlan | None) -> Iterator[str]:

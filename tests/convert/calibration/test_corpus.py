@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from headwise.io.reader import open_checkpoint
 from headwise.models.architecture import find_architecture
 from headwise.progress import Progress
 from tests import small_parents
+from tests.convert.speaking import save_speaking
 
 CPU = torch.device("cpu")
 TARGET: dict[str, Any] = {"to": "mqa", "refit": "off", "calibration_tokens": 100}
@@ -162,3 +164,13 @@ def test_a_journal_with_another_loss_is_refused(tmp_path: Path, loss: Any) -> No
     writer: Any = SimpleNamespace(notes={corpus.NOTE: loss}, work=SimpleNamespace(folder=tmp_path))
     with pytest.raises(HeadwiseError, match="holds another loss"):
         corpus.measure_converted(tmp_path, *nothing[:2], writer, *nothing[2:])
+
+
+def test_the_plan_says_beyond_which_length_nothing_was_calibrated(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"to": "mqa", "calibrate": argparse.__file__, "calibration_tokens": 4096}
+    for context, told in ((1024, False), (2048, True)):
+        parent = save_speaking(tmp_path / str(context), max_position_embeddings=context)
+        plan: Any = convert_model(parent, tmp_path / "out", **settings, refit="off", dry_run=True)
+        assert any("Retrieval: in prompts beyond 1,024 tokens" in note for note in plan.notes) is told
+    joint: Any = convert_model(parent, tmp_path / "out", **settings, refit="joint", dry_run=True)
+    assert not any("Retrieval" in note for note in joint.notes)
