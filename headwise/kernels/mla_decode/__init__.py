@@ -52,15 +52,11 @@ def mla_decode(
 
     Raises:
         HeadwiseError: the named backend cannot run with these tensors.
-        ValueError: `indices` are given with a block table or a window, or an FP8 latent has another type, or its
-            rotary key another than the queries.
+        ValueError: `indices` are given with a block table or a window, or an FP8 latent has another type. For the
+            kernels also: the rotary key beside it has another type than the queries.
     """
     if latent_scale is not None and latent.dtype != DTYPE:
         raise ValueError(f"a latent with scales is {DTYPE}, and this one is {latent.dtype}: view it as {DTYPE}")
-    if latent_scale is not None and k_rope.dtype != q_rope.dtype:
-        raise ValueError(
-            f"the rotary key is {k_rope.dtype}, and the queries are {q_rope.dtype}: convert the queries"
-        )
     if indices is not None and (block_table is not None or window is not None):
         raise ValueError("indices take the place of a block table and of a window")
     name = choose_backend(backend)
@@ -79,6 +75,10 @@ def mla_decode(
     if name == "sdpa" and backend:
         raise backend_error("mla_decode", name, "torch has no attention on a latent cache")
     if name != "reference" and has_triton:
+        if latent_scale is not None and k_rope.dtype != q_rope.dtype:
+            raise ValueError(
+                f"the rotary key is {k_rope.dtype}, and the queries are {q_rope.dtype}: convert the queries"
+            )
         from headwise.kernels.mla_decode import triton
 
         return triton.mla_decode(q_latent, q_rope, latent, k_rope, **options)

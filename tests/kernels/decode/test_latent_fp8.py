@@ -71,3 +71,10 @@ def test_decode_on_rows_equals_decode_on_the_rounded_latent(rank: int, rope: int
     # The rounding is visible, and small.
     whole = mla_decode(q_latent, q_rope, latent, k_rope.float(), scale=0.1, lengths=lengths)[0]
     assert 1e-3 < float((actual[0] - whole).norm() / whole.norm()) < 5e-2
+
+
+def test_a_latent_of_another_type_is_refused() -> None:
+    latent, scales = quantize_latent(torch.randn(1, 4, 128))
+    q, rope = torch.randn(1, 1, 2, 128), torch.randn(1, 1, 2, 16)
+    with pytest.raises(ValueError, match=r"a latent with scales is torch\.float8_e4m3fn"):
+        mla_decode(q, rope, latent.view(torch.uint8), torch.randn(1, 4, 16), scale=1.0, latent_scale=scales)
