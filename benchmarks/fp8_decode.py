@@ -152,11 +152,11 @@ def main() -> None:
         ]  # fmt: skip
         for case, stages, child in children:
             try:
-                printed, said = child.communicate(timeout=max(1.0, SECONDS - (time.monotonic() - started)))
+                printed, errors = child.communicate(timeout=max(1.0, SECONDS - (time.monotonic() - started)))
             except subprocess.TimeoutExpired:
                 child.kill()
-                printed, said = "", f"no result after {SECONDS:.0f} s"
-            failed = {"case": case, "stages": stages, "failed": said.strip().splitlines()[-3:]}
+                printed, errors = "", f"no result after {SECONDS:.0f} s"
+            failed = {"case": case, "stages": stages, "failed": errors.strip().splitlines()[-3:]}
             print(printed.strip() or json.dumps(failed), flush=True)
 
 
