@@ -250,6 +250,22 @@ OTHERS: dict[str, dict[str, Any]] = {
         | {"hidden_size": 24, "out_hidden_size": 112, "num_key_value_heads": 6, "num_heads": 6, "depth": 2},
         **_IMAGE_TOKENS,
     },
+    "lfm3_vl": {
+        "text_config": _COMMON
+        | _heads(6, 3, 8)
+        | {"layer_types": ["conv", "full_attention"], "model_type": "lfm3", "tie_word_embeddings": True},
+        "vision_config": {
+            "hidden_size": 24,
+            "intermediate_size": 16,
+            "patch_size": 4,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "layer_types": ["conv", "full_attention", "full_attention"],
+        },
+        "projector_hidden_size": 20,
+        **_IMAGE_TOKENS,
+    },
     "dia": {
         "encoder_config": _COMMON | _heads(6, 6, 8),
         "decoder_config": _COMMON

@@ -170,7 +170,7 @@ def part_counts(
     Raises:
         SettingError: the model has no such part, or two parts share one number and get two.
     """
-    heads = {layout.part: layout.num_attention_heads for layout in layouts}
+    heads = {layout.part: layout.num_attention_heads for layout in layouts if layout.attends}
     cached = {layout.part for layout in layouts if layout.cached}
     named = settings.parts or dict.fromkeys(part for part in heads if part in cached or not cached)
     name = arch.wrapper or arch.model_type

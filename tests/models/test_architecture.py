@@ -77,6 +77,8 @@ def module_names(arch: Architecture, tensors: Tensors) -> Tensors:
     for part in arch.parts or (arch,):
         checkpoint, module = (path.split("{")[0] for path in (part.layers[0], part.module))
         names |= {n: module + n.removeprefix(checkpoint) for n in tensors if n.startswith(checkpoint)}
+        if part.model_type == "lfm3_vl_vision":  # transformers renames these when it loads
+            names = {n: name.replace("_layernorm.", "_norm.") for n, name in names.items()}
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 

@@ -253,7 +253,6 @@ def test_a_head_on_top_chooses_the_class_that_loads_it():
         ({"model_type": "vit", "architectures": ["ViTModel"]}, "stores no number of KV heads.*no KV cache"),
         ({"model_type": "moonshine", "is_encoder_decoder": True}, "splits queries into num_key_value_heads heads"),
         ({"model_type": "t5gemma2", "is_encoder_decoder": True}, "no joint moments"),
-        ({"model_type": "lfm3_vl"}, "has a learned gate"),
         ({"model_type": "molmo2"}, "fuse and name attention in another way"),
         ({"model_type": "hunyuan_vl"}, "its vision tower reads no number of KV heads"),
         ({"model_type": "nemotron_h"}, "nemotron_h: it has no row in the table.*Did you mean nemotron"),

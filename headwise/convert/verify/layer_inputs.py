@@ -120,7 +120,7 @@ def attention_inputs(
         for record in stream.records(keep_activations=True, attention_stats=False):
             assert record.inputs is not None
             yield record.index, _double(record.inputs, device), None
-    if unread := [layer for layer, layout in enumerate(layouts) if not layout.on_text]:
+    if unread := [layer for layer, layout in enumerate(layouts) if layout.attends and not layout.on_text]:
         arch = find_architecture(checkpoint.config, checkpoint.tensors)
         model = empty_model(checkpoint.config, stock.auto_class)
         for layer in unread:
