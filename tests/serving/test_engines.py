@@ -62,6 +62,7 @@ def test_deepseeks_own_shape_loads_everywhere() -> None:
         (dict(kv_lora_rank=448), "vllm", "command", "FlashMLA"),
         (dict(kv_lora_rank=300), "vllm", "no", "320, 512 and 576"),
         (dict(kv_lora_rank=300), "sglang", "command", "Triton"),
+        (dict(v_head_dim=64), "sglang", "command", "fa3"),
         (dict(kv_lora_rank=17), "llama.cpp", "command", "bfloat16"),
         (dict(v_head_dim=64, qk_nope_head_dim=64), "vllm", "no", "64/64/128"),
         (dict(v_head_dim=128, qk_nope_head_dim=64), "vllm", "loads", ""),

@@ -6,27 +6,15 @@ backends are replaced by subclasses of themselves, so that no flag is needed. `V
 
 from __future__ import annotations
 
-import logging
-from importlib.metadata import PackageNotFoundError, version
+from headwise.serving.plugin import install_plugin
 
-# The release whose sources the subclasses were written for; in another one the plugin changes nothing.
+# The release whose sources the subclasses were written for.
 RELEASE = "0.33.0"
-LOG = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Replace the backends of the vLLM that is installed, or log why they stay; vLLM starts in any case."""
-    try:
-        found = version("vllm")
-    except PackageNotFoundError:  # a build under another name
-        found = "of unknown version"
-    if found != RELEASE:
-        LOG.info("headwise changes nothing in vLLM %s: its plugin was written for %s.", found, RELEASE)
-        return
-    try:
-        _replace_backends()
-    except (ImportError, AttributeError) as error:
-        LOG.warning("headwise changes nothing in this vLLM, which lacks a part of %s: %s", RELEASE, error)
+    """Replace the backends of the vLLM that is installed, or log why they stay."""
+    install_plugin("vLLM", "vllm", RELEASE, _replace_backends)
 
 
 def _replace_backends() -> None:

@@ -10,8 +10,7 @@ from vllm import _custom_ops
 from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadata
 from vllm.v1.attention.backends.mla.triton_mla import TritonMLABackend, TritonMLAImpl, TritonMLAMetadataBuilder
 
-from headwise.kernels import mla_decode
-from headwise.kernels.dispatch import supports_triton, uses_hopper_kernel
+from headwise.serving.plugin import decode_on_pages, runs_hopper_kernel
 from headwise.serving.vllm_plugin.gather import ROWS, any_row
 
 # Query tokens of a sequence that the kernel takes.
@@ -59,15 +58,12 @@ class AnyRowMLAImpl(TritonMLAImpl):  # type: ignore[misc]
         served = kv_c_and_k_pe_cache.shape[-1] in ROWS  # rows that vLLM serves run in its own code
         if served or rest or not self._has_kernel(query, kv_c_and_k_pe_cache, queries, attn_metadata.causal):
             return super().forward_mqa(query, kv_c_and_k_pe_cache, attn_metadata, layer)  # type: ignore[no-any-return]
-        query = query.unflatten(0, (-1, queries))
-        latent, k_rope = kv_c_and_k_pe_cache[..., :rank], kv_c_and_k_pe_cache[..., rank:]
-        # The number of splits follows from the width of the table, which has room for the longest model length.
-        pages = -(-attn_metadata.max_seq_len // latent.shape[1])
-        out, lse = mla_decode(
-            query[..., :rank],
-            query[..., rank:],
-            latent,
-            k_rope,
+        # The table has room for the longest model length.
+        pages = -(-attn_metadata.max_seq_len // kv_c_and_k_pe_cache.shape[1])
+        out, lse = decode_on_pages(
+            query.unflatten(0, (-1, queries)),
+            kv_c_and_k_pe_cache,
+            rank,
             scale=self.scale,
             lengths=decode.seq_lens,
             block_table=decode.block_table[:, :pages],
@@ -76,16 +72,10 @@ class AnyRowMLAImpl(TritonMLAImpl):  # type: ignore[misc]
 
     def _has_kernel(self, query: Tensor, cache: Tensor, queries: int, causal: bool) -> bool:
         """Return whether the Hopper kernel computes this step."""
-        rank = self.kv_lora_rank
         # Several tokens without a causal mask, or with a cache that is spread over GPUs, are the stock class's.
         several = queries > 1 and (not causal or self.dcp_world_size > 1)
-        return (
-            1 <= queries <= MAX_QUERIES
-            and not several
-            and cache.dtype == query.dtype
-            and supports_triton(query, rank, query.shape[-1] - rank, rank)
-            and uses_hopper_kernel(query, rank)
-        )
+        known = 1 <= queries <= MAX_QUERIES and not several
+        return known and runs_hopper_kernel(query, cache.dtype, self.kv_lora_rank)
 
 
 class AnyRowMLABackend(TritonMLABackend):  # type: ignore[misc]

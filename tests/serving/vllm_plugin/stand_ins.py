@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from enum import Enum
-from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
+
+from tests.serving.plugin_host import install_modules
 
 ROWS = (320, 512, 576)
 PAGE = 16
@@ -137,35 +137,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the modules in the place of vLLM's for one test."""
     CALLS.clear()
     REGISTERED.clear()
-    for name, contents in MODULES.items():
-        parts = name.split(".")
-        for end in range(1, len(parts) + 1):
-            path = ".".join(parts[:end])
-            if path not in sys.modules or not hasattr(sys.modules[path], "stand_in"):
-                module = ModuleType(path)
-                module.stand_in = True  # type: ignore[attr-defined]
-                module.__path__ = []
-                monkeypatch.setitem(sys.modules, path, module)
-                if end > 1:
-                    setattr(sys.modules[".".join(parts[: end - 1])], parts[end - 1], module)
-        for content in contents:
-            setattr(sys.modules[name], content.__name__, content)
+    install_modules(monkeypatch, MODULES)
     registry: Any = sys.modules["vllm.v1.attention.backends.mla.prefill.registry"]
     registry.register_mla_prefill_backend = register_backend
     for written in ("flash_mla", "mla_backend", "prefill"):
         monkeypatch.delitem(sys.modules, f"headwise.serving.vllm_plugin.{written}", raising=False)
-
-
-def paged(cache: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
-    """Return (sequences, tokens, row) as pages in reverse order, and the block table."""
-    sequences, tokens, row = cache.shape
-    count = tokens // page_size
-    table = torch.arange(sequences * count).flip(0).int().view(sequences, count)
-    pages = torch.empty(sequences * count, page_size, row, dtype=cache.dtype)
-    pages[table.flatten().long()] = cache.reshape(-1, page_size, row)
-    return pages, table
-
-
-def noise(*shape: int) -> Tensor:
-    """Return random numbers that depend on the shape only."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))

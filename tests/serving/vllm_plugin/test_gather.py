@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from headwise.serving.vllm_plugin.gather import any_row, gather_rows
+from tests.serving.plugin_host import noise, paged
 from tests.serving.vllm_plugin import stand_ins
-from tests.serving.vllm_plugin.stand_ins import PAGE, noise
+from tests.serving.vllm_plugin.stand_ins import PAGE
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +23,7 @@ def test_a_cached_prefix_is_gathered_at_any_row(fp8: bool) -> None:
     cache = noise(2, 64, 304)
     if fp8:
         cache = cache.to(torch.float8_e4m3fn)
-    pages, table = stand_ins.paged(cache.view(torch.uint8) if fp8 else cache, PAGE)
+    pages, table = paged(cache.view(torch.uint8) if fp8 else cache, PAGE)
     lengths, starts = [20, 7], torch.tensor([16, 3], dtype=torch.int32)
     limits = torch.tensor([0, 20, 27], dtype=torch.int32)
     sequence = torch.tensor([0] * 20 + [1] * 7 + [0] * 5, dtype=torch.int32)
@@ -43,7 +44,7 @@ def test_vllms_operator_gathers_the_rows_that_it_takes() -> None:
     wrapped = operators.gather_and_maybe_dequant_cache
     assert wrapped is not stock and any_row(wrapped) is wrapped
     for row in (*stand_ins.ROWS, 304):
-        pages, table = stand_ins.paged(noise(1, 16, row), PAGE)
+        pages, table = paged(noise(1, 16, row), PAGE)
         limits, sequence = torch.tensor([0, 16]), torch.zeros(16, dtype=torch.int32)
         wrapped(pages, torch.zeros(16, row), table, limits, sequence, 16, "auto", torch.tensor(1.0))
         wrapped(

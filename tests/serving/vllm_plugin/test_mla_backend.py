@@ -5,16 +5,17 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from headwise.kernels.mla_decode import reference
+from headwise.serving import plugin as common
 from headwise.serving import vllm_plugin
+from tests.serving.plugin_host import entry_point, noise, paged
 from tests.serving.vllm_plugin import stand_ins
-from tests.serving.vllm_plugin.stand_ins import PAGE, noise
+from tests.serving.vllm_plugin.stand_ins import PAGE
 
 RANK, ROPE, HEADS = 48, 16, 3
 
@@ -29,7 +30,7 @@ def plugin(module: str) -> Any:
 
 
 def test_three_backends_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_plugin, "version", lambda name: "0.33.0")
+    monkeypatch.setattr(common, "version", lambda name: "0.33.0")
     vllm_plugin.register()
     assert [backend.name for backend in stand_ins.REGISTERED] == ["TRITON_MLA", "FLASHMLA", "FLASH_ATTN"]
     for backend, path in stand_ins.REGISTERED.items():
@@ -41,8 +42,7 @@ def test_three_backends_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("release", ["0.32.5", "0.33.1", "0.34.0", "1.0"])
 def test_another_release_stays_as_it_is(release: str, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    monkeypatch.setattr(vllm_plugin, "version", lambda name: release)
-    caplog.set_level("INFO")
+    monkeypatch.setattr(common, "version", lambda name: release)
     vllm_plugin.register()
     assert not stand_ins.REGISTERED
     assert f"headwise changes nothing in vLLM {release}" in caplog.text
@@ -52,9 +52,9 @@ def test_a_vllm_of_another_name_or_with_other_parts_starts(monkeypatch: pytest.M
     def unknown(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(vllm_plugin, "version", unknown)
+    monkeypatch.setattr(common, "version", unknown)
     vllm_plugin.register()
-    monkeypatch.setattr(vllm_plugin, "version", lambda name: vllm_plugin.RELEASE)
+    monkeypatch.setattr(common, "version", lambda name: vllm_plugin.RELEASE)
     monkeypatch.delitem(sys.modules, "vllm.v1.attention.backends.registry")
     vllm_plugin.register()
     assert not stand_ins.REGISTERED
@@ -62,10 +62,7 @@ def test_a_vllm_of_another_name_or_with_other_parts_starts(monkeypatch: pytest.M
 
 
 def test_the_entry_point_is_declared() -> None:
-    project = Path(vllm_plugin.__file__).parents[3] / "pyproject.toml"
-    group = project.read_text(encoding="utf-8").partition('[project.entry-points."vllm.general_plugins"]\n')[2]
-    module, _, function = group.partition("\n")[0].removeprefix("headwise = ").strip('"').partition(":")
-    assert getattr(importlib.import_module(module), function) is vllm_plugin.register
+    assert entry_point("vllm.general_plugins") is vllm_plugin.register
 
 
 def test_metadata_accept_every_row() -> None:
@@ -78,7 +75,7 @@ def test_metadata_accept_every_row() -> None:
 
 def step(queries: int = 1, causal: bool = True, **options: int) -> tuple[Any, torch.Tensor, torch.Tensor, Any]:
     """An implementation, the queries of two sequences, their pages and the metadata."""
-    pages, table = stand_ins.paged(noise(2, 64, RANK + ROPE), PAGE)
+    pages, table = paged(noise(2, 64, RANK + ROPE), PAGE)
     lengths = torch.tensor([50, 9], dtype=torch.int32)
     decode = stand_ins.MLACommonDecodeMetadata(table, lengths)
     metadata = stand_ins.MLACommonMetadata(2, queries, 50, causal, decode=decode)
@@ -88,8 +85,8 @@ def step(queries: int = 1, causal: bool = True, **options: int) -> tuple[Any, to
 
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the kernel's way; on a CPU `mla_decode` then computes the reference."""
-    monkeypatch.setattr(plugin("mla_backend"), "uses_hopper_kernel", lambda *_: True)
-    monkeypatch.setattr(plugin("mla_backend"), "supports_triton", lambda *_: True)
+    monkeypatch.setattr(common, "uses_hopper_kernel", lambda *_: True)
+    monkeypatch.setattr(common, "supports_triton", lambda *_: True)
 
 
 @pytest.mark.parametrize("parts", [False, True])
