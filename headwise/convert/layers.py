@@ -80,9 +80,9 @@ class LayerJob:
     ) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
         """Return one layer's new tensors and its report."""
         checkpoint, arch, target, calibration = self.checkpoint, self.arch, self.target, self.calibration
-        source = {name: checkpoint.read(name) for name in arch.tensor_names(checkpoint.config, layer)}
+        names = arch.tensor_names(checkpoint.config, layer)
+        source = {name: checkpoint.read(name).to(device) for name in names}  # before it becomes float64
         check_finite(checkpoint, target, layer, source, record, self.allow_nan)
-        source = {name: tensor.to(device) for name, tensor in source.items()}  # before it becomes float64
         weights = arch.read_layer(checkpoint.config, layer, source)
         del source
         converted, report = target.convert_layer(layer, weights, record)

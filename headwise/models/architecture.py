@@ -250,17 +250,18 @@ class Architecture(ArchitectureRow):
         part, number = self.at(layer)
         return f"{part.layers[0].format(layer=number)}.{part.attention}."
 
-    def tensors(self, checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
+    def tensors(self, checkpoint: Checkpoint, layer: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Read all tensors of a layer's attention, including those that no conversion changes.
 
         Args:
             checkpoint: a checkpoint that this row describes.
             layer: index of the decoder layer.
+            device: of the tensors.
 
         Returns:
             Tensors by their names in the checkpoint.
         """
-        return checkpoint.read_prefix(self.prefix(layer))
+        return checkpoint.read_prefix(self.prefix(layer), device)
 
     def tensor_names(self, config: dict[str, Any], layer: int) -> tuple[str, ...]:
         """Return the names of this layer's attention tensors, which a conversion rewrites.

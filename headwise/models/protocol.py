@@ -160,12 +160,13 @@ class AttentionModel(Protocol):
             layer: index of the decoder layer.
         """
 
-    def tensors(self, checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
+    def tensors(self, checkpoint: Checkpoint, layer: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Read all tensors of a layer's attention, including those that no conversion changes.
 
         Args:
             checkpoint: the checkpoint of the model.
             layer: index of the decoder layer.
+            device: of the tensors.
 
         Returns:
             Tensors by their names in the checkpoint.
@@ -372,17 +373,18 @@ class LatentModel:
         """
         return f"{LAYERS.format(layer=layer)}.{ATTENTION}"
 
-    def tensors(self, checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
+    def tensors(self, checkpoint: Checkpoint, layer: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Read all tensors of a layer's attention.
 
         Args:
             checkpoint: the MLA checkpoint.
             layer: index of the decoder layer.
+            device: of the tensors.
 
         Returns:
             Tensors by their names in the checkpoint.
         """
-        return checkpoint.read_prefix(f"{self.attention_path(layer)}.")
+        return checkpoint.read_prefix(f"{self.attention_path(layer)}.", device)
 
 
 def find_attention_model(config: dict[str, Any], names: Iterable[str] = ()) -> AttentionModel:
@@ -451,17 +453,20 @@ def reads_pairs(config: dict[str, Any]) -> bool:
     return any(row.part == "decoder" and row.on_text for row in find_parts(config, load_table()))
 
 
-def read_latent_layer(checkpoint: Checkpoint, layer: int) -> tuple[LatentWeights, Tensor | None]:
+def read_latent_layer(
+    checkpoint: Checkpoint, layer: int, device: torch.device | str = "cpu"
+) -> tuple[LatentWeights, Tensor | None]:
     """Read one attention layer of an MLA model that headwise wrote.
 
     Args:
         checkpoint: the model.
         layer: index of the decoder layer.
+        device: of the result.
 
     Returns:
         The layer in the norm-free parametrization, float64, and its output bias (D,) or None.
     """
     model = LatentModel()
-    tensors = model.tensors(checkpoint, layer)
-    weights = model.read_layer(checkpoint.config, layer, tensors)
+    tensors = model.tensors(checkpoint, layer, device)
+    weights = model.read_layer(checkpoint.config, layer, tensors).to_device(device)
     return weights, tensors.get(f"{model.attention_path(layer)}.o_proj.bias")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from headwise.convert.calibration.attention_stats import AttentionStats, first_position
 from headwise.convert.calibration.norm_stats import CrossMoment, NormedProjections
+from headwise.cuda import current
 from headwise.environment import available_memory
 from headwise.io.reader import Checkpoint
 from headwise.models.protocol import AttentionModel
@@ -424,7 +425,12 @@ class LayerStream:
         return torch.cat(hidden), [(stub.args, stub.kwargs) if stub.was_called else None for stub in stubs]
 
     def _read(self, names: Collection[str]) -> dict[str, Tensor]:
-        return {name: self._checkpoint.read(name) for name in names}
+        tensors = {name: self._checkpoint.read(name) for name in names}
+        # A GPU copies page-locked memory several times as fast, and Python does not wait for it.
+        if self._device.type == "cuda":
+            with current(self._device):
+                tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return tensors
 
     def _load(self, names: Collection[str]) -> None:
         """Load tensors of the checkpoint into the model."""
@@ -433,7 +439,8 @@ class LayerStream:
     def _fill(self, read: dict[str, Tensor]) -> None:
         """Load tensors into the model; `read` is emptied, so that one tensor is in memory twice at most."""
         # Moved first: the device changes their dtype, and fewer bytes are moved.
-        tensors = {name: read.pop(name).to(self._device) for name in list(read)}
+        gpu = self._device.type == "cuda"
+        tensors = {name: read.pop(name).to(self._device, non_blocking=gpu) for name in list(read)}
         if self._stored is not None:
             tensors = {n: t.to(self._stored) if t.is_floating_point() else t for n, t in tensors.items()}
         load_into(self._model, tensors, self._device)

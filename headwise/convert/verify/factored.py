@@ -81,8 +81,8 @@ class FactoredAttention:
             layer: its index.
             inputs: (sequences, tokens, D) float64.
         """
-        weights, o_bias = read_latent_layer(self._checkpoint, layer)
-        return latent_attention(weights.to_device(inputs.device), inputs, o_bias)
+        weights, o_bias = read_latent_layer(self._checkpoint, layer, inputs.device)
+        return latent_attention(weights, inputs, o_bias)
 
 
 def latent_reference(checkpoint: Checkpoint) -> FactoredAttention | NormedAttention:
@@ -114,7 +114,7 @@ def check_factors(
     tokens = within_budget(tokens, model.layouts(checkpoint.config))
     worst, worst_layer, bend = 0.0, 0, 0.0
     for layer, x, _ in attention_inputs(checkpoint, model, tokens, device):
-        tensors = model.tensors(checkpoint, layer)
+        tensors = model.tensors(checkpoint, layer, x.device)
         error = relative_error(attention(layer, tensors, x), factored(layer, x))
         if not error <= worst:
             worst, worst_layer = error, layer

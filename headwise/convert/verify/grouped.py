@@ -35,27 +35,33 @@ class RepeatedAttention:
         )
         self._stock = StockAttention(self._config, arch)
 
-    def __call__(self, layer: int, inputs: Tensor, arguments: dict[str, Any] | None = None) -> Tensor:
+    def __call__(
+        self,
+        layer: int,
+        inputs: Tensor,
+        arguments: dict[str, Any] | None = None,
+        tensors: dict[str, Tensor] | None = None,
+    ) -> Tensor:
         """Return the outputs of one layer, (sequences, tokens, D) float64.
 
         Args:
             layer: its index.
             inputs: (sequences, tokens, D) float64.
             arguments: further arguments of the module; None: those of the model's own forward.
+            tensors: of the layer's attention as the folder has them; None: they are read.
         """
-        return self._stock(layer, self.tensors(layer, inputs.device), inputs, arguments)
+        if tensors is None:
+            tensors = self._arch.tensors(self._checkpoint, layer, inputs.device)
+        return self._stock(layer, self.repeated(layer, tensors), inputs, arguments)
 
-    def tensors(self, layer: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    def repeated(self, layer: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of a layer's attention with repeated keys and values.
 
         Args:
             layer: its index.
-            device: of the tensors.
+            tensors: as the folder has them.
         """
         arch, config = self._arch, self._checkpoint.config
-        if not self._layouts[layer].attends:
-            return {}
-        tensors = {name: tensor.to(device) for name, tensor in arch.tensors(self._checkpoint, layer).items()}
         names = arch.tensor_names(config, layer)
         heads = self._layouts[layer].num_attention_heads
         weights, _ = merge_heads(arch.read_layer(config, layer, {n: tensors[n] for n in names}), heads)
@@ -66,7 +72,8 @@ class RepeatedAttention:
         model = empty_model(self._config, self._arch.auto_class, torch.float64)
         tensors = {name: self._checkpoint.read(name) for name in self._checkpoint.tensors}
         for layer in range(len(self._layouts)):
-            tensors |= self.tensors(layer)
+            if self._layouts[layer].attends:
+                tensors |= self.repeated(layer, self._arch.tensors(self._checkpoint, layer))
         load_into(model, tensors)
         model.tie_weights()
         return model
@@ -101,8 +108,8 @@ def check_groups(
     tokens = tokens_of_text(checkpoint, arch)
     worst, worst_layer = 0.0, 0
     for layer, x, more in attention_inputs(checkpoint, arch, tokens, device):
-        actual = grouped(layer, arch.tensors(checkpoint, layer), x, more)
-        error = relative_error(actual, repeated(layer, x, more))
+        tensors = arch.tensors(checkpoint, layer, x.device)
+        error = relative_error(grouped(layer, tensors, x, more), repeated(layer, x, more, tensors))
         if not error <= worst:
             worst, worst_layer = error, layer
     count = sum(layout.attends for layout in arch.layouts(checkpoint.config))

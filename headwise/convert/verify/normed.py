@@ -38,7 +38,7 @@ class NormedAttention:
             layer: its index.
             inputs: (sequences, tokens, D) float64.
         """
-        tensors = self._model.tensors(self._checkpoint, layer)
+        tensors = self._model.tensors(self._checkpoint, layer, inputs.device)
         weights = self._model.read_normed(self._checkpoint.config, layer, tensors).to_device(inputs.device)
         x = inputs
         if weights.kv_down.shape[1] > x.shape[-1]:
