@@ -7,8 +7,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headwise.convert.pipeline import convert_model
@@ -48,6 +50,32 @@ def tiny_parent(folder: Path, kind: str) -> Path:
     tiny_models.save(kind, folder, vocab_size=len(tokenizer))
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def seeing_parent(folder: Path, **heads: Any) -> Path:
+    """A random LLaVA with the stock processor of images: every image becomes four tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tiny_models.save("llava", folder, vocab_size=len(tokenizer), **heads)
+    config = tiny_models.read_config(folder) | {"image_token_index": len(tokenizer) - 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    size: Any = {"height": 8, "width": 8}
+    images = transformers.CLIPImageProcessorPil(size=size, crop_size=size)
+    shape = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    transformers.LlavaProcessor(images, tokenizer, **shape).save_pretrained(folder)
+    return folder
+
+
+def image_pairs(folder: Path, count: int = 12) -> Path:
+    """A file of image-text pairs beside its images, which are noise; texts differ in length."""
+    folder.mkdir()
+    noise = np.random.default_rng(0)
+    rows = []
+    for n in range(count):
+        Image.fromarray(noise.integers(0, 256, (9, 12, 3), dtype=np.uint8)).save(folder / f"{n}.png")
+        rows.append({"image": f"{n}.png", "text": f"noise number {n} " * (1 + n % 4)})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "pairs.jsonl"
 
 
 def converted(model: Path, out: Path, **arguments: Any) -> Path:

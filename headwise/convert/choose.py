@@ -116,13 +116,13 @@ def choose_target(
             checkpoint, arch, parent.with_groups(config, counts), config, settings, changed=set(counts), dtype=dtype
         )
         no_images = arch.on_text and not arch.reads_pairs and arch.cross_states(config) and CROSS in counts
-        if no_images and not target.exact:
+        if no_images and not target.exact and settings.images is None:
             target.warnings.append(
                 "No images are read: cross-attention is merged without moments, and every direction of its input "
                 "counts the same."
             )
         unread = [part for part in counts if any(x.part == part and not x.on_text for x in target.layouts)]
-        if unread and not target.exact:
+        if unread and not target.exact and settings.images is None:
             target.warnings.append(
                 f"Text does not run {' and '.join(unread)}, and nothing else is read: the weights alone decide how "
                 "heads merge, and every direction of their input counts the same."

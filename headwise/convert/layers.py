@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from headwise.convert.base import Target
-from headwise.convert.calibration.calibrate import CalibrationPlan, check_finite, iter_layer_stats
+from headwise.convert.calibration.calibrate import check_finite, iter_layer_stats
+from headwise.convert.calibration.calibration_plan import CalibrationPlan
 from headwise.convert.calibration.layer_stream import LayerRecord
 from headwise.convert.refit.output_projection import solve_output_projection
 from headwise.convert.refit.regression import refit as refit_layer

@@ -11,14 +11,8 @@ from typing import Any
 import torch
 
 from headwise.convert.background_copy import BackgroundCopy
-from headwise.convert.calibration.calibrate import (
-    keep_text,
-    plan_calibration,
-    plan_loss,
-    plan_notes,
-    plan_warnings,
-    text_folder,
-)
+from headwise.convert.calibration.calibrate import keep_text, plan_calibration, plan_loss, text_folder
+from headwise.convert.calibration.calibration_plan import plan_notes, plan_warnings
 from headwise.convert.calibration.corpus import (
     CalibrationLoss,
     is_measured,
@@ -126,6 +120,7 @@ def convert_model(
     engines: str | Sequence[str] = (),
     calibrate: str | None = None,
     calibration_tokens: int | None = None,
+    images: str | Path | None = None,
     save_moments: str | Path | None = None,
     moments: str | Path | None = None,
     refit: str | int | None = None,
@@ -194,6 +189,8 @@ def convert_model(
         calibrate: calibration text: "sampled" from the parent, "mixture", "builtin", "none", a file, `hf:DATASET`,
             or "auto": sampled if that is affordable, else the mixture; None: "auto".
         calibration_tokens: number of calibration tokens; None: by the model's size.
+        images: a `.jsonl` file of pairs, with the path of an "image" and a "text" in every line, that calibrates a
+            vision-language model in place of text: its text model, its vision tower and its cross-attention.
         save_moments: a folder to save the second moments of the attention inputs in.
         moments: a folder of saved moments to use.
         refit: "auto" (when the forecast is under ten minutes on a GPU, 25 seconds on a CPU), "off", "layers",
@@ -359,7 +356,7 @@ def convert_model(
         remaining = RemainingLayers(target, writer)
         if joint and measured:
             share_text(writer, checkpoint, joint, measured, texts, requested, progress)
-        if measured and remaining.indices:
+        if measured and measured.images is None and remaining.indices:
             keep_text(checkpoint, target, measured, requested, progress, texts)
         # The other devices convert while this process measures the parent.
         converted = pool.begin(job, remaining.indices, progress)

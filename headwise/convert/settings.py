@@ -31,6 +31,8 @@ DEFAULT_TEXT = "auto"
 REFITS = ("auto", "off", "layers", "joint")
 SPARSE = ("dsa",)
 AUTO_LAYERS = "auto"
+# The record holds the decided calibration in place of its settings.
+CALIBRATION: dict[str, Any] = {"section": "Calibration", "acts_with": LOSSY, "recorded": False}
 # Nats per token that the windows of `window_layers` auto may cost together, and the sharing of `index_layers` auto.
 WINDOW_LOSS = 0.01
 
@@ -50,7 +52,8 @@ NEEDS = {
 CLASHES = {
     "cache": ("rank", "rope_dim"),
     "exact": ("cache", "rank", "rope_dim", "method", "calibrate", "calibration_tokens", "moments", "refit"),
-    "moments": ("save_moments", "calibrate", "calibration_tokens"),
+    "moments": ("save_moments", "calibrate", "calibration_tokens", "images"),
+    "images": ("calibrate", "calibration_tokens"),
     "index_layers": ("sparse", "to", "context", "sliding_window"),
 }
 
@@ -211,53 +214,45 @@ class ConvertSettings:
     calibrate: str | None = fields.text(
         "Calibration text: auto, sampled, mixture, builtin, none, a FILE (txt, jsonl) or hf:DATASET [auto].",
         metavar="TEXT",
-        section="Calibration",
-        acts_with=LOSSY,
-        recorded=False,
+        **CALIBRATION,
     )
     calibration_tokens: int | None = fields.number(
         "Number of calibration tokens, such as 40K [by the model's size].",
         parse=parse_count,
-        section="Calibration",
-        acts_with=LOSSY,
-        recorded=False,
+        **CALIBRATION,
+    )
+    images: Path | None = fields.folder(
+        'Calibrate on a .jsonl file of pairs with "image" (a path) and "text", for a vision-language model.',
+        metavar="FILE",
+        wanted="the path of a file",
+        **CALIBRATION | {"acts_with": MERGED},
     )
     save_moments: Path | None = fields.folder(
         "Save the second moments of the attention inputs in a folder.",
         metavar="DIR",
-        section="Calibration",
-        acts_with=LOSSY,
-        recorded=False,
+        **CALIBRATION,
     )
     moments: Path | None = fields.folder(
         "Use saved moments in place of calibration text.",
         metavar="DIR",
-        section="Calibration",
-        acts_with=LOSSY,
-        recorded=False,
+        **CALIBRATION,
     )
     refit: str | int | None = fields.word_or_number(
         "Recover quality: auto, off, layers (each alone; or a number of steps), joint [auto].",
         REFITS,
         wanted="auto, off, layers, joint or a number of steps",
         metavar="STEPS",
-        section="Calibration",
-        acts_with=LOSSY,
-        recorded=False,
+        **CALIBRATION,
     )
     refit_tokens: int | None = fields.number(
         "Tokens of the joint refit's text; more tokens take more steps [4M on a GPU].",
         parse=parse_count,
-        section="Calibration",
-        acts_with=LOSSY,
-        recorded=False,
+        **CALIBRATION,
     )
     refit_length: int | None = fields.number(
         "Tokens in a sequence of the joint refit, at most the context [4,096 on a GPU].",
         parse=parse_count,
-        section="Calibration",
-        acts_with=LOSSY,
-        recorded=False,
+        **CALIBRATION,
     )
     # Positions
     context: int | None = fields.number("Rescale RoPE to this many tokens.", section="Positions")
@@ -460,6 +455,10 @@ class ConvertSettings:
                     raise SettingError(
                         "refit", f"`refit` joint trains towards the parent's own positions: leave out `{name}`."
                     )
+        if self.refit == "joint" and self.images:
+            raise SettingError(
+                "refit", "`refit` joint trains on text alone: leave out `images`, or give `refit` layers."
+            )
         if self.refit == "joint" and self.sparse:
             raise SettingError(
                 "refit", "`refit` joint changes the attention that the indexers of `sparse` learn from."
@@ -483,7 +482,7 @@ class ConvertSettings:
         defaults: dict[str, Any] = {}
         if self.lossy:
             defaults |= {"method": "optimal", "refit": "auto"}
-        if self.reads_text and self.moments is None:
+        if self.reads_text and self.moments is None and self.images is None:
             defaults["calibrate"] = DEFAULT_TEXT
         if self.to in MERGED:
             method = self.method or "optimal"

@@ -175,8 +175,9 @@ def command_of(plan: DecidedConversion, out: str, verification: Mapping[str, Any
     options = {key: value for key, value in plan.arguments.items() if key not in MEASURED}
     measured = plan.arguments.get("calibration")
     if measured:
-        options["calibrate"] = measured["text"]
-        options["calibration_tokens"] = measured["sequences"] * measured["length"]
+        options["images" if "images" in measured else "calibrate"] = measured["text"]
+        if "images" not in measured:
+            options["calibration_tokens"] = measured["sequences"] * measured["length"]
         if "index_steps" in measured:
             options["index_steps"] = measured["index_steps"]
         if not options.get("exact"):

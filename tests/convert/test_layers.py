@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from headwise.convert.calibration.calibrate import CalibrationPlan
+from headwise.convert.calibration.calibration_plan import CalibrationPlan
 from headwise.convert.layers import choose_device
 from headwise.convert.pipeline import convert_model
 from headwise.io.source import EMBEDDED_MODEL

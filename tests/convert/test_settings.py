@@ -98,6 +98,7 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
         "to": "mqa",
         "calibrate": "builtin",
         "calibration_tokens": 4096,
+        "images": "pairs.jsonl",
         "save_moments": "folder",
         "moments": "folder",
         "refit": "off",
@@ -133,6 +134,7 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
         "cache": {"to": "mla"},
         "exact": {"to": "mla"},
         "moments": {"to": "mqa"},
+        "images": {"to": "mqa"},
         "index_layers": {},
     }
     for name, others in CLASHES.items():
@@ -147,6 +149,7 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
             base = {"dtype": "float32"}
         yield name, {**base, name: examples[name]}, f"{flag_of(name)} needs {flag_of(needed)}"
     yield "calibration_tokens", {"to": "mqa", "calibrate": "none", "calibration_tokens": 9}, "--calibrate none"
+    yield "refit", {"to": "mqa", "images": "pairs.jsonl", "refit": "joint"}, "trains on text alone"
     yield "save_moments", {"to": "mqa", "calibrate": "none", "save_moments": "folder"}, "--calibrate none"
     yield "refit", {"to": "mqa", "calibrate": "none", "refit": 5}, "needs calibration text"
     yield "refit", {"to": "mqa", "moments": "folder", "refit": 5}, "needs calibration text"
@@ -237,6 +240,7 @@ RIGHT: dict[str, list[Any]] = {
     "engines": [("vllm",), ("llama.cpp", "transformers")],
     "calibrate": ["builtin", "none", "text.jsonl"],
     "calibration_tokens": [4096],
+    "images": ["pairs.jsonl"],
     "save_moments": ["folder"],
     "moments": ["folder"],
     "refit": ["auto", "off", 5],
@@ -311,7 +315,7 @@ def test_accepted_settings_are_complete_and_stable(values: dict[str, Any]) -> No
         return
     assert made.recorded()["to"] == values["to"] and made.recorded()["seed"] == values.get("seed", 0)
     if made.lossy:
-        assert made.method and (made.calibrate or made.moments) and made.refit
+        assert made.method and (made.calibrate or made.moments or made.images) and made.refit
     again = ConvertSettings(**{f.name: getattr(made, f.name) for f in fields(made)})
     assert again == made
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from transformers.utils import logging
 
 from headwise._cli import console, render
-from headwise.convert.calibration.calibrate import CalibrationPlan
+from headwise.convert.calibration.calibration_plan import CalibrationPlan
 from headwise.convert.calibration.corpus import read_corpus
 from headwise.convert.inspect import inspect_model
 from headwise.convert.pipeline import convert_model

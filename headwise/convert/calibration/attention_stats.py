@@ -60,7 +60,7 @@ class AttentionStats:
             inputs: (sequences, length, D).
             arguments: further arguments of the module.
             states: the argument that keys and values are made from in cross-attention; None: from the input.
-            valid: (sequences, length) true where a token is no padding; None: there is no padding.
+            valid: (sequences, length) how much each token counts, 0 or False for padding; None: all count alike.
             most: the largest number of sequences to read; None: all.
         """
         sequences, length = inputs.shape[:2]
@@ -82,10 +82,12 @@ class AttentionStats:
                 weights = attention(hidden_states=inputs[i : i + 1], **row)[1][0]  # (heads, length, read tokens)
                 # In place: each array of this size is new memory from the system.
                 total = weights if total is None else total.add_(weights)
-                queries = index if valid is None else index[valid[i]]
+                queries = index if valid is None else index[valid[i] > 0]
                 queries = queries[first :: max(1, len(queries) // NUM_ATTENTION_QUERIES)]
                 whole = torch.cat([read[i], torch.ones_like(read[i, :, :1])], 1)
                 weights = weights[:, queries]  # a copy
+                if valid is not None:
+                    weights *= valid[i, queries].to(weights)[:, None]
                 weights[..., :sink] = 0
                 share = weights.sum(-1, keepdim=True).clamp_min(TINY)
                 averaged = (weights @ whole / share.sqrt()).flatten(0, 1)
@@ -102,7 +104,7 @@ class AttentionStats:
         if states is None and total is not None:
             total[..., :sink] = 0
             by_distance = sum_by_distance(total)
-            self._distances = by_distance if self._distances is None else self._distances + by_distance
+            self._distances = by_distance if self._distances is None else _added(self._distances, by_distance)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return `value_moment`, `key_moment` and `distances` of a `LayerRecord`."""
@@ -130,6 +132,13 @@ def sum_by_distance(weights: Tensor) -> Tensor:
     columns = torch.cat(sums)
     earlier, later = columns[:, length - 1 :], columns[:, : length - 1].flip(1)
     return torch.cat([earlier[:, :1], earlier[:, 1:] + later], 1)
+
+
+def _added(*sums: Tensor) -> Tensor:
+    """Return the sum of two matrices of as many rows; the narrower one gets columns of zeros."""
+    width = max(each.shape[1] for each in sums)
+    one, other = (torch.nn.functional.pad(each, (0, width - each.shape[1])) for each in sums)
+    return one + other
 
 
 def _row(value: Any, index: int, sequences: int) -> Any:

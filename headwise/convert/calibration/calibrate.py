@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor
 
 from headwise.convert.base import Target
+from headwise.convert.calibration.calibration_plan import CalibrationPlan
 from headwise.convert.calibration.corpus import (
-    BUILTIN,
     LONG_TEXT,
     MIXTURE,
     NUM_HELDBACK,
@@ -21,6 +20,7 @@ from headwise.convert.calibration.corpus import (
     choose_text,
     read_corpus,
 )
+from headwise.convert.calibration.image_stream import ImageStream, plan_images
 from headwise.convert.calibration.layer_stream import LayerRecord, LayerStream
 from headwise.convert.calibration.moments import Moments
 from headwise.convert.calibration.norm_stats import NormedProjections
@@ -39,83 +39,10 @@ from headwise.convert.settings import ConvertSettings
 from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import Checkpoint, has_nonfinite
 from headwise.io.writer import Writer
+from headwise.measure.image_prompts import open_prompts
 from headwise.models.architecture import find_architecture
 from headwise.models.protocol import AttentionModel, find_attention_model
 from headwise.progress import Progress
-
-# What the texts that `auto` chooses hold.
-FOREIGN = {
-    MIXTURE: "English prose, dialogue and Python of this package",
-    BUILTIN: "the library of the running Python",
-}
-
-
-@dataclass(frozen=True)
-class CalibrationPlan:
-    """What is measured on the parent before its layers are converted, and on which text.
-
-    Attributes:
-        text: as `calibrate` names it.
-        sequences: number of sequences.
-        length: tokens in each.
-        steps: of regression for every layer; 0: none.
-        seed: of the choice of text.
-        reason: why `auto` chose the text; None if the settings named it.
-        fitted: whether output matrices are solved for.
-        keep: folder to save the moments in.
-        reuse: folder to read the moments from instead of measuring them.
-        indexers: index queries of the indexer of a layer; 0: no indexers are made.
-        index_steps: of training for every indexer.
-        asked: tokens that the settings name, before they are rounded down to whole sequences; None: none.
-        refit_reason: why `auto` chose the steps; None if the settings gave them.
-        least: sequences that are enough where the text has no more; None: all.
-    """
-
-    text: str
-    sequences: int
-    length: int
-    steps: int
-    seed: int
-    reason: str | None = None
-    fitted: bool = False
-    keep: Path | None = None
-    reuse: Path | None = None
-    indexers: int = 0
-    index_steps: int = 0
-    asked: int | None = None
-    refit_reason: str | None = None
-    least: int | None = None
-
-    @property
-    def keeps_text(self) -> bool:
-        """Return whether each layer's inputs and outputs are kept until it is converted."""
-        return self.refits or self.indexers > 0
-
-    @property
-    def refits(self) -> bool:
-        """Return whether output matrices are solved for, or layers are regressed."""
-        return self.fitted or self.steps > 0
-
-    @property
-    def foreign(self) -> bool:
-        """Return whether the user did not choose the text and the parent did not write it."""
-        return self.reason is not None and self.text in (MIXTURE, BUILTIN)
-
-    @property
-    def tokens(self) -> int:
-        """Return the number of calibration tokens."""
-        return self.sequences * self.length
-
-    @property
-    def amount(self) -> str:
-        """Return the number of tokens in words, and that it is rounded."""
-        rounded = f" (rounded down from {self.asked:,})" if self.asked not in (None, self.tokens) else ""
-        return f"{self.tokens:,} tokens{rounded}"
-
-    def described(self) -> dict[str, Any]:
-        """Return what the measurement depends on, for the record; local folders are left out."""
-        names = ("text", "sequences", "length", "steps", "seed", *(["index_steps"] if self.indexers else []))
-        return {name: getattr(self, name) for name in names}
 
 
 def plan_calibration(
@@ -149,6 +76,8 @@ def plan_calibration(
                 "refit", f"`refit` is {settings.refit}, and an exact conversion leaves nothing to refit."
             )
         return None
+    if settings.images is not None:
+        return plan_images(checkpoint, arch, target, settings)
     if all(not target.layouts[i].on_text for i in range(len(target.layouts)) if target.converted_names(i)):
         for name in ("refit", "calibrate", "moments", "save_moments"):
             if getattr(settings, name) not in (None, "auto", "off", "none"):
@@ -220,60 +149,6 @@ def plan_calibration(
     )
 
 
-def plan_notes(
-    arch: AttentionModel, target: Target, calibration: CalibrationPlan | None, settings: ConvertSettings
-) -> Iterator[str]:
-    """Yield the lines of the plan that describe the calibration.
-
-    Args:
-        arch: the architecture of the source.
-        target: the decided conversion.
-        calibration: what is measured on the parent; None: nothing.
-        settings: of the conversion.
-    """
-    if calibration is None:
-        if target.calibrated:
-            yield "Not calibrated: every direction of the attention input counts the same."
-        return
-    yield f"Calibration: {calibration.amount} of {calibration.text} in sequences of {calibration.length}."
-    if calibration.reason:
-        yield f"Calibration text: {calibration.text}, because {calibration.reason}."
-    if target.fitted and not calibration.fitted:
-        yield "Output matrices are not solved for: that takes the text itself, not its moments."
-    if calibration.index_steps:
-        yield f"Indexers: {calibration.index_steps} steps per layer on the attention of the layer."
-    elif calibration.indexers and settings.index_steps is None:
-        yield (
-            "Indexers: the closed form. The forecast of training is over ten minutes on this device; give "
-            "`index_steps` a number of steps to run it."
-        )
-    reason = calibration.refit_reason
-    if calibration.steps:
-        yield f"Refit: {calibration.steps} steps per layer{f', because {reason}' if reason else ''}."
-    elif reason and not target.exact:
-        yield f"No refit: {reason}; give `refit` a number of steps to run it."
-    context = trained_length(arch, target.parent_config)
-    if arch.is_decoder and not target.exact and settings.refit != "joint" and context > calibration.length:
-        yield (
-            f"Retrieval: in prompts beyond {calibration.length:,} tokens, the length of the calibration sequences, "
-            "the model may not find a passage again; `refit` joint trains on longer ones. The recipe retrieval of "
-            "`headwise eval` measures it."
-        )
-
-
-def plan_warnings(calibration: CalibrationPlan | None) -> Iterator[str]:
-    """Yield a line of the plan for calibration text that the user did not choose and the parent did not write.
-
-    Args:
-        calibration: what is measured on the parent; None: nothing.
-    """
-    if calibration is not None and calibration.foreign:
-        yield (
-            f"The calibration text is foreign to the model: {FOREIGN[calibration.text]}. Text like the model's own "
-            "is better: give `calibrate` a file of it."
-        )
-
-
 def plan_loss(
     checkpoint: Checkpoint,
     arch: AttentionModel,
@@ -296,6 +171,8 @@ def plan_loss(
     """
     if not arch.is_decoder:
         return None
+    if calibration is not None and calibration.images is not None:
+        return None  # `headwise eval` measures the loss with images
     if calibration is not None and calibration.reuse is None:
         # At positions beyond its context the parent is no measure.
         return calibration if calibration.length <= trained_length(arch, checkpoint.config) else None
@@ -330,10 +207,24 @@ def iter_layer_stats(
         return
     if calibration.reuse is not None:
         saved = Moments.open(calibration.reuse, checkpoint)
-        yield from ((saved.read(i, device) if target.layouts[i].on_text else None, i) for i in layers)
+        for i in layers:
+            yield saved.read(i, device) if target.layouts[i].on_text or saved.holds(i) else None, i
+        return
+    arch = find_attention_model(target.parent_config, checkpoint.tensors)
+    if calibration.images is not None:
+        progress.note(f"Reading {calibration.amount} through the parent.")
+        seeing = find_architecture(target.parent_config, checkpoint.tensors)
+        prompts = open_prompts(
+            calibration.images, arch.auto_class, checkpoint.folder, str(checkpoint.source), checkpoint.config
+        )
+        images = ImageStream(checkpoint, seeing, prompts, device)
+        yield from _kept(
+            images.records(layers, keep_activations=calibration.keeps_text, attention_stats=not target.exact),
+            checkpoint,
+            calibration,
+        )
         return
     progress.note(f"Reading {calibration.amount} of {calibration.text} through the parent, layer by layer.")
-    arch = find_attention_model(target.parent_config, checkpoint.tensors)
     if arch.reads_pairs:
         encoder_decoder = find_architecture(target.parent_config, checkpoint.tensors)
         pairs = read_pair_corpus(checkpoint, encoder_decoder, calibration, device, progress, cache)

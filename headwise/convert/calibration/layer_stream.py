@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from headwise.convert.calibration.attention_stats import AttentionStats, first_position
+from headwise.convert.calibration.attention_stats import TINY, AttentionStats, first_position
 from headwise.convert.calibration.norm_stats import CrossMoment, NormedProjections
 from headwise.cuda import current
 from headwise.environment import available_memory
@@ -64,7 +65,8 @@ class LayerRecord:
         outputs: of the attention, like `inputs`; zero at padding.
         arguments: further arguments of the attention module, for a batch of any size.
         rows: further arguments with an entry for every sequence, on the CPU.
-        valid: (sequences, length) true where a token is no padding; None: there is no padding.
+        calls: of sequences of different lengths, the shape of each one's input and its own further arguments.
+        roots: (sequences, length) the root of each token's weight, 0 for padding; None: all tokens count alike.
         tokens: number of tokens measured.
     """
 
@@ -82,7 +84,8 @@ class LayerRecord:
     outputs: Tensor | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
-    valid: Tensor | None = None
+    calls: list[tuple[torch.Size, dict[str, Any]]] = field(default_factory=list)
+    roots: Tensor | None = None
     tokens: int = 0
 
     def moments(self) -> dict[str, Tensor]:
@@ -108,6 +111,7 @@ class AttentionRecorder:
         attention_stats: measure attention weights, on some of the sequences.
         normed: the layer's normed queries and keys, whose moments are also taken; None: they are not.
         states: the argument that keys and values are made from in cross-attention; None: from the input.
+        separate: whether every sequence is a call of its own, of its own length.
     """
 
     def __init__(
@@ -121,17 +125,19 @@ class AttentionRecorder:
         attention_stats: bool,
         normed: NormedProjections | None = None,
         states: str | None = None,
+        separate: bool = False,
     ) -> None:
         self._index, self._module, self._sequences, self._device = index, module, sequences, device
+        self._separate, self._kept = separate, list[tuple[Tensor, Tensor, Tensor]]()
         self._keep, self._stats, self._normed, self._states = keep_activations, attention_stats, normed, states
         self._view, self._queries = AttentionStats(normed), CrossMoment()
         self._moment: Tensor | None = None
         self._states_moment: Tensor | None = None
-        self._tokens, self._states_tokens = 0, 0
+        self._tokens, self._weight, self._states_tokens = 0, 0.0, 0
         self._record = LayerRecord(index, torch.empty(0))
         self._seen: dict[str, Any] = {}
         self._rows: dict[str, list[Tensor]] = {}
-        self._valid: list[Tensor] = []
+        self._roots: list[Tensor] = []
         self._handle = module.register_forward_hook(self._note, with_kwargs=True)
 
     def _note(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -146,15 +152,22 @@ class AttentionRecorder:
 
         Args:
             part: the sequences of that call.
-            valid: (sequences, length) true where a token is no padding; None: there is no padding.
-            states_valid: the same of the tokens that cross-attention reads.
+            valid: (sequences, length) how much each token counts, 0 or False for padding; None: all count alike.
+            states_valid: true where a token that cross-attention reads is no padding.
         """
-        x, y, kwargs = self._seen["x"], self._seen["y"], self._seen["kwargs"]
+        # The patches of images are one sequence, in a tensor without sequences.
+        x, y = (t if t.ndim > 2 else t[None] for t in (self._seen["x"], self._seen["y"]))
+        kwargs = self._seen["kwargs"]
         first = first_position(x.shape[1])
         flat = _with_one(x)[:, first:]
-        flat = flat.flatten(0, 1) if valid is None else flat[valid[:, first:]]
-        self._moment = _added(self._moment, flat)
+        if valid is None:
+            flat, weight = flat.flatten(0, 1), None
+        else:
+            weight = valid[:, first:][valid[:, first:] > 0].to(flat)
+            flat = flat[valid[:, first:] > 0]
+        self._moment = _added(self._moment, flat if weight is None else flat * weight.sqrt()[:, None])
         self._tokens += len(flat)
+        self._weight += len(flat) if weight is None else float(weight.double().sum())
         if self._normed is not None:
             self._queries.add(flat, self._normed.queries(flat))
         states = kwargs[self._states] if self._states else None
@@ -172,6 +185,11 @@ class AttentionRecorder:
 
     def _store(self, part: slice, x: Tensor, y: Tensor, kwargs: dict[str, Any], valid: Tensor | None) -> None:
         record = self._record
+        roots = torch.ones_like(y[..., 0]) if valid is None else valid.to(y).sqrt()
+        if self._separate:
+            record.calls.append((self._seen["x"].shape, kwargs))
+            self._kept.append((x[0].cpu(), (y * roots[..., None])[0].cpu(), roots[0].cpu()))
+            return
         if record.inputs is None or record.outputs is None:
             size = sum(self._sequences * math.prod(t.shape[1:]) * t.element_size() for t in (x, y))
             device = self._device if _has_room(self._device, size) else torch.device("cpu")
@@ -179,8 +197,8 @@ class AttentionRecorder:
                 t.new_empty(self._sequences, *t.shape[1:], device=device) for t in (x, y)
             )
         if valid is not None:
-            y = y * valid[..., None]
-            self._valid.append(valid.cpu())
+            y = y * roots[..., None]
+            self._roots.append(roots.cpu())
             for name, value in kwargs.items():
                 if isinstance(value, Tensor) and value.ndim > 2 and len(value) == len(x):
                     self._rows.setdefault(name, []).append(value.cpu())
@@ -191,7 +209,7 @@ class AttentionRecorder:
         self._handle.remove()
         record = self._record
         assert self._moment is not None
-        record.moment, record.tokens = self._moment / max(self._tokens, 1), self._tokens
+        record.moment, record.tokens = self._moment / max(self._weight, TINY), self._tokens
         if self._states_moment is not None:
             record.states_moment = self._states_moment / max(self._states_tokens, 1)
         if self._stats:
@@ -200,8 +218,12 @@ class AttentionRecorder:
             record.query_cross, record.query_scales = self._queries.result()
             if self._stats:
                 record.key_cross, record.key_scales = self._view.keys.result()
+        if self._kept:
+            padded = (pad_sequence(list(each), batch_first=True) for each in zip(*self._kept, strict=True))
+            record.inputs, record.outputs, record.roots = padded
+            return record
         record.rows = {name: torch.cat(values) for name, values in self._rows.items()}
-        record.valid = torch.cat(self._valid) if self._valid else None
+        record.roots = torch.cat(self._roots) if self._roots else None
         record.arguments = {k: v for k, v in self._seen["kwargs"].items() if k not in record.rows}
         return record
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from headwise.convert.calibration.calibrate import CalibrationPlan
+from headwise.convert.calibration.calibration_plan import CalibrationPlan
 from headwise.convert.calibration.corpus import BUILTIN, LOSS_SECONDS, fits_whole
 from headwise.convert.forecast.stage_seconds import forward_seconds
 from headwise.convert.settings import DEFAULT_TEXT, ConvertSettings

@@ -99,6 +99,14 @@ class Moments:
         kept = {n: t.to(torch.float32).cpu().contiguous() for n, t in tensors.items() if t is not None}
         write_file_atomically(self._path(record.index), lambda path: save_file(kept, path))
 
+    def holds(self, layer: int) -> bool:
+        """Return whether a layer was measured: text runs no vision tower, and images do.
+
+        Args:
+            layer: its index.
+        """
+        return self._path(layer).is_file()
+
     def read(self, layer: int, device: torch.device | str = "cpu") -> LayerRecord:
         """Read one layer in float64, without inputs and outputs.
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from headwise.convert.base import Target
-from headwise.convert.calibration.calibrate import CalibrationPlan, plan_loss
+from headwise.convert.calibration.calibrate import plan_loss
+from headwise.convert.calibration.calibration_plan import CalibrationPlan
 from headwise.convert.calibration.corpus import SAMPLED, loss_seconds, sampling_seconds
 from headwise.convert.forecast.peak_memory import peak_memory, whole_model_memory
 from headwise.convert.forecast.stage_seconds import (
@@ -65,7 +66,7 @@ def forecast_conversion(
         loss_tokens=(
             heldback.length
             if heldback and losses is not None
-            else int(measured is not None and measured.text == SAMPLED)
+            else int(measured is not None and (measured.text == SAMPLED or measured.images is not None))
         ),
         damage_tokens=damage_shape(device)[1] if damage is not None else 0,
         loaded=settings.verify and sum(tensor.nbytes for tensor in target.outputs) <= WHOLE_BYTES,

@@ -68,9 +68,12 @@ class GroupedTarget:
             old.part in changed and old.num_key_value_heads != new.num_key_value_heads for old, new in pairs
         ]
         self.exact = all(new.num_key_value_heads >= old.num_key_value_heads for old, new in pairs)
-        text = any(changed and new.on_text for changed, new in zip(self._changed, self.layouts, strict=True))
-        self.calibrated = not self.exact and text and "moments" in self.method.needs
-        self.fitted = not self.exact and text and "text" in self.method.needs
+        runs = any(
+            changed and (new.on_text or settings.images is not None)
+            for changed, new in zip(self._changed, self.layouts, strict=True)
+        )
+        self.calibrated = not self.exact and runs and "moments" in self.method.needs
+        self.fitted = not self.exact and runs and "text" in self.method.needs
         self._solved = self.fitted and settings.calibrate != "none"
         self.regresses_norms = False
         # The layer of every key and value tensor that is transformed without its layer's other tensors.
@@ -170,7 +173,7 @@ class GroupedTarget:
         def export(record: LayerRecord) -> dict[str, Tensor]:
             return {name: p.detach().to(self._dtypes[name]).cpu() for name, p in free.items()}
 
-        projection = attention.get_submodule(self.arch.projections["o"])
+        projection = attention.get_submodule(self.arch.at(layer)[0].projections["o"])
         return Refittable(attention, projection, list(free.values()), export)
 
     def transform_other(self, name: str, checkpoint: Checkpoint) -> Tensor:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headwise.convert.base import Target
-from headwise.convert.calibration.calibrate import CalibrationPlan
+from headwise.convert.calibration.calibration_plan import CalibrationPlan
 from headwise.convert.calibration.corpus import NUM_HELDBACK, SAMPLED, keep_corpus, sampling_seconds
 from headwise.convert.forecast.amounts import REFIT_SECONDS
 from headwise.convert.forecast.stage_seconds import forward_seconds, trained_seconds

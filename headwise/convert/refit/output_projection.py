@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from headwise.convert.calibration.layer_stream import TOKENS_AT_ONCE, LayerRecord
 from headwise.convert.linalg import single_threaded_lapack
-from headwise.convert.refit.regression import apply_attention, split_sequences
+from headwise.convert.refit.regression import apply_attention, padded, split_sequences
 from headwise.train.optimizer import TINY
 
 # The weight of the present output matrices in tokens per input, and the folds of the cross-validation
@@ -72,7 +72,7 @@ def solve_output_projection(
     length = inputs.shape[1]
     tokens = len(used) * length
     heads: list[Tensor] = []
-    hook = projection.register_forward_pre_hook(lambda module, given: heads.append(given[0].flatten(0, -2)))
+    hook = projection.register_forward_pre_hook(lambda module, given: heads.append(given[0]))
     grams, crosses, errors, total = [], [], [], 0.0
     for fold in folds:
         gram = cross = torch.zeros((), device=device)
@@ -80,9 +80,10 @@ def solve_output_projection(
         for batch in fold.split(max(1, TOKENS_AT_ONCE // length)):
             wanted = outputs[batch].to(device)
             missing = (wanted - apply_attention(attention, record, inputs[batch].to(device), batch)).flatten(0, -2)
-            features = heads.pop()
-            if record.valid is not None:
-                features = features * record.valid[batch.cpu()].to(device).flatten()[:, None]
+            features = torch.cat([padded(each, length) for each in heads]).flatten(0, -2)
+            heads.clear()
+            if record.roots is not None:
+                features = features * record.roots[batch.cpu()].to(device).flatten()[:, None]
             gram, cross = gram + features.mT @ features, cross + features.mT @ missing
             error, total = error + float(missing.square().sum()), total + float(wanted.square().sum())
         grams.append(gram)

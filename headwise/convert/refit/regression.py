@@ -196,7 +196,7 @@ def split_sequences(record: LayerRecord, device: torch.device | str) -> tuple[Te
 
 
 def apply_attention(attention: nn.Module, record: LayerRecord, inputs: Tensor, sequences: Tensor) -> Tensor:
-    """Return the output of an attention module for inputs of shape (sequences, length, D); zero at padding.
+    """Return the output of an attention module for inputs (sequences, length, D), times the roots of token weights.
 
     Args:
         attention: the module.
@@ -204,12 +204,31 @@ def apply_attention(attention: nn.Module, record: LayerRecord, inputs: Tensor, s
         inputs: (sequences, length, D).
         sequences: the indices of these sequences in the record.
     """
-    rows = {name: value[sequences.cpu()].to(inputs.device) for name, value in record.rows.items()}
-    output = attention(hidden_states=inputs, **record.arguments, **rows)
-    result: Tensor = output[0] if isinstance(output, tuple) else output
-    if record.valid is not None:
-        result = result * record.valid[sequences.cpu()].to(inputs.device)[..., None]
+    if record.calls:
+        parts = []
+        for row, sequence in zip(inputs, sequences.tolist(), strict=True):
+            shape, arguments = record.calls[sequence]
+            output = attention(hidden_states=row[: shape[-2]].reshape(shape), **arguments)
+            parts.append(padded(output[0] if isinstance(output, tuple) else output, inputs.shape[1]))
+        result = torch.cat(parts)
+    else:
+        rows = {name: value[sequences.cpu()].to(inputs.device) for name, value in record.rows.items()}
+        output = attention(hidden_states=inputs, **record.arguments, **rows)
+        result = output[0] if isinstance(output, tuple) else output
+    if record.roots is not None:
+        result = result * record.roots[sequences.cpu()].to(inputs.device)[..., None]
     return result
+
+
+def padded(rows: Tensor, length: int) -> Tensor:
+    """Return the rows of sequences with zeros behind them, (sequences, length, width).
+
+    Args:
+        rows: (sequences, tokens, width), or (tokens, width) of one sequence.
+        length: tokens in a sequence afterwards.
+    """
+    rows = rows if rows.ndim > 2 else rows[None]
+    return nn.functional.pad(rows, (0, 0, 0, length - rows.shape[1]))
 
 
 def schedule(step: int, steps: int) -> float:

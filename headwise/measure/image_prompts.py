@@ -1,0 +1,219 @@
+"""Read image-text pairs, and prepare them with the stock processor of a vision-language model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headwise.errors import HeadwiseError, SettingError, is_out_of_memory
+from headwise.io.tokenizer import tokenizer_errors
+from headwise.models.stock import stock_config
+
+VISION_CLASS = "AutoModelForImageTextToText"
+FIELDS = ("image", "text")
+
+
+@dataclass(frozen=True)
+class ImagePair:
+    """An image and the text that belongs to it.
+
+    Attributes:
+        place: file and line, for messages.
+        image: path of the image.
+        text: with or without the model's placeholder of the image.
+    """
+
+    place: str
+    image: Path
+    text: str
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """A prompt with an image, as a model gets it.
+
+    Attributes:
+        inputs: the arguments of the stock model, one row each.
+        visual: bool (tokens,), true where a token holds a part of the image.
+    """
+
+    inputs: dict[str, Tensor]
+    visual: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        """Return the token ids, (1, tokens)."""
+        return self.inputs["input_ids"]
+
+    def model_inputs(self, model: Any) -> dict[str, Tensor]:
+        """Return the arguments on the device of a model, numbers of the image in its precision.
+
+        Args:
+            model: a stock model.
+        """
+        return {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+            for name, value in self.inputs.items()
+        }
+
+
+def read_image_pairs(path: Path, field: str = "images") -> list[ImagePair]:
+    """Read the image-text pairs of a file, and check that every image can be read.
+
+    Args:
+        path: a `.jsonl` file with the keys "image" and "text" in every line; images are relative to its folder.
+        field: the setting that names it.
+
+    Raises:
+        SettingError: there is no such file, or it holds fewer than two pairs.
+        HeadwiseError: a line is no pair, or an image cannot be read.
+    """
+    from PIL import Image
+
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SettingError(
+            field, f"{path} cannot be read: {reason}.", f"`{field}` names a .jsonl file of image-text pairs."
+        ) from None
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            row: Any = json.loads(line)
+        except ValueError:
+            row = None
+        image, text = (row.get(key) if isinstance(row, dict) else None for key in FIELDS)
+        if not (isinstance(image, str) and isinstance(text, str) and image and text):
+            raise HeadwiseError(
+                f"{place}, is no image-text pair.", 'Each line needs the path of an "image" and a "text".'
+            )
+        pair = ImagePair(place, path.parent / image, text)
+        with _image_errors(pair), Image.open(pair.image) as opened:
+            opened.verify()
+        pairs.append(pair)
+    if len(pairs) < 2:
+        raise SettingError(field, f"{path} holds {len(pairs)} image-text pairs, and two are needed.")
+    return pairs
+
+
+class ImagePrompts:
+    """The prompts of image-text pairs, made one at a time by the stock processor of a folder.
+
+    A text with the processor's placeholder of an image is taken as it is. Any other text becomes the answer to the
+    image in the chat template, or follows the image where the folder has no template.
+
+    Args:
+        pairs: the pairs.
+        folder: of the model, with the files of its processor.
+        source: the user's name of the model.
+        config: its config.json.
+
+    Raises:
+        HeadwiseError: the folder has no processor that transformers can load.
+    """
+
+    def __init__(self, pairs: list[ImagePair], folder: str | Path, source: str, config: dict[str, Any]) -> None:
+        from transformers import AutoProcessor, ProcessorMixin
+
+        self._pairs, self._source = pairs, source
+        stock = stock_config(config)
+        self._visual = next(
+            (
+                i
+                for name in ("image_token_id", "image_token_index")
+                if (i := getattr(stock, name, None)) is not None
+            ),
+            None,
+        )
+        hint = "Add the processor's files (such as processor_config.json) to the folder."
+        complaint = f"{source} has no processor of images that transformers can load"
+        with tokenizer_errors(complaint, hint):
+            processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        if not isinstance(processor, ProcessorMixin):  # without the files it is the tokenizer alone
+            raise HeadwiseError(f"{complaint}.", hint)
+        self._processor: Any = processor
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __iter__(self) -> Iterator[ImagePrompt]:
+        return map(self._prompt, self._pairs)
+
+    def __getitem__(self, number: int) -> ImagePrompt:
+        return self._prompt(self._pairs[number])
+
+    def _prompt(self, pair: ImagePair) -> ImagePrompt:
+        from PIL import Image
+
+        with _image_errors(pair), Image.open(pair.image) as opened:
+            image = opened.convert("RGB")
+        with tokenizer_errors(f"The processor of {self._source} fails on {pair.place}", "Leave out this pair."):
+            given = self._encode(image, pair.text)
+        ids = given["input_ids"]
+        visual = ids[0] == self._visual
+        if not visual.any():
+            raise HeadwiseError(
+                f"The processor of {self._source} puts no image into the prompt of {pair.place}.",
+                "Put the model's placeholder of an image into the text.",
+            )
+        return ImagePrompt({name: torch.as_tensor(value) for name, value in given.items()}, visual)
+
+    def _encode(self, image: Any, text: str) -> Any:
+        processor = self._processor
+        placeholder = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None) or ""
+        if getattr(processor, "chat_template", None) and not (placeholder and placeholder in text):
+            conversation = [
+                {"role": "user", "content": [{"type": "image", "image": image}]},
+                {"role": "assistant", "content": [{"type": "text", "text": text}]},
+            ]
+            return processor.apply_chat_template(conversation, tokenize=True, return_dict=True, return_tensors="pt")
+        text = text if placeholder in text else placeholder + text
+        return processor(images=image, text=text, return_tensors="pt")
+
+
+def open_prompts(
+    path: Path, auto_class: str, folder: str | Path, source: str, config: dict[str, Any]
+) -> ImagePrompts:
+    """Return the prompts of a file of image-text pairs.
+
+    Args:
+        path: the file.
+        auto_class: name of the transformers class that loads the model.
+        folder: of the model, with the files of its processor.
+        source: the user's name of the model.
+        config: its config.json.
+
+    Raises:
+        SettingError: the model reads no images, or there is no such file.
+        HeadwiseError: a line is no pair, an image cannot be read, or the folder has no processor.
+    """
+    if auto_class != VISION_CLASS:
+        raise SettingError(
+            "images",
+            f"`images` is for vision-language models, and {source} reads no images.",
+            "Leave out `images`.",
+        )
+    return ImagePrompts(read_image_pairs(path), folder, source, config)
+
+
+@contextmanager
+def _image_errors(pair: ImagePair) -> Iterator[None]:
+    """Turn any failure of the image library into a sentence."""
+    try:
+        yield
+    except Exception as error:  # damaged files of some formats raise SyntaxError, ValueError or struct.error
+        if is_out_of_memory(error):
+            raise
+        reason = getattr(error, "strerror", None) or "it is no image, or it is damaged"
+        raise HeadwiseError(f"{pair.place}: {pair.image} cannot be read: {reason}.") from error

@@ -1,0 +1,156 @@
+"""Moments of visual and text tokens, against the whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headwise import convert_model, verify_model
+from headwise.convert.calibration.image_stream import ImageStream, balanced_weights
+from headwise.convert.calibration.layer_stream import LayerRecord
+from headwise.convert.refit.regression import apply_attention
+from headwise.errors import SettingError
+from headwise.io.reader import open_checkpoint
+from headwise.measure.image_prompts import ImagePrompt, ImagePrompts, read_image_pairs
+from headwise.models.architecture import find_architecture
+from headwise.models.stock import load_model
+from tests import small_parents, tiny_models
+from tests.convert.speaking import SHAPE, save_speaking
+
+HEADS = {"num_attention_heads": 12, "num_key_value_heads": 6}
+
+
+def random_prompts(model_type: str, folder: Path) -> list[ImagePrompt]:
+    """Two prompts of other lengths and images, for a model without a processor."""
+    model: Any = load_model(open_checkpoint(folder), "AutoModelForImageTextToText", torch.float32)
+    prompts = []
+    for length in (None, -3):
+        given = tiny_models.image_inputs(model)
+        if model_type == "mllama":  # one of its two rows
+            given = {name: value[:1] for name, value in given.items()}
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids", "cross_attention_mask"):
+            if name in given:
+                given[name] = given[name][:, :length]
+        given["pixel_values"] = given["pixel_values"] * (1 if length is None else -1)
+        prompts.append(ImagePrompt(given, given["input_ids"][0] == 60))
+    return prompts
+
+
+def compare(folder: Path, prompts: Any) -> list[LayerRecord]:
+    """Compare what is recorded with what the modules of the whole model get and give."""
+    source = open_checkpoint(folder)
+    arch = find_architecture(source.config, source.tensors)
+    whole = load_model(source, arch.auto_class, torch.float32).eval()
+    attending = [i for i, layout in enumerate(arch.layouts(source.config)) if layout.attends]
+    seen: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {layer: [] for layer in attending}
+
+    def note(layer: int) -> Any:
+        def hook(_: Any, args: Any, kwargs: Any, output: Any) -> None:
+            inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            output = output[0] if isinstance(output, tuple) else output
+            seen[layer].append((inputs.flatten(0, -2), output.flatten(0, -2)))
+
+        return hook
+
+    for layer in attending:
+        whole.get_submodule(arch.attention_path(layer)).register_forward_hook(note(layer), with_kwargs=True)
+    with torch.no_grad():
+        for prompt in prompts:
+            whole(**prompt.inputs, use_cache=False)
+    records = list(ImageStream(source, arch, prompts).records(attending, keep_activations=True))
+    assert [record.index for record in records] == attending
+    visual = [prompt.visual for prompt in prompts]
+    weights = balanced_weights([each & (not arch.cross_states(source.config)) for each in visual])
+    for record in records:
+        assert record.inputs is not None and record.outputs is not None
+        total, expected = 0.0, torch.zeros(())
+        of_text = arch.layouts(source.config)[record.index].on_text
+        for i, (x, y) in enumerate(seen[record.index]):
+            w = weights[i] if of_text else torch.ones(len(x))
+            torch.testing.assert_close(record.inputs[i, : len(x)], x)
+            torch.testing.assert_close(record.outputs[i, : len(y)], y * w.sqrt()[:, None])
+            assert not record.outputs[i, len(y) :].any()
+            x, w = x[1:].double(), w[1:].double()
+            total, expected = total + float(w.sum()), expected + x.mT @ (w[:, None] * x)
+        torch.testing.assert_close(record.moment[:-1, :-1], expected / total, rtol=1e-4, atol=1e-5)
+        chosen = torch.tensor([1, 0])
+        module = whole.get_submodule(arch.attention_path(record.index))
+        with torch.no_grad():
+            again = apply_attention(module, record, record.inputs[chosen], chosen)
+        torch.testing.assert_close(again, record.outputs[chosen])
+    return records
+
+
+def test_both_kinds_of_tokens_count_as_much() -> None:
+    visual = [torch.tensor([True] * 6 + [False]), torch.tensor([True, False, False])]
+    weights = balanced_weights(visual)
+    joined, kinds = torch.cat(weights), torch.cat(visual)
+    assert float(joined[kinds].sum()) == pytest.approx(float(joined[~kinds].sum()))
+    assert float(joined.mean()) == pytest.approx(1)
+    assert all(bool((each == 1).all()) for each in balanced_weights([torch.zeros(3, dtype=torch.bool)]))
+
+
+def test_a_processor_feeds_the_text_model(tmp_path: Path) -> None:
+    folder = small_parents.seeing_parent(tmp_path / "model", **HEADS)
+    pairs = read_image_pairs(small_parents.image_pairs(tmp_path / "pairs", 5))
+    prompts = ImagePrompts(pairs, folder, "model", tiny_models.read_config(folder))
+    records = compare(folder, prompts)
+    assert all(record.value_moment is not None for record in records)
+
+
+@pytest.mark.parametrize("model_type", ["exaone4_5", "lfm3_vl", "qwen3_vl", "mllama"])
+def test_towers_and_cross_attention_are_measured(tmp_path: Path, model_type: str) -> None:
+    folder = tiny_models.save(model_type, tmp_path / "model")
+    records = compare(folder, random_prompts(model_type, folder))
+    crossing = [record for record in records if record.states_moment is not None]
+    assert len(crossing) == (2 if model_type == "mllama" else 0)
+
+
+def test_images_calibrate_a_conversion(tmp_path: Path) -> None:
+    folder = small_parents.seeing_parent(tmp_path / "model", **HEADS)
+    pairs = small_parents.image_pairs(tmp_path / "pairs")
+    moments = tmp_path / "moments"
+    result = convert_model(
+        folder, tmp_path / "out", to="gqa", groups=3, images=pairs, refit=5, save_moments=moments
+    )
+    assert verify_model(tmp_path / "out", folder).passed
+    assert all(report["output"]["after"] < report["output"]["before"] for report in result.layers.values())
+    assert any("12 image-text pairs" in line for line in str(result.plan).splitlines())
+    assert not result.plan.warnings
+    again = convert_model(folder, tmp_path / "again", to="gqa", groups=3, moments=moments)
+    assert [r["groups"] for r in again.layers.values()] == [r["groups"] for r in result.layers.values()]
+
+
+def test_a_tower_is_calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_models.save("exaone4_5", tmp_path / "model")
+    prompts = random_prompts("exaone4_5", folder)
+
+    class Given(list[ImagePrompt]):
+        """In place of a processor's prompts."""
+
+    for module in ("image_stream", "calibrate"):
+        monkeypatch.setattr(f"headwise.convert.calibration.{module}.open_prompts", lambda *_: Given(prompts))
+    result = convert_model(
+        folder, tmp_path / "out", to="gqa", part=["text=1", "vision=2"], images=tmp_path / "x.jsonl"
+    )
+    assert verify_model(tmp_path / "out", folder).passed
+    assert not result.plan.warnings
+    assert all("output" in report for report in result.layers.values()) and len(result.layers) == 5
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"to": "mla", "exact": True}, "`images` acts only with `to` gqa or `to` mqa"),
+        ({"to": "mqa", "calibrate": "mixture"}, "`images` and `calibrate` contradict"),
+        ({"to": "mqa", "refit": "joint"}, "`refit` joint trains on text alone"),
+        ({"to": "mqa"}, "reads no images"),
+    ],
+)
+def test_what_images_do_not_allow_is_refused(tmp_path: Path, more: dict[str, Any], message: str) -> None:
+    folder = save_speaking(tmp_path / "model", **SHAPE)
+    with pytest.raises(SettingError, match=message):
+        convert_model(folder, tmp_path / "out", images=tmp_path / "pairs.jsonl", **more)
