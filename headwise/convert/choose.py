@@ -73,7 +73,7 @@ def check_source(checkpoint: Checkpoint, model: AttentionModel, settings: Conver
 
 
 def choose_target(
-    checkpoint: Checkpoint, model: AttentionModel, settings: ConvertSettings, indexers: Sequence[int] = ()
+    checkpoint: Checkpoint, model: AttentionModel, settings: ConvertSettings, index_layers: Sequence[int] = ()
 ) -> Target:
     """Return the decided conversion.
 
@@ -81,17 +81,17 @@ def choose_target(
         checkpoint: the source.
         model: its stock class.
         settings: of the conversion.
-        indexers: layers of a sparse source that keep an indexer.
+        index_layers: layers of a sparse source that keep an indexer.
 
     Raises:
         HeadwiseError: the conversion is not possible for this model.
     """
     dtype: torch.dtype | None = getattr(torch, settings.dtype) if settings.dtype else None
-    if indexers:
+    if index_layers:
         stock = written_class(checkpoint.config)
         sharing = sharing_class(stock) if stock else None
         assert sharing is not None  # `check_source` refused the others
-        return SharedIndexerTarget(checkpoint, model, sharing, indexers, dtype=dtype)
+        return SharedIndexerTarget(checkpoint, model, sharing, index_layers, dtype=dtype)
     if model.layouts(checkpoint.config)[0].kind == "mla":
         if settings.to == "mha":
             return HeadsTarget(checkpoint, latent_model(checkpoint.config), dtype=dtype)

@@ -69,8 +69,8 @@ def plan_calibration(
     Raises:
         SettingError: `refit` is set where there is nothing to fit, or the text is too short.
     """
-    indexers = max((layout.indexer.index_n_heads for layout in target.layouts if layout.indexer), default=0)
-    if (target.exact and not indexers) or not any(map(target.converted_names, range(len(target.layouts)))):
+    index_heads = max((layout.indexer.index_n_heads for layout in target.layouts if layout.indexer), default=0)
+    if (target.exact and not index_heads) or not any(map(target.converted_names, range(len(target.layouts)))):
         if settings.refits_layers or settings.refit == "joint":
             raise SettingError(
                 "refit", f"`refit` is {settings.refit}, and an exact conversion leaves nothing to refit."
@@ -92,8 +92,8 @@ def plan_calibration(
     if settings.moments is not None:
         saved = Moments.open(settings.moments, checkpoint)
         return CalibrationPlan(saved.text, saved.sequences, saved.length, 0, saved.seed, reuse=settings.moments)
-    trained = trained_length(arch, target.parent_config if indexers else checkpoint.config)
-    longest = PAIR_LENGTH if arch.reads_pairs else calibration_length(indexers > 0, exact=target.exact)
+    trained = trained_length(arch, target.parent_config if index_heads else checkpoint.config)
+    longest = PAIR_LENGTH if arch.reads_pairs else calibration_length(index_heads > 0, exact=target.exact)
     length = min(longest, trained)
     before = earlier or {}
     if settings.refit == "auto" and isinstance(before.get("steps"), int):
@@ -101,10 +101,10 @@ def plan_calibration(
     else:
         refit = choose_refit(checkpoint, arch, target, settings.refit or "off", length, device)
     steps = refit.steps
-    if not steps and not target.calibrated and not indexers and settings.save_moments is None:
+    if not steps and not target.calibrated and not index_heads and settings.save_moments is None:
         return None
     given = before.get("index_steps") if settings.index_steps is None else settings.index_steps
-    index_steps = choose_index_steps(arch, target, given, length, device) if indexers else 0
+    index_steps = choose_index_steps(arch, target, given, length, device) if index_heads else 0
     count = settings.calibration_tokens
     if count is None:
         joint = settings.refit == "joint"
@@ -121,13 +121,13 @@ def plan_calibration(
             f"`calibrate` {SAMPLED} needs a language-model head, and {checkpoint.source} has none.",
             "Leave out `calibrate`, or name a text.",
         )
-    if settings.calibrate == "auto" and not indexers and before.get("text") in (SAMPLED, MIXTURE):
+    if settings.calibrate == "auto" and not index_heads and before.get("text") in (SAMPLED, MIXTURE):
         chosen = TextChoice(before["text"], "the interrupted run read it")
     else:
         chosen = choose_text(
             checkpoint,
             arch,
-            LONG_TEXT if indexers and settings.calibrate == "auto" else settings.calibrate or "auto",
+            LONG_TEXT if index_heads and settings.calibrate == "auto" else settings.calibrate or "auto",
             count + NUM_HELDBACK * length,
             device,
             settings.allow_nan,
@@ -143,7 +143,7 @@ def plan_calibration(
         refit_reason=refit.reason,
         fitted=target.fitted,
         keep=settings.save_moments,
-        indexers=indexers,
+        index_heads=index_heads,
         index_steps=index_steps,
         asked=settings.calibration_tokens,
     )

@@ -34,7 +34,7 @@ class CalibrationPlan:
         fitted: whether output matrices are solved for.
         keep: folder to save the moments in.
         reuse: folder to read the moments from instead of measuring them.
-        indexers: index queries of the indexer of a layer; 0: no indexers are made.
+        index_heads: queries of the indexer of a layer; 0: no indexers are made.
         index_steps: of training for every indexer.
         asked: tokens that the settings name, before they are rounded down to whole sequences; None: none.
         refit_reason: why `auto` chose the steps; None if the settings gave them.
@@ -51,7 +51,7 @@ class CalibrationPlan:
     fitted: bool = False
     keep: Path | None = None
     reuse: Path | None = None
-    indexers: int = 0
+    index_heads: int = 0
     index_steps: int = 0
     asked: int | None = None
     refit_reason: str | None = None
@@ -61,7 +61,7 @@ class CalibrationPlan:
     @property
     def keeps_text(self) -> bool:
         """Return whether each layer's inputs and outputs are kept until it is converted."""
-        return self.refits or self.indexers > 0
+        return self.refits or self.index_heads > 0
 
     @property
     def refits(self) -> bool:
@@ -88,7 +88,7 @@ class CalibrationPlan:
 
     def described(self) -> dict[str, Any]:
         """Return what the measurement depends on, for the record; local folders are left out."""
-        names = ("text", "sequences", "length", "steps", "seed", *(["index_steps"] if self.indexers else []))
+        names = ("text", "sequences", "length", "steps", "seed", *(["index_steps"] if self.index_heads else []))
         kind = {"images": True} if self.images is not None else {}
         return {name: getattr(self, name) for name in names} | kind
 
@@ -121,7 +121,7 @@ def plan_notes(
         yield "Output matrices are not solved for: that takes the text itself, not its moments."
     if calibration.index_steps:
         yield f"Indexers: {calibration.index_steps} steps per layer on the attention of the layer."
-    elif calibration.indexers and settings.index_steps is None:
+    elif calibration.index_heads and settings.index_steps is None:
         yield (
             "Indexers: the closed form. The forecast of training is over ten minutes on this device; give "
             "`index_steps` a number of steps to run it."

@@ -411,7 +411,7 @@ def loss_seconds(checkpoint: Checkpoint, calibration: Any, device: torch.device)
 
     Args:
         checkpoint: the source.
-        calibration: has text, sequences, length and seed, and the number of index queries as `indexers`.
+        calibration: has text, sequences, length and seed, and the number of index queries as `index_heads`.
         device: where the models run.
 
     Returns:
@@ -424,7 +424,7 @@ def loss_seconds(checkpoint: Checkpoint, calibration: Any, device: torch.device)
     drawn = NUM_PIECES * PIECE_LENGTH if calibration.text != SAMPLED and calibration.sequences else 0
     least = _least_sampling_seconds(checkpoint, drawn, device)
     # The stock class holds the scores of all index queries on all tokens, before and after ReLU.
-    scores = 3 * 4 * getattr(calibration, "indexers", 0) * calibration.length**2
+    scores = 3 * 4 * getattr(calibration, "index_heads", 0) * calibration.length**2
     if seconds + least > LOSS_SECONDS or not fits_whole(checkpoint, device, scores):
         return None
     # A step of sampling waits more than it computes: it is timed where a measurement is planned.

@@ -9,7 +9,7 @@ import torch
 
 from headwise.convert.calibration.calibration_plan import CalibrationPlan
 from headwise.convert.calibration.corpus import BUILTIN, LOSS_SECONDS, fits_whole
-from headwise.convert.forecast.stage_seconds import forward_seconds
+from headwise.convert.forecast.stage_seconds import forward_seconds, index_score_seconds
 from headwise.convert.settings import DEFAULT_TEXT, ConvertSettings
 from headwise.format import duration
 from headwise.io.reader import Checkpoint
@@ -53,6 +53,7 @@ def plan_loss_text(
     device: torch.device,
     *,
     needed: bool,
+    index_passes: int = 0,
 ) -> CalibrationPlan | Unmeasured:
     """Return the text that losses are measured on, or why none is measured.
 
@@ -65,6 +66,7 @@ def plan_loss_text(
         passes: of the model over the text.
         device: where it runs.
         needed: whether the conversion needs the loss, however long it takes.
+        index_passes: of single indexers over the text, in all passes of the model together.
     """
     length = min(WINDOWS * keys, model.stock_config(parent.config).max_position_embeddings)
     if settings.calibrate == "none":
@@ -81,7 +83,10 @@ def plan_loss_text(
         return Unmeasured(what, f"no text is longer than {keys} tokens: the context is {length} tokens")
     if not fits_whole(parent, device):
         return Unmeasured(what, "the whole parent does not fit into the free memory")
-    sequence = passes * forward_seconds(parent, length, device)
+    sequence = passes * forward_seconds(parent, length, device, length)
+    if index_passes:
+        shape = next(layout.indexer for layout in model.layouts(parent.config) if layout.indexer)
+        sequence += index_passes * index_score_seconds(shape, length, device)
     sequences = max(SEQUENCES, min(TOKENS // length, int(LOSS_SECONDS / max(sequence, 1e-9))))
     if not needed and sequences * sequence > LOSS_SECONDS:
         return Unmeasured(

@@ -40,14 +40,14 @@ def trained_length(arch: AttentionModel, config: dict[str, Any]) -> int:
     return length if isinstance(length, int) and length > 0 else 2048
 
 
-def calibration_length(indexers: bool, *, exact: bool) -> int:
+def calibration_length(trains_indexers: bool, *, exact: bool) -> int:
     """Return the longest calibration sequence.
 
     Args:
-        indexers: whether indexers are trained, which need distant keys.
+        trains_indexers: whether indexers are trained, which need distant keys.
         exact: whether the layers are converted without moments of attention, which take memory of length squared.
     """
-    return (4 if exact else 2) * CALIBRATION_LENGTH if indexers else CALIBRATION_LENGTH
+    return (4 if exact else 2) * CALIBRATION_LENGTH if trains_indexers else CALIBRATION_LENGTH
 
 
 def calibration_tokens(

@@ -15,6 +15,7 @@ from headwise.convert.refit.output_projection import FOLDS
 from headwise.convert.refit.regression import forecast_flops, sequences_per_step
 from headwise.convert.sparse.warm_up import indexer_flops
 from headwise.io.reader import Checkpoint
+from headwise.models.layout import IndexerShape
 from headwise.models.protocol import AttentionModel, find_attention_model
 
 # Longest calibration sequence: how far attention looks is measured on it.
@@ -28,23 +29,44 @@ CUDA_FORWARD_FLOPS, CUDA_LAYER_FLOPS = 3e13, 5e12
 SEARCH_PASSES, SEARCH_CALLS, SEARCH_PRODUCTS = 1200, 50_000, 60
 # Work of a merge of heads: products of all rows with a moment, and calls of torch.
 MERGE_PRODUCTS, MERGE_CALLS = 4, 3_000
+# Passes over the scores of an indexer on a CPU, beside their product: the stock class writes and scales them,
+# applies ReLU, sums them over the heads and selects. Each costs as much as the timed operation on as many elements.
+SCORE_PASSES = 5
 # Share of the rate of a product that small layers sustain on a CPU, where they are counted and not timed.
 SUSTAINED = 0.15
 # Bytes of weights read and written in a second, measured on two cores.
 FILE_RATE = 2.5e8
 
 
-def forward_seconds(checkpoint: Checkpoint, tokens: int, device: torch.device) -> float:
-    """Return the forecast seconds of a forward pass with logits.
+def forward_seconds(
+    checkpoint: Checkpoint, tokens: int, device: torch.device, length: int = CALIBRATION_LENGTH
+) -> float:
+    """Return the forecast seconds of a forward pass with logits, without the scores of indexers.
 
     Args:
         checkpoint: the model.
         tokens: of the text.
         device: where the model runs.
+        length: tokens in a sequence.
     """
     if device.type == "cuda":
         return 2.0 * checkpoint.num_parameters * tokens / CUDA_FORWARD_FLOPS
-    return _forward_seconds(checkpoint, checkpoint.num_parameters, tokens, CALIBRATION_LENGTH)
+    return _forward_seconds(checkpoint, checkpoint.num_parameters, tokens, length)
+
+
+def index_score_seconds(shape: IndexerShape, length: int, device: torch.device) -> float:
+    """Return the forecast seconds in which one stock indexer scores all tokens of a sequence for all its queries.
+
+    Args:
+        shape: of the indexer.
+        length: tokens in the sequence.
+        device: where it runs.
+    """
+    scores, width = float(shape.index_n_heads * length**2), shape.index_head_dim
+    if device.type == "cuda":
+        return 2.0 * scores * width / CUDA_FORWARD_FLOPS
+    product = 2.0 * width / product_rate(torch.float32, length, width, length)
+    return scores * (product + SCORE_PASSES * element_seconds())
 
 
 def calibration_seconds(

@@ -87,7 +87,7 @@ def forecast_conversion(
         stages["calibration"] = calibration_seconds(checkpoint, arch, *text)
         if measured.fitted:
             stages["layers"] += share * output_seconds(checkpoint, arch, target, *text)
-        if measured.indexers:
+        if measured.index_heads:
             steps = (measured.index_steps, measured.length, device)
             stages["indexers"] = share * indexer_seconds(arch, target, *steps)
         if measured.steps:

@@ -135,9 +135,20 @@ def choose_sharing(
     if earlier and (earlier.get("asked"), earlier.get("limit")) == (asked, limit):
         with suppress(TypeError):  # changed by hand: it is measured again
             return restore(SharingChoice, dict(earlier))
-    passes = 1 + sum(range(least, count))
+    # With n indexers left, n - 1 passes leave out one each: the first layer keeps its own.
+    passes, index_passes = 1 + sum(range(least, count)), count + sum(n**2 for n in range(least, count))
     budget = indexer.index_topk
-    text = plan_loss_text(checkpoint, model, settings, "shared indexers", budget, passes, device, needed=True)
+    text = plan_loss_text(
+        checkpoint,
+        model,
+        settings,
+        "shared indexers",
+        budget,
+        passes,
+        device,
+        needed=True,
+        index_passes=index_passes,
+    )
     if isinstance(text, Unmeasured):
         raise SettingError(
             "index_layers", f"`index_layers` measures losses, and {text.reason}.", "Convert without it."

@@ -270,9 +270,10 @@ def _with_same_positions(parent: Checkpoint, arguments: Mapping[str, Any]) -> Ch
 
 def _layouts_are_recorded(layouts: Sequence[AttentionLayout], arguments: Mapping[str, Any]) -> tuple[bool, str]:
     """Compare the layouts of a folder with the settings that its record holds."""
-    to, indexers = arguments.get("to"), sum(layout.own_indexer is not None for layout in layouts)
-    if arguments.get("index_layers", indexers) != indexers:
-        return False, f"headwise.json records {arguments['index_layers']} indexers, and {indexers} layers have one"
+    to, index_layers = arguments.get("to"), sum(layout.own_indexer is not None for layout in layouts)
+    if arguments.get("index_layers", index_layers) != index_layers:
+        recorded = arguments["index_layers"]
+        return False, f"headwise.json records {recorded} indexers, and {index_layers} layers have one"
     named = dict(each.partition("=")[::2] for each in arguments.get("part") or ())
     cached = any(layout.cached for layout in layouts)
     for layer, layout in enumerate(layouts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from headwise.convert.forecast import stage_seconds as seconds
 from headwise.convert.settings import ConvertSettings
 from headwise.io.reader import open_checkpoint
 from headwise.models.architecture import find_architecture
+from headwise.models.layout import IndexerShape
 from tests import tiny_models
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -48,3 +50,21 @@ def test_a_layer_that_cannot_be_timed_is_counted(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(seconds, "attention_seconds", lambda *_: None)
     assert seconds.forward_seconds(parent, 64, CPU) > 0
     assert machine.element_seconds() > 0 and machine.call_seconds() > 0
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_scores_of_an_indexer_grow_with_the_square_of_the_text(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seconds, "product_rate", lambda *_: 1e9)
+    shape = IndexerShape(64, 8, 32)
+    once = seconds.index_score_seconds(shape, 512, device)
+    assert seconds.index_score_seconds(shape, 1024, device) == pytest.approx(4 * once) and once > 0
+    assert seconds.index_score_seconds(replace(shape, index_n_heads=24), 512, device) == pytest.approx(3 * once)
+
+
+def test_long_sequences_have_a_longer_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seconds, "product_rate", lambda *_: 1e9)
+    monkeypatch.setattr(seconds, "attention_seconds", lambda *arguments: 1e-6 * arguments[3])
+    parent = open_checkpoint(tiny_models.save("llama", tmp_path / "model"))
+    assert seconds.forward_seconds(parent, 64, CPU, 4096) > seconds.forward_seconds(parent, 64, CPU)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from headwise import convert_model, inspect_model, verify_model
 from headwise.convert.calibration import loss_text
 from headwise.convert.pipeline import ConvertResult
+from headwise.convert.settings import ConvertSettings
 from headwise.convert.sparse import sharing
 from headwise.convert.sparse.sharing import SharingChoice, choose_sharing
 from headwise.errors import HeadwiseError
@@ -85,7 +86,6 @@ def test_all_layers_keep_their_indexers(tmp_path: Path) -> None:
 
 def choice(folder: Path, monkeypatch: pytest.MonkeyPatch, losses: dict[int, float], **given: Any) -> SharingChoice:
     """The choice for losses of each layer that add up."""
-    from headwise.convert.settings import ConvertSettings
 
     def measured(_: Any, __: Any, ___: Any, paths: list[str], own: list[int], **____: Any) -> Any:
         missing = set(range(len(paths))) - set(own)
@@ -114,6 +114,34 @@ def test_the_choice_is_greedy_and_keeps_the_first_layer(tmp_path: Path, monkeypa
     assert none.layers == (0, 1, 2, 3) and none.loss == 0
     with pytest.raises(HeadwiseError, match="is not finite"):
         choice(source, monkeypatch, dict.fromkeys(range(4), float("nan")), index_layers=2)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_the_forecast_counts_every_indexer_that_runs(
+    layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, ran, counted = save_sparse(tmp_path / "sparse"), list[int](), list[tuple[int, int]]()
+
+    def plan(*arguments: Any, index_passes: int, **named: Any) -> Any:
+        counted.append((arguments[5], index_passes))
+        return loss_text.plan_loss_text(*arguments, index_passes=index_passes, **named)
+
+    def measured(_: Any, __: Any, ___: Any, ____: Any, own: list[int], **_____: Any) -> Any:
+        ran.append(len(own))
+        return type("Loss", (), {"nats": 3.0})
+
+    monkeypatch.setattr(sharing, "plan_loss_text", plan)
+    monkeypatch.setattr(sharing, "loss_with_shared", measured)
+    checkpoint = open_checkpoint(source)
+    model = find_attention_model(checkpoint.config, checkpoint.tensors)
+    settings = ConvertSettings(index_layers=layers, **CALIBRATE)
+    found = choose_sharing(checkpoint, model, settings, torch.device("cpu"), SILENT)
+    assert found is not None and found.sequences > loss_text.SEQUENCES
+    assert counted == [(len(ran), sum(ran))]
+    # Long scores leave time for less text.
+    monkeypatch.setattr(loss_text, "index_score_seconds", lambda *_: 1e4)
+    again = choose_sharing(checkpoint, model, settings, torch.device("cpu"), SILENT)
+    assert again is not None and again.sequences == loss_text.SEQUENCES
 
 
 @pytest.mark.parametrize(
