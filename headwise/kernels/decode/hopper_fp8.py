@@ -7,7 +7,8 @@ expanded in shared memory:
 - Scores are products in FP8. The query is the sum of two e4m3 numbers, scaled by its largest element, which holds
   it as exactly as bfloat16 does. The scale of a block multiplies the partial scores.
 - Values are read as pairs of numbers with the transposing load of 16-bit elements, and expanded to float16 in
-  registers. Even and odd columns have accumulators of their own.
+  registers. Even and odd columns have accumulators of their own. The scale is a float16 there: of a block whose
+  largest number is below 1e-4, it loses digits in the output, though not in the scores.
 """
 
 # Gluon compiles a part of Python only: no starred tuples, no conditional expressions on None.
@@ -41,6 +42,8 @@ from headwise.kernels.decode.hopper import (
 BLOCK = gl.constexpr(latent_fp8.BLOCK)
 LARGEST = gl.constexpr(latent_fp8.LARGEST)
 PAIRS = gl.constexpr(latent_fp8.BLOCK // 2)
+# A rotary part of a query that is larger than this many times the rest decides the unit: 448 times it is a float16.
+ROTARY = gl.constexpr(128.0)
 
 
 @gluon.jit
@@ -86,6 +89,12 @@ def _split_queries(
     for i in gl.static_range(BLOCKS):
         q = _load_queries(rows, live, i * BLOCK + column, copy)
         largest = gl.maximum(largest, gl.max(gl.abs(q), 1))
+    # A large rotary part decides the unit: else float16 would overflow when it is divided by the unit.
+    rope_rows = QRope + row // heads * qr_token + row % heads * qr_head
+    for i in gl.static_range(len(ROPE)):
+        rope_column = ROPE[i][0] + gl.arange(0, ROPE[i][1], gl.SliceLayout(0, copy))
+        q = _load_queries(rope_rows, live, rope_column, copy)
+        largest = gl.maximum(largest, gl.max(gl.abs(q), 1) / ROTARY)
     unit = gl.where(largest > 0, largest, 1.0) / LARGEST
     units.store(unit)
     for i in gl.static_range(BLOCKS):
@@ -93,10 +102,9 @@ def _split_queries(
         first = q.to(gl.float8e4nv)
         high.index(i).store(first)
         low.index(i).store((q - first.to(gl.float32)).to(gl.float8e4nv))
-    rows = QRope + row // heads * qr_token + row % heads * qr_head
     for i in gl.static_range(len(ROPE)):
-        column = ROPE[i][0] + gl.arange(0, ROPE[i][1], gl.SliceLayout(0, copy))
-        q = _load_queries(rows, live, column, copy) / unit[:, None]
+        rope_column = ROPE[i][0] + gl.arange(0, ROPE[i][1], gl.SliceLayout(0, copy))
+        q = _load_queries(rope_rows, live, rope_column, copy) / unit[:, None]
         q_rope[i].index(0).store(q.to(q_rope[i].dtype))
 
 

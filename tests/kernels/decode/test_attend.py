@@ -205,6 +205,15 @@ def test_fp8_latents_on_a_gpu(shape, mask) -> None:
 
 @gpu
 @needs_gpu
+def test_fp8_latents_with_large_rotary_queries_on_a_gpu() -> None:
+    """In float16 a rotary part that is a thousand times the rest stays in range."""
+    problem = Problem(9, 1, 256, 64, 256, [3000, 63], dtype=torch.float16, device="cuda", fp8=True)
+    problem.q[..., :256] *= 1e-3
+    problem.check(8e-3)
+
+
+@gpu
+@needs_gpu
 @pytest.mark.parametrize("shape", GPU_SHAPES[::3], ids=str)
 def test_the_portable_kernel_on_a_gpu(shape) -> None:
     heads, groups, head, rope, value = shape
