@@ -60,7 +60,7 @@ def assemble(
     compared: list[GatedComparison] = []
     if child.nats:
         parent_nats = None if parent is None else torch.tensor(parent.nats)
-        text = "heldout" if pair.inputs.pairs is None else "targets"
+        text = "targets" if pair.inputs.pairs is not None else "images" if pair.inputs.images else "heldout"
         heldout = compare_perplexity(text, torch.tensor(child.nats), parent_nats, torch.tensor(child.tokens))
         compared.append(name_unfit_text(heldout, pair.child.vocabulary))
     cut: dict[str, frozenset[str]] = {}

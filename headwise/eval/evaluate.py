@@ -15,7 +15,7 @@ from headwise.environment import find_device
 from headwise.errors import HeadwiseError, SettingError
 from headwise.eval import processes
 from headwise.eval.assemble import assemble
-from headwise.eval.metrics.inputs import make_inputs, make_pair_inputs, task_arguments
+from headwise.eval.metrics.inputs import make_image_inputs, make_inputs, make_pair_inputs, task_arguments
 from headwise.eval.model import EvalModel, find_model, same_tokenizer
 from headwise.eval.pair import EvalPair, package_versions
 from headwise.eval.report.publish import check_report, published
@@ -46,6 +46,7 @@ def evaluate_model(
     backend: str = "hf",
     apply_chat_template: bool = False,
     pairs: str | Path | None = None,
+    images: str | Path | None = None,
     fail_above: float | None = None,
     report: str | Path | None = None,
     force: bool = False,
@@ -77,6 +78,8 @@ def evaluate_model(
         apply_chat_template: put the questions of the tasks into the chat template, the same for both models.
         pairs: a `.jsonl` file with the texts "source" and "target" in every line. An encoder-decoder is measured by
             the perplexity of its targets, and by nothing else.
+        images: a `.jsonl` file with the path of an "image" and a "text" in every line. A vision-language model is
+            measured by the perplexity of the texts given their images, and by its agreement with the parent.
         fail_above: damage that the gate of each headline figure allows (0.01: one point, or 1% of perplexity).
         report: the folder to write; None: NAME-eval in the working folder.
         force: replace that folder if it exists.
@@ -140,10 +143,12 @@ def evaluate_model(
             metadata=task_arguments(chosen, ours.context, settings.seed, settings.task_data),
             optional=optional_tasks(chosen, settings),
         )
-    if settings.pairs is None:
-        inputs = make_inputs(chosen, tokenizer, ours.context, settings.seed)
-    else:
+    if settings.pairs is not None:
         inputs = make_pair_inputs(settings.pairs, tokenizer, ours, progress)
+    elif settings.images is not None:
+        inputs = make_image_inputs(settings.images, ours)
+    else:
+        inputs = make_inputs(chosen, tokenizer, ours.context, settings.seed)
     with processes.end_together(keeps_answers=settings.cache), published(out, settings.force) as work:
         processes.join(str(settings.device))
         pair = EvalPair(chosen, settings, harness, inputs, ours, theirs, work, progress)
@@ -209,6 +214,11 @@ def check_kinds(settings: EvalSettings, child: EvalModel, parent: EvalModel | No
     if parent is not None and parent.reads_pairs != child.reads_pairs:
         raise HeadwiseError(
             f"Of {name} and {parent.source.name}, only one is an encoder-decoder.",
+            "The baseline must be the model that was converted.",
+        )
+    if settings.images is not None and parent is not None and parent.auto_class != child.auto_class:
+        raise HeadwiseError(
+            f"Of {name} and {parent.source.name}, only one reads images.",
             "The baseline must be the model that was converted.",
         )
 

@@ -128,13 +128,18 @@ class EvalPair:
         Returns:
             Divergence and acceptance; None for a part that the recipe does not have, or without a parent.
         """
-        if not self.recipe.needs_both_models or self.baseline is None:
+        images = self.inputs.images
+        if self.baseline is None or not (self.recipe.needs_both_models or images):
             return None, None
-        options: dict[str, Any] = {"dtype": self.settings.dtype, "device": self.settings.device, "eager": True}
+        options: dict[str, Any] = {"dtype": self.settings.dtype, "device": self.settings.device}
+        options["eager"] = images is None
         start = time.perf_counter()
         child, parent = self.child.load(**options), self.baseline.load(**options)
         divergence = None
-        if (part := self.recipe.diagnostics) is not None and self.inputs.blocks is not None:
+        if images is not None:
+            divergence = measure_divergence(child, parent, images, progress=self.progress)
+            self.seconds["diagnostics"] = time.perf_counter() - start
+        elif (part := self.recipe.diagnostics) is not None and self.inputs.blocks is not None:
             divergence = measure_divergence(
                 child,
                 parent,

@@ -98,7 +98,8 @@ class Comparison:
     """One figure of one task, of the child and of the parent.
 
     Attributes:
-        task: lm-eval's name, or "heldout" for the perplexity of held-out text, "targets" for that of pairs.
+        task: lm-eval's name, or "heldout" for the perplexity of held-out text, "targets" for that of pairs, or
+            "images" for that of the texts of images.
         metric: lm-eval's name ("acc_norm", "exact_match"), or "perplexity".
         filter: lm-eval's filter; None for its default, "none".
         headline: whether this is the main figure of the task. Holm's correction and the gate use these figures.

@@ -25,7 +25,7 @@ BACKENDS = ("hf", "vllm")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 # On a CPU the search for the largest batch that fits would take longer than the tasks.
 CPU_BATCH_SIZE = 16
-# Fields that belong to text of one side.
+# Fields that belong to text of one side, without images.
 NOT_WITH_PAIRS = (
     "recipe", "tasks", "online", "include_path", "task_data", "num_fewshot", "limit", "apply_chat_template",
     "batch_size", "backend",
@@ -317,6 +317,12 @@ class EvalSettings:
         wanted="the path of a file",
         section="What to measure",
     )
+    images: Path | None = fields.folder(
+        'A .jsonl file with "image" (a path) and "text", for a vision-language model.',
+        metavar="FILE",
+        wanted="the path of a file",
+        section="What to measure",
+    )
     # How to run it
     batch_size: int | str | None = fields.other(
         f"lm-eval's [{CPU_BATCH_SIZE} on a CPU, auto on a GPU].",
@@ -342,18 +348,25 @@ class EvalSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in NOT_WITH_PAIRS:
-            if self.pairs is not None and is_given(self, name):
+        given = "pairs" if self.pairs is not None else "images"
+        for name in (*NOT_WITH_PAIRS, *(["images"] if given == "pairs" else [])):
+            if self.reads_file and is_given(self, name):
                 raise SettingError(
                     name,
-                    f"`{name}` has no effect with `pairs`, of which the perplexity of the targets is measured.",
+                    f"`{name}` has no effect with `{given}`, of which the perplexity of the "
+                    f"{'targets' if given == 'pairs' else 'texts'} is measured.",
                     f"Leave out `{name}`.",
                 )
 
     @property
+    def reads_file(self) -> bool:
+        """Return whether only a file of pairs is measured."""
+        return self.pairs is not None or self.images is not None
+
+    @property
     def recipe_name(self) -> str | Path | None:
-        """Return the recipe in force: the given one, the default, or None if only tasks or pairs were given."""
-        return self.recipe or (None if self.tasks or self.pairs else DEFAULT_RECIPE)
+        """Return the recipe in force: the given one, the default, or None beside tasks or a file of pairs."""
+        return self.recipe or (None if self.tasks or self.reads_file else DEFAULT_RECIPE)
 
     def choose_recipe(self) -> EvalRecipe:
         """Load the recipe and add the given tasks and options to it.
@@ -398,7 +411,7 @@ class EvalSettings:
             self,
             num_fewshot=recipe.num_fewshot,
             limit=recipe.limit,
-            batch_size=None if self.pairs else self.batch_size or (CPU_BATCH_SIZE if on_cpu else "auto"),
+            batch_size=None if self.reads_file else self.batch_size or (CPU_BATCH_SIZE if on_cpu else "auto"),
             dtype=self.dtype or ("float32" if on_cpu else "auto"),
             device=device,
         )

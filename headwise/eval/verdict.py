@@ -128,7 +128,7 @@ def _compared(evaluation: Evaluation) -> tuple[str, str]:
 
 def _power(comparison: Comparison) -> str:
     """Return the smallest loss that the samples of a figure could show, in a sentence."""
-    sample = {"heldout": "block", "targets": "pair"}.get(comparison.task, "item")
+    sample = {"heldout": "block", "targets": "pair", "images": "pair"}.get(comparison.task, "item")
     samples = f"{comparison.samples:,} {sample}"
     samples += "s" * (comparison.samples != 1)
     if comparison.detectable is None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from headwise.measure.entropy import AttentionEntropy, compare_entropy, relative_entropy
+from headwise.measure.image_prompts import ImagePrompt, ImagePrompts
 from headwise.models.protocol import AttentionModel
 from headwise.models.stock import StopForward, capture_layer_calls
 from headwise.progress import SILENT, Progress
@@ -92,9 +93,9 @@ class LayerOutputs:
 def measure_divergence(
     child: Any,
     parent: Any,
-    blocks: Tensor,
+    blocks: Tensor | ImagePrompts,
     *,
-    num_layer_blocks: int,
+    num_layer_blocks: int = 0,
     child_architecture: AttentionModel | None = None,
     parent_architecture: AttentionModel | None = None,
     progress: Progress = SILENT,
@@ -104,8 +105,8 @@ def measure_divergence(
     Args:
         child: the converted model, loaded with eager attention.
         parent: the original model, loaded with eager attention.
-        blocks: token ids, (blocks, length).
-        num_layer_blocks: number of blocks whose layer outputs are compared too.
+        blocks: token ids, (blocks, length); or prompts with images, of which the text is predicted.
+        num_layer_blocks: number of blocks whose layer outputs are compared too; 0 for prompts with images.
         child_architecture: where the child's layers and attention are; None: layers are not compared.
         parent_architecture: where the parent's layers and attention are; None: layers are not compared.
         progress: receives the stage "parent and child".
@@ -114,11 +115,10 @@ def measure_divergence(
         The differences.
     """
     progress.stage("parent and child", total=len(blocks) + num_layer_blocks, unit="blocks")
-    kl_parts, top1_parts, top5_parts = [], [], []
-    for block in blocks.split(1):
-        child_logits, parent_logits = (
-            model(input_ids=block.to(model.device), use_cache=False).logits[0, :-1] for model in (child, parent)
-        )
+    kl_parts, top1_parts, top5_parts, sizes = [], [], [], []
+    for block in blocks.split(1) if isinstance(blocks, Tensor) else blocks:
+        child_logits, parent_logits = (_predictions(model, block) for model in (child, parent))
+        sizes.append(len(child_logits))
         for q, p in zip(
             child_logits.split(POSITIONS_AT_ONCE),
             parent_logits.to(child_logits.device).split(POSITIONS_AT_ONCE),
@@ -132,17 +132,19 @@ def measure_divergence(
             top5_parts.append((parent_top[:, :, None] == child_top[:, None]).any(-1).double().mean(-1).cpu())
         progress.advance(1)
     kl = torch.cat(kl_parts).double()
-    kl_by_block = kl.unflatten(0, (len(blocks), -1)).mean(1)
+    # Prompts may differ in length: the linearised ratio of the sums of nats and tokens.
+    rest = torch.stack([part.sum() - kl.mean() * len(part) for part in kl.split(sizes)]) * len(sizes) / len(kl)
     layers: tuple[LayerError, ...] = ()
     entropy = None
-    if child_architecture is not None and parent_architecture is not None:
+    if num_layer_blocks and child_architecture is not None and parent_architecture is not None:
+        assert isinstance(blocks, Tensor)
         layers, entropy = _compare_layers(
             (child, child_architecture), (parent, parent_architecture), blocks[:num_layer_blocks], progress
         )
     return Divergence(
         tokens=len(kl),
         kl=float(kl.mean()),
-        kl_standard_error=float(kl_by_block.std()) / math.sqrt(len(blocks)) if len(blocks) > 1 else None,
+        kl_standard_error=float(rest.std()) / math.sqrt(len(rest)) if len(rest) > 1 else None,
         kl_p99=float(kl.quantile(0.99))
         if len(kl) < QUANTILE_LIMIT
         else float(kl.sort().values[int(0.99 * len(kl))]),
@@ -151,6 +153,15 @@ def measure_divergence(
         layers=layers,
         entropy=entropy,
     )
+
+
+def _predictions(model: Any, block: Tensor | ImagePrompt) -> Tensor:
+    """Return the logits of the predicted tokens of a block, or of the text of a prompt, (tokens, vocabulary)."""
+    if isinstance(block, ImagePrompt):
+        logits: Tensor = model(**block.model_inputs(model), use_cache=False).logits
+        return logits[0, :-1][~block.visual[1:].to(logits.device)]
+    logits = model(input_ids=block.to(model.device), use_cache=False).logits
+    return logits[0, :-1]
 
 
 def iter_layer_outputs(model: Any, architecture: AttentionModel, block: Tensor) -> Iterator[LayerOutputs]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -152,6 +153,14 @@ class ImagePrompts:
 
     def __getitem__(self, number: int) -> ImagePrompt:
         return self._prompt(self._pairs[number])
+
+    def content_hash(self) -> str:
+        """Compute the SHA-256 of all images and texts."""
+        total = hashlib.sha256()
+        for pair in self._pairs:
+            for content in (pair.image.read_bytes(), pair.text.encode()):
+                total.update(hashlib.sha256(content).digest())
+        return total.hexdigest()
 
     def _prompt(self, pair: ImagePair) -> ImagePrompt:
         from PIL import Image

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headwise.measure.image_prompts import ImagePrompt
 from headwise.progress import SILENT, Progress
 from headwise.text.marks import given_tokens, tokens_of
 from headwise.text.pairs import Pairs
@@ -93,6 +94,25 @@ def pair_nats(model: Any, pairs: Pairs, *, batch_size: int = 8, progress: Progre
         progress.advance(len(batch))
     model.train(was_training)
     return rows
+
+
+@torch.inference_mode()
+def prompt_nats(model: Any, prompt: ImagePrompt) -> Tensor:
+    """Measure -ln p(token | image, earlier tokens) of every predicted token of text.
+
+    Args:
+        model: a vision-language model; the device and the precision of its weights stay as they are.
+        prompt: with an image.
+
+    Returns:
+        Nats, float32 on the CPU, (tokens of text that are predicted,).
+    """
+    logits = model(**prompt.model_inputs(model), use_cache=False).logits[0, :-1].float().cpu()
+    counted = ~prompt.visual[1:]
+    nats: Tensor = torch.nn.functional.cross_entropy(
+        logits[counted], prompt.tokens[0, 1:][counted], reduction="none"
+    )
+    return nats
 
 
 def num_predicted(text: Tensor | Pairs) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import re
 import shutil
 import socket
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
@@ -24,9 +26,10 @@ from headwise.errors import HeadwiseError
 from headwise.eval.result import Evaluation
 from headwise.eval.tasks.resume import AnswerLog
 from headwise.eval.tasks.samples import read_results
+from headwise.measure.image_prompts import open_prompts
 from headwise.records.manifest import read_record
 from headwise.records.parent import recorded_source
-from tests import small_parents
+from tests import small_parents, tiny_models
 from tests.convert.speaking import save_speaking
 from tests.io.gguf_files import write_gguf
 
@@ -498,6 +501,58 @@ def test_pairs_that_do_not_match_are_refused(
     small_parents.pairs(tmp_path / "pairs.jsonl")
     small_parents.pairs(tmp_path / "one.jsonl", lines=1)
     (tmp_path / "text.jsonl").write_text('{"text": "prose"}\n')
+    with pytest.raises(HeadwiseError, match=re.escape(words)):
+        headwise.evaluate_model(model, report="report", **options)
+    assert not (tmp_path / "report").exists()
+
+
+def test_texts_of_images_are_compared_with_the_parent(tmp_path: Path) -> None:
+    parent = small_parents.seeing_parent(tmp_path / "parent", num_attention_heads=12, num_key_value_heads=6)
+    child = small_parents.converted(parent, tmp_path / "child", to="mqa")
+    pairs, out = small_parents.image_pairs(tmp_path / "pairs"), tmp_path / "report"
+    result = run(child, "--baseline", parent, "--images", pairs, "--report", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    evaluation = Evaluation.from_dict(json.loads(result.stdout))
+    (images,) = evaluation.comparisons
+    assert (images.task, images.metric, images.samples) == ("images", "perplexity", 12)
+    assert images.paired is not None and images.paired.difference != 0
+    assert f"--images {pairs.name}" in evaluation.command and "--recipe" not in evaluation.command
+    agreement = evaluation.diagnostics
+    assert agreement is not None and agreement.kl > 0 and agreement.kl_standard_error and agreement.top1 < 1
+    # Text alone: the tokens of images are not predicted.
+    prompts = open_prompts(pairs, "AutoModelForImageTextToText", parent, "parent", tiny_models.read_config(parent))
+    assert agreement.tokens == sum(int((~prompt.visual[1:]).sum()) for prompt in prompts)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(parent, dtype=torch.float32).eval()
+    nats = []
+    with torch.no_grad():
+        for prompt in prompts:
+            scores = model(**prompt.inputs).logits[0, :-1].log_softmax(-1)
+            own = scores.gather(1, prompt.tokens[0, 1:, None])[:, 0]
+            nats += (-own[~prompt.visual[1:]]).tolist()
+    assert images.parent is not None
+    assert images.parent.value == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-4)
+    assert "images perplexity" in (out / "report.md").read_text()
+    same = headwise.evaluate_model(parent, parent, images=pairs, report=tmp_path / "same")
+    assert same is not None and same.reused and same.diagnostics is not None
+    assert (same.comparisons[0].damage, same.diagnostics.kl, same.diagnostics.top1) == (0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("llama", {"images": "pairs/pairs.jsonl"}, "reads no images"),
+        ("llava", {"images": "pairs/pairs.jsonl"}, "has no processor of images"),
+        ("llava", {"images": "none.jsonl"}, "none.jsonl cannot be read"),
+        ("llava", {"images": "pairs/pairs.jsonl", "recipe": "quick"}, "`recipe` has no effect with `images`"),
+        ("llava", {"images": "a.jsonl", "pairs": "b.jsonl"}, "`images` has no effect with `pairs`"),
+    ],
+)
+def test_images_that_do_not_match_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, options: dict[str, Any], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = (small_parents.parent if kind == "llama" else small_parents.tiny_parent)(tmp_path / "model", kind)
+    small_parents.image_pairs(tmp_path / "pairs", 2)
     with pytest.raises(HeadwiseError, match=re.escape(words)):
         headwise.evaluate_model(model, report="report", **options)
     assert not (tmp_path / "report").exists()

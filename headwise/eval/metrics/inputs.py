@@ -13,6 +13,7 @@ from headwise.errors import SettingError
 from headwise.eval.metrics import generation
 from headwise.eval.model import EvalModel
 from headwise.eval.settings import EvalRecipe
+from headwise.measure.image_prompts import ImagePrompts, open_prompts
 from headwise.measure.positions import overlapping_windows
 from headwise.progress import Progress
 from headwise.text.blocks import blocks_from
@@ -29,6 +30,7 @@ class EvalInputs:
     Attributes:
         blocks: text of the perplexity, (blocks, length); None: not measured.
         pairs: pairs whose targets are predicted, for an encoder-decoder; None: not measured.
+        images: prompts with images whose text is predicted, for a vision-language model; None: not measured.
         windows: text of the loss by position, (windows, length); None: measured on `blocks`.
         prompts: beginnings to continue, (prompts, length); None: not measured.
         width: positions in an interval of the loss by position; 0: not measured.
@@ -41,11 +43,12 @@ class EvalInputs:
     width: int = 0
     new_tokens: int = 0
     pairs: Pairs | None = None
+    images: ImagePrompts | None = None
 
     @property
     def has_text(self) -> bool:
         """Return whether a loss is measured."""
-        return any(text is not None for text in (self.blocks, self.windows, self.pairs))
+        return any(text is not None for text in (self.blocks, self.windows, self.pairs, self.images))
 
     def content_hash(self) -> str:
         """Compute the SHA-256 of all inputs."""
@@ -53,6 +56,8 @@ class EvalInputs:
         pairs = () if self.pairs is None else vars(self.pairs).values()
         for part in (self.blocks, self.windows, self.prompts, *pairs):
             total.update(b"" if part is None else f"{tuple(part.shape)}".encode() + part.numpy().tobytes())
+        if self.images is not None:
+            total.update(self.images.content_hash().encode())
         return total.hexdigest()
 
 
@@ -110,6 +115,21 @@ def make_pair_inputs(path: Path, tokenizer: Any, model: EvalModel, progress: Pro
             f"{cut:,} of {len(given):,} pairs exceed the context of {context:,} tokens and were truncated."
         )
     return EvalInputs(pairs=Pairs(*(rows[:, :context] for rows in vars(whole).values())))
+
+
+def make_image_inputs(path: Path, model: EvalModel) -> EvalInputs:
+    """Build the inputs of a vision-language model: the image-text pairs of a file, by the processor of the child.
+
+    Args:
+        path: the file.
+        model: the child.
+
+    Raises:
+        SettingError: the model reads no images, or the file holds fewer than two pairs.
+        HeadwiseError: a line is no pair, an image cannot be read, or the folder has no processor.
+    """
+    source = model.source
+    return EvalInputs(images=open_prompts(path, model.auto_class, source.folder, source.name, source.config))
 
 
 def task_arguments(

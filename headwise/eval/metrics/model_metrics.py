@@ -26,7 +26,7 @@ from headwise.eval.settings import EvalSettings
 from headwise.eval.tasks.harness import Harness
 from headwise.eval.tasks.samples import TaskResults, read_results
 from headwise.io.workdir import publish_folder, scratch_folder, write_file_atomically
-from headwise.measure.loss import pair_nats, token_nats
+from headwise.measure.loss import pair_nats, prompt_nats, token_nats
 from headwise.measure.positions import PositionLoss, average_by_position
 from headwise.progress import Progress
 from headwise.schema import restore
@@ -41,8 +41,8 @@ class ModelMetrics:
     """Figures of one model.
 
     Attributes:
-        nats: sum of nats of each block of text, or of each target.
-        tokens: predicted tokens in each block, or in each target.
+        nats: sum of nats of each block of text, of each target, or of each text of an image.
+        tokens: predicted tokens in each of them.
         curve: loss by position, of the windows if there are any, else of the blocks.
         written: greedy continuations, as token ids; None: not measured.
         seconds: wall clock by stage.
@@ -155,6 +155,15 @@ def _measure_text(model: Any, inputs: EvalInputs, role: str, progress: Progress)
             progress.advance(len(batch))
         nats = torch.cat(processes.gather_shares(parts)).double().sum(1)
         measured |= {"nats": tuple(nats.tolist()), "tokens": tuple(pairs.predicted.sum(1).tolist())}
+    if (images := inputs.images) is not None:
+        share = processes.our_share(len(images))
+        progress.stage(f"{role}: images", total=len(share), unit="pairs")
+        parts = {}
+        for place in share:
+            parts[place] = prompt_nats(model, images[place])
+            progress.advance(1)
+        every = processes.gather_shares(parts)
+        measured |= {"nats": tuple(float(n.double().sum()) for n in every), "tokens": tuple(map(len, every))}
     return measured
 
 

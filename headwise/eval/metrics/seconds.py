@@ -68,6 +68,8 @@ def forecast_seconds(
     read += sum(text.numel() for text in (inputs.blocks, inputs.windows) if text is not None)
     if inputs.pairs is not None:
         read += inputs.pairs.sources.numel() + inputs.pairs.targets.numel()
+    if inputs.images is not None:
+        read += len(inputs.images) * inputs.images[0].tokens.numel() * (1 + DIAGNOSTICS * (len(models) == 2))
     if inputs.prompts is not None:
         read += inputs.prompts.numel() + len(inputs.prompts) * inputs.new_tokens
         steps += inputs.new_tokens
