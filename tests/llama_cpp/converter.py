@@ -1,7 +1,8 @@
 """Run llama.cpp's converter, with or without its gate on vocabularies.
 
-The gate refuses BPE vocabularies that it does not know, and SentencePiece in DeepSeek models. The tests compare
-logits of the same token ids, for which the vocabulary does not matter.
+The gate refuses BPE vocabularies that it does not know, SentencePiece in DeepSeek models, sparse ones without
+`add_bos_token`, and vocabularies without GLM's special tokens where indexers are shared. The tests compare logits
+of the same token ids, for which the vocabulary does not matter.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 def open_gate() -> None:
     """Let every vocabulary pass."""
     from conversion.base import TextModel
-    from conversion.deepseek import DeepseekV2Model
+    from conversion.deepseek import DeepseekV2Model, DeepseekV32Model
+    from conversion.glm import GlmMoeDsaModel
 
     def set_vocabulary(model: Any) -> None:
         if (model.dir_model / "tokenizer.model").is_file():
@@ -23,7 +25,8 @@ def open_gate() -> None:
             model._set_vocab_gpt2()
 
     TextModel.get_vocab_base_pre = lambda model, tokenizer: "gpt-2"
-    DeepseekV2Model.set_vocab = set_vocabulary
+    for converter in (DeepseekV2Model, DeepseekV32Model, GlmMoeDsaModel):
+        converter.set_vocab = set_vocabulary
 
 
 def main() -> None:

@@ -32,6 +32,12 @@ TOKENS, PROMPT, GREEDY, WINDOW = 320, 32, 32, 64
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 # The comparison is with the converted folder, so that its quality does not matter.
 QUICK = {"calibrate": "none", "verify": False}
+# Sparse attention with a budget that is a part of the text, and index keys of 64 elements.
+BUDGET = 64
+SPARSE = {
+    "to": "mla", "cache": 0.5, "sparse": "dsa", "index_topk": BUDGET, "index_steps": 0, "refit": "off",
+    "calibration_tokens": 2**14, "verify": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

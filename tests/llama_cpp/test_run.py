@@ -66,6 +66,29 @@ def test_llama_cpp_computes_what_the_plan_says(model: Path, name: str, tmp_path:
             measure.compare(tmp_path / "out", gguf, measure.token_ids(model))
 
 
+def test_sparse_models(tmp_path: Path) -> None:
+    """Each layer's own indexer selects the same keys; shared ones select others, for want of an epsilon."""
+    model, sparse, shared = Path(EMBEDDED_MODEL), tmp_path / "sparse", tmp_path / "shared"
+    verdict, ids = measure.convert(model, sparse, measure.SPARSE), measure.token_ids(Path(EMBEDDED_MODEL))
+    gguf = measure.to_gguf(sparse)
+    assert verdict.serves and measure.compare(sparse, gguf, ids[: measure.BUDGET]).kl < EXACT
+    assert measure.compare(sparse, gguf, ids).kl < ANOTHER_FUNCTION
+    measure.to_gguf(sparse, outtype="bf16")
+    command = verdict.commands[1]
+    assert measure.compare(sparse, measure.quantize(command, sparse), ids).kl < 0.05
+    without = command.replace(" --tensor-type indexer.attn_k=bf16", "")
+    assert measure.compare(sparse, measure.quantize(without, sparse), ids).kl > 1
+
+    refused = measure.convert(sparse, shared, {"index_layers": 4, "verify": False})
+    assert refused.verdict == "no"
+    gguf = measure.to_gguf(shared)
+    assert measure.compare(shared, gguf, ids[: measure.BUDGET]).kl < EXACT
+    assert measure.compare(shared, gguf, ids).kl > ANOTHER_FUNCTION
+    for folder in (sparse, shared):
+        with pytest.raises(subprocess.CalledProcessError, match="returned non-zero"):
+            measure.to_gguf(folder, gate="stock")
+
+
 def test_quantizing_with_the_commands_of_the_plan(model: Path, tmp_path: Path) -> None:
     verdict = measure.convert(model, tmp_path / "out", measure.cases(model)["MLA, two factors"])
     measure.to_gguf(tmp_path / "out", outtype="bf16")
