@@ -19,6 +19,7 @@ from headwise.models.stock import stock_config
 
 VISION_CLASS = "AutoModelForImageTextToText"
 FIELDS = ("image", "text")
+INSTALL = "pip install 'headwise[images]'"
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,7 @@ def read_image_pairs(path: Path, field: str = "images") -> list[ImagePair]:
         SettingError: there is no such file, or it holds fewer than two pairs.
         HeadwiseError: a line is no pair, or an image cannot be read.
     """
-    from PIL import Image
-
+    pillow = _pillow()
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -100,7 +100,7 @@ def read_image_pairs(path: Path, field: str = "images") -> list[ImagePair]:
                 f"{place}, is no image-text pair.", 'Each line needs the path of an "image" and a "text".'
             )
         pair = ImagePair(place, path.parent / image, text)
-        with _image_errors(pair), Image.open(pair.image) as opened:
+        with _image_errors(pair), pillow.open(pair.image) as opened:
             opened.verify()
         pairs.append(pair)
     if len(pairs) < 2:
@@ -140,7 +140,10 @@ class ImagePrompts:
         hint = "Add the processor's files (such as processor_config.json) to the folder."
         complaint = f"{source} has no processor of images that transformers can load"
         with tokenizer_errors(complaint, hint):
-            processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+            try:
+                processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+            except ImportError as error:  # of torchvision, by some processors
+                raise HeadwiseError(f"{complaint}: {str(error).strip().split('. ')[0]}.", INSTALL) from error
         if not isinstance(processor, ProcessorMixin):  # without the files it is the tokenizer alone
             raise HeadwiseError(f"{complaint}.", hint)
         self._processor: Any = processor
@@ -163,9 +166,7 @@ class ImagePrompts:
         return total.hexdigest()
 
     def _prompt(self, pair: ImagePair) -> ImagePrompt:
-        from PIL import Image
-
-        with _image_errors(pair), Image.open(pair.image) as opened:
+        with _image_errors(pair), _pillow().open(pair.image) as opened:
             image = opened.convert("RGB")
         with tokenizer_errors(f"The processor of {self._source} fails on {pair.place}", "Leave out this pair."):
             given = self._encode(image, pair.text)
@@ -180,7 +181,7 @@ class ImagePrompts:
 
     def _encode(self, image: Any, text: str) -> Any:
         processor = self._processor
-        placeholder = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None) or ""
+        placeholder = str(getattr(processor, "boi_token", None) or getattr(processor, "image_token", None) or "")
         if getattr(processor, "chat_template", None) and not (placeholder and placeholder in text):
             conversation = [
                 {"role": "user", "content": [{"type": "image", "image": image}]},
@@ -214,6 +215,15 @@ def open_prompts(
             "Leave out `images`.",
         )
     return ImagePrompts(read_image_pairs(path), folder, source, config)
+
+
+def _pillow() -> Any:
+    """Return the module that opens images."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise HeadwiseError("Reading images needs Pillow, which is not installed.", INSTALL) from None
+    return Image
 
 
 @contextmanager

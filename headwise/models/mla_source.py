@@ -332,7 +332,8 @@ def written_class(config: Mapping[str, Any]) -> StockMla | None:
     """
     for row in _table()["classes"].values():
         stock = StockMla(**row)
-        dense = config.get("first_k_dense_replace") == config.get("num_hidden_layers")
+        depth = config.get("num_hidden_layers")
+        dense = depth is not None and config.get("first_k_dense_replace") == depth
         marked = all(config.get(key) == value for key, value in stock.marks.items()) if stock.marks else dense
         if config.get("architectures") == [stock.architecture] and marked:
             return stock

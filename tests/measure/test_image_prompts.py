@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,19 @@ def test_a_folder_without_a_processor_is_refused(model: Path, pairs: Path) -> No
     (model / "processor_config.json").unlink()
     with pytest.raises(HeadwiseError, match="has no processor of images"):
         prompts_of(model, pairs)
+
+
+def test_a_missing_package_is_named(model: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ImportError("\nThisProcessor requires the Torchvision library. Check out\nthe page")
+
+    with monkeypatch.context() as patched, pytest.raises(HeadwiseError, match="requires the Torchvision") as caught:
+        patched.setattr("transformers.AutoProcessor.from_pretrained", fails)
+        prompts_of(model, pairs)
+    assert caught.value.hint == "pip install 'headwise[images]'"
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(HeadwiseError, match="needs Pillow, which is not installed"):
+        read_image_pairs(pairs)
 
 
 def test_a_model_of_text_is_refused(pairs: Path, tmp_path: Path) -> None:
