@@ -44,10 +44,10 @@ def parent(folder: Path, kind: str = "llama", **fields: Any) -> Path:
     return folder
 
 
-def tiny_parent(folder: Path, kind: str) -> Path:
+def tiny_parent(folder: Path, kind: str, **fields: Any) -> Path:
     """A random stock model that reads images or pairs as well, with a tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
-    tiny_models.save(kind, folder, vocab_size=len(tokenizer))
+    tiny_models.save(kind, folder, vocab_size=len(tokenizer), **fields)
     tokenizer.save_pretrained(folder)
     return folder
 

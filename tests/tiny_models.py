@@ -223,6 +223,8 @@ _MODULE = (
     | {"query_pre_attn_scalar": 7, "attn_logit_softcapping": 20.0, "final_logit_softcapping": None}
 )
 
+_MERGED = {k: v for k, v in _MODULE.items() if k != "tie_word_embeddings"} | {"attn_logit_softcapping": None}
+
 # Models of several attention stacks, and models without a cache.
 OTHERS: dict[str, dict[str, Any]] = {
     "mllama": {
@@ -296,6 +298,17 @@ OTHERS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 6,
     },
     "eurobert": _COMMON | _heads(6, 3, 8) | {"attention_bias": True},
+    "t5gemma2": {
+        "encoder": {
+            "text_config": _MERGED | {"num_hidden_layers": 2, "layer_types": _SLIDING["layer_types"][:2]},
+            "vision_config": _CLIP | {"model_type": "siglip_vision_model", "vision_use_head": False},
+            "mm_tokens_per_image": 4,
+            "image_token_index": 60,
+            "eoi_token_index": 58,
+        },
+        "decoder": _MERGED | {"num_attention_heads": 12},
+        "image_token_index": 60,
+    },
     "t5gemma": {
         "encoder": _MODULE
         | {"hidden_size": 48, "num_hidden_layers": 2, "layer_types": _SLIDING["layer_types"][:2]},
@@ -346,7 +359,8 @@ def config_of(model_type: str, **overrides: Any) -> dict[str, Any]:
     if "decoder" in fields:
         fields["decoder"] |= overrides
         if "vocab_size" in overrides:
-            fields["encoder"]["vocab_size"] = fields["vocab_size"] = overrides["vocab_size"]
+            encoder = fields["encoder"]
+            encoder.get("text_config", encoder)["vocab_size"] = fields["vocab_size"] = overrides["vocab_size"]
     elif "text_config" in fields:
         fields["text_config"] |= overrides
     else:
@@ -439,9 +453,10 @@ def inputs_of(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
 def image_inputs(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return the arguments of a vision-language model for one prompt with one image in it."""
     config = model.config
+    target = {"decoder_input_ids": tokens(9)[:1]} if config.is_encoder_decoder else {}
     generator = torch.Generator().manual_seed(8)
     model_type = config.model_type
-    if hasattr(config.text_config, "cross_attention_layers"):
+    if hasattr(config.get_text_config(), "cross_attention_layers"):
         return {
             "input_ids": tokens(),
             "pixel_values": torch.randn(2, 1, 1, 3, 8, 8, generator=generator),
@@ -449,8 +464,9 @@ def image_inputs(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]
             "aspect_ratio_mask": torch.ones(2, 1, 1, dtype=torch.long),
             "cross_attention_mask": torch.ones(2, 12, 1, 1, dtype=torch.long),
         }
-    if hasattr(config.vision_config, "spatial_merge_size") and hasattr(config.vision_config, "temporal_patch_size"):
-        vision = config.vision_config  # patches of one image, four of which make a token
+    vision = getattr(config, "vision_config", None)
+    if hasattr(vision, "spatial_merge_size") and hasattr(vision, "temporal_patch_size"):
+        # Patches of one image, four of which make a token.
         patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         pixels = {
             "pixel_values": torch.randn(16, patch, generator=generator),
@@ -468,7 +484,7 @@ def image_inputs(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]
     more = {"token_type_ids": (ids == 60).long()} if model_type in ("gemma3", "paligemma") else {}
     if "image_grid_thw" in pixels:
         more = {"mm_token_type_ids": (ids == 60).int()}
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels, **more}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels, **more, **target}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -47,6 +47,9 @@ TWO_CACHES = (
     "The cache counts one token of the source and one of the target: cross-attention caches the encoder's tokens, "
     "self-attention the decoder's."
 )
+MERGED_CACHES = (
+    "The cache counts one token of the source and one of the target: every layer of the decoder caches both."
+)
 LINEAR_NORMS = (
     "MLA is approximate at every size: the model normalises queries and keys, and linear maps replace the norms."
 )
@@ -247,7 +250,7 @@ def inspect_model(
             *quantized,
             *_linear_notes(layouts, dtype),
             *serving.notes(layouts, options),
-            *([TWO_CACHES] if arch.reads_pairs else []),
+            *([MERGED_CACHES if layouts[-1].merged else TWO_CACHES] if arch.reads_pairs else []),
             *([LINEAR_NORMS] if mla is None and arch.qk_norm(config) else []),
         ),
     )

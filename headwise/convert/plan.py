@@ -49,7 +49,7 @@ class PartPlan:
         before: name of its layouts in the source.
         after: name of its layouts in the output.
         cached: whether its keys and values are kept from one step to the next.
-        counts: the tokens that its cache counts, such as "encoder token".
+        counts: the tokens that its cache counts, such as "encoder token"; of merged attention, both kinds.
         bytes_before: KV cache of the source for one such token.
         bytes_after: KV cache of the output for one such token.
     """
@@ -141,7 +141,7 @@ class Plan:
             for side, dtype in ((old, self.dtype_before), (new, dtype_of(self.config)))
         ]
         cached = any(layout.cached for layout in old)
-        return PartPlan(part, layout_names(old), layout_names(new), cached, cached_tokens(part), *sizes)
+        return PartPlan(part, layout_names(old), layout_names(new), cached, cached_tokens(old[0]), *sizes)
 
     @property
     def bytes_after(self) -> int:

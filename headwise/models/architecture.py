@@ -136,11 +136,11 @@ class Architecture(ArchitectureRow):
             )
         head_dim = own_head_dim or width // heads
         rope = getattr(stock, "rope_parameters", None)
-        rotary_dim = 0 if self.states or not rope else rotary_width(rope, head_dim)
+        rotary_dim = 0 if self.is_cross or not rope else rotary_width(rope, head_dim)
         layer_types = getattr(stock, "layer_types", None) or [None] * stock.num_hidden_layers
         flags = getattr(stock, self.rope_flags) if self.rope_flags else ROPE
         has_rope = flags if isinstance(flags, list) else [flags == ROPE] * stock.num_hidden_layers
-        windowed = not self.states and getattr(stock, "sliding_window", None)
+        windowed = not self.is_cross and getattr(stock, "sliding_window", None)
         window = positive_size(stock, "sliding_window") if windowed else None
         if self.rope_layer_types and window:
             has_rope = [layer_type in self.rope_layer_types for layer_type in layer_types]
@@ -155,6 +155,7 @@ class Architecture(ArchitectureRow):
                 part=self.part,
                 cached=self.cached,
                 on_text=self.on_text,
+                merged=self.merged is not None,
             )
             for layer in range(stock.num_hidden_layers)
         ]
@@ -493,7 +494,7 @@ def _in_order(config: dict[str, Any], rows: Iterable[ArchitectureRow]) -> Archit
         numbers = [n for n in range(stock.num_hidden_layers) if (n in listed) == rule["listed"]]
         places += [(stacks.index(part.module), number, index) for number in numbers]
     order = tuple((index, number) for _, number, index in sorted(places))
-    own = next((part for part in parts if part.cached and not part.states), parts[0])
+    own = next((part for part in parts if part.cached and not part.is_cross), parts[0])
     arch = replace(own, parts=parts, order=order)
     arch.layouts(config)
     return arch

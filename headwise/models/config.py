@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -307,13 +308,23 @@ def complete_part(config: dict[str, Any], key: str) -> dict[str, Any]:
 
     Args:
         config: the config.json. A part that it leaves out, or has as null, is filled in by the stock class.
-        key: name of the part.
+        key: path of the part, such as "encoder.text_config".
+
+    Raises:
+        HeadwiseError: the config has something else in the place of the part.
     """
-    if config.get(key) is None:
-        plain = {name: value for name, value in config.items() if value is not None}
-        config[key] = json.loads(whole_part(plain, key).to_json_string(use_diff=False))
-    found: dict[str, Any] = config[key]
-    return found
+    inner, plain = config, {name: value for name, value in config.items() if value is not None}
+    names = key.split(".")
+    for depth, name in enumerate(names, 1):
+        if inner.get(name) is None:
+            whole = whole_part(plain, ".".join(names[:depth]))
+            inner[name] = json.loads(whole.to_json_string(use_diff=False))
+        inner = inner[name]
+        if not isinstance(inner, dict):
+            raise HeadwiseError(
+                f"config.json has {key}: {json.dumps(inner)}, and the config of a part belongs there."
+            )
+    return inner
 
 
 def whole_part(config: dict[str, Any], key: str) -> Any:
@@ -321,9 +332,9 @@ def whole_part(config: dict[str, Any], key: str) -> Any:
 
     Args:
         config: the config.json.
-        key: name of the part.
+        key: path of the part, as in `complete_part`.
     """
-    return getattr(_stock_config(config["model_type"], json.dumps(config, sort_keys=True)), key)
+    return attrgetter(key)(_stock_config(config["model_type"], json.dumps(config, sort_keys=True)))
 
 
 def both_spellings(

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
@@ -49,7 +49,8 @@ class AttentionLayout:
     with `kv_lora_rank` is MLA: it caches one latent of that rank and one rotary key of `qk_rope_head_dim` numbers.
     All heads share the latent and the rotary key. `part` is what the attention is ("text", "encoder", "decoder",
     "cross" or "vision"); an encoder's and a vision tower's are not `cached`. Cross-attention caches tokens of the
-    encoder. A layer that text alone does not run, such as that of a vision tower, is not `on_text`. A layer with an
+    encoder. A `merged` layer attends to tokens of the decoder and of the encoder at once, and caches both. A layer
+    that text alone does not run, such as that of a vision tower, is not `on_text`. A layer with an
     `indexer` also caches one index key per token. A layer that `shares_indexer` has none of its own: it attends to
     the keys that the last indexer before it selects, and caches no index key.
 
@@ -69,6 +70,7 @@ class AttentionLayout:
     part: str = "text"
     cached: bool = True
     on_text: bool = True
+    merged: bool = False
     conv_state: int = 0
     recurrent_state: int = 0
     indexer: IndexerShape | None = None
@@ -102,7 +104,7 @@ class AttentionLayout:
 
     @property
     def cache_elements_per_token(self) -> int:
-        """Number of cache elements per token in this layer; 0 where nothing is cached."""
+        """Number of cache elements per token in this layer, of either kind if merged; 0 where nothing is cached."""
         index_key = self.own_indexer.index_head_dim if self.own_indexer else 0
         return self.key_value_elements + index_key if self.cached else 0
 
@@ -344,6 +346,7 @@ def from_planes(planes: Tensor) -> Tensor:
 # The part that reads another model's output, and the tokens that each part's cache holds.
 CROSS = "cross"
 CACHED_TOKENS = {CROSS: "encoder token", "decoder": "decoder token"}
+MERGED_TOKENS = "decoder or encoder token"
 
 
 def text_layouts(layouts: Sequence[AttentionLayout]) -> list[AttentionLayout]:
@@ -355,13 +358,28 @@ def text_layouts(layouts: Sequence[AttentionLayout]) -> list[AttentionLayout]:
     return [layout for layout in layouts if layout.on_text]
 
 
-def cached_tokens(part: str) -> str:
-    """Return the tokens that the cache of a part counts, such as "encoder token" for cross-attention.
+def cached_tokens(layout: AttentionLayout) -> str:
+    """Return the tokens that the cache of a layer counts, such as "encoder token" for cross-attention.
 
     Args:
-        part: of an `AttentionLayout`.
+        layout: of the layer.
     """
-    return CACHED_TOKENS.get(part, "token")
+    return MERGED_TOKENS if layout.merged else CACHED_TOKENS.get(layout.part, "token")
+
+
+def caches(layouts: Iterable[AttentionLayout]) -> list[AttentionLayout]:
+    """Return a layout for every cache: of merged attention, one of decoder tokens and one of encoder tokens.
+
+    Args:
+        layouts: of every layer.
+    """
+    found = []
+    for layout in layouts:
+        if layout.cached:
+            found.append(replace(layout, merged=False))
+        if layout.cached and layout.merged:
+            found.append(replace(layout, merged=False, part=CROSS, sliding_window=None))
+    return found
 
 
 @dataclass(frozen=True)
@@ -386,7 +404,7 @@ class CacheSize:
         contexts = CONTEXTS if longest is None else (*(n for n in CONTEXTS if n < longest), longest)
 
         def total(tokens: int) -> int:
-            seen = ((min(tokens, layer.sliding_window or tokens), layer) for layer in layouts)
+            seen = ((min(tokens, layer.sliding_window or tokens), layer) for layer in caches(layouts))
             return sum(count * layer.cache_elements_per_token for count, layer in seen) * dtype.itemsize
 
         states = state_bytes(layouts, dtype)

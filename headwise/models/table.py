@@ -50,6 +50,8 @@ class ArchitectureRow:
         cached: whether keys and values are kept from one step to the next; an encoder keeps none.
         states: the argument of a cross-attention module that its keys and values are made from; None: they are made
             from the input of the attention.
+        merged: the mask argument of attention that makes keys and values from its input and from `states` with the
+            same weights, and attends to both at once; None for other attention.
         linear: {types, conv, recurrent}: the layer types without attention, and the sizes of their states: sums of
             products of numbers and config keys. None where all layers have attention.
         only_layers: {key, listed}: the attention of the layers in that list of the config, or of all others.
@@ -72,7 +74,7 @@ class ArchitectureRow:
         requires: config key -> {value, reason}: variants of the type that cannot be converted.
         old_rope_names: rope parameter -> top-level config key of transformers 4.
         old_rope_scaling: the keys transformers 4 allows in `rope_scaling`, where it is strict.
-        text_key: config key of the language model inside a wrapper, None at the top level.
+        text_key: path of the language model's config inside a wrapper, None at the top level.
         wrapper: model type of the whole checkpoint where the language model is only a part.
     """
 
@@ -86,6 +88,7 @@ class ArchitectureRow:
     on_text: bool
     cached: bool
     states: str | None
+    merged: str | None
     linear: dict[str, Any] | None
     only_layers: dict[str, Any] | None
     sizes: dict[str, str]
@@ -105,6 +108,11 @@ class ArchitectureRow:
     old_rope_scaling: tuple[str, ...] | None
     text_key: str | None = None
     wrapper: str | None = None
+
+    @property
+    def is_cross(self) -> bool:
+        """Whether keys and values are made from another model's output alone."""
+        return self.states is not None and self.merged is None
 
 
 @dataclass(frozen=True)

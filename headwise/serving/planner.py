@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 from headwise.errors import SettingError
-from headwise.models.layout import AttentionLayout
+from headwise.models.layout import AttentionLayout, caches
 from headwise.serving.settings import CACHE_DTYPES, ServingSettings
 
 # The fraction of a GPU's memory that engines use by default (vLLM: gpu_memory_utilization).
@@ -139,7 +139,8 @@ def forecast(
         legal = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise SettingError("tp", f"`tp` {tp} does not divide the {heads} query heads.", f"Give one of {legal}.")
     element = CACHE_DTYPES[settings.cache_dtype or "bf16"]
-    sizes = [(cache_elements(layout, tp, dcp) * element, layout.sliding_window or length) for layout in layouts]
+    cached = caches(layouts)
+    sizes = [(cache_elements(layout, tp, dcp) * element, layout.sliding_window or length) for layout in cached]
     per_token = sum(size for size, _ in sizes)
     one = sum(size * min(window, length) for size, window in sizes)
     weights = None
@@ -149,7 +150,7 @@ def forecast(
     card = _cards()[settings.card] if settings.card else None
     memory = settings.memory or (card and int(card["memory"]))
     sequences = None
-    if isinstance(memory, int) and weights is not None:
+    if isinstance(memory, int) and weights is not None and one:
         sequences = max(int((memory * USED_MEMORY - weights) // one), 0)
     seconds = rate = None
     if card and weights is not None and sequences != 0:

@@ -17,11 +17,13 @@ from headwise.convert.gqa.merge import replicate_heads
 from headwise.convert.pipeline import ConvertResult
 from headwise.convert.verify.grouped import RepeatedAttention
 from headwise.errors import HeadwiseError, SettingError
+from headwise.format import size
 from headwise.io.reader import open_checkpoint
 from headwise.io.source import EMBEDDED_MODEL
 from headwise.models import table
 from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.layout import LINEAR
+from headwise.text.pairs import PairMarks, encode_pairs
 from tests import small_parents, tiny_models
 from tests.models.test_architecture import random_gauge
 
@@ -36,9 +38,18 @@ def model(tmp_path: Path) -> Path:
     return tiny_models.save("t5gemma", tmp_path / "model", num_attention_heads=12, num_key_value_heads=6)
 
 
+@pytest.fixture
+def merged_model(tmp_path: Path) -> Path:
+    """Self- and cross-attention are one: 12 query heads and 6 KV heads; the encoder has 6 and 3."""
+    folder = small_parents.tiny_parent(tmp_path / "merged", "t5gemma2", num_key_value_heads=6)
+    small_parents.pairs(tmp_path / "pairs.jsonl")
+    return folder
+
+
 def counts_of(folder: Path) -> tuple[int, int]:
     config = json.loads((folder / "config.json").read_text())
-    return config["encoder"]["num_key_value_heads"], config["decoder"]["num_key_value_heads"]
+    encoder = config["encoder"].get("text_config", config["encoder"])
+    return encoder["num_key_value_heads"], config["decoder"]["num_key_value_heads"]
 
 
 @pytest.mark.parametrize(
@@ -59,6 +70,72 @@ def test_each_part_gets_its_number(model: Path, tmp_path: Path, settings: dict[s
     assert any(line.startswith("encoder: ") and "no cache to save" in line for line in lines)
     assert any(line.startswith("decoder: ") and "cache per decoder token" in line for line in lines)
     assert any(line.startswith("cross: ") and "cache per encoder token" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("settings", "counts"), [({"groups": 2}, (3, 2)), ({"part": ["decoder=1", "encoder=1"]}, (1, 1))]
+)
+def test_attention_to_both_sides_at_once_gets_its_number(
+    merged_model: Path, tmp_path: Path, settings: dict[str, Any], counts: Any
+) -> None:
+    """Every layer of the decoder caches tokens of both kinds, and calibration reads both."""
+    result = convert_model(
+        merged_model,
+        tmp_path / "out",
+        to="gqa",
+        calibrate=str(tmp_path / "pairs.jsonl"),
+        calibration_tokens=2048,
+        refit=2,
+        **settings,
+    )
+    assert isinstance(result, ConvertResult) and counts_of(tmp_path / "out") == counts
+    assert result.verification is not None and result.verification.passed
+    assert verify_model(tmp_path / "out", merged_model).passed
+    lines = str(result.plan).splitlines()
+    each = 3 * 2 * 8 * 4  # layers, keys and values, head dim, bytes
+    assert any(line.startswith("encoder: ") and "no cache to save" in line for line in lines)
+    assert any(
+        line.startswith("decoder: ")
+        and f"cache per decoder or encoder token {size(6 * each)} -> {size(counts[1] * each)}" in line
+        for line in lines
+    )
+    assert result.plan.cache_after.bytes_per_token == 2 * counts[1] * each
+    assert all("refit" in result.layers[layer] for layer in (2, 3, 4))
+    network = loaded_whole(tmp_path / "out").float().eval()
+    cache = network(**tiny_models.inputs_of(network), use_cache=True).past_key_values
+    for side in (cache.self_attention_cache, cache.cross_attention_cache):
+        assert {layer.keys.shape[1] for layer in side.layers} == {counts[1]}
+
+
+def test_joint_moments_lose_less_than_the_mean(merged_model: Path, tmp_path: Path) -> None:
+    """And as many KV heads as before are the same bytes."""
+    given = {"to": "gqa", "refit": "off", "verify": False}
+    joint = {"calibrate": str(tmp_path / "pairs.jsonl"), "calibration_tokens": 4096}
+    marks = PairMarks.of(
+        {},
+        find_architecture(tiny_models.read_config(merged_model)).stock_config(
+            tiny_models.read_config(merged_model)
+        ),
+    )
+    held = encode_pairs(
+        [(f"def g{n}(y): return y + {n}", f"adds {n}") for n in range(16)],
+        transformers.AutoTokenizer.from_pretrained(merged_model),
+        marks,
+        32,
+    )
+
+    def outputs(folder: Path) -> torch.Tensor:
+        with torch.no_grad():
+            return loaded_whole(folder).float().eval()(**held.model_inputs()).logits[held.target_mask]
+
+    before, errors = outputs(merged_model), {}
+    for method, calibration in (("mean", {"calibrate": "none"}), ("optimal", joint)):
+        convert_model(merged_model, tmp_path / method, groups=3, method=method, **given, **calibration)
+        errors[method] = float((outputs(tmp_path / method) - before).square().mean())
+    assert errors["optimal"] < 0.8 * errors["mean"], errors
+    convert_model(merged_model, tmp_path / "same", groups=6, **given)
+    same, source = (load_file(folder / "model.safetensors") for folder in (tmp_path / "same", merged_model))
+    assert same.keys() == source.keys() and all(torch.equal(same[name], source[name]) for name in source)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +261,7 @@ def double_heads(folder: Path) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("model_type", [*sorted(table.load_table().wrappers), "mllama", "exaone4_5"])
+@pytest.mark.parametrize("model_type", [*sorted(table.load_table().wrappers), "mllama", "exaone4_5", "t5gemma2"])
 def test_an_image_in_the_prompt_gives_the_same_logits(tmp_path: Path, model_type: str) -> None:
     """Half the heads are copies in other coordinates: a conversion to half changes nothing, with an image too."""
     heads = {"num_attention_heads": 12, "num_key_value_heads": 3}
@@ -338,10 +415,11 @@ def test_what_a_vision_tower_does_not_allow_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("model_type", ["t5gemma", "t5gemma2"])
 @pytest.mark.parametrize("grouping", ["optimal", "contiguous"])
-def test_heads_that_compute_the_same_merge_without_loss(tmp_path: Path, grouping: str) -> None:
+def test_heads_that_compute_the_same_merge_without_loss(tmp_path: Path, grouping: str, model_type: str) -> None:
     """Every second KV head is the first one in other coordinates, in all parts: half the heads are enough."""
-    folder = tiny_models.save("t5gemma", tmp_path / "model")
+    folder = tiny_models.save(model_type, tmp_path / "model")
     double_heads(folder)
     before = logits(folder)
     convert_model(

@@ -463,8 +463,9 @@ def keys(kind: Any, prefix: str = "") -> Any:
             yield path
 
 
-def test_targets_of_an_encoder_decoder_are_compared_with_the_parent(tmp_path: Path) -> None:
-    parent = small_parents.tiny_parent(tmp_path / "parent", "t5gemma")
+@pytest.mark.parametrize("kind", ["t5gemma", "t5gemma2"])
+def test_targets_of_an_encoder_decoder_are_compared_with_the_parent(tmp_path: Path, kind: str) -> None:
+    parent = small_parents.tiny_parent(tmp_path / "parent", kind)
     child = small_parents.converted(parent, tmp_path / "child", to="mqa")
     pairs, out = small_parents.pairs(tmp_path / "pairs.jsonl"), tmp_path / "report"
     result = run(child, "--baseline", parent, "--pairs", pairs, "--report", out, "--json")

@@ -230,6 +230,18 @@ def test_the_stock_class_that_is_said_to_fail_with_fewer_kv_heads_fails() -> Non
                 model(**given)
 
 
+def test_a_part_inside_a_part_may_be_left_out():
+    """The stock class fills it in, and the new config holds it whole."""
+    for given in ({}, {"encoder": None}, {"encoder": {"text_config": None}}):
+        config = {"model_type": "t5gemma2", "decoder": tiny_models.config_of("t5gemma2")["decoder"], **given}
+        config["decoder"] |= {"hidden_size": 2304, "vocab_size": 262_208}
+        arch = architecture.find_architecture(config)
+        assert arch.parts[0].text_config(config)["num_key_value_heads"] == 4
+        new = arch.with_groups(config, {"encoder": 2})
+        assert new["encoder"]["text_config"]["num_key_value_heads"] == 2
+        assert new["decoder"]["num_key_value_heads"] == config["decoder"]["num_key_value_heads"]
+
+
 def test_types_are_listed_by_family():
     families = table.supported_types()
     assert "llama" in families["language models"]
@@ -252,7 +264,15 @@ def test_a_head_on_top_chooses_the_class_that_loads_it():
         ({"model_type": "whisper", "is_encoder_decoder": True}, "stores no number of KV heads.*cache in 8 bits"),
         ({"model_type": "vit", "architectures": ["ViTModel"]}, "stores no number of KV heads.*no KV cache"),
         ({"model_type": "moonshine", "is_encoder_decoder": True}, "splits queries into num_key_value_heads heads"),
-        ({"model_type": "t5gemma2", "is_encoder_decoder": True}, "no joint moments"),
+        (
+            {"model_type": "t5gemma2", "encoder": 5},
+            "encoder.text_config: 5, and the config of a part belongs there",
+        ),
+        (
+            {"model_type": "t5gemma2", "encoder": {"text_config": [1]}},
+            r"encoder.text_config: \[1\], and the config",
+        ),
+        ({"model_type": "t5gemma", "encoder": 5}, "encoder: 5, and the config of a part belongs there"),
         ({"model_type": "molmo2"}, "fuse and name attention in another way"),
         ({"model_type": "hunyuan_vl"}, "its vision tower reads no number of KV heads"),
         ({"model_type": "nemotron_h"}, "nemotron_h: it has no row in the table.*Did you mean nemotron"),

@@ -574,6 +574,18 @@ def test_what_no_encoder_decoder_can_do_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_attention_to_both_sides_at_once_trains_on_pairs(pair_home: Path, tmp_path: Path) -> None:
+    child = models.converted(models.tiny_parent(tmp_path / "parent", "t5gemma2"), tmp_path / "mqa", to="mqa")
+    loss = Loss(kl=0.8, cross_entropy=0.1, hidden_states=0.05, attention_outputs=0.05)
+    result = uptrain_model(child, tmp_path / "out", recipe=pair_recipe(pair_home, loss=loss))
+    assert result is not None and result.parent is not None and result.after < result.before
+    assert verify_model(tmp_path / "out", tmp_path / "parent").passed
+    before, after = (load_file(f / "model.safetensors") for f in (child, tmp_path / "out"))
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert "model.decoder.layers.1.self_attn.v_proj.weight" in changed
+    assert not any("vision_tower" in name for name in changed)  # no image is read
+
+
 @pytest.mark.parametrize("kind", ["llava", "mllama"])
 def test_the_text_of_a_vision_language_model_is_trained(home: Path, tmp_path: Path, kind: str) -> None:
     parent = models.tiny_parent(tmp_path / "parent", kind)

@@ -34,10 +34,15 @@ class AttentionStats:
 
     Args:
         normed: the layer's normed keys, whose moments are also taken; None: they are not.
+        states: the argument that keys and values are made from in cross-attention; None: from the input.
+        merged: the mask argument of merged attention, which reads the input, then `states`; None: of no such one.
     """
 
-    def __init__(self, normed: NormedProjections | None = None) -> None:
+    def __init__(
+        self, normed: NormedProjections | None = None, states: str | None = None, merged: str | None = None
+    ) -> None:
         self._normed, self.keys = normed, CrossMoment()
+        self._states, self._mask, self._merged = states, merged or "attention_mask", merged is not None
         self._moment: Tensor | None = None
         self._keys: Tensor | None = None
         self._distances: Tensor | None = None
@@ -49,7 +54,6 @@ class AttentionStats:
         inputs: Tensor,
         arguments: dict[str, Any],
         *,
-        states: str | None = None,
         valid: Tensor | None = None,
         most: int | None = None,
     ) -> None:
@@ -59,27 +63,27 @@ class AttentionStats:
             attention: the stock attention module.
             inputs: (sequences, length, D).
             arguments: further arguments of the module.
-            states: the argument that keys and values are made from in cross-attention; None: from the input.
             valid: (sequences, length) how much each token counts, 0 or False for padding; None: all count alike.
             most: the largest number of sequences to read; None: all.
         """
         sequences, length = inputs.shape[:2]
-        read = arguments[states] if states else inputs
+        states = arguments[self._states] if self._states else None
+        read = torch.cat([inputs, states], 1) if self._merged else inputs if states is None else states
         index = torch.arange(length, device=inputs.device)
         first = first_position(length)
         # The first token is a sink for the tokens after it; a decoder's queries read the encoder from its first on.
-        sink = 0 if states else first
+        sink = first if states is None or self._merged else 0
         causal = states is None and getattr(attention, "is_causal", True)
-        mask = _additive_mask(arguments.get("attention_mask"), inputs, read.shape[1], causal)
+        mask = _additive_mask(arguments.get(self._mask), inputs, read.shape[1], causal)
         total: Tensor | None = None
         before = attention.config._attn_implementation
         attention.config._attn_implementation = "eager"
         try:
             for i in range(min(sequences, most or sequences)):
-                row = {k: _row(v, i, sequences) for k, v in arguments.items()} | {
-                    "attention_mask": _row(mask, i, sequences)
-                }
-                weights = attention(hidden_states=inputs[i : i + 1], **row)[1][0]  # (heads, length, read tokens)
+                row = {k: _row(v, i, sequences) for k, v in (arguments | {self._mask: mask}).items()}
+                output = attention(hidden_states=inputs[i : i + 1], **row)
+                weights = output[1] if not self._merged else torch.cat(output[1:3], -1)
+                weights = weights[0]  # (heads, length, read tokens)
                 # In place: each array of this size is new memory from the system.
                 total = weights if total is None else total.add_(weights)
                 queries = index if valid is None else index[valid[i] > 0]

@@ -60,7 +60,8 @@ class LayerRecord:
             effective number, where they are weighted), (4, H), like `query_cross`.
         key_scales: the same of the keys, (4, G), like `key_cross`.
         states_moment: E[x x^T] of the encoder's output with a constant 1 appended, float64: the keys and values of
-            cross-attention are made from it. None for other attention.
+            cross-attention are made from it. In merged attention, the same of its input and the encoder's output
+            together, each token weighted by the attention it gets. None for other attention.
         inputs: of the attention, (sequences, length, D) float32, on the CPU or a GPU with room; None unless kept.
         outputs: of the attention, like `inputs`; zero at padding.
         arguments: further arguments of the attention module, for a batch of any size.
@@ -112,6 +113,7 @@ class AttentionRecorder:
         normed: the layer's normed queries and keys, whose moments are also taken; None: they are not.
         states: the argument that keys and values are made from in cross-attention; None: from the input.
         separate: whether every sequence is a call of its own, of its own length.
+        merged: the mask argument of merged attention, which also makes keys and values from the input.
     """
 
     def __init__(
@@ -126,11 +128,13 @@ class AttentionRecorder:
         normed: NormedProjections | None = None,
         states: str | None = None,
         separate: bool = False,
+        merged: str | None = None,
     ) -> None:
         self._index, self._module, self._sequences, self._device = index, module, sequences, device
         self._separate, self._kept = separate, list[tuple[Tensor, Tensor, Tensor]]()
         self._keep, self._stats, self._normed, self._states = keep_activations, attention_stats, normed, states
-        self._view, self._queries = AttentionStats(normed), CrossMoment()
+        self._view, self._queries = AttentionStats(normed, states, merged), CrossMoment()
+        self._merged = merged is not None
         self._moment: Tensor | None = None
         self._states_moment: Tensor | None = None
         self._tokens, self._weight, self._states_tokens = 0, 0.0, 0
@@ -170,7 +174,7 @@ class AttentionRecorder:
         self._weight += len(flat) if weight is None else float(weight.double().sum())
         if self._normed is not None:
             self._queries.add(flat, self._normed.queries(flat))
-        states = kwargs[self._states] if self._states else None
+        states = kwargs[self._states] if self._states and not self._merged else None
         if states is not None:
             read = _with_one(states)
             read = read.flatten(0, 1) if states_valid is None else read[states_valid]
@@ -179,9 +183,7 @@ class AttentionRecorder:
         if self._keep:
             self._store(part, x, y, kwargs, valid)
         if self._stats and part.start < NUM_ATTENTION_SEQUENCES:
-            self._view.add(
-                self._module, x, kwargs, states=self._states, valid=valid, most=NUM_ATTENTION_SEQUENCES - part.start
-            )
+            self._view.add(self._module, x, kwargs, valid=valid, most=NUM_ATTENTION_SEQUENCES - part.start)
 
     def _store(self, part: slice, x: Tensor, y: Tensor, kwargs: dict[str, Any], valid: Tensor | None) -> None:
         record = self._record
@@ -214,6 +216,8 @@ class AttentionRecorder:
             record.states_moment = self._states_moment / max(self._states_tokens, 1)
         if self._stats:
             record.value_moment, record.key_moment, record.distances = self._view.result()
+            if self._merged:
+                record.states_moment = record.key_moment
         if self._normed is not None:
             record.query_cross, record.query_scales = self._queries.result()
             if self._stats:

@@ -111,6 +111,7 @@ class PairStream:
                 keep_activations=keep_activations,
                 attention_stats=attention_stats,
                 states=part.states,
+                merged=part.merged,
             )
             self._run(running, recorder)
             record = recorder.result()

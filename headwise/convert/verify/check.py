@@ -36,7 +36,7 @@ from headwise.models import mla_source
 from headwise.models.architecture import find_architecture
 from headwise.models.config import dtype_of
 from headwise.models.deepseek import ROTATED
-from headwise.models.layout import AttentionLayout
+from headwise.models.layout import AttentionLayout, caches
 from headwise.models.protocol import AttentionModel, find_attention_model, is_latent
 from headwise.models.rope import rope_type, unscaled
 from headwise.models.stock import empty_model, run_check, stock_config
@@ -327,7 +327,7 @@ def _cache_is(
     checkpoint: Checkpoint, model: AttentionModel, layouts: Sequence[AttentionLayout]
 ) -> tuple[bool, str]:
     """Compare the cache of the stock model, from a run without weights, with the layouts."""
-    cached = [layout for layout in layouts if layout.cached]
+    cached = caches(layouts)
     if not cached:
         return True, "the model has no KV cache"
     if not any(layout.on_text for layout in cached):

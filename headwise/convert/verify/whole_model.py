@@ -20,7 +20,7 @@ from headwise.convert.verify.layer_inputs import (
 from headwise.io.quantized.quantization import PLAIN_DTYPE
 from headwise.io.reader import Checkpoint
 from headwise.models.architecture import find_architecture
-from headwise.models.layout import CROSS, AttentionLayout
+from headwise.models.layout import CROSS, AttentionLayout, caches
 from headwise.models.protocol import AttentionModel
 from headwise.models.stock import eager_if_capped, empty_model, load_model, stock_config
 from headwise.text.pairs import PairMarks
@@ -126,7 +126,7 @@ def _generates(
         return False, "the logits are not finite"
     # Without an image, a decoder skips its cross-attention, which then has an empty cache.
     cache = [layer for layer in cache_layers(cache_of(generated)) if layer.keys is not None and layer.keys.numel()]
-    cached = [x for x in layouts if x.cached and (stock.reads_pairs or x.part != CROSS)]
+    cached = [x for x in caches(layouts) if stock.reads_pairs or x.part != CROSS]
     elements = [cached_elements(layer) for layer in cache]
     if elements != [layout.cache_elements_per_token for layout in cached]:
         return False, f"after generate() the cache holds {elements} elements per token and layer"
