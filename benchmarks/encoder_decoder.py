@@ -3,10 +3,10 @@
     python benchmarks/encoder_decoder.py --out /tmp/encoder-decoder > encoder-decoder.jsonl
     python benchmarks/encoder_decoder.py --out /tmp/tiny --tiny      a model of a minute on a CPU
 
-Trains a model of the stock T5Gemma class from nothing on text of the package and of the running Python. The source
-is a text with most vowels missing, the target is the text. Then converts self- and cross-attention of the decoder
-to a half, a quarter and one KV head, calibrated on pairs of the training text. Each line of the output is a JSON
-object. Losses are in nats per target token on held-out text. Needs no network.
+Trains a model of the stock T5Gemma or T5Gemma 2 class from nothing on text of the package and of the running
+Python. The source is a text with most vowels missing, the target is the text. Then converts self- and
+cross-attention of the decoder to a half, a quarter and one KV head, calibrated on pairs of the training text. Each
+line of the output is a JSON object. Losses are in nats per target token on held-out text. Needs no network.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast, T5GemmaConfig
+from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast, T5Gemma2Config, T5GemmaConfig
 
 from headwise.convert.pipeline import convert_model
 from headwise.convert.plan import Plan
@@ -40,6 +40,9 @@ PAD, BOS, EOS = 0, 1, 2
 # The shape of the model, the tokens of the vocabulary, and the sequences of a step.
 FULL = {"width": 512, "layers": 6, "heads": 8, "head_dim": 64, "inner": 1408, "vocabulary": 4096, "batch": 128}
 TINY = {"width": 64, "layers": 2, "heads": 8, "head_dim": 8, "inner": 128, "vocabulary": 512, "batch": 8}
+# A vision tower that no text runs.
+VISION = {"model_type": "siglip_vision_model", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+VISION |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4, "vision_use_head": False}
 METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("mean", {"method": "mean", "refit": "off"}),
     ("aligned", {"method": "aligned", "refit": "off"}),
@@ -134,13 +137,13 @@ def train(shape: dict[str, int], documents: list[str], tokenizer: Any, options: 
         "bos_token_id": BOS,
         "eos_token_id": EOS,
     }
-    config = T5GemmaConfig(
-        encoder=dict(stack),
-        decoder=dict(stack),
-        vocab_size=shape["vocabulary"],
-        dropout_rate=0.1,
-        decoder_start_token_id=BOS,
-    )
+    more = {"dropout_rate": 0.1, "decoder_start_token_id": BOS}
+    config: Any
+    if options.type == "t5gemma2":
+        encoder = {"text_config": dict(stack), "vision_config": VISION, "mm_tokens_per_image": 4}
+        config = T5Gemma2Config(encoder=encoder, decoder=dict(stack), **more)
+    else:
+        config = T5GemmaConfig(encoder=dict(stack), decoder=dict(stack), vocab_size=shape["vocabulary"], **more)
     torch.manual_seed(options.seed)
     model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager").to(device).train()
     optimizer = torch.optim.AdamW(
@@ -172,6 +175,7 @@ def main() -> None:
     """Train, convert, measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="a folder for the models; it is replaced")
+    parser.add_argument("--type", choices=("t5gemma", "t5gemma2"), default="t5gemma", help="the stock class")
     parser.add_argument("--seconds", type=float, default=200.0, help="of training")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--calibration-tokens", type=int, default=196_608)
@@ -216,7 +220,7 @@ def main() -> None:
         loss = heldout_loss(loaded.to(device).eval(), held, device)
         show(
             event="converted",
-            parts="decoder, cross" if part == "decoder" else part,
+            parts="decoder, cross" if part == "decoder" and options.type == "t5gemma" else part,
             kv_heads=groups,
             of=shape["heads"],
             method=name,
