@@ -464,7 +464,7 @@ def image_inputs(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]
             "aspect_ratio_mask": torch.ones(2, 1, 1, dtype=torch.long),
             "cross_attention_mask": torch.ones(2, 12, 1, 1, dtype=torch.long),
         }
-    vision = getattr(config, "vision_config", None)
+    vision: Any = getattr(config, "vision_config", None)
     if hasattr(vision, "spatial_merge_size") and hasattr(vision, "temporal_patch_size"):
         # Patches of one image, four of which make a token.
         patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2

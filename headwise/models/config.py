@@ -324,6 +324,10 @@ def complete_part(config: dict[str, Any], key: str) -> dict[str, Any]:
             raise HeadwiseError(
                 f"config.json has {key}: {json.dumps(inner)}, and the config of a part belongs there."
             )
+        if not isinstance(model_type := inner.get("model_type"), str | None):
+            raise HeadwiseError(
+                f"config.json has model_type: {json.dumps(model_type)} in {name}, and a name is needed."
+            )
     return inner
 
 

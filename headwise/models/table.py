@@ -342,18 +342,16 @@ def _unsupported(model_type: Any, table: Table, config: dict[str, Any]) -> Headw
     known = sorted([*table.rows, *table.wrappers, *table.composites, *table.latents])
     listed = "`headwise inspect --types` lists the supported types."
     start = f"headwise cannot convert model type {model_type}"
+    reason = why_no_decoder(config)
+    has_cache = config.get("is_encoder_decoder") is True or (has_causal_class(str(model_type)) and not reason)
+    in_8_bits = "An engine can store its cache in 8 bits, which leaves the checkpoint as it is."
     if isinstance(model_type, str) and model_type in table.refused:
-        return HeadwiseError(f"{start}: {table.refused[model_type].strip()}.", f"Choose another model: {listed}")
+        instead = in_8_bits if has_cache else "Choose another model."
+        return HeadwiseError(f"{start}: {table.refused[model_type].strip()}.", f"{instead} {listed}")
     if isinstance(model_type, str) and model_type in table.latents:
         return HeadwiseError(f"config.json: a {model_type} model has MLA already, and no heads.", listed)
-    reason = why_no_decoder(config)
     if isinstance(model_type, str) and has_stock_class(model_type) and not stores_group_count(model_type):
-        has_cache = config.get("is_encoder_decoder") is True or (has_causal_class(model_type) and not reason)
-        instead = (
-            "An engine can store its cache in 8 bits, which leaves the checkpoint as it is."
-            if has_cache
-            else "It has no KV cache; quantised weights make it smaller."
-        )
+        instead = in_8_bits if has_cache else "It has no KV cache; quantised weights make it smaller."
         return HeadwiseError(
             f"{start}: its stock class stores no number of KV heads, so that it could load no other number.",
             f"{instead} {listed}",

@@ -67,8 +67,8 @@ class AttentionStats:
             most: the largest number of sequences to read; None: all.
         """
         sequences, length = inputs.shape[:2]
-        states = arguments[self._states] if self._states else None
-        read = torch.cat([inputs, states], 1) if self._merged else inputs if states is None else states
+        states: Tensor | None = arguments[self._states] if self._states else None
+        read = inputs if states is None else torch.cat([inputs, states], 1) if self._merged else states
         index = torch.arange(length, device=inputs.device)
         first = first_position(length)
         # The first token is a sink for the tokens after it; a decoder's queries read the encoder from its first on.
