@@ -7,8 +7,8 @@ expanded in shared memory:
 - Scores are products in FP8. The query is the sum of two e4m3 numbers, scaled by its largest element, which holds
   it as exactly as bfloat16 does. The scale of a block multiplies the partial scores.
 - Values are read as pairs of numbers with the transposing load of 16-bit elements, and expanded to float16 in
-  registers. Even and odd columns have accumulators of their own. The scale is a float16 there: of a block whose
-  largest number is below 1e-4, it loses digits in the output, though not in the scores.
+  registers. Even and odd columns have accumulators of their own. The scale is a float16 there, LIFT
+  times as large: latents overflow above 4,094, and blocks whose largest number is below 1e-5 lose digits.
 """
 
 # Gluon compiles a part of Python only: no starred tuples, no conditional expressions on None.
@@ -44,6 +44,8 @@ LARGEST = gl.constexpr(latent_fp8.LARGEST)
 PAIRS = gl.constexpr(latent_fp8.BLOCK // 2)
 # A rotary part of a query that is larger than this many times the rest decides the unit: 448 times it is a float16.
 ROTARY = gl.constexpr(128.0)
+# Values are so many times larger in float16 than in the cache, so that small scales keep their digits.
+LIFT = gl.constexpr(16.0)
 
 
 @gluon.jit
@@ -255,7 +257,8 @@ def _consume(
         for i in gl.static_range(2 * BLOCKS):
             n = stage * BLOCKS + i // 2
             pairs = pair_ring.index(n).slice(i % 2 * HALF, HALF).permute((1, 0)).load(operand)
-            factor = scale_ring.index(n).slice(i % 2 * HALF, HALF).load(gl.SliceLayout(0, operand)).to(gl.float16)
+            factor = scale_ring.index(n).slice(i % 2 * HALF, HALF).load(gl.SliceLayout(0, operand))
+            factor = (factor * LIFT).to(gl.float16)
             even, odd = _expand(pairs)
             even = even * factor[None, :]
             odd = odd * factor[None, :]
@@ -292,7 +295,7 @@ def _consume(
         mine = gl.exp2(maximum - finite)
         theirs = gl.exp2(other - finite)
         total = total * mine + partial_sum.load(by_row) * theirs
-        inverse = 1.0 / gl.where(total > 0, total, 1.0)
+        inverse = 1.0 / (LIFT * gl.where(total > 0, total, 1.0))
         row = row_start + gl.arange(0, ROWS, by_row)
         row_live = row < number_of_queries * heads
         rows = Out + row // heads * out_token + row % heads * out_head

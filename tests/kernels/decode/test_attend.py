@@ -37,7 +37,7 @@ class Problem:
     """Random queries and a random cache; pages in random order with `page`; NaN in every invisible entry."""
 
     def __init__(self, heads, groups, head, rope, value, lengths, *, queries=1, page=0, window=None, starts=None,
-                 dtype=torch.float32, device="cpu", seed=0, fp8=False):  # fmt: skip
+                 dtype=torch.float32, device="cpu", seed=0, fp8=False, latent_size=1.0):  # fmt: skip
         generator = torch.Generator(device).manual_seed(seed)
         batch = len(lengths)
         capacity = -(-max(*lengths, 1) // max(page, 1)) * max(page, 1)
@@ -53,7 +53,7 @@ class Problem:
         self.table = self.latent = self.scales = None
         if fp8:
             # Blocks of different size: a scale that is read from another block is then wrong by a factor.
-            self.cache[..., :head] *= torch.linspace(0.25, 2, head, device=device).to(dtype)
+            self.cache[..., :head] *= latent_size * torch.linspace(0.25, 2, head, device=device).to(dtype)
             self.latent, self.scales = quantize_latent(self.cache[:, :, 0, :head])
             self.cache = self.cache.float()
             self.cache[:, :, 0, :head] = dequantize_latent(self.latent, self.scales)
@@ -201,6 +201,17 @@ def test_fp8_latents_on_a_gpu(shape, mask) -> None:
     problem.check(8e-3)
     problem.check(8e-3, num_splits=1)
     problem.check(8e-3, num_splits=5)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("size", [1e-5, 300.0])
+def test_small_and_large_fp8_latents_on_a_gpu(size) -> None:
+    problem = Problem(
+        9, 1, 256, 64, 256, [3000, 63], dtype=torch.bfloat16, device="cuda", fp8=True, latent_size=size
+    )
+    problem.q[..., :256] /= size
+    problem.check(8e-3)
 
 
 @gpu
