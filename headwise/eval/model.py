@@ -125,7 +125,7 @@ class EvalModel:
         attention = {"attn_implementation": "eager"} if eager else {}
         if self.checkpoint is not None:
             precision = dtype_of(self.checkpoint.config) if dtype == "auto" else getattr(torch, dtype)
-            return load_model(self.checkpoint, self.auto_class, precision, **attention).to(device).eval()
+            return load_model(self.checkpoint, self.auto_class, precision, device, **attention).eval()
         with no_progress_bars():
             loaded: Any = getattr(transformers, self.auto_class).from_pretrained(
                 self.folder,

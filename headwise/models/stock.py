@@ -119,8 +119,14 @@ def _at_most(most: int | None) -> Iterator[None]:
         handle.remove()
 
 
-def load_model(checkpoint: Checkpoint, auto_class: str, dtype: torch.dtype, **arguments: Any) -> Any:
-    """Load a whole stock model with its weights, on the CPU.
+def load_model(
+    checkpoint: Checkpoint,
+    auto_class: str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    **arguments: Any,
+) -> Any:
+    """Load a whole stock model with its weights.
 
     Args:
         checkpoint: a folder, or a GGUF file. Loading a GGUF file or a quantised folder temporarily holds its
@@ -128,6 +134,7 @@ def load_model(checkpoint: Checkpoint, auto_class: str, dtype: torch.dtype, **ar
             The model has the checkpoint's config, which may differ from the folder's.
         auto_class: name of the transformers auto class.
         dtype: dtype of the weights.
+        device: where they are loaded. The tensors of a plain folder go there one by one.
         arguments: more arguments of `from_pretrained`.
 
     Returns:
@@ -138,6 +145,8 @@ def load_model(checkpoint: Checkpoint, auto_class: str, dtype: torch.dtype, **ar
     config = stock_config(checkpoint.config)
     arguments = eager_if_capped(config) | arguments
     if checkpoint.is_plain:
+        if torch.device(device).type != "cpu":
+            arguments["device_map"] = {"": torch.device(device)}
         with no_progress_bars():
             return getattr(transformers, auto_class).from_pretrained(
                 checkpoint.folder, config=config, dtype=dtype, trust_remote_code=False, **arguments
@@ -146,7 +155,8 @@ def load_model(checkpoint: Checkpoint, auto_class: str, dtype: torch.dtype, **ar
     # The auto classes take no weights without a folder.
     stock_class = type(empty_model(checkpoint.config, auto_class))
     with no_progress_bars():
-        return stock_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **arguments)
+        model = stock_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **arguments)
+    return model.to(device)
 
 
 def load_into(model: Any, tensors: dict[str, Tensor], device: torch.device | str = "cpu") -> Any:

@@ -276,7 +276,7 @@ class Run:
     def _nats(self, folder: ModelFolder, which: str) -> float:
         """Return the nats per token of a folder's stock model on the held-out text, and keep the time of it."""
         self.progress.stage(f"loading {outcome.model_name(folder.checkpoint)}")
-        network = folder.load(torch.float32 if self.device.type == "cpu" else torch.bfloat16).to(self.device)
+        network = folder.load(torch.float32 if self.device.type == "cpu" else torch.bfloat16, self.device)
         unit = "pairs" if isinstance(self.heldout, Pairs) else "blocks"
         self.progress.stage(f"measuring the loss {which}", len(self.heldout), unit)
         started = time.monotonic()

@@ -80,13 +80,14 @@ class ModelFolder:
         """The path of every layer's attention module."""
         return [self.stock.attention_path(layer) for layer in range(len(self.layouts))]
 
-    def load(self, dtype: torch.dtype) -> Any:
-        """Load the stock model with its weights, on the CPU.
+    def load(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+        """Load the stock model with its weights.
 
         Args:
             dtype: of its weights.
+            device: where they are loaded.
         """
-        network = load_model(self.checkpoint, self.stock.auto_class, dtype)
+        network = load_model(self.checkpoint, self.stock.auto_class, dtype, device)
         network.config.use_cache = False
         return network
 
@@ -102,8 +103,8 @@ def load_for_sampling(checkpoint: Checkpoint, device: torch.device, dtype: torch
         device: where it is put.
         dtype: of its weights; None: bfloat16 on a GPU, else float32.
     """
-    network = ModelFolder.of(checkpoint).load(dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32))
-    network = network.to(device).eval()
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    network = ModelFolder.of(checkpoint).load(dtype, device).eval()
     if device.type == "cuda":
         with suppress(HeadwiseError):  # a model that the kernels do not serve decodes as it is
             enable(network)

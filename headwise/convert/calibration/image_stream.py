@@ -74,7 +74,7 @@ class ImageStream:
             keep_activations: also keep the inputs and outputs of the attention, and its arguments.
             attention_stats: also measure `value_moment` and `key_moment` of layers that text runs.
         """
-        model = load_model(self._checkpoint, self._architecture.auto_class, torch.float32).to(self._device).eval()
+        model = load_model(self._checkpoint, self._architecture.auto_class, torch.float32, self._device).eval()
         # Cross-attention reads the image, and no token holds a part of it.
         apart = bool(self._architecture.cross_states(self._checkpoint.config))
         visual = [prompt.visual & (not apart) for prompt in self._prompts]

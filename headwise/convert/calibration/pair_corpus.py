@@ -104,7 +104,7 @@ def sample_pairs(
 
     marks = PairMarks.of(checkpoint.config, arch.stock_config(checkpoint.config))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = load_model(checkpoint, arch.auto_class, dtype).to(device).eval()
+    model = load_model(checkpoint, arch.auto_class, dtype, device).eval()
     ends = arch.stock_config(checkpoint.config).eos_token_id
     model.generation_config = transformers.GenerationConfig(
         decoder_start_token_id=marks.start, pad_token_id=marks.padding, eos_token_id=ends

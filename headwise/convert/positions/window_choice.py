@@ -178,8 +178,8 @@ def choose_windows(
         if auto or settings.calibrate:
             raise
         return Unmeasured("windows", f"the text cannot be read ({str(error).rstrip('.')})")
-    network = load_model(parent, arch.auto_class, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    network = network.to(device).eval()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    network = load_model(parent, arch.auto_class, dtype, device).eval()
     progress.stage("Measuring windows", total=_passes(len(candidates)), unit="passes")
 
     def nats(layers: Sequence[int], first: int = 0) -> float:

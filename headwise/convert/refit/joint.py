@@ -36,12 +36,12 @@ from headwise.train.recovery import JointPlan, as_records, recover_jointly
 from headwise.train.student import ModelFolder, Student, load_for_sampling
 
 # What the amount of text and steps is where a GPU makes it affordable, and otherwise.
-GPU_PLAN = JointPlan(tokens=4_000_000, regression_steps=1000, kl_steps=600)
+GPU_PLAN = JointPlan(tokens=4_000_000, regression_steps=1000, kl_steps=1000)
 CPU_PLAN = JointPlan(tokens=262_144, regression_steps=60, kl_steps=20, sequences=2, length=1024, sampled_length=512)
 # Steps on a GPU are this much larger with more than the usual text.
 LARGER_STEP = 4 / 3
 # Sustained rates on one H200 in bfloat16, on the low side of what was measured on models of 135M parameters.
-TRAINING_FLOPS, SAMPLING_FLOPS = 3e13, 1e13
+TRAINING_FLOPS, SAMPLING_FLOPS = 5e13, 2.5e13
 # The student in float32 and the parent in bfloat16; gradients and the optimizer's averages of what is trained.
 BYTES_PER_PARAMETER, BYTES_PER_TRAINED, MEMORY_SHARE = 6, 16, 0.6
 # Files in the work folder of what took time: a run that was interrupted goes on from them.
@@ -118,7 +118,9 @@ def plan_joint(
             )
         return plan
     changed = target.exact or settings.context is not None or settings.sliding_window is not None
-    if settings.refit != "auto" or device.type != "cuda" or not target.calibrated or changed or checkpoint.headless:
+    textless = settings.calibrate == "none"  # whoever wants no text read wants none sampled
+    chosen = settings.refit == "auto" and device.type == "cuda" and target.calibrated and not textless
+    if not chosen or changed or checkpoint.headless:
         return None
     parameters, attention = checkpoint.num_parameters, _attention_parameters(checkpoint, arch, target)
     free = available_memory(device)

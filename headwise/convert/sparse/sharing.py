@@ -154,8 +154,8 @@ def choose_sharing(
             "index_layers", f"`index_layers` measures losses, and {text.reason}.", "Convert without it."
         )
     blocks = read_corpus(checkpoint, text, device, progress)[0]
-    network = load_model(checkpoint, model.auto_class, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    network = network.to(device).eval()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    network = load_model(checkpoint, model.auto_class, dtype, device).eval()
     paths = [model.attention_path(layer) for layer in range(count)]
     progress.stage("Measuring shared indexers", total=passes, unit="passes")
 

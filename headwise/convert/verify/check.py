@@ -143,6 +143,14 @@ def check_folder(
         checks.append(Check(name, *run_check(check, *given, **more)))
         progress.advance(1)
 
+    def compute(name: str, check: Callable[..., tuple[bool, str]], *given: Any, **more: Any) -> None:
+        """Add a check that computes on the device. The CPU repeats what fails on a GPU, and its result counts."""
+        add(name, check, *given, **more, device=device)
+        if not checks[-1].passed and torch.device(device).type != "cpu":
+            _, _, first = checks.pop()
+            passed, detail = run_check(check, *given, **more, device="cpu")
+            checks.append(Check(name, passed, f"{detail}, on the CPU; {device} found: {first}"))
+
     layouts = list(planned) if planned is not None else own_layouts
     add("tensors", _tensors_fit, checkpoint, model)
     if not checks[-1][1]:
@@ -160,21 +168,20 @@ def check_folder(
     parent = _with_same_positions(parent, arguments) if parent is not None else None
     trained = bool(record and record.get("uptraining"))
     if own_layouts[0].kind == "mla":
-        add("function", check_factors, checkpoint, model, device)
+        compute("function", check_factors, checkpoint, model)
         if own_layouts[0].indexer is not None:
-            add("selection", check_selection, checkpoint, model, device)
+            compute("selection", check_selection, checkpoint, model)
         if parent is not None:
-            add("parent", compare_with_parent, checkpoint, parent, model, trained, device)
+            compute("parent", compare_with_parent, checkpoint, parent, model, trained)
     else:
-        add("function", check_groups, checkpoint, model, device)
+        compute("function", check_groups, checkpoint, model)
         if parent is not None and is_latent(parent.config):
-            add("parent", compare_expanded, checkpoint, parent, model, trained, device)
+            compute("parent", compare_expanded, checkpoint, parent, model, trained)
         elif parent is not None:
-            more = {"compare": finite, "trained": trained, "device": device}
-            add("parent", compare_grouped, checkpoint, parent, model, **more)
+            compute("parent", compare_grouped, checkpoint, parent, model, compare=finite, trained=trained)
     if checkpoint.nbytes <= WHOLE_BYTES:
         latent = own_layouts[0].kind == "mla"
-        add("loading", _loads, checkpoint, model, layouts, latent, "allow_nan" in arguments, device)
+        compute("loading", _loads, checkpoint, model, layouts, latent, "allow_nan" in arguments)
     return Verification(tuple(checks))
 
 

@@ -105,7 +105,7 @@ class LayerDamage:
             find_attention_model(parent.config, parent.tensors),
         )
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        network = load_model(parent, arch.auto_class, dtype).to(device).eval().requires_grad_(False)
+        network = load_model(parent, arch.auto_class, dtype, device).eval().requires_grad_(False)
         child = empty_model(checkpoint.config, stock.auto_class).eval()  # its attention alone is loaded
         arguments = [
             move_to_device(each, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from headwise.convert.calibration import corpus
 from headwise.convert.calibration.corpus import NUM_HELDBACK, SAMPLED
 from headwise.convert.pipeline import ConvertResult, convert_model
 from headwise.convert.refit import joint
+from headwise.convert.settings import ConvertSettings
 from headwise.errors import SettingError
 from headwise.io.reader import open_checkpoint
+from headwise.models.protocol import find_attention_model
 from headwise.train import recovery
 from headwise.train.recovery import JointPlan
 from tests import small_parents
@@ -175,3 +178,23 @@ def test_calibration_reads_the_text_of_the_refit(
     assert drawn == [PLAN.num_sampled + PLAN.heldout]
     assert read[0].shape == (100 // 32 + NUM_HELDBACK, 32)
     assert open_checkpoint(tmp_path / "out").config["num_key_value_heads"] == 1
+
+
+@pytest.mark.parametrize(("calibrate", "chosen"), [(None, True), ("mixture", True), ("none", False)])
+def test_a_gpu_samples_no_text_where_none_is_to_be_read(
+    parent: Path, monkeypatch: pytest.MonkeyPatch, calibrate: str | None, chosen: bool
+) -> None:
+    monkeypatch.setattr(joint, "available_memory", lambda device: None)
+    checkpoint = open_checkpoint(parent)
+    settings = ConvertSettings(to="mqa", calibrate=calibrate)
+    arch, target = (
+        find_attention_model(checkpoint.config),
+        SimpleNamespace(
+            calibrated=True,
+            exact=False,
+            layouts=find_attention_model(checkpoint.config).layouts(checkpoint.config),
+            converted_names=lambda layer: ("k",),
+        ),
+    )
+    plan = joint.plan_joint(checkpoint, arch, target, settings, torch.device("cuda"))  # type: ignore[arg-type]
+    assert (plan is not None) == chosen

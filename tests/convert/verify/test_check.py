@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 
 from headwise.convert.calibration.layer_stream import LayerStream
 from headwise.convert.pipeline import convert_model
-from headwise.convert.verify.check import Verification, verify_model
+from headwise.convert.verify import check
+from headwise.convert.verify.check import Verification, check_folder, verify_model
 from headwise.convert.verify.verification import CHECKS
 from headwise.errors import HeadwiseError, SettingError
+from headwise.io.reader import open_checkpoint
 from tests import tiny_models
 from tests.convert.devices import needs_gpu
 from tests.convert.speaking import save_speaking
@@ -344,6 +346,21 @@ def test_a_record_that_is_none_is_refused(home: Path, tmp_path: Path, text: str)
 def test_a_gpu_finds_what_the_cpu_finds(home: Path, child: str) -> None:
     on_cpu, on_gpu = (verify_model(home / child, home / "parent", device=name) for name in ("cpu", "cuda"))
     assert on_gpu.passed and [each.name for each in on_gpu.checks] == [each.name for each in on_cpu.checks]
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_the_cpu_repeats_what_fails_on_a_gpu(home: Path, monkeypatch: pytest.MonkeyPatch, sound: bool) -> None:
+    used: list[str] = []
+
+    def compared(*_: Any, device: str) -> tuple[bool, str]:
+        used.append(device)
+        return sound and device == "cpu", f"error on {device}"
+
+    monkeypatch.setattr(check, "check_groups", compared)
+    monkeypatch.setattr(check, "_loads", lambda *_, device: (True, "loaded"))
+    found = check_folder(open_checkpoint(home / "gqa"), None, device="cuda:1")
+    assert used == ["cuda:1", "cpu"] and failed(found) == (set() if sound else {"function"})
+    assert found.checks[3].detail == "error on cpu, on the CPU; cuda:1 found: error on cuda:1"
 
 
 def test_the_device_reaches_every_model_and_every_layer(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
