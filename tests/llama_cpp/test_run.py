@@ -66,6 +66,7 @@ def test_llama_cpp_computes_what_the_plan_says(model: Path, name: str, tmp_path:
             measure.compare(tmp_path / "out", gguf, measure.token_ids(model))
 
 
+@pytest.mark.timeout(3600)
 def test_sparse_models(tmp_path: Path) -> None:
     """Each layer's own indexer selects the same keys; shared ones select others, for want of an epsilon."""
     model, sparse, shared = Path(EMBEDDED_MODEL), tmp_path / "sparse", tmp_path / "shared"
