@@ -17,6 +17,7 @@ from headwise.convert.settings import ConvertSettings
 from headwise.convert.sparse.target import SharedIndexerTarget
 from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import Checkpoint
+from headwise.measure.image_prompts import VISION_CLASS
 from headwise.models.architecture import Architecture, find_architecture
 from headwise.models.layout import CROSS, AttentionLayout
 from headwise.models.mla_source import sharing_class, written_class
@@ -119,13 +120,14 @@ def choose_target(
         if no_images and not target.exact and settings.images is None:
             target.warnings.append(
                 "No images are read: cross-attention is merged without moments, and every direction of its input "
-                "counts the same."
+                "counts the same. `images` measures it."
             )
         unread = [part for part in counts if any(x.part == part and not x.on_text for x in target.layouts)]
         if unread and not target.exact and settings.images is None:
             target.warnings.append(
                 f"Text does not run {' and '.join(unread)}, and nothing else is read: the weights alone decide how "
                 "heads merge, and every direction of their input counts the same."
+                + (" `images` measures it." if arch.auto_class == VISION_CLASS else "")
             )
     target.notes[:0] = notes
     return target

@@ -146,11 +146,15 @@ def quality_statement(result: ConvertResult) -> str:
         return "Quality: the conversion is exact, so the output computes the parent's function."
     before, after = result.plan.layouts_before, result.plan.layouts_after
     changed = [new for old, new in zip(before, after, strict=True) if new != old]
-    if changed and not any(layout.on_text for layout in changed):
+    images = any(layout.part == "vision" for layout in changed)
+    images = images or "images" in (result.plan.arguments.get("calibration") or {})
+    if changed and not images and not any(layout.on_text for layout in changed):
         return "Quality not measured: text does not run the layers that changed, and eval reads text."
     evaluate = shlex.join(["headwise", "eval", str(result.out), "--baseline", result.plan.model])
     if any(layout.part == "decoder" for layout in after):
         evaluate += " --pairs FILE.jsonl"
+    if images:
+        evaluate += " --images FILE.jsonl"
     loss = result.text_loss
     if loss is None or loss.before is None or loss.after is None:
         return f"Quality not measured: run {evaluate}"

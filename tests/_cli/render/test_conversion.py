@@ -17,11 +17,14 @@ OLD = AttentionLayout(4, 4, 8, 8, 8)
 
 
 def test_an_evaluation_that_says_nothing_is_not_proposed() -> None:
-    plan = SimpleNamespace(exact=False, model="M")
+    plan = SimpleNamespace(exact=False, model="M", arguments={})
     result: Any = SimpleNamespace(plan=plan, out="OUT", text_loss=None)
-    plan.layouts_before = (OLD, replace(OLD, part="vision", on_text=False))
+    plan.layouts_before = (OLD, replace(OLD, part="encoder", on_text=False))
     plan.layouts_after = (OLD, plan.layouts_before[1].with_groups(2))
     assert quality_statement(result).startswith("Quality not measured: text does not run the layers that changed")
+    plan.layouts_before = (OLD, replace(OLD, part="vision", on_text=False))
+    plan.layouts_after = (OLD, plan.layouts_before[1].with_groups(2))
+    assert quality_statement(result).endswith("headwise eval OUT --baseline M --images FILE.jsonl")
     plan.layouts_before = (replace(OLD, part="decoder"),)
     plan.layouts_after = (plan.layouts_before[0].with_groups(2),)
     assert quality_statement(result).endswith("headwise eval OUT --baseline M --pairs FILE.jsonl")
@@ -36,7 +39,8 @@ def test_an_evaluation_that_says_nothing_is_not_proposed() -> None:
     ],
 )
 def test_a_conversion_ends_with_commands_that_evaluate_it(parent: str, commands: str) -> None:
-    plan = SimpleNamespace(exact=False, model=parent, layouts_before=(OLD,), layouts_after=(OLD.with_groups(2),))
+    layouts = {"layouts_before": (OLD,), "layouts_after": (OLD.with_groups(2),)}
+    plan = SimpleNamespace(exact=False, model=parent, arguments={}, **layouts)
     loss = SimpleNamespace(before=2.0, after=2.5, tokens=1024, source="mixture")
     for text_loss in (None, loss):
         result: Any = SimpleNamespace(plan=plan, out="OUT", text_loss=text_loss)
