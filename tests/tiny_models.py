@@ -216,6 +216,23 @@ CONFIGS |= {
 }
 
 
+CONFIGS["lfm2_vl"] = {
+    "text_config": _COMMON | CONFIGS["lfm2"] | {"model_type": "lfm2"},
+    "vision_config": {
+        "model_type": "siglip2_vision_model",
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "patch_size": 4,
+        "num_patches": 16,
+    },
+    "projector_hidden_size": 20,
+    "image_token_id": 60,
+    "tie_word_embeddings": False,
+}
+
+
 _MODULE = (
     _COMMON
     | _heads(6, 3, 8)
@@ -471,6 +488,13 @@ def image_inputs(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]
         pixels = {
             "pixel_values": torch.randn(16, patch, generator=generator),
             "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        }
+        count = 4
+    elif model_type == "lfm2_vl":
+        pixels = {
+            "pixel_values": torch.randn(1, 16, 48, generator=generator),
+            "spatial_shapes": torch.tensor([[4, 4]]),
+            "pixel_attention_mask": torch.ones(1, 16, dtype=torch.long),
         }
         count = 4
     else:
