@@ -15,6 +15,7 @@ from torch import Tensor
 
 from headwise.errors import HeadwiseError, SettingError, is_out_of_memory
 from headwise.io.tokenizer import tokenizer_errors
+from headwise.models.protocol import reads_pairs
 from headwise.models.stock import stock_config
 
 VISION_CLASS = "AutoModelForImageTextToText"
@@ -205,13 +206,16 @@ def open_prompts(
         config: its config.json.
 
     Raises:
-        SettingError: the model reads no images, or there is no such file.
+        SettingError: the model reads no images or is an encoder-decoder, or there is no such file.
         HeadwiseError: a line is no pair, an image cannot be read, or the folder has no processor.
     """
     if auto_class != VISION_CLASS:
+        why = (
+            "is an encoder-decoder, which headwise runs on text alone" if reads_pairs(config) else "reads no images"
+        )
         raise SettingError(
             "images",
-            f"`images` is for vision-language models, and {source} reads no images.",
+            f"`images` is for vision-language models, and {source} {why}.",
             "Leave out `images`.",
         )
     return ImagePrompts(read_image_pairs(path), folder, source, config)

@@ -101,3 +101,6 @@ def test_a_model_of_text_is_refused(pairs: Path, tmp_path: Path) -> None:
     folder = small_parents.parent(tmp_path / "text")
     with pytest.raises(SettingError, match="reads no images"):
         open_prompts(pairs, "AutoModelForCausalLM", folder, "text", tiny_models.read_config(folder))
+    both = tiny_models.config_of("t5gemma2")  # its encoder reads images, and headwise gives it none
+    with pytest.raises(SettingError, match="both is an encoder-decoder, which headwise runs on text alone"):
+        open_prompts(pairs, "AutoModelForSeq2SeqLM", folder, "both", both)
