@@ -69,6 +69,15 @@ def test_a_window_limits_the_cache() -> None:
     assert found.cache_bytes == 2 * 2048 * (1000 + 100)
 
 
+def test_an_encoder_caches_nothing_and_merged_attention_caches_both_sides() -> None:
+    encoder, merged = replace(GQA, cached=False), replace(GQA, sliding_window=100, merged=True)
+    found = forecast([encoder, merged], None, ServingSettings(), 1000)
+    assert found.cache_bytes_per_token == 2 * 2 * 2048
+    assert found.cache_bytes == 2 * 2048 * (100 + 1000)  # the window holds for tokens of the decoder only
+    nothing = forecast([encoder], size(), ServingSettings(memory="80GB"), 1000)
+    assert nothing.cache_bytes == 0 and nothing.sequences is None
+
+
 def test_kv_heads_are_repeated_for_more_gpus() -> None:
     notes = list(planner.serving_notes(GQA, [], 2048, ServingSettings(tp=16)))
     assert len(notes) == 1 and "--to gqa --groups 16" in notes[0]
