@@ -404,8 +404,10 @@ def has_nonfinite(values: Tensor) -> bool:
     """
     if not values.dtype.is_floating_point or values.numel() == 0:
         return False
-    if values.dtype.itemsize == 1 or values.is_cuda:
-        return not bool(values.float().isfinite().all())
+    if values.dtype.itemsize == 1:
+        values = values.float()
+    if values.is_cuda:
+        return not bool(values.isfinite().all())
     signed, unsigned = INTEGERS[values.dtype.itemsize]
     infinities = torch.tensor([float("inf"), float("-inf")], dtype=values.dtype)
     positive, negative = infinities.view(signed).numpy().view(unsigned)

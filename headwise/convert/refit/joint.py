@@ -118,14 +118,24 @@ def plan_joint(
             )
         return plan
     changed = target.exact or settings.context is not None or settings.sliding_window is not None
-    textless = settings.calibrate == "none"  # whoever wants no text read wants none sampled
-    chosen = settings.refit == "auto" and device.type == "cuda" and target.calibrated and not textless
-    if not chosen or changed or checkpoint.headless:
+    # Whoever wants no text read wants none sampled.
+    textless = settings.calibrate == "none" or settings.moments is not None
+    chosen = settings.refit == "auto" and device.type == "cuda" and target.calibrated and _allowed(settings)
+    if not chosen or changed or textless or checkpoint.headless:
         return None
     parameters, attention = checkpoint.num_parameters, _attention_parameters(checkpoint, arch, target)
     free = available_memory(device)
     fits = free is None or BYTES_PER_PARAMETER * parameters + BYTES_PER_TRAINED * attention < MEMORY_SHARE * free
     return plan if fits and joint_seconds(checkpoint, arch, target, plan, device) <= REFIT_SECONDS else None
+
+
+def _allowed(settings: ConvertSettings) -> bool:
+    """Return whether the rules of the settings allow a joint refit beside the others."""
+    try:
+        replace(settings, refit="joint")
+    except SettingError:
+        return False
+    return True
 
 
 def _context(checkpoint: Checkpoint, arch: AttentionModel) -> int | None:

@@ -80,7 +80,8 @@ def solve_output_projection(
         for batch in fold.split(max(1, TOKENS_AT_ONCE // length)):
             wanted = outputs[batch].to(device)
             missing = (wanted - apply_attention(attention, record, inputs[batch].to(device), batch)).flatten(0, -2)
-            features = torch.cat([padded(each, length) for each in heads]).flatten(0, -2)
+            rows = [padded(each, length) for each in heads] if record.calls else heads
+            features = torch.cat([each.flatten(0, -2) for each in rows])
             heads.clear()
             if record.roots is not None:
                 features = features * record.roots[batch.cpu()].to(device).flatten()[:, None]

@@ -28,7 +28,7 @@ from headwise.convert.verify.settings import VerifySettings
 from headwise.convert.verify.verification import Check, Verification
 from headwise.convert.verify.whole_model import WHOLE_BYTES, check_loading
 from headwise.environment import find_device
-from headwise.errors import HeadwiseError, SettingError
+from headwise.errors import HeadwiseError, SettingError, is_out_of_memory
 from headwise.format import layout_names
 from headwise.io.reader import Checkpoint, as_bytes, has_nonfinite, open_checkpoint
 from headwise.io.source import find_gguf
@@ -145,11 +145,19 @@ def check_folder(
 
     def compute(name: str, check: Callable[..., tuple[bool, str]], *given: Any, **more: Any) -> None:
         """Add a check that computes on the device. The CPU repeats what fails on a GPU, and its result counts."""
-        add(name, check, *given, **more, device=device)
-        if not checks[-1].passed and torch.device(device).type != "cpu":
-            _, _, first = checks.pop()
-            passed, detail = run_check(check, *given, **more, device="cpu")
-            checks.append(Check(name, passed, f"{detail}, on the CPU; {device} found: {first}"))
+        again = torch.device(device).type != "cpu"
+        try:
+            passed, detail = run_check(check, *given, **more, device=device)
+        except Exception as error:
+            if not again or not is_out_of_memory(error):
+                raise
+            passed, detail = False, "too little memory"
+        if again and not passed:
+            progress.warn(f"The check {name} fails on {device} ({detail}). The CPU repeats it and decides.")
+            passed, on_cpu = run_check(check, *given, **more, device="cpu")
+            detail = f"{on_cpu}, on the CPU; {device} found: {detail}"
+        checks.append(Check(name, passed, detail))
+        progress.advance(1)
 
     layouts = list(planned) if planned is not None else own_layouts
     add("tensors", _tensors_fit, checkpoint, model)

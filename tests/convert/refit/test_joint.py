@@ -180,13 +180,23 @@ def test_calibration_reads_the_text_of_the_refit(
     assert open_checkpoint(tmp_path / "out").config["num_key_value_heads"] == 1
 
 
-@pytest.mark.parametrize(("calibrate", "chosen"), [(None, True), ("mixture", True), ("none", False)])
-def test_a_gpu_samples_no_text_where_none_is_to_be_read(
-    parent: Path, monkeypatch: pytest.MonkeyPatch, calibrate: str | None, chosen: bool
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        ({"to": "mqa"}, True),
+        ({"to": "mqa", "calibrate": "mixture"}, True),
+        ({"to": "mqa", "calibrate": "none"}, False),
+        ({"to": "mqa", "moments": "folder"}, False),
+        ({"to": "mqa", "images": "pairs.jsonl"}, False),
+        ({"to": "mla", "sparse": "dsa"}, False),
+    ],
+)
+def test_auto_chooses_a_joint_refit_where_the_settings_allow_one(
+    parent: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], chosen: bool
 ) -> None:
     monkeypatch.setattr(joint, "available_memory", lambda device: None)
     checkpoint = open_checkpoint(parent)
-    settings = ConvertSettings(to="mqa", calibrate=calibrate)
+    settings = ConvertSettings(**given)
     arch, target = (
         find_attention_model(checkpoint.config),
         SimpleNamespace(
@@ -198,3 +208,5 @@ def test_a_gpu_samples_no_text_where_none_is_to_be_read(
     )
     plan = joint.plan_joint(checkpoint, arch, target, settings, torch.device("cuda"))  # type: ignore[arg-type]
     assert (plan is not None) == chosen
+    if chosen:
+        replace(settings, refit="joint")  # as the pipeline does

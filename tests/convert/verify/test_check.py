@@ -21,6 +21,7 @@ from headwise.convert.verify.check import Verification, check_folder, verify_mod
 from headwise.convert.verify.verification import CHECKS
 from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import open_checkpoint
+from headwise.progress import Progress
 from tests import tiny_models
 from tests.convert.devices import needs_gpu
 from tests.convert.speaking import save_speaking
@@ -349,18 +350,28 @@ def test_a_gpu_finds_what_the_cpu_finds(home: Path, child: str) -> None:
 
 
 @pytest.mark.parametrize("sound", [True, False])
-def test_the_cpu_repeats_what_fails_on_a_gpu(home: Path, monkeypatch: pytest.MonkeyPatch, sound: bool) -> None:
+@pytest.mark.parametrize("memory", [True, False])
+def test_the_cpu_repeats_what_fails_on_a_gpu(
+    home: Path, monkeypatch: pytest.MonkeyPatch, sound: bool, memory: bool
+) -> None:
     used: list[str] = []
+    warned: list[str] = []
 
     def compared(*_: Any, device: str) -> tuple[bool, str]:
         used.append(device)
+        if device != "cpu" and not memory:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return sound and device == "cpu", f"error on {device}"
 
     monkeypatch.setattr(check, "check_groups", compared)
     monkeypatch.setattr(check, "_loads", lambda *_, device: (True, "loaded"))
-    found = check_folder(open_checkpoint(home / "gqa"), None, device="cuda:1")
+    progress = Progress()
+    monkeypatch.setattr(progress, "warn", warned.append)
+    found = check_folder(open_checkpoint(home / "gqa"), None, device="cuda:1", progress=progress)
     assert used == ["cuda:1", "cpu"] and failed(found) == (set() if sound else {"function"})
-    assert found.checks[3].detail == "error on cpu, on the CPU; cuda:1 found: error on cuda:1"
+    first = "error on cuda:1" if memory else "too little memory"
+    assert found.checks[3].detail == f"error on cpu, on the CPU; cuda:1 found: {first}"
+    assert len(warned) == 1 and "function" in warned[0] and first in warned[0]
 
 
 def test_the_device_reaches_every_model_and_every_layer(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
