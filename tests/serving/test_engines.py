@@ -118,6 +118,12 @@ def test_rules_of_mla(changes: dict[str, Any], engine: str, verdict: str, word: 
     assert bool(found.commands) == (found.serves and engine != "transformers")
 
 
+@pytest.mark.parametrize("width, evidence", [(64, "run"), (128, "read"), (512, "read"), (96, "read")])
+def test_a_width_of_index_keys_that_was_not_run_is_read(width: int, evidence: str) -> None:
+    verdict = verdicts(**SPARSE | dict(index_head_dim=width))["llama.cpp"]
+    assert verdict.evidence.startswith(evidence)
+
+
 def test_the_commands_of_llama_cpp_keep_what_quantizing_destroys() -> None:
     direct = verdicts(num_hidden_layers=30)["llama.cpp"].commands
     factored = verdicts(num_hidden_layers=30, q_lora_rank=576)["llama.cpp"].commands
