@@ -1,9 +1,10 @@
-"""The plugin for SGLang: MLA at cache rows and head dims that its default backends refuse, without a flag.
+"""The plugin for SGLang: MLA at cache rows and head dims that its defaults refuse, on Hopper without a flag.
 
 SGLang finds `register_backends` by the entry point group `sglang.srt.plugins` and calls it in each of its
 processes. `SGLANG_PLUGINS` leaves the plugin out. Two parts change:
 
-- Where the default backend does not take the shape of a model, the default is the backend `triton`, which does.
+- Where the default backend does not take the shape of a model, the default is the backend `triton`, which does. On
+  Blackwell SGLang chooses `trtllm_mla` for DeepSeek-V3 before it looks for a default: there the flag is needed.
 - `triton` decodes with the Hopper kernel of headwise at rows that no stock kernel was written for.
 """
 
@@ -35,8 +36,9 @@ def _replace_parts() -> None:
     stock = ATTENTION_BACKENDS["triton"]
 
     def make_backend(runner: Any) -> Any:
-        config = runner.model_config
-        if not runner.use_mla_backend or config.kv_lora_rank + config.qk_rope_head_dim in TRITON_ROWS:
+        names = ("kv_lora_rank", "qk_rope_head_dim")
+        widths: list[Any] = [getattr(runner.model_config, name, None) for name in names]
+        if not runner.use_mla_backend or None in widths or sum(widths) in TRITON_ROWS:
             return stock(runner)
         try:
             from headwise.serving.sglang_plugin.triton_mla import AnyRowAttnBackend

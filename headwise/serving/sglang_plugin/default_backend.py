@@ -2,6 +2,9 @@
 
 The shapes were read in the sources of the kernels: `hopper/flash_api.cpp` of sgl-flash-attn (commit 07a9b0cc) for
 "fa3", and FlashInfer 0.7.2 for "flashinfer".
+
+"fa3" is the default on Hopper. "flashinfer" is the default on Blackwell for DeepSeek-V2 and GLM-4.7-Flash. For
+DeepSeek-V3 SGLang names "trtllm_mla" there before it looks for a default, and no hook is called.
 """
 
 from __future__ import annotations
@@ -61,4 +64,8 @@ def after_default(chosen: str, server_args: Any, use_mla_backend: bool, model_co
     if getattr(model_config.hf_text_config, "index_topk", None) is not None:  # sparse attention has its own backend
         return None
     names = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    return None if SERVES[chosen](*(getattr(model_config, name) for name in names)) else "triton"
+    shape: list[Any] = [getattr(model_config, name, None) for name in names]
+    # SGLang reads some classes, such as MiniCPM3, without all of these fields: their default is its own matter.
+    if None in shape:
+        return None
+    return None if SERVES[chosen](*shape) else "triton"

@@ -14,13 +14,14 @@ from headwise.serving.plugin import decode_on_pages, runs_hopper_kernel
 class AnyRowAttnBackend(TritonAttnBackend):  # type: ignore[misc]
     """The stock backend, whose decode is the Hopper kernel where it can run.
 
-    A page of the kernel is one slot of SGLang's pool, whatever its page size. The table of a step is the rows of
-    `req_to_token` of its requests: one copy, which a CUDA graph repeats.
+    A page of the kernel is a page of the pool, whose slots follow each other. The table of a step has the pages
+    of its requests, from the rows of `req_to_token`: one copy, which a CUDA graph repeats. It takes batch x longest
+    context x 4 bytes, divided by the page size, and stays in the memory of the graph.
     """
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
-        # Slots (batch, tokens of the longest context) and lengths (batch) of the step; None: the stock decode.
+        # Pages (batch, pages of the longest context) and lengths (batch) of the step; None: the stock decode.
         self._step: tuple[Tensor, Tensor] | None = None
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
@@ -53,7 +54,10 @@ class AnyRowAttnBackend(TritonAttnBackend):  # type: ignore[misc]
             bs=forward_batch.batch_size,
         )
         if source.v2p is None and source.entry_page_size == 1:  # else its slots are virtual, or pages
-            self._step = source.ids.index_select(0, source.row_ids).int(), forward_batch.seq_lens.int()
+            table = source.ids[:, :: self.page_size].index_select(0, source.row_ids).int()
+            if self.page_size > 1:
+                table //= self.page_size
+            self._step = table, forward_batch.seq_lens.int()
 
     def forward_decode(
         self,
@@ -89,7 +93,7 @@ class AnyRowAttnBackend(TritonAttnBackend):  # type: ignore[misc]
         table, lengths = self._step
         out, _ = decode_on_pages(
             query[:, None],
-            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+            self.token_to_kv_pool.get_key_buffer(layer.layer_id)[:, 0].unflatten(0, (-1, self.page_size)),
             layer.v_head_dim,
             scale=layer.scaling,
             lengths=lengths,

@@ -103,6 +103,7 @@ class RadixAttention:
 class TritonAttnBackend:
     def __init__(self, model_runner: Any) -> None:
         self.token_to_kv_pool = model_runner.token_to_kv_pool
+        self.page_size = model_runner.page_size
         self.kv_index_translator = model_runner.kv_index_translator
         self.dcp_size, self.enable_deterministic = 1, False
 
@@ -179,11 +180,12 @@ def model_config(rank: int, rope: int, nope: int = 64, value: int = 64, **text: 
     )  # fmt: skip
 
 
-def model_runner(rank: int, rope: int, slots: int = 0, dtype: torch.dtype = torch.float32, **config: int) -> Any:
+def model_runner(rank: int, rope: int, slots: int = 0, page_size: int = 1) -> Any:
     """Return the fields of SGLang's ModelRunner that the plugin reads."""
     return SimpleNamespace(
+        page_size=page_size,
         use_mla_backend=True,
-        model_config=model_config(rank, rope, **config),
-        token_to_kv_pool=MLATokenToKVPool(slots, dtype, rank, rope),
+        model_config=model_config(rank, rope),
+        token_to_kv_pool=MLATokenToKVPool(slots, torch.float32, rank, rope),
         kv_index_translator=None,
     )

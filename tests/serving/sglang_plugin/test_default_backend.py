@@ -32,6 +32,14 @@ def test_the_default_is_kept_where_it_takes_the_shape(
     assert after_default(default, None, True, config) == expected
 
 
+@pytest.mark.parametrize("default", ["fa3", "flashinfer"])
+@pytest.mark.parametrize("missing", ["qk_nope_head_dim", "v_head_dim", "kv_lora_rank"])
+def test_a_class_without_a_field_keeps_the_default(default: str, missing: str) -> None:
+    config = model_config(256, 32)
+    delattr(config, missing)
+    assert after_default(default, None, True, config) is None
+
+
 @pytest.mark.parametrize("use_mla, text", [(False, {}), (True, {"index_topk": 2048})])
 def test_other_models_keep_the_default(use_mla: bool, text: dict[str, Any]) -> None:
     assert after_default("fa3", None, use_mla, model_config(48, 16, **text)) is None

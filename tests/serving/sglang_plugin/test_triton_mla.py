@@ -45,6 +45,14 @@ def test_the_stock_backend_serves_its_own_shapes(shape: tuple[int, int] | None) 
     assert type(stand_ins.ATTENTION_BACKENDS["triton"](runner)) is stand_ins.TritonAttnBackend
 
 
+@pytest.mark.parametrize("missing", ["kv_lora_rank", "qk_rope_head_dim"])
+def test_the_stock_backend_serves_a_class_without_a_field(missing: str) -> None:
+    sglang_plugin.register_backends()
+    runner = stand_ins.model_runner(RANK, ROPE)
+    delattr(runner.model_config, missing)
+    assert type(stand_ins.ATTENTION_BACKENDS["triton"](runner)) is stand_ins.TritonAttnBackend
+
+
 @pytest.mark.parametrize("release", ["0.5.22", "0.5.24", "0.6.0"])
 def test_another_release_stays_as_it_is(release: str, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     monkeypatch.setattr(common, "version", lambda name: release)
@@ -72,10 +80,11 @@ def test_a_worker_without_a_part_gets_the_stock_backend(monkeypatch: pytest.Monk
     assert type(backend) is stand_ins.TritonAttnBackend and "lacks a part of 0.5.23" in caplog.text
 
 
-def step(**batch: Any) -> SimpleNamespace:
-    """A backend, and one decode step of two requests whose slots are spread over the pool."""
-    runner = stand_ins.model_runner(RANK, ROPE, slots=200)
-    tables = torch.randperm(199, generator=torch.Generator().manual_seed(0))[:192].int().view(3, 64) + 1
+def step(page_size: int = 1, **batch: Any) -> SimpleNamespace:
+    """A backend, and one decode step of two requests whose pages are spread over the pool."""
+    runner = stand_ins.model_runner(RANK, ROPE, slots=192 + page_size, page_size=page_size)
+    pages = torch.randperm(192 // page_size, generator=torch.Generator().manual_seed(0)) + 1
+    tables = (pages[:, None] * page_size + torch.arange(page_size)).int().view(3, 64)
     runner.kv_index_translator = stand_ins.KVIndexTranslator(tables)
     requests, lengths = torch.tensor([2, 0]), torch.tensor(LENGTHS)
     new = tables[requests, lengths - 1].long()
@@ -112,9 +121,11 @@ def decode(case: SimpleNamespace, **named: Any) -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize("graph", [False, True])
-def test_decode_on_the_pool_is_latent_attention(graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = step()
+@pytest.mark.parametrize("graph, page_size", [(False, 1), (True, 1), (False, 16), (True, 64)])
+def test_decode_on_the_pool_is_latent_attention(
+    graph: bool, page_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = step(page_size)
     on_hopper(monkeypatch)
     prepare = case.backend.init_forward_metadata_in_graph if graph else case.backend.init_forward_metadata
     prepare(case.batch)
