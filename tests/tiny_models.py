@@ -269,6 +269,15 @@ OTHERS: dict[str, dict[str, Any]] = {
         | {"hidden_size": 24, "out_hidden_size": 112, "num_key_value_heads": 6, "num_heads": 6, "depth": 2},
         **_IMAGE_TOKENS,
     },
+    "molmo2": {
+        "text_config": _COMMON | _heads(14, 2, 8) | {"additional_vocab_size": 5, "attention_bias": True},
+        "vision_config": _heads(6, 6, 4)
+        | {"hidden_size": 20, "intermediate_size": 16, "num_hidden_layers": 2}
+        | {"image_size": [8, 8], "patch_size": 4},
+        "adapter_config": _heads(6, 3, 4)
+        | {"hidden_size": 20, "intermediate_size": 16, "text_hidden_size": 36, "vision_feature_layer": [1, 0]},
+        "image_patch_id": 60,
+    },
     "lfm3_vl": {
         "text_config": _COMMON
         | _heads(6, 3, 8)
@@ -488,6 +497,13 @@ def image_inputs(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]
         pixels = {
             "pixel_values": torch.randn(16, patch, generator=generator),
             "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        }
+        count = 4
+    elif model_type == "molmo2":  # four patches, each of which is a token
+        pixels = {
+            "pixel_values": torch.randn(1, 4, 48, generator=generator),
+            "image_token_pooling": torch.tensor([[0, 1], [1, 2], [2, 3], [3, -1]]),
+            "image_grids": torch.tensor([[2, 2, 0, 0]]),
         }
         count = 4
     elif model_type == "lfm2_vl":

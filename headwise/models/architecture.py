@@ -95,7 +95,8 @@ class Architecture(ArchitectureRow):
         Args:
             config: the checkpoint's config.json.
         """
-        return complete_part(config, self.text_key) if self.text_key else config
+        key = next((key for key in (self.text_key, self.old_text_key) if key and config.get(key)), self.text_key)
+        return complete_part(config, key) if key else config
 
     def stock_config(self, config: dict[str, Any]) -> Any:
         """Return the stock config object of the language model. Callers share it and must not change it.
@@ -231,7 +232,7 @@ class Architecture(ArchitectureRow):
     @property
     def output_projection(self) -> str:
         """Name of the output projection in the attention module."""
-        return self.projections["o"]
+        return self.stock_names(self.projections["o"])[0]
 
     def attention_path(self, layer: int) -> str:
         """Return the path of a layer's attention module in the stock model.
@@ -240,7 +241,7 @@ class Architecture(ArchitectureRow):
             layer: index of the decoder layer.
         """
         part, number = self.at(layer)
-        return f"{part.module.format(layer=number)}.{part.attention}"
+        return f"{part.module.format(layer=number)}.{part.stock_names(part.attention)[0]}"
 
     def prefix(self, layer: int) -> str:
         """Return the beginning of the names of a layer's attention tensors in the checkpoint, with its dot.
@@ -442,8 +443,7 @@ class Architecture(ArchitectureRow):
         Args:
             config: the checkpoint's config.json.
         """
-        norms = self.norms
-        return norms if norms and (norms.when is None or getattr(self.stock_config(config), norms.when)) else None
+        return self.norms.of(self.stock_config(config)) if self.norms else None
 
 
 def find_architecture(config: dict[str, Any], names: Iterable[str] = ()) -> Architecture:

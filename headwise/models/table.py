@@ -22,16 +22,29 @@ class QkNorm:
     Attributes:
         q: module name of the queries' norm.
         k: module name of the keys' norm.
-        scope: "head": one head at a time, one weight for all; "all": all heads at once.
+        scope: "head": one head at a time, one weight for all; "all": all heads at once. In a row also a config key
+            (key), and the scope for each of its values.
         offset: added to the weight before it multiplies (Gemma: 1).
         when: the config key that switches the norms on, None where they are always there.
     """
 
     q: str
     k: str
-    scope: str
+    scope: Any
     offset: float
     when: str | None
+
+    def of(self, stock: Any) -> QkNorm | None:
+        """Return the norms of a model, with its scope; None if the model has none.
+
+        Args:
+            stock: the stock config object.
+        """
+        if self.when is not None and not getattr(stock, self.when):
+            return None
+        if isinstance(self.scope, str):
+            return self
+        return replace(self, scope=self.scope[getattr(stock, self.scope["key"])])
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,8 @@ class ArchitectureRow:
         sizes: the config keys of the number of query heads (heads), of their width (head_dim), and of the width of
             what keys and values are made from (inputs).
         projections: tensor names of q, k, v, o, or of qkv and o where they are fused.
+        renamed: checkpoint name -> names in the stock model, where transformers renames a tensor or a module as it
+            loads, or splits the rows of a tensor.
         fusion: "none"; "qkv_concat": all queries, then all keys, then all values;
             "qkv_per_group_interleaved": per key-value head its queries, its key, its value.
         qkv_bias: true, false, or the config key that holds this flag.
@@ -75,6 +90,7 @@ class ArchitectureRow:
         old_rope_names: rope parameter -> top-level config key of transformers 4.
         old_rope_scaling: the keys transformers 4 allows in `rope_scaling`, where it is strict.
         text_key: path of the language model's config inside a wrapper, None at the top level.
+        old_text_key: the key of its config in older checkpoints, read where there is no `text_key`.
         wrapper: model type of the whole checkpoint where the language model is only a part.
     """
 
@@ -93,6 +109,7 @@ class ArchitectureRow:
     only_layers: dict[str, Any] | None
     sizes: dict[str, str]
     projections: dict[str, str]
+    renamed: dict[str, list[str]]
     fusion: str
     qkv_bias: bool | str
     norms: QkNorm | None
@@ -107,12 +124,22 @@ class ArchitectureRow:
     old_rope_names: dict[str, str]
     old_rope_scaling: tuple[str, ...] | None
     text_key: str | None = None
+    old_text_key: str | None = None
     wrapper: str | None = None
 
     @property
     def is_cross(self) -> bool:
         """Whether keys and values are made from another model's output alone."""
         return self.states is not None and self.merged is None
+
+    def stock_names(self, name: str) -> list[str]:
+        """Return the names in the stock attention of a checkpoint tensor; it holds their rows in this order.
+
+        Args:
+            name: of the tensor or module, without the attention's own name.
+        """
+        module, dot, kind = name.partition(".")
+        return [f"{new}{dot}{kind}" for new in self.renamed.get(module, [module])]
 
 
 @dataclass(frozen=True)
@@ -142,7 +169,12 @@ def parse_table(text: str) -> Table:
     """
     data = yaml.safe_load(text)
     _check_keys("the table", data, {f.name for f in fields(Table)})
-    expected = {f.name for f in fields(ArchitectureRow)} - {"model_type", "text_key", "wrapper"}
+    expected = {f.name for f in fields(ArchitectureRow)} - {
+        "model_type",
+        "text_key",
+        "old_text_key",
+        "wrapper",
+    }
     rows = {}
     for model_type, row in data["rows"].items():
         _check_keys(model_type, row, expected)
@@ -151,7 +183,8 @@ def parse_table(text: str) -> Table:
         _check_keys(model_type, whole, {"family", "auto_class", "parts"})
         common = {"family": whole["family"], "auto_class": whole["auto_class"], "wrapper": model_type}
         for part in whole["parts"]:
-            _check_keys(f"{model_type}, {part.get('part')}", part, expected | {"model_type", "text_key"})
+            keys = expected | {"model_type", "text_key"} | part.keys() & {"old_text_key"}
+            _check_keys(f"{model_type}, {part.get('part')}", part, keys)
         whole["parts"] = [ArchitectureRow(**_frozen(model_type, part) | common) for part in whole["parts"]]
     for model_type, row in data["latents"].items():
         _check_keys(model_type, row, {"half_split", "requires"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,8 @@ DEFAULT_NUM_CHECKPOINTS, FEWEST_STEPS = 10, 50
 STREAM_STATE = "stream.json"
 # The file of the schedule, as transformers names it.
 SCHEDULE = "scheduler.pt"
+# The argument by which a class learns which tokens hold an image. In training some classes insist on it.
+TOKEN_KINDS = "mm_token_type_ids"
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,9 @@ class Trainer(transformers.Trainer):
         loss, teacher = self.task.loss, self.task.teacher
         hidden_states = bool(loss.hidden_states)
         network: Any = self.model
+        stock = network.get_base_model() if hasattr(network, "get_base_model") else network
+        if TOKEN_KINDS in inspect.signature(stock.forward).parameters:
+            inputs[TOKEN_KINDS] = torch.zeros_like(inputs["input_ids"])
         attention = []
         if loss.attention_outputs:
             attention = [network.get_submodule(path) for path in self.task.attention]

@@ -28,7 +28,7 @@ from tests import small_parents, tiny_models
 from tests.models.test_architecture import random_gauge
 
 # Models with attention that text does not run.
-UNREAD = ["exaone4_5", "lfm3_vl", "dia", "canary", "moonshine_streaming"]
+UNREAD = ["exaone4_5", "molmo2", "lfm3_vl", "dia", "canary", "moonshine_streaming"]
 WEIGHTS_ALONE: dict[str, Any] = {"calibrate": "none", "refit": "off"}
 TO_GQA = {"to": "gqa", "calibrate": "none", "refit": "off"}
 
@@ -261,7 +261,9 @@ def double_heads(folder: Path) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("model_type", [*sorted(table.load_table().wrappers), "mllama", "exaone4_5", "t5gemma2"])
+@pytest.mark.parametrize(
+    "model_type", [*sorted(table.load_table().wrappers), "mllama", "exaone4_5", "molmo2", "t5gemma2"]
+)
 def test_an_image_in_the_prompt_gives_the_same_logits(tmp_path: Path, model_type: str) -> None:
     """Half the heads are copies in other coordinates: a conversion to half changes nothing, with an image too."""
     heads = {"num_attention_heads": 12, "num_key_value_heads": 3}
@@ -340,6 +342,31 @@ def test_what_text_does_not_run_takes_fewer_kv_heads(tmp_path: Path, model_type:
     torch.testing.assert_close(logits_of(loaded_whole(tmp_path / "back")), after)
 
 
+def test_a_tower_under_its_old_name_converts(tmp_path: Path) -> None:
+    """Published molmo2 configs count more layers than there are, from the last one, and the class counts anew."""
+    variant = {"qk_norm_type": "olmo", "norm_after": True, "rope_scaling_layers": [1]}
+    folder = tiny_models.save("molmo2", tmp_path / "model", **variant)
+    before = logits_of(loaded_whole(folder))
+    config = tiny_models.read_config(folder)
+    config["vit_config"] = config.pop("vision_config") | {"num_hidden_layers": 4}
+    config["adapter_config"]["vit_layers"] = [-3, -4]
+    del config["adapter_config"]["vision_feature_layer"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits_of(loaded_whole(folder)), before)
+    result = convert_model(folder, tmp_path / "out", to="gqa", part=["text=1", "vision=2"], **WEIGHTS_ALONE)
+    assert verify_model(tmp_path / "out", folder).passed
+    assert [layout.part for layout in result.plan.layouts_after] == ["text"] * 2 + ["vision"] * 2
+    written = tiny_models.read_config(tmp_path / "out")
+    assert "vision_config" not in written
+    assert [written[key]["num_key_value_heads"] for key in ("text_config", "vit_config")] == [1, 2]
+    after = logits_of(loaded_whole(tmp_path / "out"))
+    repeated = logits_of(RepeatedAttention(open_checkpoint(tmp_path / "out")).whole_model())
+    assert float((after - repeated).abs().max() / after.abs().max()) < 1e-9
+    assert float((after - before).abs().max() / before.abs().max()) > 1e-4
+    with pytest.raises(HeadwiseError, match=r"rope_scaling_layers: \[1\], and no scaling reaches"):
+        convert_model(folder, tmp_path / "longer", context=256)
+
+
 def test_a_kind_with_a_number_of_its_own_changes_alone(tmp_path: Path) -> None:
     folder = tiny_models.save("dia", tmp_path / "model")
     convert_model(folder, tmp_path / "cross", to="gqa", part="cross=1", **WEIGHTS_ALONE)
@@ -375,9 +402,10 @@ def test_a_gauge_of_what_text_does_not_run_moves_no_logit(tmp_path: Path, model_
     assert any(not torch.equal(gauged[n].float(), tensors[n]) for n in tensors)
 
 
-def test_text_and_tower_change_in_one_command(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", ["exaone4_5", "molmo2"])
+def test_text_and_tower_change_in_one_command(tmp_path: Path, model_type: str) -> None:
     """The text is calibrated, and the tower is not."""
-    folder = small_parents.tiny_parent(tmp_path / "model", "exaone4_5")
+    folder = small_parents.tiny_parent(tmp_path / "model", model_type)
     text = small_parents.text(tmp_path / "text.txt")
     result = convert_model(
         folder,
@@ -391,7 +419,8 @@ def test_text_and_tower_change_in_one_command(tmp_path: Path) -> None:
     assert isinstance(result, ConvertResult) and result.verification is not None and result.verification.passed
     config = tiny_models.read_config(tmp_path / "out")
     assert [config[key]["num_key_value_heads"] for key in ("text_config", "vision_config")] == [1, 2]
-    assert ["output" in result.layers[layer] for layer in range(5)] == [True] * 3 + [False] * 2
+    for layer, layout in enumerate(result.plan.layouts_after):
+        assert ("output" in result.layers[layer]) == layout.on_text
     assert verify_model(tmp_path / "out", folder).passed
     longer = convert_model(folder, tmp_path / "longer", context=256, verify=False)
     assert isinstance(longer, ConvertResult) and longer.plan.layouts_after == longer.plan.layouts_before

@@ -71,15 +71,21 @@ def distance(after: torch.Tensor, before: torch.Tensor) -> float:
     return float((after - before).abs().max() / before.abs().max())
 
 
-def module_names(arch: Architecture, tensors: Tensors) -> Tensors:
-    """Checkpoint tensors under the names of the stock modules."""
-    names = {}
-    for part in arch.parts or (arch,):
-        checkpoint, module = (path.split("{")[0] for path in (part.layers[0], part.module))
-        names |= {n: module + n.removeprefix(checkpoint) for n in tensors if n.startswith(checkpoint)}
-        if part.model_type == "lfm3_vl_vision":  # transformers renames these when it loads
-            names = {n: name.replace("_layernorm.", "_norm.") for n, name in names.items()}
-    return {names[name]: tensor for name, tensor in tensors.items()}
+def module_names(arch: Architecture, tensors: Tensors, state: Tensors) -> Tensors:
+    """Checkpoint tensors under the names of the stock modules, whose shapes are in `state`."""
+    found: Tensors = {}
+    for name, tensor in tensors.items():
+        part = next(
+            part
+            for part in arch.parts or (arch,)
+            if name.startswith(part.layers[0].split("{")[0]) and f".{part.attention}." in name
+        )
+        start, module = (path.split("{")[0] for path in (part.layers[0], part.module))
+        number, attention, own = name.removeprefix(start).split(".", 2)
+        layer = f"{module}{number}.{part.stock_names(attention)[0]}."
+        places = [layer + place for place in part.stock_names(own)]
+        found |= zip(places, tensor.split([len(state[place]) for place in places]), strict=True)
+    return found
 
 
 def double_model(model_type: str, flat_norms: bool = False):
@@ -98,7 +104,7 @@ def rewrite(model, config, arch: Architecture, tensors: Tensors, change) -> None
     """Change every layer and put it back into the stock model."""
     for layer in attending(arch, config):
         weights = change(layer, arch.read_layer(config, layer, tensors))
-        written = module_names(arch, arch.write_layer(config, layer, weights, torch.float64))
+        written = module_names(arch, arch.write_layer(config, layer, weights, torch.float64), model.state_dict())
         assert not model.load_state_dict(written, strict=False).unexpected_keys
 
 
@@ -205,7 +211,7 @@ def test_repeating_key_value_heads_keeps_the_logits(model_type):
         )
         written = arch.write_layer(config, layer, many, torch.float64)
         assert {n: tuple(t.shape) for n, t in written.items()} == arch.tensor_shapes(new_config, layer)
-        state |= module_names(arch, written)
+        state |= module_names(arch, written, lifted.state_dict())
     lifted.load_state_dict(state)
     assert distance(logits(lifted), logits(model)) <= 1e-10
 
@@ -225,7 +231,7 @@ def test_the_stock_class_builds_every_legal_group_count_with_our_shapes(model_ty
             assert layout == (old.with_groups(groups) if usual else old)
             shapes = arch.tensor_shapes(new_config, layer)
             empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-            for name, tensor in module_names(arch, empty).items():
+            for name, tensor in module_names(arch, empty, state).items():
                 assert state[name].shape == tensor.shape, name
     with pytest.raises(HeadwiseError, match=f"cannot have {heads + 1} key-value heads.*Legal: "):
         arch.with_groups(config, heads + 1)

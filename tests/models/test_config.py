@@ -274,7 +274,6 @@ def test_a_head_on_top_chooses_the_class_that_loads_it():
         ),
         ({"model_type": "t5gemma2", "decoder": {"model_type": [1]}}, r"model_type: \[1\] in decoder, and a name"),
         ({"model_type": "t5gemma", "encoder": 5}, "encoder: 5, and the config of a part belongs there"),
-        ({"model_type": "molmo2"}, "fuse and name attention in another way.*Choose another model"),
         ({"model_type": "hunyuan_vl"}, "its vision tower reads no number of KV heads"),
         ({"model_type": "nemotron_h"}, "nemotron_h: it has no row in the table.*Did you mean nemotron"),
         ({"model_type": "nemotron-nas"}, "transformers has no class for it, and headwise never runs code"),

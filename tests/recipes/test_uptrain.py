@@ -586,7 +586,7 @@ def test_attention_to_both_sides_at_once_trains_on_pairs(pair_home: Path, tmp_pa
     assert not any("vision_tower" in name for name in changed)  # no image is read
 
 
-@pytest.mark.parametrize("kind", ["llava", "mllama"])
+@pytest.mark.parametrize("kind", ["llava", "mllama", "molmo2"])
 def test_the_text_of_a_vision_language_model_is_trained(home: Path, tmp_path: Path, kind: str) -> None:
     parent = models.tiny_parent(tmp_path / "parent", kind)
     child = models.converted(parent, tmp_path / "mqa", to="mqa")

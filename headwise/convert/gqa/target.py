@@ -168,13 +168,17 @@ class GroupedTarget:
         other = [n for n in self.source.tensors if n.startswith(prefix) and n not in tensors]
         load_into(model, {**{n: self.source.read(n) for n in other}, **tensors}, device)
         attention = model.get_submodule(self.arch.attention_path(layer)).to(device)
-        free = {prefix + n: p for n, p in attention.named_parameters() if prefix + n in tensors}
+        row, _ = self.arch.at(layer)
+        free = {n: list(map(attention.get_parameter, row.stock_names(n.removeprefix(prefix)))) for n in tensors}
 
         def export(record: LayerRecord) -> dict[str, Tensor]:
-            return {name: p.detach().to(self._dtypes[name]).cpu() for name, p in free.items()}
+            return {
+                name: torch.cat([part.detach() for part in parts]).to(self._dtypes[name]).cpu()
+                for name, parts in free.items()
+            }
 
-        projection = attention.get_submodule(self.arch.at(layer)[0].projections["o"])
-        return Refittable(attention, projection, list(free.values()), export)
+        projection = attention.get_submodule(row.output_projection)
+        return Refittable(attention, projection, [part for parts in free.values() for part in parts], export)
 
     def transform_other(self, name: str, checkpoint: Checkpoint) -> Tensor:
         """See `Target`."""
@@ -211,7 +215,8 @@ def _key_value_names(arch: Architecture, config: dict[str, Any], layer: int) -> 
     """Return the tensors of a layer with rows for each KV head, in an architecture that does not fuse them."""
     part, _ = arch.at(layer)
     modules = [part.projections["k"], part.projections["v"]]
-    if part.norms is not None and part.norms.scope == "all":
-        modules.append(part.norms.k)
+    norms = part.qk_norm(config)
+    if norms is not None and norms.scope == "all":
+        modules.append(norms.k)
     prefix = arch.prefix(layer)
     return [n for n in arch.tensor_names(config, layer) if n.removeprefix(prefix).split(".")[0] in modules]

@@ -110,6 +110,13 @@ def extend_context(
         )
     sets = rope_sets(config, architecture)
     stock = architecture.stock_config(config)
+    scaled = getattr(stock, "rope_scaling_layers", None)
+    if scaled is not None and not set(range(stock.num_hidden_layers)).issubset(scaled):
+        raise HeadwiseError(
+            f"config.json has rope_scaling_layers: {scaled}, and no scaling reaches the other layers of this "
+            f"{architecture.model_type} model.",
+            "Leave out `context`.",
+        )
     trained = stock.max_position_embeddings
     reached = max(_length_reached(rope_set, stock) for rope_set in sets)
     unclear = [note for rope_set in sets if (note := _unclear_length(rope_set, stock))]

@@ -101,7 +101,7 @@ def test_a_processor_feeds_the_text_model(tmp_path: Path) -> None:
     assert all(record.value_moment is not None for record in records)
 
 
-@pytest.mark.parametrize("model_type", ["exaone4_5", "lfm3_vl", "qwen3_vl", "mllama"])
+@pytest.mark.parametrize("model_type", ["exaone4_5", "molmo2", "lfm3_vl", "qwen3_vl", "mllama"])
 def test_towers_and_cross_attention_are_measured(tmp_path: Path, model_type: str) -> None:
     folder = tiny_models.save(model_type, tmp_path / "model")
     records = compare(folder, random_prompts(model_type, folder))

@@ -218,3 +218,23 @@ def test_equal_heads_far_apart_are_merged_without_loss(model_type: str, tmp_path
     with torch.inference_mode():
         before, after = (model(input_ids=tiny_models.tokens()).logits for model in models)
     assert (after - before).abs().max() < 1e-4 * before.abs().max()
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "gpt_oss", "lfm3_vl", "molmo2"])
+def test_a_layer_that_is_not_trained_exports_what_was_written(model_type: str, tmp_path: Path) -> None:
+    """Also where the class splits or renames the tensors of a checkpoint."""
+    source = open_checkpoint(tiny_models.save(model_type, tmp_path))
+    arch = find_architecture(source.config, source.tensors)
+    layouts = arch.layouts(source.config)
+    parts = {layout.part for layout in layouts if layout.attends}
+    config = arch.with_groups(source.config, dict.fromkeys(parts, 1))
+    settings = ConvertSettings(to="mqa")
+    target = GroupedTarget(source, arch, config, source.config, settings, changed=parts)
+    for layer in (n for n, layout in enumerate(layouts) if layout.attends):
+        tensors = {name: source.read(name) for name in arch.tensor_names(source.config, layer)}
+        converted, _ = target.convert_layer(layer, arch.read_layer(source.config, layer, tensors), None)
+        module = target.trainable_layer(layer, converted, torch.device("cpu"), 8)
+        written, exported = target.export_layer(layer, converted, None), module.export({})
+        assert sum(p.numel() for p in module.parameters) == sum(t.numel() for t in written.values())
+        assert exported.keys() == written.keys()
+        assert all(torch.equal(tensor, written[name]) for name, tensor in exported.items())
