@@ -392,6 +392,8 @@ def _unsupported(model_type: Any, table: Table, config: dict[str, Any]) -> Headw
     if reason:
         return HeadwiseError(f"{start}: {reason}, and it has no row in the table of architectures.", listed)
     near = difflib.get_close_matches(str(model_type), known, n=1)
+    # A longer name of the same family is another type, not a misspelt one.
+    near = [name for name in near if not str(model_type).startswith((f"{name}-", f"{name}_"))]
     why = (
         "it has no row in the table of architectures"
         if isinstance(model_type, str) and has_stock_class(model_type)
