@@ -120,10 +120,11 @@ def check_fields(settings: Any) -> None:
             legal = setting.check(value)
         except (ValueError, TypeError, OverflowError):
             words = value if setting.multiple and isinstance(value, list | tuple) else [value]
-            wrong = [str(word).casefold() for word in words if word not in setting.choices]
+            names = [str(word).casefold().partition("=")[0] for word in words]
+            wrong = [name for name in names if name not in setting.choices]
             close = [match for word in wrong for match in get_close_matches(word, setting.choices, 1)]
             hint = f"Did you mean {close[0]!r}?" if close else None
-            shown = repr(str(value) if isinstance(value, Path) else value)
+            shown = ", ".join(repr(str(word) if isinstance(word, Path) else word) for word in words)
             shown = shown if len(shown) <= LONGEST_VALUE else f"{shown[:LONGEST_VALUE]}..."
             raise SettingError(name, f"`{name}` is {shown}, which is not {setting.wanted}.", hint) from None
         object.__setattr__(settings, name, legal)

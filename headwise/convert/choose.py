@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from headwise.convert.base import Target
+from headwise.convert.calibration.moments import measured_beside_text
 from headwise.convert.from_mla.heads import HeadsTarget
 from headwise.convert.from_mla.target import ReducedTarget, refuse_settings_of_heads
 from headwise.convert.gqa.target import GroupedTarget
@@ -116,14 +117,20 @@ def choose_target(
         target = GroupedTarget(
             checkpoint, arch, parent.with_groups(config, counts), config, settings, changed=set(counts), dtype=dtype
         )
-        no_images = arch.on_text and not arch.reads_pairs and arch.cross_states(config) and CROSS in counts
-        if no_images and not target.exact and settings.images is None:
+
+        def unmeasured(layer: int) -> bool:
+            return not measured_beside_text(settings.images, settings.moments, checkpoint, layer)
+
+        crossing = arch.on_text and not arch.reads_pairs and arch.cross_states(config) and CROSS in counts
+        cross = [i for i, layout in enumerate(target.layouts) if crossing and layout.part == CROSS]
+        if any(map(unmeasured, cross)) and not target.exact:
             target.warnings.append(
                 "No images are read: cross-attention is merged without moments, and every direction of its input "
                 "counts the same. `images` measures it."
             )
-        unread = [part for part in counts if any(x.part == part and not x.on_text for x in target.layouts)]
-        if unread and not target.exact and settings.images is None:
+        apart = {x.part for i, x in enumerate(target.layouts) if not x.on_text and unmeasured(i)}
+        unread = [part for part in counts if part in apart]
+        if unread and not target.exact:
             target.warnings.append(
                 f"Text does not run {' and '.join(unread)}, and nothing else is read: the weights alone decide how "
                 "heads merge, and every direction of their input counts the same."

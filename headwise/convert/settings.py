@@ -128,7 +128,7 @@ class ConvertSettings:
         Setting(
             f"Attention to convert: {', '.join(PARTS)}; with a number of its own as in decoder=2; may be repeated "
             "[what is cached].",
-            wanted=f"one or several of {', '.join(PARTS)}, each alone or with a number of KV heads as in decoder=2",
+            wanted=f"one or several of {', '.join(PARTS)}, each once, alone or with a number as in decoder=2",
             check=_check_parts,
             choices=PARTS,
             metavar="PART[=N]",

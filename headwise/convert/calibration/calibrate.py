@@ -78,7 +78,8 @@ def plan_calibration(
         return None
     if settings.images is not None:
         return plan_images(checkpoint, arch, target, settings)
-    if all(not target.layouts[i].on_text for i in range(len(target.layouts)) if target.converted_names(i)):
+    apart = all(not target.layouts[i].on_text for i in range(len(target.layouts)) if target.converted_names(i))
+    if apart and not (settings.moments is not None and target.calibrated):
         for name in ("refit", "calibrate", "moments", "save_moments"):
             if getattr(settings, name) not in (None, "auto", "off", "none"):
                 raise SettingError(

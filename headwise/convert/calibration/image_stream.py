@@ -138,6 +138,7 @@ def plan_images(
         length,
         steps,
         settings.seed,
+        refit_reason="beside `images` it runs on request alone" if settings.refit in (None, "auto") else None,
         fitted=target.fitted,
         keep=settings.save_moments,
         images=settings.images,

@@ -20,6 +20,18 @@ from headwise.io.workdir import write_file_atomically
 INDEX = "moments.json"
 
 
+def measured_beside_text(images: Path | None, moments: Path | None, checkpoint: Checkpoint, layer: int) -> bool:
+    """Return whether something measures a layer that text does not run.
+
+    Args:
+        images: the setting; images run every layer.
+        moments: the setting; saved moments of images hold such layers, and those of text do not.
+        checkpoint: the source.
+        layer: index of the layer.
+    """
+    return images is not None or (moments is not None and Moments.open(moments, checkpoint).holds(layer))
+
+
 @dataclass(frozen=True)
 class Moments:
     """The moments of one model on one text.

@@ -12,6 +12,7 @@ from torch import Tensor
 from headwise import registry
 from headwise.convert.base import Refittable
 from headwise.convert.calibration.layer_stream import LayerRecord
+from headwise.convert.calibration.moments import measured_beside_text
 from headwise.convert.gqa.grouping import contiguous_groups
 from headwise.convert.gqa.merge import merge_heads
 from headwise.convert.plan import grouped_outputs
@@ -68,9 +69,10 @@ class GroupedTarget:
             old.part in changed and old.num_key_value_heads != new.num_key_value_heads for old, new in pairs
         ]
         self.exact = all(new.num_key_value_heads >= old.num_key_value_heads for old, new in pairs)
+        beside = (settings.images, settings.moments, checkpoint)
         runs = any(
-            changed and (new.on_text or settings.images is not None)
-            for changed, new in zip(self._changed, self.layouts, strict=True)
+            changed and (new.on_text or measured_beside_text(*beside, layer))
+            for layer, (changed, new) in enumerate(zip(self._changed, self.layouts, strict=True))
         )
         self.calibrated = not self.exact and runs and "moments" in self.method.needs
         self.fitted = not self.exact and runs and "text" in self.method.needs

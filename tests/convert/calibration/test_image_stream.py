@@ -140,6 +140,19 @@ def test_a_tower_is_calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not result.plan.warnings
     assert all("output" in report for report in result.layers.values()) and len(result.layers) == 5
 
+    tower: dict[str, Any] = {"to": "gqa", "part": "vision=2", "verify": False}
+    moments = tmp_path / "moments"
+    first = convert_model(folder, tmp_path / "first", images=tmp_path / "x.jsonl", save_moments=moments, **tower)
+    again = convert_model(folder, tmp_path / "again", moments=moments, **tower)
+    assert not again.plan.warnings
+    for ours, theirs in zip(again.layers.values(), first.layers.values(), strict=True):
+        assert ours["groups"] == theirs["groups"] and ours["key_error"] == pytest.approx(theirs["key_error"])
+    # Moments of text hold nothing of a tower.
+    for layer in first.layers:
+        (moments / f"layer-{layer:05d}.safetensors").unlink()
+    with pytest.raises(SettingError, match="`moments` acts on layers that text runs"):
+        convert_model(folder, tmp_path / "none", moments=moments, **tower)
+
 
 @pytest.mark.parametrize(
     ("more", "message"),
