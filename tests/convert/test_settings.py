@@ -164,7 +164,7 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
     yield "engines", {"to": "mqa", "engines": ("vLMM",)}, "which is not one or several of"
     yield "accept", {"to": "mqa", "accept": ("layout",), "verify": False}, "has no effect"
     yield "part", {"to": "mqa", "part": ("decodr",)}, "which is not one or several of text, encoder, decoder"
-    yield "part", {"to": "gqa", "part": ("decoder=0",)}, "each alone or with a number of KV heads"
+    yield "part", {"to": "gqa", "part": ("decoder=0",)}, "each once, alone or with a number"
     yield "part", {"to": "gqa", "part": ("decoder=2", "decoder=3")}, "which is not one or several of"
     yield "part", {"to": "mqa", "part": ("decoder=2",)}, "--to mqa sets the number of KV heads"
     yield "groups", {"to": "gqa", "groups": 2, "part": ("decoder=2", "cross=2")}, "--groups has no effect"
