@@ -57,6 +57,7 @@ def forecast_conversion(
     heldback = plan_loss(checkpoint, arch, target, settings, calibration)
     losses = loss_seconds(checkpoint, heldback, device) if heldback else None
     damage = damage_seconds(checkpoint, device) if losses is not None and measured else None
+    images = measured is not None and measured.images is not None
 
     peak = peak_memory(checkpoint, arch, target, calibration, device)
     whole = whole_model_memory(
@@ -66,13 +67,15 @@ def forecast_conversion(
         loss_tokens=(
             heldback.length
             if heldback and losses is not None
-            else int(measured is not None and (measured.text == SAMPLED or measured.images is not None))
+            else int(images or (measured is not None and measured.text == SAMPLED))
         ),
         damage_tokens=damage_shape(device)[1] if damage is not None else 0,
         loaded=settings.verify and sum(tensor.nbytes for tensor in target.outputs) <= WHOLE_BYTES,
-        bytes_per_parameter=2 if device.type == "cuda" else 4,
+        bytes_per_parameter=2 if device.type == "cuda" and not images else 4,
         fused=device.type != "cuda",
     )
+    if images:  # they run through the whole model, which is in memory while the layers are converted
+        peak += 4 * checkpoint.num_parameters
     if work_devices[0].type == "cpu":
         peak *= len(work_devices)
         whole *= len(work_devices) if damage is not None else 1
