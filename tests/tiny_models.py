@@ -258,8 +258,8 @@ OTHERS: dict[str, dict[str, Any]] = {
             "vision_output_dim": 16,
             "image_size": 8,
             "patch_size": 4,
-            "max_num_tiles": 1,
-            "supported_aspect_ratios": [[1, 1]],
+            "max_num_tiles": 4,
+            "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [2, 2]],
         },
         "image_token_index": 60,
     },
@@ -483,12 +483,14 @@ def image_inputs(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]
     generator = torch.Generator().manual_seed(8)
     model_type = config.model_type
     if hasattr(config.get_text_config(), "cross_attention_layers"):
+        filled = torch.tensor([[[1, 1, 1, 0]], [[1, 1, 0, 0]]])  # tiles of each image; the others are padding
         return {
             "input_ids": tokens(),
-            "pixel_values": torch.randn(2, 1, 1, 3, 8, 8, generator=generator),
-            "aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long),
-            "aspect_ratio_mask": torch.ones(2, 1, 1, dtype=torch.long),
-            "cross_attention_mask": torch.ones(2, 12, 1, 1, dtype=torch.long),
+            "pixel_values": torch.randn(2, 1, 4, 3, 8, 8, generator=generator),
+            "aspect_ratio_ids": torch.tensor([[3], [2]]),
+            "aspect_ratio_mask": filled,
+            # Two tokens of text stand before the image.
+            "cross_attention_mask": filled[:, None] * (torch.arange(12) > 1)[:, None, None],
         }
     vision: Any = getattr(config, "vision_config", None)
     if hasattr(vision, "spatial_merge_size") and hasattr(vision, "temporal_patch_size"):

@@ -68,6 +68,8 @@ class AttentionStats:
         """
         sequences, length = inputs.shape[:2]
         states: Tensor | None = arguments[self._states] if self._states else None
+        if states is not None:  # the tiles of an image have the place of sequences
+            states = states.reshape(sequences, -1, states.shape[-1])
         read = inputs if states is None else torch.cat([inputs, states], 1) if self._merged else states
         index = torch.arange(length, device=inputs.device)
         first = first_position(length)
@@ -87,7 +89,7 @@ class AttentionStats:
                 # In place: each array of this size is new memory from the system.
                 total = weights if total is None else total.add_(weights)
                 queries = index if valid is None else index[valid[i] > 0]
-                queries = queries[first :: max(1, len(queries) // NUM_ATTENTION_QUERIES)]
+                queries = queries[queries >= first][:: max(1, len(queries) // NUM_ATTENTION_QUERIES)]
                 whole = torch.cat([read[i], torch.ones_like(read[i, :, :1])], 1)
                 weights = weights[:, queries]  # a copy
                 if valid is not None:

@@ -218,7 +218,7 @@ def iter_layer_stats(
         prompts = open_prompts(
             calibration.images, arch.auto_class, checkpoint.folder, str(checkpoint.source), checkpoint.config
         )
-        images = ImageStream(checkpoint, seeing, prompts, device)
+        images = ImageStream(checkpoint, seeing, prompts, device, calibration.seed)
         yield from _kept(
             images.records(layers, keep_activations=calibration.keeps_text, attention_stats=not target.exact),
             checkpoint,

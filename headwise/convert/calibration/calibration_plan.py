@@ -9,6 +9,7 @@ from typing import Any
 
 from headwise.convert.base import Target
 from headwise.convert.calibration.corpus import BUILTIN, MIXTURE
+from headwise.convert.calibration.layer_stream import NUM_ATTENTION_SEQUENCES
 from headwise.convert.forecast.amounts import trained_length
 from headwise.convert.settings import ConvertSettings
 from headwise.models.protocol import AttentionModel
@@ -115,6 +116,11 @@ def plan_notes(
             f"Calibration: {calibration.amount} of {calibration.images}, through the whole model; visual and text "
             "tokens count as much in all."
         )
+        if calibration.sequences > NUM_ATTENTION_SEQUENCES:
+            yield (
+                f"Attention weights, by which values and keys count: measured on {NUM_ATTENTION_SEQUENCES} of the "
+                "pairs, drawn by the seed."
+            )
     if calibration.reason:
         yield f"Calibration text: {calibration.text}, because {calibration.reason}."
     if target.fitted and not calibration.fitted:

@@ -26,7 +26,7 @@ from headwise.cuda import current
 from headwise.environment import available_memory
 from headwise.io.reader import Checkpoint
 from headwise.models.protocol import AttentionModel
-from headwise.models.stock import StopForward, capture_layer_calls, empty_model, for_rows, load_into
+from headwise.models.stock import StopForward, capture_layer_calls, empty_model, for_rows, load_into, move_to_device
 
 # Tokens run through a layer at once: bounds the memory of the widest intermediate, not the result.
 TOKENS_AT_ONCE = 4096
@@ -66,7 +66,7 @@ class LayerRecord:
         outputs: of the attention, like `inputs`; zero at padding.
         arguments: further arguments of the attention module, for a batch of any size.
         rows: further arguments with an entry for every sequence, on the CPU.
-        calls: of sequences of different lengths, the shape of each one's input and its own further arguments.
+        calls: for sequences of different lengths, the shape and the further arguments of each, on the CPU.
         roots: (sequences, length) the root of each token's weight, 0 for padding; None: all tokens count alike.
         tokens: number of tokens measured.
     """
@@ -157,7 +157,7 @@ class AttentionRecorder:
         Args:
             part: the sequences of that call.
             valid: (sequences, length) how much each token counts, 0 or False for padding; None: all count alike.
-            states_valid: true where a token that cross-attention reads is no padding.
+            states_valid: true where a token, or a tile of tokens, that cross-attention reads is no padding.
         """
         # The patches of images are one sequence, in a tensor without sequences.
         x, y = (t if t.ndim > 2 else t[None] for t in (self._seen["x"], self._seen["y"]))
@@ -176,8 +176,7 @@ class AttentionRecorder:
             self._queries.add(flat, self._normed.queries(flat))
         states = kwargs[self._states] if self._states and not self._merged else None
         if states is not None:
-            read = _with_one(states)
-            read = read.flatten(0, 1) if states_valid is None else read[states_valid]
+            read = _with_one(states if states_valid is None else states[states_valid]).flatten(0, -2)
             self._states_moment = _added(self._states_moment, read)
             self._states_tokens += len(read)
         if self._keep:
@@ -189,7 +188,7 @@ class AttentionRecorder:
         record = self._record
         roots = torch.ones_like(y[..., 0]) if valid is None else valid.to(y).sqrt()
         if self._separate:
-            record.calls.append((self._seen["x"].shape, kwargs))
+            record.calls.append((self._seen["x"].shape, move_to_device(kwargs, torch.device("cpu"))))
             self._kept.append((x[0].cpu(), (y * roots[..., None])[0].cpu(), roots[0].cpu()))
             return
         if record.inputs is None or record.outputs is None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from headwise.convert.calibration.layer_stream import LayerRecord
 from headwise.environment import available_memory
+from headwise.models.stock import move_to_device
 from headwise.train.optimizer import TINY, step_scale
 
 # Sequences per step on a GPU. On a CPU a step has two of 512 tokens or more, or so many shorter ones that they have
@@ -208,6 +209,7 @@ def apply_attention(attention: nn.Module, record: LayerRecord, inputs: Tensor, s
         parts = []
         for row, sequence in zip(inputs, sequences.tolist(), strict=True):
             shape, arguments = record.calls[sequence]
+            arguments = move_to_device(arguments, inputs.device)
             output = attention(hidden_states=row[: shape[-2]].reshape(shape), **arguments)
             parts.append(padded(output[0] if isinstance(output, tuple) else output, inputs.shape[1]))
         result = torch.cat(parts)

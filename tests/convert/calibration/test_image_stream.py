@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,13 @@ import pytest
 import torch
 
 from headwise import convert_model, verify_model
-from headwise.convert.calibration.image_stream import ImageStream, balanced_weights
+from headwise.convert.calibration import image_stream
+from headwise.convert.calibration.calibration_plan import CalibrationPlan, plan_notes
+from headwise.convert.calibration.image_stream import ImageStream, balanced_weights, reading_order
 from headwise.convert.calibration.layer_stream import LayerRecord
+from headwise.convert.choose import choose_target
 from headwise.convert.refit.regression import apply_attention
+from headwise.convert.settings import ConvertSettings
 from headwise.errors import SettingError
 from headwise.io.reader import open_checkpoint
 from headwise.measure.image_prompts import ImagePrompt, ImagePrompts, read_image_pairs
@@ -21,16 +26,17 @@ from tests import small_parents, tiny_models
 from tests.convert.speaking import SHAPE, save_speaking
 
 HEADS = {"num_attention_heads": 12, "num_key_value_heads": 6}
+SEED = 1  # reads two prompts in the other order
 
 
 def random_prompts(model_type: str, folder: Path) -> list[ImagePrompt]:
     """Two prompts of other lengths and images, for a model without a processor."""
     model: Any = load_model(open_checkpoint(folder), "AutoModelForImageTextToText", torch.float32)
     prompts = []
-    for length in (None, -3):
+    for row, length in enumerate((None, -3)):
         given = tiny_models.image_inputs(model)
-        if model_type == "mllama":  # one of its two rows
-            given = {name: value[:1] for name, value in given.items()}
+        if model_type == "mllama":  # one of its two rows, with padding tiles
+            given = {name: value[row : row + 1] for name, value in given.items()}
         for name in ("input_ids", "attention_mask", "mm_token_type_ids", "cross_attention_mask"):
             if name in given:
                 given[name] = given[name][:, :length]
@@ -46,6 +52,7 @@ def compare(folder: Path, prompts: Any) -> list[LayerRecord]:
     whole = load_model(source, arch.auto_class, torch.float32).eval()
     attending = [i for i, layout in enumerate(arch.layouts(source.config)) if layout.attends]
     seen: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {layer: [] for layer in attending}
+    prompts_read = [prompts[number] for number in reading_order(len(prompts), SEED)]
 
     def note(layer: int) -> Any:
         def hook(_: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -58,11 +65,12 @@ def compare(folder: Path, prompts: Any) -> list[LayerRecord]:
     for layer in attending:
         whole.get_submodule(arch.attention_path(layer)).register_forward_hook(note(layer), with_kwargs=True)
     with torch.no_grad():
-        for prompt in prompts:
+        for prompt in prompts_read:
             whole(**prompt.inputs, use_cache=False)
-    records = list(ImageStream(source, arch, prompts).records(attending, keep_activations=True))
+    stream = ImageStream(source, arch, prompts, seed=SEED)
+    records = list(stream.records(attending, keep_activations=True))
     assert [record.index for record in records] == attending
-    visual = [prompt.visual for prompt in prompts]
+    visual = [prompt.visual for prompt in prompts_read]
     weights = balanced_weights([each & (not arch.cross_states(source.config)) for each in visual])
     for record in records:
         assert record.inputs is not None and record.outputs is not None
@@ -70,6 +78,8 @@ def compare(folder: Path, prompts: Any) -> list[LayerRecord]:
         of_text = arch.layouts(source.config)[record.index].on_text
         for i, (x, y) in enumerate(seen[record.index]):
             w = weights[i] if of_text else torch.ones(len(x))
+            if arch.at(record.index)[0].states is not None:  # the text before the image reads none
+                w = w * (torch.arange(len(x)) > 1)
             torch.testing.assert_close(record.inputs[i, : len(x)], x)
             torch.testing.assert_close(record.outputs[i, : len(y)], y * w.sqrt()[:, None])
             assert not record.outputs[i, len(y) :].any()
@@ -82,6 +92,34 @@ def compare(folder: Path, prompts: Any) -> list[LayerRecord]:
             again = apply_attention(module, record, record.inputs[chosen], chosen)
         torch.testing.assert_close(again, record.outputs[chosen])
     return records
+
+
+def cross_moments(folder: Path, prompts: list[ImagePrompt], layer: int) -> dict[str, torch.Tensor]:
+    """Compute the moments of a cross-attention of mllama from its projections, without padding tiles or masks."""
+    source = open_checkpoint(folder)
+    arch = find_architecture(source.config, source.tensors)
+    whole = load_model(source, arch.auto_class, torch.float32).eval()
+    module: Any = whole.get_submodule(arch.attention_path(layer))
+    calls: list[dict[str, torch.Tensor]] = []
+    module.register_forward_hook(lambda _, __, kwargs, ___: calls.append(kwargs), with_kwargs=True)
+    read, averages, received = [], [], []
+    with torch.no_grad():
+        for prompt in prompts:
+            whole(**prompt.inputs, use_cache=False)
+            tiles = calls[-1]["cross_attention_states"][prompt.inputs["aspect_ratio_mask"][0, 0] > 0]
+            states, x = tiles.flatten(0, 1), calls[-1]["hidden_states"][0, 2:]
+            queries = module.q_norm(module.q_proj(x).unflatten(1, (9, 8)))
+            keys = module.k_norm(module.k_proj(states).unflatten(1, (3, 8))).repeat_interleave(3, 1)
+            p = (torch.einsum("qhd,nhd->hqn", queries, keys) * 8**-0.5).softmax(-1).double()
+            read.append(torch.cat([states, torch.ones(len(states), 1)], 1).double())
+            averages.append((p @ read[-1]).flatten(0, 1))
+            received.append(p.sum((0, 1)))
+    x, y, share = torch.cat(read), torch.cat(averages), torch.cat(received)
+    return {
+        "states_moment": x.mT @ x / len(x),
+        "value_moment": y.mT @ y / len(y),
+        "key_moment": x.mT @ (share[:, None] * x) / share.sum(),
+    }
 
 
 def test_both_kinds_of_tokens_count_as_much() -> None:
@@ -104,9 +142,67 @@ def test_a_processor_feeds_the_text_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["exaone4_5", "molmo2", "lfm3_vl", "qwen3_vl", "mllama"])
 def test_towers_and_cross_attention_are_measured(tmp_path: Path, model_type: str) -> None:
     folder = tiny_models.save(model_type, tmp_path / "model")
-    records = compare(folder, random_prompts(model_type, folder))
+    prompts = random_prompts(model_type, folder)
+    records = compare(folder, prompts)
     crossing = [record for record in records if record.states_moment is not None]
     assert len(crossing) == (2 if model_type == "mllama" else 0)
+    for record in crossing:
+        expected = cross_moments(folder, prompts, record.index)
+        for name, moment in expected.items():
+            torch.testing.assert_close(getattr(record, name), moment, rtol=1e-4, atol=1e-5, msg=name)
+
+
+class Counted(list[ImagePrompt]):
+    """Prompts that count how often one is read."""
+
+    read = 0
+
+    def __getitem__(self, number: Any) -> Any:
+        self.read += 1
+        return super().__getitem__(number)
+
+
+def test_what_is_kept_of_the_pairs_bounds_the_layers_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_models.save("mllama", tmp_path / "model")
+    source = open_checkpoint(folder)
+    prompts = random_prompts("mllama", folder)
+    arch = find_architecture(source.config, source.tensors)
+
+    def passes(free: float, keep: bool) -> int:
+        monkeypatch.setattr(image_stream, "available_memory", lambda _: free / image_stream.SHARE_OF_RECORDS + 1)
+        counted: Any = Counted(prompts)
+        assert len(list(ImageStream(source, arch, counted).records(range(4), keep_activations=keep))) == 4
+        return (counted.read - 1) // len(prompts) - 1  # beside the tokens of all, and the size of the largest
+
+    moments = 4 * 4 * 8 * 73**2
+    inputs_and_outputs = 4 * len(prompts) * 2 * 4 * 12 * 72
+    states = len(prompts) * 4 * 4 * 5 * 72  # four tiles of five patches
+    assert passes(0, keep=True) == 4
+    assert passes(moments, keep=False) == 1
+    assert passes(moments + inputs_and_outputs, keep=True) > 1
+    assert passes(moments + inputs_and_outputs + 2 * states, keep=True) == 1
+
+
+def test_pairs_are_read_in_an_order_of_the_seed() -> None:
+    order = reading_order(200, 1)
+    assert sorted(order) == list(range(200))
+    assert order == reading_order(200, 1) != reading_order(200, 2)
+    assert max(order[:16]) > 100  # those whose attention weights are measured
+
+
+def test_the_plan_names_the_pairs_that_are_measured(tmp_path: Path) -> None:
+    parent = open_checkpoint(tiny_models.save("llava", tmp_path / "model"))
+    arch = find_architecture(parent.config, parent.tensors)
+    settings = ConvertSettings(to="mqa")
+    target = choose_target(parent, arch, settings)
+    pairs = CalibrationPlan("pairs.jsonl", 20, 24, 0, 0, images=Path("pairs.jsonl"))
+    notes = list(plan_notes(arch, target, pairs, settings))
+    assert any("measured on 16 of the pairs" in note for note in notes)
+    assert not any(
+        "of the pairs" in note for note in plan_notes(arch, target, replace(pairs, sequences=16), settings)
+    )
 
 
 def test_images_calibrate_a_conversion(tmp_path: Path) -> None:
