@@ -123,7 +123,7 @@ def batch_of(prompts: list[ImagePrompt]) -> tuple[dict[str, torch.Tensor], torch
     for row, prompt in enumerate(prompts):
         count = prompt.tokens.shape[1]
         ids[row, :count] = prompt.tokens[0]
-        labels[row, :count] = prompt.tokens[0].masked_fill(prompt.visual, -100)
+        labels[row, :count] = prompt.tokens[0].masked_fill(~prompt.text, -100)
     return {"input_ids": ids, "pixel_values": torch.cat([p.inputs["pixel_values"] for p in prompts])}, labels
 
 
@@ -185,7 +185,7 @@ def main() -> None:
         steps=steps,
         tokens=int(tokens.sum()),
         visual=int(first.visual.sum()),
-        text=int((~first.visual).sum()),
+        text=int(first.text.sum()),
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
     )
     for groups in (4, 2, 1):

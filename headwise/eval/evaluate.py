@@ -26,6 +26,7 @@ from headwise.eval.stats import require_packages
 from headwise.eval.tasks.harness import Harness
 from headwise.fields import settings_of
 from headwise.format import public_data
+from headwise.measure.image_prompts import VISION_CLASS
 from headwise.progress import SILENT, Progress
 from headwise.records.manifest import read_record
 from headwise.records.parent import recorded_source
@@ -79,7 +80,8 @@ def evaluate_model(
         pairs: a `.jsonl` file with the texts "source" and "target" in every line. An encoder-decoder is measured by
             the perplexity of its targets, and by nothing else.
         images: a `.jsonl` file with the path of an "image" and a "text" in every line. A vision-language model is
-            measured by the perplexity of the texts given their images, and by its agreement with the parent.
+            measured by the perplexity of the texts given their images and the chat template, and by its agreement
+            with the parent at the tokens of the texts.
         fail_above: damage that the gate of each headline figure allows (0.01: one point, or 1% of perplexity).
         report: the folder to write; None: NAME-eval in the working folder.
         force: replace that folder if it exists.
@@ -202,14 +204,19 @@ def check_kinds(settings: EvalSettings, child: EvalModel, parent: EvalModel | No
             "fail_above", f"`fail_above` is {settings.fail_above!r}, which needs a parent: give `baseline`."
         )
     if child.reads_pairs and settings.pairs is None:
+        given = [f"`{option}`" for option in ("images", "recipe", "tasks") if getattr(settings, option)]
         raise SettingError(
             "pairs",
             f"{name} is an encoder-decoder, which is measured by the perplexity of targets given their sources.",
-            "Give `pairs`, and leave out `recipe` and `tasks`, which measure text of one side.",
+            f"Give `pairs`{' in place of ' if given else ''}{' and '.join(given)}.",
         )
     if settings.pairs is not None and not child.reads_pairs:
+        sees = child.auto_class == VISION_CLASS
+        kind = "vision-language model" if sees else "language model"
         raise SettingError(
-            "pairs", f"{name} is a language model without an encoder, which reads no pairs.", "Leave out `pairs`."
+            "pairs",
+            f"{name} is a {kind} without an encoder of text, which reads no pairs.",
+            "Give `images` in place of `pairs`." if sees else "Leave out `pairs`.",
         )
     if parent is not None and parent.reads_pairs != child.reads_pairs:
         raise HeadwiseError(

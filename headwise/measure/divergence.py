@@ -156,10 +156,10 @@ def measure_divergence(
 
 
 def _predictions(model: Any, block: Tensor | ImagePrompt) -> Tensor:
-    """Return the logits of the predicted tokens of a block, or of the text of a prompt, (tokens, vocabulary)."""
+    """Return the logits of the predicted tokens of a block, or of a prompt's text, (tokens, vocabulary)."""
     if isinstance(block, ImagePrompt):
         logits: Tensor = model(**block.model_inputs(model), use_cache=False).logits
-        return logits[0, :-1][~block.visual[1:].to(logits.device)]
+        return logits[0, :-1][block.text[1:].to(logits.device)]
     logits = model(input_ids=block.to(model.device), use_cache=False).logits
     return logits[0, :-1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from headwise.errors import HeadwiseError, SettingError, is_out_of_memory
 from headwise.io.tokenizer import tokenizer_errors
-from headwise.models.protocol import reads_pairs
+from headwise.models.protocol import context_length, reads_pairs
 from headwise.models.stock import stock_config
 
 VISION_CLASS = "AutoModelForImageTextToText"
 FIELDS = ("image", "text")
 INSTALL = "pip install 'headwise[images]'"
+# A private-use character, which no template holds and none strips.
+MARK = "\ue000"
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,14 @@ class ImagePrompt:
 
     Attributes:
         inputs: the arguments of the stock model, one row each.
-        visual: bool (tokens,), true where a token holds a part of the image.
+        visual: bool (tokens,), true where a token holds a part of the image, or the end of one of its rows.
+        text: bool (tokens,), true where a token belongs to the text of the pair. These tokens are behind the image.
+            The other ones are the template's.
     """
 
     inputs: dict[str, Tensor]
     visual: Tensor
+    text: Tensor
 
     @property
     def tokens(self) -> Tensor:
@@ -102,7 +108,7 @@ def read_image_pairs(path: Path, field: str = "images") -> list[ImagePair]:
             )
         pair = ImagePair(place, path.parent / image, text)
         with _image_errors(pair), pillow.open(pair.image) as opened:
-            opened.verify()
+            opened.load()  # `verify` reads no pixels
         pairs.append(pair)
     if len(pairs) < 2:
         raise SettingError(field, f"{path} holds {len(pairs)} image-text pairs, and two are needed.")
@@ -113,7 +119,8 @@ class ImagePrompts:
     """The prompts of image-text pairs, made one at a time by the stock processor of a folder.
 
     A text with the processor's placeholder of an image is taken as it is. Any other text becomes the answer to the
-    image in the chat template, or follows the image where the folder has no template.
+    image in the chat template, or follows the image where the folder has no template. Reading a prompt checks it:
+    read all of them before any output starts.
 
     Args:
         pairs: the pairs.
@@ -129,15 +136,9 @@ class ImagePrompts:
         from transformers import AutoProcessor, ProcessorMixin
 
         self._pairs, self._source = pairs, source
+        self._context = context_length(config)
         stock = stock_config(config)
-        self._visual = next(
-            (
-                i
-                for name in ("image_token_id", "image_token_index")
-                if (i := getattr(stock, name, None)) is not None
-            ),
-            None,
-        )
+        visual = [getattr(stock, name, None) for name in ("image_token_id", "image_token_index")]
         hint = "Add the processor's files (such as processor_config.json) to the folder."
         complaint = f"{source} has no processor of images that transformers can load"
         with tokenizer_errors(complaint, hint):
@@ -148,6 +149,9 @@ class ImagePrompts:
         if not isinstance(processor, ProcessorMixin):  # without the files it is the tokenizer alone
             raise HeadwiseError(f"{complaint}.", hint)
         self._processor: Any = processor
+        # Some processors also mark the ends of rows and of the image, as Pixtral's.
+        visual += getattr(processor, "image_token_ids", None) or []
+        self._visual = torch.tensor(sorted({each for each in visual if each is not None}), dtype=torch.long)
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -170,27 +174,90 @@ class ImagePrompts:
         with _image_errors(pair), _pillow().open(pair.image) as opened:
             image = opened.convert("RGB")
         with tokenizer_errors(f"The processor of {self._source} fails on {pair.place}", "Leave out this pair."):
-            given = self._encode(image, pair.text)
-        ids = given["input_ids"]
-        visual = ids[0] == self._visual
+            given, text, after = self._encode(image, pair)
+            ids = given["input_ids"][0]
+        visual = torch.isin(ids, self._visual)
         if not visual.any():
             raise HeadwiseError(
                 f"The processor of {self._source} puts no image into the prompt of {pair.place}.",
                 "Put the model's placeholder of an image into the text.",
             )
-        return ImagePrompt({name: torch.as_tensor(value) for name, value in given.items()}, visual)
+        if self._context is not None and len(ids) > self._context:
+            raise HeadwiseError(
+                f"{pair.place}: the prompt has {len(ids):,} tokens, and the context of {self._source} is "
+                f"{self._context:,}.",
+                "Give a shorter text or a smaller image.",
+            )
+        start = int(visual.nonzero()[-1]) + 1
+        chosen = torch.zeros_like(visual)
+        chosen[start:] = self._span(ids[start:], text, after)
+        if not chosen.any():
+            raise HeadwiseError(
+                f"{pair.place}: no text follows the image.", "Put the image's placeholder before the text."
+            )
+        return ImagePrompt({name: torch.as_tensor(value) for name, value in given.items()}, visual, chosen)
 
-    def _encode(self, image: Any, text: str) -> Any:
-        processor = self._processor
+    def _encode(self, image: Any, pair: ImagePair) -> tuple[Any, str, str]:
+        """Return the arguments of the model, the text behind the image, and what the template adds behind that."""
+        processor, text = self._processor, pair.text
         placeholder = str(getattr(processor, "boi_token", None) or getattr(processor, "image_token", None) or "")
-        if getattr(processor, "chat_template", None) and not (placeholder and placeholder in text):
-            conversation = [
-                {"role": "user", "content": [{"type": "image", "image": image}]},
-                {"role": "assistant", "content": [{"type": "text", "text": text}]},
-            ]
-            return processor.apply_chat_template(conversation, tokenize=True, return_dict=True, return_tensors="pt")
-        text = text if placeholder in text else placeholder + text
-        return processor(images=image, text=text, return_tensors="pt")
+        count = text.count(placeholder) if placeholder else 0
+        if count > 1:
+            raise HeadwiseError(
+                f"{pair.place}: the text has {count} placeholders {placeholder}, and a pair has one image.",
+                "Keep one of them.",
+            )
+        if count == 0 and getattr(processor, "chat_template", None):
+
+            def chat(answer: str, **options: Any) -> Any:
+                conversation = [
+                    {"role": "user", "content": [{"type": "image", "image": image}]},
+                    {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+                ]
+                return processor.apply_chat_template(conversation, **options)
+
+            after = chat(MARK, tokenize=False).rpartition(MARK)[2]
+            return chat(text, tokenize=True, return_dict=True, return_tensors="pt"), text, after
+        whole = text if count else placeholder + text
+        return (
+            processor(images=image, text=whole, return_tensors="pt"),
+            whole.rpartition(placeholder or MARK)[2],
+            "",
+        )
+
+    def _span(self, ids: Tensor, text: str, after: str) -> Tensor:
+        """Return which of the tokens behind an image hold a part of a text, bool (tokens,).
+
+        All of them do where the tokenizer does not give the text back, as one that changes letters.
+
+        Args:
+            ids: token ids behind the image, (tokens,).
+            text: the text, which a template may strip.
+            after: what follows it in the template.
+        """
+        rows = ids.tolist()
+        span = torch.zeros(len(rows), dtype=torch.bool)
+        bare = text.strip()
+        if not bare:
+            return span
+
+        def decoded(count: int) -> str:
+            return str(
+                self._processor.tokenizer.decode(
+                    rows[:count], skip_special_tokens=False, clean_up_tokenization_spaces=False
+                )
+            )
+
+        whole = decoded(len(rows))
+        for answer, rest in ((text, after), (bare, after), (bare, "")):
+            if (start := whole.rfind(answer + rest)) >= 0:
+                until = whole[: start + len(answer)]
+                first = bisect_right(range(len(rows)), start, key=lambda i: len(decoded(i + 1)))
+                # By content: the first bytes of a character are already as long as the character.
+                last = bisect_left(range(len(rows)), True, key=lambda i: decoded(i).startswith(until))
+                span[first:last] = True
+                return span
+        return ~span
 
 
 def open_prompts(

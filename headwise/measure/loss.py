@@ -98,17 +98,19 @@ def pair_nats(model: Any, pairs: Pairs, *, batch_size: int = 8, progress: Progre
 
 @torch.inference_mode()
 def prompt_nats(model: Any, prompt: ImagePrompt) -> Tensor:
-    """Measure -ln p(token | image, earlier tokens) of every predicted token of text.
+    """Measure -ln p(token | image, earlier tokens) of every token of a prompt's text.
+
+    Tokens of the chat template are given, not predicted.
 
     Args:
         model: a vision-language model; the device and the precision of its weights stay as they are.
         prompt: with an image.
 
     Returns:
-        Nats, float32 on the CPU, (tokens of text that are predicted,).
+        Nats, float32 on the CPU, (tokens of text,).
     """
     logits = model(**prompt.model_inputs(model), use_cache=False).logits[0, :-1].float().cpu()
-    counted = ~prompt.visual[1:]
+    counted = prompt.text[1:]
     nats: Tensor = torch.nn.functional.cross_entropy(
         logits[counted], prompt.tokens[0, 1:][counted], reduction="none"
     )

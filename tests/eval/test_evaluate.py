@@ -509,6 +509,9 @@ def test_pairs_that_do_not_match_are_refused(
 
 def test_texts_of_images_are_compared_with_the_parent(tmp_path: Path) -> None:
     parent = small_parents.seeing_parent(tmp_path / "parent", num_attention_heads=12, num_key_value_heads=6)
+    part = "{% for c in m.content %}{{ c.text or '<image>' }}{% endfor %}"
+    template = f"{{% for m in messages %}}{{{{ m.role }}}}:{part} {{% endfor %}}"
+    (parent / "chat_template.jinja").write_text(template)
     child = small_parents.converted(parent, tmp_path / "child", to="mqa")
     pairs, out = small_parents.image_pairs(tmp_path / "pairs"), tmp_path / "report"
     result = run(child, "--baseline", parent, "--images", pairs, "--report", out, "--json")
@@ -520,16 +523,17 @@ def test_texts_of_images_are_compared_with_the_parent(tmp_path: Path) -> None:
     assert f"--images {pairs.name}" in evaluation.command and "--recipe" not in evaluation.command
     agreement = evaluation.diagnostics
     assert agreement is not None and agreement.kl > 0 and agreement.kl_standard_error and agreement.top1 < 1
-    # Text alone: the tokens of images are not predicted.
+    # Text alone: the tokens of images and of the template are not predicted.
     prompts = open_prompts(pairs, "AutoModelForImageTextToText", parent, "parent", tiny_models.read_config(parent))
-    assert agreement.tokens == sum(int((~prompt.visual[1:]).sum()) for prompt in prompts)
+    assert agreement.tokens == sum(int(prompt.text.sum()) for prompt in prompts)
+    assert all((~prompt.text & ~prompt.visual).any() for prompt in prompts)
     model = transformers.AutoModelForImageTextToText.from_pretrained(parent, dtype=torch.float32).eval()
     nats = []
     with torch.no_grad():
         for prompt in prompts:
             scores = model(**prompt.inputs).logits[0, :-1].log_softmax(-1)
             own = scores.gather(1, prompt.tokens[0, 1:, None])[:, 0]
-            nats += (-own[~prompt.visual[1:]]).tolist()
+            nats += (-own[prompt.text[1:]]).tolist()
     assert images.parent is not None
     assert images.parent.value == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-4)
     assert "images perplexity" in (out / "report.md").read_text()
@@ -545,6 +549,8 @@ def test_texts_of_images_are_compared_with_the_parent(tmp_path: Path) -> None:
         ("llava", {"images": "pairs/pairs.jsonl"}, "has no processor of images"),
         ("llava", {"images": "none.jsonl"}, "none.jsonl cannot be read"),
         ("llava", {"images": "pairs/pairs.jsonl", "recipe": "quick"}, "`recipe` has no effect with `images`"),
+        ("llava", {"pairs": "pairs/pairs.jsonl"}, "which reads no pairs. Give `images` in place of `pairs`."),
+        ("t5gemma", {"images": "pairs/pairs.jsonl"}, "Give `pairs` in place of `images`."),
         ("llava", {"images": "a.jsonl", "pairs": "b.jsonl"}, "`images` has no effect with `pairs`"),
     ],
 )

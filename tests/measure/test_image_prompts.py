@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from PIL import Image
+from transformers import AutoTokenizer
 
 from headwise.errors import HeadwiseError, SettingError
-from headwise.measure.image_prompts import ImagePrompts, open_prompts, read_image_pairs
+from headwise.measure.image_prompts import ImagePrompt, ImagePrompts, open_prompts, read_image_pairs
 from tests import small_parents, tiny_models
 
 TEMPLATE = (
@@ -38,6 +42,7 @@ def test_an_image_becomes_tokens_before_its_text(model: Path, pairs: Path) -> No
     assert len(prompts) == 4
     for prompt in prompts:
         assert prompt.visual[:4].all() and not prompt.visual[4:].any()
+        assert torch.equal(prompt.text, ~prompt.visual)
         assert prompt.inputs["pixel_values"].shape == (1, 3, 8, 8)
     assert len({prompt.tokens.shape[1] for prompt in prompts}) > 1
     assert torch.equal(prompts[2].tokens, list(prompts)[2].tokens)
@@ -58,14 +63,71 @@ def test_a_chat_template_places_image_and_answer(model: Path, pairs: Path) -> No
     assert prompt.tokens.shape[1] > before
 
 
+def text_of(model: Path, prompt: ImagePrompt) -> str:
+    """Return what the tokens of the text say."""
+    return str(AutoTokenizer.from_pretrained(model).decode(prompt.tokens[0][prompt.text]))
+
+
+@pytest.mark.parametrize(
+    "end", ["", "{% for m in messages %}{% if loop.last %}a noise 🦊 end\n{% endif %}{% endfor %}"]
+)
+@pytest.mark.parametrize("text", ["a", "assistant", "noise 测🦊", " a noise  ", "end", "a noise 🦊 end"])
+def test_only_the_answer_of_a_template_is_text(model: Path, pairs: Path, text: str, end: str) -> None:
+    (model / "chat_template.jinja").write_text("system: a noise\n" + TEMPLATE + end)
+    pairs.write_text(f"{json.dumps({'image': '0.png', 'text': text})}\n" * 2)
+    prompt = prompts_of(model, pairs)[0]
+    found = text_of(model, prompt)
+    # A token can hold a letter of the template too.
+    assert text in found and len(found) <= len(text) + 2
+    assert int(prompt.text.sum()) < int((~prompt.visual).sum()) - 4
+    stripped = (model / "chat_template.jinja").read_text().replace("c.text", "c.text | trim")
+    (model / "chat_template.jinja").write_text(stripped)
+    found = text_of(model, prompts_of(model, pairs)[0])
+    assert text.strip() in found and len(found) <= len(text.strip()) + 2
+
+
+def test_a_text_that_the_tokenizer_changes_begins_behind_the_image(model: Path, pairs: Path) -> None:
+    fields = json.loads((model / "tokenizer.json").read_text())
+    (model / "tokenizer.json").write_text(json.dumps(fields | {"normalizer": {"type": "Lowercase"}}))
+    (model / "chat_template.jinja").write_text("system: a noise\n" + TEMPLATE)
+    pairs.write_text(f"{json.dumps({'image': '0.png', 'text': 'NOISE'})}\n" * 2)
+    prompt = prompts_of(model, pairs)[0]
+    behind = int(prompt.visual.nonzero()[-1]) + 1
+    assert prompt.text[behind:].all() and not prompt.text[:behind].any()
+
+
+def test_ends_of_rows_belong_to_the_image(model: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[IMG_BREAK]", "[IMG_END]"]})
+    tokenizer.save_pretrained(model)
+    ends = tokenizer.convert_tokens_to_ids(["[IMG_BREAK]", "[IMG_END]"])
+    written = "<image><image>[IMG_BREAK]<image><image>[IMG_END]"
+    monkeypatch.setattr(transformers.LlavaProcessor, "replace_image_token", lambda *_, **__: written)
+    before = prompts_of(model, pairs)[0]
+    assert int(before.visual.sum()) == 4
+    listed = property(lambda self: [self.image_token_id, *ends])  # as Pixtral's, which needs torchvision
+    monkeypatch.setattr(transformers.LlavaProcessor, "image_token_ids", listed)
+    prompt = prompts_of(model, pairs)[0]
+    assert prompt.visual[:6].all() and not prompt.visual[6:].any()
+    assert torch.equal(prompt.text, ~prompt.visual)
+
+
 def damaged(pairs: Path) -> None:
     (pairs.parent / "1.png").write_bytes((pairs.parent / "1.png").read_bytes()[:60])
+
+
+def truncated(pairs: Path) -> None:
+    """Write a JPEG whose header is whole."""
+    content = BytesIO()
+    Image.effect_noise((64, 64), 90).save(content, "JPEG")
+    (pairs.parent / "1.png").write_bytes(content.getvalue()[: len(content.getvalue()) // 2])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (damaged, "line 2: .*1.png cannot be read: it is no image, or it is damaged"),
+        (truncated, "line 2: .*1.png cannot be read: it is no image, or it is damaged"),
         (lambda pairs: (pairs.parent / "1.png").unlink(), "line 2: .*1.png cannot be read: No such file"),
         (lambda pairs: pairs.write_text('{"image": "0.png"}\n'), "line 1, is no image-text pair"),
         (lambda pairs: pairs.write_text(pairs.read_text().split("\n")[0]), "holds 1 image-text pairs"),
@@ -76,6 +138,21 @@ def test_a_file_that_cannot_be_read_is_named(pairs: Path, change, message: str) 
     change(pairs)
     with pytest.raises(HeadwiseError, match=message):
         read_image_pairs(pairs)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("word " * 600, r"line 2: the prompt has [\d,]+ tokens, and the context of model is 128\."),
+        ("<image> and <image>", "line 2: the text has 2 placeholders <image>"),
+        ("what is <image>", "line 2: no text follows the image"),
+    ],
+)
+def test_a_prompt_that_the_model_cannot_get_is_named(model: Path, pairs: Path, text: str, message: str) -> None:
+    row = json.dumps({"image": "0.png", "text": text})
+    pairs.write_text(pairs.read_text().split("\n")[0] + f"\n{row}\n")
+    with pytest.raises(HeadwiseError, match=message):
+        list(prompts_of(model, pairs))
 
 
 def test_a_folder_without_a_processor_is_refused(model: Path, pairs: Path) -> None:

@@ -67,8 +67,11 @@ def plan_calibration(
         The text and the amount; None if nothing is measured.
 
     Raises:
-        SettingError: `refit` is set where there is nothing to fit, or the text is too short.
+        SettingError: `refit` is set where there is nothing to fit, `images` where nothing is measured, or the text
+            is too short.
     """
+    if settings.images is not None:
+        return plan_images(checkpoint, arch, target, settings)
     index_heads = max((layout.indexer.index_n_heads for layout in target.layouts if layout.indexer), default=0)
     if (target.exact and not index_heads) or not any(map(target.converted_names, range(len(target.layouts)))):
         if settings.refits_layers or settings.refit == "joint":
@@ -76,8 +79,6 @@ def plan_calibration(
                 "refit", f"`refit` is {settings.refit}, and an exact conversion leaves nothing to refit."
             )
         return None
-    if settings.images is not None:
-        return plan_images(checkpoint, arch, target, settings)
     apart = all(not target.layouts[i].on_text for i in range(len(target.layouts)) if target.converted_names(i))
     if apart and not (settings.moments is not None and target.calibrated):
         for name in ("refit", "calibrate", "moments", "save_moments"):

@@ -20,6 +20,7 @@ from headwise.convert.calibration.layer_stream import AttentionRecorder, LayerRe
 from headwise.convert.forecast.amounts import choose_refit
 from headwise.convert.settings import ConvertSettings
 from headwise.environment import available_memory
+from headwise.errors import SettingError
 from headwise.io.reader import Checkpoint
 from headwise.measure.image_prompts import ImagePrompt, ImagePrompts, open_prompts
 from headwise.models.architecture import Architecture
@@ -226,7 +227,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def plan_images(
     checkpoint: Checkpoint, arch: AttentionModel, target: Target, settings: ConvertSettings
-) -> CalibrationPlan | None:
+) -> CalibrationPlan:
     """Decide what is measured on image-text pairs.
 
     Args:
@@ -236,20 +237,33 @@ def plan_images(
         settings: of the conversion, with `images`.
 
     Returns:
-        The pairs; None if nothing is measured. The length of the first prompt stands for that of all.
+        The pairs. The mean length of the prompts stands for that of each.
 
     Raises:
-        HeadwiseError: the pairs cannot be read, or the model has no processor.
+        SettingError: nothing is measured.
+        HeadwiseError: the pairs cannot be read, a prompt exceeds the context, or the model has no processor.
     """
     assert settings.images is not None
+    refit = "off" if settings.refit in (None, "auto") else settings.refit
+    if target.exact:
+        raise SettingError(
+            "images",
+            "`images` has no effect: an exact conversion measures nothing.",
+            "Leave out `images`, or choose fewer KV heads.",
+        )
+    if refit == "off" and not target.calibrated and settings.save_moments is None:
+        raise SettingError(
+            "images",
+            f"`images` has no effect: `method` {settings.method} measures nothing without a refit.",
+            "Leave out `images`, or give `refit` layers.",
+        )
     prompts = open_prompts(
         settings.images, arch.auto_class, checkpoint.folder, checkpoint.source, checkpoint.config
     )
-    length = prompts[0].tokens.shape[1]
-    refit = "off" if settings.refit in (None, "auto") else settings.refit
+    # Each prompt is checked as it is made, before any output starts.
+    lengths = [prompt.tokens.shape[1] for prompt in prompts]
+    length = sum(lengths) // len(lengths)
     steps = choose_refit(checkpoint, arch, target, refit, length, torch.device("cpu")).steps
-    if not steps and not target.calibrated and settings.save_moments is None:
-        return None
     return CalibrationPlan(
         str(settings.images),
         len(prompts),

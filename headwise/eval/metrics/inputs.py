@@ -57,7 +57,7 @@ class EvalInputs:
         for part in (self.blocks, self.windows, self.prompts, *pairs):
             total.update(b"" if part is None else f"{tuple(part.shape)}".encode() + part.numpy().tobytes())
         if self.images is not None:
-            total.update(self.images.content_hash().encode())
+            total.update(b"text alone" + self.images.content_hash().encode())
         return total.hexdigest()
 
 
@@ -126,10 +126,14 @@ def make_image_inputs(path: Path, model: EvalModel) -> EvalInputs:
 
     Raises:
         SettingError: the model reads no images, or the file holds fewer than two pairs.
-        HeadwiseError: a line is no pair, an image cannot be read, or the folder has no processor.
+        HeadwiseError: a line is no pair, an image cannot be read, a prompt exceeds the context, or the folder has
+            no processor.
     """
     source = model.source
-    return EvalInputs(images=open_prompts(path, model.auto_class, source.folder, source.name, source.config))
+    prompts = open_prompts(path, model.auto_class, source.folder, source.name, source.config)
+    for _ in prompts:  # each is checked as it is made, before the report's folder is
+        pass
+    return EvalInputs(images=prompts)
 
 
 def task_arguments(

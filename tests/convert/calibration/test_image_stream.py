@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from headwise.convert.calibration.layer_stream import LayerRecord
 from headwise.convert.choose import choose_target
 from headwise.convert.refit.regression import apply_attention
 from headwise.convert.settings import ConvertSettings
-from headwise.errors import SettingError
+from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import open_checkpoint
 from headwise.measure.image_prompts import ImagePrompt, ImagePrompts, read_image_pairs
 from headwise.models.architecture import find_architecture
@@ -41,7 +42,8 @@ def random_prompts(model_type: str, folder: Path) -> list[ImagePrompt]:
             if name in given:
                 given[name] = given[name][:, :length]
         given["pixel_values"] = given["pixel_values"] * (1 if length is None else -1)
-        prompts.append(ImagePrompt(given, given["input_ids"][0] == 60))
+        visual = given["input_ids"][0] == 60
+        prompts.append(ImagePrompt(given, visual, ~visual))
     return prompts
 
 
@@ -218,6 +220,30 @@ def test_images_calibrate_a_conversion(tmp_path: Path) -> None:
     assert not result.plan.warnings
     again = convert_model(folder, tmp_path / "again", to="gqa", groups=3, moments=moments)
     assert [r["groups"] for r in again.layers.values()] == [r["groups"] for r in result.layers.values()]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"groups": 6}, "`images` has no effect: an exact conversion measures nothing"),
+        ({"groups": 3, "method": "mean"}, "`images` has no effect: `method` mean measures nothing without a refit"),
+    ],
+)
+def test_images_that_nothing_reads_are_refused(tmp_path: Path, more: dict[str, Any], message: str) -> None:
+    folder = small_parents.seeing_parent(tmp_path / "model", **HEADS)
+    with pytest.raises(SettingError, match=message) as caught:
+        convert_model(folder, tmp_path / "out", to="gqa", images=tmp_path / "none.jsonl", **more)
+    assert caught.value.field == "images"
+
+
+@pytest.mark.parametrize("text", ["word " * 600, "<image> and <image>"])
+def test_a_faulty_pair_stops_before_any_output(tmp_path: Path, text: str) -> None:
+    folder = small_parents.seeing_parent(tmp_path / "model", **HEADS)
+    pairs = small_parents.image_pairs(tmp_path / "pairs", 3)
+    pairs.write_text(pairs.read_text() + json.dumps({"image": "0.png", "text": text}) + "\n")
+    with pytest.raises(HeadwiseError, match="line 4"):
+        convert_model(folder, tmp_path / "out", to="gqa", groups=3, images=pairs, save_moments=tmp_path / "moments")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "pairs"]
 
 
 def test_a_tower_is_calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
