@@ -195,7 +195,7 @@ def main() -> None:
             if name == "captions":
                 source = {"calibrate": str(chosen.parent / "captions.txt"), "calibration_tokens": 4096}
             out = options.out / f"{groups}-{name}"
-            equal = lambda visual: [torch.ones(len(each)) for each in visual]  # noqa: E731
+            equal = lambda visual, text: [torch.ones(len(each)) for each in visual]  # noqa: E731
             weights = image_stream.balanced_weights if name == "balanced" else equal
             with mock.patch.object(image_stream, "balanced_weights", weights):
                 result = convert_model(parent, out, to="gqa", groups=groups, refit="off", verify=False, **source)

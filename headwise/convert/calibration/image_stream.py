@@ -64,17 +64,23 @@ def cross_masks(prompt: ImagePrompt) -> tuple[Tensor | None, Tensor | None]:
     return read.any(1), read.any(0)
 
 
-def balanced_weights(visual: Sequence[Tensor]) -> list[Tensor]:
+def balanced_weights(visual: Sequence[Tensor], text: Sequence[Tensor]) -> list[Tensor]:
     """Return the weight of every token: visual and text tokens count as much in all, and a token 1 on average.
+
+    The other tokens are the template's. They repeat in every prompt, so they do not count as text. The model
+    attends to them too, so they are not left out. Each has the weight 1.
 
     Args:
         visual: bool (tokens,) for each sequence.
+        text: bool (tokens,) for each sequence; no token is both.
     """
-    every = torch.cat(list(visual))
-    share = every.double().mean()
-    if share in (0, 1):
-        return [torch.ones(len(each)) for each in visual]
-    return [torch.where(each, 0.5 / share, 0.5 / (1 - share)).float() for each in visual]
+    counts = [int(torch.cat(list(kind)).sum()) for kind in (visual, text)]
+    weights = [torch.ones(len(each)) for each in visual]
+    if all(counts):
+        for kind, count in zip((visual, text), counts, strict=True):
+            for each, chosen in zip(weights, kind, strict=True):
+                each[chosen] = sum(counts) / 2 / count
+    return weights
 
 
 @dataclass(frozen=True)
@@ -128,11 +134,12 @@ class ImageStream:
         model = load_model(self._checkpoint, self._architecture.auto_class, torch.float32, self._device).eval()
         # Cross-attention reads the image, and no token holds a part of it.
         apart = bool(self._architecture.cross_states(self._checkpoint.config))
-        visual, amounts = list[Tensor](), list[int]()
+        visual, text, amounts = list[Tensor](), list[Tensor](), list[int]()
         for prompt in self._in_order():
             visual.append(prompt.visual & (not apart))
+            text.append(prompt.text)
             amounts.append(sum(value.nbytes for value in prompt.inputs.values()))
-        weights = [each.to(self._device) for each in balanced_weights(visual)]
+        weights = [each.to(self._device) for each in balanced_weights(visual, text)]
         largest = self._prompts[self._order[amounts.index(max(amounts))]]
         sizes = self._sizes(model, largest, keep_activations)
         for chosen in self._groups(layers, sizes):

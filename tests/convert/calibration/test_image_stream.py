@@ -73,7 +73,8 @@ def compare(folder: Path, prompts: Any) -> list[LayerRecord]:
     records = list(stream.records(attending, keep_activations=True))
     assert [record.index for record in records] == attending
     visual = [prompt.visual for prompt in prompts_read]
-    weights = balanced_weights([each & (not arch.cross_states(source.config)) for each in visual])
+    text = [prompt.text for prompt in prompts_read]
+    weights = balanced_weights([each & (not arch.cross_states(source.config)) for each in visual], text)
     for record in records:
         assert record.inputs is not None and record.outputs is not None
         total, expected = 0.0, torch.zeros(())
@@ -125,16 +126,21 @@ def cross_moments(folder: Path, prompts: list[ImagePrompt], layer: int) -> dict[
 
 
 def test_both_kinds_of_tokens_count_as_much() -> None:
-    visual = [torch.tensor([True] * 6 + [False]), torch.tensor([True, False, False])]
-    weights = balanced_weights(visual)
-    joined, kinds = torch.cat(weights), torch.cat(visual)
-    assert float(joined[kinds].sum()) == pytest.approx(float(joined[~kinds].sum()))
-    assert float(joined.mean()) == pytest.approx(1)
-    assert all(bool((each == 1).all()) for each in balanced_weights([torch.zeros(3, dtype=torch.bool)]))
+    # Image, text and template.
+    kinds = [torch.tensor([2, 0, 0, 0, 0, 0, 0, 2, 1]), torch.tensor([0, 1, 2, 1])]
+    visual, text = [each == 0 for each in kinds], [each == 1 for each in kinds]
+    weights, joined = torch.cat(balanced_weights(visual, text)), torch.cat(kinds)
+    assert float(weights[joined == 0].sum()) == pytest.approx(float(weights[joined == 1].sum()))
+    assert bool((weights[joined == 2] == 1).all())
+    assert float(weights.mean()) == pytest.approx(1)
+    nothing = [torch.zeros_like(each) for each in visual]
+    assert all(bool((each == 1).all()) for each in balanced_weights(nothing, text))
 
 
 def test_a_processor_feeds_the_text_model(tmp_path: Path) -> None:
     folder = small_parents.seeing_parent(tmp_path / "model", **HEADS)
+    part = "{% for c in m.content %}{{ c.text or '<image>' }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(f"{{% for m in messages %}}{{{{ m.role }}}}:{part} {{% endfor %}}")
     pairs = read_image_pairs(small_parents.image_pairs(tmp_path / "pairs", 5))
     prompts = ImagePrompts(pairs, folder, "model", tiny_models.read_config(folder))
     records = compare(folder, prompts)
