@@ -66,6 +66,18 @@ def seeing_parent(folder: Path, **heads: Any) -> Path:
     return folder
 
 
+def tiled_parent(folder: Path) -> Path:
+    """A random mllama with its stock processor: every image becomes up to four tiles."""
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    tokenizer.add_special_tokens({"bos_token": tokenizer.eos_token, "additional_special_tokens": ["<|image|>"]})
+    tiny_models.save("mllama", folder, vocab_size=len(tokenizer))
+    config = tiny_models.read_config(folder) | {"image_token_index": len(tokenizer) - 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    images: Any = transformers.MllamaImageProcessorPil(size={"height": 8, "width": 8}, max_image_tiles=4)
+    transformers.MllamaProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
 def image_pairs(folder: Path, count: int = 12) -> Path:
     """A file of image-text pairs beside its images, which are noise; texts differ in length."""
     folder.mkdir()

@@ -259,7 +259,7 @@ OTHERS: dict[str, dict[str, Any]] = {
             "image_size": 8,
             "patch_size": 4,
             "max_num_tiles": 4,
-            "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [2, 2]],
+            "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
         },
         "image_token_index": 60,
     },

@@ -252,6 +252,18 @@ def test_a_faulty_pair_stops_before_any_output(tmp_path: Path, text: str) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "pairs"]
 
 
+def test_images_of_several_tiles_calibrate_cross_attention(tmp_path: Path) -> None:
+    folder = small_parents.tiled_parent(tmp_path / "model")
+    pairs = small_parents.image_pairs(tmp_path / "pairs", 4)
+    lines = pairs.read_text().replace('"text": "', '"text": "before <|image|> ')
+    pairs.write_text(lines)
+    prompt = ImagePrompts(read_image_pairs(pairs), folder, "model", tiny_models.read_config(folder))[0]
+    assert prompt.inputs["pixel_values"].shape[2] == 4 and not prompt.inputs["cross_attention_mask"][0, 0].any()
+    result = convert_model(folder, tmp_path / "out", to="mqa", images=pairs, refit=5)
+    assert verify_model(tmp_path / "out", folder).passed
+    assert len(result.layers) == 4 and all("output" in report for report in result.layers.values())
+
+
 def test_a_tower_is_calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_models.save("exaone4_5", tmp_path / "model")
     prompts = random_prompts("exaone4_5", folder)
