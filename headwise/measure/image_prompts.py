@@ -47,7 +47,8 @@ class ImagePrompt:
 
     Attributes:
         inputs: the arguments of the stock model, one row each.
-        visual: bool (tokens,), true where a token holds a part of the image, or the end of one of its rows.
+        visual: bool (tokens,), true where a token holds a part of the image, or ends a row of it and the processor
+            lists it.
         text: bool (tokens,), true where a token belongs to the text of the pair. These tokens are behind the image.
             The other ones are the template's.
     """
@@ -256,7 +257,8 @@ class ImagePrompts:
                 # By content: the first bytes of a character are already as long as the character.
                 last = bisect_left(range(len(rows)), True, key=lambda i: decoded(i).startswith(until))
                 span[first:last] = True
-                return span
+                # A raw text may begin with the mark behind an image.
+                return span & ~torch.isin(ids, torch.tensor(self._processor.tokenizer.all_special_ids))
         return ~span
 
 

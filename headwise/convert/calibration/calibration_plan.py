@@ -112,10 +112,9 @@ def plan_notes(
     if calibration.images is None:
         yield f"Calibration: {calibration.amount} of {calibration.text} in sequences of {calibration.length}."
     else:
-        yield (
-            f"Calibration: {calibration.amount} of {calibration.images}, through the whole model; visual and text "
-            "tokens count as much in all."
-        )
+        yield f"Calibration: {calibration.amount} of {calibration.images}, through the whole model."
+        if any(target.layouts[i].on_text for i in range(len(target.layouts)) if target.converted_names(i)):
+            yield "In the text model, visual and text tokens count as much in all, if its sequence has both."
         if calibration.sequences > NUM_ATTENTION_SEQUENCES:
             yield (
                 f"Attention weights, by which values and keys count: measured on {NUM_ATTENTION_SEQUENCES} of the "

@@ -179,7 +179,8 @@ class ImageStream:
         def note(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             tensors = list(_tensors((kwargs, inputs, output[0] if isinstance(output, tuple) else output)))
-            alive.append(tensors)
+            if keep_activations and self._device.type == "cpu":  # elsewhere every layer copies its own
+                alive.append(tensors)
             kept = {id(tensor): tensor.nbytes for tensor in tensors} if keep_activations else {}
             sizes[layer] = RecordSize(8 * NUM_MOMENTS * (inputs.shape[-1] + 1) ** 2, kept)
 

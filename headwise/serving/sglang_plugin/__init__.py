@@ -1,4 +1,4 @@
-"""The plugin for SGLang: MLA at cache rows and head dims that its defaults refuse, on Hopper without a flag.
+"""The plugin for SGLang: MLA at cache rows and head dims that its default on Hopper refuses, without a flag.
 
 SGLang finds `register_backends` by the entry point group `sglang.srt.plugins` and calls it in each of its
 processes. `SGLANG_PLUGINS` leaves the plugin out. Two parts change:

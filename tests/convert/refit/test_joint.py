@@ -208,5 +208,3 @@ def test_auto_chooses_a_joint_refit_where_the_settings_allow_one(
     )
     plan = joint.plan_joint(checkpoint, arch, target, settings, torch.device("cuda"))  # type: ignore[arg-type]
     assert (plan is not None) == chosen
-    if chosen:
-        replace(settings, refit="joint")  # as the pipeline does
