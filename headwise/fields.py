@@ -120,8 +120,8 @@ def check_fields(settings: Any) -> None:
             legal = setting.check(value)
         except (ValueError, TypeError, OverflowError):
             words = value if setting.multiple and isinstance(value, list | tuple) else [value]
-            names = [str(word).casefold().partition("=")[0] for word in words]
-            wrong = [name for name in names if name not in setting.choices]
+            names = [str(word).partition("=")[0] for word in words]
+            wrong = [name.casefold() for name in names if name not in setting.choices]
             close = [match for word in wrong for match in get_close_matches(word, setting.choices, 1)]
             hint = f"Did you mean {close[0]!r}?" if close else None
             shown = ", ".join(repr(str(word) if isinstance(word, Path) else word) for word in words)
