@@ -180,7 +180,7 @@ GOOD = UptrainRecipe("a test", Data({"builtin": 1}), Training(tokens=8))
             "accept",
             "which is not one or several of tensors, .*'function'",
         ),
-        (lambda: UptrainSettings(accept=["cache", "all"]), "accept", r"`accept` is \['cache', 'all'\]"),
+        (lambda: UptrainSettings(accept=["cache", "all"]), "accept", "`accept` is 'cache', 'all', which"),
         (lambda: UptrainSettings(device="cuda:1"), "device", "`device` is 'cuda:1', which is not one of cpu, cuda"),
         (lambda: UptrainSettings(device="cpu", launch="ddp"), "device", "leave out `device`"),
         (lambda: UptrainSettings(heldout=""), "heldout", "`heldout` is ''"),
