@@ -117,18 +117,15 @@ def choose_target(
         target = GroupedTarget(
             checkpoint, arch, parent.with_groups(config, counts), config, settings, changed=set(counts), dtype=dtype
         )
-
-        def unmeasured(layer: int) -> bool:
-            return not measured_beside_text(settings.images, settings.moments, checkpoint, layer)
-
+        measured = measured_beside_text(settings.images, settings.moments, checkpoint)
         crossing = arch.on_text and not arch.reads_pairs and arch.cross_states(config) and CROSS in counts
         cross = [i for i, layout in enumerate(target.layouts) if crossing and layout.part == CROSS]
-        if any(map(unmeasured, cross)) and not target.exact:
+        if not all(map(measured, cross)) and not target.exact:
             target.warnings.append(
                 "No images are read: cross-attention is merged without moments, and every direction of its input "
                 "counts the same. `images` measures it."
             )
-        apart = {x.part for i, x in enumerate(target.layouts) if not x.on_text and unmeasured(i)}
+        apart = {x.part for i, x in enumerate(target.layouts) if not x.on_text and not measured(i)}
         unread = [part for part in counts if part in apart]
         if unread and not target.exact:
             target.warnings.append(

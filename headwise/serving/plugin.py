@@ -16,7 +16,7 @@ LOG = logging.getLogger(__name__)
 
 
 def install_plugin(engine: str, package: str, release: str, replace: Callable[[], None]) -> None:
-    """Replace parts of an engine, or log a warning that says why they stay; the engine starts in any case.
+    """Replace parts of an engine, or log a warning that states why they stay; the engine starts in any case.
 
     Args:
         engine: its name, for the message.

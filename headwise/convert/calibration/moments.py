@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,23 @@ from headwise.io.workdir import write_file_atomically
 INDEX = "moments.json"
 
 
-def measured_beside_text(images: Path | None, moments: Path | None, checkpoint: Checkpoint, layer: int) -> bool:
-    """Return whether something measures a layer that text does not run.
+def measured_beside_text(
+    images: Path | None, moments: Path | None, checkpoint: Checkpoint
+) -> Callable[[int], bool]:
+    """Return a function of a layer's index: whether something measures that layer where text does not run it.
 
     Args:
         images: the setting; images run every layer.
-        moments: the setting; saved moments of images hold such layers, and those of text do not.
+        moments: the setting; saved moments of images hold such layers, and those of text do not. The folder is
+            opened once, at the first layer that is asked for.
         checkpoint: the source.
-        layer: index of the layer.
     """
-    return images is not None or (moments is not None and Moments.open(moments, checkpoint).holds(layer))
+
+    @cache
+    def saved(folder: Path) -> Moments:
+        return Moments.open(folder, checkpoint)
+
+    return lambda layer: images is not None or (moments is not None and saved(moments).holds(layer))
 
 
 @dataclass(frozen=True)

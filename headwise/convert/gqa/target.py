@@ -69,9 +69,9 @@ class GroupedTarget:
             old.part in changed and old.num_key_value_heads != new.num_key_value_heads for old, new in pairs
         ]
         self.exact = all(new.num_key_value_heads >= old.num_key_value_heads for old, new in pairs)
-        beside = (settings.images, settings.moments, checkpoint)
+        measured = measured_beside_text(settings.images, settings.moments, checkpoint)
         runs = any(
-            changed and (new.on_text or measured_beside_text(*beside, layer))
+            changed and (new.on_text or measured(layer))
             for layer, (changed, new) in enumerate(zip(self._changed, self.layouts, strict=True))
         )
         self.calibrated = not self.exact and runs and "moments" in self.method.needs
