@@ -3,6 +3,7 @@
     python -m benchmarks.two_gpus WORK                              on a machine with two GPUs and no network
     python -m benchmarks.two_gpus WORK --device cpu --small         the same commands on a CPU, to try them
     python -m benchmarks.two_gpus WORK --conversion --layers 32     the conversion alone, of the whole 7B shape
+    python -m benchmarks.two_gpus WORK --resume                     resuming alone, from two processes to one
 
 Run it in the root of a clone. WORK needs 20 GB, and 30 GB for 32 layers. Every part runs in processes of its own,
 with a limit of its own, and prints a line of JSON when it is done or has failed. A conversion prints each stage to
@@ -45,13 +46,14 @@ HEADWISE = [sys.executable, "-m", "headwise"]
 # Seconds that a part may take, and more for every converted layer. The first three run at the same time.
 LIMITS = {
     "checkpoint": (30, 10),
-    "resume": (220, 0),
+    "resume": (300, 0),
     "eval": (130, 0),
     "convert-1": (60, 12),
     "convert-2": (60, 12),
     "train-1": (80, 0),
     "train-2": (130, 0),
 }
+RESUME = "resume from 2 to 1 processes"
 # Seconds of the whole run, and more for every layer.
 WHOLE = (200, 34)
 RECIPE = """
@@ -393,7 +395,7 @@ def measure(run: Run) -> None:
     if not run.conversion:
         small_child(run)
         first += [
-            ("resume from 2 to 1 processes", lambda: resume(run)),
+            (RESUME, lambda: resume(run)),
             ("eval on 1 and 2 processes", lambda: evaluate(run)),
         ]
     with ThreadPoolExecutor(3) as pool:
@@ -426,6 +428,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=8, help="of the 7B shape, for the conversion")
     parser.add_argument("--conversion", action="store_true", help="convert alone: no training and no evaluation")
+    parser.add_argument("--resume", action="store_true", help="resume from two processes to one: nothing else")
     parser.add_argument("--small", action="store_true", help="tiny shapes")
     parser.add_argument("--seconds", type=float, help="after which all is ended; default: by the layers")
     parser.add_argument("--convert", nargs=2, metavar=("MODEL", "OUT"), help="a conversion, as a part starts it")
@@ -436,7 +439,11 @@ def main() -> None:
         return
     options.work = options.work.resolve()
     options.work.mkdir(parents=True, exist_ok=True)
-    measure(Run(options))
+    run = Run(options)
+    if options.resume:
+        run.part(RESUME, lambda: resume(run))
+    else:
+        measure(run)
 
 
 if __name__ == "__main__":
