@@ -13,9 +13,9 @@ from headwise.progress import Progress
 class BackgroundCopy:
     """Write the tensors outside the converted layers.
 
-    A thread copies those that stay as they are, chunk by chunk: reading, hashing and writing release the
-    interpreter lock. Tensors that are computed wait for `finish`, when no layer is in memory. Use it as a context
-    manager: leaving it ends the copy after the tensor that is being written.
+    A thread copies those that stay as they are, or are scaled, chunk by chunk: reading, computing, hashing and
+    writing release the interpreter lock. Tensors that are computed as a whole wait for `finish`, when no layer is
+    in memory. Use it as a context manager: leaving it ends the copy after the tensor that is being written.
 
     Args:
         checkpoint: the source.
@@ -33,7 +33,8 @@ class BackgroundCopy:
 
     def __enter__(self) -> BackgroundCopy:
         for tensor in self._rest:
-            if self._checkpoint.is_plain and tensor.source is not None and not tensor.stored:
+            by_chunks = tensor.source is not None or tensor.name in self._target.scaled
+            if self._checkpoint.is_plain and by_chunks and not tensor.stored:
                 self._copies[tensor.name] = self._thread.submit(self._write, tensor)
         return self
 
@@ -62,5 +63,7 @@ class BackgroundCopy:
     def _write(self, tensor: OutputTensor) -> None:
         if tensor.source is not None:
             self._writer.copy(tensor.name, self._checkpoint)
+        elif (scaled := self._target.scaled.get(tensor.name)) is not None:
+            self._writer.write_chunks(tensor.name, scaled.chunks(self._checkpoint, tensor.dtype))
         else:
             self._writer.write(tensor.name, self._target.transform_other(tensor.name, self._checkpoint))

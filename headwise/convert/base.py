@@ -6,8 +6,9 @@ layer, copy the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,10 @@ from headwise.convert.refit.regression import LEARNING_RATE
 from headwise.io.reader import Checkpoint
 from headwise.io.writer import OutputTensor
 from headwise.models.layout import AttentionLayout
+from headwise.models.mla_source import ScaledCopy
+
+# Of a target that scales no tensor.
+NONE_SCALED: Mapping[str, ScaledCopy] = MappingProxyType({})
 
 
 class Target(Protocol):
@@ -33,6 +38,7 @@ class Target(Protocol):
         calibrated: whether converting a layer makes use of measured moments.
         fitted: whether the output matrices of a converted layer are solved for on the calibration text.
         regresses_norms: whether converting a layer needs the moments of its normed queries and keys.
+        scaled: the output tensors outside the converted attention that are a factor times a source tensor, by name.
         notes: lines of the plan about the decisions.
         warnings: lines of the plan that the user must not miss.
     """
@@ -46,6 +52,7 @@ class Target(Protocol):
     calibrated: bool
     fitted: bool
     regresses_norms: bool
+    scaled: Mapping[str, ScaledCopy]
     notes: list[str]
     warnings: list[str]
 
@@ -95,7 +102,7 @@ class Target(Protocol):
         """
 
     def transform_other(self, name: str, checkpoint: Checkpoint) -> Tensor:
-        """Return an output tensor outside the converted attention that is not a byte-for-byte copy.
+        """Return an output tensor outside the converted attention that is neither copied nor scaled.
 
         Args:
             name: of the output tensor.

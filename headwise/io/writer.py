@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,6 +232,34 @@ class Writer:
         scale, codes = planned.stored
         for stored, values in zip((codes, scale), quantize_blocks(tensor), strict=True):
             self._stream(stored.name, as_bytes(values).split(CHUNK))
+
+    def write_chunks(self, name: str, chunks: Iterable[Tensor]) -> None:
+        """Write one tensor that is computed chunk by chunk.
+
+        Args:
+            name: of the tensor.
+            chunks: its values in order, flat, with the planned dtype; each has memory of its own.
+
+        Raises:
+            ValueError: the dtype or the number of values is not the planned one.
+            HeadwiseError: the tensor holds a NaN or an infinity, or the disk fails.
+        """
+        planned = self._planned[name]
+        if planned.stored:  # blocks of rows share a scale
+            self.write(name, torch.cat(list(chunks)).view(planned.shape))
+            return
+
+        def checked() -> Iterator[Tensor]:
+            left = math.prod(planned.shape)
+            for chunk in chunks:
+                left -= len(chunk)
+                if chunk.dtype != planned.dtype or left < 0:
+                    raise ValueError(f"{name} has {chunk.dtype} or too many values, planned was {planned}")
+                yield as_bytes(chunk)
+            if left:
+                raise ValueError(f"{name} lacks {left} values, planned was {planned}")
+
+        self._stream(name, checked())
 
     def rewrite(self, name: str, tensor: Tensor) -> None:
         """Write a tensor again that is written already, such as one that was trained since.

@@ -14,6 +14,7 @@ from headwise.convert.background_copy import BackgroundCopy
 from headwise.errors import HeadwiseError
 from headwise.io.reader import open_checkpoint
 from headwise.io.writer import OutputTensor, Writer
+from headwise.models.mla_source import ScaledCopy
 from headwise.progress import SILENT
 
 
@@ -26,34 +27,36 @@ def source_of(folder: Path, **tensors: torch.Tensor) -> Any:
 
 
 def target_of(checkpoint: Any, *converted: str) -> Any:
-    """Return a target that converts some tensors, doubles `computed`, and copies the others."""
+    """Return a target that converts some tensors, doubles `computed` and `scaled`, and copies the others."""
     outputs = [
-        OutputTensor(name, each.dtype, each.shape, source=None if name == "computed" else name)
+        OutputTensor(name, each.dtype, each.shape, source=None if name in ("computed", "scaled") else name)
         for name, each in checkpoint.tensors.items()
     ]
     return SimpleNamespace(
         layouts=[None],
         outputs=outputs,
         converted_names=lambda _: list(converted),
+        scaled={"scaled": ScaledCopy("scaled", "scaled", 2.0)},
         transform_other=lambda name, source: 2 * source.read(name),
     )
 
 
 def test_layers_are_written_beside_the_copy(tmp_path: Path) -> None:
-    given = {name: torch.randn(31, 7) for name in ("computed", "first", "layer", "second")}
+    given = {name: torch.randn(31, 7) for name in ("computed", "first", "layer", "scaled", "second")}
     checkpoint = source_of(tmp_path / "in", **given)
     target = target_of(checkpoint, "layer")
     with (
         Writer(tmp_path / "out", target.outputs, identity={}) as writer,
         BackgroundCopy(checkpoint, target, writer) as copy,
     ):
+        copy._thread.submit(int).result()  # what the thread copies is written before a layer is
+        assert writer.done == {"first", "scaled", "second"}
         writer.write("layer", -given["layer"])
         copy.finish(SILENT)
         writer.publish()
     written = load_file(tmp_path / "out" / "model.safetensors")
-    assert torch.equal(written["layer"], -given["layer"]) and torch.equal(
-        written["computed"], 2 * given["computed"]
-    )
+    assert torch.equal(written["layer"], -given["layer"])
+    assert all(torch.equal(written[name], 2 * given[name]) for name in ("computed", "scaled"))
     assert all(torch.equal(written[name], given[name]) for name in ("first", "second"))
 
 

@@ -436,3 +436,15 @@ def test_handles_and_threads_are_given_back(model, tmp_path):
     assert threading.active_count() == threads
     if sys.platform == "linux":
         assert len(os.listdir("/proc/self/fd")) == handles
+
+
+def test_a_tensor_may_be_written_chunk_by_chunk(tmp_path):
+    given = torch.randn(7, 5)
+    with Writer(tmp_path / "out", [OutputTensor("w", given.dtype, (7, 5))], identity=IDENTITY) as writer:
+        for wrong in ((given.flatten()[:30],), (given.flatten(), given[0]), (given.flatten().double(),)):
+            with pytest.raises(ValueError, match="planned was"):
+                writer.write_chunks("w", wrong)
+        assert not writer.done
+        writer.write_chunks("w", given.flatten().split(11))
+        writer.publish()
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["w"], given)

@@ -103,7 +103,8 @@ def export(model, to_latent, *, dtype=torch.float32, tolerance=deepseek.NORM_TOL
         del state["lm_head.weight"]
     attention = [name for name in state if ".self_attn." in name]
     tensors = {
-        c.name: c.apply(state[c.source], dtype) for c in mla_source.plan_scaled_copies(source, state, attention)
+        c.name: (rows_of(c, state[c.source]).double() * c.factor).to(dtype)
+        for c in mla_source.plan_scaled_copies(source, state, attention)
     }
     for i, layer in enumerate(layers):
         o_bias = model.model.layers[i].self_attn.o_proj.bias
@@ -117,6 +118,11 @@ def export(model, to_latent, *, dtype=torch.float32, tolerance=deepseek.NORM_TOL
             dtype=dtype,
         )
     return config, tensors
+
+
+def rows_of(copy, tensor):
+    """Return the rows of a source tensor that a scaled copy has."""
+    return tensor.chunk(copy.part[1])[copy.part[0]] if copy.part else tensor
 
 
 def reload(config, tensors, folder, dtype):

@@ -12,10 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from headwise import convert_model, inspect_model, verify_model
 from headwise.errors import HeadwiseError
+from headwise.io.reader import open_checkpoint
 from headwise.models import mla_source
 from headwise.models.config import stock_text_config
+from headwise.models.mla_source import ScaledCopy
 from tests import tiny_models
 from tests.convert.speaking import TEXT, save_speaking
+from tests.io.small import make_checkpoint
 
 MOE: dict[str, Any] = {
     "num_local_experts": 5,
@@ -121,3 +124,38 @@ def test_experts_with_a_gap_are_refused() -> None:
     names = [*names, mla_source.EMBEDDING, mla_source.HEAD]
     with pytest.raises(HeadwiseError, match="are incomplete: expert 1 lacks a tensor"):
         mla_source.plan_scaled_copies(source, [n for n in names if "1.w3" not in n], [])
+
+
+@pytest.mark.parametrize("chunk", [4, 24, 1 << 20])
+@pytest.mark.parametrize(
+    "copy",
+    [
+        ScaledCopy("out", "a", 0.3),
+        ScaledCopy("out", "a", 0.3, (0, 3)),
+        ScaledCopy("out", "a", 1.0, (1, 3)),
+        ScaledCopy("out", "a", 0.3, (2, 3)),
+        ScaledCopy("out", "a", 0.3, None, (("a", "b"), ("b", "a"))),
+    ],
+    ids=["whole", "first part", "middle part", "last part", "stack"],
+)
+def test_the_chunks_of_a_scaled_copy_are_the_scaled_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copy: ScaledCopy, chunk: int
+) -> None:
+    monkeypatch.setattr("headwise.io.reader.CHUNK", chunk)
+    given = {name: torch.randn(6, 5) for name in "ab"}
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "in", given))
+    rows = torch.cat([given[name] for names in copy.stack or (("a",),) for name in names])
+    if copy.part:
+        rows = rows[2 * copy.part[0] :][:2]
+    expected = (rows.double() * copy.factor).bfloat16()
+    found = list(copy.chunks(checkpoint, torch.bfloat16))  # no chunk shares its memory with a later one
+    assert torch.equal(torch.cat(found), expected.flatten())
+    assert expected.numel() == torch.Size(copy.shape((6, 5))).numel()
+
+
+def test_experts_of_another_shape_are_refused(tmp_path: Path) -> None:
+    given = {"a": torch.ones(2, 3), "b": torch.ones(3, 3)}
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "in", given))
+    copy = ScaledCopy("out", "a", 1.0, None, (("a",), ("b",)))
+    with pytest.raises(HeadwiseError, match=r"Tensor b has not the shape \(2, 3\) of a"):
+        list(copy.chunks(checkpoint, torch.float32))

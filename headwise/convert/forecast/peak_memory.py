@@ -91,13 +91,11 @@ def peak_memory(
                 * max(layout.num_attention_heads * layout.cache_elements_per_token**2 for layout in layouts)
             )
     total = RESTING_BYTES + checkpoint.peak_bytes + int(3.5 * attention)
-    # Outside attention: a tensor in two copies, and its values in float64 while they are scaled. A stack of experts
-    # is made one by one.
+    # Outside attention: a tensor in two copies, unless it is scaled chunk by chunk.
     names = {name for i in computed for name in target.converted_names(i)}
-    other = 0
-    for tensor in target.outputs:
-        if tensor.source is None and tensor.name not in names:
-            other = max(other, 2 * tensor.nbytes + 10 * math.prod(tensor.shape[-2:]))
+    names |= {tensor.name for tensor in target.outputs if tensor.name in target.scaled and not tensor.stored}
+    rest = [each for each in target.outputs if each.source is None and each.name not in names]
+    other = max((2 * each.nbytes + 10 * math.prod(each.shape[-2:]) for each in rest), default=0)
     if calibration is None or calibration.reuse is not None:
         return max(total + search + (2 * 8 * width * width if calibration else 0), RESTING_BYTES + other)
     depth = arch.layers[0].count(".") + 1

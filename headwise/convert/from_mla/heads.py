@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from headwise.convert.base import Refittable
+from headwise.convert.base import NONE_SCALED, Refittable
 from headwise.convert.calibration.layer_stream import LayerRecord
 from headwise.errors import HeadwiseError
 from headwise.io.reader import Checkpoint
@@ -73,6 +73,7 @@ class HeadsTarget:
 
     exact = True
     calibrated = fitted = regresses_norms = False
+    scaled = NONE_SCALED
 
     def __init__(self, checkpoint: Checkpoint, model: LatentModel, *, dtype: torch.dtype | None = None) -> None:
         self.source, self.parent_config, self._model = checkpoint, checkpoint.config, model

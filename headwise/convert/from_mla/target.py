@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.convert.base import Refittable
+from headwise.convert.base import NONE_SCALED, Refittable
 from headwise.convert.calibration.attention_stats import first_position
 from headwise.convert.calibration.layer_stream import LayerRecord
 from headwise.convert.from_mla.reduction import LatentStatistics, reduce_latent
@@ -51,6 +51,7 @@ class ReducedTarget:
 
     calibrated = fitted = True
     exact = regresses_norms = False
+    scaled = NONE_SCALED
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headwise import registry
-from headwise.convert.base import Refittable
+from headwise.convert.base import NONE_SCALED, Refittable
 from headwise.convert.calibration.layer_stream import LayerRecord
 from headwise.convert.calibration.moments import measured_beside_text
 from headwise.convert.gqa.grouping import contiguous_groups
@@ -78,6 +78,7 @@ class GroupedTarget:
         self.fitted = not self.exact and runs and "text" in self.method.needs
         self._solved = self.fitted and settings.calibrate != "none"
         self.regresses_norms = False
+        self.scaled = NONE_SCALED
         # The layer of every key and value tensor that is transformed without its layer's other tensors.
         self._tensorwise: dict[str, int] = {}
         pools = not self.method.needs and self.grouping == "contiguous"

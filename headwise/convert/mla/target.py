@@ -6,6 +6,7 @@ A model with MLA is a source too: its layers stay, and indexers are added.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -180,7 +181,7 @@ class LatentTarget:
         layers = range(len(self._before))
         attention = [n for i in layers for n in (*arch.tensor_names(config, i), self._o_bias_name(i))]
         copies = mla_source.plan_scaled_copies(self.rule, checkpoint.tensors, attention)
-        self._copies = {copy.name: copy for copy in copies}
+        self.scaled: Mapping[str, mla_source.ScaledCopy] = {copy.name: copy for copy in copies}
         self._shapes = deepseek.attention_shapes(layout, self._hidden_size, bias=bias, q_lora_rank=self.q_lora_rank)
         if layout.indexer and self.q_lora_rank:
             self._shapes |= indexer_tensor_shapes(layout.indexer, self._hidden_size, self.q_lora_rank)
@@ -192,7 +193,7 @@ class LatentTarget:
 
     def explain(self, name: str) -> str:
         """See `Target`."""
-        copy = self._copies.get(name)
+        copy = self.scaled.get(name)
         if copy is None:
             part = name.rpartition(".")[0].rpartition(".")[2]
             held = "held by its factors" if self._was_latent else "held by the latent"
@@ -279,9 +280,8 @@ class LatentTarget:
 
     def transform_other(self, name: str, checkpoint: Checkpoint) -> Tensor:
         """See `Target`."""
-        if name not in self._copies:  # the shared experts of a class whose source has none
-            return torch.empty(next(t.shape for t in self.outputs if t.name == name), dtype=self.dtype)
-        return self._copies[name].read(checkpoint, self.dtype)
+        # The shared experts of a class whose source has none.
+        return torch.empty(next(t.shape for t in self.outputs if t.name == name), dtype=self.dtype)
 
     def _export(
         self, layer: int, converted: LatentWeights, o_bias: Tensor | None, record: LayerRecord | None

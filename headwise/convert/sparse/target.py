@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.convert.base import Refittable
+from headwise.convert.base import NONE_SCALED, Refittable
 from headwise.convert.calibration.layer_stream import LayerRecord
 from headwise.io.reader import Checkpoint
 from headwise.io.writer import OutputTensor
@@ -33,6 +33,7 @@ class SharedIndexerTarget:
     """
 
     exact, calibrated, fitted, regresses_norms = True, False, False, False
+    scaled = NONE_SCALED
 
     def __init__(
         self,

@@ -126,7 +126,8 @@ def check_folder(
         planned: the layouts of the plan; None: those of the folder's own config.
         arguments: settings of the conversion, which determine how the folder may differ from its parent.
         record: headwise.json, whose hashes of tensors and files are compared if `finite`.
-        finite: read every tensor and look for NaN and infinities (the writer has done so already).
+        finite: read every tensor, look for NaN and infinities, and compare copies with the parent. The writer of a
+            new folder has checked the values and copied the bytes.
         device: where models and their layers run.
         progress: gets one stage.
 
@@ -180,7 +181,7 @@ def check_folder(
         if own_layouts[0].indexer is not None:
             compute("selection", check_selection, checkpoint, model)
         if parent is not None:
-            compute("parent", compare_with_parent, checkpoint, parent, model, trained)
+            compute("parent", compare_with_parent, checkpoint, parent, model, compare=finite, trained=trained)
     else:
         compute("function", check_groups, checkpoint, model)
         if parent is not None and is_latent(parent.config):

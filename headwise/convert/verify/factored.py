@@ -20,7 +20,7 @@ from headwise.convert.verify.layer_inputs import (
     within_budget,
 )
 from headwise.convert.verify.normed import NormedAttention, compare_reduced
-from headwise.convert.verify.rounded import is_stored, rounds_weights
+from headwise.convert.verify.rounded import holds_chunks, rounds_weights
 from headwise.convert.verify.whole_model import compare_logits
 from headwise.io.reader import Checkpoint
 from headwise.models import deepseek, mla_source
@@ -146,6 +146,8 @@ def compare_with_parent(
     checkpoint: Checkpoint,
     parent: Checkpoint,
     model: AttentionModel,
+    *,
+    compare: bool,
     trained: bool,
     device: torch.device | str = "cpu",
 ) -> tuple[bool, str]:
@@ -155,6 +157,7 @@ def compare_with_parent(
         checkpoint: the MLA folder.
         parent: the model that it was converted from, with the folder's context and window.
         model: the folder's stock class.
+        compare: compare the tensors too that are copied byte for byte.
         trained: whether the folder was trained since; only its shape is then the parent's.
         device: where models and their layers run.
     """
@@ -173,8 +176,9 @@ def compare_with_parent(
     rule = mla_source.find_mla_source(arch.text_config(parent.config), dtype)
     attention_names = [n for n in parent.tensors if f".{arch.attention}." in n]
     for carried in mla_source.plan_scaled_copies(rule, parent.tensors, attention_names):
-        if carried.name not in checkpoint.tensors or not is_stored(
-            checkpoint, carried.name, carried.read(parent, dtype)
+        known = not compare and carried.keeps_bytes(parent.tensors[carried.source], dtype)
+        if carried.name not in checkpoint.tensors or not (
+            known or holds_chunks(checkpoint, carried.name, carried.chunks(parent, dtype))
         ):
             return False, f"{carried.name} is not what the parent's {carried.source} becomes"
     largest = [max(sizes) for sizes in zip(*map(exact_mla_shape, before), strict=True)]

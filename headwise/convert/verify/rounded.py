@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from headwise.io.quantized.forms import FORMS
 from headwise.io.quantized.fp8 import BLOCK, round_to_blocks
 from headwise.io.reader import Checkpoint
+
+
+def holds_chunks(checkpoint: Checkpoint, name: str, expected: Iterable[Tensor]) -> bool:
+    """Return whether a folder has a tensor that is computed chunk by chunk, exactly or as block FP8 rounds it.
+
+    Args:
+        checkpoint: the folder.
+        name: of the tensor.
+        expected: its values before they were stored, flat, in order.
+    """
+    shape = checkpoint.tensors[name].shape
+    if checkpoint.quantized is not None and name in checkpoint.quantized.tensors:
+        whole = torch.cat(list(expected))
+        return whole.numel() == math.prod(shape) and is_stored(checkpoint, name, whole.view(shape))
+    actual, start = checkpoint.read(name).flatten(), 0
+    for chunk in expected:
+        if not torch.equal(chunk, actual[start : start + len(chunk)]):
+            return False
+        start += len(chunk)
+    return start == len(actual)
 
 
 def is_stored(checkpoint: Checkpoint, name: str, expected: Tensor) -> bool:

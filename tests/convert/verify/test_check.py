@@ -21,6 +21,7 @@ from headwise.convert.verify.check import Verification, check_folder, verify_mod
 from headwise.convert.verify.verification import CHECKS
 from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import open_checkpoint
+from headwise.models.stock_match import match_source
 from headwise.progress import Progress
 from tests import tiny_models
 from tests.convert.devices import needs_gpu
@@ -445,3 +446,18 @@ def test_a_folder_that_was_changed_itself_gets_its_checks(home: Path, tmp_path: 
 def test_a_folder_is_not_its_own_parent(home: Path) -> None:
     with pytest.raises(SettingError, match="the folder that is checked"):
         verify_model(home / "gqa", home / "gqa")
+
+
+def test_a_new_folder_is_checked_for_what_was_scaled(home: Path, tmp_path: Path) -> None:
+    """The bytes that a conversion copies are compared where a folder may have changed since."""
+    parent = save_speaking(tmp_path / "parent", rms_norm_eps=1e-5)  # its residual stream gets another scale
+    convert_model(parent, tmp_path / "out", to="mla", rank=16, rope_dim=8, calibrate="none", verify=False)
+    scaled, copied = "model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.up_proj.weight"
+    for name, seen in ((scaled, {"parent"}), (copied, set())):
+        out = shutil.copytree(tmp_path / "out", tmp_path / name)
+        tensors = load_file(out / "model.safetensors")
+        nudge(name)(tensors)
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+        checkpoint, source = open_checkpoint(out), match_source(open_checkpoint(parent))
+        assert failed(check_folder(checkpoint, source)) == seen
+        assert "parent" in failed(check_folder(checkpoint, source, finite=True))
