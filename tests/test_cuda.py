@@ -1,11 +1,13 @@
-"""Recorded work: what a CUDA graph repeats is what the call itself does."""
+"""Recorded work: what a CUDA graph repeats is what the call itself does. Tensors are read ahead before a GPU."""
 
 from __future__ import annotations
+
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from headwise.cuda import record
+from headwise.cuda import ReadAhead, record
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -56,3 +58,23 @@ def test_work_that_reads_a_value_on_the_host_is_repeated_without_a_graph():
     for _ in range(3):
         repeat()
     assert total.item() == 14
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_what_is_needed_next_is_read_ahead_before_a_gpu_alone(device, monkeypatch):
+    monkeypatch.setattr("headwise.cuda.current", lambda _: nullcontext())
+    read = []
+
+    def note(name, pinned=False):
+        read.append((name, pinned))
+        if name == "x":
+            raise OSError("gone")
+        return torch.tensor(ord(name))
+
+    ahead, gpu = ReadAhead(note, torch.device(device)), device != "cpu"
+    ahead.begin("abx")
+    assert ahead.take("bc") == {"b": torch.tensor(98), "c": torch.tensor(99)}
+    assert ahead.take("a") == {"a": torch.tensor(97)}
+    assert sorted(read) == [(name, gpu) for name in ("abcx" if gpu else "abc")]
+    with pytest.raises(OSError, match="gone"):
+        ahead.take("x")

@@ -82,10 +82,12 @@ class LayerJob:
         """Return one layer's new tensors and its report."""
         checkpoint, arch, target, calibration = self.checkpoint, self.arch, self.target, self.calibration
         names = arch.tensor_names(checkpoint.config, layer)
-        source = {name: checkpoint.read(name).to(device) for name in names}  # before it becomes float64
+        read = record.weights if record is not None else {}
+        source = {name: read[name] if name in read else checkpoint.read(name).to(device) for name in names}
         check_finite(checkpoint, target, layer, source, record, self.allow_nan)
-        weights = arch.read_layer(checkpoint.config, layer, source)
-        del source
+        weights = arch.read_layer(checkpoint.config, layer, source)  # in float64
+        source.clear()
+        read.clear()
         converted, report = target.convert_layer(layer, weights, record)
         del weights
         tensors = self._attention(record, layer, device, converted, report)

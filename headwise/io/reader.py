@@ -128,42 +128,51 @@ class Checkpoint:
         """Return the number of elements of all tensors, from the headers."""
         return sum(math.prod(entry.shape) for entry in self.tensors.values())
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, *, pinned: bool = False) -> Tensor:
         """Read one tensor into its own memory, in the dtype of its entry.
 
         Args:
             name: of the tensor.
+            pinned: read it into page-locked memory, which a GPU copies several times as fast. torch keeps such
+                memory for later tensors, so that the system need not map new pages.
 
         Raises:
             HeadwiseError: the file changed since it was opened, or cannot be read.
         """
         entry = self.tensors[name]
+        if self.is_plain:
+            return self.read_stored(entry, pinned=pinned)
+        tensor = self._read_encoded(name, entry)
+        return tensor.pin_memory() if pinned else tensor
+
+    def _read_encoded(self, name: str, entry: TensorEntry) -> Tensor:
         if self.gguf:
             with self._open(entry) as file:
                 return self.gguf.read(name, file)
-        if self.quantized:
-            if (weight := self.quantized.tensors.get(entry.name)) is not None:
-                return weight.read(self.read_stored)
-            return self.read_stored(self.quantized.stored[entry.name]).to(entry.dtype)
-        return self.read_stored(entry)
+        assert self.quantized is not None
+        if (weight := self.quantized.tensors.get(entry.name)) is not None:
+            return weight.read(self.read_stored)
+        return self.read_stored(self.quantized.stored[entry.name]).to(entry.dtype)
 
     @property
     def stored(self) -> dict[str, TensorEntry]:
         """Return the tensors of the files, by their names there; of a GGUF file those of the stock class."""
         return self.quantized.stored if self.quantized else self.tensors
 
-    def read_stored(self, entry: TensorEntry) -> Tensor:
+    def read_stored(self, entry: TensorEntry, *, pinned: bool = False) -> Tensor:
         """Read a tensor of a safetensors or pickle file as it is stored.
 
         Args:
             entry: of the tensor, by its name in the file.
+            pinned: as in `read`.
 
         Raises:
             HeadwiseError: the file changed since it was opened, or cannot be read.
         """
         if entry.file in self._pickled:
-            return self._pickled[entry.file][entry.name].clone()
-        flat = torch.empty(entry.nbytes, dtype=torch.uint8)
+            tensor = self._pickled[entry.file][entry.name]
+            return tensor.pin_memory() if pinned else tensor.clone()
+        flat = torch.empty(entry.nbytes, dtype=torch.uint8, pin_memory=pinned and entry.nbytes > 0)
         with self._open(entry) as file:
             self._fill(flat, file, entry)
         return flat.view(entry.dtype).view(entry.shape)

@@ -160,6 +160,13 @@ class AttentionModel(Protocol):
             layer: index of the decoder layer.
         """
 
+    def prefix(self, layer: int) -> str:
+        """Return the beginning of the names of a layer's attention tensors in the checkpoint, with its dot.
+
+        Args:
+            layer: index of the decoder layer.
+        """
+
     def tensors(self, checkpoint: Checkpoint, layer: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Read all tensors of a layer's attention, including those that no conversion changes.
 
@@ -373,6 +380,14 @@ class LatentModel:
         """
         return f"{LAYERS.format(layer=layer)}.{ATTENTION}"
 
+    def prefix(self, layer: int) -> str:
+        """Return the beginning of the names of a layer's attention tensors, with its dot.
+
+        Args:
+            layer: index of the decoder layer.
+        """
+        return f"{self.attention_path(layer)}."
+
     def tensors(self, checkpoint: Checkpoint, layer: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Read all tensors of a layer's attention.
 
@@ -384,7 +399,7 @@ class LatentModel:
         Returns:
             Tensors by their names in the checkpoint.
         """
-        return checkpoint.read_prefix(f"{self.attention_path(layer)}.", device)
+        return checkpoint.read_prefix(self.prefix(layer), device)
 
 
 def find_attention_model(config: dict[str, Any], names: Iterable[str] = ()) -> AttentionModel:
@@ -454,7 +469,10 @@ def reads_pairs(config: dict[str, Any]) -> bool:
 
 
 def read_latent_layer(
-    checkpoint: Checkpoint, layer: int, device: torch.device | str = "cpu"
+    checkpoint: Checkpoint,
+    layer: int,
+    device: torch.device | str = "cpu",
+    tensors: dict[str, Tensor] | None = None,
 ) -> tuple[LatentWeights, Tensor | None]:
     """Read one attention layer of an MLA model that headwise wrote.
 
@@ -462,11 +480,13 @@ def read_latent_layer(
         checkpoint: the model.
         layer: index of the decoder layer.
         device: of the result.
+        tensors: all of the layer's attention; None: they are read.
 
     Returns:
         The layer in the norm-free parametrization, float64, and its output bias (D,) or None.
     """
     model = LatentModel()
-    tensors = model.tensors(checkpoint, layer, device)
+    if tensors is None:
+        tensors = model.tensors(checkpoint, layer, device)
     weights = model.read_layer(checkpoint.config, layer, tensors).to_device(device)
     return weights, tensors.get(f"{model.attention_path(layer)}.o_proj.bias")

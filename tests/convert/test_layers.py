@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,10 @@ from transformers import AutoModelForCausalLM
 from headwise.convert.calibration.calibration_plan import CalibrationPlan
 from headwise.convert.layers import choose_device
 from headwise.convert.pipeline import convert_model
+from headwise.io.reader import Checkpoint
 from headwise.io.source import EMBEDDED_MODEL
 from tests.convert.devices import needs_gpu
+from tests.convert.speaking import TEXT, save_speaking
 
 
 @pytest.mark.parametrize(
@@ -69,3 +72,17 @@ def test_the_demo_model_becomes_the_same_on_a_gpu(to: dict[str, Any], tmp_path: 
             convert_model(EMBEDDED_MODEL, out, **to, **options, dtype="float32", device=device, verify=False)
         ours, theirs = (logits(tmp_path / f"{way}-{device}") for device in ("cuda", "cpu"))
         assert float((ours - theirs).norm() / theirs.norm()) < close, way
+
+
+@pytest.mark.parametrize("to", [{"to": "mla", "rank": 16, "rope_dim": 8}, {"to": "gqa", "groups": 2}], ids=str)
+def test_the_weights_of_a_layer_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: dict[str, Any]
+) -> None:
+    """The layer that runs on text and the layer that is converted are the same tensors."""
+    read: list[str] = []
+    reading = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name: (read.append(name), reading(self, name))[1])
+    parent = save_speaking(tmp_path / "parent")
+    convert_model(parent, tmp_path / "out", **to, **TEXT, refit="off", verify=False, device="cpu")
+    counts = Counter(name for name in read if ".self_attn." in name)
+    assert len(counts) == 2 * 4 and set(counts.values()) == {1}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -22,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from headwise.convert.calibration.attention_stats import TINY, AttentionStats, first_position
 from headwise.convert.calibration.norm_stats import CrossMoment, NormedProjections
-from headwise.cuda import current
+from headwise.cuda import ReadAhead
 from headwise.environment import available_memory
 from headwise.io.reader import Checkpoint
 from headwise.models.protocol import AttentionModel
@@ -69,6 +68,7 @@ class LayerRecord:
         calls: for sequences of different lengths, the shape and the further arguments of each, on the CPU.
         roots: (sequences, length) the root of each token's weight, 0 for padding; None: all tokens count alike.
         tokens: number of tokens measured.
+        weights: tensors of the attention as the checkpoint has them, by name, where the layer ran; none: not kept.
     """
 
     index: int
@@ -88,6 +88,7 @@ class LayerRecord:
     calls: list[tuple[torch.Size, dict[str, Any]]] = field(default_factory=list)
     roots: Tensor | None = None
     tokens: int = 0
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
     def moments(self) -> dict[str, Tensor]:
         """Return the second moments that were measured, by name."""
@@ -267,9 +268,8 @@ class LayerStream:
         self._tokens, self._stored, self._attention = tokens, stored, attention
         self._states = {name: value.to(device, dtype) for name, value in states.items()}
         self._more: tuple[Any, ...] | None = None  # what a layer returns beside the hidden states, in a tuple
-        # Before a GPU the next layer is read while this one is converted: Python and the GPU wait for no file.
-        self._reader = ThreadPoolExecutor(1, "read") if self._device.type == "cuda" else None
-        self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
+        self._reader = ReadAhead(checkpoint.read, self._device)
+        self._weights: dict[str, Tensor] = {}  # of the present layer's attention
         self._model = empty_model(config or checkpoint.config, architecture.auto_class, dtype)
         if dtype == torch.float64:  # the usual grouped experts compute in no such dtype
             self._model.set_experts_implementation("eager")
@@ -385,7 +385,9 @@ class LayerStream:
             out = self._call(layer, called, part)
             recorder.add(part)
             self._hidden[part] = _first(out)
-        return recorder.result()
+        record = recorder.result()
+        record.weights, self._weights = self._weights, {}
+        return record
 
     def _call(self, layer: nn.Module, called: tuple[tuple[Any, ...], dict[str, Any]] | None, part: slice) -> Any:
         """Return the output of a layer for some of the sequences."""
@@ -397,11 +399,11 @@ class LayerStream:
     @contextmanager
     def _real_layer(self, index: int) -> Iterator[nn.Module]:
         layer = self._layers[index]
-        ahead = self._ahead.pop(index, None)
-        self._fill(self._read(self._names[index]) if ahead is None else ahead.result())
-        del ahead  # it holds what is now on the device
-        if self._reader is not None and index + 1 < len(self._names):
-            self._ahead[index + 1] = self._reader.submit(self._read, self._names[index + 1])
+        tensors, own = self._load(self._names[index]), self._architecture.prefix(index)
+        self._weights = {name: tensor for name, tensor in tensors.items() if name.startswith(own)}
+        del tensors
+        if index + 1 < len(self._names):
+            self._reader.begin(self._names[index + 1])
         with self._replaced_attention(index):
             try:
                 yield layer.to(self._device)  # buffers follow the weights
@@ -449,26 +451,16 @@ class LayerStream:
         self._unload()
         return torch.cat(hidden), [(stub.args, stub.kwargs) if stub.was_called else None for stub in stubs]
 
-    def _read(self, names: Collection[str]) -> dict[str, Tensor]:
-        tensors = {name: self._checkpoint.read(name) for name in names}
-        # A GPU copies page-locked memory several times as fast, and Python does not wait for it.
-        if self._device.type == "cuda":
-            with current(self._device):
-                tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return tensors
-
-    def _load(self, names: Collection[str]) -> None:
-        """Load tensors of the checkpoint into the model."""
-        self._fill(self._read(names))
-
-    def _fill(self, read: dict[str, Tensor]) -> None:
-        """Load tensors into the model; `read` is emptied, so that one tensor is in memory twice at most."""
+    def _load(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Load tensors of the checkpoint into the model, and return them as they are there, on the device."""
+        read, gpu = self._reader.take(names), self._device.type == "cuda"
         # Moved first: the device changes their dtype, and fewer bytes are moved.
-        gpu = self._device.type == "cuda"
-        tensors = {name: read.pop(name).to(self._device, non_blocking=gpu) for name in list(read)}
+        tensors = {name: read.pop(name).to(self._device, non_blocking=gpu) for name in names}
+        stored = tensors
         if self._stored is not None:
-            tensors = {n: t.to(self._stored) if t.is_floating_point() else t for n, t in tensors.items()}
-        load_into(self._model, tensors, self._device)
+            stored = {n: t.to(self._stored) if t.is_floating_point() else t for n, t in tensors.items()}
+        load_into(self._model, stored, self._device)
+        return tensors
 
     def _unload(self) -> None:
         """Free all weights."""

@@ -74,14 +74,15 @@ class FactoredAttention:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
 
-    def __call__(self, layer: int, inputs: Tensor) -> Tensor:
+    def __call__(self, layer: int, inputs: Tensor, tensors: dict[str, Tensor] | None = None) -> Tensor:
         """Return the outputs of one layer, (sequences, tokens, D) float64.
 
         Args:
             layer: its index.
             inputs: (sequences, tokens, D) float64.
+            tensors: of the layer's attention as the folder has them; None: they are read.
         """
-        weights, o_bias = read_latent_layer(self._checkpoint, layer, inputs.device)
+        weights, o_bias = read_latent_layer(self._checkpoint, layer, inputs.device, tensors)
         return latent_attention(weights, inputs, o_bias)
 
 
@@ -113,9 +114,8 @@ def check_factors(
     tokens = check_tokens(checkpoint, stock.vocab_size)
     tokens = within_budget(tokens, model.layouts(checkpoint.config))
     worst, worst_layer, bend = 0.0, 0, 0.0
-    for layer, x, _ in attention_inputs(checkpoint, model, tokens, device):
-        tensors = model.tensors(checkpoint, layer, x.device)
-        error = relative_error(attention(layer, tensors, x), factored(layer, x))
+    for layer, x, _, tensors in attention_inputs(checkpoint, model, tokens, device):
+        error = relative_error(attention(layer, tensors, x), factored(layer, x, tensors))
         if not error <= worst:
             worst, worst_layer = error, layer
         bend = max(bend, _norm_bend(tensors, model.attention_path(layer), checkpoint.config["kv_lora_rank"], x))
@@ -191,8 +191,8 @@ def compare_with_parent(
     attention, factored = StockAttention(parent.config, arch), FactoredAttention(checkpoint)
     tokens = within_budget(check_tokens(parent, arch.stock_config(parent.config).vocab_size), before)
     worst, worst_layer = 0.0, 0
-    for layer, x, _ in attention_inputs(parent, arch, tokens, device):
-        expected = attention(layer, arch.tensors(parent, layer), x)
+    for layer, x, _, tensors in attention_inputs(parent, arch, tokens, device):
+        expected = attention(layer, tensors, x)
         # The folder's residual stream, and with it the attention output, may have another scale.
         error = relative_error(factored(layer, x) / rule.factors["residual"], expected)
         if not error <= worst:

@@ -107,8 +107,7 @@ def check_groups(
     grouped, repeated = StockAttention(checkpoint.config, arch), RepeatedAttention(checkpoint)
     tokens = tokens_of_text(checkpoint, arch)
     worst, worst_layer = 0.0, 0
-    for layer, x, more in attention_inputs(checkpoint, arch, tokens, device):
-        tensors = arch.tensors(checkpoint, layer, x.device)
+    for layer, x, more, tensors in attention_inputs(checkpoint, arch, tokens, device):
         error = relative_error(grouped(layer, tensors, x, more), repeated(layer, x, more, tensors))
         if not error <= worst:
             worst, worst_layer = error, layer
@@ -173,11 +172,9 @@ def compare_grouped(
     attention, reference = StockAttention(checkpoint.config, arch), StockAttention(parent.config, old)
     tokens = tokens_of_text(parent, old)
     worst, worst_layer = 0.0, 0
-    for layer, x, more in attention_inputs(parent, old, tokens, device):
-        rounded = {
-            name: tensor.to(checkpoint.tensors[name].dtype) for name, tensor in old.tensors(parent, layer).items()
-        }
-        actual = attention(layer, arch.tensors(checkpoint, layer), x, more)
+    for layer, x, more, tensors in attention_inputs(parent, old, tokens, device):
+        rounded = {name: tensor.to(checkpoint.tensors[name].dtype) for name, tensor in tensors.items()}
+        actual = attention(layer, arch.tensors(checkpoint, layer, x.device), x, more)
         error = relative_error(actual, reference(layer, rounded, x, more))
         if not error <= worst:
             worst, worst_layer = error, layer

@@ -91,8 +91,8 @@ def check_pairs(tokens: Tensor, start: int) -> Pairs:
 
 def attention_inputs(
     checkpoint: Checkpoint, stock: AttentionModel, tokens: Tensor, device: torch.device | str = "cpu"
-) -> Iterator[tuple[int, Tensor, dict[str, Any] | None]]:
-    """Yield every layer's index, the inputs of its attention, and its further arguments.
+) -> Iterator[tuple[int, Tensor, dict[str, Any] | None, dict[str, Tensor]]]:
+    """Yield every layer's index, the inputs of its attention, its further arguments, and its tensors.
 
     Args:
         checkpoint: the model.
@@ -102,7 +102,8 @@ def attention_inputs(
 
     Yields:
         The index; the inputs, (SEQUENCES, TOKENS, D) float64, on the CPU or a GPU; the arguments of the module in
-        float64, None for those of a decoder. The inputs of layers that text does not run are random.
+        float64, None for those of a decoder; all tensors of the attention, by the checkpoint's names, where the
+        inputs are. The inputs of layers that text does not run are random.
     """
     if stock.reads_pairs:
         arch = find_architecture(checkpoint.config, checkpoint.tensors)
@@ -112,20 +113,23 @@ def attention_inputs(
         ):
             assert record.inputs is not None
             more = _in_float64({**record.arguments, **record.rows})
-            yield record.index, _double(record.inputs, device), more
+            x = _double(record.inputs, device)
+            yield record.index, x, more, stock.tensors(checkpoint, record.index, x.device)
         return
     layouts = stock.layouts(checkpoint.config)
     if any(layout.on_text for layout in layouts):
         stream = LayerStream(checkpoint, stock, tokens, device, states=random_states(stock, checkpoint.config))
         for record in stream.records(keep_activations=True, attention_stats=False):
             assert record.inputs is not None
-            yield record.index, _double(record.inputs, device), None
+            x = _double(record.inputs, device)
+            yield record.index, x, None, move_to_device(record.weights, x.device)
     if unread := [layer for layer, layout in enumerate(layouts) if layout.attends and not layout.on_text]:
         arch = find_architecture(checkpoint.config, checkpoint.tensors)
         model = empty_model(checkpoint.config, stock.auto_class)
         for layer in unread:
             attention = model.get_submodule(stock.attention_path(layer))
-            yield layer, *random_inputs(attention, arch, checkpoint.config, layer)
+            x, more = random_inputs(attention, arch, checkpoint.config, layer)
+            yield layer, x, more, stock.tensors(checkpoint, layer)
 
 
 def random_inputs(

@@ -31,14 +31,16 @@ class NormedAttention:
         network = empty_model(checkpoint.config, model.auto_class)
         self._scale = float(network.get_submodule(model.attention_path(0)).scaling)
 
-    def __call__(self, layer: int, inputs: Tensor) -> Tensor:
+    def __call__(self, layer: int, inputs: Tensor, tensors: dict[str, Tensor] | None = None) -> Tensor:
         """Return the outputs of one layer, (sequences, tokens, D) float64.
 
         Args:
             layer: its index.
             inputs: (sequences, tokens, D) float64.
+            tensors: of the layer's attention as the folder has them; None: they are read.
         """
-        tensors = self._model.tensors(self._checkpoint, layer, inputs.device)
+        if tensors is None:
+            tensors = self._model.tensors(self._checkpoint, layer, inputs.device)
         weights = self._model.read_normed(self._checkpoint.config, layer, tensors).to_device(inputs.device)
         x = inputs
         if weights.kv_down.shape[1] > x.shape[-1]:

@@ -13,6 +13,7 @@ from headwise.io.reader import Checkpoint
 from headwise.models.deepseek import NORM_EPS, ROTATED, interleaved_rows
 from headwise.models.mla_source import written_class
 from headwise.models.protocol import AttentionModel, read_latent_layer
+from headwise.models.stock import move_to_device
 
 # The budget of the check, which is smaller than the text; and the largest difference of scores, relative to the
 # largest score of a query. The stock class computes scores in float32, and its norm is linear within 1e-5.
@@ -37,13 +38,13 @@ def check_selection(
     worst, worst_layer = 0.0, 0
     layouts, stock = model.layouts(checkpoint.config), written_class(checkpoint.config)
     heads, rotary = checkpoint.config["index_n_heads"], layouts[0].rotary_dim
-    for layer, inputs, _ in attention_inputs(checkpoint, model, tokens, device):
+    for layer, inputs, _, own in attention_inputs(checkpoint, model, tokens, device):
         if layouts[layer].own_indexer is None:
             continue
         x = inputs.cpu()
-        tensors, path = model.tensors(checkpoint, layer), model.attention_path(layer)
+        tensors, path = move_to_device(own, x.device), model.attention_path(layer)
         scale = query_scale(tensors, path, NORM_EPS)
-        frequencies = read_latent_layer(checkpoint, layer)[0].frequencies
+        frequencies = read_latent_layer(checkpoint, layer, x.device, tensors)[0].frequencies
         halves = tensors
         if stock is not None and stock.interleaved:
             halves = {n: _halves(n, tensor, heads, rotary) for n, tensor in tensors.items()}

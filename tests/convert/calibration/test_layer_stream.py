@@ -52,15 +52,34 @@ def test_reading_ahead_changes_nothing_and_reads_each_tensor_once(tmp_path, monk
     arch, tokens = find_architecture(checkpoint.config, checkpoint.tensors), tiny_models.tokens()
     wanted = list(LayerStream(checkpoint, arch, tokens).records(keep_activations=True, layers=[1]))
     read, reading = [], type(checkpoint).read
-    monkeypatch.setattr(type(checkpoint), "read", lambda self, name: (read.append(name), reading(self, name))[1])
-    with ThreadPoolExecutor(1) as reader:
+
+    def counted(self, name, pinned=False):
+        read.append((name, pinned))
+        return reading(self, name)
+
+    monkeypatch.setattr(type(checkpoint), "read", counted)
+    with ThreadPoolExecutor(2) as threads:
         ahead = LayerStream(checkpoint, arch, tokens)
-        ahead._reader = reader
+        ahead._reader._threads = threads
         found = list(ahead.records(keep_activations=True, layers=[1]))
     assert torch.equal(found[0].outputs, wanted[0].outputs) and torch.equal(found[0].moment, wanted[0].moment)
-    assert len(read) == len(set(read)) and sum(".layers." in name for name in read) == sum(
+    names = [name for name, _ in read]
+    assert len(names) == len(set(names)) and sum(".layers." in name for name in names) == sum(
         f".layers.{layer}." in name for name in checkpoint.tensors for layer in range(3)
     )
+    assert all(pinned for name, pinned in read if ".layers." in name)
+
+
+@pytest.mark.parametrize("model_type", ROWS)
+def test_a_record_has_the_tensors_of_its_attention(model_type, tmp_path):
+    source = tiny_models.save(model_type, tmp_path / "model", torch.bfloat16)
+    checkpoint = match_source(open_checkpoint(source))
+    arch = find_architecture(checkpoint.config, checkpoint.tensors)
+    for record in stream(source, tiny_models.tokens()):
+        wanted = arch.tensors(checkpoint, record.index)
+        assert record.weights.keys() == wanted.keys() >= set(arch.tensor_names(checkpoint.config, record.index))
+        assert all(torch.equal(record.weights[name], tensor) for name, tensor in wanted.items())
+        assert all(tensor.dtype == torch.bfloat16 for tensor in record.weights.values())
 
 
 @pytest.mark.parametrize("model_type", ROWS)
