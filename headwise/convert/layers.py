@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,12 @@ class RemainingLayers:
         self.indices = [i for i in self._all if i not in self._reports]
 
     def write(
-        self, results: Iterable[LayerResult], progress: Progress = SILENT, seconds: float = 0.0
+        self,
+        results: Iterable[LayerResult],
+        progress: Progress = SILENT,
+        seconds: float = 0.0,
+        *,
+        beside: bool = False,
     ) -> dict[int, dict[str, Any]]:
         """Write the remaining layers as they are done.
 
@@ -201,25 +207,37 @@ class RemainingLayers:
             results: of all layers that remain.
             progress: gets one stage.
             seconds: forecast of the time that all layers take.
+            beside: write a layer while the next one is converted. Its tensors are then in memory that much longer.
 
         Returns:
             The reports of all converted layers by index, including those of an interrupted run.
         """
-        reports, writer = dict(self._reports), self._writer
+        reports = dict(self._reports)
         if not self.indices:
             return reports
         progress.stage("Converting", total=len(self._all), unit="layers")
         progress.expect(seconds * len(self.indices) / len(self._all), len(reports))
-        for result in results:
-            # The report comes before the tensors, so that an interruption between them does not lose it.
-            writer.note(f"layer {result.layer}", result.report)
-            for name, tensor in result.tensors.items():
-                if name not in writer.done:
-                    writer.write(name, tensor)
-            reports[result.layer] = result.report
-            progress.advance(1, layer=result.layer, **_figures(result.report))
-            del result  # free its memory before the next layer is read
+        with ThreadPoolExecutor(1, "write") as thread:
+            written: Future[None] | None = None
+            for result in results:
+                if written is not None:
+                    written.result()
+                written = thread.submit(self._write, result)
+                if not beside:
+                    written.result()
+                reports[result.layer] = result.report
+                progress.advance(1, layer=result.layer, **_figures(result.report))
+                del result  # free its memory before the next layer is read
+            if written is not None:
+                written.result()
         return dict(sorted(reports.items()))
+
+    def _write(self, result: LayerResult) -> None:
+        # The report comes before the tensors, so that an interruption between them does not lose it.
+        self._writer.note(f"layer {result.layer}", result.report)
+        for name, tensor in result.tensors.items():
+            if name not in self._writer.done:
+                self._writer.write(name, tensor)
 
 
 def _figures(report: dict[str, Any]) -> dict[str, str]:

@@ -200,9 +200,34 @@ def solve_from_right(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
     Returns:
         X, (..., m, n).
     """
+    if gram.dim() == 2 and cross.dim() > 2:  # one factorisation for all
+        return solve_from_right(gram, cross.flatten(0, -2), ridge).reshape(cross.shape)
     size = gram.diagonal(dim1=-2, dim2=-1).real.clamp_min(1e-200).sqrt()
     scaled = gram / size[..., :, None] / size[..., None, :]
     scaled = scaled + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    right = (cross / size[..., None, :]).mH
-    solution: Tensor = single_threaded_lapack(lambda left: torch.linalg.solve(left, right), scaled)
-    return solution.mH / size[..., None, :]
+    return solve_positive(scaled, (cross / size[..., None, :]).mH).mH / size[..., None, :]
+
+
+def solve_positive(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solve `matrix @ X = right` by Cholesky's factorisation.
+
+    It has half the operations of the LU factorisation, and no search for pivots, which a GPU waits for. A matrix
+    that is not positive definite by its rounding is solved by the LU factorisation.
+
+    Args:
+        matrix: (..., n, n), Hermitian and positive definite.
+        right: (..., n, m).
+
+    Returns:
+        X, (..., n, m).
+    """
+
+    def solve(left: Tensor) -> Tensor:
+        factor, failed = torch.linalg.cholesky_ex(left)
+        if failed.any():
+            solution: Tensor = torch.linalg.solve(left, right)
+            return solution
+        return torch.cholesky_solve(right, factor)
+
+    result: Tensor = single_threaded_lapack(solve, matrix)
+    return result

@@ -363,7 +363,8 @@ def convert_model(
         if heldback:
             measure_text(checkpoint, heldback, writer, requested, progress, texts)
         expected = sum(plan.seconds.get(stage, 0.0) for stage in LAYER_STAGES)
-        layers = remaining.write(converted, progress, expected)
+        # A CPU has no time to spare for it, and less memory.
+        layers = remaining.write(converted, progress, expected, beside=work_device.type == "cuda")
         copy.finish(progress)
         if longer:
             writer.add_text(TOKENIZER_CONFIG, longer[1])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from headwise.convert.calibration.calibration_plan import CalibrationPlan
-from headwise.convert.layers import choose_device
+from headwise.convert.layers import LayerResult, RemainingLayers, choose_device
 from headwise.convert.pipeline import convert_model
 from headwise.io.reader import Checkpoint
 from headwise.io.source import EMBEDDED_MODEL
@@ -86,3 +88,48 @@ def test_the_weights_of_a_layer_are_read_once(
     convert_model(parent, tmp_path / "out", **to, **TEXT, refit="off", verify=False, device="cpu")
     counts = Counter(name for name in read if ".self_attn." in name)
     assert len(counts) == 2 * 4 and set(counts.values()) == {1}
+
+
+class Slow:
+    """A writer that takes until `free` is set."""
+
+    def __init__(self) -> None:
+        self.notes: dict[str, Any] = {}
+        self.done: set[str] = set()
+        self.free = Event()
+
+    def note(self, key: str, value: Any) -> None:
+        self.notes[key] = value
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        assert self.free.wait(60)
+        if name == "bad":
+            raise OSError("full")
+        self.done.add(name)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_layer_is_written_beside_the_next_one_if_asked(beside: bool) -> None:
+    target, writer = SimpleNamespace(layouts=[0, 1, 2], converted_names=lambda i: (str(i),)), Slow()
+    before: list[set[str]] = []
+
+    def convert() -> Iterator[LayerResult]:
+        for layer in range(3):
+            before.append(set(writer.done))
+            if layer or not beside:
+                writer.free.set()  # a writer that is waited for would never be done
+            yield LayerResult(layer, {str(layer): torch.ones(1)}, {"error": 0.5})
+
+    remaining = RemainingLayers(cast(Any, target), cast(Any, writer))
+    assert remaining.write(convert(), beside=beside) == {key: {"error": 0.5} for key in range(3)}
+    assert writer.done == {"0", "1", "2"} and writer.notes["layer 2"] == {"error": 0.5}
+    assert before[1] == (set() if beside else {"0"})
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_layer_that_cannot_be_written_is_an_error(beside: bool) -> None:
+    target, writer = SimpleNamespace(layouts=[0], converted_names=lambda _: ("bad",)), Slow()
+    writer.free.set()
+    remaining = RemainingLayers(cast(Any, target), cast(Any, writer))
+    with pytest.raises(OSError, match="full"):
+        remaining.write([LayerResult(0, {"bad": torch.ones(1)}, {})], beside=beside)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from headwise.convert.linalg import solve_from_right
-from headwise.convert.mla.components import initial_features
+from headwise.convert.mla.components import initial_features, value_cost_root
 from headwise.convert.mla.features import Features, LayerStatistics, pair_map, phase_table
 from headwise.models.layout import LayerWeights
 
@@ -236,7 +236,8 @@ def alternating_least_squares(problem: LatentProblem) -> LatentSolution:
     objective = problem.objective
     total = sum(objective.energies) or 1.0
     source = (problem.weights, problem.frequencies, problem.rope_frequencies, problem.rank, problem.statistics)
-    starts = [(folding, initial_features(*source, folding)) for folding in problem.foldings]
+    root = value_cost_root(problem.weights)
+    starts = [(folding, initial_features(*source, folding, root)) for folding in problem.foldings]
     folding, features = min(starts, key=lambda start: sum(objective.solve_readout(start[1]).errors))
     readout = objective.solve_readout(features)
     errors = [sum(readout.errors) / total]

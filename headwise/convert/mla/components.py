@@ -25,6 +25,7 @@ def initial_features(
     rank: int,
     statistics: LayerStatistics,
     folding: int,
+    value_root: Tensor,
 ) -> Features:
     """Return score-weighted complex components, one per rotary plane of the MLA layer, and the joint low rank.
 
@@ -40,6 +41,7 @@ def initial_features(
         rank: of the latent.
         statistics: of the attention inputs.
         folding: the number of neighbouring frequencies taken as one.
+        value_root: from `value_cost_root`.
     """
     rotary, shape = weights.layout.rotary_dim, weights.k.shape
     rest = weights.k.clone()
@@ -62,9 +64,18 @@ def initial_features(
         free = weights.q[:, rotary:]
         free_energy = torch.einsum("hfi,ij,hfj->hf", free, statistics.inputs, free)
         rest[:, rotary:] *= free_energy.unflatten(0, (shape[0], -1)).sum(1).sqrt()[:, :, None]
-    output = torch.einsum("hia,hib->hab", weights.o, weights.o).unflatten(0, (shape[0], -1)).sum(1)
-    latent, _, _ = joint_low_rank(rest, symmetric_sqrt(output) @ weights.v, rank, statistics)
+    latent, _, _ = joint_low_rank(rest, value_root @ weights.v, rank, statistics)
     return Features(rotary_rows, rope_frequencies, latent)
+
+
+def value_cost_root(weights: LayerWeights) -> Tensor:
+    """Return the square root of what an error of each KV head's values costs, (G, v_head_dim, v_head_dim).
+
+    Args:
+        weights: the source layer.
+    """
+    output = torch.einsum("hia,hib->hab", weights.o, weights.o)
+    return symmetric_sqrt(output.unflatten(0, (weights.layout.num_key_value_heads, -1)).sum(1))
 
 
 def joint_low_rank(

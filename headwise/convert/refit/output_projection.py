@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.convert.calibration.layer_stream import TOKENS_AT_ONCE, LayerRecord
-from headwise.convert.linalg import single_threaded_lapack
+from headwise.convert.linalg import solve_positive
 from headwise.convert.refit.regression import apply_attention, padded, split_sequences
 from headwise.train.optimizer import TINY
 
@@ -76,7 +76,7 @@ def solve_output_projection(
     grams, crosses, errors, total = [], [], [], 0.0
     for fold in folds:
         gram = cross = torch.zeros((), device=device)
-        error = 0.0
+        error = energy = torch.zeros((), dtype=torch.float64, device=device)
         for batch in fold.split(max(1, TOKENS_AT_ONCE // length)):
             wanted = outputs[batch].to(device)
             missing = (wanted - apply_attention(attention, record, inputs[batch].to(device), batch)).flatten(0, -2)
@@ -86,10 +86,11 @@ def solve_output_projection(
             if record.roots is not None:
                 features = features * record.roots[batch.cpu()].to(device).flatten()[:, None]
             gram, cross = gram + features.mT @ features, cross + features.mT @ missing
-            error, total = error + float(missing.square().sum()), total + float(wanted.square().sum())
+            error, energy = error + missing.square().sum(), energy + wanted.square().sum()
         grams.append(gram)
         crosses.append(cross)
-        errors.append(error)
+        errors.append(float(error))
+        total += float(energy)
     hook.remove()
     gram, cross = sum(grams[1:], grams[0]), sum(crosses[1:], crosses[0])
 
@@ -112,8 +113,7 @@ def _output_step(gram: Tensor, cross: Tensor, tokens: int) -> Tensor:
     """Return the ridge solution; its condition number is at most `tokens / PRIOR`, fit for float32."""
     prior = PRIOR * float(gram.diagonal().sum()) / max(tokens, 1)
     system = gram + torch.eye(len(gram), device=gram.device) * max(prior, TINY)
-    step: Tensor = single_threaded_lapack(lambda left: torch.linalg.solve(left, cross), system)
-    return step
+    return solve_positive(system, cross)
 
 
 def _transposed(projection: Any) -> bool:
