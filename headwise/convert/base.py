@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -21,8 +20,8 @@ from headwise.io.writer import OutputTensor
 from headwise.models.layout import AttentionLayout
 from headwise.models.mla_source import ScaledCopy
 
-# Of a target that scales no tensor.
-NONE_SCALED: Mapping[str, ScaledCopy] = MappingProxyType({})
+# Of a target that scales no tensor. Other processes get it pickled, which a mapping proxy cannot be.
+NONE_SCALED: Mapping[str, ScaledCopy] = {}
 
 
 class Target(Protocol):
