@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.quality import target
 from headwise.convert.pipeline import ConvertResult, convert_model
 from headwise.convert.refit import joint
+from headwise.convert.settings import JOINT_REFITS
 from headwise.io.reader import open_checkpoint
 from headwise.measure.loss import nats_per_token
 from headwise.progress import Progress
@@ -220,9 +221,11 @@ def main() -> None:
             "method": options.method,
             "refit": options.refit,
             "refit_tokens": options.refit_tokens,
-            "refit_length": (options.refit_length or joint.GPU_PLAN.length) if options.refit == "joint" else None,
+            "refit_length": None,
             "seed": options.seed,
         }
+        if options.refit in JOINT_REFITS:
+            row["refit_length"] = options.refit_length or joint.GPU_PLAN.length
         if name == "sample":
             sample(
                 options.model,

@@ -132,7 +132,7 @@ class Clock(TrainerCallback):
 def ours(student: Any, teacher: Any, blocks: Tensor, training: Training, steps: int) -> dict[str, Any]:
     """`WARM + steps` steps of the trainer that recipes run on."""
     device = PartialState().device
-    parent: Any = SimpleNamespace(load=lambda dtype: teacher, attention_paths=[])
+    parent: Any = SimpleNamespace(load=lambda dtype: teacher, attention_paths={})
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(
             student,

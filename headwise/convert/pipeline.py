@@ -194,7 +194,7 @@ def convert_model(
         save_moments: a folder to save the second moments of the attention inputs in.
         moments: a folder of saved moments to use.
         refit: "auto" (when the forecast is under ten minutes on a GPU, 25 seconds on a CPU), "off", "layers",
-            "joint", or a number of steps per layer.
+            "joint", "windows" (joint, in less memory), or a number of steps per layer.
         refit_tokens: distinct tokens of the joint refit's text; None: by the device.
         refit_length: tokens in a sequence of the joint refit; None: by the device, and at most the context.
         context: rescale RoPE to this many tokens.
@@ -262,8 +262,8 @@ def convert_model(
         engines=settings.engines,
     )
     require_engines(verdicts, settings.engines)
-    joint = plan_joint(checkpoint, arch, target, settings, requested)
-    if joint:
+    joint = plan_joint(checkpoint, arch, target, settings, requested, earlier.get("joint"))
+    if joint and not settings.refits_jointly:
         settings = replace(settings, refit="joint")
     calibration = plan_calibration(checkpoint, arch, target, settings, requested, earlier.get("calibration"))
     work_device = choose_device(target, calibration, requested)
@@ -313,7 +313,7 @@ def convert_model(
             *(sharing.notes() if sharing else ()),
             *storage,
             *plan_notes(arch, target, calibration, settings),
-            *joint_notes(joint),
+            *joint_notes(checkpoint, target, settings, joint, requested),
             *device_notes(devices, work_devices),
         ],
     )

@@ -28,7 +28,8 @@ ROPE_RULES = ("auto", *registry.method_names("rope"))
 DTYPES = ("bfloat16", "float16", "float32")
 SHARD_SIZE = "5GB"
 DEFAULT_TEXT = "auto"
-REFITS = ("auto", "off", "layers", "joint")
+JOINT_REFITS = ("joint", "windows")
+REFITS = ("auto", "off", "layers", *JOINT_REFITS)
 SPARSE = ("dsa",)
 AUTO_LAYERS = "auto"
 # The record holds the decided calibration in place of its settings.
@@ -55,6 +56,13 @@ CLASHES = {
     "moments": ("save_moments", "calibrate", "calibration_tokens", "images"),
     "images": ("calibrate", "calibration_tokens"),
     "index_layers": ("sparse", "to", "context", "sliding_window"),
+}
+# A field, and why a joint refit excludes it.
+NOT_JOINT = {
+    "context": "trains towards the parent's own positions: leave out `context`.",
+    "sliding_window": "trains towards the parent's own positions: leave out `sliding_window`.",
+    "images": "trains on text alone: leave out `images`, or give `refit` layers.",
+    "sparse": "changes the attention that the indexers of `sparse` learn from.",
 }
 
 
@@ -238,9 +246,9 @@ class ConvertSettings:
         **CALIBRATION,
     )
     refit: str | int | None = fields.word_or_number(
-        "Recover quality: auto, off, layers (each alone; or a number of steps), joint [auto].",
+        "Recover quality: auto, off, layers (each alone; or a number of steps), joint, windows (of layers) [auto].",
         REFITS,
-        wanted="auto, off, layers, joint or a number of steps",
+        wanted="auto, off, layers, joint, windows or a number of steps",
         metavar="STEPS",
         **CALIBRATION,
     )
@@ -339,9 +347,14 @@ class ConvertSettings:
         return self.refit == "layers" or isinstance(self.refit, int)
 
     @property
+    def refits_jointly(self) -> bool:
+        """Return whether `refit` trains all layers on text sampled from the parent."""
+        return self.refit in JOINT_REFITS
+
+    @property
     def measured(self) -> bool:
         """Return whether the layers are measured for more than the needs of the method."""
-        return self.refits_layers or self.refit == "joint" or bool(self.moments or self.save_moments)
+        return self.refits_layers or self.refits_jointly or bool(self.moments or self.save_moments)
 
     def _complete_sparse(self) -> None:
         """Set the layout that sparse attention needs, where the settings name none."""
@@ -421,10 +434,9 @@ class ConvertSettings:
                 "sliding_window",
                 "no stock MLA class has a sliding window: leave out `sliding_window`, or `to` mla.",
             )
-        if self.window_loss is not None and self.window_layers != AUTO_LAYERS:
-            raise SettingError("window_loss", f"`window_loss` acts only with `window_layers` {AUTO_LAYERS}.")
-        if self.index_loss is not None and self.index_layers != AUTO_LAYERS:
-            raise SettingError("index_loss", f"`index_loss` acts only with `index_layers` {AUTO_LAYERS}.")
+        for loss, chosen in (("window_loss", "window_layers"), ("index_loss", "index_layers")):
+            if getattr(self, loss) is not None and getattr(self, chosen) != AUTO_LAYERS:
+                raise SettingError(loss, f"`{loss}` acts only with `{chosen}` {AUTO_LAYERS}.")
         if self.index_layers is not None and self.calibrate == "none":
             raise SettingError("index_layers", "`index_layers` measures losses: leave out `calibrate` none.")
         if self.window_layers == AUTO_LAYERS:
@@ -447,22 +459,11 @@ class ConvertSettings:
                         "refit", f"`refit` {self.refit} needs calibration text: leave out `{name}` or `refit`."
                     )
         for name in ("refit_tokens", "refit_length"):
-            if self._given(name) and self.refit != "joint":
+            if self._given(name) and not self.refits_jointly:
                 raise SettingError(name, f"`{name}` is of the text of a joint refit: give `refit` joint.")
-        if self.refit == "joint":
-            for name in ("context", "sliding_window"):
-                if self._given(name):
-                    raise SettingError(
-                        "refit", f"`refit` joint trains towards the parent's own positions: leave out `{name}`."
-                    )
-        if self.refit == "joint" and self.images:
-            raise SettingError(
-                "refit", "`refit` joint trains on text alone: leave out `images`, or give `refit` layers."
-            )
-        if self.refit == "joint" and self.sparse:
-            raise SettingError(
-                "refit", "`refit` joint changes the attention that the indexers of `sparse` learn from."
-            )
+        for name, reason in NOT_JOINT.items() if self.refits_jointly else ():
+            if self._given(name):
+                raise SettingError("refit", f"`refit` {self.refit} {reason}")
         if self.sparse and (self.calibrate == "none" or self.moments is not None):
             reason = "`sparse` makes indexers from calibration text: leave out `calibrate` none and `moments`."
             raise SettingError("sparse", reason)

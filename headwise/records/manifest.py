@@ -186,7 +186,8 @@ def command_of(plan: DecidedConversion, out: str, verification: Mapping[str, Any
         options["calibrate"] = "none"
     if plan.arguments.get("joint"):
         joint = plan.arguments["joint"]
-        options |= {"refit": "joint", "refit_tokens": joint["tokens"], "refit_length": joint["length"]}
+        stage = "windows" if joint.get("windows_steps") else "joint"
+        options |= {"refit": stage, "refit_tokens": joint["tokens"], "refit_length": joint["length"]}
     for key, value in options.items():
         flag = plan.flags[key]
         for word in value if isinstance(value, list) else [value]:

@@ -156,6 +156,7 @@ def forecast_memory(
     num_shards: int = 1,
     num_replicas: int = 1,
     accumulates: bool = True,
+    window: int | None = None,
     chunk: int = CHUNK,
 ) -> MemoryForecast:
     """Forecast the peak of one process.
@@ -171,6 +172,7 @@ def forecast_memory(
         num_replicas: processes that hold whole copies. DDP gathers gradients in buckets as large as the gradients.
         accumulates: whether a step has several forward passes, of which the later ones run beside the gradients.
             In a single pass the backward pass frees activations as it fills the gradients.
+        window: layers that the backward pass goes through at once, without the logits; None: the whole model.
         chunk: elements of logits that the loss converts to float32 at once.
 
     Returns:
@@ -181,16 +183,17 @@ def forecast_memory(
     gathered_layers = 2 * 4 * student.num_layer_parameters if sharded else 0  # one in use, one on its way
     ends = 4 * (student.vocab_size * student.hidden_size + student.num_embedding_parameters) if sharded else 0
     # Matrix products use bfloat16 copies of the weights, saved for the backward pass unless they are made again.
-    num_copied = student.num_layer_parameters * (1 if checkpointing else student.num_hidden_layers)
-    num_copied += student.vocab_size * student.hidden_size
+    num_layers = student.num_hidden_layers if window is None else min(window, student.num_hidden_layers)
+    num_copied = student.num_layer_parameters * (1 if checkpointing else num_layers)
+    num_copied += student.vocab_size * student.hidden_size if window is None else 0
     copies = 2 * num_copied if bf16 else 0
     saved_of_layer = student.saved_bytes_per_token(bytes_per_element) * tokens
     if checkpointing:
         inputs = student.num_hidden_layers * 4 * student.hidden_size * tokens
         activations = inputs + int(1.5 * saved_of_layer)
     else:
-        activations = student.num_hidden_layers * saved_of_layer + saved_of_layer // 2
-    num_logits = tokens * student.vocab_size
+        activations = num_layers * saved_of_layer + saved_of_layer // 2
+    num_logits = tokens * student.vocab_size if window is None else 0
     # The student's, their gradient, the teacher's; then a chunk in float32 with the intermediates of its loss.
     logits = (3 if teacher else 2) * bytes_per_element * num_logits + 4 * 10 * min(chunk, num_logits)
     resident = 0 if teacher is None else bytes_per_element * teacher.num_parameters // num_shards

@@ -2,7 +2,8 @@
 
 Two stages, each with transformers' Trainer. First a regression of all layers at once: every attention layer of the
 student gets the parent's own inputs of that layer and is trained on the parent's outputs. Then the KL divergence
-from the parent, end to end. Only attention is trained. A stage that raises the held-out loss is undone.
+from the parent, end to end. Where the memory does not hold that, windows of decoder layers get the parent's hidden
+states in its place. Only attention is trained. A stage that raises the held-out loss is undone.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,10 @@ from headwise.train.trainer import Task, Trainer, make_trainer, resume
 
 # Peak learning rates, relative to the size of each weight (mathematics, section 7b).
 REGRESSION_RATE = 0.1
+WINDOW_RATE = {"mla": 0.01, "gqa": 0.03}
 KL_RATE = {"mla": 0.003, "gqa": 0.008}
+# The most decoder layers of a window, and the energy of bfloat16's rounding over that of a hidden state.
+WINDOW, ROUNDING = 4, 2.0**-16
 WARMUP = 0.1
 # Devices that repeat a recorded step.
 RECORDED_ON = ("cuda",)
@@ -49,22 +54,26 @@ class JointPlan:
     Attributes:
         tokens: distinct tokens of text.
         regression_steps: of the first stage.
-        kl_steps: of the second stage.
+        kl_steps: of the KL divergence, end to end.
+        windows_steps: of the training in windows, which takes the place of the KL divergence where memory is short.
         sequences: in one step.
         length: tokens in a sequence, a multiple of `sampled_length`.
         sampled_length: tokens that are sampled in one piece.
         repeats: share of the sequences in which earlier passages are repeated.
         heldout: sampled pieces that only measure.
+        one_by_one: whether the sequences of a step are read one after the other, in less memory. On a CPU they are.
     """
 
     tokens: int
     regression_steps: int
     kl_steps: int
+    windows_steps: int = 0
     sequences: int = 3
     length: int = 4096
     sampled_length: int = 1024
     repeats: float = 0.2
     heldout: int = 32
+    one_by_one: bool = False
 
     @property
     def num_sampled(self) -> int:
@@ -77,7 +86,7 @@ class StageReport:
     """One stage of a joint recovery.
 
     Attributes:
-        stage: "regression" or "kl".
+        stage: "regression", "windows" or "kl".
         steps: of the optimizer.
         tokens: read, repeats included.
         before: held-out loss before, nats per token.
@@ -148,32 +157,75 @@ class RecordedTrainer(Trainer):
         return super().training_step(model, inputs, *others, **options)
 
 
-class RegressionTrainer(RecordedTrainer):
-    """Train every attention layer on the teacher's inputs and outputs of that layer.
+@dataclass(frozen=True)
+class Part:
+    """Modules that follow each other, and are trained apart from the rest of the model.
 
-    The gradient of a layer is computed inside the teacher's forward pass, so the graph of one layer is in memory.
+    Attributes:
+        first: the teacher's module whose input the part gets.
+        last: the teacher's module whose output is the target.
+        modules: the student's modules, with the arguments of each besides its input.
     """
 
-    def prepare_layers(self, student: Student, length: int) -> None:
-        """Find the attention modules of both models and the arguments of the student's.
+    first: nn.Module
+    last: nn.Module
+    modules: list[tuple[nn.Module, dict[str, Any]]]
+
+
+class ForcedTrainer(RecordedTrainer, ABC):
+    """Train parts of the student, each on the teacher's input and output of the same part.
+
+    The gradient of a part is computed inside the teacher's forward pass, so the graph of one part is in memory.
+    """
+
+    longest = 1  # the most layers of a part
+
+    def prepare_parts(self, student: Student, length: int) -> None:
+        """Find the parts.
 
         Args:
             student: the model in training.
             length: tokens in a sequence.
         """
         assert self.task.teacher is not None
-        self._scale = self.task.scales[1]
-        self._student = [student.network.get_submodule(path) for path in student.attention_paths]
-        teacher = self.task.teacher
-        self._teacher = [teacher.network.get_submodule(path) for path in teacher.folder.attention_paths]
+        teacher, stock = self.task.teacher, student.folder.stock
         device = next(student.network.parameters()).device
-        stock = student.folder.stock
         skeleton = empty_model(student.folder.checkpoint.config, stock.auto_class)
         arguments = layer_arguments(skeleton, stock.module, length, torch.float32)
-        self._arguments = [move_to_device(each, device) for each in arguments]
+        ours = self.modules(student.network, student.folder)
+        theirs = self.modules(teacher.network, teacher.folder)
+        self._parts = [
+            Part(
+                theirs[run[0]],
+                theirs[run[-1]],
+                [(ours[layer], move_to_device(arguments[layer], device)) for layer in run],
+            )
+            for run in even_runs(list(ours), self.longest)
+            if any(parameter.requires_grad for layer in run for parameter in ours[layer].parameters())
+        ]
+
+    @staticmethod
+    @abstractmethod
+    def modules(network: Any, folder: ModelFolder) -> dict[int, nn.Module]:
+        """Return the modules that parts are made of, by layer.
+
+        Args:
+            network: the model.
+            folder: where it comes from.
+        """
+
+    @abstractmethod
+    def error(self, part: Callable[[Tensor], Tensor], given: Tensor, expected: Tensor) -> Tensor:
+        """Return the relative error of a part's output.
+
+        Args:
+            part: the student's part.
+            given: the teacher's input, (sequences, tokens, width).
+            expected: the teacher's output, of the same shape.
+        """
 
     def compute_gradients(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
-        """Return the mean relative error of all layers; their gradients are accumulated.
+        """Return the mean relative error of all parts; their gradients are accumulated.
 
         Args:
             model: the network; its own forward pass is not run.
@@ -182,36 +234,110 @@ class RegressionTrainer(RecordedTrainer):
         assert self.task.teacher is not None
         tokens = inputs["input_ids"]
         errors: list[Tensor] = []
-        share = 1 / (len(self._student) * self.args.gradient_accumulation_steps)
+        given: list[Tensor] = []
+        share = 1 / (len(self._parts) * self.args.gradient_accumulation_steps)
 
-        def hook_for(index: int) -> Any:
-            def hook(module: nn.Module, arguments: Any, options: Mapping[str, Any], output: Any) -> None:
-                given = options["hidden_states"] if "hidden_states" in options else arguments[0]
-                expected = (output[0] if isinstance(output, tuple) else output).float() * self._scale
+        def enter(module: nn.Module, arguments: Any, options: Mapping[str, Any]) -> None:
+            given.append(options["hidden_states"] if "hidden_states" in options else arguments[0])
+
+        def hook_for(part: Part) -> Any:
+            def run(hidden: Tensor) -> Tensor:
+                for module, options in part.modules:
+                    output = module(hidden_states=hidden, **options)
+                    hidden = output[0] if isinstance(output, tuple) else output
+                return hidden.float()
+
+            def leave(module: nn.Module, arguments: Any, output: Any) -> None:
+                expected = (output[0] if isinstance(output, tuple) else output).float()
                 with (
                     torch.enable_grad(),
                     torch.autocast(tokens.device.type, torch.bfloat16, enabled=self._bf16, cache_enabled=False),
                 ):
-                    actual = self._student[index](hidden_states=given.float(), **self._arguments[index])
-                    actual = actual[0] if isinstance(actual, tuple) else actual
-                    error = (actual.float() - expected).square().mean() / expected.square().mean().clamp_min(1e-12)
+                    error = self.error(run, given.pop().float(), expected)
                     self.accelerator.backward(error * share)
                 errors.append(error.detach())
 
-            return hook
+            return leave
 
-        hooks = [
-            module.register_forward_hook(hook_for(index), with_kwargs=True)
-            for index, module in enumerate(self._teacher)
-        ]
-        try:
-            with torch.no_grad():
-                network: Any = self.task.teacher.network
-                network.base_model(input_ids=tokens, use_cache=False)
-        finally:
-            for handle in hooks:
-                handle.remove()
+        with ExitStack() as hooks, torch.no_grad():
+            for part in self._parts:
+                hooks.callback(part.first.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                hooks.callback(part.last.register_forward_hook(hook_for(part)).remove)
+            network: Any = self.task.teacher.network
+            network.base_model(input_ids=tokens, use_cache=False)
         return torch.stack(errors).mean() / self.args.gradient_accumulation_steps
+
+
+class RegressionTrainer(ForcedTrainer):
+    """Train every attention layer alone, by its output's error over the output's energy."""
+
+    @staticmethod
+    def modules(network: Any, folder: ModelFolder) -> dict[int, nn.Module]:
+        """Return the attention modules by layer.
+
+        Args:
+            network: the model.
+            folder: where it comes from.
+        """
+        return {layer: network.get_submodule(path) for layer, path in folder.attention_paths.items()}
+
+    def error(self, part: Callable[[Tensor], Tensor], given: Tensor, expected: Tensor) -> Tensor:
+        """Return the squared error of the output over its energy.
+
+        Args:
+            part: the student's attention.
+            given: the teacher's input, (sequences, tokens, width).
+            expected: the teacher's output, of the same shape.
+        """
+        expected = expected * self.task.scales[1]
+        return (part(given) - expected).square().mean() / expected.square().mean().clamp_min(1e-12)
+
+
+class WindowTrainer(ForcedTrainer):
+    """Train windows of decoder layers on the teacher's hidden states before and after them."""
+
+    longest = WINDOW
+
+    @staticmethod
+    def modules(network: Any, folder: ModelFolder) -> dict[int, nn.Module]:
+        """Return the decoder layers.
+
+        Args:
+            network: the model.
+            folder: where it comes from.
+        """
+        return dict(enumerate(network.get_submodule(folder.stock.module.rpartition(".")[0])))
+
+    def error(self, part: Callable[[Tensor], Tensor], given: Tensor, expected: Tensor) -> Tensor:
+        """Return the squared error of a token's hidden state over the energy of the parent's update, as a mean.
+
+        Args:
+            part: the student's layers.
+            given: the teacher's hidden state before them, (sequences, tokens, width).
+            expected: the teacher's hidden state after them, of the same shape.
+        """
+        scale = self.task.scales[0]
+        rounding = ROUNDING * expected.square().sum(-1)
+        energy = torch.maximum((expected - given).square().sum(-1), rounding).clamp_min(1e-12)
+        return ((part(given * scale) / scale - expected).square().sum(-1) / energy).mean()
+
+
+def even_runs(layers: list[int], longest: int) -> list[list[int]]:
+    """Return the layers in runs of nearly one length.
+
+    Args:
+        layers: their numbers.
+        longest: the most layers of a run.
+    """
+    return [run.tolist() for run in torch.tensor(layers).tensor_split(math.ceil(len(layers) / longest))]
+
+
+# The trainer of every stage, and its name for the progress.
+STAGES: dict[str, tuple[type[Trainer], str]] = {
+    "regression": (RegressionTrainer, "Regression of all layers"),
+    "windows": (WindowTrainer, f"Windows of {WINDOW} layers"),
+    "kl": (RecordedTrainer, "KL to the parent"),
+}
 
 
 def recover_jointly(
@@ -255,6 +381,7 @@ def recover_jointly(
         _run_stage(stage, steps, rate, student, teacher, blocks, heldout, plan, work / stage, seed, progress)
         for stage, steps, rate in (
             ("regression", plan.regression_steps, REGRESSION_RATE),
+            ("windows", plan.windows_steps, WINDOW_RATE[kind]),
             ("kl", plan.kl_steps, KL_RATE[kind]),
         )
         if steps
@@ -275,13 +402,14 @@ def _run_stage(
     progress: Progress,
 ) -> StageReport:
     """Run one stage, or load the result of a finished one. A stage resumes from its last checkpoint."""
+    trainer_class, title = STAGES[stage]
     cpu = teacher.device.type == "cpu"
     tokens = steps * plan.sequences * plan.length
     training = Training(
         tokens=tokens,
         parameters="attention",
         batch_tokens=plan.sequences * plan.length,
-        micro_batch_tokens=plan.length if cpu else None,
+        micro_batch_tokens=plan.length if cpu or plan.one_by_one else None,
         learning_rate=rate,
         warmup=WARMUP,
         weight_decay=0.0,
@@ -310,16 +438,16 @@ def _run_stage(
         length=plan.length,
         collate=_collate,
         checkpoints=checkpoints,
-        trainer_class=RegressionTrainer if stage == "regression" else RecordedTrainer,
+        trainer_class=trainer_class,
         device=teacher.device.type,
     )
     parameters = list(trained.values())
     trainer.optimizer = RelativeAdam(parameters, lr=rate)
-    if isinstance(trainer, RegressionTrainer):
-        trainer.prepare_layers(student, plan.length)
+    if isinstance(trainer, ForcedTrainer):
+        trainer.prepare_parts(student, plan.length)
     start = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
     before = trainer.measure(student.network)
-    progress.stage("Regression of all layers" if stage == "regression" else "KL to the parent", total=steps)
+    progress.stage(title, total=steps)
     last = checkpoints.last if checkpoints else None
     if checkpoints and last:
         checkpoints.load(student.network, last)

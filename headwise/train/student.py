@@ -76,9 +76,9 @@ class ModelFolder:
         return PairMarks.of(self.checkpoint.config, self.text) if self.stock.reads_pairs else None
 
     @property
-    def attention_paths(self) -> list[str]:
-        """The path of every layer's attention module."""
-        return [self.stock.attention_path(layer) for layer in range(len(self.layouts))]
+    def attention_paths(self) -> dict[int, str]:
+        """The paths of the attention modules by layer; a hybrid has layers without one."""
+        return {i: self.stock.attention_path(i) for i, layout in enumerate(self.layouts) if layout.attends}
 
     def load(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
         """Load the stock model with its weights.
@@ -143,7 +143,7 @@ class Student:
         if folder.is_latent:
             student.residual_scale = _residual_scale(folder, parent)
             _unscale_residual(network, student.residual_scale)
-            for layer, path in enumerate(folder.attention_paths):
+            for layer, path in folder.attention_paths.items():
                 latent, o_bias = _unit_latent(folder.checkpoint, layer)
                 latent = replace(latent, o=latent.o / student.residual_scale)
                 to_norm_free_module(
@@ -162,11 +162,11 @@ class Student:
             HeadwiseError: adapters need the peft package, or a linear projection in attention.
         """
         self.network.requires_grad_(training is None or training.parameters == "all")
-        for path in self.folder.attention_paths:
+        for path in self.folder.attention_paths.values():
             self.network.get_submodule(path).requires_grad_(True)
         if training is not None and training.lora is not None:
             self.lora = training.lora
-            self.network = _with_adapters(self.network, self.folder.attention_paths, training.lora)
+            self.network = _with_adapters(self.network, [*self.folder.attention_paths.values()], training.lora)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that are trained by name, tied ones once."""
@@ -180,7 +180,7 @@ class Student:
     @property
     def attention_paths(self) -> list[str]:
         """The paths of the attention modules in `network`."""
-        return [f"{PEFT_PREFIX * (self.lora is not None)}{path}" for path in self.folder.attention_paths]
+        return [f"{PEFT_PREFIX * (self.lora is not None)}{path}" for path in self.folder.attention_paths.values()]
 
     def attention_parameters(self) -> list[str]:
         """Return the names of all parameters of the attention modules."""

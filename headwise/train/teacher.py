@@ -104,7 +104,8 @@ class Teacher:
             hidden_states: also the output of every layer but the last.
             attention_outputs: also the output of every attention module.
         """
-        modules = [self.network.get_submodule(p) for p in self.folder.attention_paths] if attention_outputs else []
+        paths = self.folder.attention_paths.values() if attention_outputs else ()
+        modules = [self.network.get_submodule(path) for path in paths]
         return forward_with_hooks(self.network, inputs, hidden_states=hidden_states, attention=modules)
 
 

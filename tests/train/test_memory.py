@@ -132,6 +132,16 @@ def test_a_7b_student_beside_its_parent() -> None:
     assert forecast_memory(shape, **options, num_replicas=2, accumulates=False) == ddp
 
 
+def test_a_window_keeps_the_activations_of_its_layers_and_no_logits() -> None:
+    shape = ModelShape.of(LLAMA_7B, 6_738_415_616)
+    options: dict[str, Any] = {"num_trained": 10**9, "tokens": 4096, "teacher": shape, "bf16": False}
+    whole, windows = forecast_memory(shape, **options), forecast_memory(shape, **options, window=4)
+    assert windows.logits == 0 and windows.activations == pytest.approx(4.5 / 32.5 * whole.activations)
+    same = ("parameters", "gradients", "optimizer", "teacher")
+    assert all(windows.parts[name] == whole.parts[name] for name in same)
+    assert forecast_memory(shape, **options, window=99).activations == whole.activations
+
+
 def test_a_run_that_does_not_fit_is_refused_with_what_would() -> None:
     shape = ModelShape.of(LLAMA_7B, 6_738_415_616)
     much = forecast_memory(shape, num_trained=shape.num_parameters, tokens=16384, teacher=shape)

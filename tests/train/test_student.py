@@ -120,7 +120,7 @@ def test_scales_make_an_exact_lift_agree_inside_too(tmp_path: Path, known: bool)
             return forward_with_hooks(network, {"input_ids": BLOCKS}, hidden_states=True, attention=modules)
 
     ours = outputs(student.network, student.attention_paths)
-    theirs = outputs(teacher.load(torch.float32), teacher.attention_paths)
+    theirs = outputs(teacher.load(torch.float32), [*teacher.attention_paths.values()])
     assert len(ours.hidden_states) == 1 and len(ours.attention_outputs) == 2
     for scale, name in ((hidden, "hidden_states"), (attention, "attention_outputs")):
         for a, b in zip(getattr(ours, name), getattr(theirs, name), strict=True):

@@ -74,7 +74,7 @@ def plan_calibration(
         return plan_images(checkpoint, arch, target, settings)
     index_heads = max((layout.indexer.index_n_heads for layout in target.layouts if layout.indexer), default=0)
     if (target.exact and not index_heads) or not any(map(target.converted_names, range(len(target.layouts)))):
-        if settings.refits_layers or settings.refit == "joint":
+        if settings.refits_layers or settings.refits_jointly:
             raise SettingError(
                 "refit", f"`refit` is {settings.refit}, and an exact conversion leaves nothing to refit."
             )
@@ -109,7 +109,7 @@ def plan_calibration(
     index_steps = choose_index_steps(arch, target, given, length, device) if index_heads else 0
     count = settings.calibration_tokens
     if count is None:
-        joint = settings.refit == "joint"
+        joint = settings.refits_jointly
         count = calibration_tokens(checkpoint, arch, steps, device, joint=joint, index_steps=index_steps)
     if count < 2 * length:
         raise SettingError(

@@ -141,7 +141,7 @@ def plan_notes(
         calibration.images is None
         and arch.is_decoder
         and not target.exact
-        and settings.refit != "joint"
+        and not settings.refits_jointly
         and context > calibration.length
     ):
         yield (

@@ -9,6 +9,7 @@ import torch
 
 from headwise.convert.forecast.stage_seconds import CALIBRATION_LENGTH, indexer_seconds, refit_seconds
 from headwise.convert.refit.regression import DEFAULT_STEPS
+from headwise.convert.settings import JOINT_REFITS
 from headwise.convert.sparse.warm_up import INDEX_STEPS
 from headwise.format import duration
 from headwise.io.reader import Checkpoint
@@ -109,7 +110,7 @@ def choose_refit(
         return RefitChoice(refit)
     if refit == "layers":
         return RefitChoice(DEFAULT_STEPS)
-    if refit in ("off", "joint") or not target.calibrated:
+    if refit in ("off", *JOINT_REFITS) or not target.calibrated:
         return RefitChoice(0)
     limit = REFIT_SECONDS_ON_CPU if device.type == "cpu" else REFIT_SECONDS
     each = refit_seconds(checkpoint, arch, target, 1, length, device)

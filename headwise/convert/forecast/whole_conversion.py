@@ -19,7 +19,7 @@ from headwise.convert.forecast.stage_seconds import (
     output_seconds,
     refit_seconds,
 )
-from headwise.convert.refit.joint import joint_seconds
+from headwise.convert.refit.joint import joint_memory, joint_seconds
 from headwise.convert.settings import ConvertSettings
 from headwise.convert.verify.layer_damage import damage_seconds, damage_shape
 from headwise.convert.verify.whole_model import WHOLE_BYTES
@@ -76,6 +76,8 @@ def forecast_conversion(
     )
     if images:  # they run through the whole model, which is in memory while the layers are converted
         peak += 4 * checkpoint.num_parameters
+    if joint:
+        whole = max(whole, joint_memory(checkpoint, target, joint, device))
     if work_devices[0].type == "cpu":
         peak *= len(work_devices)
         whole *= len(work_devices) if damage is not None else 1

@@ -6,9 +6,10 @@ The closed forms are on disk already. Text is sampled from the parent, the atten
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,18 @@ from headwise.convert.forecast.stage_seconds import forward_seconds, trained_sec
 from headwise.convert.settings import ConvertSettings
 from headwise.environment import available_memory
 from headwise.errors import SettingError
+from headwise.format import size
 from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.io.tokenizer import load_tokenizer
 from headwise.io.workdir import write_file_atomically
 from headwise.io.writer import Writer
 from headwise.models.protocol import AttentionModel, is_latent
+from headwise.models.stock import stock_config
 from headwise.progress import Progress
 from headwise.text.repeats import join_rows, repeat_passages
 from headwise.text.sampled import sample_tokens
-from headwise.train.recovery import JointPlan, as_records, recover_jointly
+from headwise.train.memory import ModelShape, forecast_memory
+from headwise.train.recovery import WINDOW, JointPlan, as_records, recover_jointly
 from headwise.train.student import ModelFolder, Student, load_for_sampling
 
 # What the amount of text and steps is where a GPU makes it affordable, and otherwise.
@@ -42,8 +46,10 @@ CPU_PLAN = JointPlan(tokens=262_144, regression_steps=60, kl_steps=20, sequences
 LARGER_STEP = 4 / 3
 # Sustained rates on one H200 in bfloat16, on the low side of what was measured on models of 135M parameters.
 TRAINING_FLOPS, SAMPLING_FLOPS = 5e13, 2.5e13
-# The student in float32 and the parent in bfloat16; gradients and the optimizer's averages of what is trained.
-BYTES_PER_PARAMETER, BYTES_PER_TRAINED, MEMORY_SHARE = 6, 16, 0.6
+# Bytes of a trained parameter beside those of Adam: the scale of its steps, and its value before the stage.
+EXTRA_PER_TRAINED = 8
+# Blocks of held-out text in one pass, and the bytes of a logit beside its own: in float32, and its log-probability.
+MEASURED_AT_ONCE, BYTES_PER_MEASURED = 8, 8
 # Files in the work folder of what took time: a run that was interrupted goes on from them.
 TEXT, TRAINED = "sampled.safetensors", "trained.safetensors"
 NOTE = "joint refit"
@@ -55,47 +61,51 @@ def plan_joint(
     target: Target,
     settings: ConvertSettings,
     device: torch.device,
+    before: Mapping[str, Any] | None = None,
 ) -> JointPlan | None:
-    """Decide whether the layers are recovered together.
+    """Decide whether the layers are recovered together, and how. Where memory is short, windows replace KL.
 
     Args:
         checkpoint: the source.
         arch: its row.
         target: the decided conversion.
-        settings: `refit` "joint" requires a joint refit. "auto" selects one on a GPU if its forecast time is short
-            and its forecast memory is free.
+        settings: `refit` "joint" or "windows" requires a joint refit. "auto" selects one on a GPU if its forecast
+            time is short and its forecast memory is free.
         device: of the conversion.
+        before: the plan of the run that this one continues, as recorded; its stages stay.
 
     Returns:
         The steps and tokens; None: no joint refit.
 
     Raises:
-        SettingError: `refit` is "joint", and the source has no language-model head or has MLA already.
+        SettingError: a joint refit is required, and the source has no language-model head or has MLA already, or
+            the memory does not even hold windows.
     """
     tower = any(not target.layouts[i].on_text for i in range(len(target.layouts)) if target.converted_names(i))
     if not arch.is_decoder or tower:
-        if settings.refit == "joint":
+        if settings.refits_jointly:
             raise SettingError(
                 "refit",
-                "`refit` joint trains on text, which does not run all layers that change."
+                f"`refit` {settings.refit} trains on text, which does not run all layers that change."
                 if tower
-                else f"`refit` joint trains decoder-only models, and {checkpoint.source} is none.",
+                else f"`refit` {settings.refit} trains decoder-only models, and {checkpoint.source} is none.",
                 "Give `refit` layers or off.",
             )
         return None
     if settings.cache_dtype == "fp8":
-        if settings.refit == "joint":
+        if settings.refits_jointly:
             raise SettingError(
                 "cache_dtype",
-                "`cache_dtype` fp8 writes a basis of the latent in which `refit` joint trains badly.",
+                f"`cache_dtype` fp8 writes a basis of the latent in which `refit` {settings.refit} trains badly.",
                 "Give `refit` layers or off, or leave out `cache_dtype`.",
             )
         return None
     if is_latent(checkpoint.config):
-        if settings.refit == "joint":
+        if settings.refits_jointly:
             raise SettingError(
                 "refit",
-                f"`refit` joint trains queries too, and a smaller cache keeps those of {checkpoint.source}.",
+                f"`refit` {settings.refit} trains queries too, and a smaller cache keeps those of "
+                f"{checkpoint.source}.",
                 "Give `refit` layers or off.",
             )
         return None
@@ -109,24 +119,50 @@ def plan_joint(
             f"Give at most {context}.",
         )
     plan = with_length(plan, settings.refit_length or min(plan.length, context))
-    if settings.refit == "joint":
+    if settings.refits_jointly:
         if checkpoint.headless:
             raise SettingError(
                 "refit",
-                f"`refit` joint trains towards the parent's logits, and {checkpoint.source} has no head.",
+                f"`refit` {settings.refit} trains towards the parent's text, and {checkpoint.source} has no head.",
                 "Give `refit` layers or off.",
             )
-        return plan
+        return _plan_that_fits(checkpoint, target, settings, plan, device, before)
     changed = target.exact or settings.context is not None or settings.sliding_window is not None
     # Whoever wants no text read wants none sampled.
     textless = settings.calibrate == "none" or settings.moments is not None
     chosen = settings.refit == "auto" and device.type == "cuda" and target.calibrated and _allowed(settings)
     if not chosen or changed or textless or checkpoint.headless:
         return None
-    parameters, attention = checkpoint.num_parameters, _attention_parameters(checkpoint, arch, target)
+    try:
+        plan = _plan_that_fits(checkpoint, target, settings, plan, device, before)
+    except SettingError:
+        return None
+    return plan if joint_seconds(checkpoint, arch, target, plan, device) <= REFIT_SECONDS else None
+
+
+def _plan_that_fits(
+    checkpoint: Checkpoint,
+    target: Target,
+    settings: ConvertSettings,
+    plan: JointPlan,
+    device: torch.device,
+    before: Mapping[str, Any] | None,
+) -> JointPlan:
+    """Return a plan with the best stage after the regression that the device's free memory holds."""
+    windows = replace(plan, windows_steps=plan.kl_steps, kl_steps=0)
+    stages = [windows] if settings.refit == "windows" else [plan, windows]
+    plans = [replace(each, one_by_one=alone) for each in stages for alone in (False, True)]
+    needed = [joint_memory(checkpoint, target, each, device) for each in plans]
     free = available_memory(device)
-    fits = free is None or BYTES_PER_PARAMETER * parameters + BYTES_PER_TRAINED * attention < MEMORY_SHARE * free
-    return plan if fits and joint_seconds(checkpoint, arch, target, plan, device) <= REFIT_SECONDS else None
+    fitting = [each for each, nbytes in zip(plans, needed, strict=True) if free is None or nbytes <= free]
+    for each in [each for each in plans if asdict(each) == before] + fitting:
+        return each
+    raise SettingError(
+        "refit",
+        f"`refit` {settings.refit} takes about {size(needed[-1])} of memory even in windows of {WINDOW} layers. "
+        f"{size(free or 0)} are free on {device}.",
+        "Give a smaller `refit_length`, or `refit` layers or off.",
+    )
 
 
 def _allowed(settings: ConvertSettings) -> bool:
@@ -183,6 +219,35 @@ def with_length(plan: JointPlan, length: int) -> JointPlan:
     return replace(plan, length=length, sampled_length=sampled, sequences=sequences)
 
 
+def joint_memory(checkpoint: Checkpoint, target: Target, plan: JointPlan, device: torch.device) -> int:
+    """Return the forecast bytes at the peak of a joint refit's training, with the held-out text that is measured.
+
+    Args:
+        checkpoint: the source.
+        target: the decided conversion.
+        plan: steps and tokens.
+        device: where the models are trained.
+    """
+    cpu = device.type == "cpu"
+    text = stock_config(target.config).get_text_config(decoder=True)
+    student = ModelShape.of(text, sum(math.prod(tensor.shape) for tensor in target.outputs))
+    trained = sum(layout.num_parameters(text.hidden_size) for layout in target.layouts)
+    alone = cpu or plan.one_by_one
+    forecast = forecast_memory(
+        student,
+        num_trained=trained,
+        tokens=plan.length * (1 if alone else plan.sequences),
+        teacher=ModelShape.of(
+            stock_config(checkpoint.config).get_text_config(decoder=True), checkpoint.num_parameters
+        ),
+        bf16=not cpu,
+        accumulates=alone,
+        window=None if plan.kl_steps else WINDOW,
+    )
+    logits = MEASURED_AT_ONCE * plan.sampled_length * student.vocab_size
+    return forecast.total + EXTRA_PER_TRAINED * trained + logits * (BYTES_PER_MEASURED + (4 if cpu else 2))
+
+
 def joint_seconds(
     checkpoint: Checkpoint, arch: AttentionModel, target: Target, plan: JointPlan, device: torch.device
 ) -> float:
@@ -202,26 +267,42 @@ def joint_seconds(
         # Both stages measure the held-out loss before and after; a backward pass costs two forward passes.
         measured = 4 * plan.heldout * plan.sampled_length * forward
         regressed = plan.regression_steps * tokens * (forward + attention_step)
-        distilled = plan.kl_steps * tokens * (4 * forward + attention_step)
+        distilled = (plan.kl_steps + plan.windows_steps) * tokens * (4 * forward + attention_step)
         sampled = (plan.num_sampled + plan.heldout) * plan.sampled_length
         return measured + regressed + distilled + sampling_seconds(checkpoint, sampled, device, plan.sampled_length)
     parameters, attention = checkpoint.num_parameters, _attention_parameters(checkpoint, arch, target)
     regression = plan.regression_steps * tokens * (2.0 * parameters + 6.0 * attention)
-    distillation = plan.kl_steps * tokens * (2.0 + 2.0 + 4.0) * parameters
+    distillation = (plan.kl_steps + plan.windows_steps) * tokens * (2.0 + 2.0 + 4.0) * parameters
     sampling = plan.tokens * 2.0 * parameters
     return (regression + distillation) / TRAINING_FLOPS + sampling / SAMPLING_FLOPS
 
 
-def joint_notes(plan: JointPlan | None) -> list[str]:
+def joint_notes(
+    checkpoint: Checkpoint, target: Target, settings: ConvertSettings, plan: JointPlan | None, device: torch.device
+) -> list[str]:
     """Return the lines of the plan about a joint refit.
 
     Args:
+        checkpoint: the source.
+        target: the decided conversion.
+        settings: of the conversion.
         plan: steps and tokens; None: no joint refit.
+        device: where the models are trained.
     """
     if plan is None:
         return []
+    second = f"{plan.kl_steps:,} of KL to the parent"
+    if plan.windows_steps:
+        whole = replace(plan, kl_steps=plan.windows_steps, windows_steps=0)
+        needed = joint_memory(checkpoint, target, whole, device)
+        reason = (
+            "as `refit` asks"
+            if settings.refit == "windows"
+            else f"because a backward pass through the whole model takes about {size(needed)} of memory"
+        )
+        second = f"{plan.windows_steps:,} in windows of {WINDOW} layers, {reason}"
     return [
-        f"Joint refit: {plan.regression_steps:,} steps of regression and {plan.kl_steps:,} of KL to the parent, on "
+        f"Joint refit: {plan.regression_steps:,} steps of regression and {second}, on "
         f"{plan.tokens:,} tokens sampled from the parent. Sequences have {plan.length:,} tokens, and "
         f"{plan.repeats:.0%} of them repeat earlier passages."
     ]

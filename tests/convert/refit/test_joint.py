@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,18 +60,21 @@ def convert(parent: Path, out: Path, kind: str, **settings: Any) -> ConvertResul
     return done
 
 
-@pytest.mark.parametrize("kind", TARGETS)
-def test_both_stages_are_recorded_and_the_result_is_verified(parent: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "refit"), [("mqa", "joint"), ("mla", "joint"), ("mla", "windows")])
+def test_both_stages_are_recorded_and_the_result_is_verified(
+    parent: Path, tmp_path: Path, kind: str, refit: str
+) -> None:
     plain = convert(parent, tmp_path / "plain", kind, refit="off")
-    done = convert(parent, tmp_path / "a", kind)
-    assert [stage["stage"] for stage in done.refit] == ["regression", "kl"]
+    done = convert(parent, tmp_path / "a", kind, refit=refit)
+    assert [stage["stage"] for stage in done.refit] == ["regression", "windows" if refit == "windows" else "kl"]
+    assert f"--refit {refit} " in json.loads((done.out / "headwise.json").read_text())["command"]
     assert done.refit[0]["after" if done.refit[0]["kept"] else "before"] == pytest.approx(done.refit[1]["before"])
     assert done.verification is not None and done.verification.passed
     before, after = (load_file(each.out / "model.safetensors") for each in (plain, done))
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("self_attn" in name for name in changed)
-    again = convert(parent, tmp_path / "b", kind)
+    again = convert(parent, tmp_path / "b", kind, refit=refit)
     assert again.refit == done.refit
     repeated = load_file(again.out / "model.safetensors")
     assert all(torch.equal(after[name], repeated[name]) for name in after)
@@ -180,6 +184,61 @@ def test_calibration_reads_the_text_of_the_refit(
     assert open_checkpoint(tmp_path / "out").config["num_key_value_heads"] == 1
 
 
+def plan_on(
+    parent: Path, monkeypatch: pytest.MonkeyPatch, free: int | None, device: str = "cuda", **given: Any
+) -> joint.JointPlan | None:
+    """The joint refit of a conversion to MQA on a device with so much free memory."""
+    monkeypatch.setattr(joint, "available_memory", lambda device: free)
+    checkpoint = open_checkpoint(parent)
+    arch = find_attention_model(checkpoint.config)
+    target: Any = SimpleNamespace(
+        calibrated=True,
+        exact=False,
+        layouts=arch.layouts(checkpoint.config),
+        converted_names=lambda layer: ("k",),
+        config=checkpoint.config,
+        outputs=list(checkpoint.tensors.values()),
+    )
+    before = given.pop("before", None)
+    settings = ConvertSettings(**{"to": "mqa", **given})
+    return joint.plan_joint(checkpoint, arch, target, settings, torch.device(device), before)
+
+
+def test_windows_replace_kl_where_the_whole_backward_pass_does_not_fit(
+    parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Least memory comes last: all sequences at once, one after the other, then windows in the same order."""
+    monkeypatch.setattr(joint, "WINDOW", 1)
+    needed: list[int] = []
+    memory = joint.joint_memory
+    monkeypatch.setattr(joint, "joint_memory", lambda *given: needed.append(memory(*given)) or needed[-1])
+    plan = plan_on(parent, monkeypatch, None, refit="joint")
+    assert plan == PLAN and needed == sorted(needed, reverse=True) and len(set(needed)) == 4
+    windows = replace(PLAN, windows_steps=PLAN.kl_steps, kl_steps=0)
+    expected = [PLAN, replace(PLAN, one_by_one=True), windows, replace(windows, one_by_one=True)]
+    for refit in ("joint", "auto"):
+        assert [plan_on(parent, monkeypatch, free, refit=refit) for free in needed[:4]] == expected
+    assert plan_on(parent, monkeypatch, needed[0], refit="windows") == windows
+    # A resumed run keeps its stages, however much is free by then.
+    kept = plan_on(parent, monkeypatch, needed[0], refit="joint", before=asdict(windows))
+    assert kept == windows
+    assert plan_on(parent, monkeypatch, needed[3] - 1, refit="auto") is None
+    with pytest.raises(SettingError, match=r"`refit` joint takes about .* even in windows of 1 layers"):
+        plan_on(parent, monkeypatch, needed[3] - 1, refit="joint")
+
+
+@pytest.mark.parametrize(
+    ("refit", "reason"), [("joint", "because a backward pass"), ("windows", "as `refit` asks")]
+)
+def test_the_plan_says_why_it_trains_in_windows(
+    parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refit: str, reason: str
+) -> None:
+    memory = joint.joint_memory
+    monkeypatch.setattr(joint, "joint_memory", lambda *given: memory(*given) + (10**15 if given[2].kl_steps else 0))
+    plan = convert_model(parent, tmp_path / "out", to="mqa", refit=refit, device="cpu", dry_run=True)
+    assert any(f"4 in windows of 4 layers, {reason}" in note for note in plan.notes)
+
+
 @pytest.mark.parametrize(
     ("given", "chosen"),
     [
@@ -194,17 +253,4 @@ def test_calibration_reads_the_text_of_the_refit(
 def test_auto_chooses_a_joint_refit_where_the_settings_allow_one(
     parent: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], chosen: bool
 ) -> None:
-    monkeypatch.setattr(joint, "available_memory", lambda device: None)
-    checkpoint = open_checkpoint(parent)
-    settings = ConvertSettings(**given)
-    arch, target = (
-        find_attention_model(checkpoint.config),
-        SimpleNamespace(
-            calibrated=True,
-            exact=False,
-            layouts=find_attention_model(checkpoint.config).layouts(checkpoint.config),
-            converted_names=lambda layer: ("k",),
-        ),
-    )
-    plan = joint.plan_joint(checkpoint, arch, target, settings, torch.device("cuda"))  # type: ignore[arg-type]
-    assert (plan is not None) == chosen
+    assert (plan_on(parent, monkeypatch, None, **given) is not None) == chosen
