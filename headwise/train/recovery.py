@@ -36,7 +36,7 @@ from headwise.train.trainer import Task, Trainer, make_trainer, resume
 
 # Peak learning rates, relative to the size of each weight (mathematics, section 7b).
 REGRESSION_RATE = 0.1
-WINDOW_RATE = {"mla": 0.01, "gqa": 0.03}
+WINDOW_RATE = {"mla": 0.003, "gqa": 0.02}
 KL_RATE = {"mla": 0.003, "gqa": 0.008}
 # The most decoder layers of a window, and the energy of bfloat16's rounding over that of a hidden state.
 WINDOW, ROUNDING = 4, 2.0**-16

@@ -48,8 +48,8 @@ LARGER_STEP = 4 / 3
 TRAINING_FLOPS, SAMPLING_FLOPS = 5e13, 2.5e13
 # Bytes of a trained parameter beside those of Adam: the scale of its steps, and its value before the stage.
 EXTRA_PER_TRAINED = 8
-# Blocks of held-out text in one pass, and the bytes of a logit beside its own: in float32, and its log-probability.
-MEASURED_AT_ONCE, BYTES_PER_MEASURED = 8, 8
+# Blocks of held-out text in one pass, and the bytes of a logit there: as computed, in float32, as log-probability.
+MEASURED_AT_ONCE, BYTES_PER_MEASURED = 8, {"cpu": 4 + 4, "cuda": 2 + 4 + 4}
 # Files in the work folder of what took time: a run that was interrupted goes on from them.
 TEXT, TRAINED = "sampled.safetensors", "trained.safetensors"
 NOTE = "joint refit"
@@ -245,7 +245,10 @@ def joint_memory(checkpoint: Checkpoint, target: Target, plan: JointPlan, device
         window=None if plan.kl_steps else WINDOW,
     )
     logits = MEASURED_AT_ONCE * plan.sampled_length * student.vocab_size
-    return forecast.total + EXTRA_PER_TRAINED * trained + logits * (BYTES_PER_MEASURED + (4 if cpu else 2))
+    measured = logits * BYTES_PER_MEASURED["cpu" if cpu else "cuda"]
+    if alone:  # a step is freed before the loss is measured; a recorded one keeps its memory
+        measured = max(0, measured - forecast.activations - forecast.logits)
+    return forecast.total + EXTRA_PER_TRAINED * trained + measured
 
 
 def joint_seconds(
