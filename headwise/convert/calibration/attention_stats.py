@@ -88,8 +88,10 @@ class AttentionStats:
                 weights = weights[0]  # (heads, length, read tokens)
                 # In place: each array of this size is new memory from the system.
                 total = weights if total is None else total.add_(weights)
+                # A slice: indices by a condition are counted on the host, which waits for a GPU.
                 queries = index if valid is None else index[valid[i] > 0]
-                queries = queries[queries >= first][:: max(1, len(queries) // NUM_ATTENTION_QUERIES)]
+                after = index[first:] if valid is None else queries[queries >= first]
+                queries = after[:: max(1, len(queries) // NUM_ATTENTION_QUERIES)]
                 whole = torch.cat([read[i], torch.ones_like(read[i, :, :1])], 1)
                 weights = weights[:, queries]  # a copy
                 if valid is not None:

@@ -212,11 +212,11 @@ def _merge(
     v = weights.v.new_empty(len(groups), *weights.v.shape[1:])
     errors = _Errors()
     for subspace in subspaces:
-        cost = 0.0
+        cost = torch.zeros((), dtype=weights.k.dtype, device=weights.k.device)  # read once: a GPU is waited for
         for new, group in enumerate(groups):
             gram, costs = subspace.gram(group), subspace.costs[:, group]
             mix, maps = method(gram, subspace.balanced_cost[:, group], sign_only=subspace.sign_only)
-            cost += float(expected_cost(gram, costs, mix, maps))
+            cost += expected_cost(gram, costs, mix, maps)
             shared = mix.flatten(-2, -1) @ subspace.rows[:, group].flatten(1, 2)
             maps = maps.repeat_interleave(reads, 1)
             old = _query_heads([group], reads)
@@ -235,7 +235,7 @@ def _merge(
                 q[at, r:] = maps[:, :, 0].transpose(0, 1) * weights.q[old][:, r:]
             else:
                 k[new, r:], q[at, r:] = shared[0], maps[0].mT @ weights.q[old][:, r:]
-        errors.add(subspace, cost)
+        errors.add(subspace, float(cost))
 
     k_norm = None if weights.k_norm is None else weights.k_norm[: len(groups)]
     if weights.k_norm is not None and weights.norm_scope == "all":
