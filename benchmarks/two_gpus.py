@@ -149,8 +149,8 @@ def lines(output: str) -> list[dict[str, Any]]:
 # Conversion
 
 
-def convert_once(model: str, out: str, groups: int, device: str) -> None:
-    """Convert, and print seconds by stage and the forecast; to stderr each stage when it begins.
+def convert_once(model: str, out: str, target: dict[str, Any], device: str) -> None:
+    """Convert, and print seconds and memory by stage and the forecast; to stderr each stage when it begins.
 
     Processor seconds show what each process does where several share the processor.
     """
@@ -163,6 +163,7 @@ def convert_once(model: str, out: str, groups: int, device: str) -> None:
         def __init__(self) -> None:
             self.stages: dict[str, float] = {}
             self.processor: dict[str, float] = {}
+            self.peaks: dict[str, float] = {}
             self.current, self.start = "Start", time.perf_counter()
             self.since, self.used = self.start, time.process_time()
 
@@ -170,19 +171,24 @@ def convert_once(model: str, out: str, groups: int, device: str) -> None:
             now, used = time.perf_counter(), time.process_time()
             self.stages[self.current] = self.stages.get(self.current, 0.0) + now - self.since
             self.processor[self.current] = self.processor.get(self.current, 0.0) + used - self.used
+            if torch.cuda.is_available():
+                peak = torch.cuda.max_memory_allocated() / 1e9
+                self.peaks[self.current] = max(self.peaks.get(self.current, 0.0), round(peak, 2))
+                torch.cuda.reset_peak_memory_stats()
             self.current, self.since, self.used = name, now, used
             print(f"{now - self.start:8.1f} s  {name or 'end'}", file=sys.stderr, flush=True)
 
         def finish(self) -> None:
             self.stage("")
 
-    options: dict[str, Any] = {"to": "gqa", "groups": groups, "refit": "off", "device": device}
+    options: dict[str, Any] = {**target, "refit": "off", "device": device}
     plan: Any = convert_model(model, out, dry_run=True, **options)
     clock = Clock()
     convert_model(model, out, progress=clock, **options)
     seconds = time.perf_counter() - clock.start
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    result = {"seconds": seconds, "stages": clock.stages, "forecast": plan.seconds, "peak": peak}
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    result = {"seconds": seconds, "stages": clock.stages, "forecast": plan.seconds}
+    result |= {"GB of the GPU by stage": clock.peaks, "GB of the host": round(host, 2)}
     # Of the first process, its threads included, and of the processes of the other devices.
     further = resource.getrusage(resource.RUSAGE_CHILDREN)
     result |= {"processor seconds": clock.processor, "of other processes": further.ru_utime + further.ru_stime}
@@ -432,10 +438,14 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny shapes")
     parser.add_argument("--seconds", type=float, help="after which all is ended; default: by the layers")
     parser.add_argument("--convert", nargs=2, metavar=("MODEL", "OUT"), help="a conversion, as a part starts it")
-    parser.add_argument("--groups", type=int)
+    parser.add_argument("--groups", type=int, help="of `--convert`: GQA with so many KV heads")
+    parser.add_argument("--mla", nargs=2, type=int, metavar=("RANK", "ROPE_DIM"), help="of `--convert`: MLA")
     options = parser.parse_args()
     if options.convert:
-        convert_once(*options.convert, options.groups, options.device)
+        rank, rope_dim = options.mla or (None, None)
+        mla = {"to": "mla", "rank": rank, "rope_dim": rope_dim}
+        target = mla if options.mla else {"to": "gqa", "groups": options.groups}
+        convert_once(*options.convert, target, options.device)
         return
     options.work = options.work.resolve()
     options.work.mkdir(parents=True, exist_ok=True)

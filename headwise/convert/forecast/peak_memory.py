@@ -21,6 +21,8 @@ from headwise.models.protocol import AttentionModel
 RESTING_BYTES = 580 << 20
 # Copies of a text's logits beside the logits themselves: of a loss, and of a loss with its backward pass.
 LOSS_COPIES, BACKWARD_COPIES = 1, 4
+# Copies of the attention weights of one layer in a backward pass that computes them again.
+WEIGHT_COPIES = 6
 # Numbers that a backward pass keeps for a token and layer, in hidden states.
 KEPT_STATES = 24
 
@@ -163,7 +165,7 @@ def whole_model_memory(
         damage_tokens: of the sequence on which the damage of the layers is estimated; 0: it is not.
         loaded: whether the result is loaded whole to check it.
         bytes_per_parameter: of a model that is sampled from or measured.
-        fused: whether the backward pass computes attention weights again; False: it keeps them, twice.
+        fused: whether attention computes its weights in parts; False: those of one layer are in memory at once.
     """
     stock = arch.stock_config(checkpoint.config)
     vocabulary = int(getattr(stock, "vocab_size", 0) or 0)
@@ -175,12 +177,15 @@ def whole_model_memory(
         sizes = ((ours, checkpoint.nbytes), (result, file))
         peak = max(bytes_per_parameter * count + max(pages, logits) for count, pages in sizes)
     if damage_tokens:
-        kept = 4 * damage_tokens * KEPT_STATES * stock.hidden_size * len(target.layouts)
+        kept = bytes_per_parameter * damage_tokens * KEPT_STATES * stock.hidden_size * len(target.layouts)
         if not fused:
-            heads = sum(layout.num_attention_heads for layout in target.layouts)
-            kept += 2 * 4 * heads * damage_tokens**2
+            kept += WEIGHT_COPIES * 4 * max(each.num_attention_heads for each in target.layouts) * damage_tokens**2
         logits = (1 + BACKWARD_COPIES) * 4 * damage_tokens * vocabulary
-        peak = max(peak, 4 * (ours + result) + max(checkpoint.nbytes, kept + logits))
+        names = {name for layer in range(len(target.layouts)) for name in target.converted_names(layer)}
+        attention = sum(
+            tensor.dtype.itemsize * math.prod(tensor.shape) for tensor in target.outputs if tensor.name in names
+        )
+        peak = max(peak, bytes_per_parameter * ours + attention + max(checkpoint.nbytes, kept + logits))
     if loaded:
         peak = max(peak, 4 * result + file)
     return RESTING_BYTES + peak if peak else 0

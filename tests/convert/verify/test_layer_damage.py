@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from headwise.convert.inspect import inspect_model
 from headwise.convert.pipeline import convert_model
-from headwise.convert.verify.layer_damage import LayerDamage
+from headwise.convert.verify import layer_damage
+from headwise.convert.verify.layer_damage import LayerDamage, RecomputedAttention
 from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.models.stock import load_model
 from headwise.progress import SILENT
@@ -81,3 +85,35 @@ def test_a_conversion_records_the_damage_and_shows_it(tmp_path: Path, monkeypatc
     assert inspect_model(tmp_path / "out").damage == tuple(damage)
     assert "Estimated damage of each layer alone" in (tmp_path / "out" / "README.md").read_text()
     assert inspect_model(parent).damage == ()
+
+
+def test_recomputed_attention_gives_the_same_gradient_and_keeps_no_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(3, 1, 2, 40, 8, generator=generator).requires_grad_()
+    found = []
+    for way in (nullcontext(), RecomputedAttention()):
+        kept: list[int] = []
+        noted = saved_tensors_hooks(lambda x, kept=kept: (kept.append(x.numel()), x)[1], lambda x: x)
+        with sdpa_kernel(SDPBackend.MATH):
+            with way, noted:
+                output = torch.nn.functional.scaled_dot_product_attention(*given, is_causal=True)
+            (gradient,) = torch.autograd.grad(output.square().sum(), given)
+        found.append((output, gradient, max(kept, default=0)))
+    (plain, expected, most), (output, gradient, least) = found
+    assert torch.equal(output, plain) and torch.equal(gradient, expected)
+    assert most >= 2 * 40 * 40 > given[0].numel() >= least
+
+
+def test_the_damage_on_a_gpu_is_that_of_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the attention that a GPU computes, of a model whose weights are stored in two dtypes and in one."""
+    parent = open_checkpoint(save_speaking(tmp_path / "parent", torch.bfloat16))
+    convert_model(parent.path, tmp_path / "out", to="gqa", groups=2, method="mean", calibrate="none", verify=False)
+    file, tokens = tmp_path / "out" / "model.safetensors", torch.arange(60).view(5, 12)
+    wanted = estimate(open_checkpoint(tmp_path / "out"), parent, tokens)
+    monkeypatch.setattr(layer_damage, "_sparing_attention", lambda _: RecomputedAttention())
+    monkeypatch.setattr(layer_damage, "_repeatable_attention", lambda _: sdpa_kernel(SDPBackend.MATH))
+    assert estimate(open_checkpoint(tmp_path / "out"), parent, tokens) == pytest.approx(wanted, rel=1e-4)
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.o_proj.weight"] = tensors["model.layers.0.self_attn.o_proj.weight"].float()
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert estimate(open_checkpoint(tmp_path / "out"), parent, tokens) == pytest.approx(wanted, rel=1e-4)
