@@ -7,7 +7,7 @@ same error does, and its unit is nats per token.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -185,7 +185,7 @@ class LayerDamage:
         for sequence in sequences:
             total.zero_()
             generator = torch.Generator(device=device).manual_seed(self.seed + sequence)
-            with _repeatable_attention(device):
+            with _arithmetic(device):
                 row = torch.tensor(self.tokens[sequence], device=device)
                 with _sparing_attention(device):
                     logits = network(input_ids=row[None], use_cache=False).logits[0].float()
@@ -242,12 +242,23 @@ def damage_seconds(parent: Checkpoint, device: torch.device, tokens: int | None 
     return seconds if seconds <= LOSS_SECONDS else None
 
 
-def _repeatable_attention(device: torch.device) -> AbstractContextManager[None]:
-    """Choose attention whose gradient is the same in every run: that of the fused kernels of a GPU is not.
+@contextmanager
+def _arithmetic(device: torch.device) -> Iterator[None]:
+    """Choose attention whose gradient is the same in every run, and products of float32 in TF32.
 
-    These add the parts of a gradient in the order in which they are done.
+    The fused kernels of a GPU add the parts of a gradient in the order in which they are done. TF32 rounds the
+    factors of a product to 10 bits, bfloat16, in which the parent computes, to 7.
     """
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _sparing_attention(device: torch.device) -> AbstractContextManager[Any]:

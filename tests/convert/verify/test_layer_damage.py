@@ -111,9 +111,17 @@ def test_the_damage_on_a_gpu_is_that_of_a_cpu(tmp_path: Path, monkeypatch: pytes
     file, tokens = tmp_path / "out" / "model.safetensors", torch.arange(60).view(5, 12)
     wanted = estimate(open_checkpoint(tmp_path / "out"), parent, tokens)
     monkeypatch.setattr(layer_damage, "_sparing_attention", lambda _: RecomputedAttention())
-    monkeypatch.setattr(layer_damage, "_repeatable_attention", lambda _: sdpa_kernel(SDPBackend.MATH))
+    monkeypatch.setattr(layer_damage, "_arithmetic", lambda _: sdpa_kernel(SDPBackend.MATH))
     assert estimate(open_checkpoint(tmp_path / "out"), parent, tokens) == pytest.approx(wanted, rel=1e-4)
     tensors = load_file(file)
     tensors["model.layers.0.self_attn.o_proj.weight"] = tensors["model.layers.0.self_attn.o_proj.weight"].float()
     save_file(tensors, file, metadata={"format": "pt"})
     assert estimate(open_checkpoint(tmp_path / "out"), parent, tokens) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_the_arithmetic_of_a_gpu_ends_with_the_damage() -> None:
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(ZeroDivisionError), layer_damage._arithmetic(torch.device("cuda")):
+        assert torch.get_float32_matmul_precision() == "high" and not torch.backends.cuda.flash_sdp_enabled()
+        raise ZeroDivisionError
+    assert torch.get_float32_matmul_precision() == before and torch.backends.cuda.flash_sdp_enabled()
