@@ -11,6 +11,7 @@ import ast
 import random
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 from headwise.text.builtin import library_documents
@@ -33,7 +34,7 @@ def code_dataset(count: int = 100, seed: int = 0, **_: Any) -> dict[str, Any]:
     Returns:
         The split "test".
     """
-    return {"test": _dataset(make_cloze_questions(library_documents("heldout"), iter_code_lines, count, seed))}
+    return {"test": _dataset(iter_code_lines, count, seed)}
 
 
 def prose_dataset(count: int = 100, seed: int = 0, **_: Any) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def prose_dataset(count: int = 100, seed: int = 0, **_: Any) -> dict[str, Any]:
     Returns:
         The split "test".
     """
-    return {"test": _dataset(make_cloze_questions(library_documents("heldout"), iter_doc_sentences, count, seed))}
+    return {"test": _dataset(iter_doc_sentences, count, seed)}
 
 
 def make_cloze_questions(
@@ -135,7 +136,8 @@ def _indent(line: str) -> int:
     return len(line) - len(line.lstrip())
 
 
-def _dataset(rows: list[dict[str, Any]]) -> Any:
+@cache
+def _dataset(parts: Callable[[str], Iterator[tuple[str, str]]], count: int, seed: int) -> Any:
     from datasets import Dataset
 
-    return Dataset.from_list(rows)
+    return Dataset.from_list(make_cloze_questions(library_documents("heldout"), parts, count, seed))
