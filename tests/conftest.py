@@ -19,15 +19,16 @@ if not torch.cuda.is_available():
 
 
 import pytest
-from transformers import GenerationConfig, PreTrainedConfig
-
-# transformers renders every config for a log message, also where the message is not printed.
-for config_class in (GenerationConfig, PreTrainedConfig):
-    config_class.__repr__ = object.__repr__  # type: ignore[method-assign]
 
 
 def pytest_collection_finish() -> None:
-    """Leave the imported modules out of garbage collection: they stay, and visiting them takes time."""
+    """Spare every test work that proves nothing."""
+    from transformers import GenerationConfig, PreTrainedConfig
+
+    # transformers renders every config for a log message, also where the message is not printed.
+    for config_class in (GenerationConfig, PreTrainedConfig):
+        config_class.__repr__ = object.__repr__  # type: ignore[method-assign]
+    # The imported modules stay; garbage collection need not visit them.
     gc.freeze()
 
 
@@ -35,10 +36,13 @@ def pytest_collection_finish() -> None:
 def quick_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Convert on library text and measure no loss on it: sampling from a tiny model takes seconds each time.
 
-    Tests of these steps set the two values themselves.
+    Tests of these steps set the two values themselves. All texts of conversions are short.
     """
     monkeypatch.setattr("headwise.convert.settings.DEFAULT_TEXT", "builtin")
     monkeypatch.setattr("headwise.convert.calibration.corpus.LOSS_SECONDS", -1.0)
+    monkeypatch.setattr("headwise.convert.calibration.loss_text.TOKENS", 512)
+    monkeypatch.setattr("headwise.convert.forecast.amounts.CLOSED_FORM_TOKENS", 4096)
+    monkeypatch.setattr("headwise.convert.forecast.amounts.REFIT_TOKENS_ON_CPU", 4096)
 
 
 @pytest.fixture(autouse=True)

@@ -304,11 +304,16 @@ def test_queries_in_two_factors_have_the_parents_logits(tmp_path: Path, heads: i
     assert "--engine llama.cpp" in json.loads((tmp_path / "out" / "headwise.json").read_text())["command"]
 
 
-def test_two_factors_of_the_embedded_model(tmp_path: Path) -> None:
+def test_two_factors_of_trained_weights(tmp_path: Path) -> None:
+    """The first layer of the embedded model."""
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32, num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EMBEDDED_MODEL / name, tmp_path / "model")
     options = {"to": "mla", "rank": 192, "rope_dim": 32, "calibrate": "none", "dtype": "float32", "verify": False}
     for name in ("plain", "factored"):
         convert_model(
-            EMBEDDED_MODEL, tmp_path / name, **options, engines=["llama.cpp"] if name == "factored" else ()
+            tmp_path / "model", tmp_path / name, **options, engines=["llama.cpp"] if name == "factored" else ()
         )
     tokens = torch.arange(2 * 40).reshape(2, 40)
     plain, factored = (load(tmp_path / name)(tokens).logits.detach() for name in ("plain", "factored"))

@@ -32,12 +32,6 @@ WINDOW = 16
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure on a few tokens."""
-    monkeypatch.setattr(loss_text, "TOKENS", 4 * 4 * WINDOW)
-
-
 @pytest.mark.parametrize("limit", [0.0, 0.4, 1.0, 2.5, 9.0])
 @pytest.mark.parametrize("losses", [[1.0], [0.5, 1.0, 1.5], [0.1, 0.2, 0.3, 0.5, 1.1, 2.0, 3.0]])
 def test_the_most_windows_within_the_limit(losses: list[float], limit: float) -> None:
@@ -52,7 +46,6 @@ def test_the_most_windows_within_the_limit(losses: list[float], limit: float) ->
     assert len(measured) <= 1 + len(losses).bit_length()
 
 
-@pytest.mark.usefixtures("short_text")
 def test_the_layers_and_their_losses_are_recorded_and_true(tmp_path: Path) -> None:
     result = convert_model(
         EMBEDDED_MODEL, tmp_path / "out", sliding_window=WINDOW, window_layers="auto", window_loss=0.1
@@ -79,7 +72,6 @@ def test_the_layers_and_their_losses_are_recorded_and_true(tmp_path: Path) -> No
     assert "--window-loss" not in record["command"]
 
 
-@pytest.mark.usefixtures("short_text")
 def test_the_plan_measures_named_layers_and_the_missing_sinks(tmp_path: Path) -> None:
     plan = convert_model(EMBEDDED_MODEL, tmp_path / "out", sliding_window=WINDOW, dry_run=True)
     assert isinstance(plan, Plan)

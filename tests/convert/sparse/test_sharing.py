@@ -30,12 +30,6 @@ CALIBRATE = {"calibrate": TEXT["calibrate"]}
 TOKENS = torch.arange(2 * 25).view(2, 25) * 5 % 256 + 1
 
 
-@pytest.fixture(autouse=True)
-def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure on a few tokens."""
-    monkeypatch.setattr(loss_text, "TOKENS", 16 * 32)
-
-
 def save_sparse(folder: Path, **overrides: Any) -> Path:
     """A sparse model of four layers with a budget of nine keys."""
     source = save_speaking(folder.with_name("dense"), num_hidden_layers=4, **overrides)
