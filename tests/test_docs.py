@@ -192,6 +192,7 @@ def test_the_python_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("HEADWISE_CACHE", str(tmp_path / "cache"))
     free = HubRepository("org/name", None, exists=False, private=True, new_branch=False, files=())
     monkeypatch.setattr(push, "check_repository", lambda *_, **__: free)
+    monkeypatch.setattr("headwise.convert.forecast.amounts.STEPS_TO_TRY", (2,))
     blocks = code_blocks(ROOT / "docs/guide/python.md")
     assert len(blocks) >= 2
     names: dict[str, Any] = {}

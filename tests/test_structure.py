@@ -71,10 +71,16 @@ def tree(module: str) -> ast.Module:
     return ast.parse(FILES[module].read_text(encoding="utf-8"))
 
 
-def imports(module: str, nodes: Iterator[ast.AST] | None = None) -> set[str]:
+@cache
+def nodes(module: str) -> list[ast.AST]:
+    return list(ast.walk(tree(module)))
+
+
+@cache
+def imports(module: str) -> set[str]:
     """Return the modules that `module` imports anywhere, functions and type checking included."""
     names = set()
-    for node in nodes or ast.walk(tree(module)):
+    for node in nodes(module):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -102,12 +108,12 @@ def reachable(module: str, edges: Callable[[str], set[str]]) -> set[str]:
 
 def everything() -> Iterator[tuple[str, ast.AST]]:
     """Yield every node of every file, with the module it is in."""
-    return ((module, node) for module in FILES for node in ast.walk(tree(module)))
+    return ((module, node) for module in FILES for node in nodes(module))
 
 
 def calls(module: str, *names: str) -> list[ast.Call]:
     """Return the calls of functions by their written name, such as "print" or "torch.load"."""
-    found = [node for node in ast.walk(tree(module)) if isinstance(node, ast.Call)]
+    found = [node for node in nodes(module) if isinstance(node, ast.Call)]
     return [call for call in found if ast.unparse(call.func) in names]
 
 
@@ -229,11 +235,10 @@ def test_files_are_written_through_io_only() -> None:
     sinks, no_files = {"headwise.io.fs", "headwise.io.workdir", "headwise.io.writer"}, {"os.devnull", "buffer"}
     wrong = []
     for module in FILES.keys() - sinks:
-        nodes = list(ast.walk(tree(module)))
-        called = [node for node in nodes if isinstance(node, ast.Call)]
+        called = [node for node in nodes(module) if isinstance(node, ast.Call)]
         given = [n for call in called if _name_of(call) == "write_file_atomically" for n in ast.walk(call)]
         names = {node.id for node in given if isinstance(node, ast.Name)}
-        writers = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name in names]
+        writers = [node for node in nodes(module) if isinstance(node, ast.FunctionDef) and node.name in names]
         allowed = {id(node) for node in [*given, *(n for writer in writers for n in ast.walk(writer))]}
         wrong += [
             f"{module}:{call.lineno}: {ast.unparse(call)}"
@@ -280,7 +285,7 @@ def test_the_library_names_no_flags() -> None:
         if package_of(f"{module}.x") in ("_cli", "cli", "__main__"):
             continue
         documentation = {id(node) for node in _docstrings(tree(module))}
-        for node in ast.walk(tree(module)):
+        for node in nodes(module):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
                 found = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", node.value)) & flags
                 wrong += [f"{module}:{node.lineno}: {flag}" for flag in found if not _is_command(node.value)]
