@@ -290,12 +290,12 @@ def test_a_real_interrupt_of_the_real_command(model: Path, tmp_path: Path) -> No
         [*command, str(out), *words], stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
     ) as process:
         journal = tmp_path / ".out.headwise-work" / "journal.jsonl"
-        deadline = time.monotonic() + 60
-        while not journal.exists() and time.monotonic() < deadline:
+        # The imports take minutes on a busy machine; the time limit of every test ends this wait.
+        while not journal.exists() and process.poll() is None:
             time.sleep(0.05)
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        message = process.communicate(timeout=60)[1]
+        message = process.communicate()[1]
     assert process.returncode == 130 and "--resume" in message and "Traceback" not in message
     assert not out.exists() and journal.exists()
 
