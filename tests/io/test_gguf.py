@@ -415,10 +415,10 @@ def test_the_file_is_found_as_the_recorded_parent(llama: Path, tmp_path: Path) -
 )
 def test_a_conversion_equals_that_of_the_folder(tmp_path: Path, model_type: str, settings: dict[str, Any]) -> None:
     path = write_gguf(tmp_path / "m.gguf", model_type, Kind.Q8_0)
-    convert_model(path, tmp_path / "folder", dtype="bfloat16")
+    convert_model(path, tmp_path / "folder", dtype="bfloat16", verify=False)
     for source in (path, tmp_path / "folder"):
         out = tmp_path / f"{source.stem}-out"
-        assert isinstance(convert_model(source, out, **settings), ConvertResult)
+        assert isinstance(convert_model(source, out, **settings, verify=False), ConvertResult)
         assert verify_model(out, path).passed
     one, other = open_checkpoint(tmp_path / "m-out"), open_checkpoint(tmp_path / "folder-out")
     assert one.config == other.config and one.tensors.keys() == other.tensors.keys()
