@@ -47,10 +47,12 @@ class Workspace:
             arguments: the command and its options.
         """
         command = [sys.executable, "-m", "headwise", *arguments, "--json"]
+        # Models are loaded as users load them; tests/conftest.py chooses otherwise.
+        environment = {k: v for k, v in os.environ.items() if k != "HF_DEACTIVATE_ASYNC_LOAD"}
         done = subprocess.run(
             command,
             cwd=self.path,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            env=environment | {"HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
             timeout=300,
