@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.quality import target
 from headwise.convert.pipeline import ConvertResult, convert_model
-from headwise.convert.refit import joint
+from headwise.convert.refit import joint, joint_plan
 from headwise.convert.settings import JOINT_REFITS
 from headwise.io.reader import open_checkpoint
 from headwise.measure.loss import nats_per_token
@@ -159,7 +159,7 @@ def outcomes(model: Any, folder: str | Path, tasks: Path) -> dict[str, Any]:
 def sample(model: str, file: Path, seed: int, device: str, size: int | None, temperature: float) -> None:
     """Write the text of the joint refit; at temperature 1, as a conversion with this seed would sample it."""
     source = open_checkpoint(model)
-    plan = joint.scaled_plan(joint.GPU_PLAN if device == "cuda" else joint.CPU_PLAN, size)
+    plan = joint_plan.scaled_plan(joint_plan.GPU_PLAN if device == "cuda" else joint_plan.CPU_PLAN, size)
     tokens = sample_tokens(
         load_for_sampling(source, torch.device(device)),
         AutoTokenizer.from_pretrained(model),
@@ -210,9 +210,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = True
     given = {"repeats": options.repeats, "kl_steps": options.kl_steps}
-    joint.GPU_PLAN, joint.CPU_PLAN = (
+    joint_plan.GPU_PLAN, joint_plan.CPU_PLAN = (
         replace(plan, **{name: value for name, value in given.items() if value is not None})
-        for plan in (joint.GPU_PLAN, joint.CPU_PLAN)
+        for plan in (joint_plan.GPU_PLAN, joint_plan.CPU_PLAN)
     )
     held = texts(AutoTokenizer.from_pretrained(options.model), options.text)
     for name in options.targets:
@@ -225,7 +225,7 @@ def main() -> None:
             "seed": options.seed,
         }
         if options.refit in JOINT_REFITS:
-            row["refit_length"] = options.refit_length or joint.GPU_PLAN.length
+            row["refit_length"] = options.refit_length or joint_plan.GPU_PLAN.length
         if name == "sample":
             sample(
                 options.model,

@@ -27,13 +27,8 @@ from headwise.convert.forecast.whole_conversion import forecast_conversion
 from headwise.convert.layers import LayerJob, RemainingLayers, choose_device
 from headwise.convert.plan import Plan, make_plan
 from headwise.convert.positions.window_choice import WindowChoice, choose_windows, recorded_choice
-from headwise.convert.refit.joint import (
-    joint_notes,
-    joint_warnings,
-    plan_joint,
-    refit_jointly,
-    share_text,
-)
+from headwise.convert.refit.joint import JointTraining, refit_jointly, share_text
+from headwise.convert.refit.joint_plan import joint_notes, joint_warnings, plan_joint
 from headwise.convert.settings import SHARD_SIZE, ConvertSettings
 from headwise.convert.sparse.sharing import choose_sharing
 from headwise.convert.spread import DevicePool, device_notes
@@ -126,6 +121,7 @@ def convert_model(
     refit: str | int | None = None,
     refit_tokens: int | None = None,
     refit_length: int | None = None,
+    refit_repeats: float | None = None,
     context: int | None = None,
     rope: str | None = None,
     rope_theta: float | None = None,
@@ -197,6 +193,7 @@ def convert_model(
             "joint", "windows" (joint, in less memory), or a number of steps per layer.
         refit_tokens: distinct tokens of the joint refit's text; None: by the device.
         refit_length: tokens in a sequence of the joint refit; None: by the device, and at most the context.
+        refit_repeats: share of these sequences that repeat earlier passages; None: 0.2.
         context: rescale RoPE to this many tokens.
         rope: the RoPE rule; None: "auto".
         rope_theta: the base of the rule "base".
@@ -217,8 +214,8 @@ def convert_model(
         allow_nan: convert weights that are not finite.
         allow_pickle: read `.bin` files (weights only, no code).
         seed: random seed.
-        device: "cpu", "cuda" or "cuda:N", or a list of one kind such as "cuda:0,cuda:1", which spreads the layers;
-            None: a GPU if there is one.
+        device: "cpu", "cuda" or "cuda:N", or a list of one kind such as "cuda:0,cuda:1", which spreads the layers
+            and shares the joint refit; None: a GPU if there is one.
         revision: branch, tag or commit of a Hub repository.
         token: of the Hub, for the source and for `push_to_hub`.
         progress: gets stages, notes and warnings.
@@ -262,13 +259,14 @@ def convert_model(
         engines=settings.engines,
     )
     require_engines(verdicts, settings.engines)
-    joint = plan_joint(checkpoint, arch, target, settings, requested, earlier.get("joint"))
+    joint = plan_joint(checkpoint, arch, target, settings, devices, earlier.get("joint"))
     if joint and not settings.refits_jointly:
         settings = replace(settings, refit="joint")
     calibration = plan_calibration(checkpoint, arch, target, settings, requested, earlier.get("calibration"))
     work_device = choose_device(target, calibration, requested)
-    # Only the layers are spread: everything else is done by the first device.
+    # Layers and the joint refit are spread: everything else is done by the first device.
     work_devices = devices if work_device == requested else [work_device]
+    joint_devices = work_devices if len(work_devices) > 1 else [requested]
     if len(work_devices) > 1 and checkpoint.in_memory:
         raise SettingError(
             "device",
@@ -313,8 +311,8 @@ def convert_model(
             *(sharing.notes() if sharing else ()),
             *storage,
             *plan_notes(arch, target, calibration, settings),
-            *joint_notes(checkpoint, target, settings, joint, requested),
-            *device_notes(devices, work_devices),
+            *joint_notes(checkpoint, target, settings, joint, joint_devices),
+            *device_notes(devices, work_devices, joint=joint is not None),
         ],
     )
     if settings.push_to_hub:  # a reason against the push at the end stops the conversion before it begins
@@ -347,7 +345,7 @@ def convert_model(
         force=settings.force,
         allow_nan=settings.allow_nan,
     )
-    processes = DevicePool(work_devices, (LayerJob, LayerDamage))
+    processes = DevicePool(work_devices, (LayerJob, LayerDamage, *([JointTraining] if joint else ())))
     with writer, processes as pool, BackgroundCopy(checkpoint, target, writer) as copy:
         measured = calibration if calibration and calibration.reuse is None else None
         texts = text_folder(checkpoint, measured, writer) if measured else writer.work.folder
@@ -378,7 +376,14 @@ def convert_model(
                 names = {n for i in range(len(target.layouts)) for n in target.converted_names(i)}
                 stages.extend(
                     refit_jointly(
-                        writer, checkpoint, names, joint, seed=settings.seed, device=requested, progress=progress
+                        writer,
+                        checkpoint,
+                        names,
+                        joint,
+                        seed=settings.seed,
+                        devices=joint_devices,
+                        pool=pool,
+                        progress=progress,
                     )
                 )
             damage = None

@@ -57,6 +57,7 @@ CLASHES = {
     "images": ("calibrate", "calibration_tokens"),
     "index_layers": ("sparse", "to", "context", "sliding_window"),
 }
+JOINT_TEXT = ("refit_tokens", "refit_length", "refit_repeats")
 # A field, and why a joint refit excludes it.
 NOT_JOINT = {
     "context": "trains towards the parent's own positions: leave out `context`.",
@@ -262,6 +263,11 @@ class ConvertSettings:
         parse=parse_count,
         **CALIBRATION,
     )
+    refit_repeats: float | None = fields.fraction(
+        "Share of the joint refit's sequences that repeat passages [0.2]; 0: the least loss, poor retrieval.",
+        zero=True,
+        **CALIBRATION,
+    )
     # Positions
     context: int | None = fields.number("Rescale RoPE to this many tokens.", section="Positions")
     rope: str | None = fields.choice(
@@ -447,23 +453,17 @@ class ConvertSettings:
                 reason = f"`window_layers` {AUTO_LAYERS} measures losses on text: leave out `calibrate` none."
                 raise SettingError("window_layers", reason)
         if self.calibrate == "none":
-            for name in ("calibration_tokens", "save_moments"):
-                if self._given(name):
-                    raise SettingError(
-                        name, f"`calibrate` none reads no text, so that `{name}` has no effect: leave one out."
-                    )
-        if self.refits_layers:
-            for name, without in (("calibrate", self.calibrate == "none"), ("moments", self._given("moments"))):
-                if without:
-                    raise SettingError(
-                        "refit", f"`refit` {self.refit} needs calibration text: leave out `{name}` or `refit`."
-                    )
-        for name in ("refit_tokens", "refit_length"):
-            if self._given(name) and not self.refits_jointly:
-                raise SettingError(name, f"`{name}` is of the text of a joint refit: give `refit` joint.")
-        for name, reason in NOT_JOINT.items() if self.refits_jointly else ():
-            if self._given(name):
-                raise SettingError("refit", f"`refit` {self.refit} {reason}")
+            for name in filter(self._given, ("calibration_tokens", "save_moments")):
+                reason = f"`calibrate` none reads no text, so that `{name}` has no effect: leave one out."
+                raise SettingError(name, reason)
+        for name, without in (("calibrate", self.calibrate == "none"), ("moments", self._given("moments"))):
+            if without and self.refits_layers:
+                reason = f"`refit` {self.refit} needs calibration text: leave out `{name}` or `refit`."
+                raise SettingError("refit", reason)
+        for name in filter(self._given, NOT_JOINT if self.refits_jointly else JOINT_TEXT):
+            if self.refits_jointly:
+                raise SettingError("refit", f"`refit` {self.refit} {NOT_JOINT[name]}")
+            raise SettingError(name, f"`{name}` is of the text of a joint refit: give `refit` joint.")
         if self.sparse and (self.calibrate == "none" or self.moments is not None):
             reason = "`sparse` makes indexers from calibration text: leave out `calibrate` none and `moments`."
             raise SettingError("sparse", reason)

@@ -22,6 +22,9 @@ import torch
 from headwise.errors import HeadwiseError
 from headwise.progress import SILENT, Progress
 
+# Seconds that a process gets to end.
+GRACE = 10.0
+
 
 class Work(Protocol):
     """Work on numbered items that do not depend on each other. Other processes get a pickled copy of it."""
@@ -79,11 +82,19 @@ class DevicePool:
         for helper, _connection in self._helpers:
             helper.terminate()
         for helper, _connection in self._helpers:
+            helper.join(GRACE)
+            helper.kill()  # one that trains takes the first signal for a wish, and may wait for the others
             helper.join()
         self._helpers = []
 
     def begin(
-        self, work: Work, items: Sequence[int], progress: Progress = SILENT, processes: int | None = None
+        self,
+        work: Work,
+        items: Sequence[int],
+        progress: Progress = SILENT,
+        processes: int | None = None,
+        *,
+        together: bool = False,
     ) -> Iterator[Any]:
         """Begin work in the other processes, and return the results of all.
 
@@ -95,6 +106,8 @@ class DevicePool:
             items: ascending.
             progress: receives the notes of this process.
             processes: that take part at most; None: all.
+            together: the items are the places of processes that work together: this process takes the first of
+                them, and no process ends before the others.
 
         Returns:
             An iterator over the results in the order in which they are done. It raises the exception of another
@@ -104,26 +117,29 @@ class DevicePool:
             return iter(())
         arrived: SimpleQueue[Any] = SimpleQueue()
         helpers = self._helpers[: None if processes is None else max(0, processes - 1)]
-        self._counter.value = 0
+        self._counter.value = int(together)
         for helper, connection in helpers:
             Thread(target=_exchange, args=(connection, helper, (work, items), arrived), daemon=True).start()
-        own = work.results(_take(items, self._counter), self._devices[0], progress)
+        ours = iter(items[:1]) if together else _take(items, self._counter)
+        own = work.results(ours, self._devices[0], progress)
         return _merge(own, arrived, len(helpers))
 
 
-def device_notes(devices: Sequence[torch.device], used: Sequence[torch.device]) -> Iterator[str]:
+def device_notes(devices: Sequence[torch.device], used: Sequence[torch.device], *, joint: bool) -> Iterator[str]:
     """Yield the lines of the plan about several devices.
 
     Args:
         devices: as `device` names them.
         used: where layers are converted.
+        joint: whether they are trained together.
     """
     if len(devices) == 1:
         return
     if len(used) == 1:
         yield f"Layers are converted on {used[0]} alone: without moments the closed form needs no GPU."
     else:
-        yield f"Layers are converted and their damage is estimated on {', '.join(map(str, used))}."
+        trained = " and trained" if joint else ""
+        yield f"Layers are converted{trained}, and their damage is estimated, on {', '.join(map(str, used))}."
         yield f"All other work is done on {used[0]}."
 
 
@@ -172,8 +188,8 @@ def _help(connection: Connection, counter: Any, name: str, threads: int, _kinds:
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the first process is dead
+    except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
+        return  # the first process is dead, or says what an interrupted run keeps
     except Exception as error:
         try:
             connection.send(_Failure(error, traceback.format_exc()))

@@ -187,7 +187,7 @@ def command_of(plan: DecidedConversion, out: str, verification: Mapping[str, Any
     if plan.arguments.get("joint"):
         joint = plan.arguments["joint"]
         stage = "windows" if joint.get("windows_steps") else "joint"
-        options |= {"refit": stage, "refit_tokens": joint["tokens"], "refit_length": joint["length"]}
+        options |= {"refit": stage} | {f"refit_{name}": joint[name] for name in ("tokens", "length", "repeats")}
     for key, value in options.items():
         flag = plan.flags[key]
         for word in value if isinstance(value, list) else [value]:

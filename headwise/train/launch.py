@@ -1,4 +1,6 @@
-"""Start training on several processes of this machine, through accelerate and one of the configurations of recipes.
+"""Train on several processes of this machine: start them through accelerate, or join those that are there.
+
+`launch_processes` takes one of the configurations of recipes.
 
 By hand, and over several machines, accelerate or torchrun start the command itself:
 
@@ -9,12 +11,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from headwise.errors import SettingError
 
@@ -81,3 +87,77 @@ def launch_arguments(kind: str, num_processes: int | None, arguments: Mapping[st
     config = ["--config_file", str(CONFIGS / f"{kind}.yaml"), "--num_processes", str(count)]
     port = [] if kind == "single" else ["--main_process_port", "0"]  # a free one
     return [*config, *port, "-m", PROCESS_MODULE, json.dumps(arguments)]
+
+
+@contextmanager
+def joined(place: int, count: int, device: torch.device, port: int) -> Iterator[None]:
+    """Make this process one of several of this machine that train together; accelerate reads the environment.
+
+    Args:
+        place: of this process, from 0.
+        count: of the processes; 1: nothing is changed.
+        device: of this process.
+        port: a free one, on which the first process listens.
+    """
+    if count == 1:
+        yield
+        return
+    from accelerate.state import AcceleratorState
+
+    given = {
+        "RANK": place,
+        "LOCAL_RANK": place if device.index is None else device.index,  # the number of the GPU
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    before = {name: os.environ.get(name) for name in given}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.update({name: str(value) for name, value in given.items()})
+    try:
+        yield
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def free_port() -> int:
+    """Return a port of this machine that no process listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Average the gradients of parameters over the processes that train together, if there are several.
+
+    Args:
+        parameters: all of those that are trained, in the same order everywhere.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    for gradient in gradients:
+        torch.distributed.all_reduce(gradient)
+    torch._foreach_div_(gradients, torch.distributed.get_world_size())
+
+
+def same_everywhere(value: Any) -> Any:
+    """Return the first process's value in every process that trains.
+
+    Args:
+        value: can be pickled.
+    """
+    if not torch.distributed.is_initialized():
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values)
+    return values[0]

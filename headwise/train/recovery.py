@@ -28,11 +28,12 @@ from headwise.models.stock import empty_model, layer_arguments, move_to_device
 from headwise.progress import SILENT, Progress
 from headwise.train.callbacks import Diverged
 from headwise.train.checkpoints import WEIGHTS, Checkpoints, load_tensors, save_tensors
+from headwise.train.launch import average_gradients, same_everywhere
 from headwise.train.optimizer import RelativeAdam
 from headwise.train.settings import Loss, Training
 from headwise.train.student import ModelFolder, Student
 from headwise.train.teacher import Teacher
-from headwise.train.trainer import Task, Trainer, make_trainer, resume
+from headwise.train.trainer import Task, Trainer, make_trainer, process_state, resume
 
 # Peak learning rates, relative to the size of each weight (mathematics, section 7b).
 REGRESSION_RATE = 0.1
@@ -41,8 +42,7 @@ KL_RATE = {"mla": 0.003, "gqa": 0.008}
 # The most decoder layers of a window, and the energy of bfloat16's rounding over that of a hidden state.
 WINDOW, ROUNDING = 4, 2.0**-16
 WARMUP = 0.1
-# Devices that repeat a recorded step.
-RECORDED_ON = ("cuda",)
+RECORDED_ON = ("cuda",)  # devices that repeat a recorded step
 # Checkpoints of a stage, and the file of its result.
 CHECKPOINTS, REPORT = 4, "report.json"
 
@@ -103,9 +103,10 @@ class StageReport:
 
 
 class RecordedTrainer(Trainer):
-    """On one GPU, record the forward and backward passes of a step, and repeat them as a CUDA graph.
+    """On a GPU, record the forward and backward passes of a step, and repeat them as a CUDA graph.
 
-    All batches have one shape. Without a graph the many small kernels of attention wait for Python.
+    All batches have one shape. Without a graph the many small kernels of attention wait for Python. Processes that
+    train together average gradients here: accelerate's wrapper sees neither a graph nor single layers.
     """
 
     _repeat: Callable[[], Any] | None = None
@@ -121,16 +122,20 @@ class RecordedTrainer(Trainer):
         """
         batch: dict[str, Any] = self._prepare_inputs(inputs)
         device = self.args.device
+        network = self.accelerator.unwrap_model(model)
+        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         if device.type not in RECORDED_ON or self.args.gradient_accumulation_steps > 1:
-            return self.compute_gradients(model, batch, *others, **options)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            loss = self.compute_gradients(network, batch, *others, **options)
+            if self.accelerator.sync_gradients:
+                average_gradients(parameters)
+            return loss
         if self._repeat is None:
             self._batch = {name: tensor.clone() for name, tensor in batch.items()}
             self._gradients = [torch.zeros_like(parameter) for parameter in parameters]
 
             def step() -> None:
                 self._reset_gradients(parameters)
-                self._loss = self.compute_gradients(model, dict(self._batch))
+                self._loss = self.compute_gradients(network, dict(self._batch))
 
             self._repeat = record(step, device)
         for name, tensor in self._batch.items():
@@ -138,6 +143,7 @@ class RecordedTrainer(Trainer):
         self._repeat()
         for parameter, gradient in zip(parameters, self._gradients, strict=True):
             parameter.grad = gradient  # the Trainer drops it after each step, and a graph writes to the same memory
+        average_gradients(parameters)
         return self._loss.clone()
 
     def _reset_gradients(self, parameters: list[nn.Parameter]) -> None:
@@ -354,7 +360,7 @@ def recover_jointly(
 ) -> list[StageReport]:
     """Train the attention of a student in place.
 
-    A call with the files of an interrupted one in `work` continues it.
+    A call with the files of an interrupted one in `work` continues it. Processes that joined share every step.
 
     Args:
         student: loaded from its folder; its attention has closed-form weights.
@@ -375,7 +381,8 @@ def recover_jointly(
         KeyboardInterrupt: a signal stopped a stage; its checkpoint is written.
     """
     kind = "mla" if student.folder.is_latent else "gqa"
-    device = torch.device(device.type)  # the Trainer has one accelerator: the first
+    process_state(device.type if device.type == "cpu" else None)  # in a group of processes it selects the GPU
+    device = torch.device(device.type)  # the Trainer has one accelerator: the process's
     teacher = Teacher(parent, device)
     return [
         _run_stage(stage, steps, rate, student, teacher, blocks, heldout, plan, work / stage, seed, progress)
@@ -455,27 +462,30 @@ def _run_stage(
         resume(trainer, last)
     loss = trainer.measure(student.network)
     after = loss if math.isfinite(loss) else None
-    kept = after is not None and after < before
-    if not kept:
+    report: StageReport = same_everywhere(
+        StageReport(stage, steps, tokens, before, after, kept=after is not None and after < before)
+    )
+    if not report.kept:
         with torch.no_grad():
             for parameter, old in zip(parameters, start, strict=True):
                 parameter.copy_(old)
-    report = StageReport(stage, steps, tokens, before, after, kept)
-    save_tensors(student.network.state_dict(), trained, weights)
-    write_file_atomically(report_file, json.dumps(asdict(report)).encode())
-    for checkpoint in checkpoints.all() if checkpoints else ():
-        shutil.rmtree(checkpoint)
+    if trainer.args.should_save:
+        save_tensors(student.network.state_dict(), trained, weights)
+        write_file_atomically(report_file, json.dumps(asdict(report)).encode())
+        for checkpoint in checkpoints.all() if checkpoints else ():
+            shutil.rmtree(checkpoint)
     return report
 
 
 def _checkpoints(work: Path, trained: Mapping[str, nn.Parameter]) -> Checkpoints | None:
     """Return the checkpoints of a stage; None without room: an interrupted stage then begins again."""
     checkpoints = Checkpoints(work, {name: p.numel() for name, p in trained.items()}, num_kept=1)
+    room = True
     try:
         checkpoints.check_space()
     except DiskError:
-        return None
-    return checkpoints
+        room = False
+    return checkpoints if same_everywhere(room) else None
 
 
 def as_records(reports: list[StageReport]) -> list[dict[str, Any]]:

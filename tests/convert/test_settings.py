@@ -104,6 +104,7 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
         "refit": "off",
         "refit_tokens": 4096,
         "refit_length": 2048,
+        "refit_repeats": 0.1,
         "private": True,
         "rope": "ntk",
         "rope_theta": 1e6,
@@ -160,6 +161,7 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
     yield "refit", mla | {"sparse": "dsa", "refit": "joint"}, "changes the attention that the indexers"
     yield "refit_tokens", {"to": "mqa", "refit": "layers", "refit_tokens": 4096}, "give --refit joint"
     yield "refit_length", {"to": "mqa", "refit": "layers", "refit_length": 4096}, "give --refit joint"
+    yield "refit_repeats", {"to": "mqa", "refit": 10, "refit_repeats": 0.0}, "give --refit joint"
     yield "accept", {"to": "mqa", "accept": ("layuot",)}, "which is not one or several of"
     yield "engines", {"to": "mqa", "engines": ("vLMM",)}, "which is not one or several of"
     yield "accept", {"to": "mqa", "accept": ("layout",), "verify": False}, "has no effect"
@@ -206,6 +208,7 @@ WRONG: dict[str, list[Any]] = {
     "refit": [0, "never", -3],
     "refit_tokens": [0, -5],
     "refit_length": [0, -1],
+    "refit_repeats": [-0.1, 1.1],
     "context": [0],
     "rope": ["yarrn"],
     "rope_theta": [0.0, -1.0, float("inf")],
@@ -246,6 +249,7 @@ RIGHT: dict[str, list[Any]] = {
     "refit": ["auto", "off", 5],
     "refit_tokens": [4096],
     "refit_length": [2048],
+    "refit_repeats": [0.0, 0.5],
     "context": [4096],
     "rope": ["auto", *registry.method_names("rope")],
     "rope_theta": [1e6],

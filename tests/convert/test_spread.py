@@ -160,7 +160,7 @@ def test_weights_in_memory_take_one_device(model: Path, tmp_path: Path) -> None:
 def test_the_plan_names_the_devices(model: Path, tmp_path: Path) -> None:
     plans = [convert_model(model, tmp_path, device=d, dry_run=True, **OPTIONS) for d in ("cpu", "cpu,cpu")]
     one, two = (plan for plan in plans if isinstance(plan, Plan))
-    assert "Layers are converted and their damage is estimated on cpu, cpu." in two.notes
+    assert "Layers are converted, and their damage is estimated, on cpu, cpu." in two.notes
     assert two.seconds["refit"] <= one.seconds["refit"] and two.peak_memory == 2 * one.peak_memory
     assert two.arguments == one.arguments
 

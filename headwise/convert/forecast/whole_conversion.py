@@ -19,7 +19,7 @@ from headwise.convert.forecast.stage_seconds import (
     output_seconds,
     refit_seconds,
 )
-from headwise.convert.refit.joint import joint_memory, joint_seconds
+from headwise.convert.refit.joint_plan import joint_memory, joint_seconds, num_processes
 from headwise.convert.settings import ConvertSettings
 from headwise.convert.verify.layer_damage import damage_seconds, damage_shape
 from headwise.convert.verify.whole_model import WHOLE_BYTES
@@ -76,11 +76,13 @@ def forecast_conversion(
     )
     if images:  # they run through the whole model, which is in memory while the layers are converted
         peak += 4 * checkpoint.num_parameters
-    if joint:
-        whole = max(whole, joint_memory(checkpoint, target, joint, device))
     if work_devices[0].type == "cpu":
         peak *= len(work_devices)
         whole *= len(work_devices) if damage is not None else 1
+    trained_on = work_devices if len(work_devices) > 1 else [device]
+    if joint:
+        processes = num_processes(joint, trained_on) if device.type == "cpu" else 1
+        whole = max(whole, processes * joint_memory(checkpoint, target, joint, trained_on))
 
     stages: dict[str, float] = {}
     share = 1 / len(work_devices)
@@ -99,7 +101,7 @@ def forecast_conversion(
             steps = (measured.steps, measured.length, device)
             stages["refit"] = share * refit_seconds(checkpoint, arch, target, *steps)
     if joint:
-        stages["joint refit"] = joint_seconds(checkpoint, arch, target, joint, device)
+        stages["joint refit"] = joint_seconds(checkpoint, arch, target, joint, trained_on)
     stages["files"] = checkpoint.nbytes / FILE_RATE
     if losses is not None:
         stages["losses"] = losses + share * (damage or 0.0)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+import multiprocessing
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +15,8 @@ from safetensors.torch import load_file
 from headwise.convert.calibration import corpus
 from headwise.convert.calibration.corpus import NUM_HELDBACK, SAMPLED
 from headwise.convert.pipeline import ConvertResult, convert_model
-from headwise.convert.refit import joint
-from headwise.convert.settings import ConvertSettings
-from headwise.errors import SettingError
+from headwise.convert.refit import joint, joint_plan
 from headwise.io.reader import open_checkpoint
-from headwise.models.protocol import find_attention_model
 from headwise.train import recovery
 from headwise.train.recovery import JointPlan
 from tests import small_parents
@@ -44,8 +41,8 @@ TARGETS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def small_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joint, "CPU_PLAN", PLAN)
-    monkeypatch.setattr(joint, "GPU_PLAN", PLAN)
+    monkeypatch.setattr(joint_plan, "CPU_PLAN", PLAN)
+    monkeypatch.setattr(joint_plan, "GPU_PLAN", PLAN)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +79,7 @@ def test_both_stages_are_recorded_and_the_result_is_verified(
 
 def test_the_target_is_the_output_of_the_normed_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a source with norms on queries and keys: the linear maps begin near it, and training lowers the error."""
-    monkeypatch.setattr(joint, "CPU_PLAN", replace(PLAN, tokens=32 * 64, regression_steps=40))
+    monkeypatch.setattr(joint_plan, "CPU_PLAN", replace(PLAN, tokens=32 * 64, regression_steps=40))
     heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10}
     parent = save_speaking(tmp_path / "parent", model_type="qwen3", **heads)
     done = convert(parent, tmp_path / "out", "mla", calibration_tokens=32 * 24)
@@ -93,38 +90,10 @@ def test_the_target_is_the_output_of_the_normed_parent(tmp_path: Path, monkeypat
     assert regression["kept"] and regression["after"] < regression["before"]
 
 
-def test_more_text_takes_larger_steps_and_more_of_them() -> None:
-    assert joint.scaled_plan(PLAN, None) == PLAN and joint.scaled_plan(PLAN, PLAN.tokens) == PLAN
-    assert joint.scaled_plan(PLAN, 100) == replace(PLAN, tokens=100)
-    larger = joint.scaled_plan(joint.JointPlan(4_000_000, 1000, 300), 16_000_000)
-    assert larger == joint.JointPlan(16_000_000, 1000, 900, sequences=4)
-
-
-@pytest.mark.parametrize(
-    ("length", "sequences", "kept", "sampled"),
-    [
-        (4096, 3, 4096, 1024),
-        (8192, 2, 8192, 1024),
-        (2048, 6, 2048, 1024),
-        (5000, 3, 4096, 1024),
-        (100, 123, 100, 100),
-    ],
-)
-def test_another_length_keeps_the_tokens_of_a_step(length: int, sequences: int, kept: int, sampled: int) -> None:
-    plan = joint.with_length(joint.JointPlan(4_000_000, 1000, 300), length)
-    assert (plan.sequences, plan.length, plan.sampled_length) == (sequences, kept, sampled)
-
-
-def test_a_length_beyond_the_context_is_refused(parent: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=r"`refit_length` is 33 tokens, and the context of .* is 32"):
-        convert(parent, tmp_path / "out", "mqa", refit_length=33)
-    assert not (tmp_path / "out").exists()
-
-
 def test_training_reads_long_sequences_with_repeats_and_measures_plain_text(
     parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(joint, "CPU_PLAN", replace(PLAN, sampled_length=16, repeats=0.5))
+    monkeypatch.setattr(joint_plan, "CPU_PLAN", replace(PLAN, sampled_length=16, repeats=0.5))
     read: list[torch.Tensor] = []
     recover = joint.recover_jointly
 
@@ -140,15 +109,6 @@ def test_training_reads_long_sequences_with_repeats_and_measures_plain_text(
     rows, heldout = read
     assert rows.shape == (24, 32) and heldout.shape == (4, 16)
     assert 0 < int((rows != joined[0]).any(1).sum()) <= 12
-
-
-def test_a_context_longer_than_the_training_is_a_warning(parent: Path, tmp_path: Path) -> None:
-    short, whole = (
-        convert_model(parent, tmp_path / "out", to="mqa", refit="joint", refit_length=n, device="cpu", dry_run=True)
-        for n in (16, 32)
-    )
-    assert any("`refit_length` 32 trains on all of it" in warning for warning in short.warnings)
-    assert not any("refit_length" in warning for warning in whole.warnings)
 
 
 def test_a_stage_that_makes_it_worse_is_undone(
@@ -184,74 +144,20 @@ def test_calibration_reads_the_text_of_the_refit(
     assert open_checkpoint(tmp_path / "out").config["num_key_value_heads"] == 1
 
 
-def plan_on(
-    parent: Path, monkeypatch: pytest.MonkeyPatch, free: int | None, device: str = "cuda", **given: Any
-) -> joint.JointPlan | None:
-    """The joint refit of a conversion to MQA on a device with so much free memory."""
-    monkeypatch.setattr(joint, "available_memory", lambda device: free)
-    checkpoint = open_checkpoint(parent)
-    arch = find_attention_model(checkpoint.config)
-    target: Any = SimpleNamespace(
-        calibrated=True,
-        exact=False,
-        layouts=arch.layouts(checkpoint.config),
-        converted_names=lambda layer: ("k",),
-        config=checkpoint.config,
-        outputs=list(checkpoint.tensors.values()),
+@pytest.mark.parametrize(("kind", "refit"), [("mla", "joint"), ("mqa", "windows")])
+def test_two_processes_train_as_one_does(parent: Path, tmp_path: Path, kind: str, refit: str) -> None:
+    """Each reads half of the sequences of a step; sums of other order make the only difference."""
+    one, two = (
+        convert(parent, tmp_path / device, kind, refit=refit, device=device) for device in ("cpu", "cpu,cpu")
     )
-    before = given.pop("before", None)
-    settings = ConvertSettings(**{"to": "mqa", **given})
-    return joint.plan_joint(checkpoint, arch, target, settings, torch.device(device), before)
-
-
-def test_windows_replace_kl_where_the_whole_backward_pass_does_not_fit(
-    parent: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Least memory comes last: all sequences at once, one after the other, then windows in the same order."""
-    monkeypatch.setattr(joint, "WINDOW", 1)
-    monkeypatch.setattr(joint, "MEASURED_AT_ONCE", 0)  # it would outweigh a tiny model
-    needed: list[int] = []
-    memory = joint.joint_memory
-    monkeypatch.setattr(joint, "joint_memory", lambda *given: needed.append(memory(*given)) or needed[-1])
-    plan = plan_on(parent, monkeypatch, None, refit="joint")
-    assert plan == PLAN and needed == sorted(needed, reverse=True) and len(set(needed)) == 4
-    windows = replace(PLAN, windows_steps=PLAN.kl_steps, kl_steps=0)
-    expected = [PLAN, replace(PLAN, one_by_one=True), windows, replace(windows, one_by_one=True)]
-    for refit in ("joint", "auto"):
-        assert [plan_on(parent, monkeypatch, free, refit=refit) for free in needed[:4]] == expected
-    assert plan_on(parent, monkeypatch, needed[0], refit="windows") == windows
-    # A resumed run keeps its stages, however much is free by then.
-    kept = plan_on(parent, monkeypatch, needed[0], refit="joint", before=asdict(windows))
-    assert kept == windows
-    assert plan_on(parent, monkeypatch, needed[3] - 1, refit="auto") is None
-    with pytest.raises(SettingError, match=r"`refit` joint takes about .* even in windows of 1 layers"):
-        plan_on(parent, monkeypatch, needed[3] - 1, refit="joint")
-
-
-@pytest.mark.parametrize(
-    ("refit", "reason"), [("joint", "because a backward pass"), ("windows", "as `refit` asks")]
-)
-def test_the_plan_says_why_it_trains_in_windows(
-    parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refit: str, reason: str
-) -> None:
-    memory = joint.joint_memory
-    monkeypatch.setattr(joint, "joint_memory", lambda *given: memory(*given) + (10**15 if given[2].kl_steps else 0))
-    plan = convert_model(parent, tmp_path / "out", to="mqa", refit=refit, device="cpu", dry_run=True)
-    assert any(f"4 in windows of 4 layers, {reason}" in note for note in plan.notes)
-
-
-@pytest.mark.parametrize(
-    ("given", "chosen"),
-    [
-        ({"to": "mqa"}, True),
-        ({"to": "mqa", "calibrate": "mixture"}, True),
-        ({"to": "mqa", "calibrate": "none"}, False),
-        ({"to": "mqa", "moments": "folder"}, False),
-        ({"to": "mqa", "images": "pairs.jsonl"}, False),
-        ({"to": "mla", "sparse": "dsa"}, False),
-    ],
-)
-def test_auto_chooses_a_joint_refit_where_the_settings_allow_one(
-    parent: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], chosen: bool
-) -> None:
-    assert (plan_on(parent, monkeypatch, None, **given) is not None) == chosen
+    assert not multiprocessing.active_children()
+    assert "2 processes share the sequences of a step" in " ".join(two.plan.notes)
+    assert two.verification is not None and two.verification.passed
+    for a, b in zip(one.refit, two.refit, strict=True):
+        assert {**a, "before": 0, "after": 0} == {**b, "before": 0, "after": 0}
+        assert [b["before"], b["after"]] == pytest.approx([a["before"], a["after"]], rel=1e-5)
+    first, second = (load_file(each.out / "model.safetensors") for each in (one, two))
+    for name, tensor in first.items():
+        torch.testing.assert_close(
+            second[name].double(), tensor.double(), rtol=0.02, atol=0.02 * float(tensor.std())
+        )
