@@ -27,8 +27,10 @@ from headwise.text.blocks import blocks_from
 
 
 def target(text: str) -> dict[str, Any]:
-    """ "gqa:4" or "mla:96+32" -> arguments of `convert`."""
+    """ "gqa:4" or "mla:96+32" -> arguments of `convert`; "mha" and "mla" alone are the exact ones."""
     kind, _, shape = text.partition(":")
+    if text in ("mha", "mla"):
+        return {"to": text} | ({"exact": True} if text == "mla" else {})
     if kind == "mla":
         rank, rope_dim = shape.split("+")
         return {"to": "mla", "rank": int(rank), "rope_dim": int(rope_dim)}

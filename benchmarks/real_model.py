@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument("--sampled", type=Path, help="text of the joint refit, shared by processes")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the text that the target sample writes")
     parser.add_argument("--tasks", type=Path, help="folder of the lm-eval slices")
+    parser.add_argument("--blocks", type=int, help="of each text, at most, evenly spread")
     parser.add_argument("--out", type=Path, help="file of rows to append to")
     parser.add_argument("--keep", type=Path, help="folder that keeps the converted models")
     parser.add_argument("--resume", action="store_true", help="continue the conversions that stopped in --keep")
@@ -215,6 +216,8 @@ def main() -> None:
         for plan in (joint_plan.GPU_PLAN, joint_plan.CPU_PLAN)
     )
     held = texts(AutoTokenizer.from_pretrained(options.model), options.text)
+    if options.blocks:
+        held = {name: rows[:: max(1, len(rows) // options.blocks)][: options.blocks] for name, rows in held.items()}
     for name in options.targets:
         row: dict[str, Any] = {
             "target": name,
