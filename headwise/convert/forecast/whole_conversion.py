@@ -19,7 +19,7 @@ from headwise.convert.forecast.stage_seconds import (
     output_seconds,
     refit_seconds,
 )
-from headwise.convert.refit.joint_plan import joint_memory, joint_seconds, num_processes
+from headwise.convert.refit.joint_plan import joint_memory, joint_seconds, training_processes
 from headwise.convert.settings import ConvertSettings
 from headwise.convert.verify.layer_damage import damage_seconds, damage_shape
 from headwise.convert.verify.whole_model import WHOLE_BYTES
@@ -81,7 +81,7 @@ def forecast_conversion(
         whole *= len(work_devices) if damage is not None else 1
     trained_on = work_devices if len(work_devices) > 1 else [device]
     if joint:
-        processes = num_processes(joint, trained_on) if device.type == "cpu" else 1
+        processes = training_processes(joint, trained_on) if device.type == "cpu" else 1
         whole = max(whole, processes * joint_memory(checkpoint, target, joint, trained_on))
 
     stages: dict[str, float] = {}

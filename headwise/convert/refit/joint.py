@@ -19,7 +19,7 @@ from torch import Tensor
 
 from headwise.convert.calibration.calibration_plan import CalibrationPlan
 from headwise.convert.calibration.corpus import NUM_HELDBACK, SAMPLED, keep_corpus
-from headwise.convert.refit.joint_plan import num_processes
+from headwise.convert.refit.joint_plan import training_processes
 from headwise.convert.spread import DevicePool
 from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.io.tokenizer import load_tokenizer
@@ -127,7 +127,7 @@ def refit_jointly(
             shutil.rmtree(work / STAGES, ignore_errors=True)  # of an earlier run
             writer.note("joint stages", True)
         _sampled_blocks(writer, parent, plan, seed, devices[0], progress)
-        count = num_processes(plan, devices)
+        count = training_processes(plan, devices)
         training = JointTraining(writer.folder, parent, frozenset(names), plan, work, seed, count, free_port())
         (reports,) = (
             pool.begin(training, range(count), progress, processes=count, together=True)

@@ -218,7 +218,7 @@ def joint_memory(checkpoint: Checkpoint, target: Target, plan: JointPlan, device
         plan: steps and tokens.
         devices: where the models are trained.
     """
-    cpu, count = devices[0].type == "cpu", num_processes(plan, devices)
+    cpu, count = devices[0].type == "cpu", training_processes(plan, devices)
     text = stock_config(target.config).get_text_config(decoder=True)
     student = ModelShape.of(text, sum(math.prod(tensor.shape) for tensor in target.outputs))
     trained = sum(layout.num_parameters(text.hidden_size) for layout in target.layouts)
@@ -256,7 +256,7 @@ def joint_seconds(
     """
     device = devices[0]
     # Processes on one CPU share its cores.
-    tokens = plan.sequences * plan.length / (1 if device.type == "cpu" else num_processes(plan, devices))
+    tokens = plan.sequences * plan.length / (1 if device.type == "cpu" else training_processes(plan, devices))
     if device.type != "cuda":
         forward = forward_seconds(checkpoint, 1, device)
         attention_step = trained_seconds(target, plan.length)
@@ -301,7 +301,7 @@ def joint_notes(
             else f"because a backward pass through the whole model takes about {size(needed)} of memory"
         )
         second = f"{plan.windows_steps:,} in windows of {WINDOW} layers, {reason}"
-    count = num_processes(plan, devices)
+    count = training_processes(plan, devices)
     shared = f" {count} processes share the sequences of a step." if count > 1 else ""
     return [
         f"Joint refit: {plan.regression_steps:,} steps of regression and {second}, on "
@@ -329,7 +329,7 @@ def joint_warnings(checkpoint: Checkpoint, arch: AttentionModel, plan: JointPlan
     ]
 
 
-def num_processes(plan: JointPlan, devices: Sequence[torch.device]) -> int:
+def training_processes(plan: JointPlan, devices: Sequence[torch.device]) -> int:
     """Return how many processes train: each reads as many sequences of a step.
 
     Args:

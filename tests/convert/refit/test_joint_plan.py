@@ -170,6 +170,6 @@ def test_an_interrupted_run_keeps_its_steps_on_other_devices(parent: Path, monke
     assert (two.regression_steps, two.kl_steps) == (750, 600)
     assert planned(1, two) == planned(3, two) == two and planned(2, one) == one
     counts = [
-        joint_plan.num_processes(plan, [torch.device("cuda")] * n) for plan in (one, two) for n in range(1, 5)
+        joint_plan.training_processes(plan, [torch.device("cuda")] * n) for plan in (one, two) for n in range(1, 5)
     ]
     assert counts == [1, 1, 3, 3, 1, 2, 2, 4]
