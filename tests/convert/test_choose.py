@@ -324,8 +324,7 @@ def test_what_text_does_not_run_takes_fewer_kv_heads(tmp_path: Path, model_type:
     # Fewer of them: the stock class computes what the merged heads compute, repeated for every query head.
     fewer = {part: count // (2 if count % 2 == 0 else 3) for part, count in counts.items()}
     parts = [f"{part}={count}" for part, count in fewer.items()]
-    result = convert_model(folder, tmp_path / "out", to="gqa", part=parts, **WEIGHTS_ALONE)
-    assert result.verification is not None and result.verification.passed
+    result = convert_model(folder, tmp_path / "out", to="gqa", part=parts, **WEIGHTS_ALONE, verify=False)
     assert verify_model(tmp_path / "out", folder).passed
     assert any("the weights alone decide" in line for line in result.plan.warnings)
     after = logits_of(loaded_whole(tmp_path / "out"))
@@ -353,7 +352,8 @@ def test_a_tower_under_its_old_name_converts(tmp_path: Path) -> None:
     del config["adapter_config"]["vision_feature_layer"]
     (folder / "config.json").write_text(json.dumps(config))
     assert torch.equal(logits_of(loaded_whole(folder)), before)
-    result = convert_model(folder, tmp_path / "out", to="gqa", part=["text=1", "vision=2"], **WEIGHTS_ALONE)
+    parts = ["text=1", "vision=2"]
+    result = convert_model(folder, tmp_path / "out", to="gqa", part=parts, **WEIGHTS_ALONE, verify=False)
     assert verify_model(tmp_path / "out", folder).passed
     assert [layout.part for layout in result.plan.layouts_after] == ["text"] * 2 + ["vision"] * 2
     written = tiny_models.read_config(tmp_path / "out")
