@@ -67,6 +67,10 @@ class EngineVerdict:
 
 # An attention factor or a factor beyond this is no default, and may exceed a float.
 LARGEST = 10**9
+# The parameters of DeepSeek's YaRN.
+YARN_NEEDS = {"factor", "original_max_position_embeddings"}
+YARN_MAY = {"type", "rope_type", "rope_theta", "beta_fast", "beta_slow"}
+MSCALES = {"mscale", "mscale_all_dim"}
 
 
 @cache
@@ -89,6 +93,7 @@ def engine_facts(config: Mapping[str, Any], *, window: bool = False, tokenizer: 
     named = config.get("architectures")
     stock_class = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
     kind, factor = _rope_facts(config)
+    latent_kind = "deepseek yarn" if kind == "yarn" and _is_deepseek_yarn(config) else kind
     facts = {
         "stock_class": stock_class,
         "window": window,
@@ -106,6 +111,7 @@ def engine_facts(config: Mapping[str, Any], *, window: bool = False, tokenizer: 
     rank, nope, rope, value = sizes
     return facts | {
         "cache_row": rank + rope,
+        "latent_rope_type": latent_kind,
         "head_dims": f"{nope}/{rope}/{value}",
         "attention_bias": config.get("attention_bias", False),
         "rope_interleave": config.get("rope_interleave", True),
@@ -131,11 +137,27 @@ def _count(config: Mapping[str, Any], name: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _rope_facts(config: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the rope type, and whether its attention factor is the default of its type."""
+def _rope_parameters(config: Mapping[str, Any]) -> Any:
+    """Return the rotary parameters of a config, in either spelling; empty without any."""
     text = config.get("text_config") or config
     text = text if isinstance(text, Mapping) else config
-    parameters = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    return text.get("rope_parameters") or text.get("rope_scaling") or {}
+
+
+def _is_deepseek_yarn(config: Mapping[str, Any]) -> bool:
+    """Return whether YaRN has the parameters of DeepSeek's only, which transformers and engines read alike.
+
+    With one mscale of the two, or with zero, transformers computes another attention factor.
+    """
+    parameters = _rope_parameters(config)
+    given = {name for name, value in parameters.items() if value is not None}
+    mscales = [parameters[name] for name in given & MSCALES]
+    return given - MSCALES - YARN_MAY == YARN_NEEDS and len(mscales) != 1 and all(mscales)
+
+
+def _rope_facts(config: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the rope type, and whether its attention factor is the default of its type."""
+    parameters = _rope_parameters(config)
     if not isinstance(parameters, Mapping):
         return "unknown", "other"
     if any(isinstance(value, Mapping) for value in parameters.values()):

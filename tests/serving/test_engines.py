@@ -36,6 +36,7 @@ SPARSE = dict(
 )
 SHARED = SPARSE | dict(architectures=["GlmMoeDsaForCausalLM"])
 LONGROPE = dict(rope_parameters=dict(rope_type="longrope"))
+YARN = dict(factor=40, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0, beta_fast=32)
 
 
 def verdicts(*, window: bool = False, tokenizer: str = "bpe", **changes: Any) -> dict[str, engines.EngineVerdict]:
@@ -229,6 +230,25 @@ def test_splits_fill_the_cache_row() -> None:
     dims = engines.rope_dims_to_try(160, 32, 8)
     assert {32, 64} <= set(dims) and all(dim % 2 == 0 and 0 < dim < 160 for dim in dims)
     assert all(dim <= 8 for dim in engines.rope_dims_to_try(64, 8, 1))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize(
+    ("rope", "verdict"),
+    [
+        (dict(rope_scaling=YARN | dict(type="yarn")), "loads"),
+        (dict(rope_scaling=YARN | dict(rope_type="yarn")), "loads"),
+        (dict(rope_parameters=YARN | dict(rope_type="yarn", rope_theta=1e4, attention_factor=None)), "loads"),
+        (dict(rope_parameters=YARN | dict(rope_type="yarn", attention_factor=1.0)), "wrong"),
+        (dict(rope_parameters=YARN | dict(rope_type="yarn", mscale=None)), "wrong"),
+        (dict(rope_parameters=YARN | dict(rope_type="yarn", factor=None)), "wrong"),
+        (dict(rope_parameters=YARN | dict(rope_type="linear")), "wrong"),
+        (dict(rope_parameters=YARN | dict(rope_type="llama3")), "wrong"),
+    ],
+)
+def test_only_deepseeks_yarn_is_read_as_deepseeks(engine: str, rope: dict[str, Any], verdict: str) -> None:
+    config = {key: value for key, value in GOOD.items() if key != "rope_parameters"} | rope
+    assert [found.verdict for found in engines.engine_verdicts(config, engines=[engine])] == [verdict]
 
 
 def test_a_stray_field_makes_no_mla_and_odd_rope_fields_no_error() -> None:
