@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from headwise.convert.base import Target
 from headwise.convert.calibration.moments import measured_beside_text
-from headwise.convert.from_mla.heads import HeadsTarget
+from headwise.convert.from_mla.heads import HeadsTarget, expands
 from headwise.convert.from_mla.target import ReducedTarget, refuse_settings_of_heads
 from headwise.convert.gqa.target import GroupedTarget
 from headwise.convert.mla.target import LatentTarget
@@ -138,7 +137,7 @@ def choose_target(
 
 
 def _refuse_for_latent(checkpoint: Checkpoint, model: AttentionModel, settings: ConvertSettings) -> None:
-    """Raise HeadwiseError: a model with MLA becomes MLA of another size, and nothing else."""
+    """Raise HeadwiseError: a model with MLA becomes MLA of another size or, if it is dense, heads."""
     start = f"config.json: {checkpoint.source} is a {model.model_type} model, which has MLA already"
     if settings.to is None:
         raise HeadwiseError(f"{start}: its positions and its precision stay as they are.", "Give `to` mla.")
@@ -146,21 +145,11 @@ def _refuse_for_latent(checkpoint: Checkpoint, model: AttentionModel, settings: 
     if expands(checkpoint.config):
         raise HeadwiseError(f"{start}, and no key-value heads to merge.", f"{smaller} `to` mha expands it exactly.")
     why = (
-        "no stock class with key-value heads has its router"
+        "headwise writes the way back to key-value heads for dense models only, and this is a mixture of experts"
         if latent_model(checkpoint.config).linear
         else "the norm of its latent is no linear map, and no stock class with key-value heads has it"
     )
     raise HeadwiseError(f"{start}: {why}.", smaller)
-
-
-def expands(config: dict[str, Any]) -> bool:
-    """Return whether a model with MLA can become heads exactly: dense, with linear norms, as headwise writes it.
-
-    Args:
-        config: the config.json.
-    """
-    stock = written_class(config)
-    return stock is not None and not stock.marks and not stock.indexed
 
 
 def part_counts(

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from headwise.convert.from_mla.heads import expands, plan_heads, refuse_output_biases
+from headwise.convert.from_mla.target import reduced_config
 from headwise.convert.mla.exact import latent_layout
 from headwise.convert.positions.rope_range import RopeRange, rope_ranges
 from headwise.errors import HeadwiseError, SettingError
-from headwise.format import latent_name, plain_fields, size
+from headwise.format import dtype_name, latent_name, plain_fields, size
 from headwise.io import hub
 from headwise.io.gguf import open_gguf
-from headwise.io.quantized.quantization import plain_config, quantization_of, refuse_quantised_names
+from headwise.io.quantized.quantization import PLAIN_DTYPE, plain_config, quantization_of, refuse_quantised_names
 from headwise.io.reader import Checkpoint, read_headers
 from headwise.io.source import (
     INDEX,
@@ -31,12 +33,12 @@ from headwise.io.source import (
 from headwise.io.tokenizer import tokenizer_kind
 from headwise.models import architecture, mla_source
 from headwise.models.architecture import Architecture
-from headwise.models.config import dtype_of
+from headwise.models.config import dtype_of, stored_dtype
 from headwise.models.layout import AttentionLayout, CacheSize, describe, state_bytes
-from headwise.models.protocol import context_length, find_attention_model
+from headwise.models.protocol import context_length, find_attention_model, latent_model
 from headwise.models.stock_match import match_source
 from headwise.records.manifest import recorded_damage
-from headwise.serving.engines import EngineVerdict, engine_verdicts
+from headwise.serving.engines import EngineVerdict, cache_rows, engine_verdicts
 from headwise.serving.latent_shape import latent_config
 from headwise.serving.planner import ModelSize, ServingForecast, forecast, serving_notes
 from headwise.serving.settings import ServingSettings
@@ -50,6 +52,9 @@ TWO_CACHES = (
 MERGED_CACHES = (
     "The cache counts one token of the source and one of the target: every layer of the decoder caches both."
 )
+INDEXERS = "the model has MLA already, and its indexers fit no other; convert the model that it was made from"
+REDUCED = "A smaller MLA is approximate. These are examples: every rank below the model's is possible."
+EXPANDED = "MHA is exact: every query head gets the keys and values that the latent expands to."
 LINEAR_NORMS = (
     "MLA is approximate at every size: the model normalises queries and keys, and linear maps replace the norms."
 )
@@ -181,6 +186,7 @@ def inspect_model(
     origin: str | None
     damage: tuple[float, ...] = ()
     quantized: list[str] = []
+    matched: Checkpoint | None = None
     if (path := find_gguf(model, revision)) is not None:
         opened, commit = open_gguf(path), None
         tokenizer = "unreadable"
@@ -190,6 +196,8 @@ def inspect_model(
         folder, commit = find_folder(model, revision=revision, token=token, patterns=["config.json", INDEX])
         stored = read_config(folder)
         config = plain_config(stored)
+        if config is not stored and stored_dtype(config) is None:  # in which every quantised weight is read
+            config["dtype"] = dtype_name(PLAIN_DTYPE)
         if (matched := _match_headers(str(model), folder, commit)) is not None:
             config = matched.config
             parameters, origin = matched.num_parameters, "headers"
@@ -217,18 +225,21 @@ def inspect_model(
             parameters_from=origin,
             layouts=tuple(layouts),
             cache=cache,
-            options=(),
-            mla="the model has MLA already",
+            options=tuple(
+                serving.judge(*option)
+                for option in _latent_options(config, matched, cache, dtype, settings.engines)
+            ),
+            mla=INDEXERS if layouts[0].indexer else None,
             damage=damage,
             serving=serving.forecast(layouts),
             engines=serving.verdicts(config, layouts),
-            notes=tuple(_indexer_notes(layouts)),
+            notes=(*quantized, *_indexer_notes(layouts), *([] if layouts[0].indexer else _latent_notes(config))),
         )
     arch = architecture.find_architecture(config)
     mla = _why_not_mla(arch.text_config(config), layouts, dtype)
     serving.measure(parameters, layouts, arch.stock_config(config).hidden_size, dtype)
     options = tuple(
-        serving.judge(option, new, config, arch)
+        serving.judge(option, new, _config_of(option, new, config, arch, settings.engines))
         for option, new in _options(layouts, arch.legal_groups(config), cache, dtype, mla is None)
     )
     return Inspection(
@@ -297,6 +308,61 @@ def _options(
             yield ReachableLayout("mla", None, rank, rope, after, _saved(cache, after)), new
 
 
+def _config_of(
+    option: ReachableLayout,
+    layouts: Sequence[AttentionLayout],
+    config: dict[str, Any],
+    arch: Architecture,
+    engines: Collection[str],
+) -> dict[str, Any]:
+    """Return the config.json of an option of a model with heads."""
+    if option.num_key_value_heads is not None:
+        return arch.with_groups(config, option.num_key_value_heads)
+    return latent_config(arch.stock_config(config).to_dict(), layouts[0], engines)
+
+
+def _latent_options(
+    config: dict[str, Any],
+    checkpoint: Checkpoint | None,
+    cache: CacheSize,
+    dtype: torch.dtype,
+    engines: Collection[str],
+) -> Iterator[tuple[ReachableLayout, list[AttentionLayout], dict[str, Any]]]:
+    """Yield what a model with MLA can become, with its layouts and its config.json.
+
+    These are the cache rows that engines serve, half the row, half the rank, and heads where these are exact.
+    """
+    model = latent_model(config)
+    layout = model.layouts(config)[0]
+    if layout.indexer is not None:
+        return
+    whole, rope = layout.kv_lora_rank or 0, layout.rotary_dim
+    halves = ((whole + rope) // 2 - rope, whole // 2)
+    for rank in sorted({*(row - rope for row in cache_rows(engines)), *halves}):
+        if 0 < rank < whole:
+            new = reduced_config(config, model, rank, rope)
+            after = CacheSize.of(model.layouts(new), dtype, max(cache.at))
+            yield ReachableLayout("mla", None, rank, rope, after, _saved(cache, after)), model.layouts(new), new
+    if not expands(config):
+        return
+    try:
+        new = plan_heads(config, model, dtype)
+        if checkpoint is not None:
+            refuse_output_biases(checkpoint, model)
+    except HeadwiseError:
+        return
+    heads = architecture.find_architecture(new).layouts(new)
+    after = CacheSize.of(heads, dtype, max(cache.at))
+    yield ReachableLayout("mha", layout.num_attention_heads, None, None, after, _saved(cache, after)), heads, new
+
+
+def _latent_notes(config: dict[str, Any]) -> Iterator[str]:
+    """Yield what the user should know about the options of a model with MLA."""
+    yield REDUCED
+    if expands(config):
+        yield EXPANDED
+
+
 class _Serving:
     """Forecast and judge the layouts of one model.
 
@@ -327,14 +393,10 @@ class _Serving:
         return engine_verdicts(config, window=window, tokenizer=self.tokenizer, engines=self.settings.engines)
 
     def judge(
-        self, option: ReachableLayout, layouts: list[AttentionLayout], config: dict[str, Any], arch: Architecture
+        self, option: ReachableLayout, layouts: Sequence[AttentionLayout], config: Mapping[str, Any]
     ) -> ReachableLayout:
-        """Return an option with its forecast and its verdicts."""
-        if option.num_key_value_heads is not None:
-            new = arch.with_groups(config, option.num_key_value_heads)
-        else:
-            new = latent_config(arch.stock_config(config).to_dict(), layouts[0], self.settings.engines)
-        return replace(option, serving=self.forecast(layouts), engines=self.verdicts(new, layouts))
+        """Return an option with its forecast and its verdicts, from its layouts and its config.json."""
+        return replace(option, serving=self.forecast(layouts), engines=self.verdicts(config, layouts))
 
     def notes(self, layouts: Sequence[AttentionLayout], options: Sequence[ReachableLayout]) -> Iterator[str]:
         """Yield what the user should know before a conversion for these GPUs."""

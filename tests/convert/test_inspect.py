@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PhiConfig
+from safetensors.torch import load_file, save_file
+from transformers import DeepseekV3Config, LlamaForCausalLM, PhiConfig
 
 from headwise.compat import cache_of
 from headwise.convert.inspect import inspect_model
+from headwise.convert.pipeline import convert_model
+from headwise.convert.plan import Plan
 from headwise.errors import HeadwiseError, SettingError
 from headwise.io.source import EMBEDDED_MODEL
 from headwise.models.layout import AttentionLayout, CacheSize
 from headwise.serving.engines import ENGINES
-from tests import tiny_models
+from tests import small_parents, tiny_models
 from tests.convert.test_plan import llama_config, model
 
 __all__ = ["model"]
@@ -144,6 +147,63 @@ def test_every_shared_config_is_inspected_or_refused_in_one_sentence(folder: Pat
         assert "\n" not in str(error)
         return
     assert inspection.cache.bytes_per_token > 0 and json.dumps(inspection.to_dict())
+
+
+def latent_folder(folder: Path, **fields: Any) -> Path:
+    """A folder with the config of a DeepSeek-V3."""
+    config = DeepseekV3Config(num_hidden_layers=2, architectures=["DeepseekV3ForCausalLM"]).to_dict()
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    return folder
+
+
+def test_smaller_caches_of_a_model_with_mla_are_options(tmp_path: Path) -> None:
+    inspection = inspect_model(latent_folder(tmp_path / "model"))
+    assert inspection.mla is None and "approximate" in " ".join(inspection.notes)
+    found = {o.name: (o.to, o.cache.bytes_per_token, round(o.saved, 3)) for o in inspection.options}
+    assert found == {
+        "MLA 224+64": ("mla", 2 * 288 * 4, 0.5),
+        "MLA 256+64": ("mla", 2 * 320 * 4, round(1 - 320 / 576, 3)),
+        "MLA 448+64": ("mla", 2 * 512 * 4, round(1 - 512 / 576, 3)),
+    }
+    assert [o.name for o in inspect_model(tmp_path / "model", engines="sglang").options] == [
+        "MLA 224+64",
+        "MLA 256+64",
+    ]
+
+
+@pytest.mark.parametrize("model_type", sorted(tiny_models.LATENTS))
+def test_an_option_of_a_model_with_mla_is_what_a_conversion_makes(model_type: str, tmp_path: Path) -> None:
+    source = tiny_models.save(model_type, tmp_path / "model")
+    option = inspect_model(source).options[0]
+    plan = convert_model(source, tmp_path / "out", to="mla", cache=0.5, dry_run=True)
+    assert isinstance(plan, Plan)
+    assert option.cache == plan.cache_after and option.engines == plan.engines
+
+
+def test_the_exact_way_to_heads_is_an_option(tmp_path: Path) -> None:
+    parent = small_parents.parent(tmp_path / "parent", "qwen2")
+    mla = small_parents.converted(parent, tmp_path / "mla", to="mla", rank=12, rope_dim=4)
+    inspection = inspect_model(mla)
+    assert inspection.options[-1].name == "MHA" and inspection.options[-1].saved < 0
+    plan = convert_model(mla, tmp_path / "out", to="mha", dry_run=True)
+    assert isinstance(plan, Plan)
+    assert inspection.options[-1].cache == plan.cache_after and inspection.options[-1].engines == plan.engines
+    tensors = load_file(mla / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.bias"] += 1
+    save_file(tensors, mla / "model.safetensors", metadata={"format": "pt"})
+    assert {o.to for o in inspect_model(mla).options} == {"mla"}, "the class with heads has no such bias"
+
+
+def test_a_quantised_config_without_dtype_is_read_in_bfloat16(tmp_path: Path) -> None:
+    config = llama_config().to_dict() | {"quantization_config": {"quant_method": "mxfp4"}}
+    config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    inspection = inspect_model(tmp_path)
+    assert inspection.dtype == torch.bfloat16
+    layout = inspection.layouts[0]
+    assert inspection.cache.bytes_per_token == len(inspection.layouts) * layout.cache_elements_per_token * 2
+    assert inspection.serving is None and inspection.engines[0].verdict == "loads"
 
 
 @pytest.mark.parametrize("context", ["abc", 0, -1, True, 1.5])

@@ -19,6 +19,7 @@ from headwise.models import deepseek
 from headwise.models.architecture import find_architecture
 from headwise.models.config import dtype_of
 from headwise.models.layout import AttentionLayout, LatentWeights, LayerWeights
+from headwise.models.mla_source import written_class
 from headwise.models.protocol import LatentModel
 
 # A dense model of this class computes what a dense DeepSeek-V3 does outside attention, tensor by tensor. Its heads
@@ -59,6 +60,37 @@ def expand_latent(latent: LatentWeights) -> LayerWeights:
     )
 
 
+def expands(config: dict[str, Any]) -> bool:
+    """Return whether a model with MLA can become heads exactly: dense, with linear norms, as headwise writes it.
+
+    Args:
+        config: the config.json.
+    """
+    stock = written_class(config)
+    return stock is not None and not stock.marks and not stock.indexed
+
+
+def plan_heads(config: dict[str, Any], model: LatentModel, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the config.json of the stock class with heads that a model with MLA expands to.
+
+    Args:
+        config: the config.json of the model, for which `expands` holds.
+        model: its attention layers.
+        dtype: of the output.
+
+    Raises:
+        HeadwiseError: values are wider than keys.
+    """
+    layout = model.layouts(config)[0]
+    if layout.v_head_dim > layout.head_dim:
+        raise HeadwiseError(
+            f"config.json has v_head_dim: {layout.v_head_dim}, and queries of {layout.head_dim} elements; the "
+            "stock class with heads has one width for both.",
+            "Give `to` mla for a smaller cache.",
+        )
+    return _heads_config(config, layout, str(dtype).removeprefix("torch."))
+
+
 class HeadsTarget:
     """A dense Glm4Moe whose every query head has a KV head of its own.
 
@@ -79,8 +111,8 @@ class HeadsTarget:
         self.source, self.parent_config, self._model = checkpoint, checkpoint.config, model
         self.dtype = dtype or dtype_of(checkpoint.config)
         self._before = model.layouts(checkpoint.config)
-        _check_expandable(checkpoint, model, self._before[0])
-        self.config = _heads_config(checkpoint.config, self._before[0], str(self.dtype).removeprefix("torch."))
+        self.config = plan_heads(checkpoint.config, model, self.dtype)
+        refuse_output_biases(checkpoint, model)
         self._arch = find_architecture(self.config)
         self.auto_class, self.layouts = self._arch.auto_class, self._arch.layouts(self.config)
         self.notes = [
@@ -141,18 +173,22 @@ class HeadsTarget:
         return checkpoint.read(name).to(self._dtypes[name])
 
 
-def _check_expandable(checkpoint: Checkpoint, model: LatentModel, layout: AttentionLayout) -> None:
-    """Raise HeadwiseError unless the stock class with heads can hold the layers."""
-    if layout.v_head_dim > layout.head_dim:
-        raise HeadwiseError(
-            f"config.json has v_head_dim: {layout.v_head_dim}, and queries of {layout.head_dim} elements; the "
-            "stock class with heads has one width for both."
-        )
+def refuse_output_biases(checkpoint: Checkpoint, model: LatentModel) -> None:
+    """Refuse biases of output projections, which the stock class with heads has not.
+
+    Args:
+        checkpoint: the model; only these biases are read.
+        model: its attention layers.
+
+    Raises:
+        HeadwiseError: a bias is not zero.
+    """
     for layer in range(len(model.layouts(checkpoint.config))):
         name = f"{model.attention_path(layer)}.o_proj.bias"
         if name in checkpoint.tensors and bool(checkpoint.read(name).any()):
             raise HeadwiseError(
-                f"Tensor {name} is not zero, and the output projection of the stock class with heads has no bias."
+                f"Tensor {name} is not zero, and the output projection of the stock class with heads has no bias.",
+                "Give `to` mla for a smaller cache.",
             )
 
 

@@ -67,12 +67,7 @@ class ReducedTarget:
         self.notes: list[str] = []
         self.warnings: list[str] = []
         rank, rope_dim = self._choose_shape(settings, stock.rope_parameters)
-        self.config = copy.deepcopy(checkpoint.config)
-        for key in CODE_KEYS:
-            self.config.pop(key, None)
-        widths = {"head_dim": rope_dim, "qk_head_dim": stock.qk_nope_head_dim + rope_dim}
-        self.config |= {"kv_lora_rank": rank, "qk_rope_head_dim": rope_dim}
-        self.config |= {key: width for key, width in widths.items() if key in self.config}
+        self.config = reduced_config(checkpoint.config, arch, rank, rope_dim)
         if dtype is not None:
             self.config["dtype"] = self.config["torch_dtype"] = str(dtype).removeprefix("torch.")
         self.parent_config = checkpoint.config
@@ -194,6 +189,21 @@ class ReducedTarget:
                 f"Give {width}.",
             )
         return rank, rope_dim
+
+
+def reduced_config(config: dict[str, Any], model: LatentModel, rank: int, rope_dim: int) -> dict[str, Any]:
+    """Return the config.json of the same stock class with another latent.
+
+    Args:
+        config: the config.json of the model.
+        model: its attention layers.
+        rank: of the new latent.
+        rope_dim: width of the new rotary key.
+    """
+    new = {key: copy.deepcopy(value) for key, value in config.items() if key not in CODE_KEYS}
+    widths = {"head_dim": rope_dim, "qk_head_dim": model.stock_config(config).qk_nope_head_dim + rope_dim}
+    new |= {"kv_lora_rank": rank, "qk_rope_head_dim": rope_dim}
+    return new | {key: width for key, width in widths.items() if key in new}
 
 
 def refuse_settings_of_heads(settings: ConvertSettings, source: str) -> None:

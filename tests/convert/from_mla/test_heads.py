@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from headwise import convert_model, verify_model
+from headwise import convert_model, inspect_model, verify_model
 from headwise.errors import HeadwiseError, SettingError
 from tests import small_parents, tiny_models
 
@@ -68,3 +68,12 @@ def test_heads_are_not_merged_from_a_latent(tmp_path: Path) -> None:
     mla = small_parents.converted(parent, tmp_path / "mla", to="mla", rank=12, rope_dim=4)
     with pytest.raises(HeadwiseError, match="no key-value heads to merge"):
         convert_model(mla, tmp_path / "out", to="mqa")
+
+
+def test_mixtures_have_no_way_back_to_heads_yet(tmp_path: Path) -> None:
+    source = tiny_models.save("mixtral", tmp_path / "model", sliding_window=None)
+    mla = tmp_path / "mla"
+    convert_model(source, mla, to="mla", exact=True)
+    with pytest.raises(HeadwiseError, match="for dense models only, and this is a mixture of experts"):
+        convert_model(mla, tmp_path / "out", to="mha")
+    assert "mha" not in {option.to for option in inspect_model(mla).options}
