@@ -16,7 +16,11 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.overrides import TorchFunctionMode
 
 from headwise.compat import CACHE_ARGUMENTS, no_progress_bars
 from headwise.errors import HeadwiseError, is_out_of_memory
@@ -64,7 +68,7 @@ def empty_model(
         stock = stock_config(config)
         attention = eager_if_capped(stock).get("attn_implementation", "sdpa")
         # Drawing random numbers for weights that are not there would be most of the time that this takes.
-        with init_empty_weights(include_buffers=False), no_init_weights(), _at_most(most):
+        with init_empty_weights(include_buffers=False), no_init_weights(), _at_most(most), _without_memory():
             model = _from_config(getattr(transformers, auto_class), stock, dtype, attention)
     except (HeadwiseError, MemoryError):
         raise
@@ -115,6 +119,30 @@ def _at_most(most: int | None) -> Iterator[None]:
     handle = register_module_parameter_registration_hook(count)
     try:
         yield
+    finally:
+        handle.remove()
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Makes uninitialised tensors on the meta device: the experts of one layer alone can exceed the memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.empty:
+            kwargs = {"device": "meta"} | {k: v for k, v in (kwargs or {}).items() if v is not None}
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _without_memory() -> Iterator[None]:
+    """Allocate no parameter of a model under construction, not even for the moment of its registration."""
+
+    def allocate(module: nn.Module, name: str, buffer: Tensor | None) -> Tensor | None:
+        return torch.empty_like(buffer, device="cpu") if buffer is not None and buffer.is_meta else None
+
+    handle = register_module_buffer_registration_hook(allocate)  # type: ignore[arg-type]
+    try:
+        with _EmptyOnMeta():
+            yield
     finally:
         handle.remove()
 
