@@ -163,7 +163,10 @@ def _stock_config(model_type: str, text_config: str) -> Any:
     # The classes raise whatever their arithmetic on a bad value happens to raise.
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        raise HeadwiseError(f"the stock {model_type} class refuses config.json: {reason}.") from error
+        raise HeadwiseError(
+            f"the stock {model_type} class refuses config.json: {reason}.",
+            "Correct the field in config.json, or download it again.",
+        ) from error
 
 
 def check_rope(rope_parameters: Any) -> None:

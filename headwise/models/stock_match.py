@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,7 +31,14 @@ LORA = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|modules_to_save)
 # Config fields that count the layers behind `num_hidden_layers`.
 EXTRA_LAYERS = ("num_nextn_predict_layers",)
 DEFAULT_LABELS = 2  # every stock config has them
-FOREIGN = "The checkpoint and its config.json do not belong together, or a shard is incomplete."
+FOREIGN = (
+    "Download the folder again: its files and its config.json do not belong together, or a file is incomplete."
+)
+# One expert of several, in the name of a tensor, and the config fields that count them.
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+# Layers that predict several tokens ahead, beside the model's own.
+MULTI_TOKEN = re.compile(r"(^|\.)mtp\.")
 
 
 @dataclass(frozen=True)
@@ -176,10 +184,78 @@ def _refuse_unloadable(checkpoint: Checkpoint, arch: AttentionModel, found: Stoc
             )
     if found.missing:
         _explain_missing(checkpoint, arch, found)
-    for name, here, there in found.mismatched:
-        raise HeadwiseError(f"tensor {name} has shape {here}; by config.json it is {there}.", FOREIGN)
-    for name in found.missing:
-        raise HeadwiseError(f"tensor {name} is missing; the model of config.json has it.", FOREIGN)
+    if any(".experts." in name for name in (*found.missing, *(name for name, _, _ in found.mismatched))):
+        _refuse_experts(checkpoint, arch, found)
+    for place, here, there in found.mismatched:
+        stored = [name for name in found.places if found.places[name] == place]
+        which = f"tensor {stored[0]}" if len(stored) == 1 else f"the stack of {stored[0]} and others"
+        file = checkpoint.tensors[stored[0]].file
+        raise HeadwiseError(f"{which} has shape {here} in {file}; by config.json it is {there}.", FOREIGN)
+    for place in found.missing:
+        name = _file_name(found, place)
+        raise HeadwiseError(
+            f"tensor {name} is missing in {_files(checkpoint)}; the model of config.json has it.", FOREIGN
+        )
+
+
+def _refuse_experts(checkpoint: Checkpoint, arch: AttentionModel, found: StockMatch) -> None:
+    """Raise HeadwiseError if experts are incomplete, differ in shape, or are not as many as config.json says."""
+    # By the module with stars for layers, and by the end of the name: the name for each module and expert.
+    stacks: dict[str, dict[str, dict[tuple[str, int], str]]] = {}
+    for name, place in found.places.items():
+        if place is not None and (match := EXPERT.search(name)):
+            module, end = name[: match.start()], name[match.end() :]
+            stack = stacks.setdefault(re.sub(r"[.][0-9]+(?=[.])", ".*", module), {}).setdefault(end, {})
+            stack[module, int(match[1])] = name
+    for stack in (stack for module in stacks.values() for stack in module.values()):
+        usual = Counter(checkpoint.tensors[name].shape for name in stack.values()).most_common(1)[0][0]
+        for name in stack.values():
+            entry = checkpoint.tensors[name]
+            if entry.shape != usual:
+                raise HeadwiseError(
+                    f"tensor {name} has shape {entry.shape} in {entry.file}, and other experts have {usual}.",
+                    "Download the folder again, or save its experts again.",
+                )
+    for ends in stacks.values():
+        places = dict.fromkeys(place for stack in ends.values() for place in stack)
+        modules = dict.fromkeys(module for module, _ in places)
+        count = max(expert for _, expert in places) + 1
+        for end, stack in ends.items():
+            lacking = ((m, e) for m in modules for e in range(count) if (m, e) not in stack)
+            if (first := next(lacking, None)) is not None:
+                raise HeadwiseError(
+                    f"tensor {first[0]}.experts.{first[1]}.{end} is missing in {_files(checkpoint)}, and other "
+                    "experts have it.",
+                    "Download the folder again: a file is incomplete.",
+                )
+    for place, here, there in found.mismatched:
+        if ".experts." in place and here[1:] == there[1:]:
+            fields = arch.stock_config(checkpoint.config).to_dict()
+            field = next((name for name in EXPERT_COUNTS if fields.get(name) == there[0]), "the number of experts")
+            raise HeadwiseError(
+                f"config.json has {field}: {there[0]}, and the files of {checkpoint.source} hold {here[0]} experts "
+                f"({_file_name(found, place)}).",
+                "Give the folder the config.json that belongs to its weights, or download it again.",
+            )
+
+
+def _file_name(found: StockMatch, place: str) -> str:
+    """Return the first tensor that fills a place of the class, by the names that the files have in any layer."""
+    number = re.compile(r"(?<=\.)\d+(?=\.)")
+    layer = number.search(place)
+    for name, other in found.places.items():
+        if other == place:
+            return name
+    for name, other in found.places.items():
+        if layer and other and number.sub("*", other, count=1) == number.sub("*", place, count=1):
+            return number.sub(layer[0], name, count=1)
+    return place
+
+
+def _files(checkpoint: Checkpoint) -> str:
+    """Return the names of the files of weights, in words."""
+    names = sorted({entry.file for entry in checkpoint.tensors.values()})
+    return names[0] if len(names) == 1 else f"the {len(names)} files {names[0]} to {names[-1]}"
 
 
 def _explain_missing(checkpoint: Checkpoint, arch: AttentionModel, found: StockMatch) -> None:
@@ -304,6 +380,7 @@ def _explain_dropped(
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     buffers: list[str] = []
     known: list[str] = []
+    ahead: list[str] = []
     unknown: list[str] = []
     extra: dict[int, int] = {}
     for name in dropped:
@@ -312,6 +389,8 @@ def _explain_dropped(
             buffers.append(name)
         elif index and int(index[2]) >= num_layers:
             extra[int(index[2])] = extra.get(int(index[2]), 0) + 1
+        elif MULTI_TOKEN.search(name):
+            ahead.append(name)
         else:
             (known if any(pattern.search(name) for pattern in ignored) else unknown).append(name)
     notes = []
@@ -328,8 +407,15 @@ def _explain_dropped(
     stock_class = type(model).__name__
     if known:
         notes.append(f"{len(known)} tensors that {stock_class} ignores are dropped, such as {known[0]}.")
-    warning = (
-        f"{len(unknown)} tensors have no place in {stock_class}, and stock transformers ignores them: they are "
-        f"dropped, such as {', '.join(unknown[:2])}."
-    )
-    return notes, [warning] if unknown else []
+    warnings = []
+    if ahead:
+        warnings.append(
+            f"{len(ahead)} tensors of multi-token prediction have no place in {stock_class}: they are dropped, "
+            f"such as {ahead[0]}. Engines draft no tokens with the result."
+        )
+    if unknown:
+        warnings.append(
+            f"{len(unknown)} tensors have no place in {stock_class}, and stock transformers ignores them: they are "
+            f"dropped, such as {', '.join(unknown[:2])}."
+        )
+    return notes, warnings

@@ -262,7 +262,8 @@ def require_values(requires: dict[str, dict[str, Any]], stock: Any, model_type: 
         if value != rule["value"]:
             raise HeadwiseError(
                 f"config.json has {key}: {json.dumps(value)}, and headwise cannot convert this variant of "
-                f"{model_type}: {rule['reason']}."
+                f"{model_type}: {rule['reason']}.",
+                "Leave the model as it is: its weights need this value. An engine can store its cache in 8 bits.",
             )
 
 

@@ -428,3 +428,17 @@ def test_no_row_has_a_class_that_reads_a_number_of_kv_heads_for_each_layer(model
         architecture.find_architecture(config)
     with pytest.raises(RuntimeError, match="per-layer attribute"), torch.device("meta"):
         getattr(transformers, arch.auto_class).from_config(stock_config(config))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "remedy"),
+    [
+        ("qwen3_moe", {"norm_topk_prob": "no"}, "Correct the field"),
+        ("olmoe", {"clip_qkv": 8.0}, "Leave the model as it is"),
+    ],
+)
+def test_a_refused_field_has_a_remedy(model_type: str, config: dict[str, object], remedy: str) -> None:
+    whole = tiny_models.config_of(model_type) | config
+    with pytest.raises(HeadwiseError, match=next(iter(config))) as refusal:
+        architecture.find_architecture(whole).layouts(whole)
+    assert remedy in (refusal.value.hint or "")

@@ -284,3 +284,108 @@ def test_more_labels_than_a_tensor_has_rows_are_refused(tmp_path: Path) -> None:
     plan_of(edit(model, num_labels=rows))
     with pytest.raises(HeadwiseError, match=f"num_labels for {rows + 1} labels, and the most is {rows}"):
         plan_of(edit(model, num_labels=rows + 1))
+
+
+EXPERTS = "model.layers.0.block_sparse_moe.experts"
+
+
+def without(*names: str) -> Callable[[Tensors], Any]:
+    """Remove tensors."""
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if name not in names}
+
+
+def shaped(name: str, *shape: int) -> Callable[[Tensors], Any]:
+    """Give a tensor another shape."""
+    return lambda tensors: tensors | {name: torch.zeros(shape)}
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message", "remedy"),
+    [
+        (without(f"{EXPERTS}.2.w3.weight"), {}, r"0\.block_sparse_moe\.experts\.2\.w3\.weight is missing", "again"),
+        (
+            without(*(f"{EXPERTS}.3.w{i}.weight" for i in (1, 2, 3))),
+            {},
+            r"0\.block_sparse_moe\.experts\.3\.w[123]\.weight is missing in model\.safetensors",
+            "again",
+        ),
+        (
+            shaped(f"{EXPERTS}.2.w3.weight", 5, 7),
+            {},
+            r"experts\.2\.w3\.weight has shape \(5, 7\) in model",
+            "again",
+        ),
+        (
+            shaped("model.layers.0.block_sparse_moe.gate.weight", 6, 36),
+            {},
+            r"tensor model\.layers\.0\.block_sparse_moe\.gate\.weight has shape \(6, 36\) in model\.safetensors",
+            "again",
+        ),
+        (
+            without("model.layers.0.block_sparse_moe.gate.weight"),
+            {},
+            r"model\.layers\.0\.block_sparse_moe\.gate\.weight is missing in model\.safetensors",
+            "again",
+        ),
+        (
+            None,
+            {"num_local_experts": 3},
+            r"num_local_experts: 3, and the files of .* hold 4 experts",
+            "config.json",
+        ),
+        (
+            None,
+            {"num_local_experts": 6},
+            r"num_local_experts: 6, and the files of .* hold 4 experts",
+            "config.json",
+        ),
+        (
+            None,
+            {"intermediate_size": 8},
+            r"the stack of model\.layers\.0\.block_sparse_moe\.experts\.0\.w2\.weight and others has shape",
+            "again",
+        ),
+    ],
+)
+def test_incomplete_experts_are_named_as_the_file_names_them(
+    change: Callable[[Tensors], Any] | None, config: dict[str, Any], message: str, remedy: str, tmp_path: Path
+) -> None:
+    model = edit(tiny_models.save("mixtral", tmp_path / "model"), change, **config)
+    with pytest.raises(HeadwiseError, match=message) as refusal:
+        inspect_model(model)
+    assert remedy in (refusal.value.hint or "")
+
+
+def test_fused_experts_are_counted(tmp_path: Path) -> None:
+    model = edit(tiny_models.save("granitemoe", tmp_path / "model"), num_local_experts=6)
+    with pytest.raises(HeadwiseError, match=r"num_local_experts: 6, and the files of .* hold 4 experts"):
+        inspect_model(model)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "message"),
+    [
+        (
+            "qwen3",
+            without("model.layers.1.self_attn.q_norm.weight"),
+            r"q_norm\.weight is missing in model\.safetensors",
+        ),
+        ("qwen3", shaped("model.layers.1.self_attn.k_norm.weight", 5), r"k_norm\.weight has shape \(5,\) in model"),
+        ("gpt_oss", without("model.layers.0.self_attn.sinks"), r"sinks is missing in model\.safetensors"),
+    ],
+)
+def test_a_norm_or_sinks_that_do_not_fit_have_a_remedy(
+    model_type: str, change: Callable[[Tensors], Any], message: str, tmp_path: Path
+) -> None:
+    model = edit(tiny_models.save(model_type, tmp_path / "model"), change)
+    with pytest.raises(HeadwiseError, match=message) as refusal:
+        inspect_model(model)
+    assert "Download the folder again" in (refusal.value.hint or "")
+
+
+def test_dropped_multi_token_prediction_is_a_warning(tmp_path: Path) -> None:
+    mtp = {"mtp.fc.weight": torch.ones(2, 2), "mtp.layers.0.self_attn.q_proj.weight": torch.ones(2, 2)}
+    model = edit(tiny_models.save("qwen3_next", tmp_path / "model"), lambda tensors: tensors | mtp)
+    plan = plan_of(model)
+    assert [action.name for action in plan.actions if action.action == "drop"] == list(mtp)
+    assert "2 tensors of multi-token prediction have no place in Qwen3NextForCausalLM" in plan.warnings[0]
