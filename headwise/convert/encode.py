@@ -12,6 +12,7 @@ from torch import nn
 from headwise.compat import places_of
 from headwise.convert.settings import ConvertSettings
 from headwise.errors import SettingError
+from headwise.format import size
 from headwise.io.quantized.forms import FORMS
 from headwise.io.quantized.fp8 import BLOCK
 from headwise.io.reader import Checkpoint
@@ -19,6 +20,8 @@ from headwise.io.writer import OutputTensor
 from headwise.models.deepseek import KEPT_IN_FULL
 from headwise.models.stock import empty_model
 
+# In the name of a tensor of an expert.
+EXPERTS = ".experts."
 Encoded = tuple[list[OutputTensor], dict[str, Any], list[str]]
 
 
@@ -74,25 +77,30 @@ def _as_stored(tensor: OutputTensor, checkpoint: Checkpoint) -> OutputTensor:
 def _to_fp8(
     outputs: Sequence[OutputTensor], config: dict[str, Any], auto_class: str, checkpoint: Checkpoint
 ) -> Encoded:
+    _refuse_carried(checkpoint)
     model = empty_model(config, auto_class)
     places = places_of(model, [tensor.name for tensor in outputs])
     head = model.get_output_embeddings()
     modules = dict(model.named_modules())
     encoded: list[OutputTensor] = []
-    kept: list[str] = []
+    kept: dict[str, None] = {}  # names of modules, in the order of the output
+    fused = 0
     for tensor in outputs:
         module, leaf = tensor.name.rpartition(".")[::2]
         place = places[tensor.name] or ""
         owner = modules.get(place.rpartition(".")[0])
-        matrix = leaf == "weight" and len(tensor.shape) == 2 and not isinstance(owner, nn.Embedding)
-        linear = type(owner) is nn.Linear or ".experts." in place
-        whole = matrix and not any(size % block for size, block in zip(tensor.shape, BLOCK, strict=True))
-        if whole and linear and owner is not head and module.rpartition(".")[2] not in KEPT_IN_FULL:
+        of_expert = EXPERTS in place
+        linear = (type(owner) is nn.Linear and owner is not head) or of_expert
+        full = module.rpartition(".")[2] in KEPT_IN_FULL
+        if leaf == "weight" and linear and not full and _has_whole_blocks(tensor.shape):
             encoded.append(_in_blocks(tensor, checkpoint))
             continue
         encoded.append(tensor)
-        if matrix:
-            kept.append(module)
+        if of_expert:  # the stock class has one module for all experts of a layer
+            kept[tensor.name.partition(EXPERTS)[0] + EXPERTS.rstrip(".")] = None
+            fused += tensor.nbytes if len(tensor.shape) > 2 else 0
+        elif leaf == "weight" and len(tensor.shape) > 1 and not isinstance(owner, nn.Embedding):
+            kept[module] = None
     count = sum(bool(tensor.stored) for tensor in encoded)
     if not count:
         raise SettingError(
@@ -106,13 +114,38 @@ def _to_fp8(
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": list(BLOCK),
-        "modules_to_not_convert": kept,
+        "modules_to_not_convert": list(kept),
     }
-    note = (
+    notes = [
         f"{count} matrices are stored as FP8 in blocks of {BLOCK[0]} x {BLOCK[1]}, which rounds them; {len(kept)} "
-        "stay in full (modules_to_not_convert)."
+        "modules stay in full (modules_to_not_convert)."
+    ]
+    if fused:
+        # Its loader knows the scales of matrices only: it reads the codes of fused experts as their weights.
+        notes.append(
+            f"The experts stay in bfloat16, {size(fused)} of {size(sum(t.nbytes for t in encoded))}: "
+            "the class stores those of a layer in one tensor, which stock transformers does not read from FP8."
+        )
+    return encoded, {**config, "quantization_config": entry}, notes
+
+
+def _has_whole_blocks(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and all(
+        extent and extent % block == 0 for extent, block in zip(shape, BLOCK, strict=True)
     )
-    return encoded, {**config, "quantization_config": entry}, [note]
+
+
+def _refuse_carried(checkpoint: Checkpoint) -> None:
+    """Refuse a source whose weights are carried over as they are: config.json has room for one quantisation."""
+    quantized = checkpoint.quantized
+    if quantized is not None and all(form.carried for form in FORMS[quantized.method]):
+        kinds = ", ".join(quantized.kinds)
+        raise SettingError(
+            "requantize",
+            f"The experts of {checkpoint.source} are stored in {kinds}, which cannot stand beside FP8: config.json "
+            "names one quantisation. With `requantize` fp8 they would become bfloat16, almost four times as large.",
+            f"Leave it out: the experts then keep their {kinds}.",
+        )
 
 
 def _in_blocks(tensor: OutputTensor, checkpoint: Checkpoint) -> OutputTensor:
@@ -124,7 +157,7 @@ def _in_blocks(tensor: OutputTensor, checkpoint: Checkpoint) -> OutputTensor:
         same = own == list(BLOCK) and parts["codes"].dtype == torch.float8_e4m3fn
         if quantized.method == "fp8" and same and parts["scale"].dtype == torch.float32:
             return _as_stored(tensor, checkpoint)
-    rows, columns = (size // block for size, block in zip(tensor.shape, BLOCK, strict=True))
+    rows, columns = (extent // block for extent, block in zip(tensor.shape, BLOCK, strict=True))
     # The codes are written last: a tensor whose name is in the journal is complete.
     return replace(
         tensor,

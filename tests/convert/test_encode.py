@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from headwise import convert_model, verify_model
 from headwise.convert.plan import Plan
 from headwise.errors import HeadwiseError, SettingError
-from headwise.io.quantized.fp8 import round_to_blocks
+from headwise.io.quantized.dequantize import blocks_to_plain
+from headwise.io.quantized.fp8 import BLOCK, round_to_blocks
 from headwise.io.reader import open_checkpoint
 from tests import tiny_models
 
@@ -94,6 +95,53 @@ def test_an_fp8_source_keeps_the_bytes_of_what_does_not_change(tmp_path: Path) -
     assert after["model.layers.0.self_attn.k_proj.weight"].dtype == torch.float8_e4m3fn  # 4 heads of 64 rows
     convert_model(tmp_path / "fp8", tmp_path / "plain", dtype="bfloat16")
     assert entry_of(tmp_path / "plain") is None and open_checkpoint(tmp_path / "plain").is_plain
+
+
+MIXTURES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "one by one": ("mixtral", {"moe_intermediate_size": 384}, UNCALIBRATED),
+    "without whole blocks": ("qwen3_moe", {"moe_intermediate_size": 192}, UNCALIBRATED),
+    "fused, with an empty shared expert": ("mixtral", {}, {"to": "mla", **SMALL}),
+    "fused, with biases": ("gpt_oss", {}, UNCALIBRATED),
+}
+
+
+@pytest.mark.parametrize("case", MIXTURES)
+def test_stock_transformers_loads_experts_with_and_without_dequantising(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+    model_type, sizes, settings = MIXTURES[case]
+    source = tiny_models.save(model_type, tmp_path / "model", torch.bfloat16, **WIDE, **sizes)
+    plan = convert_model(source, tmp_path / "out", **settings, requantize="fp8", dry_run=True)
+    convert_model(source, tmp_path / "out", **settings, requantize="fp8")
+    assert verify_model(tmp_path / "out", source).passed
+    convert_model(source, tmp_path / "plain", **settings)
+    name = tiny_models.read_config(tmp_path / "out")["architectures"][0]
+    plain, read = (getattr(transformers, name).from_pretrained(tmp_path / f) for f in ("plain", "out"))
+    # On a GPU the loader replaces modules by those for FP8, and keeps the codes.
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
+    coded, info = getattr(transformers, name).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    codes, rounded = coded.state_dict(), 0
+    for key, values in plain.state_dict().items():
+        expected, actual = values, codes[key]
+        if f"{key}_scale_inv" in codes:
+            matrices = values if values.dim() > 2 else values[None]
+            expected = torch.stack([round_to_blocks(matrix) for matrix in matrices]).view_as(values)
+            actual = blocks_to_plain(codes[key], codes[f"{key}_scale_inv"], BLOCK).to(torch.bfloat16)
+            rounded += ".experts." in key
+        assert torch.equal(read.state_dict()[key], expected) and torch.equal(actual, expected), key
+    assert codes.keys() - plain.state_dict().keys() == {k for k in codes if k.endswith("_scale_inv")} != set()
+    assert rounded == (4 if case == "one by one" else 0)
+    assert isinstance(plan, Plan) and any("experts stay in bfloat16" in n for n in plan.notes) == ("fused" in case)
+
+
+def test_carried_experts_and_fp8_are_refused_together(tmp_path: Path) -> None:
+    source = save_gpt_oss(tmp_path / "model")
+    with pytest.raises(SettingError, match=r"experts of .* are stored in MXFP4, which cannot stand beside FP8"):
+        convert_model(source, tmp_path / "out", **UNCALIBRATED, requantize="fp8")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_experts_of_gpt_oss_are_carried_over(tmp_path: Path) -> None:
