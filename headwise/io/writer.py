@@ -291,6 +291,8 @@ class Writer:
         if planned.stored and planned.stored[0].source is None:
             self.write(name, checkpoint.read(planned.source or name))
             return
+        if planned.stored and checkpoint.quantized is not None:
+            checkpoint.quantized.tensors[name].check_scales(checkpoint.read_stored)
         for stored in planned.stored:
             assert checkpoint.quantized is not None and stored.source is not None
             own = checkpoint.quantized.stored[stored.source]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from operator import attrgetter
@@ -61,6 +61,8 @@ ROPE_NEEDS = {
 }
 # Ends of the names by which stock configs count KV heads.
 GROUP_COUNTS = ("num_key_value_heads", "num_kv_heads", "multi_query", "multi_query_group_num")
+# The names of the number of experts of a layer, and of those that a router selects for a token.
+EXPERT_COUNTS, SELECTED_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts"), "num_experts_per_tok"
 PER_LAYER = ("layer_types", "no_rope_layers")
 # By these a config chooses code; what is converted runs with the stock class, however that likes to.
 CODE_KEYS = ("auto_map", *(f"{dash}{kind}_implementation" for dash in ("", "_") for kind in ("attn", "experts")))
@@ -103,7 +105,28 @@ def stock_text_config(model_type: str, text_config: dict[str, Any]) -> Any:
             "config.json has per_layer_config: its layers differ in shape, and the stock classes that headwise "
             "converts read one shape for all layers."
         )
-    return _stock_config(model_type, json.dumps(text_config, sort_keys=True))
+    stock = _stock_config(model_type, json.dumps(text_config, sort_keys=True))
+    _check_experts(stock, text_config)
+    return stock
+
+
+def _check_experts(stock: Any, named: Collection[str]) -> None:
+    """Refuse a router that selects more experts than a layer has. One expert or none means a dense model.
+
+    Args:
+        stock: the stock config object, which may know the number of experts by several names.
+        named: the fields of config.json.
+    """
+    counts = {name: getattr(stock, name, None) for name in EXPERT_COUNTS}
+    experts = [(value, name in named, name) for name, value in counts.items() if isinstance(value, int)]
+    selected = getattr(stock, SELECTED_EXPERTS, None)
+    most, _, name = max(experts, default=(0, False, ""))
+    if isinstance(selected, int) and selected > most > 1:
+        raise HeadwiseError(
+            f"config.json has {SELECTED_EXPERTS}: {selected}, and {name}: {most}: a router cannot select more "
+            "experts than a layer has.",
+            f"Give {SELECTED_EXPERTS} the number that the model was trained with.",
+        )
 
 
 def check_labels(config: dict[str, Any], most: int = MAX_LABELS) -> None:

@@ -161,6 +161,16 @@ def test_the_experts_of_gpt_oss_are_carried_over(tmp_path: Path) -> None:
         assert torch.equal(model.state_dict()[name], tensor), name
 
 
+def test_carried_experts_with_a_scale_that_is_nan_are_refused(tmp_path: Path) -> None:
+    source = save_gpt_oss(tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.gate_up_proj_scales"][0, 0, 0] = 255
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    message = r"layers.1.mlp.experts.gate_up_proj_scales in model.safetensors has a scale of 255, the byte for NaN"
+    with pytest.raises(HeadwiseError, match=message):
+        convert_model(source, tmp_path / "out", **UNCALIBRATED, verify=False)
+
+
 def test_as_many_groups_as_heads_leave_gpt_oss_as_it_is(tmp_path: Path) -> None:
     source, out = save_gpt_oss(tmp_path / "model"), tmp_path / "out"
     convert_model(source, out, to="gqa", groups=3, dtype="bfloat16")

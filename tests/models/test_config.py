@@ -442,3 +442,16 @@ def test_a_refused_field_has_a_remedy(model_type: str, config: dict[str, object]
     with pytest.raises(HeadwiseError, match=next(iter(config))) as refusal:
         architecture.find_architecture(whole).layouts(whole)
     assert remedy in (refusal.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field"),
+    [("mixtral", "num_local_experts"), ("qwen3_moe", "num_experts"), ("deepseek_v3", "n_routed_experts")],
+)
+def test_more_experts_for_a_token_than_a_layer_has_are_refused(model_type, field):
+    sizes = {field: 5, "num_experts_per_tok": 5}
+    assert stock_text_config(model_type, sizes).num_experts_per_tok == 5
+    for experts in (0, 1):  # a dense model
+        stock_text_config(model_type, sizes | {field: experts})
+    with pytest.raises(HeadwiseError, match=rf"num_experts_per_tok: 6, and {field}: 5: .* more experts than"):
+        stock_text_config(model_type, sizes | {"num_experts_per_tok": 6})

@@ -112,7 +112,7 @@ def gptq_to_plain(codes: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor, 
         (outputs, inputs).
 
     Raises:
-        ValueError: a group has a number below zero.
+        ValueError: an input is in a group that does not exist.
     """
     if offset:  # added to whole words, as the loader does: a zero point of all ones carries into the next one
         ones = sum(1 << shift for shift in range(0, 32, bits))
@@ -120,8 +120,9 @@ def gptq_to_plain(codes: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor, 
     weight = _unpacked(codes.T, bits).T[: len(groups)]
     zero = _unpacked(zeros, bits)[:, : scales.shape[1]]
     index = groups.long()
-    if index.numel() and int(index.min()) < 0:
-        raise ValueError("g_idx has numbers below zero")
+    outside = index[(index < 0) | (index >= len(scales))]
+    if outside.numel():
+        raise ValueError(f"g_idx names group {int(outside[0])}, and the groups are 0 to {len(scales) - 1}")
     plain: Tensor = scales[index] * (weight - zero[index])
     return plain.T
 

@@ -31,6 +31,9 @@ QUANTISED = re.compile(
 )
 # What static quantisation of activations stores; a plain weight has no use for it.
 ACTIVATIONS = re.compile(r"\.(input|output|activation)_(scale|zero_point|global_scale)$|\.weight_format$")
+# The roles of scales, and the exponent with a bias of 127 that stands for NaN.
+SCALES, NAN_EXPONENT = frozenset({"scale", "scales"}), 255
+DAMAGED = "The file is damaged: download the checkpoint again, or convert the one that it was quantised from."
 CONVERT_ORIGINAL = "Convert the unquantised checkpoint that it was made from, then quantise the result."
 
 
@@ -62,15 +65,39 @@ class QuantizedTensor:
             load: reads a stored tensor.
 
         Raises:
-            HeadwiseError: the stored tensors contradict each other.
+            HeadwiseError: the stored tensors contradict each other, or a scale is NaN.
         """
         tensors = {role: load(entry) for role, entry in self.parts.items()}
+        self._refuse_nan(tensors)
         try:
             values = self.compute(tensors)
         except (IndexError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
-            raise HeadwiseError(f"The quantised tensors of {self.name} do not fit each other: {reason}.") from None
+            file = self.parts["codes"].file
+            raise HeadwiseError(
+                f"The quantised tensors of {self.name} in {file} do not fit each other: {reason}.", DAMAGED
+            ) from None
         return values.to(PLAIN_DTYPE).contiguous()
+
+    def check_scales(self, load: Load) -> None:
+        """Refuse scales that are NaN in bytes, which a copy would carry over.
+
+        Args:
+            load: reads a stored tensor.
+
+        Raises:
+            HeadwiseError: a scale is NaN.
+        """
+        self._refuse_nan({role: load(self.parts[role]) for role in SCALES & self.parts.keys()})
+
+    def _refuse_nan(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse the byte that is NaN among scales in bytes, which are exponents of two (E8M0)."""
+        for role in SCALES & tensors.keys():
+            if tensors[role].dtype == torch.uint8 and bool((tensors[role] == NAN_EXPONENT).any()):
+                entry = self.parts[role]
+                raise HeadwiseError(
+                    f"Tensor {entry.name} in {entry.file} has a scale of {NAN_EXPONENT}, the byte for NaN.", DAMAGED
+                )
 
 
 @dataclass(frozen=True)

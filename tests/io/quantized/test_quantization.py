@@ -183,6 +183,30 @@ def test_what_cannot_be_read_is_one_sentence_from_the_headers(
         open_checkpoint(tmp_path)
 
 
+def test_a_group_that_does_not_exist_is_named_with_its_file(tmp_path: Path) -> None:
+    save_quantised(tmp_path, "gptq")
+    rewrite(tmp_path, lambda t: t[QUERIES + "g_idx"].__setitem__(3, 9999))
+    message = (
+        r"q_proj.weight in model.safetensors do not fit each other: g_idx names group 9999, .* 0 to \d+\. .*again"
+    )
+    with pytest.raises(HeadwiseError, match=message):
+        open_checkpoint(tmp_path).read(QUERIES + "weight")
+
+
+def test_a_scale_byte_that_is_nan_is_named_with_its_file(tmp_path: Path) -> None:
+    save_quantised(tmp_path, "fp8")
+
+    def change(tensors: Tensors) -> None:
+        scale = torch.full(tensors[QUERIES + "weight_scale_inv"].shape, 127, dtype=torch.uint8)
+        scale[-1, -1] = 255
+        tensors[QUERIES + "weight_scale_inv"] = scale
+
+    rewrite(tmp_path, change)
+    message = r"q_proj.weight_scale_inv in model.safetensors has a scale of 255, the byte for NaN.*again"
+    with pytest.raises(HeadwiseError, match=message):
+        open_checkpoint(tmp_path).read(QUERIES + "weight")
+
+
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
