@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol
 
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (direction overrides), surrogates, separators
@@ -158,6 +159,21 @@ def public_command(words: Iterable[str]) -> str:
         words: of the command.
     """
     return shlex.join(map(public_text, words))
+
+
+def norm_residuals(layers: Mapping[Any, Mapping[str, Any]]) -> str | None:
+    """Return the range of the key residual over the layers in one sentence; None without linear maps for norms.
+
+    Args:
+        layers: the report of every converted layer.
+    """
+    residuals = sorted(report["key_residual"] for report in layers.values() if "key_residual" in report)
+    if not residuals:
+        return None
+    return (
+        f"Key residual of the {len(residuals)} layers: smallest {residuals[0]:.4f}, "
+        f"median {median(residuals):.4f}, largest {residuals[-1]:.4f}."
+    )
 
 
 def plain_fields(value: Any, *hidden: str) -> dict[str, Any]:

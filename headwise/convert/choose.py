@@ -139,9 +139,9 @@ def choose_target(
 def _refuse_for_latent(checkpoint: Checkpoint, model: AttentionModel, settings: ConvertSettings) -> None:
     """Raise HeadwiseError: a model with MLA becomes MLA of another size or, if it is dense, heads."""
     start = f"config.json: {checkpoint.source} is a {model.model_type} model, which has MLA already"
-    if settings.to is None:
-        raise HeadwiseError(f"{start}: its positions and its precision stay as they are.", "Give `to` mla.")
     smaller = "Give `to` mla with `cache`, or with `rank` and `rope_dim`, for a smaller cache."
+    if settings.to is None:
+        raise HeadwiseError(f"{start}: alone, its positions and its precision stay as they are.", smaller)
     if expands(checkpoint.config):
         raise HeadwiseError(f"{start}, and no key-value heads to merge.", f"{smaller} `to` mha expands it exactly.")
     why = (

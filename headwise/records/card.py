@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from headwise.errors import HeadwiseError, SettingError
-from headwise.format import size
+from headwise.format import norm_residuals, size
 from headwise.io.source import read_json
 from headwise.registry import Kind, Method, find_method
 from headwise.schema import parse_yaml
@@ -397,10 +397,11 @@ def _errors(manifest: Mapping[str, Any]) -> Iterator[str]:
     for name, values in errors.items():
         worst = max(values, key=lambda layer: values[layer])
         yield f"| {name} | {median(values.values()):.4f} | {values[worst]:.4f} (layer {worst}) |"
-    if "key residual" in errors:
+    if (residuals := norm_residuals(manifest["layers"])) is not None:
         yield ""
         yield "The base model normalises queries and keys. Linear maps replace these norms: the residuals are"
         yield "their errors, and the scale variances are those of the norms' own scales."
+        yield residuals
     if damage:
         first = sorted(damage, key=lambda layer: -damage[layer])[:MOST_DAMAGED]
         yield ""

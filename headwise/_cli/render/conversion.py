@@ -17,7 +17,7 @@ from headwise._cli.render.cells import (
     format_tensor,
     print_commands,
 )
-from headwise.format import duration, factor, layout_names, size, token_count
+from headwise.format import duration, factor, layout_names, norm_residuals, size, token_count
 
 if TYPE_CHECKING:
     from headwise.convert.pipeline import ConvertResult
@@ -127,6 +127,8 @@ def render_conversion(result: ConvertResult) -> None:
         console.note(f"{layout_names(plan.layouts_before)} -> {layout_names(plan.layouts_after)}")
     if after < before and not plan.parts:
         console.note(f"Cache per token: {size(before)} -> {size(after)}, {format_saving(1 - after / before)} saved")
+    if (residuals := norm_residuals(result.layers)) is not None:
+        console.note(f"Linear maps replace the norms on queries and keys. {residuals}")
     console.note(f"Wrote {result.out} ({size(plan.disk)}).")
     if result.pushed:
         console.note(f"Pushed it to {result.pushed.repo}: {result.pushed.url}")

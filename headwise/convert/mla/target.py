@@ -328,7 +328,7 @@ class LatentTarget:
         self.warnings.append(APPROXIMATE)
         self.notes.append(
             "The variance of the norms' scales, and the error of their linear replacement, are measured in every "
-            "layer during calibration; headwise.json has them."
+            "layer during calibration; headwise.json has them, and the summary and the card their range."
         )
 
     def _without_norms(

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from headwise._cli.render.conversion import quality_statement
+from headwise._cli import console
+from headwise._cli.render.conversion import quality_statement, render_conversion
 from headwise.io.source import EMBEDDED_MODEL
 from headwise.models.layout import AttentionLayout
 from tests.command_line import run
@@ -45,6 +46,27 @@ def test_a_conversion_ends_with_commands_that_evaluate_it(parent: str, commands:
     for text_loss in (None, loss):
         result: Any = SimpleNamespace(plan=plan, out="OUT", text_loss=text_loss)
         assert quality_statement(result).endswith(f"easured: run {commands}")
+
+
+def test_a_conversion_without_norms_ends_with_the_range_of_the_key_residual(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = SimpleNamespace(bytes_per_token=64)
+    layouts = {"layouts_before": (OLD,), "layouts_after": (OLD.with_groups(2),)}
+    sizes = {"cache_before": cache, "cache_after": cache, "disk": 100}
+    plan = SimpleNamespace(exact=False, model="M", arguments={}, warnings=[], parts=(), **layouts, **sizes)
+    reports = {layer: {"key_residual": value} for layer, value in enumerate((0.3, 0.01, 0.02))}
+    result: Any = SimpleNamespace(
+        plan=plan, out="OUT", text_loss=None, layers=reports, pushed=None, verification=None
+    )
+    lines: list[str] = []
+    monkeypatch.setattr(console, "note", lines.append)
+    render_conversion(result)
+    assert lines[1].endswith("Key residual of the 3 layers: smallest 0.0100, median 0.0200, largest 0.3000.")
+    lines.clear()
+    result.layers = {0: {"key_error": 0.1}}
+    render_conversion(result)
+    assert lines and not any("residual" in line for line in lines)
 
 
 @pytest.mark.parametrize("columns", ["80", "100", ""])

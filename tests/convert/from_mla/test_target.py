@@ -111,11 +111,14 @@ def test_what_a_model_with_mla_cannot_become(settings: dict[str, Any], message: 
         convert_model(source, tmp_path / "out", to="mla", **settings)
 
 
-@pytest.mark.parametrize("settings", [{"to": "gqa", "groups": 1}, {"to": "mha"}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "settings", [{"to": "gqa", "groups": 1}, {"to": "mha"}, {"dtype": "bfloat16"}, {"requantize": "fp8"}]
+)
 def test_a_model_with_mla_gets_no_kv_heads(settings: dict[str, Any], tmp_path: Path) -> None:
     source = tiny_models.save("youtu", tmp_path / "model")
-    with pytest.raises(HeadwiseError, match="is a youtu model, which has MLA already"):
+    with pytest.raises(HeadwiseError, match="is a youtu model, which has MLA already") as refusal:
         convert_model(source, tmp_path / "out", **settings)
+    assert "Give `to` mla with `cache`" in (refusal.value.hint or "")
 
 
 def test_other_frequencies_have_no_narrower_key(tmp_path: Path) -> None:

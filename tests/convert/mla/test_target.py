@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -433,7 +434,11 @@ def test_norms_on_queries_and_keys_become_linear_maps(tmp_path: Path, bias: bool
     assert verify_model(tmp_path / "out", against=parent).passed
     again = json.loads((tmp_path / "out" / "headwise.json").read_text())
     assert again["layers"]["1"]["key_residual"] == result.layers[1]["key_residual"]
-    assert "Linear maps replace these norms" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    residuals = [report["key_residual"] for report in result.layers.values()]
+    assert "Linear maps replace these norms" in card
+    assert f"Key residual of the 2 layers: smallest {min(residuals):.4f}, median {median(residuals):.4f}" in card
+    assert f"largest {max(residuals):.4f}." in card
 
 
 def test_moments_hold_the_norms_on_queries_and_keys(tmp_path: Path) -> None:
