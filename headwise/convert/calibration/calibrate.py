@@ -111,6 +111,7 @@ def plan_calibration(
     if count is None:
         joint = settings.refits_jointly
         count = calibration_tokens(checkpoint, arch, steps, device, joint=joint, index_steps=index_steps)
+        count = max(count, 2 * length)  # of wide models and long sequences, memory alone holds fewer
     if count < 2 * length:
         raise SettingError(
             "calibration_tokens",
