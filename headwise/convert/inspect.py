@@ -349,9 +349,9 @@ def _latent_options(
         new = plan_heads(config, model, dtype)
         if checkpoint is not None:
             refuse_output_biases(checkpoint, model)
+        heads = architecture.find_architecture(new).layouts(new)
     except HeadwiseError:
         return
-    heads = architecture.find_architecture(new).layouts(new)
     after = CacheSize.of(heads, dtype, max(cache.at))
     yield ReachableLayout("mha", layout.num_attention_heads, None, None, after, _saved(cache, after)), heads, new
 

@@ -195,6 +195,22 @@ def test_the_exact_way_to_heads_is_an_option(tmp_path: Path) -> None:
     assert {o.to for o in inspect_model(mla).options} == {"mla"}, "the class with heads has no such bias"
 
 
+def test_a_dense_config_without_rope_parameters_has_the_way_to_heads(tmp_path: Path) -> None:
+    folder = latent_folder(tmp_path / "model", first_k_dense_replace=2)
+    config = tiny_models.read_config(folder)
+    for name in ("rope_parameters", "rope_scaling"):
+        config.pop(name, None)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert inspect_model(folder).options[-1].name == "MHA"
+
+
+def test_a_model_with_indexers_becomes_no_other_mla(tmp_path: Path) -> None:
+    indexers = {"index_topk": 2048, "index_n_heads": 4, "index_head_dim": 128, "first_k_dense_replace": 2}
+    names = {"model_type": "deepseek_v32", "architectures": ["DeepseekV32ForCausalLM"]}
+    inspection = inspect_model(latent_folder(tmp_path / "model", **indexers, **names))
+    assert not inspection.options and "its indexers fit no other" in (inspection.mla or "")
+
+
 def test_a_quantised_config_without_dtype_is_read_in_bfloat16(tmp_path: Path) -> None:
     config = llama_config().to_dict() | {"quantization_config": {"quant_method": "mxfp4"}}
     config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}

@@ -88,7 +88,8 @@ def plan_heads(config: dict[str, Any], model: LatentModel, dtype: torch.dtype) -
             "stock class with heads has one width for both.",
             "Give `to` mla for a smaller cache.",
         )
-    return _heads_config(config, layout, str(dtype).removeprefix("torch."))
+    rope = config.get("rope_parameters") or model.stock_config(config).rope_parameters
+    return _heads_config(config | {"rope_parameters": rope}, layout, str(dtype).removeprefix("torch."))
 
 
 class HeadsTarget:
