@@ -18,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from headwise.convert.inspect import inspect_model
 from headwise.convert.pipeline import convert_model
 from headwise.convert.verify.check import verify_model
 from headwise.io.reader import open_checkpoint
@@ -162,6 +163,9 @@ def test_memory_that_a_config_asks_for_is_not_given(prey: Prey) -> None:
     for name in ("vocab_size", "intermediate_size"):
         model = prey.lay(**{"config.json": dumps(prey.config | {name: 10**12}).encode()})
         outcome = prey.judge(lambda model=model: verify_model(model))  # type: ignore[misc]
+        assert outcome.kind == "done" and not outcome.value.passed and not outcome.escapes, outcome
+        assert "disagree on model." in outcome.value.checks[0].detail
+        outcome = prey.judge(lambda model=model: inspect_model(model))  # type: ignore[misc]
         assert outcome.kind == "refused" and not outcome.escapes, outcome
 
 
