@@ -20,7 +20,7 @@ from headwise.models.protocol import AttentionModel
 # amount of text that is sampled.
 CLOSED_FORM_TOKENS, REFIT_TOKENS, TOKENS_BEFORE_JOINT = 32_768, 196_608, 98_304
 REFIT_TOKENS_ON_CPU = 65_536
-# The least amount of calibration text: four sequences of the longest length.
+# The least amount of calibration text that is chosen.
 FEWEST_TOKENS = 4096
 # Numbers of hidden states kept in memory for calibration at most: 512 MiB in float32.
 HIDDEN_NUMBERS = 1 << 27

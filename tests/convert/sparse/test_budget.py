@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DeepseekV32ForCausalLM
 
 from headwise import convert_model, inspect_model, uptrain_model, verify_model
+from headwise.convert.forecast import amounts
 from headwise.convert.pipeline import ConvertResult
 from headwise.convert.plan import Plan
 from headwise.errors import HeadwiseError, SettingError
@@ -97,7 +98,8 @@ def test_a_wrong_indexer_fails_the_check(tmp_path: Path) -> None:
     assert "selection" in failed
 
 
-def test_the_plan_has_a_budget_and_a_width_for_the_model(tmp_path: Path) -> None:
+def test_the_plan_has_a_budget_and_a_width_for_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amounts, "REFIT_SECONDS", 3600.0)  # a machine with other work is slow
     source = save_speaking(tmp_path / "model", max_position_embeddings=160)
     plan = convert_model(source, tmp_path / "out", sparse="dsa", dry_run=True)
     assert isinstance(plan, Plan)
@@ -109,12 +111,12 @@ def test_the_plan_has_a_budget_and_a_width_for_the_model(tmp_path: Path) -> None
     assert isinstance(longer, Plan) and longer.config["index_topk"] == 2048
     # The forecast decides about training where the settings do not.
     assert "Indexers: 300 steps per layer" in str(longer) and longer.seconds["indexers"] > 0
-    slow = {"sparse": "dsa", "index_heads": 4096, "index_head_dim": 2048, "dry_run": True}
+    slow = {"sparse": "dsa", "index_heads": 32768, "index_head_dim": 2048, "dry_run": True}
     untrained, named = (
         convert_model(source, tmp_path / "out", **slow, **more) for more in ({}, {"index_steps": 300})
     )
     assert "Indexers: the closed form" in str(untrained) and "Indexers: 300 steps" in str(named)
-    assert isinstance(named, Plan) and named.seconds["indexers"] > 600 and named.peak_memory > longer.peak_memory
+    assert isinstance(named, Plan) and named.seconds["indexers"] > 3600 and named.peak_memory > longer.peak_memory
 
 
 @pytest.mark.parametrize(
