@@ -216,6 +216,8 @@ def inspect_model(
     serving = _Serving(settings, context, tokenizer)
     if layouts[0].kind == "mla":
         serving.measure(parameters, layouts, config["hidden_size"], dtype)
+        latent = _latent_options(config, matched, cache, dtype, settings.engines)
+        options = tuple(serving.judge(*option) for option in latent)
         return Inspection(
             model=str(model),
             revision=commit,
@@ -225,15 +227,12 @@ def inspect_model(
             parameters_from=origin,
             layouts=tuple(layouts),
             cache=cache,
-            options=tuple(
-                serving.judge(*option)
-                for option in _latent_options(config, matched, cache, dtype, settings.engines)
-            ),
+            options=options,
             mla=INDEXERS if layouts[0].indexer else None,
             damage=damage,
             serving=serving.forecast(layouts),
             engines=serving.verdicts(config, layouts),
-            notes=(*quantized, *_indexer_notes(layouts), *([] if layouts[0].indexer else _latent_notes(config))),
+            notes=(*quantized, *_indexer_notes(layouts), *([] if layouts[0].indexer else _latent_notes(options))),
         )
     arch = architecture.find_architecture(config)
     mla = _why_not_mla(arch.text_config(config), layouts, dtype)
@@ -356,10 +355,10 @@ def _latent_options(
     yield ReachableLayout("mha", layout.num_attention_heads, None, None, after, _saved(cache, after)), heads, new
 
 
-def _latent_notes(config: dict[str, Any]) -> Iterator[str]:
+def _latent_notes(options: Sequence[ReachableLayout]) -> Iterator[str]:
     """Yield what the user should know about the options of a model with MLA."""
     yield REDUCED
-    if expands(config):
+    if any(option.to == "mha" for option in options):
         yield EXPANDED
 
 

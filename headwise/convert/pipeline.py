@@ -259,7 +259,8 @@ def convert_model(
         engines=settings.engines,
     )
     require_engines(verdicts, settings.engines)
-    joint = plan_joint(checkpoint, arch, target, settings, devices, earlier.get("joint"))
+    planned = earlier.get("joint", {}) if earlier else None
+    joint = plan_joint(checkpoint, arch, target, settings, devices, planned)
     if joint and not settings.refits_jointly:
         settings = replace(settings, refit="joint")
     calibration = plan_calibration(checkpoint, arch, target, settings, requested, earlier.get("calibration"))
@@ -267,6 +268,8 @@ def convert_model(
     # Layers and the joint refit are spread: everything else is done by the first device.
     work_devices = devices if work_device == requested else [work_device]
     joint_devices = work_devices if len(work_devices) > 1 else [requested]
+    if joint and len(joint_devices) < len(devices):  # the layers need none of the others
+        joint = plan_joint(checkpoint, arch, target, settings, joint_devices, planned)
     if len(work_devices) > 1 and checkpoint.in_memory:
         raise SettingError(
             "device",

@@ -9,11 +9,13 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import signal
+import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, Protocol
 
@@ -22,8 +24,8 @@ import torch
 from headwise.errors import HeadwiseError
 from headwise.progress import SILENT, Progress
 
-# Seconds that a process gets to end.
-GRACE = 10.0
+# Seconds that processes get to end, and that a failure may take to arrive.
+GRACE, MOMENT = 10.0, 2.0
 
 
 class Work(Protocol):
@@ -81,8 +83,9 @@ class DevicePool:
         """End the other processes, which have nothing to lose."""
         for helper, _connection in self._helpers:
             helper.terminate()
+        end = time.monotonic() + GRACE
         for helper, _connection in self._helpers:
-            helper.join(GRACE)
+            helper.join(max(0.0, end - time.monotonic()))
             helper.kill()  # one that trains takes the first signal for a wish, and may wait for the others
             helper.join()
         self._helpers = []
@@ -148,7 +151,13 @@ def _merge(own: Iterator[Any], arrived: SimpleQueue[Any], working: int) -> Itera
     ours_left = True
     while ours_left or working:
         if ours_left and arrived.empty():
-            result = next(own, None)
+            try:
+                result = next(own, None)
+            except Exception:
+                # Processes that train together lose each other when one fails: the first reason is that one's.
+                for late in _failures(arrived):
+                    raise late from None
+                raise
             ours_left = result is not None
         else:
             result = arrived.get()
@@ -158,6 +167,15 @@ def _merge(own: Iterator[Any], arrived: SimpleQueue[Any], working: int) -> Itera
         if result is not None:
             yield result
         del result  # free its memory before the next item is worked on
+
+
+def _failures(arrived: SimpleQueue[Any]) -> Iterator[BaseException]:
+    """Yield the failures of other processes that have arrived, or arrive within a moment."""
+    with suppress(Empty):
+        while True:
+            result = arrived.get(timeout=MOMENT)
+            if isinstance(result, BaseException):
+                yield result
 
 
 def _take(items: Sequence[int], counter: Any) -> Iterator[int]:

@@ -62,7 +62,8 @@ ROPE_NEEDS = {
 # Ends of the names by which stock configs count KV heads.
 GROUP_COUNTS = ("num_key_value_heads", "num_kv_heads", "multi_query", "multi_query_group_num")
 # The names of the number of experts of a layer, and of those that a router selects for a token.
-EXPERT_COUNTS, SELECTED_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts"), "num_experts_per_tok"
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+SELECTED_EXPERTS = "num_experts_per_tok"
 PER_LAYER = ("layer_types", "no_rope_layers")
 # By these a config chooses code; what is converted runs with the stock class, however that likes to.
 CODE_KEYS = ("auto_map", *(f"{dash}{kind}_implementation" for dash in ("", "_") for kind in ("attn", "experts")))

@@ -21,7 +21,7 @@ from headwise.format import dtype_name
 from headwise.io.quantized.quantization import CONVERT_ORIGINAL
 from headwise.io.reader import Checkpoint, make_buffers
 from headwise.io.source import ADAPTER_CONFIG, adapter_error
-from headwise.models.config import check_labels, stored_dtype
+from headwise.models.config import EXPERT_COUNTS, check_labels, stored_dtype
 from headwise.models.protocol import AttentionModel, find_attention_model
 from headwise.models.stock import empty_model, load_into
 
@@ -34,9 +34,8 @@ DEFAULT_LABELS = 2  # every stock config has them
 FOREIGN = (
     "Download the folder again: its files and its config.json do not belong together, or a file is incomplete."
 )
-# One expert of several, in the name of a tensor, and the config fields that count them.
+# One expert of several, in the name of a tensor.
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
-EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Layers that predict several tokens ahead, beside the model's own.
 MULTI_TOKEN = re.compile(r"(^|\.)mtp\.")
 

@@ -104,6 +104,7 @@ def joined(place: int, count: int, device: torch.device, port: int) -> Iterator[
         return
     from accelerate.state import AcceleratorState
 
+    threads = torch.get_num_threads()
     given = {
         "RANK": place,
         "LOCAL_RANK": place if device.index is None else device.index,  # the number of the GPU
@@ -111,6 +112,7 @@ def joined(place: int, count: int, device: torch.device, port: int) -> Iterator[
         "LOCAL_WORLD_SIZE": count,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
+        "OMP_NUM_THREADS": threads,  # else accelerate divides the cores
     }
     before = {name: os.environ.get(name) for name in given}
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -121,6 +123,7 @@ def joined(place: int, count: int, device: torch.device, port: int) -> Iterator[
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
+        torch.set_num_threads(threads)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)

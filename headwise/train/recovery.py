@@ -382,7 +382,7 @@ def recover_jointly(
     """
     kind = "mla" if student.folder.is_latent else "gqa"
     process_state(device.type if device.type == "cpu" else None)  # in a group of processes it selects the GPU
-    device = torch.device(device.type)  # the Trainer has one accelerator: the process's
+    device = torch.device(device.type)  # the Trainer has one accelerator: that of the group, or the first
     teacher = Teacher(parent, device)
     return [
         _run_stage(stage, steps, rate, student, teacher, blocks, heldout, plan, work / stage, seed, progress)

@@ -157,6 +157,22 @@ def test_weights_in_memory_take_one_device(model: Path, tmp_path: Path) -> None:
         convert_model(tmp_path, tmp_path / "out", device="cpu,cpu", **options)
 
 
+class Together:
+    """Work in which the second place fails, and the first one then loses it."""
+
+    def results(self, items: Iterable[int], device: torch.device, progress: Any) -> Iterator[Any]:
+        for place in items:
+            raise HeadwiseError("The second is out of memory.") if place else RuntimeError("Connection closed.")
+        yield None
+
+
+def test_the_first_reason_is_raised_where_processes_work_together() -> None:
+    with DevicePool([CPU, CPU]) as pool:
+        assert sorted(pool.begin(Squares(), [3, 5], together=True)) == [(3, 9), (5, 25)]
+        with pytest.raises(HeadwiseError, match="The second is out of memory"):
+            list(pool.begin(Together(), range(2), together=True))
+
+
 def test_the_plan_names_the_devices(model: Path, tmp_path: Path) -> None:
     plans = [convert_model(model, tmp_path, device=d, dry_run=True, **OPTIONS) for d in ("cpu", "cpu,cpu")]
     one, two = (plan for plan in plans if isinstance(plan, Plan))

@@ -55,7 +55,7 @@ def plan_joint(
         settings: `refit` "joint" or "windows" requires a joint refit. "auto" selects one on a GPU if its forecast
             time is short and its forecast memory is free.
         devices: of the conversion; they share the sequences of a step.
-        before: the plan of the run that this one continues, as recorded; its stages stay.
+        before: the plan of the run that this one continues, as recorded: it stays; empty: that run had none.
 
     Returns:
         The steps and tokens; None: no joint refit.
@@ -121,13 +121,20 @@ def plan_joint(
     # Whoever wants no text read wants none sampled.
     textless = settings.calibrate == "none" or settings.moments is not None
     chosen = settings.refit == "auto" and device.type == "cuda" and target.calibrated and _allowed(settings)
-    if not chosen or changed or textless or checkpoint.headless:
+    without = before is not None and not before  # the run that this one continues had none
+    if not chosen or changed or textless or checkpoint.headless or without:
         return None
     try:
         plan = _plan_that_fits(checkpoint, target, settings, plan, devices, before)
     except SettingError:
         return None
-    return plan if joint_seconds(checkpoint, arch, target, plan, devices) <= REFIT_SECONDS else None
+    short = joint_seconds(checkpoint, arch, target, plan, devices) <= REFIT_SECONDS
+    return plan if short or _kept([plan], before) else None
+
+
+def _kept(plans: list[JointPlan], before: Mapping[str, Any] | None) -> list[JointPlan]:
+    """Return the plan of the run that this one continues, if it is among these."""
+    return [plan for plan in plans if asdict(plan) == before]
 
 
 def _plan_that_fits(
@@ -142,10 +149,11 @@ def _plan_that_fits(
     windows = replace(plan, windows_steps=plan.kl_steps, kl_steps=0)
     stages = [windows] if settings.refit == "windows" else [plan, windows]
     plans = [replace(each, one_by_one=alone) for each in stages for alone in (False, True)]
-    needed = [joint_memory(checkpoint, target, each, devices) for each in plans]
+    sharing = training_processes(plan, devices) if devices[0].type == "cpu" else 1
+    needed = [sharing * joint_memory(checkpoint, target, each, devices) for each in plans]
     free = min((free for free in map(available_memory, devices) if free is not None), default=None)
     fitting = [each for each, nbytes in zip(plans, needed, strict=True) if free is None or nbytes <= free]
-    for each in [each for each in plans if asdict(each) == before] + fitting:
+    for each in _kept(plans, before) + fitting:
         return each
     raise SettingError(
         "refit",
@@ -222,16 +230,17 @@ def joint_memory(checkpoint: Checkpoint, target: Target, plan: JointPlan, device
     text = stock_config(target.config).get_text_config(decoder=True)
     student = ModelShape.of(text, sum(math.prod(tensor.shape) for tensor in target.outputs))
     trained = sum(layout.num_parameters(text.hidden_size) for layout in target.layouts)
-    alone = cpu or plan.one_by_one
+    rows = plan.sequences // count
+    alone = cpu or (plan.one_by_one and rows > 1)  # a single sequence is recorded as one step
     forecast = forecast_memory(
         student,
         num_trained=trained,
-        tokens=plan.length * (1 if alone else plan.sequences // count),
+        tokens=plan.length * (1 if alone else rows),
         teacher=ModelShape.of(
             stock_config(checkpoint.config).get_text_config(decoder=True), checkpoint.num_parameters
         ),
         bf16=not cpu,
-        accumulates=alone,
+        accumulates=True,  # a recorded step keeps its gradients too
         window=None if plan.kl_steps else WINDOW,
     )
     logits = MEASURED_AT_ONCE * plan.sampled_length * student.vocab_size
@@ -293,7 +302,7 @@ def joint_notes(
         return []
     second = f"{plan.kl_steps:,} of KL to the parent"
     if plan.windows_steps:
-        whole = replace(plan, kl_steps=plan.windows_steps, windows_steps=0)
+        whole = replace(plan, kl_steps=plan.windows_steps, windows_steps=0, one_by_one=True)
         needed = joint_memory(checkpoint, target, whole, devices)
         reason = (
             "as `refit` asks"
@@ -303,6 +312,7 @@ def joint_notes(
         second = f"{plan.windows_steps:,} in windows of {WINDOW} layers, {reason}"
     count = training_processes(plan, devices)
     shared = f" {count} processes share the sequences of a step." if count > 1 else ""
+    shared += " For lack of memory they are read one after the other." if plan.one_by_one else ""
     return [
         f"Joint refit: {plan.regression_steps:,} steps of regression and {second}, on "
         f"{plan.tokens:,} tokens sampled from the parent. Sequences have {plan.length:,} tokens, and "

@@ -173,3 +173,11 @@ def test_an_interrupted_run_keeps_its_steps_on_other_devices(parent: Path, monke
         joint_plan.training_processes(plan, [torch.device("cuda")] * n) for plan in (one, two) for n in range(1, 5)
     ]
     assert counts == [1, 1, 3, 3, 1, 2, 2, 4]
+
+
+def test_auto_keeps_what_the_interrupted_run_decided(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it takes on other devices, and however short."""
+    assert plan_on(parent, monkeypatch, None) == PLAN and plan_on(parent, monkeypatch, None, before={}) is None
+    monkeypatch.setattr(joint_plan, "REFIT_SECONDS", 0.0)
+    assert plan_on(parent, monkeypatch, None) is None
+    assert plan_on(parent, monkeypatch, None, before=asdict(PLAN)) == PLAN
