@@ -49,6 +49,11 @@ class ScaledCopy:
     part: tuple[int, int] | None = None
     stack: tuple[tuple[str, ...], ...] = ()
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The source tensors, in the order of their rows."""
+        return tuple(chain.from_iterable(self.stack)) or (self.source,)
+
     def shape(self, source_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the output tensor.
 
@@ -85,7 +90,7 @@ class ScaledCopy:
         first = checkpoint.tensors[self.source].shape
         place, count = self.part or (0, 1)
         size, buffers = math.prod(first) // count, make_buffers(1)
-        for name in chain.from_iterable(self.stack) if self.stack else (self.source,):
+        for name in self.sources:
             entry = checkpoint.tensors[name]
             if entry.shape != first:
                 raise HeadwiseError(f"Tensor {name} has not the shape {first} of {self.source}.")

@@ -62,7 +62,10 @@ def test_the_lossless_form_of_a_mixture_of_experts(
     source = save_speaking(tmp_path / "model", model_type=model_type, **MOE, **more)
     if fused and model_type == "mixtral":
         fuse_experts(source)
-    convert_model(source, tmp_path / "out", to="mla", exact=True)
+    done: Any = convert_model(source, tmp_path / "out", to="mla", exact=True)
+    dropped = [each for each in done.plan.actions if each.action == "drop" and "expert" in each.name]
+    assert bool(dropped) == (model_type == "mixtral" and not fused)
+    assert all(each.reason.startswith("becomes model.layers.") for each in dropped)
     tokens = torch.arange(24).view(2, 12) + 7
     with torch.inference_mode():
         expected, logits = (load(folder)(input_ids=tokens).logits for folder in (source, tmp_path / "out"))

@@ -182,6 +182,7 @@ class LatentTarget:
         attention = [n for i in layers for n in (*arch.tensor_names(config, i), self._o_bias_name(i))]
         copies = mla_source.plan_scaled_copies(self.rule, checkpoint.tensors, attention)
         self.scaled: Mapping[str, mla_source.ScaledCopy] = {copy.name: copy for copy in copies}
+        self._carried = {source: copy.name for copy in copies for source in copy.sources}
         self._shapes = deepseek.attention_shapes(layout, self._hidden_size, bias=bias, q_lora_rank=self.q_lora_rank)
         if layout.indexer and self.q_lora_rank:
             self._shapes |= indexer_tensor_shapes(layout.indexer, self._hidden_size, self.q_lora_rank)
@@ -197,6 +198,8 @@ class LatentTarget:
         if copy is None:
             part = name.rpartition(".")[0].rpartition(".")[2]
             held = "held by its factors" if self._was_latent else "held by the latent"
+            if name in self._carried:
+                held = f"becomes {self._carried[name]}"
             return EXPLAINED.get(part, "attention of DeepSeek") if name in self._written else held
         reasons = ["experts stacked"] if copy.stack else []
         if name == mla_source.HEAD and copy.source == mla_source.EMBEDDING:
