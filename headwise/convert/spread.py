@@ -207,7 +207,7 @@ def _help(connection: Connection, counter: Any, name: str, threads: int, _kinds:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
-        return  # the first process is dead, or says what an interrupted run keeps
+        return  # the first process is dead, or reports what an interrupted run keeps
     except Exception as error:
         try:
             connection.send(_Failure(error, traceback.format_exc()))

@@ -198,7 +198,7 @@ def _refuse_unloadable(checkpoint: Checkpoint, arch: AttentionModel, found: Stoc
 
 
 def _refuse_experts(checkpoint: Checkpoint, arch: AttentionModel, found: StockMatch) -> None:
-    """Raise HeadwiseError if experts are incomplete, differ in shape, or are not as many as config.json says."""
+    """Raise HeadwiseError if experts are incomplete, differ in shape, or are not as many as config.json counts."""
     # By the module with stars for layers, and by the end of the name: the name for each module and expert.
     stacks: dict[str, dict[str, dict[tuple[str, int], str]]] = {}
     for name, place in found.places.items():

@@ -305,7 +305,7 @@ def joint_notes(
         whole = replace(plan, kl_steps=plan.windows_steps, windows_steps=0, one_by_one=True)
         needed = joint_memory(checkpoint, target, whole, devices)
         reason = (
-            "as `refit` asks"
+            "as `refit` sets"
             if settings.refit == "windows"
             else f"because a backward pass through the whole model takes about {size(needed)} of memory"
         )

@@ -18,36 +18,13 @@ from headwise.convert.pipeline import ConvertResult, convert_model
 from headwise.convert.refit import joint, joint_plan
 from headwise.io.reader import open_checkpoint
 from headwise.train import recovery
-from headwise.train.recovery import JointPlan
-from tests import small_parents
+from tests.convert.refit.conftest import PLAN
 from tests.convert.speaking import save_speaking
 
-# Text is sampled in pieces of half a sequence.
-PLAN = JointPlan(
-    tokens=32 * 24,
-    regression_steps=6,
-    kl_steps=4,
-    sequences=4,
-    length=32,
-    sampled_length=32,
-    repeats=0.0,
-    heldout=4,
-)
 TARGETS: dict[str, dict[str, Any]] = {
     "mqa": {"to": "mqa"},
     "mla": {"to": "mla", "rank": 12, "rope_dim": 4},
 }
-
-
-@pytest.fixture(autouse=True)
-def small_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joint_plan, "CPU_PLAN", PLAN)
-    monkeypatch.setattr(joint_plan, "GPU_PLAN", PLAN)
-
-
-@pytest.fixture(scope="module")
-def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_parents.parent(tmp_path_factory.mktemp("joint") / "parent", max_position_embeddings=32)
 
 
 def convert(parent: Path, out: Path, kind: str, **settings: Any) -> ConvertResult:

@@ -17,30 +17,7 @@ from headwise.errors import SettingError
 from headwise.io.reader import open_checkpoint
 from headwise.models.protocol import find_attention_model
 from headwise.train.recovery import JointPlan
-from tests import small_parents
-
-# Text is sampled in pieces of half a sequence.
-PLAN = JointPlan(
-    tokens=32 * 24,
-    regression_steps=6,
-    kl_steps=4,
-    sequences=4,
-    length=32,
-    sampled_length=32,
-    repeats=0.0,
-    heldout=4,
-)
-
-
-@pytest.fixture(autouse=True)
-def small_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joint_plan, "CPU_PLAN", PLAN)
-    monkeypatch.setattr(joint_plan, "GPU_PLAN", PLAN)
-
-
-@pytest.fixture(scope="module")
-def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_parents.parent(tmp_path_factory.mktemp("joint") / "parent", max_position_embeddings=32)
+from tests.convert.refit.conftest import PLAN
 
 
 def test_more_text_takes_larger_steps_and_more_of_them() -> None:
@@ -125,7 +102,7 @@ def test_windows_replace_kl_where_the_whole_backward_pass_does_not_fit(
 
 
 @pytest.mark.parametrize(
-    ("refit", "reason"), [("joint", "because a backward pass"), ("windows", "as `refit` asks")]
+    ("refit", "reason"), [("joint", "because a backward pass"), ("windows", "as `refit` sets")]
 )
 def test_the_plan_says_why_it_trains_in_windows(
     parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refit: str, reason: str
