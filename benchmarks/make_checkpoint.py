@@ -1,6 +1,8 @@
-"""Make a checkpoint with Llama-2-7B's shapes and random weights: 13.5 GB in bfloat16, in three-gigabyte shards.
+"""Make a checkpoint with the shapes of Llama 2 and random weights, in shards of three gigabytes of bfloat16.
 
-    python benchmarks/make_checkpoint.py OUT [--layers 32] [--device cuda]
+    python benchmarks/make_checkpoint.py OUT [--shape 7b] [--layers 32] [--device cuda]
+
+The shape 7b has 13.5 GB; two layers of 70b have 4.5 GB.
 
 One tensor is in memory at a time.
 """
@@ -20,33 +22,51 @@ from headwise.io.writer import OutputTensor, Writer
 TOKENIZER = Path(headwise.__file__).parent / "demo" / "model"
 
 
-def llama_2_7b(layers: int = 32) -> LlamaConfig:
-    return LlamaConfig(
+SHAPES = {
+    "7b": dict(
         hidden_size=4096,
         intermediate_size=11008,
-        num_hidden_layers=layers,
+        num_hidden_layers=32,
         num_attention_heads=32,
         num_key_value_heads=32,
+    ),
+    "70b": dict(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    ),
+}
+
+
+def llama_2(shape: str, layers: int | None = None) -> LlamaConfig:
+    """Return the configuration of a shape, with another number of layers where one is given."""
+    config = LlamaConfig(
+        **SHAPES[shape],
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
         vocab_size=32000,
         architectures=["LlamaForCausalLM"],
         dtype=torch.bfloat16,
     )
+    if layers:
+        config.num_hidden_layers = layers
+    return config
 
 
-def make(out: Path, layers: int = 32, seed: int = 0, device: str = "cpu") -> Path:
+def make(out: Path, shape: str, layers: int | None = None, seed: int = 0, device: str = "cpu") -> Path:
     """Write the checkpoint; weights are normal with the deviation that Llama starts from, norms are ones.
 
     A GPU draws them faster than a CPU, and draws others.
     """
-    config = llama_2_7b(layers)
+    config = llama_2(shape, layers)
     with torch.device("meta"):
         shapes = LlamaForCausalLM(config).state_dict()
     outputs = [OutputTensor(name, torch.bfloat16, tuple(tensor.shape)) for name, tensor in shapes.items()]
     random = torch.Generator(device).manual_seed(seed)
     with Writer(
-        out, outputs, identity={"layers": layers, "seed": seed, "device": device}, max_shard_size="3GB"
+        out, outputs, identity={"shape": shape, "layers": layers, "seed": seed, "device": device}, max_shard_size="3GB"
     ) as writer:
         for output in outputs:
             tensor = torch.ones(output.shape, device=device)
@@ -63,7 +83,8 @@ def make(out: Path, layers: int = 32, seed: int = 0, device: str = "cpu") -> Pat
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--shape", choices=SHAPES, default="7b")
+    parser.add_argument("--layers", type=int, help="in place of those of the shape")
     parser.add_argument("--device", default="cpu", help="a GPU draws the weights faster")
     arguments = parser.parse_args()
-    print(make(arguments.out, arguments.layers, device=arguments.device))
+    print(make(arguments.out, arguments.shape, arguments.layers, device=arguments.device))

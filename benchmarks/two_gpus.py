@@ -149,7 +149,7 @@ def lines(output: str) -> list[dict[str, Any]]:
 # Conversion
 
 
-def convert_once(model: str, out: str, target: dict[str, Any], device: str) -> None:
+def convert_once(model: str, out: str, settings: dict[str, Any]) -> None:
     """Convert, and print seconds and memory by stage and the forecast; to stderr each stage when it begins.
 
     Processor seconds show what each process does where several share the processor.
@@ -181,10 +181,9 @@ def convert_once(model: str, out: str, target: dict[str, Any], device: str) -> N
         def finish(self) -> None:
             self.stage("")
 
-    options: dict[str, Any] = {**target, "refit": "off", "device": device}
-    plan: Any = convert_model(model, out, dry_run=True, **options)
+    plan: Any = convert_model(model, out, dry_run=True, **settings)
     clock = Clock()
-    convert_model(model, out, progress=clock, **options)
+    convert_model(model, out, progress=clock, **settings)
     seconds = time.perf_counter() - clock.start
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     result = {"seconds": seconds, "stages": clock.stages, "forecast": plan.seconds}
@@ -439,13 +438,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="after which all is ended; default: by the layers")
     parser.add_argument("--convert", nargs=2, metavar=("MODEL", "OUT"), help="a conversion, as a part starts it")
     parser.add_argument("--groups", type=int, help="of `--convert`: GQA with so many KV heads")
+    parser.add_argument("--more", type=json.loads, default={}, metavar="JSON", help="of `--convert`: more settings")
     parser.add_argument("--mla", nargs=2, type=int, metavar=("RANK", "ROPE_DIM"), help="of `--convert`: MLA")
     options = parser.parse_args()
     if options.convert:
         rank, rope_dim = options.mla or (None, None)
         mla = {"to": "mla", "rank": rank, "rope_dim": rope_dim}
         target = mla if options.mla else {"to": "gqa", "groups": options.groups}
-        convert_once(*options.convert, target, options.device)
+        convert_once(*options.convert, {**target, "refit": "off", "device": options.device, **options.more})
         return
     options.work = options.work.resolve()
     options.work.mkdir(parents=True, exist_ok=True)
