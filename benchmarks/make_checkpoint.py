@@ -65,9 +65,8 @@ def make(out: Path, shape: str, layers: int | None = None, seed: int = 0, device
         shapes = LlamaForCausalLM(config).state_dict()
     outputs = [OutputTensor(name, torch.bfloat16, tuple(tensor.shape)) for name, tensor in shapes.items()]
     random = torch.Generator(device).manual_seed(seed)
-    with Writer(
-        out, outputs, identity={"shape": shape, "layers": layers, "seed": seed, "device": device}, max_shard_size="3GB"
-    ) as writer:
+    identity = {"shape": shape, "layers": layers, "seed": seed, "device": device}
+    with Writer(out, outputs, identity=identity, max_shard_size="3GB") as writer:
         for output in outputs:
             tensor = torch.ones(output.shape, device=device)
             if len(output.shape) > 1:

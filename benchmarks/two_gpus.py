@@ -23,11 +23,14 @@ import os
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -149,6 +152,28 @@ def lines(output: str) -> list[dict[str, Any]]:
 # Conversion
 
 
+class Watch(threading.Thread):
+    """Sample this process and the GPU five times a second: memory of the host without mapped files, busy share."""
+
+    def __init__(self, gpu: bool) -> None:
+        super().__init__(daemon=True)
+        self.gpu, self.host = gpu, 0.0
+        self.shares: list[int] = []
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        import torch
+
+        status = Path("/proc/self/status")
+        while not self.done.wait(0.2):
+            fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+            own = sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) / 1e6
+            self.host = max(self.host, own)
+            if self.gpu:
+                with suppress(ModuleNotFoundError):  # pynvml reads the share; without it, it is unknown
+                    self.shares.append(torch.cuda.utilization())
+
+
 def convert_once(model: str, out: str, settings: dict[str, Any]) -> None:
     """Convert, and print seconds and memory by stage and the forecast; to stderr each stage when it begins.
 
@@ -182,12 +207,16 @@ def convert_once(model: str, out: str, settings: dict[str, Any]) -> None:
             self.stage("")
 
     plan: Any = convert_model(model, out, dry_run=True, **settings)
-    clock = Clock()
+    clock, watch = Clock(), Watch(str(settings["device"]).startswith("cuda"))
+    watch.start()
     convert_model(model, out, progress=clock, **settings)
+    watch.done.set()
     seconds = time.perf_counter() - clock.start
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     result = {"seconds": seconds, "stages": clock.stages, "forecast": plan.seconds}
-    result |= {"GB of the GPU by stage": clock.peaks, "GB of the host": round(host, 2)}
+    result |= {"GB of the GPU by stage": clock.peaks, "GB of the host": round(watch.host, 2)}
+    result |= {"GB of the host with mapped files": round(host, 2)}
+    result |= {"busy share of the GPU, percent": round(statistics.fmean(watch.shares or [0]), 1)}
     # Of the first process, its threads included, and of the processes of the other devices.
     further = resource.getrusage(resource.RUSAGE_CHILDREN)
     result |= {"processor seconds": clock.processor, "of other processes": further.ru_utime + further.ru_stime}
