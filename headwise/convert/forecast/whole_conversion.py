@@ -103,6 +103,9 @@ def forecast_conversion(
     if joint:
         stages["joint refit"] = joint_seconds(checkpoint, arch, target, joint, trained_on)
     stages["files"] = checkpoint.nbytes / FILE_RATE
+    if device.type == "cuda":  # most tensors are copied by the host while the GPU converts layers
+        beside = sum(stages.get(name, 0.0) for name in ("layers", "indexers", "refit"))
+        stages["files"] = max(0.0, stages["files"] - beside)
     if losses is not None:
         stages["losses"] = losses + share * (damage or 0.0)
     return max(peak, whole), {stage: round(seconds, 1) for stage, seconds in stages.items()}

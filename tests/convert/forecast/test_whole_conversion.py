@@ -1,4 +1,4 @@
-"""The forecast of a conversion: what is in memory at once."""
+"""The forecast of a conversion: what is in memory at once, and what takes time at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from headwise.convert.calibration.calibration_plan import CalibrationPlan
 from headwise.convert.choose import choose_target
-from headwise.convert.forecast import stage_seconds
+from headwise.convert.forecast import stage_seconds, whole_conversion
 from headwise.convert.forecast.peak_memory import peak_memory
 from headwise.convert.forecast.whole_conversion import forecast_conversion
 from headwise.convert.settings import ConvertSettings
@@ -32,3 +32,19 @@ def test_images_take_the_whole_model_in_float32(
     where = torch.device(device)
     peak, _ = forecast_conversion(parent, arch, target, settings, pairs, None, [where], where)
     assert peak == peak_memory(parent, arch, target, pairs, where) + 4 * parent.num_parameters
+
+
+def test_files_are_copied_while_a_gpu_converts_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = open_checkpoint(tiny_models.save("llama", tmp_path / "model"))
+    arch = find_architecture(parent.config, parent.tensors)
+    settings = ConvertSettings(to="mqa", calibrate="none", verify=False)
+    target = choose_target(parent, arch, settings)
+
+    def forecast(device: str, seconds: float) -> float:
+        monkeypatch.setattr(whole_conversion, "closed_form_seconds", lambda *_: seconds)
+        where = torch.device(device)
+        return forecast_conversion(parent, arch, target, settings, None, None, [where], where)[1]["files"]
+
+    monkeypatch.setattr(whole_conversion, "FILE_RATE", parent.nbytes / 10)
+    assert [forecast("cpu", seconds) for seconds in (0.0, 4.0, 40.0)] == [10.0, 10.0, 10.0]
+    assert [forecast("cuda", seconds) for seconds in (0.0, 4.0, 40.0)] == [10.0, 6.0, 0.0]
