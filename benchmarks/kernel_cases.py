@@ -58,6 +58,10 @@ CASES = [
     Case("MLA 32 heads 512+64, batch 1, 32,768", 32, 512, 64, batch=1, context=32768),
     Case("MLA 32 heads 512+64, pages of 64", 32, 512, 64, page=64),
     Case("MLA 32 heads 512+64, 2 queries", 32, 512, 64, queries=2),
+    Case("MLA odd shape: 24 heads 384+32", 24, 384, 32),
+    Case("MLA odd shape: 12 heads 160+64", 12, 160, 64),
+    Case("MLA odd shape: 40 heads 320+64", 40, 320, 64),
+    Case("MLA odd shape: 6 heads 96+32", 6, 96, 32),
     *(
         Case(
             f"selection, MLA 32 heads {rank}+64: {named} of {context:,}",

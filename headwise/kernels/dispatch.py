@@ -47,16 +47,18 @@ def supports_triton(q: Tensor, head_dim: int, rope_dim: int, value_dim: int) -> 
     return HAS_TRITON and q.is_cuda and half and head_dim % 16 == 0 and rope_dim % 16 == 0 and value_dim % 16 == 0
 
 
-def uses_hopper_kernel(q: Tensor, value_dim: int) -> bool:
+def uses_hopper_kernel(q: Tensor, value_dim: int, *, is_latent: bool) -> bool:
     """Return whether the backend "triton" runs the kernel for Hopper.
 
     Args:
         q: a query tensor on CUDA.
         value_dim: numbers of a value.
+        is_latent: whether the values are a latent (MLA), which is padded where needed.
     """
     from headwise.kernels.decode import tiling
 
-    return tiling.hopper is not None and value_dim % 64 == 0 and tiling.card_of(q.device.index).capability[0] == 9
+    fits = is_latent or value_dim % 64 == 0
+    return tiling.hopper is not None and fits and tiling.card_of(q.device.index).capability[0] == 9
 
 
 def backend_error(operation: str, backend: str, reason: str) -> HeadwiseError:

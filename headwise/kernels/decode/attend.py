@@ -13,7 +13,16 @@ from headwise.cuda import current
 from headwise.errors import HeadwiseError
 from headwise.kernels.decode import portable
 from headwise.kernels.decode.latent_fp8 import BLOCK
-from headwise.kernels.decode.tiling import Config, card_of, choose_splits, choose_tiles, chunks, hopper, hopper_fp8
+from headwise.kernels.decode.tiling import (
+    Config,
+    card_of,
+    choose_splits,
+    choose_tiles,
+    chunks,
+    hopper,
+    hopper_fp8,
+    latent_chunks,
+)
 
 NO_WINDOW = 2**30
 
@@ -164,8 +173,11 @@ def launch_attend(
         scale * math.log2(math.e), *strides, queries, per_group, capacity, window or NO_WINDOW,
     )  # fmt: skip
     widest = BLOCK if fp8 else None
+    head, value = chunks(head_dim, widest), chunks(value_dim, widest)
+    if config.hopper and not fp8 and v is k:
+        head = value = latent_chunks(head_dim)
     options: dict[str, Any] = dict(
-        HEAD=chunks(head_dim, widest), ROPE=chunks(rope_dim), VALUE=chunks(value_dim, widest), VALUE_IS_KEY=v is k,
+        HEAD=head, ROPE=chunks(rope_dim), VALUE=value, VALUE_IS_KEY=v is k,
         ROWS=config.rows, KEYS=config.keys, PAGE=page, STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
     grid = (num_splits, groups * row_tiles, batch)

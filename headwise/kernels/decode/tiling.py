@@ -98,6 +98,28 @@ def chunks(width: int, widest: int | None = None) -> tuple[tuple[int, int], ...]
     return tuple(pieces)
 
 
+def latent_chunks(width: int) -> tuple[tuple[int, ...], ...]:
+    """Return `chunks` of a latent for `hopper.attend`, whose last piece is padded to 64 columns.
+
+    A padded piece has a third number, the columns that exist: 160 -> (0, 128), (128, 64, 32).
+
+    Args:
+        width: of the latent.
+    """
+    *whole, (start, piece) = chunks(padded(width))
+    exist = width - start
+    return (*whole, (start, piece) if exist == piece else (start, piece, exist))
+
+
+def padded(width: int) -> int:
+    """Return the columns of a latent of some width in the shared memory of `hopper.attend`.
+
+    Args:
+        width: of the latent.
+    """
+    return -(-width // 64) * 64
+
+
 @cache
 def choose_tiles(
     card: Card, rows: int, head_dim: int, rope_dim: int, value_dim: int, value_is_key: bool, fp8: bool = False
@@ -120,23 +142,37 @@ def choose_tiles(
         config = _fp8_tiles(card, min(32, max(8, power)), head_dim, rope_dim)
         if config is not None:
             return config
-    if not fp8 and card.capability[0] == 9 and hopper is not None and value_dim % 64 == 0:
-        tile = min(32, max(8, power))
-        while tile * value_dim > 32 * 512:
-            tile //= 2
-        # Measured order of preference: more rows to a tile of keys, then longer tiles, then a third stage.
-        for consumers in (2, 1) if rows > tile else (1,):
-            for keys in (128, 64) if tile >= 16 else (64,):
-                stages = 3 if keys * row_bytes <= 49152 else 2
-                shared = stages * keys * row_bytes + consumers * tile * (query_bytes + 2 * keys) + 2048
-                if shared <= card.shared_memory:
-                    two = tile == 8 and 2 * shared <= card.shared_memory
-                    return Config(True, tile, keys, 4, stages, consumers, 2 if two else 1, 128 if two else None)
+    if not fp8 and card.capability[0] == 9 and hopper is not None and (value_is_key or value_dim % 64 == 0):
+        config = _hopper_tiles(card, rows, head_dim, rope_dim, value_dim, value_is_key)
+        if config is not None:
+            return config
     tile = min(32 if value_dim > 256 else 64, max(16, power))
     keys = 64 if row_bytes <= 512 else 32
     while keys > 16 and 2 * keys * row_bytes + tile * query_bytes > card.shared_memory:
         keys //= 2
     return Config(False, tile, keys, 8 if tile * value_dim >= 32 * 256 else 4, 2)
+
+
+def _hopper_tiles(
+    card: Card, rows: int, head_dim: int, rope_dim: int, value_dim: int, value_is_key: bool
+) -> Config | None:
+    """Return the tiles of `hopper.attend`; None: the card has no room for two tiles of 64 keys."""
+    if value_is_key:
+        head_dim = value_dim = padded(head_dim)
+    row_bytes = 2 * (head_dim + rope_dim + (0 if value_is_key else value_dim))
+    query_bytes = 2 * (head_dim + rope_dim)
+    tile = min(32, max(8, 1 << (rows - 1).bit_length()))
+    while tile * value_dim > 32 * 512:
+        tile //= 2
+    # Measured order of preference: more rows to a tile of keys, then longer tiles, then a third stage.
+    for consumers in (2, 1) if rows > tile else (1,):
+        for keys in (128, 64) if tile >= 16 else (64,):
+            stages = 3 if keys * row_bytes <= 49152 else 2
+            shared = stages * keys * row_bytes + consumers * tile * (query_bytes + 2 * keys) + 2048
+            if shared <= card.shared_memory:
+                two = tile == 8 and 2 * shared <= card.shared_memory
+                return Config(True, tile, keys, 4, stages, consumers, 2 if two else 1, 128 if two else None)
+    return None
 
 
 def _fp8_tiles(card: Card, rows: int, head_dim: int, rope_dim: int) -> Config | None:

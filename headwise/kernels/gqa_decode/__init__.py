@@ -59,7 +59,7 @@ def gqa_decode(
         raise backend_error("gqa_decode", name, "it needs one query token on a full contiguous cache, without LSE")
     # Measured: on Hopper this kernel is never slower than torch's; elsewhere torch's is faster where it can run.
     if plain and not with_lse:
-        torch_is_faster = name == "auto" and has_triton and not uses_hopper_kernel(q, v.shape[-1])
+        torch_is_faster = name == "auto" and has_triton and not uses_hopper_kernel(q, v.shape[-1], is_latent=False)
         if name == "sdpa" or torch_is_faster:
             return _sdpa(q, k, v, scale), None
     if name != "reference" and has_triton:

@@ -21,7 +21,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from headwise.kernels.decode import hopper, hopper_fp8, portable
 from headwise.kernels.decode.latent_fp8 import BLOCK
-from headwise.kernels.decode.tiling import Card, choose_tiles, chunks
+from headwise.kernels.decode.tiling import Card, choose_tiles, chunks, latent_chunks
 
 CARDS = {90: Card((9, 0), 132, 232448), 89: Card((8, 9), 128, 101376), 80: Card((8, 0), 108, 166912)}
 # Capability, query rows, key, rotary and value width, MLA, page size; FP8: a latent in e4m3.
@@ -30,6 +30,8 @@ SHAPES: dict[str, tuple[Any, ...]] = {
     "sm_90 MLA 28 heads 448+64, pages": (90, 28, 448, 64, 448, True, 16),
     "sm_90 MLA 9 heads 192+64": (90, 9, 192, 64, 192, True, 0),
     "sm_90 MLA 32 heads 128+64": (90, 32, 128, 64, 128, True, 0),
+    "sm_90 MLA 12 heads 160+64": (90, 12, 160, 64, 160, True, 0),
+    "sm_90 MLA 6 heads 96+32, pages": (90, 6, 96, 32, 96, True, 16),
     "sm_90 MLA 128 heads 512+64": (90, 128, 512, 64, 512, True, 0),
     "sm_90 GQA groups of 7 x64": (90, 7, 64, 0, 64, False, 0),
     "sm_90 GQA groups of 4 x128, pages": (90, 4, 128, 0, 128, False, 16),
@@ -54,8 +56,11 @@ def compile_kernel(
     if config.hopper:
         kernel = hopper_fp8.attend if fp8 else hopper.attend
     widest = BLOCK if fp8 else None
+    columns: tuple[Any, Any] = (chunks(head, widest), chunks(value, widest))
+    if config.hopper and latent and not fp8:
+        columns = (latent_chunks(head), latent_chunks(value))
     constants: dict[str, Any] = dict(
-        HEAD=chunks(head, widest), ROPE=chunks(rope), VALUE=chunks(value, widest), VALUE_IS_KEY=latent,
+        HEAD=columns[0], ROPE=chunks(rope), VALUE=columns[1], VALUE_IS_KEY=latent,
         ROWS=config.rows, KEYS=config.keys, PAGE=page, STAGES=config.stages, Starts=None,
     )  # fmt: skip
     if config.hopper:

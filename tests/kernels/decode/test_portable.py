@@ -7,7 +7,6 @@ import pytest
 from tests.kernels.decode.budgets import Budget, check_budget, compile_shapes
 
 BUDGETS = {
-    "sm_90 MLA 32 heads 208+48": Budget(255, 0, 88100, "wgmma", 28),
     "sm_89 MLA 14 heads 256+32, pages": Budget(154, 0, 31900, "mma", 52),
     "sm_89 MLA 14 heads 256+32, FP8": Budget(168, 0, 20800, "mma", 52),
     "sm_80 MLA 14 heads 512+64": Budget(176, 0, 63500, "mma", 88),

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headwise.kernels.decode.tiling import Card, card_of, choose_splits, choose_tiles, chunks
+from headwise.kernels.decode.tiling import Card, card_of, choose_splits, choose_tiles, chunks, latent_chunks, padded
 
 HOPPER = Card((9, 0), 132, 232448)
 CARDS = [HOPPER, Card((8, 0), 108, 166912), Card((8, 9), 128, 101376), Card((12, 0), 170, 101376)]
@@ -37,6 +37,17 @@ def test_an_amd_card_is_not_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not choose_tiles(amd, 32, 512, 64, 512, True).hopper
 
 
+@given(widths)
+def test_chunks_of_a_latent_are_padded_to_64_columns(width: int) -> None:
+    pieces = latent_chunks(width)
+    assert sum(piece[1] for piece in pieces) == padded(width) < width + 64
+    assert all(piece[1] >= 64 for piece in pieces)
+    exist = [piece[2] if len(piece) == 3 else piece[1] for piece in pieces]
+    assert sum(exist) == width
+    assert all(len(piece) == 2 for piece in pieces[:-1])
+    assert (len(pieces[-1]) == 3) == (width % 64 != 0)
+
+
 def test_chunks_of_448_have_no_padding() -> None:
     assert chunks(448) == ((0, 256), (256, 128), (384, 64))
 
@@ -45,15 +56,16 @@ def test_chunks_of_448_have_no_padding() -> None:
 def test_tiles_fit_the_card(card: Card, rows: int, width: int, rope: int, latent: bool) -> None:
     config = choose_tiles(card, rows, width, rope, width, latent)
     assert config.rows & (config.rows - 1) == 0
-    exact = card is HOPPER and width % 64 == 0
+    exact = card is HOPPER and (latent or width % 64 == 0)
     assert exact or not config.hopper
+    columns = padded(width) if latent and config.hopper else width
     # Separate keys and values wider than this leave no room for two tiles of 64 keys.
     assert config.hopper or not exact or (not latent and width > 256)
     if config.hopper:
-        row_bytes = 2 * (width + rope + (0 if latent else width))
-        queries = config.consumers * config.rows * 2 * (width + rope + config.keys)
+        row_bytes = 2 * (columns + rope + (0 if latent else width))
+        queries = config.consumers * config.rows * 2 * (columns + rope + config.keys)
         assert config.resident * (config.stages * config.keys * row_bytes + queries) <= card.shared_memory
-        assert config.rows * width <= 32 * 512
+        assert config.rows * columns <= 32 * 512
 
 
 @given(st.integers(1, 256), widths, st.integers(0, 8).map(lambda n: 16 * n))

@@ -110,7 +110,7 @@ def step(page_size: int = 1, **batch: Any) -> SimpleNamespace:
 
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the kernel's way; on a CPU `mla_decode` then computes the reference."""
-    monkeypatch.setattr(common, "uses_hopper_kernel", lambda *_: True)
+    monkeypatch.setattr(common, "uses_hopper_kernel", lambda *_, **__: True)
     monkeypatch.setattr(common, "supports_triton", lambda *_: True)
 
 
