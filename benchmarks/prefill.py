@@ -1,8 +1,8 @@
 """Prefill of converted MLA on one GPU: torch's attention beside FlashAttention 3: `python benchmarks/prefill.py`.
 
 headwise has no prefill kernel: the model's own attention reads prompts. This shows what that costs at the head
-widths that conversions write, whole prompts and chunks (the last queries of a longer prompt). FlashAttention 3 comes
-from `flash_attn_interface`, or from vLLM. One JSON line for each case: the median time of a call in
+widths that conversions write, for whole prompts and for chunks (the last queries of a longer one). FlashAttention
+3 comes from `flash_attn_interface`, or from vLLM. One JSON line for each case: the median time of a call in
 microseconds. An implementation that is wrong by more than 1e-2 against float32, or that does not serve a case,
 prints that in place of a time.
 """
