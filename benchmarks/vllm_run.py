@@ -31,7 +31,8 @@ def run_vllm(
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM, SamplingParams
 
-    model = LLM(model=folder, max_model_len=2 * LENGTH, enforce_eager=True, seed=0, max_num_seqs=16, **more)
+    usual = {"max_model_len": 2 * LENGTH, "enforce_eager": True, "seed": 0, "max_num_seqs": 16}
+    model = LLM(model=folder, **(usual | more))
     greedy = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
     written = model.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy)
     scoring = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--dtype", default="bfloat16", help="of vLLM")
-    parser.add_argument("--more", type=json.loads, default={}, help="JSON object: further arguments of vLLM")
+    parser.add_argument("--more", type=json.loads, default={}, help="JSON object: arguments of vLLM")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of transformers")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
