@@ -8,12 +8,15 @@ from typing import Any
 from vllm.v1.attention.backends.mla.prefill.base import MLADimensions
 from vllm.v1.attention.backends.mla.prefill.flash_attn import FlashAttnPrefillBackend, flash_attn_varlen_func
 
-# The head dims of FlashAttention 2 are multiples of 8 up to 256.
+# The head dims of FlashAttention 2 and 3 are multiples of 8 up to 256.
 MULTIPLE, WIDEST = 8, 256
 
 
 class AnyHeadsPrefillBackend(FlashAttnPrefillBackend):  # type: ignore[misc]
-    """The stock backend where it has the head dims, else FlashAttention 2 on values padded to the width of keys."""
+    """The stock backend where it has the head dims, else FlashAttention on values padded to the width of keys.
+
+    FlashAttention 3 runs where vLLM chooses it (Hopper), and 2 elsewhere: 4 has few head dims.
+    """
 
     @classmethod
     def supports_mla_dimensions(cls, mla_dimensions: MLADimensions) -> bool:
@@ -34,6 +37,7 @@ class AnyHeadsPrefillBackend(FlashAttnPrefillBackend):  # type: ignore[misc]
             v_head_dim=self.v_head_dim,
         )
         if not super().supports_mla_dimensions(dimensions):
-            self.vllm_flash_attn_version = 2
-            self.flash_attn_varlen_func = functools.partial(flash_attn_varlen_func, fa_version=2)
+            if self.vllm_flash_attn_version != 3:
+                self.vllm_flash_attn_version = 2
+                self.flash_attn_varlen_func = functools.partial(flash_attn_varlen_func, fa_version=2)
             self.requires_v_padding = True

@@ -5,6 +5,7 @@ vLLM does not import without its compiled operators, so these classes were writt
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import dataclass
 from enum import Enum
@@ -80,6 +81,10 @@ class MLADimensions:
     v_head_dim: int
 
 
+# The version that vLLM chooses for the card; None: no kernel of its own.
+FLASH_ATTENTION: int | None = 3
+
+
 class FlashAttnPrefillBackend:
     @classmethod
     def supports_mla_dimensions(cls, mla_dimensions: MLADimensions) -> bool:
@@ -92,11 +97,11 @@ class FlashAttnPrefillBackend:
     def __init__(self, qk_nope_head_dim: int, qk_rope_head_dim: int, v_head_dim: int) -> None:
         self.qk_nope_head_dim, self.qk_rope_head_dim = qk_nope_head_dim, qk_rope_head_dim
         self.v_head_dim = v_head_dim
-        self.vllm_flash_attn_version, self.requires_v_padding = 3, False
-        self.flash_attn_varlen_func: Any = flash_attn_varlen_func
+        self.vllm_flash_attn_version, self.requires_v_padding = FLASH_ATTENTION, False
+        self.flash_attn_varlen_func: Any = functools.partial(flash_attn_varlen_func, FLASH_ATTENTION)
 
 
-def flash_attn_varlen_func(fa_version: int) -> int:
+def flash_attn_varlen_func(fa_version: int | None) -> int | None:
     return fa_version
 
 
