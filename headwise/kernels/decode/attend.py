@@ -173,7 +173,8 @@ def launch_attend(
         scale * math.log2(math.e), *strides, queries, per_group, capacity, window or NO_WINDOW,
     )  # fmt: skip
     widest = BLOCK if fp8 else None
-    head, value = chunks(head_dim, widest), chunks(value_dim, widest)
+    head: Any = chunks(head_dim, widest)
+    value: Any = chunks(value_dim, widest)
     if config.hopper and not fp8 and v is k:
         head = value = latent_chunks(head_dim)
     options: dict[str, Any] = dict(

@@ -18,6 +18,8 @@ class AnyHeadsPrefillBackend(FlashAttnPrefillBackend):  # type: ignore[misc]
     FlashAttention 3 runs where vLLM chooses it (Hopper), and 2 elsewhere: 4 has few head dims.
     """
 
+    vllm_flash_attn_version: int | None
+
     @classmethod
     def supports_mla_dimensions(cls, mla_dimensions: MLADimensions) -> bool:
         """Return whether prefill can run.
