@@ -60,7 +60,7 @@ def test_deepseeks_own_shape_loads_everywhere() -> None:
 @pytest.mark.parametrize(
     ("changes", "engine", "verdict", "word"),
     [
-        (dict(kv_lora_rank=448), "vllm", "command", "Triton"),
+        (dict(kv_lora_rank=448), "vllm", "loads", "FlashAttention"),
         (dict(kv_lora_rank=300), "vllm", "no", "320, 512 and 576"),
         (dict(kv_lora_rank=300), "sglang", "command", "Triton"),
         (dict(v_head_dim=64), "sglang", "command", "fa3"),
