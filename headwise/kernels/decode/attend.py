@@ -21,6 +21,7 @@ from headwise.kernels.decode.tiling import (
     chunks,
     hopper,
     hopper_fp8,
+    hopper_wide,
     latent_chunks,
 )
 
@@ -93,6 +94,16 @@ def _can_copy(cache: Tensor) -> bool:
     return cache.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides)
 
 
+def copyable(q: Tensor) -> Tensor:
+    """Return queries that `hopper_wide` can copy 16 bytes at a time; Triton looks for strides of multiples of 16.
+
+    Args:
+        q: (batch, queries, heads, width), the last dimension dense.
+    """
+    aligned = q.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in q.stride()[:3])
+    return q if aligned else q.clone(memory_format=torch.contiguous_format)
+
+
 def launch_attend(
     q: Tensor,
     q_rope: Tensor | None,
@@ -142,8 +153,10 @@ def launch_attend(
         if fp8 and not (_can_copy(k) and (k_rope is None or _can_copy(k_rope))):
             card = replace(card, capability=min(card.capability, (8, 9)))
         config = choose_tiles(card, queries * per_group, head_dim, rope_dim, value_dim, v is None, fp8)
-    # The consumers of FP8 keys share their rows.
-    row_tiles = -(-queries * per_group // (config.rows * (1 if fp8 else config.consumers)))
+    if config.wide:
+        q, q_rope = copyable(q), None if q_rope is None else copyable(q_rope)
+    # The consumers of FP8 keys share their rows, and so do those of `hopper_wide`.
+    row_tiles = -(-queries * per_group // (config.rows * (1 if fp8 or config.wide else config.consumers)))
     if num_splits is None:
         longest = min(capacity, (window or capacity) + queries - 1)
         num_splits = choose_splits(batch * groups * row_tiles, longest, config, card.multiprocessors)
@@ -183,7 +196,7 @@ def launch_attend(
     )  # fmt: skip
     grid = (num_splits, groups * row_tiles, batch)
     if config.hopper:
-        kernel = hopper_fp8.attend if fp8 else hopper.attend
+        kernel = hopper_fp8.attend if fp8 else hopper_wide.attend if config.wide else hopper.attend
         kernel[grid](*arguments, **options, CONSUMERS=config.consumers, maxnreg=config.registers)
     else:
         portable.attend[grid](*arguments, **options)

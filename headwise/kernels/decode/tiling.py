@@ -13,11 +13,15 @@ from headwise.kernels.decode.latent_fp8 import BLOCK, num_blocks
 try:
     from headwise.kernels.decode import hopper as hopper
     from headwise.kernels.decode import hopper_fp8 as hopper_fp8
+    from headwise.kernels.decode import hopper_wide as hopper_wide
 except ImportError:  # Gluon's interface changes between Triton releases; the portable kernel runs everywhere.
-    hopper = hopper_fp8 = None  # type: ignore[assignment]
+    hopper = hopper_fp8 = hopper_wide = None  # type: ignore[assignment]
 
 # More tiles than this are never in flight.
 FP8_STAGES = 6
+WIDE_STAGES = 8
+# `hopper_wide` was faster with more query rows than the first number, at ranks up to the second.
+WIDE_ABOVE = ((64, 512), (32, 320))
 # Work of a split that does not grow with its keys (start-up, first copies, epilogue), in key tiles.
 SPLIT_OVERHEAD = 2
 
@@ -48,9 +52,10 @@ class Config:
         warps: warps of a program.
         stages: tiles of keys that are copied ahead.
         consumers: groups of warps that take `rows` query rows each; with FP8 keys the groups share the rows and
-            take every second tile of keys (Hopper).
+            take every second tile of keys (Hopper). So do those of `hopper_wide`.
         resident: programs that share a multiprocessor.
         registers: the limit of each thread's registers; None: the compiler's choice.
+        wide: whether the kernel is `hopper_wide.attend`.
     """
 
     hopper: bool
@@ -61,6 +66,7 @@ class Config:
     consumers: int = 1
     resident: int = 1
     registers: int | None = None
+    wide: bool = False
 
 
 @cache
@@ -143,7 +149,11 @@ def choose_tiles(
         if config is not None:
             return config
     if not fp8 and card.capability[0] == 9 and hopper is not None and (value_is_key or value_dim % 64 == 0):
-        config = _hopper_tiles(card, rows, head_dim, rope_dim, value_dim, value_is_key)
+        config = None
+        if value_is_key and any(rows > above and head_dim <= widest for above, widest in WIDE_ABOVE):
+            config = _wide_tiles(card, head_dim, rope_dim)
+        if config is None:
+            config = _hopper_tiles(card, rows, head_dim, rope_dim, value_dim, value_is_key)
         if config is not None:
             return config
     tile = min(32 if value_dim > 256 else 64, max(16, power))
@@ -173,6 +183,17 @@ def _hopper_tiles(
                 two = tile == 8 and 2 * shared <= card.shared_memory
                 return Config(True, tile, keys, 4, stages, consumers, 2 if two else 1, 128 if two else None)
     return None
+
+
+def _wide_tiles(card: Card, head_dim: int, rope_dim: int) -> Config | None:
+    """Return the tiles of `hopper_wide.attend`, with as many stages as fit; None: the latent does not suit it."""
+    if head_dim % 64 or head_dim < 128:
+        return None
+    # Each group computes the scores of a tile of half of `keys`, and the queries are as large as such a tile.
+    tile = 64 * 2 * (head_dim + rope_dim)
+    # Then the weights that the groups exchange, vectors and barriers.
+    stages = min(WIDE_STAGES, (card.shared_memory - tile - 64 * 64 * 2 - 3072) // tile)
+    return Config(True, 64, 128, 4, stages, consumers=2, wide=True) if stages >= 2 else None
 
 
 def _fp8_tiles(card: Card, rows: int, head_dim: int, rope_dim: int) -> Config | None:

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from headwise.kernels.decode import hopper, hopper_fp8, portable
+from headwise.kernels.decode import hopper, hopper_fp8, hopper_wide, portable
 from headwise.kernels.decode.latent_fp8 import BLOCK
 from headwise.kernels.decode.tiling import Card, choose_tiles, chunks, latent_chunks
 
@@ -32,7 +32,10 @@ SHAPES: dict[str, tuple[Any, ...]] = {
     "sm_90 MLA 32 heads 128+64": (90, 32, 128, 64, 128, True, 0),
     "sm_90 MLA 12 heads 160+64": (90, 12, 160, 64, 160, True, 0),
     "sm_90 MLA 6 heads 96+32, pages": (90, 6, 96, 32, 96, True, 16),
+    "sm_90 MLA 64 heads 512+64": (90, 64, 512, 64, 512, True, 0),
     "sm_90 MLA 128 heads 512+64": (90, 128, 512, 64, 512, True, 0),
+    "sm_90 MLA 40 heads 320+64, pages": (90, 40, 320, 64, 320, True, 16),
+    "sm_90 MLA 100 heads 448+48": (90, 100, 448, 48, 448, True, 0),
     "sm_90 GQA groups of 7 x64": (90, 7, 64, 0, 64, False, 0),
     "sm_90 GQA groups of 4 x128, pages": (90, 4, 128, 0, 128, False, 16),
     "sm_90 MLA 32 heads 208+48": (90, 32, 208, 48, 208, True, 0),
@@ -54,7 +57,7 @@ def compile_kernel(
     config = choose_tiles(CARDS[capability], rows, head, rope, value, latent, fp8)
     kernel = portable.attend
     if config.hopper:
-        kernel = hopper_fp8.attend if fp8 else hopper.attend
+        kernel = hopper_fp8.attend if fp8 else hopper_wide.attend if config.wide else hopper.attend
     widest = BLOCK if fp8 else None
     columns: tuple[Any, Any] = (chunks(head, widest), chunks(value, widest))
     if config.hopper and latent and not fp8:

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headwise.kernels.decode.attend import launch_attend
+from headwise.kernels.decode.attend import copyable, launch_attend
 from headwise.kernels.decode.latent_fp8 import DTYPE, dequantize_latent, quantize_latent
 from headwise.kernels.decode.tiling import Card, card_of, choose_tiles
 from headwise.kernels.gqa_decode.reference import gqa_decode as reference
@@ -154,17 +154,25 @@ def test_fp8_latents(head, rope) -> None:
     Problem(9, 1, head, rope, head, [63, 100, 1, 0], fp8=True).check(1e-5, num_splits=3)
 
 
+def test_queries_are_copied_only_where_their_rows_are_not_aligned() -> None:
+    q = torch.randn(2, 3, 4, 192).bfloat16()
+    assert copyable(q) is q and copyable(q[..., :128]).data_ptr() == q.data_ptr()
+    for odd in (torch.randn(2, 3, 4, 136).bfloat16()[..., :128], q[..., 4:132], q.transpose(1, 2)[:, :, :, 1:]):
+        assert torch.equal(copyable(odd), odd) and copyable(odd).is_contiguous()
+
+
 GPU_SHAPES = [
     (32, 1, 512, 64, 512), (9, 1, 192, 64, 192), (14, 1, 256, 16, 256), (28, 1, 448, 48, 448),
     (40, 1, 128, 64, 128), (12, 1, 160, 64, 160), (6, 1, 96, 32, 96),
     (32, 1, 208, 64, 208), (9, 1, 48, 32, 48), (32, 1, 320, 128, 320), (128, 1, 512, 64, 512),
-    (64, 1, 512, 128, 512),
+    (64, 1, 512, 128, 512), (64, 1, 512, 64, 512), (40, 1, 320, 64, 320), (100, 1, 448, 48, 448),
     (14, 2, 64, 0, 64), (32, 1, 128, 0, 128), (48, 1, 128, 0, 128), (32, 8, 128, 0, 128), (20, 4, 96, 0, 96),
     (24, 4, 256, 0, 256), (9, 3, 64, 0, 64), (32, 32, 128, 0, 128), (12, 2, 192, 0, 128),
 ]  # fmt: skip
 GPU_MASKS = {
     "long": dict(lengths=[8191, 100, 63, 1, 0]),
     "pages of 16": dict(lengths=[8191, 100, 63, 1, 0], page=16),
+    "two tokens": dict(lengths=[3000, 77, 2, 1], queries=2),
     "three tokens, window, padded, pages of 64": dict(
         lengths=[700, 100, 64, 5, 2], queries=3, page=64, window=100, starts=[0, 30, 0, 1, 0]
     ),
@@ -183,6 +191,47 @@ def test_on_a_gpu(shape, mask) -> None:
     problem = Problem(*shape, **GPU_MASKS[mask], dtype=dtype, device="cuda")
     problem.check(8e-3)
     problem.check(8e-3, num_splits=1)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heights", ["grow", "jump", "a large first one", "all small"])
+@pytest.mark.parametrize("rank", [512, 128])
+def test_scores_of_any_height_on_a_gpu(rank, heights, dtype) -> None:
+    """With many rows, two groups of warps hand the running maximum to and fro."""
+    problem = Problem(128, 1, rank, 64, rank, [2048, 500, 65, 1], dtype=dtype, device="cuda")
+    key = torch.arange(2048, device="cuda")
+    height = {
+        "grow": key / 5,
+        "jump": 13.0 * (key * 7919 % 12) * (key * 104729 % 50 == 0),
+        "a large first one": 60.0 * (key == 0),
+        "all small": -400.0 - key / 4,
+    }[heights]
+    # The last rotary column adds the height to the score of every head.
+    problem.q[..., -1] = 8
+    problem.cache[..., -1] = (height / (8 * SCALE)).to(dtype)[None, :, None]
+    problem.check(8e-3)
+    problem.check(8e-3, num_splits=1)
+
+
+@gpu
+@needs_gpu
+def test_rows_whose_first_tiles_are_hidden_on_a_gpu() -> None:
+    problem = Problem(
+        8, 1, 512, 64, 512, [700, 100, 330], queries=80, window=60, starts=[0, 50, 290],
+        dtype=torch.bfloat16, device="cuda",
+    )  # fmt: skip
+    problem.check(8e-3)
+
+
+@gpu
+@needs_gpu
+def test_many_rows_of_queries_that_are_not_aligned_on_a_gpu() -> None:
+    problem = Problem(128, 1, 512, 64, 512, [300, 70], dtype=torch.bfloat16, device="cuda")
+    wide = torch.nn.functional.pad(problem.q, (3, 2))
+    problem.q = wide[..., 3:-2]
+    problem.check(8e-3)
 
 
 FP8_SHAPES = [

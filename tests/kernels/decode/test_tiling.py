@@ -64,8 +64,26 @@ def test_tiles_fit_the_card(card: Card, rows: int, width: int, rope: int, latent
     if config.hopper:
         row_bytes = 2 * (columns + rope + (0 if latent else width))
         queries = config.consumers * config.rows * 2 * (columns + rope + config.keys)
+        if config.wide:
+            # A stage is a tile of half of the keys; one tile of weights is exchanged.
+            queries = config.rows * 2 * (columns + rope + 64)
+            row_bytes = columns + rope
         assert config.resident * (config.stages * config.keys * row_bytes + queries) <= card.shared_memory
-        assert config.rows * columns <= 32 * 512
+        assert config.rows * columns <= (64 if config.wide else 32) * 512
+
+
+@pytest.mark.parametrize(
+    "rows, rank, rope, wide",
+    [
+        (128, 512, 64, True), (65, 512, 64, True), (64, 512, 64, False), (32, 320, 64, False),
+        (33, 320, 64, True), (40, 384, 64, False), (256, 128, 64, True), (128, 64, 32, False),
+        (128, 576, 64, False), (128, 208, 48, False), (100, 448, 48, True), (128, 512, 128, False),
+    ],
+)  # fmt: skip
+def test_many_rows_of_a_latent_share_a_tile(rows: int, rank: int, rope: int, wide: bool) -> None:
+    assert choose_tiles(HOPPER, rows, rank, rope, rank, True).wide == wide
+    assert not choose_tiles(HOPPER, rows, rank, rope, rank, False).wide
+    assert not choose_tiles(HOPPER, rows, rank, rope, rank, True, True).wide
 
 
 @given(st.integers(1, 256), widths, st.integers(0, 8).map(lambda n: 16 * n))
