@@ -19,6 +19,7 @@ from headwise.kernels.decode.tiling import (
     choose_splits,
     choose_tiles,
     chunks,
+    fp8_copies,
     hopper,
     hopper_fp8,
     hopper_wide,
@@ -152,7 +153,10 @@ def launch_attend(
     if config is None:
         if fp8 and not (_can_copy(k) and (k_rope is None or _can_copy(k_rope))):
             card = replace(card, capability=min(card.capability, (8, 9)))
-        config = choose_tiles(card, queries * per_group, head_dim, rope_dim, value_dim, v is None, fp8)
+        shape = (queries * per_group, head_dim, rope_dim, value_dim, v is None, fp8)
+        config = choose_tiles(card, *shape)
+        if fp8 and config.hopper and not fp8_copies.box_rows(k, k_rope, page, config.keys):
+            config = choose_tiles(card, *shape, boxes=False)
     if config.wide:
         q, q_rope = copyable(q), None if q_rope is None else copyable(q_rope)
     # The consumers of FP8 keys share their rows, and so do those of `hopper_wide`.
@@ -197,6 +201,8 @@ def launch_attend(
     grid = (num_splits, groups * row_tiles, batch)
     if config.hopper:
         kernel = hopper_fp8.attend if fp8 else hopper_wide.attend if config.wide else hopper.attend
+        if k_scale is not None:
+            options |= fp8_copies.copy_options(k, k_rope, k_scale, page, config.keys)
         kernel[grid](*arguments, **options, CONSUMERS=config.consumers, maxnreg=config.registers)
     else:
         portable.attend[grid](*arguments, **options)

@@ -1,18 +1,24 @@
 """Decode on latents in FP8 on Hopper: the function of `portable.attend` with scales, with specialized warps.
 
-Four producer warps copy keys into a ring of shared-memory tiles. Two groups of four consumer warps take every
-second tile, and the first merges the results of both. Arithmetic must hide behind half the bytes, so no tile is
-expanded in shared memory:
+Producer warps copy keys into a ring of shared-memory tiles (`fp8_copies`). One or two groups of consumer warps
+compute, a warp for 16 keys. Two groups take every second tile each, and merge their results. No tile is expanded in
+shared memory:
 
 - Scores are products in FP8. The query is the sum of two e4m3 numbers, scaled by its largest element, which holds
-  it as exactly as bfloat16 does. The scale of a block multiplies the partial scores.
+  it as exactly as bfloat16 does. Both stand side by side in one operand, so that keys are read once. The scale of a
+  block multiplies the partial scores.
 - Values are read as pairs of numbers with the transposing load of 16-bit elements, and expanded to float16 in
-  registers. Even and odd columns have accumulators of their own. The scale is a float16 there, LIFT times as large.
-  Latents overflow above 4,094. A block whose largest number is below 3e-4 loses digits: 1% at 3e-5.
+  registers. Even and odd columns have accumulators of their own, and the warps divide the columns.
+- The largest scale of a key multiplies its weight, and a block's share of it (at most one) multiplies the value.
+  The exponent of the weights is relative to a running reference: the largest product of weight and scale so far. So
+  latents of any size fit into float16, exact relative to the largest contribution.
+- The reference moves only when a product would leave float16. Then, and only then, the warps agree on the largest
+  one, and the accumulators are rescaled.
+- A stage of the ring is freed pair by pair of blocks, so that a copy starts before the tile is done.
 """
 
 # Gluon compiles a part of Python only: no starred tuples, no conditional expressions on None.
-# ruff: noqa: B007, F821, RUF005, SIM108
+# ruff: noqa: B007, RUF005, SIM108
 # mypy: ignore-errors
 
 from __future__ import annotations
@@ -20,220 +26,122 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from headwise.kernels.decode import latent_fp8
-from headwise.kernels.decode.hopper import (
-    CONSUMER_REGISTERS,
-    PRODUCER_REGISTERS,
-    PRODUCER_WARPS,
-    _add_scores,
-    _fetch,
-    _ring,
-    _shared,
-    barrier,
+from headwise.kernels.decode.fp8_copies import BLOCK, _produce
+from headwise.kernels.decode.fp8_tiles import (
+    PAIRS,
+    _exp2,
+    _inverse,
+    _leaves_float16,
+    _log2,
+    _mma_rest,
+    _of_threads,
+    _rest_values,
+    _scales,
+    _scores,
+    _split_queries,
+    _sum_in_thread,
+    _values,
 )
+from headwise.kernels.decode.hopper import PRODUCER_WARPS, _ring, _shared, barrier
 
-BLOCK = gl.constexpr(latent_fp8.BLOCK)
-LARGEST = gl.constexpr(latent_fp8.LARGEST)
-PAIRS = gl.constexpr(latent_fp8.BLOCK // 2)
-# A rotary part of a query that is larger than this many times the rest decides the unit: 448 times it is a float16.
-ROTARY = gl.constexpr(128.0)
-# Values are so many times larger in float16 than in the cache, so that small scales keep their digits.
-LIFT = gl.constexpr(16.0)
-
-
-@gluon.jit
-def _expand(pairs):
-    """Return the low and the high e4m3 number of each 16-bit element as float16."""
-    return gl.inline_asm_elementwise(
-        """
-        {
-            .reg .b32 sorted;
-            .reg .b16 low, high;
-            prmt.b32 sorted, $2, 0, 0x3120;
-            mov.b32 {low, high}, sorted;
-            cvt.rn.f16x2.e4m3x2 $0, low;
-            cvt.rn.f16x2.e4m3x2 $1, high;
-        }
-        """,
-        "=r,=r,r",
-        [pairs],
-        dtype=(gl.float16, gl.float16),
-        is_pure=True,
-        pack=2,
-    )
-
-
-@gluon.jit
-def _load_queries(rows, live, column, copy: gl.constexpr):
-    return gl.load(rows[:, None] + column[None, :], mask=live[:, None], other=0.0).to(gl.float32)
-
-
-@gluon.jit
-def _split_queries(
-    Q, QRope, q_token, q_head, qr_token, qr_head, row_start, number_of_queries, heads, queries,
-    ROPE: gl.constexpr, BLOCKS: gl.constexpr, ROWS: gl.constexpr,
-):  # fmt: skip
-    """Store each query as the sum of two e4m3 numbers, its rotary part, and the unit of both in float32."""
-    high, low, q_rope, units = queries
-    copy: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
-    row = row_start + gl.arange(0, ROWS, gl.SliceLayout(1, copy))
-    live = row < number_of_queries * heads
-    rows = Q + row // heads * q_token + row % heads * q_head
-    column = gl.arange(0, BLOCK, gl.SliceLayout(0, copy))
-    largest = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, copy))
-    for i in gl.static_range(BLOCKS):
-        q = _load_queries(rows, live, i * BLOCK + column, copy)
-        largest = gl.maximum(largest, gl.max(gl.abs(q), 1))
-    # A large rotary part decides the unit: else float16 would overflow when it is divided by the unit.
-    rope_rows = QRope + row // heads * qr_token + row % heads * qr_head
-    for i in gl.static_range(len(ROPE)):
-        rope_column = ROPE[i][0] + gl.arange(0, ROPE[i][1], gl.SliceLayout(0, copy))
-        q = _load_queries(rope_rows, live, rope_column, copy)
-        largest = gl.maximum(largest, gl.max(gl.abs(q), 1) / ROTARY)
-    unit = gl.where(largest > 0, largest, 1.0) / LARGEST
-    units.store(unit)
-    for i in gl.static_range(BLOCKS):
-        q = _load_queries(rows, live, i * BLOCK + column, copy) / unit[:, None]
-        first = q.to(gl.float8e4nv)
-        high.index(i).store(first)
-        low.index(i).store((q - first.to(gl.float32)).to(gl.float8e4nv))
-    for i in gl.static_range(len(ROPE)):
-        rope_column = ROPE[i][0] + gl.arange(0, ROPE[i][1], gl.SliceLayout(0, copy))
-        q = _load_queries(rope_rows, live, rope_column, copy) / unit[:, None]
-        q_rope[i].index(0).store(q.to(q_rope[i].dtype))
-
-
-@gluon.jit
-def _produce(
-    source, rings, low, high,
-    ROPE: gl.constexpr, BLOCKS: gl.constexpr, KEYS: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Fill the rings with the keys from `low` to `high`, tile by tile, as stages become free."""
-    K, KRope, KScale, Table, k_batch, k_token, kr_batch, kr_token, ks_batch, ks_token = source
-    k_ring, rope_ring, scale_ring, full, empty = rings
-    copy: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
-    copy_rope: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    copy_scale: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    stage = 0
-    phase = 1
-    for start in range(low, high, KEYS):
-        mbarrier.wait(empty.index(stage), phase)
-        key = start + gl.arange(0, KEYS, gl.SliceLayout(1, copy))
-        live = key < high
-        if PAGE == 0:
-            rows = K + key * k_token
-        else:
-            block = gl.load(Table + key // PAGE, mask=live, other=0).to(gl.int64)
-            rows = K + block * k_batch + key % PAGE * k_token
-        column = gl.arange(0, BLOCK, gl.SliceLayout(0, copy))
-        for i in gl.static_range(BLOCKS):
-            async_copy.async_copy_global_to_shared(
-                k_ring.index(stage * BLOCKS + i), rows[:, None] + (i * BLOCK + column)[None, :], mask=live[:, None]
-            )
-        if len(ROPE) > 0:
-            key = start + gl.arange(0, KEYS, gl.SliceLayout(1, copy_rope))
-            live = key < high
-            # These strides count eights of numbers, so that the compiler knows that rows begin at 16 bytes.
-            if PAGE == 0:
-                rope_rows = KRope + key * kr_token * 8
-            else:
-                block = gl.load(Table + key // PAGE, mask=live, other=0).to(gl.int64)
-                rope_rows = KRope + block * kr_batch * 8 + key % PAGE * kr_token * 8
-            _fetch(rope_ring, stage, rope_rows, live, ROPE, copy_rope)
-        key = start + gl.arange(0, KEYS, copy_scale)
-        live = key < high
-        if PAGE == 0:
-            scale_rows = KScale + key * ks_token
-        else:
-            block = gl.load(Table + key // PAGE, mask=live, other=0).to(gl.int64)
-            scale_rows = KScale + block * ks_batch + key % PAGE * ks_token
-        for i in gl.static_range(BLOCKS):
-            async_copy.async_copy_global_to_shared(scale_ring.index(stage * BLOCKS + i), scale_rows + i, mask=live)
-        async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
-        phase = gl.where(stage == STAGES - 1, phase ^ 1, phase)
-        stage = gl.where(stage == STAGES - 1, 0, stage + 1)
-    # All copies must be complete before the next program gets the memory.
-    async_copy.wait_group(0)
-
-
-@gluon.jit
-def _sum_in_thread(weight):
-    """Return the sums of a score tile (64, rows) over the pairs of keys that a thread holds: (4, 8, rows)."""
-    return gl.sum(weight.reshape([4, 2, 8, weight.shape[1]]), 1)
-
-
-@gluon.jit
-def _start_scores(k_ring, n, queries, i: gl.constexpr, KEYS: gl.constexpr, ROWS: gl.constexpr, mma: gl.constexpr):
-    high, low, _, _ = queries
-    keys = k_ring.index(n)
-    score = gl.zeros([KEYS, ROWS], gl.float32, mma)
-    score = warpgroup_mma(keys, high.index(i).permute((1, 0)), score, is_async=True)
-    return warpgroup_mma(keys, low.index(i).permute((1, 0)), score, is_async=True)
+# Products of values that are in flight, in pairs of even and odd columns.
+AHEAD = gl.constexpr(2)
+# Products of weight and scale are stored so many times (log2) larger than the largest one was at the last change of
+# the reference, and may grow to 2^15. Smaller ones keep all digits down to 2^-20, and some down to 2^-30.
+LIFT = gl.constexpr(6.0)
+# No key has a smaller scale than this in the reference, so that keys of zeros have one.
+SMALLEST = gl.constexpr(2.0**-60)
+# The first reference, below every score.
+LOWEST = gl.constexpr(-1e30)
 
 
 @gluon.jit
 def _consume(
-    rows_of, mask, rings, queries, handed, row_start, scale, low, high,
+    rows_of, mask, rings, sources, shared, row_start, scale, low, high,
     ROPE: gl.constexpr, BLOCKS: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-    FIRST: gl.constexpr,
+    GROUP: gl.constexpr, GROUPS: gl.constexpr, QUAD: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """Attend from ROWS query rows to every second tile in the rings; the first group merges and stores."""
+    """Attend from ROWS query rows to every GROUPS-th tile in the rings, and store output and log-sum-exp."""
     Out, Lse, out_token, out_head, lse_token = rows_of
     number_of_queries, heads, first, length, window = mask
-    k_ring, rope_ring, scale_ring, full, empty = rings
-    partial, partial_max, partial_sum, free, ready = handed
+    k_rings, rope_ring, scale_ring, full, empty = rings
+    Q, QRope, q_token, q_head, qr_token, qr_head = sources
+    EVEN: gl.constexpr = BLOCKS // 2
+    # From three blocks on, two groups of warps have registers for less at once.
+    FEW: gl.constexpr = GROUPS > 1 and BLOCKS > 2
+    FLIGHT: gl.constexpr = 1 if FEW else 2
+    STEP: gl.constexpr = 16 if FEW else 32
+    STEPS: gl.constexpr = KEYS // STEP
     warps: gl.constexpr = gl.num_warps()
+    # Warps divide keys and columns; where an odd block is left, its columns and the rows.
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, ROWS, 16])
-    mma_fp8: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, ROWS, 32])
+    mma_rest: gl.constexpr = _mma_rest(warps, ROWS)
+    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    operand_rest: gl.constexpr = gl.DotOperandLayout(0, mma_rest, 2)
     by_row: gl.constexpr = gl.SliceLayout(0, mma)
     by_key: gl.constexpr = gl.SliceLayout(1, mma)
-    HALF: gl.constexpr = KEYS // 2
-    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    pair_ring = k_ring._reinterpret(gl.int16, [STAGES * BLOCKS, KEYS, PAIRS], _shared(KEYS, PAIRS, gl.int16))
-    p_layout: gl.constexpr = _shared(KEYS, ROWS, gl.float16)
-    probability = gl.allocate_shared_memory(gl.float16, [KEYS, ROWS], p_layout)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
 
-    q_rope = ()
-    for i in gl.static_range(len(ROPE)):
-        q_rope = q_rope + (queries[2][i].index(0),)
-    unit = queries[3].load(by_row) * scale
-    maximum = gl.full([ROWS], float("-inf"), gl.float32, by_row)
+    both, q_rope, units, ready, partial, partial_rows, handed = shared
+    if GROUP == 0:
+        _split_queries(
+            Q, QRope, q_token, q_head, qr_token, qr_head, row_start, number_of_queries, heads,
+            (both, q_rope, units), ROPE, BLOCKS, ROWS,
+        )  # fmt: skip
+        fence_async_shared()
+        barrier()
+        if GROUPS > 1:
+            mbarrier.arrive(ready, count=1)
+    else:
+        mbarrier.wait(ready, 0)
+    unit = units.load(by_row) * scale
+
+    probability = gl.allocate_shared_memory(gl.float16, [KEYS, ROWS], _shared(KEYS, ROWS, gl.float16))
+    # A buffer for each pair of blocks: stores into one need no barriers between them.
+    shares = ()
+    for i in gl.static_range(EVEN):
+        shares = shares + (gl.allocate_shared_memory(gl.float16, [2, KEYS], plain),)
+    rest_shares = gl.allocate_shared_memory(gl.float16, [KEYS], flat)
+    flags = gl.allocate_shared_memory(gl.int32, [warps, 32], plain)
+    of_warp: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [warps, 1], [1, 0])
+    of_all: gl.constexpr = gl.BlockedLayout([warps, 1], [1, 32], [1, warps], [1, 0])
+    if EVEN > 0:
+        pair_ring = k_rings[0]._reinterpret(gl.int16, [STAGES * EVEN, KEYS, BLOCK], _shared(KEYS, BLOCK, gl.int16))
+    if BLOCKS % 2 > 0:
+        rest_ring = k_rings[1]._reinterpret(gl.int16, [STAGES, KEYS, PAIRS], _shared(KEYS, PAIRS, gl.int16))
+
+    reference = gl.full([ROWS], LOWEST, gl.float32, by_row)
     # Sums of weights over the keys of one thread.
     weights = _sum_in_thread(gl.zeros([KEYS, ROWS], gl.float32, mma))
     thread_row: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, weights.type.layout))
     out = ()
-    for i in gl.static_range(2 * BLOCKS):
-        out = out + (gl.zeros((PAIRS, ROWS), gl.float32, mma),)
+    for i in gl.static_range(2 * EVEN):
+        out = out + (gl.zeros((BLOCK, ROWS), gl.float32, mma),)
+    rest = ()
+    for i in gl.static_range(BLOCKS % 2 * 2):
+        rest = rest + (gl.zeros((PAIRS, ROWS), gl.float32, mma_rest),)
 
     # Between these bounds every query sees every key.
     whole_start = gl.maximum(first, length - window)
     whole_end = gl.minimum(high, length - number_of_queries + 1)
-    stage = 0 if FIRST else 1
+    stage = GROUP
     phase = 0
-    for start in range(low if FIRST else low + KEYS, high, 2 * KEYS):
+    for start in range(low + GROUP * KEYS, high, GROUPS * KEYS):
         mbarrier.wait(full.index(stage), phase)
-        # Copies are ordinary writes, and the tensor cores read through the asynchronous proxy.
+        # Copies row by row are ordinary writes, and the tensor cores read through the asynchronous proxy.
         fence_async_shared()
-        score = gl.zeros([KEYS, ROWS], gl.float32, mma)
-        if len(ROPE) > 0:
-            score = _add_scores(score, rope_ring, stage, q_rope, ROPE)
-        pending = _start_scores(k_ring, stage * BLOCKS, queries, 0, KEYS, ROWS, mma_fp8)
+        scales = _scales(scale_ring, stage, BLOCKS, KEYS, QUAD, by_key)
+        largest = gl.full([KEYS], SMALLEST, gl.float32, by_key)
         for i in gl.static_range(BLOCKS):
-            if i < BLOCKS - 1:
-                following = _start_scores(k_ring, stage * BLOCKS + i + 1, queries, i + 1, KEYS, ROWS, mma_fp8)
-                part, score = warpgroup_mma_wait(2, deps=(pending, score))
-                pending = following
-            else:
-                part, score = warpgroup_mma_wait(0, deps=(pending, score))
-            factor = scale_ring.index(stage * BLOCKS + i).load(by_key)
-            score += gl.convert_layout(part, mma, assert_trivial=True) * factor[:, None]
+            largest = gl.maximum(largest, scales[i])
+        score = _scores(k_rings, rope_ring, stage, both, q_rope, scales, ROPE, BLOCKS, ROWS, KEYS, FLIGHT, mma)
         score = score * unit[None, :]
         if (start + KEYS > whole_end) | (start < whole_start):
             key = start + gl.arange(0, KEYS, by_key)
@@ -241,82 +149,166 @@ def _consume(
             earliest = gl.maximum(first, last - window + 1)
             visible = (key[:, None] <= last[None, :]) & (key[:, None] >= earliest[None, :]) & (key < high)[:, None]
             score = gl.where(visible, score, float("-inf"))
-        new_maximum = gl.maximum(maximum, gl.max(score, 0))
-        finite = gl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        shrink = gl.exp2(maximum - finite)
-        weight = gl.exp2(score - finite[None, :])
-        of_thread = gl.convert_layout(shrink, thread_row, assert_trivial=True)
-        weights = weights * of_thread[None, None, :] + _sum_in_thread(weight)
-        maximum = new_maximum
-        probability.store(weight.to(gl.float16))
+        weight = _exp2(score - reference[None, :])
+        product = weight * largest[:, None]
+        probability.store(product.to(gl.float16))
+        inverse = _inverse(largest)
+        for i in gl.static_range(EVEN):
+            pair = gl.join(scales[2 * i] * inverse, scales[2 * i + 1] * inverse).permute((1, 0))
+            shares[i].store(pair.to(gl.float16))
+        if BLOCKS % 2 > 0:
+            rest_shares.store((scales[BLOCKS - 1] * inverse).to(gl.float16))
+        of_thread = gl.max(gl.max(gl.max(_of_threads(product), 5), 3), 1).reshape([warps, 32])
+        flags.store(_leaves_float16(gl.convert_layout(of_thread, of_warp, assert_trivial=True)))
         fence_async_shared()
         barrier()
+        if gl.max(gl.max(flags.slice(0, 1, 1).load(of_all), 1), 0) > 0:
+            highest = gl.max(score + _log2(largest)[:, None], 0) - LIFT
+            raised = gl.maximum(reference, highest)
+            shrink = _exp2(reference - raised)
+            reference = raised
+            weight = _exp2(score - reference[None, :])
+            probability.store((weight * largest[:, None]).to(gl.float16))
+            weights = weights * gl.convert_layout(shrink, thread_row)[None, None, :]
+            shrunk = ()
+            for i in gl.static_range(2 * EVEN):
+                shrunk = shrunk + (out[i] * shrink[None, :],)
+            out = shrunk
+            if BLOCKS % 2 > 0:
+                of_rest = gl.convert_layout(shrink, gl.SliceLayout(0, mma_rest))
+                rest = (rest[0] * of_rest[None, :], rest[1] * of_rest[None, :])
+            fence_async_shared()
+            barrier()
+        weights += _sum_in_thread(weight)
 
-        # Half a tile at a time: the tensor cores read one half while the next is expanded.
+        # A step at a time: while the tensor cores work at one step, the next one is expanded.
         grown = ()
-        for i in gl.static_range(2 * BLOCKS):
-            n = stage * BLOCKS + i // 2
-            pairs = pair_ring.index(n).slice(i % 2 * HALF, HALF).permute((1, 0)).load(operand)
-            factor = scale_ring.index(n).slice(i % 2 * HALF, HALF).load(gl.SliceLayout(0, operand))
-            factor = (factor * LIFT).to(gl.float16)
-            even, odd = _expand(pairs)
-            even = even * factor[None, :]
-            odd = odd * factor[None, :]
-            if i > 0:
-                done = warpgroup_mma_wait(0, deps=(even_out, odd_out, even_before, odd_before))
-                even_out = done[0]
-                odd_out = done[1]
-            if i % 2 == 0:
-                if i > 0:
-                    grown = grown + (even_out, odd_out)
-                even_out = out[i] * shrink[None, :]
-                odd_out = out[i + 1] * shrink[None, :]
-            part = probability.slice(i % 2 * HALF, HALF)
+        used = ()
+        for i in gl.static_range(EVEN * STEPS):
+            tile = pair_ring.index(stage * EVEN + i // STEPS)
+            even, odd = _values(tile, shares[i // STEPS], i % STEPS * STEP, STEP, operand)
+            if i >= AHEAD:
+                warpgroup_mma_wait(2 * AHEAD - 2, deps=(used[2 * (i - AHEAD)], used[2 * (i - AHEAD) + 1]))
+            if i % STEPS == 0:
+                even_out = out[i // STEPS * 2]
+                odd_out = out[i // STEPS * 2 + 1]
+            part = probability.slice(i % STEPS * STEP, STEP)
             even_out = warpgroup_mma(even, part, even_out, is_async=True)
             odd_out = warpgroup_mma(odd, part, odd_out, is_async=True)
-            even_before = even
-            odd_before = odd
-        done = warpgroup_mma_wait(0, deps=(even_out, odd_out, even_before, odd_before))
-        out = grown + (done[0], done[1])
+            used = used + (even, odd)
+            if i % STEPS == STEPS - 1:
+                grown = grown + (even_out, odd_out)
+                if i // STEPS < PARTS - 1:
+                    # These blocks are in registers: the next tile may take their memory.
+                    barrier()
+                    mbarrier.arrive(empty.index(stage * PARTS + i // STEPS), count=1)
+        if BLOCKS % 2 > 0:
+            for i in gl.static_range(STEPS):
+                even, odd = _rest_values(rest_ring.index(stage), rest_shares, i * STEP, STEP, operand_rest)
+                if len(used) >= 2 * AHEAD:
+                    warpgroup_mma_wait(
+                        2 * AHEAD - 2, deps=(used[len(used) - 2 * AHEAD], used[len(used) - 2 * AHEAD + 1])
+                    )
+                if i == 0:
+                    even_out = rest[0]
+                    odd_out = rest[1]
+                part = probability.slice(i * STEP, STEP)
+                even_out = warpgroup_mma(even, part, even_out, is_async=True)
+                odd_out = warpgroup_mma(odd, part, odd_out, is_async=True)
+                used = used + (even, odd)
+            grown = grown + (even_out, odd_out)
+        for i in gl.static_range(2 * min(AHEAD, len(used) // 2)):
+            grown = grown + (used[len(used) - 1 - i],)
+        done = warpgroup_mma_wait(0, deps=grown)
+        out = ()
+        for i in gl.static_range(2 * EVEN):
+            out = out + (done[i],)
+        if BLOCKS % 2 > 0:
+            rest = (done[2 * EVEN], done[2 * EVEN + 1])
         # One thread signals for the group, so all threads must have finished reading.
         barrier()
-        mbarrier.arrive(empty.index(stage), count=1)
-        phase = gl.where(stage + 2 >= STAGES, phase ^ 1, phase)
-        stage = gl.where(stage + 2 >= STAGES, stage + 2 - STAGES, stage + 2)
+        mbarrier.arrive(empty.index(stage * PARTS + PARTS - 1), count=1)
+        phase = gl.where(stage + GROUPS >= STAGES, phase ^ 1, phase)
+        stage = gl.where(stage + GROUPS >= STAGES, stage + GROUPS - STAGES, stage + GROUPS)
 
     total = gl.convert_layout(gl.sum(gl.sum(weights, 0), 0), by_row)
-    if FIRST:
-        barrier()
-        mbarrier.arrive(free, count=1)
-        mbarrier.wait(ready, 0)
-        other = partial_max.load(by_row)
-        highest = gl.maximum(maximum, other)
-        finite = gl.where(highest == float("-inf"), 0.0, highest)
-        mine = gl.exp2(maximum - finite)
-        theirs = gl.exp2(other - finite)
-        total = total * mine + partial_sum.load(by_row) * theirs
-        inverse = 1.0 / (LIFT * gl.where(total > 0, total, 1.0))
-        row = row_start + gl.arange(0, ROWS, by_row)
-        row_live = row < number_of_queries * heads
-        rows = Out + row // heads * out_token + row % heads * out_head
-        for i in gl.static_range(2 * BLOCKS):
-            column = i // 2 * BLOCK + i % 2 + 2 * gl.arange(0, PAIRS, by_key)
-            tile = out[i] * (mine * inverse)[None, :] + partial.index(i).load(mma) * (theirs * inverse)[None, :]
-            gl.store(rows[None, :] + column[:, None], tile.to(Out.dtype.element_ty), mask=row_live[None, :])
-        gl.store(
-            Lse + row // heads * lse_token + row % heads,
-            (highest + gl.log2(total)) * 0.6931471805599453,
-            mask=row_live,
+    if GROUPS > 1:
+        out, rest, total, reference = _merge(
+            out, rest, total, reference, partial, partial_rows, handed, BLOCKS, GROUP
         )
-    else:
-        # The partial results take the memory of the ring, once the other group has read its last tile.
-        mbarrier.wait(free, 0)
-        partial_max.store(maximum)
-        partial_sum.store(total)
-        for i in gl.static_range(2 * BLOCKS):
-            partial.index(i).store(out[i])
-        barrier()
-        mbarrier.arrive(ready, count=1)
+    inverse = 1.0 / gl.where(total > 0, total, 1.0)
+    row = row_start + gl.arange(0, ROWS, by_row)
+    live = row < number_of_queries * heads
+    lse = Lse + row // heads * lse_token + row % heads
+    if GROUP == 0:
+        gl.store(lse, (reference + gl.log2(total)) * 0.6931471805599453, mask=live)
+    for i in gl.static_range(EVEN):
+        if i % GROUPS == GROUP:
+            _store(Out, out[2 * i], out[2 * i + 1], inverse, row, live, heads, out_token, out_head, 2 * i * BLOCK)
+    if BLOCKS % 2 > 0 and EVEN % GROUPS == GROUP:
+        row = row_start + gl.arange(0, ROWS, gl.SliceLayout(0, mma_rest))
+        live = row < number_of_queries * heads
+        inverse = gl.convert_layout(inverse, gl.SliceLayout(0, mma_rest))
+        _store(Out, rest[0], rest[1], inverse, row, live, heads, out_token, out_head, 2 * EVEN * BLOCK)
+
+
+@gluon.jit
+def _merge(
+    out, rest, total, reference, partial, partial_rows, handed, BLOCKS: gl.constexpr, GROUP: gl.constexpr
+):  # fmt: skip
+    """Return the results of both groups in the pairs of blocks that this group stores, every second one."""
+    EVEN: gl.constexpr = BLOCKS // 2
+    by_row: gl.constexpr = reference.type.layout
+    # Each group hands over what the other one stores. The memory of the ring is free when both have read it.
+    partial_rows.index(2 * GROUP).store(reference)
+    partial_rows.index(2 * GROUP + 1).store(total)
+    barrier()
+    mbarrier.arrive(handed.index(GROUP), count=1)
+    mbarrier.wait(handed.index(1 - GROUP), 0)
+    other = partial_rows.index(2 - 2 * GROUP).load(by_row)
+    highest = gl.maximum(reference, other)
+    mine = _exp2(reference - highest)
+    theirs = _exp2(other - highest)
+    total = total * mine + partial_rows.index(3 - 2 * GROUP).load(by_row) * theirs
+    for i in gl.static_range(EVEN):
+        if i % 2 != GROUP:
+            partial[0].index(2 * i).store(out[2 * i])
+            partial[0].index(2 * i + 1).store(out[2 * i + 1])
+    if BLOCKS % 2 > 0 and EVEN % 2 != GROUP:
+        partial[1].index(0).store(rest[0])
+        partial[1].index(1).store(rest[1])
+    barrier()
+    mbarrier.arrive(handed.index(2 + GROUP), count=1)
+    mbarrier.wait(handed.index(3 - GROUP), 0)
+    merged = ()
+    for i in gl.static_range(2 * EVEN):
+        if i // 2 % 2 == GROUP:
+            there = partial[0].index(i).load(out[i].type.layout)
+            merged = merged + (out[i] * mine[None, :] + there * theirs[None, :],)
+        else:
+            merged = merged + (out[i],)
+    if BLOCKS % 2 > 0 and EVEN % 2 == GROUP:
+        mma_rest: gl.constexpr = rest[0].type.layout
+        rest_mine = gl.convert_layout(mine, gl.SliceLayout(0, mma_rest))
+        rest_theirs = gl.convert_layout(theirs, gl.SliceLayout(0, mma_rest))
+        rest = (
+            rest[0] * rest_mine[None, :] + partial[1].index(0).load(mma_rest) * rest_theirs[None, :],
+            rest[1] * rest_mine[None, :] + partial[1].index(1).load(mma_rest) * rest_theirs[None, :],
+        )
+    return merged, rest, total, highest
+
+
+@gluon.jit
+def _store(Out, even, odd, inverse, row, live, heads, out_token, out_head, START: gl.constexpr):
+    """Store the even and the odd columns (columns, rows) beside each other, from column START on."""
+    tile = gl.join(even * inverse[None, :], odd * inverse[None, :]).to(Out.dtype.element_ty)
+    across: gl.constexpr = gl.SliceLayout(2, tile.type.layout)
+    number: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, tile.type.layout))
+    column = START + 2 * gl.arange(0, tile.shape[0], gl.SliceLayout(1, across))
+    rows = gl.convert_layout(row // heads * out_token + row % heads * out_head, gl.SliceLayout(0, across))
+    mask = gl.convert_layout(live, gl.SliceLayout(0, across))
+    place = (rows[None, :] + column[:, None])[:, :, None] + gl.arange(0, 2, number)[None, None, :]
+    gl.store(Out + place, tile, mask=mask[None, :, None])
 
 
 @gluon.jit(do_not_specialize=["queries", "heads_per_group", "capacity", "window", "lse_split", "lse_batch"])
@@ -329,13 +321,17 @@ def attend(
     queries, heads_per_group, capacity, window,
     HEAD: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr, VALUE_IS_KEY: gl.constexpr,
     ROWS: gl.constexpr, KEYS: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMERS: gl.constexpr,
+    CONSUMERS: gl.constexpr, BOX: gl.constexpr, QUAD: gl.constexpr, KeyBoxes, RopeBoxes,
 ):  # fmt: skip
-    """Compute `portable.attend` on FP8 keys of one group that are their own values; CONSUMERS is 2.
+    """Compute `portable.attend` on FP8 keys of one group that are their own values.
 
-    HEAD has chunks of 128, KEYS is 64, STAGES at least 2; four warps. `kr_batch` and `kr_token` count eights.
+    HEAD has chunks of 128, ROWS is 16 or 32. One or two CONSUMERS share the rows: groups of KEYS / 16 warps. STAGES
+    is at least 2, and even with two of them. BOX, QUAD and both maps are those of `fp8_copies.copy_options`.
+    `kr_batch` and `kr_token` count eights.
     """
     BLOCKS: gl.constexpr = len(HEAD)
+    # With an odd number both groups would share stages, and one could take a tile a round early.
+    gl.static_assert(CONSUMERS == 1 or STAGES % 2 == 0)
     split = gl.program_id(0)
     row_start = gl.program_id(1) * ROWS
     batch = gl.program_id(2).to(gl.int64)
@@ -348,14 +344,21 @@ def attend(
         first = 0
     else:
         first = gl.load(Starts + batch)
-    low = gl.maximum(first, length - queries - window + 1)
+    floor = gl.maximum(first, length - queries - window + 1)
+    low = floor
+    if PAGE > 0 and BOX > 0:
+        # A box must not leave its page: the first tile begins at a box, and keys below `floor` become zeros.
+        low = low // BOX * BOX
     span = gl.cdiv(gl.cdiv(gl.maximum(length - low, 0), gl.num_programs(0)), KEYS) * KEYS
     low += split * span
     high = gl.minimum(low + span, length)
 
     if PAGE == 0:
         K += batch * k_batch
-        KScale += batch * ks_batch
+        if QUAD:
+            KScale += batch * (ks_batch // 4 * 4)
+        else:
+            KScale += batch * ks_batch
         Table = K
     else:
         Table += batch * table_batch
@@ -371,49 +374,97 @@ def attend(
 
     dtype: gl.constexpr = Q.dtype.element_ty
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    EVEN: gl.constexpr = BLOCKS // 2 * 2
     k_layout: gl.constexpr = _shared(KEYS, BLOCK, gl.float8e4nv)
-    k_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * BLOCKS, KEYS, BLOCK], k_layout)
+    if BLOCKS == 1:
+        one = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, KEYS, BLOCK], k_layout)
+        k_rings = (one, one)
+    else:
+        pairs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * EVEN, KEYS, BLOCK], k_layout)
+        if BLOCKS % 2 == 0:
+            k_rings = (pairs, pairs)
+        else:
+            k_rings = (pairs, gl.allocate_shared_memory(gl.float8e4nv, [STAGES, KEYS, BLOCK], k_layout))
     rope_ring = _ring(ROPE, STAGES, KEYS, dtype)
-    scale_ring = gl.allocate_shared_memory(gl.float32, [STAGES * BLOCKS, KEYS], flat)
+    if QUAD:
+        quads: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        scale_ring = gl.allocate_shared_memory(gl.float32, [STAGES, KEYS, 4], quads)
+    else:
+        scale_ring = gl.allocate_shared_memory(gl.float32, [STAGES * BLOCKS, KEYS], flat)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    # A stage becomes free as a whole, or pair of blocks by pair of blocks.
+    PARTS: gl.constexpr = (BLOCKS + 1) // 2
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES * PARTS, 1], mbarrier.MBarrierLayout())
+    for part in gl.static_range(STAGES * PARTS):
+        mbarrier.init(empty.index(part), count=1)
+    # Of two groups: sums of each and results of each are handed over, and the queries are ready.
+    handed = gl.allocate_shared_memory(gl.int64, [5, 1], mbarrier.MBarrierLayout())
+    # The threads that copy row by row signal each; one more signal counts the bytes of boxes.
     for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=32 * PRODUCER_WARPS)
-        mbarrier.init(empty.index(stage), count=1)
-    for turn in gl.static_range(2):
-        mbarrier.init(turns.index(turn), count=1)
-
-    q_layout: gl.constexpr = _shared(ROWS, BLOCK, gl.float8e4nv)
-    q_high = gl.allocate_shared_memory(gl.float8e4nv, [BLOCKS, ROWS, BLOCK], q_layout)
-    q_low = gl.allocate_shared_memory(gl.float8e4nv, [BLOCKS, ROWS, BLOCK], q_layout)
+        mbarrier.init(full.index(stage), count=33 if BOX > 0 else 32 * PRODUCER_WARPS)
+    for i in gl.static_range(5):
+        mbarrier.init(handed.index(i), count=1)
+    both = gl.allocate_shared_memory(
+        gl.float8e4nv, [BLOCKS, 2 * ROWS, BLOCK], _shared(2 * ROWS, BLOCK, gl.float8e4nv)
+    )
     units = gl.allocate_shared_memory(gl.float32, [ROWS], flat)
-    q_rope = _ring(ROPE, 1, ROWS, dtype)
-    split_queries = (q_high, q_low, q_rope, units)
-    _split_queries(
-        Q, QRope, q_token, q_head, qr_token, qr_head, row_start, queries, heads_per_group, split_queries,
-        ROPE, BLOCKS, ROWS,
-    )  # fmt: skip
+    q_rope = ()
+    for i in gl.static_range(len(ROPE)):
+        q_rope = q_rope + (gl.allocate_shared_memory(dtype, [ROWS, ROPE[i][1]], _shared(ROWS, ROPE[i][1], dtype)),)
+    partial_rows = gl.allocate_shared_memory(gl.float32, [4, ROWS], flat)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    partial = ()
+    if CONSUMERS > 1:
+        if EVEN > 0:
+            partial = partial + (k_rings[0]._reinterpret(gl.float32, [EVEN, BLOCK, ROWS], plain),)
+        else:
+            partial = partial + (k_rings[0],)
+        if BLOCKS % 2 > 0:
+            partial = partial + (k_rings[1]._reinterpret(gl.float32, [2, BLOCK // 2, ROWS], plain),)
     fence_async_shared()
     barrier()
 
-    swizzled: gl.constexpr = gl.SwizzledSharedLayout(2, 1, 8, [1, 0])
-    partial = k_ring._reinterpret(gl.float32, [2 * BLOCKS, PAIRS, ROWS], swizzled)
-    partial_max = gl.allocate_shared_memory(gl.float32, [ROWS], flat)
-    partial_sum = gl.allocate_shared_memory(gl.float32, [ROWS], flat)
-    handed = (partial, partial_max, partial_sum, turns.index(0), turns.index(1))
     source = (K, KRope, KScale, Table, k_batch, k_token, kr_batch, kr_token, ks_batch, ks_token)
     rows_of = (Out, Lse, out_token, out_head, lse_token)
     mask = (queries, heads_per_group, first, length, window)
-    rings = (k_ring, rope_ring, scale_ring, full, empty)
-    gl.warp_specialize(
-        [
-            (_consume, (rows_of, mask, rings, split_queries, handed, row_start, scale, low, high,
-                ROPE, BLOCKS, ROWS, KEYS, STAGES, True)),
-            (_consume, (rows_of, mask, rings, split_queries, handed, row_start, scale, low, high,
-                ROPE, BLOCKS, ROWS, KEYS, STAGES, False)),
-            (_produce, (source, rings, low, high, ROPE, BLOCKS, KEYS, PAGE, STAGES)),
-        ],
-        [4, PRODUCER_WARPS],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )  # fmt: skip
+    rings = (k_rings, rope_ring, scale_ring, full, empty)
+    sources = (Q, QRope, q_token, q_head, qr_token, qr_head)
+    shared = (both, q_rope, units, handed.index(4), partial, partial_rows, handed)
+    if BOX > 0:
+        if PAGE == 0:
+            batch_rows = batch * (k_batch // k_token)
+        else:
+            batch_rows = k_batch // k_token
+        if len(ROPE) > 0:
+            boxes = (KeyBoxes, RopeBoxes, batch_rows)
+        else:
+            boxes = (KeyBoxes, KeyBoxes, batch_rows)
+    else:
+        boxes = (0, 0, 0)
+    # One warp starts boxes; several copy row by row.
+    PRODUCERS: gl.constexpr = 1 if BOX > 0 else PRODUCER_WARPS
+    PRODUCER_REGISTERS: gl.constexpr = 24 if BOX > 0 else 56
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (_consume, (rows_of, mask, rings, sources, shared, row_start, scale, low, high,
+                    ROPE, BLOCKS, ROWS, KEYS, STAGES, 0, 1, QUAD, PARTS)),
+                (_produce, (source, boxes, rings, floor, low, high,
+                    ROPE, BLOCKS, KEYS, PAGE, STAGES, BOX, QUAD, PARTS)),
+            ],
+            [PRODUCERS],
+            [PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (rows_of, mask, rings, sources, shared, row_start, scale, low, high,
+                    ROPE, BLOCKS, ROWS, KEYS, STAGES, 0, 2, QUAD, PARTS)),
+                (_consume, (rows_of, mask, rings, sources, shared, row_start, scale, low, high,
+                    ROPE, BLOCKS, ROWS, KEYS, STAGES, 1, 2, QUAD, PARTS)),
+                (_produce, (source, boxes, rings, floor, low, high,
+                    ROPE, BLOCKS, KEYS, PAGE, STAGES, BOX, QUAD, PARTS)),
+            ],
+            [4, PRODUCERS],
+            [240 if BOX > 0 else 224, PRODUCER_REGISTERS],
+        )  # fmt: skip

@@ -11,17 +11,25 @@ import torch
 from headwise.kernels.decode.latent_fp8 import BLOCK, num_blocks
 
 try:
+    from headwise.kernels.decode import fp8_copies as fp8_copies
     from headwise.kernels.decode import hopper as hopper
     from headwise.kernels.decode import hopper_fp8 as hopper_fp8
     from headwise.kernels.decode import hopper_wide as hopper_wide
 except ImportError:  # Gluon's interface changes between Triton releases; the portable kernel runs everywhere.
-    hopper = hopper_fp8 = hopper_wide = None  # type: ignore[assignment]
+    fp8_copies = hopper = hopper_fp8 = hopper_wide = None  # type: ignore[assignment]
 
 # More tiles than this are never in flight.
-FP8_STAGES = 6
+FP8_STAGES = 8
 WIDE_STAGES = 8
 # `hopper_wide` was faster with more query rows than the first number, at ranks up to the second.
 WIDE_ABOVE = ((64, 512), (32, 320))
+# Bytes of shared memory that CUDA takes of each program.
+RESERVED = 1024
+# The tiles of `hopper_fp8` by the blocks of a latent: keys, warps of a group, groups, programs on a multiprocessor.
+# These were the fastest that ran. The others are taken where they leave no room for two stages, and where keys are
+# copied row by row.
+FP8_TILES = {1: (64, 4, 2, 1), 2: (64, 4, 1, 2), 3: (64, 4, 2, 1), 4: (128, 8, 1, 1)}
+FP8_TILES_OTHERWISE = (64, 4, 2, 1)
 # Work of a split that does not grow with its keys (start-up, first copies, epilogue), in key tiles.
 SPLIT_OVERHEAD = 2
 
@@ -128,8 +136,9 @@ def padded(width: int) -> int:
 
 @cache
 def choose_tiles(
-    card: Card, rows: int, head_dim: int, rope_dim: int, value_dim: int, value_is_key: bool, fp8: bool = False
-) -> Config:
+    card: Card, rows: int, head_dim: int, rope_dim: int, value_dim: int, value_is_key: bool, fp8: bool = False,
+    boxes: bool = True,
+) -> Config:  # fmt: skip
     """Choose the tiles for query rows that read one group of keys.
 
     Args:
@@ -140,12 +149,13 @@ def choose_tiles(
         value_dim: numbers of a value.
         value_is_key: whether the value is the key itself (MLA), which is then copied once.
         fp8: whether keys are in FP8, with scales of blocks.
+        boxes: whether the copy engine can copy keys in FP8, see `fp8_copies.box_rows`.
     """
     row_bytes = 2 * (head_dim + rope_dim + (0 if value_is_key else value_dim))
     query_bytes = 2 * (head_dim + rope_dim)
     power = 1 << (rows - 1).bit_length()
     if fp8 and card.capability[0] == 9 and hopper is not None and head_dim % BLOCK == 0:
-        config = _fp8_tiles(card, min(32, max(8, power)), head_dim, rope_dim)
+        config = _fp8_tiles(card, min(32, max(16, power)), head_dim, rope_dim, boxes)
         if config is not None:
             return config
     if not fp8 and card.capability[0] == 9 and hopper is not None and (value_is_key or value_dim % 64 == 0):
@@ -196,16 +206,22 @@ def _wide_tiles(card: Card, head_dim: int, rope_dim: int) -> Config | None:
     return Config(True, 64, 128, 4, stages, consumers=2, wide=True) if stages >= 2 else None
 
 
-def _fp8_tiles(card: Card, rows: int, head_dim: int, rope_dim: int) -> Config | None:
-    """Return the tiles of `hopper_fp8.attend`, with as many stages as fit; None: the card has room for one only."""
-    keys = 64
-    stage = keys * (head_dim + 4 * num_blocks(head_dim) + 2 * rope_dim)
-    # Queries in two parts, their rotary parts, and the probabilities of both consumers.
-    rest = rows * (2 * head_dim + 2 * rope_dim + 2 * 2 * keys) + 2048
-    if rows * head_dim > 32 * 512 or card.shared_memory < 2 * stage + rest:
+def _fp8_tiles(card: Card, rows: int, head_dim: int, rope_dim: int, boxes: bool) -> Config | None:
+    """Return the tiles of `hopper_fp8.attend`, with as many stages as fit; None: the latent is too wide."""
+    blocks = num_blocks(head_dim)
+    if blocks not in FP8_TILES:
         return None
-    stages = min(FP8_STAGES, (card.shared_memory - rest) // stage)
-    return Config(True, rows, keys, 4, stages, consumers=2)
+    for keys, warps, groups, resident in (FP8_TILES[blocks], FP8_TILES_OTHERWISE)[0 if boxes else 1 :]:
+        stage = keys * (head_dim + 4 * blocks + 2 * rope_dim)
+        # Queries in two parts, their rotary parts, and of each group the probabilities and the shares of blocks.
+        rest = rows * (2 * head_dim + 2 * rope_dim + 2 * keys * groups) + 2 * keys * blocks * groups + 4096
+        room = (card.shared_memory + RESERVED) // resident - RESERVED
+        stages = min(FP8_STAGES, (room - rest) // stage)
+        # Each group has stages of its own.
+        stages -= stages % groups
+        if stages >= 2:
+            return Config(True, rows, keys, warps, stages, groups, resident, None if resident == 1 else 128)
+    return None
 
 
 def choose_splits(num_programs: int, num_keys: int, config: Config, multiprocessors: int) -> int:

@@ -38,9 +38,7 @@ def mla_decode(
         k_rope: as `latent`, qk_rope_head_dim numbers, rotated.
         scale: of the scores.
         latent_scale: as `latent`, one float32 for each block of 128 numbers; the latent is then e4m3
-            (`headwise.kernels.decode.latent_fp8`), and the rotary key has the type of the queries. On Hopper a
-            latent above 4,094 becomes infinite, at a rank that is a multiple of 128. The kernel holds it there in
-            float16, 16 times as large.
+            (`headwise.kernels.decode.latent_fp8`), and the rotary key has the type of the queries.
         lengths: (batch) int32, tokens in the cache; None: capacity.
         starts: (batch) int32, first visible token (left padding); None: 0.
         block_table: (batch, max_pages) int32, the page of each run of page_size tokens.

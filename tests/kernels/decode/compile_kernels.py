@@ -17,6 +17,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from headwise.kernels.decode import hopper, hopper_fp8, hopper_wide, portable
@@ -43,18 +44,27 @@ SHAPES: dict[str, tuple[Any, ...]] = {
     "sm_90 MLA 32 heads 512+64, FP8": (90, 32, 512, 64, 512, True, 0, True),
     "sm_90 MLA 14 heads 256+64, FP8, pages": (90, 14, 256, 64, 256, True, 64, True),
     "sm_90 MLA 32 heads 384+32, FP8": (90, 32, 384, 32, 384, True, 0, True),
+    "sm_90 MLA 32 heads 256+64, FP8": (90, 32, 256, 64, 256, True, 0, True),
     "sm_90 MLA 9 heads 128+64, FP8": (90, 9, 128, 64, 128, True, 0, True),
+    "sm_90 MLA 32 heads 512+96, FP8": (90, 32, 512, 96, 512, True, 0, True),
     "sm_89 MLA 14 heads 256+32, FP8": (89, 14, 256, 32, 256, True, 16, True),
     "sm_80 MLA 14 heads 512+64": (80, 14, 512, 64, 512, True, 0),
     "sm_80 GQA groups of 5 x128, pages": (80, 5, 128, 0, 128, False, 16),
 }
 
 
+def map_type(name: str, box: list[int], kind: Any) -> str:
+    """Return the type of a map of the copy engine, as Triton writes it in a signature."""
+    return f"tensordesc<{name}{box},{gl.NVMMASharedLayout.get_default_for(box, kind)}>"
+
+
 def compile_kernel(
     capability: int, rows: int, head: int, rope: int, value: int, latent: bool, page: int, fp8: bool = False
 ) -> tuple[Any, bool]:
     """Return a compiled kernel, and whether it is the one for Hopper."""
-    config = choose_tiles(CARDS[capability], rows, head, rope, value, latent, fp8)
+    # The copy engine has boxes of these rotary widths.
+    boxes = rope in (0, 16, 32, 64)
+    config = choose_tiles(CARDS[capability], rows, head, rope, value, latent, fp8, boxes)
     kernel = portable.attend
     if config.hopper:
         kernel = hopper_fp8.attend if fp8 else hopper_wide.attend if config.wide else hopper.attend
@@ -68,6 +78,16 @@ def compile_kernel(
     )  # fmt: skip
     if config.hopper:
         constants["CONSUMERS"] = config.consumers
+    maps: dict[str, str] = {}
+    if config.hopper and fp8:
+        # The cache is one of rows, in which the scales of a key begin at 16 bytes.
+        box = min(page or config.keys, config.keys) if boxes else 0
+        constants |= dict(BOX=box, QUAD=head > BLOCK, KeyBoxes=None, RopeBoxes=None)
+        if box:
+            maps["KeyBoxes"] = map_type("fp8e4nv", [box, BLOCK], gl.float8e4nv)
+        if box and rope:
+            maps["RopeBoxes"] = map_type("bf16", [box, rope], gl.bfloat16)
+        constants = {name: constant for name, constant in constants.items() if name not in maps}
     if not rope:
         constants |= dict(QRope=None, KRope=None)
     if not fp8:
@@ -77,7 +97,7 @@ def compile_kernel(
     types = dict.fromkeys(("Q", "QRope", "K", "KRope", "V"), "*bf16") | dict.fromkeys(("Out", "Lse"), "*fp32")
     if fp8:
         types |= dict(K="*fp8e4nv", V="*fp8e4nv", KScale="*fp32")
-    types |= dict.fromkeys(("Lengths", "Starts", "Table"), "*i32") | {"scale": "fp32"}
+    types |= dict.fromkeys(("Lengths", "Starts", "Table"), "*i32") | {"scale": "fp32"} | maps
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     # As at run time: pointers and the strides of queries and caches are multiples of sixteen.

@@ -254,7 +254,7 @@ def test_fp8_latents_on_a_gpu(shape, mask) -> None:
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("size", [1e-4, 300.0])
+@pytest.mark.parametrize("size", [1e-5, 1e4])
 def test_small_and_large_fp8_latents_on_a_gpu(size) -> None:
     problem = Problem(
         9, 1, 256, 64, 256, [3000, 63], dtype=torch.bfloat16, device="cuda", fp8=True, latent_size=size

@@ -12,7 +12,16 @@ pytest.importorskip("triton")
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headwise.kernels.decode.tiling import Card, card_of, choose_splits, choose_tiles, chunks, latent_chunks, padded
+from headwise.kernels.decode.tiling import (
+    Card,
+    Config,
+    card_of,
+    choose_splits,
+    choose_tiles,
+    chunks,
+    latent_chunks,
+    padded,
+)
 
 HOPPER = Card((9, 0), 132, 232448)
 CARDS = [HOPPER, Card((8, 0), 108, 166912), Card((8, 9), 128, 101376), Card((12, 0), 170, 101376)]
@@ -89,13 +98,34 @@ def test_many_rows_of_a_latent_share_a_tile(rows: int, rank: int, rope: int, wid
 @given(st.integers(1, 256), widths, st.integers(0, 8).map(lambda n: 16 * n))
 def test_fp8_tiles_fit_the_card(rows: int, width: int, rope: int) -> None:
     config = choose_tiles(HOPPER, rows, width, rope, width, True, True)
-    assert not config.hopper or width % 128 == 0
+    assert config.hopper == (width in (128, 256, 384, 512))
     if config.hopper:
         stage = config.keys * (width + 4 * -(-width // 128) + 2 * rope)
-        queries = config.rows * (2 * width + 2 * rope + 4 * config.keys)
-        assert config.stages >= 2 and config.stages * stage + queries <= HOPPER.shared_memory
-        # Partial results of 4 bytes must fit into the ring of keys.
-        assert 4 * config.rows * width <= config.stages * config.keys * width
+        queries = config.rows * (2 * width + 2 * rope + 2 * config.consumers * config.keys)
+        assert config.stages >= 2 and config.stages % config.consumers == 0
+        # CUDA takes 1 KiB of each of the programs that share a multiprocessor.
+        room = HOPPER.shared_memory + 1024
+        assert config.resident * (config.stages * stage + queries + 1024) <= room
+        # Partial results of 4 bytes must fit into the ring of keys, block by block.
+        assert config.consumers == 1 or 4 * config.rows <= config.stages * config.keys
+        # A warp for 16 keys, and the registers of all warps that compute.
+        assert config.keys == 16 * config.warps
+
+
+@pytest.mark.parametrize(
+    "rank, rope, tiles",
+    [
+        (512, 64, (128, 8, 2, 1, 1, None)), (384, 32, (64, 4, 6, 2, 1, None)), (256, 64, (64, 4, 3, 1, 2, 128)),
+        (128, 64, (64, 4, 8, 2, 1, None)), 
+    ],
+)  # fmt: skip
+def test_fp8_tiles_are_those_that_were_measured(rank: int, rope: int, tiles: tuple[int | None, ...]) -> None:
+    """Keys, warps of a group, stages, groups, programs, registers."""
+    config = choose_tiles(HOPPER, 32, rank, rope, rank, True, True)
+    assert config == Config(True, 32, *tiles)  # type: ignore[arg-type]
+    # Copies row by row ran with two groups.
+    by_row = choose_tiles(HOPPER, 32, rank, rope, rank, True, True, boxes=False)
+    assert by_row.consumers == 2 and by_row.keys == 64
 
 
 @given(st.integers(1, 5000), st.integers(1, 100_000))
