@@ -38,9 +38,10 @@ from headwise.models.layout import AttentionLayout, CacheSize, describe, state_b
 from headwise.models.protocol import context_length, find_attention_model, latent_model
 from headwise.models.stock_match import match_source
 from headwise.records.manifest import recorded_damage
-from headwise.serving.engines import EngineVerdict, cache_rows, engine_verdicts
-from headwise.serving.latent_shape import latent_config
-from headwise.serving.planner import ModelSize, ServingForecast, forecast, serving_notes
+from headwise.serving.engines import EngineVerdict, cache_rows
+from headwise.serving.latent_shape import latent_config, pad_layout
+from headwise.serving.model_forecast import ModelForecast, parameters_of
+from headwise.serving.planner import ServingForecast
 from headwise.serving.settings import ServingSettings
 
 # Pairs (kv_lora_rank, qk_rope_head_dim) with cache rows that engines support (serving/engines.yaml).
@@ -106,7 +107,8 @@ class Inspection:
         model_type: as in config.json.
         dtype: of the weights.
         parameters: number of parameters; None if it is unknown.
-        parameters_from: "headers" (counted), "index" (estimated from its size) or None.
+        parameters_from: "headers" (counted), "index" (estimated from its size), "config" (counted in the stock
+            class without weights) or None.
         layouts: of every layer.
         cache: size of the KV cache.
         options: the layouts it can be converted to.
@@ -205,19 +207,21 @@ def inspect_model(
         elif quantization_of(stored) is not None:  # packed tensors do not show how many weights they hold
             parameters, origin = None, None
         else:
-            parameters, origin = _count_parameters(str(model), folder, commit, token, dtype_of(config))
+            parameters, origin = _count_parameters(str(model), folder, commit, token, config)
         dtype = dtype_of(config)
         damage = recorded_damage(folder)
         tokenizer = tokenizer_kind(folder) if commit is None else "unreadable"
     attention = find_attention_model(config)
     layouts = attention.layouts(config)
-    longest = max(filter(None, (context_length(config), context)), default=None)
+    trained = context_length(config)
+    longest = max(filter(None, (trained, context)), default=None)
     cache = CacheSize.of(layouts, dtype, longest)
-    serving = _Serving(settings, context, tokenizer)
+    serving = ModelForecast(settings, context, trained, tokenizer)
     if layouts[0].kind == "mla":
-        serving.measure(parameters, layouts, config["hidden_size"], dtype)
+        serving.measure(parameters, layouts, config, config["hidden_size"], dtype)
+        cost = serving.forecast(layouts, config)
         latent = _latent_options(config, matched, cache, dtype, settings.engines)
-        options = tuple(serving.judge(*option) for option in latent)
+        options = tuple(_judged(serving, *option) for option in latent)
         return Inspection(
             model=str(model),
             revision=commit,
@@ -230,16 +234,22 @@ def inspect_model(
             options=options,
             mla=INDEXERS if layouts[0].indexer else None,
             damage=damage,
-            serving=serving.forecast(layouts),
-            engines=serving.verdicts(config, layouts),
-            notes=(*quantized, *_indexer_notes(layouts), *([] if layouts[0].indexer else _latent_notes(options))),
+            serving=cost,
+            engines=serving.verdicts(config, layouts, cost, "MODEL"),
+            notes=(
+                *quantized,
+                *_indexer_notes(layouts),
+                *serving.notes(layouts, cost, ()),
+                *([] if layouts[0].indexer else _latent_notes(options)),
+            ),
         )
     arch = architecture.find_architecture(config)
     mla = _why_not_mla(arch.text_config(config), layouts, dtype)
-    serving.measure(parameters, layouts, arch.stock_config(config).hidden_size, dtype)
+    serving.measure(parameters, layouts, config, arch.stock_config(config).hidden_size, dtype)
+    cost = serving.forecast(layouts, config)
     options = tuple(
-        serving.judge(option, new, _config_of(option, new, config, arch, settings.engines))
-        for option, new in _options(layouts, arch.legal_groups(config), cache, dtype, mla is None)
+        _judged(serving, option, new, _config_of(option, new, config, arch, settings.engines))
+        for option, new in _options(layouts, arch.legal_groups(config), cache, dtype, mla is None, settings.engines)
     )
     return Inspection(
         model=str(model),
@@ -254,12 +264,12 @@ def inspect_model(
         mla=mla,
         rope_ranges=tuple(rope_ranges(config, arch, context)) if context else (),
         damage=damage,
-        serving=serving.forecast(layouts),
-        engines=serving.verdicts(config, layouts),
+        serving=cost,
+        engines=serving.verdicts(config, layouts, cost, "MODEL"),
         notes=(
             *quantized,
             *_linear_notes(layouts, dtype),
-            *serving.notes(layouts, options),
+            *serving.notes(layouts, cost, _latents(options)),
             *([MERGED_CACHES if layouts[-1].merged else TWO_CACHES] if arch.reads_pairs else []),
             *([LINEAR_NORMS] if mla is None and arch.qk_norm(config) else []),
         ),
@@ -288,7 +298,12 @@ def _linear_notes(layouts: Sequence[AttentionLayout], dtype: torch.dtype) -> Ite
 
 
 def _options(
-    layouts: Sequence[AttentionLayout], legal: Sequence[int], cache: CacheSize, dtype: torch.dtype, mla: bool
+    layouts: Sequence[AttentionLayout],
+    legal: Sequence[int],
+    cache: CacheSize,
+    dtype: torch.dtype,
+    mla: bool,
+    engines: Collection[str],
 ) -> Iterator[tuple[ReachableLayout, list[AttentionLayout]]]:
     encoder = not any(layout.cached for layout in layouts)
     changing = [layout for layout in layouts if layout.cached or encoder]
@@ -301,7 +316,7 @@ def _options(
             kind = next((layout for layout in new if layout.cached), new[0]).kind
             yield ReachableLayout(kind, groups, None, None, after, _saved(cache, after)), new
     for rank, rope in LATENTS if mla else ():
-        new = [latent_layout(layout, rank, rope) for layout in layouts]
+        new = [pad_layout(latent_layout(layout, rank, rope), engines) for layout in layouts]
         after = CacheSize.of(new, dtype, max(cache.at))
         if after.bytes_per_token < cache.bytes_per_token:
             yield ReachableLayout("mla", None, rank, rope, after, _saved(cache, after)), new
@@ -317,7 +332,7 @@ def _config_of(
     """Return the config.json of an option of a model with heads."""
     if option.num_key_value_heads is not None:
         return arch.with_groups(config, option.num_key_value_heads)
-    return latent_config(arch.stock_config(config).to_dict(), layouts[0], engines)
+    return latent_config(arch.stock_config(config).to_dict(), layouts[0], engines, arch.has_bias(config))
 
 
 def _latent_options(
@@ -362,51 +377,24 @@ def _latent_notes(options: Sequence[ReachableLayout]) -> Iterator[str]:
         yield EXPANDED
 
 
-class _Serving:
-    """Forecast and judge the layouts of one model.
+def _judged(
+    serving: ModelForecast,
+    option: ReachableLayout,
+    layouts: Sequence[AttentionLayout],
+    config: Mapping[str, Any],
+) -> ReachableLayout:
+    """Return an option with its forecast and its verdicts, from its layouts and its config.json."""
+    cost = serving.forecast(layouts, config)
+    return replace(option, serving=cost, engines=serving.verdicts(config, layouts, cost))
 
-    Args:
-        settings: of the forecast, and the engines.
-        context: tokens of a sequence; None: the planner's default.
-        tokenizer: the kind of the vocabulary.
-    """
 
-    def __init__(self, settings: ServingSettings, context: int | None, tokenizer: str) -> None:
-        self.settings, self.context, self.tokenizer = settings, context, tokenizer
-        self.model: ModelSize | None = None
-
-    def measure(
-        self, parameters: int | None, layouts: Sequence[AttentionLayout], hidden_size: int, dtype: torch.dtype
-    ) -> None:
-        """Set what no layout of the attention changes."""
-        if parameters is not None:
-            self.model = ModelSize.of(parameters, layouts, hidden_size, dtype.itemsize)
-
-    def forecast(self, layouts: Sequence[AttentionLayout]) -> ServingForecast | None:
-        """Return what a layout costs on each GPU; None without a forecast."""
-        return forecast(layouts, self.model, self.settings, self.context) if self.settings.forecasts else None
-
-    def verdicts(self, config: Mapping[str, Any], layouts: Sequence[AttentionLayout]) -> tuple[EngineVerdict, ...]:
-        """Return the verdicts of the engines that the settings name; of all engines, if they name none."""
-        window = any(layout.sliding_window for layout in layouts)
-        return engine_verdicts(config, window=window, tokenizer=self.tokenizer, engines=self.settings.engines)
-
-    def judge(
-        self, option: ReachableLayout, layouts: Sequence[AttentionLayout], config: Mapping[str, Any]
-    ) -> ReachableLayout:
-        """Return an option with its forecast and its verdicts, from its layouts and its config.json."""
-        return replace(option, serving=self.forecast(layouts), engines=self.verdicts(config, layouts))
-
-    def notes(self, layouts: Sequence[AttentionLayout], options: Sequence[ReachableLayout]) -> Iterator[str]:
-        """Yield what the user should know before a conversion for these GPUs."""
-        own = self.forecast(layouts)
-        if own is not None:
-            mla_caches = [
-                (option.name, option.serving.cache_bytes_per_token)
-                for option in options
-                if option.to == "mla" and option.serving
-            ]
-            yield from serving_notes(layouts[0], mla_caches, own.cache_bytes_per_token, self.settings)
+def _latents(options: Sequence[ReachableLayout]) -> list[tuple[str, float]]:
+    """Return name and cache bytes per token on each GPU of every MLA layout that can be served."""
+    return [
+        (option.name, option.serving.cache_bytes_per_token)
+        for option in options
+        if option.to == "mla" and option.serving and option.serving.cache_bytes_per_token is not None
+    ]
 
 
 def _saved(before: CacheSize, after: CacheSize) -> float:
@@ -441,7 +429,7 @@ def _match_headers(model: str, folder: Path, commit: str | None) -> Checkpoint |
 
 
 def _count_parameters(
-    model: str, folder: Path, commit: str | None, token: str | None, dtype: torch.dtype
+    model: str, folder: Path, commit: str | None, token: str | None, config: dict[str, Any]
 ) -> tuple[int | None, str | None]:
     if commit is not None:
         count = hub.count_parameters(hub.split_revision(model)[0], commit, token)
@@ -452,5 +440,6 @@ def _count_parameters(
     if isinstance(sizes.get("total_parameters"), int):
         return sizes["total_parameters"], "index"
     if isinstance(sizes.get("total_size"), int):
-        return sizes["total_size"] // dtype.itemsize, "index"
-    return None, None
+        return sizes["total_size"] // dtype_of(config).itemsize, "index"
+    count = parameters_of(config)
+    return count, None if count is None else "config"

@@ -44,6 +44,25 @@ def stock_config(config: dict[str, Any]) -> Any:
     return transformers.CONFIG_MAPPING[config["model_type"]].from_dict(plain)
 
 
+# The largest number of parameter tensors of a model that is built to count its parameters.
+MOST_COUNTED = 200_000
+
+
+def count_stock_parameters(config: dict[str, Any], auto_class: str) -> int:
+    """Return the number of parameters of the stock model of a config.json, tied ones once.
+
+    Args:
+        config: the config.json.
+        auto_class: name of the transformers auto class.
+
+    Raises:
+        HeadwiseError: the class cannot build a model from this config.
+    """
+    model = empty_model(config, auto_class, most=MOST_COUNTED)
+    tied = model.all_tied_weights_keys or {}
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if name not in tied)
+
+
 def empty_model(
     config: dict[str, Any], auto_class: str, dtype: torch.dtype = torch.float32, most: int | None = None
 ) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -13,6 +13,22 @@ from headwise.errors import SettingError
 
 # The engines of engines.yaml, for settings and shell completion, which read no YAML.
 ENGINES = ("transformers", "vllm", "sglang", "llama.cpp")
+# The options of an engine's server for the settings of a forecast, and its names of cache types.
+SERVING_OPTIONS = {
+    "vllm": {
+        "tp": "--tensor-parallel-size",
+        "dcp": "--decode-context-parallel-size",
+        "cache_dtype": "--kv-cache-dtype",
+        "context": "--max-model-len",
+    },
+    "sglang": {
+        "tp": "--tp",
+        "dcp": "--dcp-size",
+        "cache_dtype": "--kv-cache-dtype",
+        "context": "--context-length",
+    },
+}
+CACHE_NAMES: Mapping[tuple[str, int | str | None], str] = {("sglang", "fp8"): "fp8_e4m3"}
 # Numbers of layers for which llama.cpp expects a single query projection; the last one only with its vocabulary.
 DIRECT_QUERY_DEPTHS = ((26, None), (27, None), (48, 128256))
 # Largest relative distance between a wanted cache row and the one that replaces it.
@@ -176,6 +192,7 @@ def engine_verdicts(
     window: bool = False,
     tokenizer: str = "none",
     engines: Collection[str] = (),
+    folder: str = "OUT",
 ) -> tuple[EngineVerdict, ...]:
     """Check a model against the rules of the engines.
 
@@ -184,15 +201,32 @@ def engine_verdicts(
         window: whether a layer has a sliding window.
         tokenizer: the kind of its vocabulary.
         engines: names of the engines to check; empty: all of them.
+        folder: the folder that the commands name.
 
     Returns:
         One verdict for each engine; the most severe rule that applies decides it.
     """
     facts = engine_facts(config, window=window, tokenizer=tokenizer)
-    return tuple(_verdict(engine, facts) for engine in _named(engines or ENGINES))
+    return tuple(_verdict(engine, facts, folder) for engine in _named(engines or ENGINES))
 
 
-def _verdict(engine: Mapping[str, Any], facts: Mapping[str, Any]) -> EngineVerdict:
+def with_options(verdict: EngineVerdict, options: Mapping[str, int | str | None]) -> EngineVerdict:
+    """Return a verdict whose commands have the options of a forecast, where the engine has such options.
+
+    Args:
+        verdict: of one engine.
+        options: the values of "tp", "dcp", "cache_dtype" and "context"; None: not given.
+    """
+    spellings = SERVING_OPTIONS.get(verdict.name, {})
+    words = [
+        f" {spellings[name]} {CACHE_NAMES.get((verdict.name, value), value)}"
+        for name, value in options.items()
+        if name in spellings and value is not None
+    ]
+    return replace(verdict, commands=tuple(command + "".join(words) for command in verdict.commands))
+
+
+def _verdict(engine: Mapping[str, Any], facts: Mapping[str, Any], folder: str) -> EngineVerdict:
     rules = [rule for rule in engine.get("mla" if "cache_row" in facts else "grouped", ()) if _applies(rule, facts)]
     severity = min((SEVERITY.index(rule["verdict"]) for rule in rules), default=len(SEVERITY) - 1)
     verdict = SEVERITY[severity]
@@ -208,7 +242,7 @@ def _verdict(engine: Mapping[str, Any], facts: Mapping[str, Any]) -> EngineVerdi
         name=engine["name"],
         verdict=verdict,
         reason="; ".join(rule["reason"] for rule in deciding),
-        commands=_commands(engine, rules) if verdict in ("loads", "command") else (),
+        commands=_commands(engine, rules, folder) if verdict in ("loads", "command") else (),
         evidence=_join(source["evidence"] for source in sources if source),
         versions=_join(source["versions"] for source in sources if source),
     )
@@ -219,12 +253,12 @@ def _applies(rule: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
     return holds and not any(facts[fact] in values for fact, values in rule.get("unless", {}).items())
 
 
-def _commands(engine: Mapping[str, Any], rules: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+def _commands(engine: Mapping[str, Any], rules: Iterable[Mapping[str, Any]], folder: str) -> tuple[str, ...]:
     flags = {"serve": "", "quantize": ""}
     for rule in rules:
         for slot, words in rule.get("flags", {}).items():
             flags[slot] += f" {words}"
-    return tuple(command.format(**flags) for command in engine["commands"])
+    return tuple(command.format(**flags).replace("OUT", folder) for command in engine["commands"])
 
 
 def _join(words: Iterable[Any]) -> str:

@@ -27,24 +27,50 @@ def pad_layout(layout: AttentionLayout, engines: Collection[str], v_head_dim: in
     return replace(layout, head_dim=nope + rope_dim, v_head_dim=value)
 
 
-def latent_config(source: Mapping[str, Any], layout: AttentionLayout, engines: Collection[str]) -> dict[str, Any]:
-    """Return the config.json that a conversion to an MLA shape writes, for the rules about engines.
+def query_factors(
+    layout: AttentionLayout,
+    hidden_size: int,
+    vocab_size: int,
+    num_hidden_layers: int,
+    engines: Collection[str],
+    biased: bool,
+) -> int | None:
+    """Return the rank of the queries in two factors that a conversion writes; None: one projection.
+
+    Args:
+        layout: of the MLA layer.
+        hidden_size: of the model.
+        vocab_size: of the model.
+        num_hidden_layers: of the model.
+        engines: names of the engines to serve.
+        biased: whether the source's queries, keys and values have biases.
+    """
+    if biased:
+        return deepseek.query_rank(layout, hidden_size)
+    return hidden_size if needs_factored_queries(num_hidden_layers, vocab_size, engines) else None
+
+
+def latent_config(
+    source: Mapping[str, Any], layout: AttentionLayout, engines: Collection[str], biased: bool
+) -> dict[str, Any]:
+    """Return the config.json that a conversion to an MLA shape writes, for forecasts and the rules about engines.
 
     Args:
         source: the fields of the source's stock config.
-        layout: of the MLA layer.
+        layout: of the MLA layer, with its heads padded.
         engines: names of the engines to serve.
+        biased: whether the source's queries, keys and values have biases.
     """
     rule = find_mla_source(source)
     theta = 10_000.0
-    factored = needs_factored_queries(source["num_hidden_layers"], source["vocab_size"], engines)
+    sizes = (source["hidden_size"], source["vocab_size"], source["num_hidden_layers"])
     return deepseek.make_config(
         source,
-        pad_layout(layout, engines),
+        layout,
         theta=theta,
         frequencies=deepseek.default_grid(theta, layout.rotary_dim),
-        attention_bias=bool(source.get("attention_bias")),
-        q_lora_rank=source["hidden_size"] if factored else None,
+        attention_bias=biased or bool(source.get("attention_bias")),
+        q_lora_rank=query_factors(layout, *sizes, engines, biased),
         stock=rule.stock,
         experts=rule.experts,
     )

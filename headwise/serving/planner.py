@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from types import MappingProxyType
 from typing import Any
 
 from headwise.errors import SettingError
+from headwise.models.deepseek import attention_shapes
 from headwise.models.layout import AttentionLayout, caches
-from headwise.serving.settings import CACHE_DTYPES, ServingSettings
+from headwise.serving.settings import CACHE_DTYPES, USED_MEMORY, ServingSettings
 
-# The fraction of a GPU's memory that engines use by default (vLLM: gpu_memory_utilization).
-USED_MEMORY = 0.9
-# The context of a forecast without one.
+# The context of a forecast without one, in models that have positions for so many tokens.
 DEFAULT_CONTEXT = 8192
 # Degrees of tensor parallelism at which a conversion to MLA is compared with its source.
 DEGREES = (2, 4, 8, 16)
+# Tensors of MLA that every GPU of tensor parallelism holds whole.
+UNDIVIDED = ("kv_a_proj_with_mqa", "kv_a_layernorm", "q_a_proj", "q_a_layernorm", "o_proj.bias")
+# The compute capability from which vLLM's MLA reads an FP8 cache.
+FP8_CAPABILITY = 8.9
+NO_CONFIG: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,14 @@ class ModelSize:
     bytes_per_parameter: int
 
     @classmethod
-    def of(cls, parameters: int, layouts: Sequence[AttentionLayout], hidden_size: int, itemsize: int) -> ModelSize:
+    def of(
+        cls,
+        parameters: int,
+        layouts: Sequence[AttentionLayout],
+        hidden_size: int,
+        itemsize: int,
+        config: Mapping[str, Any] = NO_CONFIG,
+    ) -> ModelSize:
         """Return the size of a model.
 
         Args:
@@ -43,8 +56,9 @@ class ModelSize:
             layouts: of its layers.
             hidden_size: width of the residual stream.
             itemsize: bytes of a parameter.
+            config: the config.json, of which MLA needs `q_lora_rank` and `attention_bias`.
         """
-        attention = sum(attention_parameters(layout, hidden_size, 1) for layout in layouts)
+        attention = sum(attention_parameters(layout, hidden_size, 1, config) for layout in layouts)
         return cls(hidden_size, max(parameters - attention, 0), itemsize)
 
 
@@ -53,23 +67,27 @@ class ServingForecast:
     """What one layout costs on each GPU.
 
     Attributes:
+        context: tokens of a sequence.
+        refusal: why no server starts with this layout and these settings; then no number is known. Else None.
         cache_bytes_per_token: of one sequence, on one GPU; below a sliding window.
         cache_bytes: of one sequence of `context` tokens, on one GPU.
         weight_bytes: on one GPU; None: the number of parameters is not known.
-        context: tokens of a sequence.
+        usable_memory: bytes of one GPU for weights and caches; None: the memory is not known.
         sequences: that fit into the memory together; None: memory or weights are not known.
-        seconds_per_step: the shortest decode step with these sequences, or with one sequence where their number is
-            not known: the time to read weights and cache once. None without a card.
-        tokens_per_second: of all sequences at that time per step, on all GPUs together.
+        seconds_per_step: a lower limit for a decode step with these sequences, or with one sequence where their
+            number is not known: the time to read weights and cache once. None without a card.
+        tokens_per_second: an upper limit: of all sequences at that time per step, on all GPUs together.
     """
 
-    cache_bytes_per_token: float
-    cache_bytes: float
-    weight_bytes: int | None
     context: int
-    sequences: int | None
-    seconds_per_step: float | None
-    tokens_per_second: float | None
+    refusal: str | None = None
+    cache_bytes_per_token: float | None = None
+    cache_bytes: float | None = None
+    weight_bytes: int | None = None
+    usable_memory: int | None = None
+    sequences: int | None = None
+    seconds_per_step: float | None = None
+    tokens_per_second: float | None = None
 
 
 @cache
@@ -99,21 +117,77 @@ def cache_elements(layout: AttentionLayout, tp: int = 1, dcp: int = 1) -> float:
     return heads * (layout.head_dim + layout.v_head_dim) / min(dcp, copies)
 
 
-def attention_parameters(layout: AttentionLayout, hidden_size: int, tp: int) -> int:
-    """Return the parameters of the attention projections of one layer, on one GPU, without biases.
+def attention_parameters(
+    layout: AttentionLayout, hidden_size: int, tp: int, config: Mapping[str, Any] = NO_CONFIG
+) -> int:
+    """Return the parameters of the attention projections of one layer, on one GPU; of heads without biases.
 
     Args:
         layout: of the layer; of MLA, `head_dim` includes the rotary key.
         hidden_size: width of the residual stream.
         tp: GPUs of tensor parallelism.
+        config: the config.json of MLA, with `q_lora_rank` and `attention_bias`.
     """
-    heads, value = layout.num_attention_heads, layout.v_head_dim
-    outer = heads * (layout.head_dim + value) * hidden_size // tp
+    if not layout.attends:
+        return 0
     if layout.kv_lora_rank is None:
         kv_heads = max(layout.num_key_value_heads // tp, 1)
-        return outer + kv_heads * (layout.head_dim + value) * hidden_size
-    rank, rope_dim = layout.kv_lora_rank, layout.qk_rope_head_dim or 0
-    return outer + (rank + rope_dim) * hidden_size + rank * heads * (layout.head_dim - rope_dim + value) // tp
+        queries_and_output = layout.num_attention_heads * hidden_size // tp
+        return (queries_and_output + kv_heads * hidden_size) * (layout.head_dim + layout.v_head_dim)
+    shapes = attention_shapes(
+        layout, hidden_size, bias=bool(config.get("attention_bias")), q_lora_rank=config.get("q_lora_rank")
+    )
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    return sum(size if name.startswith(UNDIVIDED) else size // tp for name, size in sizes.items())
+
+
+def refuse_parallelism(layouts: Sequence[AttentionLayout], settings: ServingSettings) -> str | None:
+    """Return why no server starts with a layout; None if one does.
+
+    Args:
+        layouts: of every layer.
+        settings: parallelism, cache type, card and engines.
+    """
+    tp, dcp = settings.tp or 1, settings.dcp or 1
+    latent = any(layout.kind == "mla" for layout in layouts)
+    for layout in () if latent else caches(layouts):
+        groups = layout.num_key_value_heads
+        if tp % groups and groups % tp:
+            return f"tensor parallel {tp} does not divide {count_heads(groups)}, and is no multiple of it"
+        if dcp > 1 and tp <= groups:
+            return (
+                f"vLLM 0.33 divides the cache of KV heads only over more GPUs than KV heads, and there are {tp} "
+                f"GPUs for {count_heads(groups)}"
+            )
+        if dcp > max(tp // groups, 1):
+            return f"vLLM 0.33 takes a `dcp` of at most {tp // groups} here, the GPUs that repeat a KV head"
+        if layout.queries_per_group % dcp:
+            return f"vLLM 0.33 needs a `dcp` that divides the {layout.queries_per_group} query heads of a KV head"
+    capability = _cards()[settings.card].get("capability") if settings.card else None
+    old = capability is not None and capability < FP8_CAPABILITY
+    if latent and old and settings.cache_dtype == "fp8" and "vllm" in settings.engines:
+        return f"vLLM's MLA has an FP8 cache from compute capability 8.9 on, and {settings.card} has {capability}"
+    return None
+
+
+def count_heads(num_key_value_heads: int) -> str:
+    """Return "1 KV head" or "8 KV heads".
+
+    Args:
+        num_key_value_heads: their number.
+    """
+    return f"{num_key_value_heads} KV head{'' if num_key_value_heads == 1 else 's'}"
+
+
+def _check_tp(tp: int, heads: int, config: Mapping[str, Any]) -> None:
+    """Raise SettingError if tensor parallelism does not divide the query heads or the MLP."""
+    text = config.get("text_config")
+    width = (text if isinstance(text, Mapping) else config).get("intermediate_size")
+    inner = width if isinstance(width, int) and width > 0 else 0
+    wrong = f"{heads} query heads" if heads % tp else f"intermediate size {inner:,}" if inner % tp else None
+    if wrong is not None:
+        legal = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0 and inner % n == 0)
+        raise SettingError("tp", f"`tp` {tp} does not divide the {wrong}.", f"Give one of {legal}.")
 
 
 def forecast(
@@ -121,6 +195,7 @@ def forecast(
     model: ModelSize | None,
     settings: ServingSettings,
     context: int | None = None,
+    config: Mapping[str, Any] = NO_CONFIG,
 ) -> ServingForecast:
     """Forecast one layout of a model.
 
@@ -129,15 +204,15 @@ def forecast(
         model: its other parameters; None: unknown.
         settings: parallelism, memory, cache type and card.
         context: tokens of a sequence; None: `DEFAULT_CONTEXT`.
+        config: the config.json of the layout.
 
     Raises:
-        SettingError: `tp` does not divide the query heads.
+        SettingError: `tp` does not divide the query heads or the width of the MLP.
     """
     tp, dcp, length = settings.tp or 1, settings.dcp or 1, context or DEFAULT_CONTEXT
-    heads = layouts[0].num_attention_heads
-    if heads % tp:
-        legal = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        raise SettingError("tp", f"`tp` {tp} does not divide the {heads} query heads.", f"Give one of {legal}.")
+    _check_tp(tp, layouts[0].num_attention_heads, config)
+    if (refusal := refuse_parallelism(layouts, settings)) is not None:
+        return ServingForecast(length, refusal)
     element = CACHE_DTYPES[settings.cache_dtype or "bf16"]
     cached = caches(layouts)
     sizes = [(cache_elements(layout, tp, dcp) * element, layout.sliding_window or length) for layout in cached]
@@ -145,19 +220,20 @@ def forecast(
     one = sum(size * min(window, length) for size, window in sizes)
     weights = None
     if model is not None:
-        attention = sum(attention_parameters(layout, model.hidden_size, tp) for layout in layouts)
+        attention = sum(attention_parameters(layout, model.hidden_size, tp, config) for layout in layouts)
         weights = (model.other // tp + attention) * model.bytes_per_parameter
     card = _cards()[settings.card] if settings.card else None
     memory = settings.memory or (card and int(card["memory"]))
+    usable = int(memory * USED_MEMORY) if isinstance(memory, int) else None
     sequences = None
-    if isinstance(memory, int) and weights is not None and one:
-        sequences = max(int((memory * USED_MEMORY - weights) // one), 0)
+    if usable is not None and weights is not None and one:
+        sequences = max(int((usable - weights) // one), 0)
     seconds = rate = None
     if card and weights is not None and sequences != 0:
         batch = sequences or 1
         seconds = (weights + batch * one) / float(card["bandwidth"])
         rate = batch / seconds
-    return ServingForecast(per_token, one, weights, length, sequences, seconds, rate)
+    return ServingForecast(length, None, per_token, one, weights, usable, sequences, seconds, rate)
 
 
 def serving_notes(
@@ -177,16 +253,16 @@ def serving_notes(
     tp, groups = settings.tp or 1, layout.num_key_value_heads
     for name, size in others:
         if size >= source:
+            times = "" if (ratio := f"{size / source:.3g}") == "1" else f"{ratio} times "
             yield (
-                f"{name} does not pay at tensor parallel {tp}: each GPU caches {size / source:.3g} times what it "
-                "caches of the unchanged model, because every GPU holds the whole latent. Decode context "
-                "parallelism (`dcp`) divides it."
+                f"{name} does not pay at tensor parallel {tp}: each GPU caches {times}as much as of the unchanged "
+                "model, because every GPU holds the whole latent. Decode context parallelism (`dcp`) divides it."
             )
     if layout.kind != "mla" and tp > groups and tp % groups == 0:
         yield (
-            f"The model has {groups} KV heads for {tp} GPUs: engines repeat each head {tp // groups} times. For an "
-            f"engine that does not, `headwise convert MODEL OUT --to gqa --groups {tp}` writes them repeated, "
-            "exactly."
+            f"The model has {count_heads(groups)} for {tp} GPUs: engines repeat each head {tp // groups} times. "
+            f"For an engine that does not, `headwise convert MODEL OUT --to gqa --groups {tp}` writes them "
+            "repeated, exactly."
         )
 
 

@@ -10,6 +10,8 @@ from headwise.errors import SettingError
 from headwise.fields import check_fields, is_given, settings_of
 from headwise.serving.engines import ENGINES, require_cache_dtype
 
+# The fraction of a GPU's memory that vLLM 0.33 uses by default (gpu_memory_utilization).
+USED_MEMORY = 0.92
 # Element types of a cache and their bytes.
 CACHE_DTYPES = {"bf16": 2, "fp8": 1}
 # The GPUs of cards.yaml.

@@ -88,6 +88,40 @@ def test_a_forecast_and_verdicts_of_every_layout(tmp_path: Path) -> None:
         inspect_model(tmp_path, tp=3)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "engine", "fields"),
+    [
+        ("llama", "transformers", {"attention_bias": False, "tie_word_embeddings": True}),
+        ("llama", "vllm", {"attention_bias": False, "tie_word_embeddings": True}),
+        ("llama", "llama.cpp", {"attention_bias": False, "tie_word_embeddings": False}),
+        ("llama", "transformers", {"attention_bias": True}),
+        ("qwen2", "transformers", {"use_sliding_window": False, "max_window_layers": 0}),
+    ],
+)
+def test_the_weights_of_mla_are_those_of_the_plan(
+    tmp_path: Path, model_type: str, engine: str, fields: dict[str, Any]
+) -> None:
+    shape = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
+    source = tiny_models.save(model_type, tmp_path / "model", torch.bfloat16, **shape | fields)
+    inspection = inspect_model(source, engines=engine, tp=1)
+    option = next(option for option in inspection.options if option.to == "mla")
+    shape = {"rank": option.kv_lora_rank, "rope_dim": option.qk_rope_head_dim}
+    plan = convert_model(source, tmp_path / "out", to="mla", engines=engine, dry_run=True, **shape)
+    assert isinstance(plan, Plan) and inspection.serving and option.serving
+    assert inspection.serving.weight_bytes == plan.bytes_before
+    assert option.serving.weight_bytes == plan.bytes_after
+    assert option.engines == plan.engines[: len(option.engines)]
+
+
+def test_the_weights_of_a_smaller_latent_are_those_of_the_plan(tmp_path: Path) -> None:
+    source = tiny_models.save("deepseek_v3", tmp_path / "model")
+    inspection = inspect_model(source, tp=1)
+    plan = convert_model(source, tmp_path / "out", to="mla", cache=0.5, dry_run=True)
+    assert isinstance(plan, Plan) and inspection.serving and inspection.options[0].serving
+    assert inspection.serving.weight_bytes == plan.bytes_before
+    assert inspection.options[0].serving.weight_bytes == plan.bytes_after
+
+
 def test_the_reason_against_mla_is_given(tmp_path: Path) -> None:
     config = PhiConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1, intermediate_size=32)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
@@ -111,21 +145,28 @@ def test_a_window_bounds_the_cache() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metadata", "parameters"),
-    [({"total_size": 1000}, 500), ({"total_size": 1000, "total_parameters": 499}, 499), ({}, None), ("x", None)],
+    ("metadata", "parameters", "origin"),
+    [
+        ({"total_size": 1000}, 500, "index"),
+        ({"total_size": 1000, "total_parameters": 499}, 499, "index"),
+        ({}, 28_896, "config"),
+        ("x", 28_896, "config"),
+    ],
 )
-def test_an_index_without_weights(tmp_path: Path, metadata: Any, parameters: int | None) -> None:
+def test_an_index_without_weights(tmp_path: Path, metadata: Any, parameters: int, origin: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(llama_config().to_dict()))
     index = {"metadata": metadata, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     inspection = inspect_model(tmp_path)
-    assert (inspection.parameters, inspection.parameters_from) == (parameters, "index" if parameters else None)
+    assert (inspection.parameters, inspection.parameters_from) == (parameters, origin)
 
 
 def test_a_config_without_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(llama_config().to_dict()))
     inspection = inspect_model(tmp_path, context=4096)
-    assert inspection.parameters is None and inspection.rope_ranges[0].context == 4096
+    stock = LlamaForCausalLM(llama_config())
+    assert inspection.parameters == stock.num_parameters() and inspection.parameters_from == "config"
+    assert inspection.rope_ranges[0].context == 4096
     assert json.loads(json.dumps(inspection.to_dict()))["layers"][0]["kind"] == "mha"
 
 

@@ -27,7 +27,9 @@ def test_eight_kv_heads_beat_the_latent_at_tensor_parallel_8() -> None:
     assert cache_elements(MLA, 8) / cache_elements(GQA, 8) == 2.25
     assert cache_elements(MLA, 8, 8) == 72
     notes = list(planner.serving_notes(GQA, [("MLA 512+64", 576), ("MLA 64+64", 128)], 256, ServingSettings(tp=8)))
-    assert len(notes) == 1 and "MLA 512+64 does not pay" in notes[0] and "2.25 times" in notes[0]
+    assert len(notes) == 1 and "MLA 512+64 does not pay" in notes[0] and "2.25 times as much as of" in notes[0]
+    equal = list(planner.serving_notes(GQA, [("MLA 192+64", 256)], 256, ServingSettings(tp=8)))
+    assert "each GPU caches as much as of the unchanged model" in equal[0]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,10 @@ def test_the_parameters_add_up() -> None:
     divided = forecast([GQA] * LAYERS, size(), ServingSettings(tp=8))
     assert divided.weight_bytes == pytest.approx(2 * PARAMETERS / 8, rel=1e-9)
     latent = planner.attention_parameters(MLA, HIDDEN, 1)
-    assert latent == HIDDEN * 32 * (192 + 128) + 576 * HIDDEN + 512 * 32 * 256
+    assert latent == HIDDEN * 32 * (192 + 128) + 576 * HIDDEN + 512 * 32 * 256 + 512
+    factored = planner.attention_parameters(MLA, HIDDEN, 1, {"q_lora_rank": HIDDEN})
+    assert factored - latent == HIDDEN * HIDDEN + HIDDEN
+    assert planner.attention_parameters(replace(GQA, part="linear"), HIDDEN, 1) == 0
 
 
 def test_sequences_and_time() -> None:
@@ -53,11 +58,12 @@ def test_sequences_and_time() -> None:
     found = forecast([GQA] * LAYERS, size(), settings, 32_768)
     assert found.cache_bytes_per_token == 256 * LAYERS and found.cache_bytes == 256 * LAYERS * 32_768
     assert found.weight_bytes is not None and found.seconds_per_step is not None
-    assert found.sequences == int((0.9 * 80e9 - found.weight_bytes) / found.cache_bytes)
+    assert found.sequences == int((0.92 * 80e9 - found.weight_bytes) / found.cache_bytes)
     read = found.weight_bytes + found.sequences * found.cache_bytes
     assert found.seconds_per_step == pytest.approx(read / 3.35e12)
     assert found.tokens_per_second == pytest.approx(found.sequences / found.seconds_per_step)
     small = forecast([GQA] * LAYERS, size(), replace(settings, memory="1GB"), 32_768)
+    assert small.weight_bytes and small.usable_memory == 920_000_000 < small.weight_bytes
     assert small.sequences == 0 and small.seconds_per_step is None
     unknown = forecast([GQA] * LAYERS, None, settings)
     assert unknown.weight_bytes is unknown.sequences is unknown.tokens_per_second is None
@@ -82,6 +88,53 @@ def test_kv_heads_are_repeated_for_more_gpus() -> None:
     notes = list(planner.serving_notes(GQA, [], 2048, ServingSettings(tp=16)))
     assert len(notes) == 1 and "--to gqa --groups 16" in notes[0]
     assert not list(planner.serving_notes(GQA, [], 2048, ServingSettings(tp=8)))
+    single = replace(GQA, num_key_value_heads=1)
+    assert "has 1 KV head for" in next(planner.serving_notes(single, [], 2048, ServingSettings(tp=8)))
+
+
+@pytest.mark.parametrize(
+    ("groups", "tp", "dcp", "words"),
+    [
+        (8, 1, None, None),
+        (8, 16, 2, None),
+        (10, 4, None, "tensor parallel 4 does not divide 10 KV heads"),
+        (5, 4, None, "does not divide 5 KV heads"),
+        (1, 4, 4, None),
+        (8, 8, 2, "there are 8 GPUs for 8 KV heads"),
+        (8, 16, 4, "a `dcp` of at most 2"),
+        (2, 32, 8, None),
+        (16, 32, 2, None),
+        (32, 64, 2, "a `dcp` that divides the 1 query heads"),
+    ],
+)
+def test_rows_that_no_server_starts(groups: int, tp: int, dcp: int | None, words: str | None) -> None:
+    layout = replace(GQA, num_attention_heads=40 if groups in (5, 10) else 32, num_key_value_heads=groups)
+    refusal = planner.refuse_parallelism([layout], ServingSettings(tp=tp, dcp=dcp))
+    assert refusal is None if words is None else words in str(refusal)
+    assert planner.refuse_parallelism([MLA], ServingSettings(tp=tp, dcp=dcp)) is None
+
+
+def test_a_refused_row_has_no_numbers() -> None:
+    layout = replace(GQA, num_attention_heads=40, num_key_value_heads=10)
+    found = forecast([layout], size(), ServingSettings(tp=4, card="h100"))
+    assert found.refusal and found == planner.ServingForecast(planner.DEFAULT_CONTEXT, found.refusal)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8, 32])
+@pytest.mark.parametrize("tp", [1, 2, 8, 32])
+def test_cache_and_weights_count_the_same_kv_heads(groups: int, tp: int) -> None:
+    layout = replace(GQA, num_key_value_heads=groups)
+    kv_heads = (planner.attention_parameters(layout, HIDDEN, tp) - HIDDEN * 32 * 256 // tp) / (HIDDEN * 256)
+    assert kv_heads == cache_elements(layout, tp) / 256 == max(groups // tp, 1)
+
+
+@pytest.mark.parametrize(
+    ("card", "engines", "refused"), [("a100-80gb", "vllm", True), ("h100", "vllm", False), ("a100-80gb", (), False)]
+)
+def test_an_fp8_latent_in_vllm_needs_a_newer_card(card: str, engines: str, refused: bool) -> None:
+    settings = ServingSettings(engines, card=card, cache_dtype="fp8")
+    assert (planner.refuse_parallelism([MLA], settings) is not None) == refused
+    assert planner.refuse_parallelism([GQA], settings) is None
 
 
 def test_the_degree_from_which_mla_saves_nothing() -> None:
@@ -94,7 +147,10 @@ def test_the_degree_from_which_mla_saves_nothing() -> None:
 def test_tp_must_divide_the_query_heads() -> None:
     with pytest.raises(SettingError, match=r"`tp` 3 does not divide the 32 query heads") as caught:
         forecast([GQA], None, ServingSettings(tp=3))
-    assert caught.value.field == "tp"
+    assert caught.value.field == "tp" and "one of 1, 2, 4, 8, 16, 32" in str(caught.value.hint)
+    with pytest.raises(SettingError, match=r"`tp` 32 does not divide the intermediate size 1,552") as caught:
+        forecast([GQA], None, ServingSettings(tp=32), config={"intermediate_size": 1552})
+    assert "one of 1, 2, 4, 8, 16." in str(caught.value.hint)
 
 
 def test_the_cards_of_the_settings_are_those_of_the_file() -> None:

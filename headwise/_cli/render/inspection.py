@@ -15,6 +15,7 @@ from headwise._cli.render.cells import (
     print_commands,
 )
 from headwise.format import dtype_name, size, token_count
+from headwise.serving.settings import USED_MEMORY
 
 if TYPE_CHECKING:
     from headwise.convert.inspect import Inspection
@@ -31,6 +32,15 @@ VERDICT_WORDS = {
     "no": "no",
     "unknown": "not known",
 }
+
+
+MEMORY_LINE = (
+    f"Weights and caches take {USED_MEMORY:.0%} of the memory, vLLM's default. Activations and CUDA graphs are not "
+    "subtracted."
+)
+STEP_LINE = (
+    "A decode step reads weights and cache once, with as many sequences as the table has; real steps take longer."
+)
 
 
 def render_inspection(inspection: Inspection, *, reasons: bool = False) -> None:
@@ -105,11 +115,22 @@ def _render_serving(inspection: Inspection, reasons: bool) -> None:
                 ">cache of a sequence",
                 ">weights",
                 ">sequences",
-                ">decode step",
-                ">tokens/s",
+                ">decode step, at least",
+                ">tokens/s, at most",
             ),
             [_forecast_row(name, serving) for name, serving, _ in layouts if serving is not None],
         )
+        refused: dict[str, list[str]] = {}
+        for name, serving, _ in layouts:
+            if serving is not None and serving.refusal is not None:
+                refused.setdefault(serving.refusal, []).append(name)
+        for reason, names in refused.items():
+            console.print_line(f"Not served with these options ({', '.join(names)}): {reason}.")
+        costs = [serving for _, serving, _ in layouts if serving is not None]
+        if any(serving.sequences is not None for serving in costs):
+            console.print_line(MEMORY_LINE)
+        if any(serving.seconds_per_step is not None for serving in costs):
+            console.print_line(STEP_LINE)
     verdicts = [(name, verdict) for name, _, found in layouts for verdict in found]
     if verdicts and not reasons:
         console.print_line()
@@ -139,12 +160,22 @@ def _render_serving(inspection: Inspection, reasons: bool) -> None:
 
 def _forecast_row(name: str, serving: ServingForecast) -> tuple[str, ...]:
     """Return a layout's figures on one GPU; empty where they are not known."""
+    per_token, cache = serving.cache_bytes_per_token, serving.cache_bytes
     return (
         name,
-        f"{serving.cache_bytes_per_token:,.0f} B",
-        size(round(serving.cache_bytes)),
+        "" if per_token is None else f"{per_token:,.0f} B",
+        "" if cache is None else size(round(cache)),
         "" if serving.weight_bytes is None else size(serving.weight_bytes),
-        "" if serving.sequences is None else f"{serving.sequences:,}",
+        _count_sequences(serving),
         "" if serving.seconds_per_step is None else f"{1e3 * serving.seconds_per_step:.2f} ms",
         "" if serving.tokens_per_second is None else f"{serving.tokens_per_second:,.0f}",
     )
+
+
+def _count_sequences(serving: ServingForecast) -> str:
+    """Return how many sequences fit, or what does not fit."""
+    if serving.sequences is None or serving.weight_bytes is None or serving.usable_memory is None:
+        return ""
+    if serving.weight_bytes > serving.usable_memory:
+        return "the weights do not fit"
+    return f"{serving.sequences:,}" if serving.sequences else "no sequence fits"

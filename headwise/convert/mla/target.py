@@ -37,7 +37,7 @@ from headwise.models.norm_free import from_norm_free_state, norm_free_attention
 from headwise.models.protocol import AttentionModel
 from headwise.models.stock import empty_model, layer_arguments, move_to_device
 from headwise.serving import engines
-from headwise.serving.latent_shape import pad_layout
+from headwise.serving.latent_shape import pad_layout, query_factors
 from headwise.serving.planner import unpaid_degree
 
 # Padding for engines whose prefill needs values as wide as queries (engines.yaml).
@@ -147,11 +147,12 @@ class LatentTarget:
             self.layouts = [replace(each, indexer=shape) for each in self.layouts]
             self.notes += indexer_notes(shape, self._hidden_size)
         layout = self.layouts[0]
-        self.q_lora_rank = deepseek.query_rank(layout, self._hidden_size) if biased else None
+        self.q_lora_rank = query_factors(
+            layout, self._hidden_size, stock.vocab_size, len(self._before), settings.engines, biased
+        )
         if settings.sparse:
             self.q_lora_rank = self._hidden_size + biased
-        elif not biased and engines.needs_factored_queries(len(self._before), stock.vocab_size, settings.engines):
-            self.q_lora_rank = self._hidden_size
+        elif not biased and self.q_lora_rank is not None:
             self.notes.append(
                 "Queries are written in two factors, which llama.cpp needs at this depth. The first is a multiple "
                 f"of the identity, and adds {self._hidden_size**2:,} weights per layer."

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from headwise._cli import console, render
 from headwise.convert.inspect import inspect_model
 from headwise.io.source import EMBEDDED_MODEL
 from headwise.serving.engines import ENGINES
+from tests.convert.test_plan import llama_config
 
 
 def test_an_inspection_has_a_word_for_each_engine_or_the_reasons(capsys: pytest.CaptureFixture[str]) -> None:
@@ -20,3 +24,61 @@ def test_an_inspection_has_a_word_for_each_engine_or_the_reasons(capsys: pytest.
     printed = capsys.readouterr().out
     rows = len(inspection.options) + 1
     assert all(printed.count(f"{name}: ") == rows for name in ENGINES)
+
+
+def test_a_forecast_names_its_limits_and_what_does_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console.configure(quiet=True)
+    shape = {"hidden_size": 1280, "num_attention_heads": 40, "num_key_value_heads": 40}
+    (tmp_path / "config.json").write_text(json.dumps(llama_config(**shape).to_dict()))
+    render.render_inspection(inspect_model(tmp_path, tp=4, card="h100"))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Not served with these options (GQA-5, GQA-10): tensor parallel 4 does not divide" not in printed
+    assert "(GQA-5): tensor parallel 4 does not divide 5 KV heads, and is no multiple of it." in printed
+    assert "(GQA-10): tensor parallel 4 does not divide 10 KV heads" in printed
+    assert "at least" in printed and "take 92% of the memory" in printed and "real steps take longer" in printed
+
+
+def test_the_default_context_is_at_most_the_model_s_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    console.configure(quiet=True)
+    config = llama_config(max_position_embeddings=512, hidden_size=4096, num_attention_heads=32)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    found = inspect_model(tmp_path, memory="1GB")
+    assert found.serving and found.serving.context == 512
+    render.render_inspection(inspect_model(tmp_path, memory="1GB", context=65_536))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "no sequence fits" in printed and "positions for 512 tokens, and `context` is" in printed
+    config = llama_config(hidden_size=16384, num_attention_heads=32, num_hidden_layers=1)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    render.render_inspection(inspect_model(tmp_path, memory="1GB"))
+    assert "the weights do not fit" in " ".join(capsys.readouterr().out.split())
+
+
+def test_commands_have_the_options_of_the_forecast(tmp_path: Path) -> None:
+    shape = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 48}
+    config = llama_config(**shape).to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = inspect_model(
+        tmp_path, engines=["vllm", "sglang"], tp=16, dcp=2, cache_dtype="fp8", context=1024, memory="80GB"
+    )
+    assert [verdict.commands for verdict in found.engines] == [
+        (
+            "vllm serve MODEL --tensor-parallel-size 16 --decode-context-parallel-size 2 --kv-cache-dtype fp8 "
+            "--max-model-len 1024",
+        ),
+        (
+            "python -m sglang.launch_server --model-path MODEL --tp 16 --dcp-size 2 --kv-cache-dtype fp8_e4m3 "
+            "--context-length 1024",
+        ),
+    ]
+    latent = next(option for option in found.options if option.to == "mla")
+    command = latent.engines[0].commands[0]
+    assert command.startswith("vllm serve OUT ") and command.endswith("--kv-cache-dtype fp8 --max-model-len 1024")
+    assert any("one byte for each element" in note for note in found.notes)
+    refused = next(option for option in found.options if option.num_key_value_heads == 32)
+    assert refused.serving and refused.serving.refusal and not refused.engines[0].commands
+    longer = inspect_model(tmp_path, engines=["vllm"], tp=16, context=65_536)
+    assert "--max-model-len" not in longer.engines[0].commands[0]
+    plain = inspect_model(tmp_path, engines=["vllm"])
+    assert plain.engines[0].commands == ("vllm serve MODEL",)

@@ -1,0 +1,161 @@
+"""Forecast and judge every layout of one model, by the settings of a serving forecast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from headwise.errors import HeadwiseError
+from headwise.models.layout import AttentionLayout
+from headwise.models.protocol import find_attention_model
+from headwise.models.stock import count_stock_parameters
+from headwise.serving.engines import EngineVerdict, engine_verdicts, with_options
+from headwise.serving.planner import DEFAULT_CONTEXT, ModelSize, ServingForecast, forecast, serving_notes
+from headwise.serving.settings import ServingSettings
+
+FP8_NOTE = (
+    "`cache_dtype` fp8 counts one byte for each element and one scale, as vLLM and SGLang store it. It costs "
+    "about 0.05 nats per token with MLA (docs/results/serving.md). The blocks of `headwise convert --cache-dtype "
+    "fp8` take 656 bytes at 512+64, and only headwise's own kernel reads them."
+)
+UNKNOWN_SIZE = (
+    "The number of parameters is not known, so weights, sequences and times are left out: the tensors are packed, "
+    "or the class cannot be built from config.json."
+)
+
+
+class ModelForecast:
+    """Forecast and judge the layouts of one model.
+
+    Args:
+        settings: of the forecast, and the engines.
+        context: tokens of a sequence; None: the planner's default, or the model's maximum if that is less.
+        longest: the tokens for which the model has positions; None: not known.
+        tokenizer: the kind of the vocabulary.
+    """
+
+    def __init__(self, settings: ServingSettings, context: int | None, longest: int | None, tokenizer: str) -> None:
+        self.settings, self.tokenizer = settings, tokenizer
+        self._given, self._longest = context, longest
+        self.context = context or min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
+        self._hidden_size, self._itemsize, self._kind = 0, 0, ""
+        self._sizes: dict[str, ModelSize | None] = {}
+
+    def measure(
+        self,
+        parameters: int | None,
+        layouts: Sequence[AttentionLayout],
+        config: Mapping[str, Any],
+        hidden_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """Set the size of the model itself.
+
+        Args:
+            parameters: of the whole model; None: not known.
+            layouts: of its layers.
+            config: its config.json.
+            hidden_size: width of the residual stream.
+            dtype: of the weights.
+        """
+        self._hidden_size, self._itemsize = hidden_size, dtype.itemsize
+        self._kind = _kind(layouts)
+        self._sizes[self._kind] = (
+            None if parameters is None else ModelSize.of(parameters, layouts, hidden_size, dtype.itemsize, config)
+        )
+
+    def _size(self, layouts: Sequence[AttentionLayout], config: Mapping[str, Any]) -> ModelSize | None:
+        """Return what no layout of one kind changes; another class than the model's has other tensors."""
+        kind = _kind(layouts)
+        if kind not in self._sizes:
+            self._sizes[kind] = None
+            if self._sizes[self._kind] is not None:
+                parameters = parameters_of(dict(config))
+                if parameters is not None:
+                    self._sizes[kind] = ModelSize.of(parameters, layouts, self._hidden_size, self._itemsize, config)
+        return self._sizes[kind]
+
+    def forecast(self, layouts: Sequence[AttentionLayout], config: Mapping[str, Any]) -> ServingForecast | None:
+        """Return what a layout costs on each GPU; None without a forecast.
+
+        Args:
+            layouts: of every layer.
+            config: its config.json.
+        """
+        if not self.settings.forecasts:
+            return None
+        return forecast(layouts, self._size(layouts, config), self.settings, self.context, config)
+
+    def verdicts(
+        self,
+        config: Mapping[str, Any],
+        layouts: Sequence[AttentionLayout],
+        cost: ServingForecast | None,
+        folder: str = "OUT",
+    ) -> tuple[EngineVerdict, ...]:
+        """Return the verdicts of the engines that the settings name; of all engines, if they name none.
+
+        Args:
+            config: the config.json of a layout.
+            layouts: of every layer.
+            cost: what the layout costs on each GPU.
+            folder: the folder that the commands name.
+        """
+        window = any(layout.sliding_window for layout in layouts)
+        verdicts = engine_verdicts(
+            config, window=window, tokenizer=self.tokenizer, engines=self.settings.engines, folder=folder
+        )
+        settings, reachable = self.settings, self._longest is None or self.context <= self._longest
+        options = {
+            "tp": settings.tp if (settings.tp or 1) > 1 else None,
+            "dcp": settings.dcp if (settings.dcp or 1) > 1 else None,
+            "cache_dtype": settings.cache_dtype if settings.cache_dtype != "bf16" else None,
+            "context": self._given if settings.forecasts and reachable else None,
+        }
+        if cost is not None and cost.refusal is not None:
+            return tuple(replace(verdict, commands=()) for verdict in verdicts)
+        return tuple(with_options(verdict, options) for verdict in verdicts)
+
+    def notes(
+        self, layouts: Sequence[AttentionLayout], own: ServingForecast | None, latents: Sequence[tuple[str, float]]
+    ) -> Iterator[str]:
+        """Yield what the user should know about the forecast.
+
+        Args:
+            layouts: of the model itself.
+            own: its forecast.
+            latents: name and cache bytes per token on each GPU of every MLA layout that it can become.
+        """
+        if own is None:
+            return
+        if self._longest is not None and self.context > self._longest:
+            yield (
+                f"The model has positions for {self._longest:,} tokens, and `context` is {self.context:,}: "
+                f"engines refuse longer sequences. `headwise convert MODEL OUT --context {self.context}` rescales "
+                "its RoPE."
+            )
+        if self.settings.cache_dtype == "fp8":
+            yield FP8_NOTE
+        if self._sizes[self._kind] is None:
+            yield UNKNOWN_SIZE
+        if own.cache_bytes_per_token is not None and layouts[0].kind != "mla":
+            yield from serving_notes(layouts[0], latents, own.cache_bytes_per_token, self.settings)
+
+
+def _kind(layouts: Sequence[AttentionLayout]) -> str:
+    return "latent" if any(layout.kind == "mla" for layout in layouts) else "heads"
+
+
+def parameters_of(config: dict[str, Any]) -> int | None:
+    """Return the number of parameters of the stock model of a config.json; None: its class cannot be built.
+
+    Args:
+        config: the config.json.
+    """
+    try:
+        return count_stock_parameters(config, find_attention_model(config).auto_class)
+    except HeadwiseError:
+        return None
