@@ -18,6 +18,7 @@ from headwise.errors import SettingError
 from headwise.format import parse_bytes
 
 LONGEST_VALUE = 200  # characters of a value in a message
+CLOSE = 0.65  # likeness of two words from which a message suggests the other one
 
 
 class Setting:
@@ -122,7 +123,7 @@ def check_fields(settings: Any) -> None:
             words = value if setting.multiple and isinstance(value, list | tuple) else [value]
             names = [str(word).partition("=")[0] for word in words]
             wrong = [name.casefold() for name in names if name not in setting.choices]
-            close = [match for word in wrong for match in get_close_matches(word, setting.choices, 1)]
+            close = [match for word in wrong for match in get_close_matches(word, setting.choices, 1, CLOSE)]
             hint = f"Did you mean {close[0]!r}?" if close else None
             shown = ", ".join(repr(str(word) if isinstance(word, Path) else word) for word in words)
             shown = shown if len(shown) <= LONGEST_VALUE else f"{shown[:LONGEST_VALUE]}..."

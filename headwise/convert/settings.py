@@ -19,7 +19,7 @@ from headwise.errors import SettingError
 from headwise.fields import Setting, check_fields, declare, is_given, settings_of
 from headwise.format import parse_bytes
 from headwise.schema import parse_count
-from headwise.serving.engines import ENGINES
+from headwise.serving.engines import ENGINES, require_cache_dtype
 
 PARTS = ("text", "encoder", "decoder", "cross", "vision")
 LAYOUTS = ("gqa", "mqa", "mha", "mla")
@@ -333,6 +333,7 @@ class ConvertSettings:
         self._check_effect()
         self._check_target()
         self._check_contradictions()
+        require_cache_dtype(self.engines, self.cache_dtype or "bf16")
         for name, value in self._defaults().items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -421,9 +422,8 @@ class ConvertSettings:
             raise SettingError("cache", "`to` mla needs `cache`, or `rank` and `rope_dim`, or `exact`.")
         legal = methods_of(self.to)
         if self.method is not None and self.method not in legal:
-            raise SettingError(
-                "method", f"`to` {self.to} has no method {self.method!r}; it has {', '.join(legal)}."
-            )
+            reason = f"`to` {self.to} has no method {self.method!r}; it has {', '.join(legal)}."
+            raise SettingError("method", reason)
 
     def _check_contradictions(self) -> None:
         for name, others in CLASHES.items():

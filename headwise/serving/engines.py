@@ -33,6 +33,8 @@ CACHE_NAMES: Mapping[tuple[str, int | str | None], str] = {("sglang", "fp8"): "f
 DIRECT_QUERY_DEPTHS = ((26, None), (27, None), (48, 128256))
 # Largest relative distance between a wanted cache row and the one that replaces it.
 NEAR = 0.2
+# Facts of a rule about the shape of MLA.
+SHAPE_FACTS = {"cache_row", "head_dims"}
 SEVERITY = ("no", "wrong", "unknown", "command", "loads")
 MEANINGS = {
     "no": "does not load",
@@ -55,6 +57,8 @@ class EngineVerdict:
         commands: shell lines that serve the folder OUT; empty unless the engine loads it.
         evidence: "run", "read", both, or empty where the verdict is "unknown".
         versions: of the engine, to which the evidence applies.
+        remedy: the shapes that the engine takes, where it stops at this one; else empty.
+        others: the other reasons beside such a shape.
     """
 
     name: str
@@ -63,6 +67,8 @@ class EngineVerdict:
     commands: tuple[str, ...]
     evidence: str
     versions: str
+    remedy: str = ""
+    others: str = ""
 
     @property
     def serves(self) -> bool:
@@ -236,7 +242,11 @@ def _verdict(engine: Mapping[str, Any], facts: Mapping[str, Any], folder: str) -
     if covered is None and (severity > SEVERITY.index("unknown") or "cache_row" in facts):
         reason = f"no rule was read for {name}"
         return EngineVerdict(engine["name"], "unknown", reason, (), "", "")
-    deciding = [rule for rule in rules if rule["verdict"] == verdict]
+    # An engine that would stop for one reason may compute another function once that reason is gone.
+    decisive = ("no", "wrong") if verdict == "no" else (verdict,)
+    deciding = [rule for rule in rules if rule["verdict"] in decisive]
+    shapes = [rule for rule in deciding if rule["verdict"] == "no" and not SHAPE_FACTS.isdisjoint(_facts_of(rule))]
+    others = [rule["reason"] for rule in deciding if rule not in shapes]
     sources = [covered] if verdict == "loads" else deciding
     return EngineVerdict(
         name=engine["name"],
@@ -245,7 +255,31 @@ def _verdict(engine: Mapping[str, Any], facts: Mapping[str, Any], folder: str) -
         commands=_commands(engine, rules, folder) if verdict in ("loads", "command") else (),
         evidence=_join(source["evidence"] for source in sources if source),
         versions=_join(source["versions"] for source in sources if source),
+        remedy=_remedy(engine, facts) if shapes else "",
+        others="; ".join(others) if shapes else "",
     )
+
+
+def _facts_of(rule: Mapping[str, Any]) -> set[str]:
+    return {*rule.get("if", ()), *rule.get("unless", ())}
+
+
+def _remedy(engine: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """Return the shapes of MLA that an engine takes, as a hint; empty if the table does not have them."""
+    dims, rows = engine.get("head_dims", ()), engine.get("cache_rows", ())
+    nope, _, value = map(int, facts["head_dims"].split("/"))
+    if not dims or not rows:
+        return ""
+    if not any(n >= nope and v >= value for n, _, v in dims):
+        widths = f"{nope} position-free and {value} value elements"
+        return f"Leave out {engine['name']}: it has no MLA for heads of {widths}."
+    return f"Give `rope_dim` {_either({r for _, r, _ in dims})} and a `rank` that makes a row of {_either(rows)}."
+
+
+def _either(numbers: Iterable[int]) -> str:
+    """Return "320, 512 or 576"."""
+    *first, last = map(str, sorted(numbers))
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _applies(rule: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
@@ -277,10 +311,13 @@ def require_engines(verdicts: Iterable[EngineVerdict], engines: Collection[str])
     """
     for verdict in verdicts:
         if verdict.name in engines and verdict.verdict in ("no", "wrong"):
+            reason = verdict.reason
+            if verdict.remedy:
+                reason = "it has no kernels for this shape" + (f"; {verdict.others}" if verdict.others else "")
             raise SettingError(
                 "engines",
-                f"`engines` names {verdict.name}, which {_negation(verdict)}: {verdict.reason}.",
-                "Give another shape, or leave out this engine.",
+                f"`engines` names {verdict.name}, which {_negation(verdict)}: {reason}.",
+                verdict.remedy or "Give another shape, or leave out this engine.",
             )
 
 
@@ -299,10 +336,11 @@ def require_cache_dtype(engines: Collection[str], dtype: str) -> None:
         SettingError: an engine does not have it.
     """
     for name in engines:
-        legal = _table()[name]["cache_dtypes"]
-        if dtype not in legal:
+        if dtype not in _table()[name]["cache_dtypes"]:
             raise SettingError(
-                "cache_dtype", f"`cache_dtype` is {dtype}, and {name} has caches of {', '.join(legal)} only."
+                "cache_dtype",
+                f"`cache_dtype` is {dtype}, and {name} has no {dtype.upper()} cache.",
+                "Leave out one of the two.",
             )
 
 
@@ -314,6 +352,16 @@ def cache_rows(engines: Collection[str] = ()) -> list[int]:
     """
     rows = [set(engine["cache_rows"]) for engine in _named(engines or ENGINES) if "cache_rows" in engine]
     return sorted(set.intersection(*rows) if engines and rows else set().union(*rows))
+
+
+def heads_fit(nope: int, value: int) -> bool:
+    """Return whether an engine has kernels for MLA heads of these widths as they are.
+
+    Args:
+        nope: position-free width of queries and keys.
+        value: width of the values.
+    """
+    return any((nope, value) == (n, v) for engine in _table().values() for n, _, v in engine.get("head_dims", ()))
 
 
 def nearest_cache_row(size: int, engines: Collection[str] = ()) -> int:

@@ -14,6 +14,8 @@ from headwise.serving.engines import ENGINES, require_cache_dtype
 USED_MEMORY = 0.92
 # Element types of a cache and their bytes.
 CACHE_DTYPES = {"bf16": 2, "fp8": 1}
+# Less memory of a GPU is a number without its unit.
+LEAST_MEMORY = 10**9
 # The GPUs of cards.yaml.
 CARDS = ("a100-80gb", "b200", "h100", "h200", "l4", "l40s", "mi300x", "rtx-4090")
 
@@ -50,6 +52,12 @@ class ServingSettings:
         check_fields(self)
         if (self.tp or 1) % (self.dcp or 1):
             raise SettingError("dcp", f"`dcp` {self.dcp} does not divide `tp` {self.tp or 1}.")
+        if isinstance(self.memory, int) and self.memory < LEAST_MEMORY:
+            raise SettingError(
+                "memory",
+                f"`memory` is {self.memory:,} bytes, which is less than 1 GB.",
+                "Give a unit, such as 80GB.",
+            )
         require_cache_dtype(self.engines, self.cache_dtype or "bf16")
 
     @property

@@ -340,3 +340,10 @@ def test_the_function_takes_every_field_with_its_default() -> None:
 
 def test_paths_become_paths() -> None:
     assert ConvertSettings(to="mqa", save_moments="folder").save_moments == Path("folder")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("engine", ["llama.cpp", "transformers"])
+def test_an_engine_without_an_fp8_cache_is_refused(engine: str) -> None:
+    values = {"to": "mla", "cache": 0.5, "cache_dtype": "fp8"}
+    assert f"{engine} has no FP8 cache" in str(from_python(values | {"engines": (engine,)}))
+    assert from_python(values | {"engines": ("vllm",)}) is None

@@ -189,7 +189,7 @@ def test_an_engine_that_the_user_names_must_serve_the_result() -> None:
 
 def test_a_cache_type_that_an_engine_has_not() -> None:
     engines.require_cache_dtype(["vllm", "sglang"], "fp8")
-    with pytest.raises(SettingError, match=r"llama\.cpp has caches of bf16 only"):
+    with pytest.raises(SettingError, match=r"llama\.cpp has no FP8 cache"):
         engines.require_cache_dtype(["vllm", "llama.cpp"], "fp8")
 
 
@@ -204,6 +204,25 @@ def test_cache_rows_of_the_engines_that_the_user_names() -> None:
     assert engines.nearest_cache_row(300, ["llama.cpp"]) == 300
     assert engines.nearest_cache_row(300, ["vllm", "llama.cpp"]) == 320
     assert engines.nearest_cache_row(500, ["vllm", "sglang"]) == 576
+
+
+def test_a_refused_shape_comes_with_one_that_works() -> None:
+    engines.require_engines(verdicts().values(), ["vllm"])
+    with pytest.raises(SettingError, match=r"it has no kernels for this shape\. Give") as caught:
+        engines.require_engines(verdicts(qk_rope_head_dim=32).values(), ["vllm"])
+    assert caught.value.hint == "Give `rope_dim` 64 and a `rank` that makes a row of 320, 512 or 576."
+    both = verdicts(qk_rope_head_dim=32, attention_bias=True)["vllm"]
+    assert both.verdict == "no" and "drops the biases" in both.reason, "a wrong result is named beside an error"
+    with pytest.raises(SettingError, match="for this shape; the loader drops the biases"):
+        engines.require_engines([both], ["vllm"])
+    with pytest.raises(SettingError) as caught:
+        engines.require_engines(verdicts(qk_nope_head_dim=512).values(), ["vllm"])
+    assert str(caught.value.hint).startswith("Leave out vllm: it has no MLA for heads of 512 position-free and 128")
+
+
+def test_heads_that_engines_have_kernels_for() -> None:
+    assert engines.heads_fit(128, 128) and engines.heads_fit(64, 128)
+    assert not engines.heads_fit(64, 64) and not engines.heads_fit(80, 128)
 
 
 @pytest.mark.parametrize(

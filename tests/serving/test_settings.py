@@ -21,7 +21,9 @@ from headwise.serving.settings import ServingSettings
         ({"memory": True}, "memory", "a size such as 80GB"),
         ({"cache_dtype": "int4"}, "cache_dtype", "one of bf16, fp8"),
         ({"card": "h101"}, "card", "Did you mean"),
-        ({"engines": "llama.cpp", "cache_dtype": "fp8"}, "cache_dtype", "has caches of bf16 only"),
+        ({"engines": "llama.cpp", "cache_dtype": "fp8"}, "cache_dtype", "llama.cpp has no FP8 cache"),
+        ({"memory": "80"}, "memory", "80 bytes, which is less than 1 GB. Give a unit, such as 80GB."),
+        ({"memory": 80}, "memory", "80 bytes"),
     ],
 )
 def test_refusals(values: dict[str, Any], field: str, words: str) -> None:
@@ -29,6 +31,12 @@ def test_refusals(values: dict[str, Any], field: str, words: str) -> None:
         ServingSettings(**values)
     assert caught.value.field == field
     assert words in f"{caught.value.message} {caught.value.hint}"
+
+
+def test_a_far_name_is_no_suggestion() -> None:
+    with pytest.raises(SettingError) as caught:
+        ServingSettings(engines=["tensorrt"])
+    assert caught.value.hint is None
 
 
 def test_a_forecast_is_made_where_it_is_wanted() -> None:

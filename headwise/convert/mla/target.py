@@ -386,7 +386,7 @@ class LatentTarget:
         rank, rope_dim = settings.rank, settings.rope_dim
         if settings.cache is not None:
             wanted = round(settings.cache * source_cache(self._before))
-            size = engines.nearest_cache_row(wanted, settings.engines)
+            size = self._cache_row(wanted, settings)
             if size not in (wanted, wanted - 1):
                 self.notes.append(
                     f"The cache has {size} elements per token and layer, for which engines have kernels, in place "
@@ -397,6 +397,14 @@ class LatentTarget:
         assert rank is not None and rope_dim is not None  # ConvertSettings needs one of the three
         check_shape(self._before, self._hidden_size, rank, rope_dim)
         return rank, rope_dim
+
+    def _cache_row(self, wanted: int, settings: ConvertSettings) -> int:
+        """Return the row that engines have kernels for, if heads fit and it is near; else `wanted`, made even."""
+        layout = self._before[0]
+        value = max(layout.v_head_dim, PADDED_V_HEAD_DIM if settings.pad_values else 0)
+        if settings.engines or engines.heads_fit(layout.head_dim, value):
+            return engines.nearest_cache_row(wanted, settings.engines)
+        return wanted // 2 * 2
 
     def _rope_dims(self, size: int, settings: ConvertSettings) -> list[int]:
         """Return the widths of the rotary key to choose from, for a cache row of `size`."""
@@ -410,12 +418,21 @@ class LatentTarget:
             return engines.rope_dims_to_try(size, first.rotary_dim, groups)
         fitting = sorted(legal.intersection(range(step, min(limit, size - 2) + 1, step)))
         if not fitting:
+            named, widths = ", ".join(settings.engines), ", ".join(map(str, sorted(legal)))
+            whole = source_cache(self._before)
+            rows = [row for row in engines.cache_rows(settings.engines) if min(legal) < row <= whole]
+            least = (
+                f"Give a `cache` of at least {math.ceil(1000 * min(rows) / whole) / 10:g}%, or l" if rows else "L"
+            )
+            reason = (
+                f"a row of {size} elements is not longer than it"
+                if size <= min(legal)
+                else f"{groups} KV heads of {first.rotary_dim} rotary dimensions cannot fill it in a row of {size}"
+            )
             raise SettingError(
                 "engines",
-                f"`engines` {', '.join(settings.engines)}: the rotary key has {', '.join(map(str, sorted(legal)))} "
-                f"elements there, which {groups} KV heads of {first.rotary_dim} rotary dimensions cannot fill in a "
-                f"row of {size}.",
-                "Give a larger `cache`, or leave out the engine.",
+                f"`engines` {named}: the rotary key has {widths} elements there, and {reason}.",
+                f"{least}eave out the engine.",
             )
         return fitting
 

@@ -17,6 +17,7 @@ from headwise.convert.positions.windows import format_layers, parse_layers, requ
 from headwise.convert.settings import AUTO_LAYERS, ConvertSettings
 from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import Checkpoint
+from headwise.io.tokenizer import tokenizer_kind
 from headwise.measure.window_loss import loss_beyond
 from headwise.models.architecture import find_architecture
 from headwise.models.layout import text_layouts
@@ -24,6 +25,7 @@ from headwise.models.protocol import AttentionModel
 from headwise.models.stock import load_model
 from headwise.progress import Progress
 from headwise.schema import restore
+from headwise.serving.engines import engine_verdicts, require_engines
 
 # Tokens at the start of a text that StreamingLLM (arXiv 2309.17453) keeps as attention sinks.
 FIRST = 4
@@ -158,7 +160,11 @@ def choose_windows(
             )
     else:
         candidates, present = [], parse_layers(asked, len(layouts))
-    with_window(config, arch, window, format_layers(sorted({*present, *candidates[:1]})))
+    windowed = with_window(config, arch, window, format_layers(sorted({*present, *candidates[:1]})))
+    if settings.engines:  # class and window alone may rule out an engine, before minutes of measuring
+        tokenizer = tokenizer_kind(checkpoint.folder)
+        verdicts = engine_verdicts(windowed, window=True, tokenizer=tokenizer, engines=settings.engines)
+        require_engines(verdicts, settings.engines)
     limit = settings.window_loss if auto else None
     if earlier and (earlier.get("window"), earlier.get("asked"), earlier.get("limit")) == (window, asked, limit):
         with suppress(TypeError):  # changed by hand: it is measured again

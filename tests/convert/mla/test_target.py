@@ -123,6 +123,20 @@ def test_a_lossy_folder_has_the_planned_cache(
         assert written["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
 
 
+def test_a_cache_row_of_engines_is_taken_only_where_heads_fit(tmp_path: Path) -> None:
+    shape = {"hidden_size": 768, "num_attention_heads": 3, "num_key_value_heads": 3, "attention_bias": False}
+    for head_dim, row in ((64, 288), (128, 512)):
+        source = tiny_models.save("llama", tmp_path / f"{head_dim}", head_dim=head_dim, **shape)
+        arguments: dict[str, Any] = {"to": "mla", "cache": 0.75 if head_dim == 64 else 0.7, "calibrate": "none"}
+        plan = convert_model(source, tmp_path / "out", dry_run=True, **arguments)
+        assert isinstance(plan, Plan)
+        assert plan.layouts_after[0].cache_elements_per_token == row
+        assert any("for which engines have kernels" in note for note in plan.notes) == (head_dim == 128)
+    with pytest.raises(SettingError, match="a row of 48 elements is not longer than it") as caught:
+        convert_model(tmp_path / "64", tmp_path / "out", to="mla", cache=0.125, engines="vllm", dry_run=True)
+    assert "Give a `cache` of at least 83.4%" in str(caught.value.hint)
+
+
 def test_partial_rope_keeps_whole_planes_of_every_head(model: Path, tmp_path: Path) -> None:
     options = {"method": "partial-rope", "calibrate": "none"}
     plan = convert_model(model, tmp_path / "plan", to="mla", cache=0.5, dry_run=True, **options)
@@ -343,7 +357,7 @@ def test_heads_are_padded_for_vllm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"rank": 20, "rope_dim": 8, "engines": "vllm"}, "no MLA prefill takes these head dims"),
+        ({"rank": 20, "rope_dim": 8, "engines": "vllm"}, "it has no kernels for this shape"),
         ({"cache": 0.25, "engines": "vllm"}, "the rotary key has 64 elements there"),
         ({"exact": True, "engines": "llama.cpp"}, "longrope"),
     ],

@@ -17,7 +17,7 @@ from headwise.convert.plan import Plan
 from headwise.convert.positions import window_choice
 from headwise.convert.positions.window_choice import WindowChoice, choose_windows, recorded_choice
 from headwise.convert.settings import ConvertSettings
-from headwise.errors import HeadwiseError
+from headwise.errors import HeadwiseError, SettingError
 from headwise.io.reader import open_checkpoint
 from headwise.io.source import EMBEDDED_MODEL
 from headwise.io.tokenizer import load_tokenizer
@@ -151,6 +151,15 @@ def test_refusals_of_a_choice_by_loss(tmp_path: Path, model_type: str, message: 
     model = tiny_models.save(model_type, tmp_path / "model")
     with pytest.raises(HeadwiseError, match=message):
         convert_model(model, tmp_path / "out", sliding_window=WINDOW, window_layers="auto", dry_run=True)
+
+
+def test_an_engine_refuses_a_window_before_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window_choice, "plan_loss_text", lambda *_, **__: pytest.fail("measured"))
+    for layers in ("all", "auto"):
+        with pytest.raises(SettingError, match=r"llama\.cpp, which"):
+            convert_model(
+                EMBEDDED_MODEL, tmp_path / "out", sliding_window=WINDOW, window_layers=layers, engines="llama.cpp"
+            )
 
 
 def test_windows_without_a_tokenizer_are_set_and_not_measured(tmp_path: Path) -> None:
