@@ -55,7 +55,7 @@ def llama_2(shape: str, layers: int | None = None) -> LlamaConfig:
     return config
 
 
-def make(out: Path, shape: str, layers: int | None = None, seed: int = 0, device: str = "cpu") -> Path:
+def make(out: Path, *, shape: str = "7b", layers: int | None = None, seed: int = 0, device: str = "cpu") -> Path:
     """Write the checkpoint; weights are normal with the deviation that Llama starts from, norms are ones.
 
     A GPU draws them faster than a CPU, and draws others.
@@ -86,4 +86,4 @@ if __name__ == "__main__":
     parser.add_argument("--layers", type=int, help="in place of those of the shape")
     parser.add_argument("--device", default="cpu", help="a GPU draws the weights faster")
     arguments = parser.parse_args()
-    print(make(arguments.out, arguments.shape, arguments.layers, device=arguments.device))
+    print(make(arguments.out, shape=arguments.shape, layers=arguments.layers, device=arguments.device))

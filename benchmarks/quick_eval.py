@@ -63,7 +63,7 @@ def main() -> None:
     child = work / f"child-{parent.resolve().name}-{options.groups}"
     if not parent.exists():
         start = time.perf_counter()
-        make(parent, options.layers, device=options.device)
+        make(parent, layers=options.layers, device=options.device)
         times["make"] = round(time.perf_counter() - start, 1)
     if not child.exists():
         start = time.perf_counter()

@@ -30,7 +30,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -153,11 +152,11 @@ def lines(output: str) -> list[dict[str, Any]]:
 
 
 class Watch(threading.Thread):
-    """Sample this process and the GPU five times a second: memory of the host without mapped files, busy share."""
+    """Sample this process and a device five times a second: memory of the host without mapped files, busy share."""
 
-    def __init__(self, gpu: bool) -> None:
+    def __init__(self, device: str) -> None:
         super().__init__(daemon=True)
-        self.gpu, self.host = gpu, 0.0
+        self.device, self.host = device.split(",")[0], 0
         self.shares: list[int] = []
         self.done = threading.Event()
 
@@ -165,13 +164,21 @@ class Watch(threading.Thread):
         import torch
 
         status = Path("/proc/self/status")
+        counted = self.device.startswith("cuda")
         while not self.done.wait(0.2):
             fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-            own = sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) / 1e6
-            self.host = max(self.host, own)
-            if self.gpu:
-                with suppress(ModuleNotFoundError):  # pynvml reads the share; without it, it is unknown
-                    self.shares.append(torch.cuda.utilization())
+            own = sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem"))  # in units of 1,024 bytes
+            self.host = max(self.host, 1024 * own)
+            if counted:
+                try:
+                    self.shares.append(torch.cuda.utilization(torch.device(self.device)))
+                except Exception:  # the counters of the driver, or the package that reads them, may be missing
+                    counted = False
+
+    @property
+    def busy(self) -> float | None:
+        """Percent of the time in which the GPU worked; None: unknown."""
+        return round(statistics.fmean(self.shares), 1) if self.shares else None
 
 
 def convert_once(model: str, out: str, settings: dict[str, Any]) -> None:
@@ -207,16 +214,16 @@ def convert_once(model: str, out: str, settings: dict[str, Any]) -> None:
             self.stage("")
 
     plan: Any = convert_model(model, out, dry_run=True, **settings)
-    clock, watch = Clock(), Watch(str(settings["device"]).startswith("cuda"))
+    clock, watch = Clock(), Watch(settings["device"])
     watch.start()
     convert_model(model, out, progress=clock, **settings)
     watch.done.set()
     seconds = time.perf_counter() - clock.start
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    host = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
     result = {"seconds": seconds, "stages": clock.stages, "forecast": plan.seconds}
-    result |= {"GB of the GPU by stage": clock.peaks, "GB of the host": round(watch.host, 2)}
+    result |= {"GB of the GPU by stage": clock.peaks, "GB of the host": round(watch.host / 1e9, 2)}
     result |= {"GB of the host with mapped files": round(host, 2)}
-    result |= {"busy share of the GPU, percent": round(statistics.fmean(watch.shares or [0]), 1)}
+    result |= {"busy share of the GPU, percent": watch.busy}
     # Of the first process, its threads included, and of the processes of the other devices.
     further = resource.getrusage(resource.RUSAGE_CHILDREN)
     result |= {"processor seconds": clock.processor, "of other processes": further.ru_utime + further.ru_stime}

@@ -47,18 +47,19 @@ def supports_triton(q: Tensor, head_dim: int, rope_dim: int, value_dim: int) -> 
     return HAS_TRITON and q.is_cuda and half and head_dim % 16 == 0 and rope_dim % 16 == 0 and value_dim % 16 == 0
 
 
-def uses_hopper_kernel(q: Tensor, value_dim: int, *, is_latent: bool) -> bool:
-    """Return whether the backend "triton" runs the kernel for Hopper.
+def uses_hopper_kernel(q: Tensor, value_dim: int, rope_dim: int = 0, *, is_latent: bool) -> bool:
+    """Return whether the backend "triton" runs a kernel for Hopper, given caches with aligned rows.
 
     Args:
         q: a query tensor on CUDA.
-        value_dim: numbers of a value.
+        value_dim: numbers of a value; of a latent, its rank.
+        rope_dim: numbers of the rotary key of a latent.
         is_latent: whether the values are a latent (MLA), which is padded where needed.
     """
     from headwise.kernels.decode import tiling
 
-    fits = is_latent or value_dim % 64 == 0
-    return tiling.hopper is not None and fits and tiling.card_of(q.device.index).capability[0] == 9
+    card = tiling.card_of(q.device.index)
+    return tiling.choose_tiles(card, 1, value_dim, rope_dim, value_dim, is_latent).hopper
 
 
 def backend_error(operation: str, backend: str, reason: str) -> HeadwiseError:

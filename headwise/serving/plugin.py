@@ -62,7 +62,7 @@ def runs_hopper_kernel(query: Tensor, cache_dtype: torch.dtype, rank: int) -> bo
     return (
         cache_dtype == query.dtype
         and supports_triton(query, rank, rope_dim, rank)
-        and uses_hopper_kernel(query, rank, is_latent=True)
+        and uses_hopper_kernel(query, rank, rope_dim, is_latent=True)
     )
 
 

@@ -7,7 +7,7 @@ import torch
 
 from headwise.errors import HeadwiseError
 from headwise.kernels import gqa_decode, mla_decode
-from headwise.kernels.dispatch import choose_backend
+from headwise.kernels.dispatch import choose_backend, uses_hopper_kernel
 from headwise.kernels.gqa_decode import reference
 
 
@@ -66,3 +66,27 @@ def test_latent_attention_equals_attention_on_expanded_heads() -> None:
     expected, expected_lse = reference.gqa_decode(torch.cat([q_nope, q_rope], -1), k, v, scale=0.3)
     torch.testing.assert_close(torch.einsum("bshr,hvr->bshv", mixed, v_up), expected)
     torch.testing.assert_close(lse, expected_lse)
+
+
+@pytest.mark.parametrize(
+    ("width", "rope", "latent", "expected"),
+    [
+        (96, 32, True, True),
+        (96, 0, False, False),
+        (128, 0, False, True),
+        (512, 64, True, True),
+        (1024, 64, True, False),
+    ],
+)  # fmt: skip
+def test_which_widths_run_a_kernel_for_hopper(
+    width: int, rope: int, latent: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiling = pytest.importorskip("headwise.kernels.decode.tiling")
+    if tiling.hopper is None:
+        pytest.skip("this Triton has no Gluon")
+    q = torch.zeros(1)
+    for capability, runs in (((9, 0), expected), ((8, 0), False)):
+        monkeypatch.setattr(
+            tiling, "card_of", lambda _, capability=capability: tiling.Card(capability, 132, 232448)
+        )
+        assert uses_hopper_kernel(q, width, rope, is_latent=latent) == runs

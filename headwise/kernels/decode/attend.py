@@ -14,6 +14,7 @@ from headwise.errors import HeadwiseError
 from headwise.kernels.decode import portable
 from headwise.kernels.decode.latent_fp8 import BLOCK
 from headwise.kernels.decode.tiling import (
+    Card,
     Config,
     card_of,
     choose_splits,
@@ -95,14 +96,38 @@ def _can_copy(cache: Tensor) -> bool:
     return cache.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides)
 
 
+def is_aligned(tensor: Tensor) -> bool:
+    """Return whether Triton copies the rows of a tensor 16 bytes at a time: their strides are multiples of 16.
+
+    Args:
+        tensor: of half precision; its last dimension is dense.
+    """
+    return tensor.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in tensor.stride()[:-1])
+
+
 def copyable(q: Tensor) -> Tensor:
-    """Return queries that `hopper_wide` can copy 16 bytes at a time; Triton looks for strides of multiples of 16.
+    """Return queries that `hopper_wide` can copy 16 bytes at a time.
 
     Args:
         q: (batch, queries, heads, width), the last dimension dense.
     """
-    aligned = q.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in q.stride()[:3])
-    return q if aligned else q.clone(memory_format=torch.contiguous_format)
+    return q if is_aligned(q) else q.clone(memory_format=torch.contiguous_format)
+
+
+def card_for(card: Card, k: Tensor, k_rope: Tensor | None, v: Tensor | None, *, fp8: bool) -> Card:
+    """Return the card, or one before Hopper if its kernels cannot copy these caches, so that `portable` runs.
+
+    Args:
+        card: the device.
+        k: keys, as of `launch_attend`, and so are the others.
+        k_rope: rotary keys.
+        v: values.
+        fp8: whether keys are in FP8.
+    """
+    caches = [cache for cache in (k, k_rope, v) if cache is not None]
+    if all(map(_can_copy if fp8 else is_aligned, caches)):
+        return card
+    return replace(card, capability=min(card.capability, (8, 9)))
 
 
 def launch_attend(
@@ -151,8 +176,7 @@ def launch_attend(
     card = card_of(q.device.index if q.is_cuda else None)
     fp8 = k_scale is not None
     if config is None:
-        if fp8 and not (_can_copy(k) and (k_rope is None or _can_copy(k_rope))):
-            card = replace(card, capability=min(card.capability, (8, 9)))
+        card = card_for(card, k, k_rope, v, fp8=fp8)
         shape = (queries * per_group, head_dim, rope_dim, value_dim, v is None, fp8)
         config = choose_tiles(card, *shape)
         if fp8 and config.hopper and not fp8_copies.box_rows(k, k_rope, page, config.keys):

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headwise.kernels.decode.attend import copyable, launch_attend
+from headwise.kernels.decode.attend import card_for, copyable, launch_attend
 from headwise.kernels.decode.latent_fp8 import DTYPE, dequantize_latent, quantize_latent
 from headwise.kernels.decode.tiling import Card, card_of, choose_tiles
 from headwise.kernels.gqa_decode.reference import gqa_decode as reference
@@ -159,6 +159,20 @@ def test_queries_are_copied_only_where_their_rows_are_not_aligned() -> None:
     assert copyable(q) is q and copyable(q[..., :128]).data_ptr() == q.data_ptr()
     for odd in (torch.randn(2, 3, 4, 136).bfloat16()[..., :128], q[..., 4:132], q.transpose(1, 2)[:, :, :, 1:]):
         assert torch.equal(copyable(odd), odd) and copyable(odd).is_contiguous()
+
+
+def test_caches_whose_rows_are_not_aligned_run_the_portable_kernel() -> None:
+    """Triton cannot compile copies of 16 bytes from such rows."""
+    hopper, older = Card((9, 0), 132, 232448), Card((8, 9), 132, 232448)
+    cache = torch.zeros(2, 5, 1, 256).bfloat16()
+    latent, k_rope = cache[..., :192], cache[..., 192:]
+    assert card_for(hopper, latent, k_rope, None, fp8=False) is hopper
+    padded = torch.zeros(2, 5, 1, 264).bfloat16()
+    for k, rope, v in [
+        (padded[..., :192], None, None), (latent, padded[..., :64], None), (latent, None, padded[..., :192]),
+        (cache[..., 4:196], k_rope, None),
+    ]:  # fmt: skip
+        assert card_for(hopper, k, rope, v, fp8=False) == older
 
 
 GPU_SHAPES = [
