@@ -21,7 +21,8 @@ except ImportError:  # Gluon's interface changes between Triton releases; the po
 # More tiles than this are never in flight.
 FP8_STAGES = 8
 WIDE_STAGES = 8
-# `hopper_wide` was faster with more query rows than the first number, at ranks up to the second.
+# `hopper_wide` runs with more query rows than the first number, at ranks up to the second. It was faster in the
+# cases there that were timed (docs/results/kernels.md).
 WIDE_ABOVE = ((64, 512), (32, 320))
 # Bytes of shared memory that CUDA takes of each program.
 RESERVED = 1024
@@ -54,7 +55,8 @@ class Config:
     """The tile sizes and launch options of the kernel.
 
     Attributes:
-        hopper: whether the kernel is `hopper.attend`; otherwise it is `portable.attend`.
+        hopper: whether the kernel is one for Hopper: `hopper`, `hopper_wide`, or `hopper_fp8` with FP8 keys.
+            Otherwise it is `portable.attend`.
         rows: query rows of a tile.
         keys: keys of a tile.
         warps: warps of a program.

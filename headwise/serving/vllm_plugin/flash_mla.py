@@ -6,7 +6,7 @@ from vllm.v1.attention.backends.mla.flashmla import FlashMLABackend
 
 
 class FlashMLABackend576(FlashMLABackend):  # type: ignore[misc]
-    """Leave cache rows of 320 and 512 to the Triton backend, which is next in vLLM's order on Hopper."""
+    """Leave cache rows of 320 and 512 to the Triton backend, where vLLM does not choose FlashAttention."""
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
