@@ -83,8 +83,9 @@ class EngineVerdict:
         return f"{self.name}: {MEANINGS[self.verdict]}{reason}{evidence}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the verdict as plain data."""
-        return asdict(self) | {"commands": list(self.commands)}
+        """Return the verdict as plain data; what only messages need is left out."""
+        plain = {name: value for name, value in asdict(self).items() if name not in ("remedy", "others")}
+        return plain | {"commands": list(self.commands)}
 
 
 # An attention factor or a factor beyond this is no default, and may exceed a float.

@@ -162,7 +162,7 @@ def refuse_parallelism(layouts: Sequence[AttentionLayout], settings: ServingSett
         if dcp > max(tp // groups, 1):
             return f"vLLM 0.33 takes a `dcp` of at most {tp // groups} here, the GPUs that repeat a KV head"
         if layout.queries_per_group % dcp:
-            return f"vLLM 0.33 needs a `dcp` that divides the {layout.queries_per_group} query heads of a KV head"
+            return f"vLLM 0.33 needs a `dcp` that divides {layout.queries_per_group}, the query heads of a KV head"
     capability = _cards()[settings.card].get("capability") if settings.card else None
     old = capability is not None and capability < FP8_CAPABILITY
     if latent and old and settings.cache_dtype == "fp8" and "vllm" in settings.engines:

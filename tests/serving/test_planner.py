@@ -104,7 +104,7 @@ def test_kv_heads_are_repeated_for_more_gpus() -> None:
         (8, 16, 4, "a `dcp` of at most 2"),
         (2, 32, 8, None),
         (16, 32, 2, None),
-        (32, 64, 2, "a `dcp` that divides the 1 query heads"),
+        (32, 64, 2, "a `dcp` that divides 1, the query heads"),
     ],
 )
 def test_rows_that_no_server_starts(groups: int, tp: int, dcp: int | None, words: str | None) -> None:
