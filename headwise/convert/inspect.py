@@ -208,6 +208,9 @@ def inspect_model(
             parameters, origin = None, None
         else:
             parameters, origin = _count_parameters(str(model), folder, commit, token, config)
+            if parameters is None and settings.forecasts:  # building the class takes longer than all else
+                parameters = parameters_of(config)
+                origin = None if parameters is None else "config"
         dtype = dtype_of(config)
         damage = recorded_damage(folder)
         tokenizer = tokenizer_kind(folder) if commit is None else "unreadable"
@@ -441,5 +444,4 @@ def _count_parameters(
         return sizes["total_parameters"], "index"
     if isinstance(sizes.get("total_size"), int):
         return sizes["total_size"] // dtype_of(config).itemsize, "index"
-    count = parameters_of(config)
-    return count, None if count is None else "config"
+    return None, None

@@ -45,7 +45,7 @@ def stock_config(config: dict[str, Any]) -> Any:
 
 
 # The largest number of parameter tensors of a model that is built to count its parameters.
-MOST_COUNTED = 200_000
+MOST_COUNTED = 10_000
 
 
 def count_stock_parameters(config: dict[str, Any], auto_class: str) -> int:

@@ -157,13 +157,14 @@ def test_an_index_without_weights(tmp_path: Path, metadata: Any, parameters: int
     (tmp_path / "config.json").write_text(json.dumps(llama_config().to_dict()))
     index = {"metadata": metadata, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    inspection = inspect_model(tmp_path)
+    inspection = inspect_model(tmp_path, tp=1)
     assert (inspection.parameters, inspection.parameters_from) == (parameters, origin)
 
 
 def test_a_config_without_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(llama_config().to_dict()))
-    inspection = inspect_model(tmp_path, context=4096)
+    assert inspect_model(tmp_path).parameters is None
+    inspection = inspect_model(tmp_path, context=4096, tp=1)
     stock = LlamaForCausalLM(llama_config())
     assert inspection.parameters == stock.num_parameters() and inspection.parameters_from == "config"
     assert inspection.rope_ranges[0].context == 4096
