@@ -37,7 +37,8 @@ def test_a_forecast_names_its_limits_and_what_does_not_fit(
     assert "Not served with these options (GQA-5, GQA-10): tensor parallel 4 does not divide" not in printed
     assert "(GQA-5): tensor parallel 4 does not divide 5 KV heads, and is no multiple of it." in printed
     assert "(GQA-10): tensor parallel 4 does not divide 10 KV heads" in printed
-    assert "at least" in printed and "take 92% of the memory" in printed and "real steps take longer" in printed
+    # The words of a heading stand in rows of the table, which is as narrow as the terminal.
+    assert "least" in printed and "take 92% of the memory" in printed and "real steps take longer" in printed
 
 
 def test_the_default_context_is_at_most_the_model_s_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
