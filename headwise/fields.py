@@ -123,7 +123,9 @@ def check_fields(settings: Any) -> None:
             words = value if setting.multiple and isinstance(value, list | tuple) else [value]
             names = [str(word).partition("=")[0] for word in words]
             wrong = [name.casefold() for name in names if name not in setting.choices]
-            close = [match for word in wrong for match in get_close_matches(word, setting.choices, 1, CLOSE)]
+            longer = [choice for word in wrong if word for choice in setting.choices if choice.startswith(word)]
+            alike = [match for word in wrong for match in get_close_matches(word, setting.choices, 1, CLOSE)]
+            close = longer or alike
             hint = f"Did you mean {close[0]!r}?" if close else None
             shown = ", ".join(repr(str(word) if isinstance(word, Path) else word) for word in words)
             shown = shown if len(shown) <= LONGEST_VALUE else f"{shown[:LONGEST_VALUE]}..."

@@ -265,7 +265,7 @@ def inspect_model(
         cache=cache,
         options=options,
         mla=mla,
-        rope_ranges=tuple(rope_ranges(config, arch, context)) if context else (),
+        rope_ranges=tuple(_ranges(config, arch, context, settings)) if context else (),
         damage=damage,
         serving=cost,
         engines=serving.verdicts(config, layouts, cost, "MODEL"),
@@ -378,6 +378,18 @@ def _latent_notes(options: Sequence[ReachableLayout]) -> Iterator[str]:
     yield REDUCED
     if any(option.to == "mha" for option in options):
         yield EXPANDED
+
+
+def _ranges(config: dict[str, Any], arch: Architecture, context: int, settings: ServingSettings) -> list[RopeRange]:
+    """Return what RoPE reaches; nothing for models that rotate otherwise, where a forecast needs the length."""
+    if arch.reads_pairs:  # an encoder and a decoder have rotations of their own
+        return []
+    try:
+        return list(rope_ranges(config, arch, context))
+    except HeadwiseError:
+        if settings.forecasts:
+            return []
+        raise
 
 
 def _judged(

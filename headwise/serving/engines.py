@@ -274,7 +274,8 @@ def _remedy(engine: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     if not any(n >= nope and v >= value for n, _, v in dims):
         widths = f"{nope} position-free and {value} value elements"
         return f"Leave out {engine['name']}: it has no MLA for heads of {widths}."
-    return f"Give `rope_dim` {_either({r for _, r, _ in dims})} and a `rank` that makes a row of {_either(rows)}."
+    shape = f"`rope_dim` {_either({r for _, r, _ in dims})} and a `rank` that makes a row of {_either(rows)}"
+    return f"Give {shape}, if the model caches as much, or leave out {engine['name']}."
 
 
 def _either(numbers: Iterable[int]) -> str:

@@ -22,8 +22,8 @@ FP8_NOTE = (
     "fp8` take 656 bytes at 512+64, and only headwise's own kernel reads them."
 )
 UNKNOWN_SIZE = (
-    "The number of parameters is not known, so weights, sequences and times are left out: the tensors are packed, "
-    "or the class cannot be built from config.json."
+    "The number of parameters is not known, so weights, sequences and times are left out: the weights are "
+    "quantised, or the class cannot be built from config.json."
 )
 
 
@@ -68,7 +68,7 @@ class ModelForecast:
         )
 
     def _size(self, layouts: Sequence[AttentionLayout], config: Mapping[str, Any]) -> ModelSize | None:
-        """Return what no layout of one kind changes; another class than the model's has other tensors."""
+        """Return the size of the model's class for heads, or of the class for MLA, which has other tensors."""
         kind = _kind(layouts)
         if kind not in self._sizes:
             self._sizes[kind] = None
@@ -84,6 +84,9 @@ class ModelForecast:
         Args:
             layouts: of every layer.
             config: its config.json.
+
+        Raises:
+            SettingError: `tp` does not divide the query heads or the width of the MLP.
         """
         if not self.settings.forecasts:
             return None
@@ -120,29 +123,29 @@ class ModelForecast:
         return tuple(with_options(verdict, options) for verdict in verdicts)
 
     def notes(
-        self, layouts: Sequence[AttentionLayout], own: ServingForecast | None, latents: Sequence[tuple[str, float]]
+        self, layouts: Sequence[AttentionLayout], cost: ServingForecast | None, latents: Sequence[tuple[str, float]]
     ) -> Iterator[str]:
         """Yield what the user should know about the forecast.
 
         Args:
             layouts: of the model itself.
-            own: its forecast.
+            cost: its forecast.
             latents: name and cache bytes per token on each GPU of every MLA layout that it can become.
         """
-        if own is None:
+        if cost is None:
             return
         if self._longest is not None and self.context > self._longest:
             yield (
                 f"The model has positions for {self._longest:,} tokens, and `context` is {self.context:,}: "
-                f"engines refuse longer sequences. `headwise convert MODEL OUT --context {self.context}` rescales "
-                "its RoPE."
+                "engines refuse longer sequences. `headwise convert --context` rescales RoPE of decoder-only "
+                "models without MLA."
             )
         if self.settings.cache_dtype == "fp8":
             yield FP8_NOTE
         if self._sizes[self._kind] is None:
             yield UNKNOWN_SIZE
-        if own.cache_bytes_per_token is not None and layouts[0].kind != "mla":
-            yield from serving_notes(layouts[0], latents, own.cache_bytes_per_token, self.settings)
+        if cost.cache_bytes_per_token is not None and layouts[0].kind != "mla":
+            yield from serving_notes(layouts[0], latents, cost.cache_bytes_per_token, self.settings)
 
 
 def _kind(layouts: Sequence[AttentionLayout]) -> str:

@@ -10,9 +10,11 @@ from importlib import resources
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from headwise.errors import SettingError
 from headwise.models.deepseek import attention_shapes
-from headwise.models.layout import AttentionLayout, caches
+from headwise.models.layout import AttentionLayout, caches, state_bytes
 from headwise.serving.settings import CACHE_DTYPES, USED_MEMORY, ServingSettings
 
 # The context of a forecast without one, in models that have positions for so many tokens.
@@ -144,11 +146,15 @@ def attention_parameters(
 def refuse_parallelism(layouts: Sequence[AttentionLayout], settings: ServingSettings) -> str | None:
     """Return why no server starts with a layout; None if one does.
 
+    Rules of vLLM alone count where it is the only engine that is named, or none is.
+
     Args:
         layouts: of every layer.
         settings: parallelism, cache type, card and engines.
     """
     tp, dcp = settings.tp or 1, settings.dcp or 1
+    if not set(settings.engines) <= {"vllm"}:
+        dcp = 1  # what follows about `dcp` are rules of vLLM alone
     latent = any(layout.kind == "mla" for layout in layouts)
     for layout in () if latent else caches(layouts):
         groups = layout.num_key_value_heads
@@ -165,7 +171,7 @@ def refuse_parallelism(layouts: Sequence[AttentionLayout], settings: ServingSett
             return f"vLLM 0.33 needs a `dcp` that divides {layout.queries_per_group}, the query heads of a KV head"
     capability = _cards()[settings.card].get("capability") if settings.card else None
     old = capability is not None and capability < FP8_CAPABILITY
-    if latent and old and settings.cache_dtype == "fp8" and "vllm" in settings.engines:
+    if latent and old and settings.cache_dtype == "fp8" and set(settings.engines) == {"vllm"}:
         return f"vLLM's MLA has an FP8 cache from compute capability 8.9 on, and {settings.card} has {capability}"
     return None
 
@@ -179,14 +185,17 @@ def count_heads(num_key_value_heads: int) -> str:
     return f"{num_key_value_heads} KV head{'' if num_key_value_heads == 1 else 's'}"
 
 
-def _check_tp(tp: int, heads: int, config: Mapping[str, Any]) -> None:
+def _check_tp(tp: int, layout: AttentionLayout, config: Mapping[str, Any]) -> None:
     """Raise SettingError if tensor parallelism does not divide the query heads or the MLP."""
+    heads, groups = layout.num_attention_heads, layout.num_key_value_heads
+    any_groups = layout.kind == "mla"
     text = config.get("text_config")
     width = (text if isinstance(text, Mapping) else config).get("intermediate_size")
     inner = width if isinstance(width, int) and width > 0 else 0
     wrong = f"{heads} query heads" if heads % tp else f"intermediate size {inner:,}" if inner % tp else None
     if wrong is not None:
-        legal = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0 and inner % n == 0)
+        divisors = (n for n in range(1, heads + 1) if heads % n == 0 and inner % n == 0)
+        legal = ", ".join(str(n) for n in divisors if any_groups or n % groups == 0 or groups % n == 0)
         raise SettingError("tp", f"`tp` {tp} does not divide the {wrong}.", f"Give one of {legal}.")
 
 
@@ -210,7 +219,7 @@ def forecast(
         SettingError: `tp` does not divide the query heads or the width of the MLP.
     """
     tp, dcp, length = settings.tp or 1, settings.dcp or 1, context or DEFAULT_CONTEXT
-    _check_tp(tp, layouts[0].num_attention_heads, config)
+    _check_tp(tp, layouts[0], config)
     if (refusal := refuse_parallelism(layouts, settings)) is not None:
         return ServingForecast(length, refusal)
     element = CACHE_DTYPES[settings.cache_dtype or "bf16"]
@@ -218,6 +227,7 @@ def forecast(
     sizes = [(cache_elements(layout, tp, dcp) * element, layout.sliding_window or length) for layout in cached]
     per_token = sum(size for size, _ in sizes)
     one = sum(size * min(window, length) for size, window in sizes)
+    one += state_bytes(layouts, torch.bfloat16) / tp
     weights = None
     if model is not None:
         attention = sum(attention_parameters(layout, model.hidden_size, tp, config) for layout in layouts)
@@ -251,12 +261,13 @@ def serving_notes(
         settings: of the forecast.
     """
     tp, groups = settings.tp or 1, layout.num_key_value_heads
+    divides = "A larger `dcp` divides it." if settings.dcp else "Decode context parallelism (`dcp`) divides it."
     for name, size in others:
         if size >= source:
             times = "" if (ratio := f"{size / source:.3g}") == "1" else f"{ratio} times "
             yield (
                 f"{name} does not pay at tensor parallel {tp}: each GPU caches {times}as much as of the unchanged "
-                "model, because every GPU holds the whole latent. Decode context parallelism (`dcp`) divides it."
+                f"model, because every GPU holds the whole latent. {divides}"
             )
     if layout.kind != "mla" and tp > groups and tp % groups == 0:
         yield (

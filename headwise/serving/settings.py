@@ -51,12 +51,13 @@ class ServingSettings:
     def __post_init__(self) -> None:
         check_fields(self)
         if (self.tp or 1) % (self.dcp or 1):
-            raise SettingError("dcp", f"`dcp` {self.dcp} does not divide `tp` {self.tp or 1}.")
+            hint = None if self.tp else "Give `tp` too."
+            raise SettingError("dcp", f"`dcp` {self.dcp} does not divide `tp` {self.tp or 1}.", hint)
         if isinstance(self.memory, int) and self.memory < LEAST_MEMORY:
             raise SettingError(
                 "memory",
                 f"`memory` is {self.memory:,} bytes, which is less than 1 GB.",
-                "Give a unit, such as 80GB.",
+                "Give at least 1 GB with its unit, such as 80GB.",
             )
         require_cache_dtype(self.engines, self.cache_dtype or "bf16")
 

@@ -268,3 +268,13 @@ def test_a_quantised_config_without_dtype_is_read_in_bfloat16(tmp_path: Path) ->
 def test_a_context_is_a_whole_number(context: Any) -> None:
     with pytest.raises(SettingError, match=r"`context` is .* not a whole number of at least 1"):
         inspect_model(EMBEDDED_MODEL, context=context)
+
+
+@pytest.mark.parametrize(("name", "states"), [("lfm2", True), ("llama", False), ("t5gemma", False)])
+def test_a_forecast_of_a_context_counts_states_and_takes_any_rotation(
+    name: str, states: bool, tmp_path: Path
+) -> None:
+    found = inspect_model(tiny_models.save(name, tmp_path / name), tp=1, context=64)
+    assert found.serving and found.serving.cache_bytes is not None
+    assert found.serving.cache_bytes_per_token is not None
+    assert (found.serving.cache_bytes > 64 * found.serving.cache_bytes_per_token) == states

@@ -210,7 +210,8 @@ def test_a_refused_shape_comes_with_one_that_works() -> None:
     engines.require_engines(verdicts().values(), ["vllm"])
     with pytest.raises(SettingError, match=r"it has no kernels for this shape\. Give") as caught:
         engines.require_engines(verdicts(qk_rope_head_dim=32).values(), ["vllm"])
-    assert caught.value.hint == "Give `rope_dim` 64 and a `rank` that makes a row of 320, 512 or 576."
+    shape = "`rope_dim` 64 and a `rank` that makes a row of 320, 512 or 576"
+    assert caught.value.hint == f"Give {shape}, if the model caches as much, or leave out vllm."
     both = verdicts(qk_rope_head_dim=32, attention_bias=True)["vllm"]
     assert both.verdict == "no" and "drops the biases" in both.reason, "a wrong result is named beside an error"
     with pytest.raises(SettingError, match="for this shape; the loader drops the biases"):

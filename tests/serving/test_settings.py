@@ -22,7 +22,11 @@ from headwise.serving.settings import ServingSettings
         ({"cache_dtype": "int4"}, "cache_dtype", "one of bf16, fp8"),
         ({"card": "h101"}, "card", "Did you mean"),
         ({"engines": "llama.cpp", "cache_dtype": "fp8"}, "cache_dtype", "llama.cpp has no FP8 cache"),
-        ({"memory": "80"}, "memory", "80 bytes, which is less than 1 GB. Give a unit, such as 80GB."),
+        (
+            {"memory": "80"},
+            "memory",
+            "80 bytes, which is less than 1 GB. Give at least 1 GB with its unit, such as 80GB.",
+        ),
         ({"memory": 80}, "memory", "80 bytes"),
     ],
 )
