@@ -54,11 +54,12 @@ class EngineVerdict:
         verdict: "loads"; "command": it loads with `commands`; "wrong": it loads and computes another function;
             "no": it stops with an error; "unknown": no rule was read for such a model.
         reason: the rules that decide; empty if none apply.
-        commands: shell lines that serve the folder OUT; empty unless the engine loads it.
+        commands: shell lines that serve the folder OUT, or MODEL if that is the model itself; empty unless the
+            engine loads it.
         evidence: "run", "read", both, or empty where the verdict is "unknown".
         versions: of the engine, to which the evidence applies.
-        remedy: the shapes that the engine takes, where it stops at this one; else empty.
-        others: the other reasons beside such a shape.
+        remedy: what to do where the engine stops at a shape of MLA: the shapes that it takes, or to leave it out.
+        others: the reasons beside that shape; empty where there are none.
     """
 
     name: str
@@ -357,7 +358,7 @@ def cache_rows(engines: Collection[str] = ()) -> list[int]:
 
 
 def heads_fit(nope: int, value: int) -> bool:
-    """Return whether an engine has kernels for MLA heads of these widths as they are.
+    """Return whether an engine whose kernels take few widths takes MLA heads of these as they are.
 
     Args:
         nope: position-free width of queries and keys.

@@ -72,7 +72,7 @@ class ServingForecast:
         context: tokens of a sequence.
         refusal: why no server starts with this layout and these settings; then no number is known. Else None.
         cache_bytes_per_token: of one sequence, on one GPU; below a sliding window.
-        cache_bytes: of one sequence of `context` tokens, on one GPU.
+        cache_bytes: of one sequence of `context` tokens, on one GPU, with the states of linear layers.
         weight_bytes: on one GPU; None: the number of parameters is not known.
         usable_memory: bytes of one GPU for weights and caches; None: the memory is not known.
         sequences: that fit into the memory together; None: memory or weights are not known.
