@@ -17,6 +17,7 @@ from headwise.kernels.decode.tiling import (
     Card,
     Config,
     card_of,
+    choose_merge,
     choose_splits,
     choose_tiles,
     chunks,
@@ -178,7 +179,7 @@ def launch_attend(
     if config is None:
         card = card_for(card, k, k_rope, v, fp8=fp8)
         shape = (queries * per_group, head_dim, rope_dim, value_dim, v is None, fp8)
-        config = choose_tiles(card, *shape)
+        config = choose_tiles(card, *shape, positive_scale=scale > 0)
         if fp8 and config.hopper and not fp8_copies.box_rows(k, k_rope, page, config.keys):
             config = choose_tiles(card, *shape, boxes=False)
     if config.wide:
@@ -231,11 +232,10 @@ def launch_attend(
     else:
         portable.attend[grid](*arguments, **options)
     if num_splits > 1:
-        # With few rows each row is spread over several programs, so that a batch of one occupies the whole card.
-        width = 128 if rows * -(-value_dim // 512) < 2 * card.multiprocessors else 1 << (value_dim - 1).bit_length()
+        splits, width = choose_merge(rows, value_dim, num_splits, card.multiprocessors)
         early = {"launch_pdl": True} if config.hopper else {}
         portable.merge[(rows, -(-value_dim // width))](
             parts, part_lse, out, lse, num_splits, rows, value_dim,
-            SPLITS=min(16, 1 << (num_splits - 1).bit_length()), WIDTH=width, EARLY=config.hopper, **early,
+            SPLITS=splits, WIDTH=width, EARLY=config.hopper, **early,
         )  # fmt: skip
     return out, lse

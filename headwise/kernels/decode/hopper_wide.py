@@ -1,14 +1,16 @@
 """Decode on Hopper for many query rows: the function of `portable.attend` on a latent that is its own value.
 
-Four producer warps copy keys into a ring of shared-memory tiles. Two groups of four warps share 64 query rows: each
-computes the scores of every second tile, and multiplies the weights of all tiles with its half of the columns. So
-the cache is read once for 64 rows, and the tensor cores read less shared memory than with 32 rows to a group.
+Four producer warps copy keys into a ring of shared-memory tiles (`wide_ring`). Two groups of four warps share 64
+query rows: in a pair of tiles, each group computes the weights of one tile, hands them to the other, and multiplies
+the weights of both tiles with its half of the value columns. So the cache is read once for 64 rows, and the tensor
+cores read less shared memory than with 32 rows to a group.
 
-In a pair of tiles, the first group hands its weights and the running maximum to the second, which continues with
-its own tile and hands them back. One buffer carries both, because each group takes the weights into registers at
-once. At ranks up to `STAGGERED_UP_TO` the second group starts its scores when the first is done with its own: one
-computes weights while the other uses the tensor cores. Pieces of columns of a tile are loaded and freed on their
-own.
+The weights of a row are relative to a reference, which moves only where weights of a tile exceed `_limit`. So in
+most pairs there is no maximum, and nothing is rescaled. A group whose weights are too large raises its reference.
+The other group reads that from a flag beside the weights, and takes the larger of both references.
+
+With a ring of two tiles the first group hands its weights over early: the second multiplies them before it computes
+its own. With more tiles, each group multiplies its own weights first.
 """
 
 # Gluon compiles a part of Python only: no starred tuples, no conditional expressions on None.
@@ -20,7 +22,6 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
@@ -35,9 +36,25 @@ from headwise.kernels.decode.hopper import (
     _shared,
     barrier,
 )
+from headwise.kernels.decode.wide_ring import next_stage, pieces_of, produce, release, wait_for
 
-# At wider latents both groups start at once: at 512 + 64 and 128 heads that took 300 us, in place of 344.
-STAGGERED_UP_TO = gl.constexpr(448)
+# The first reference. A score below it has no weight, like a masked one.
+LOWEST = gl.constexpr(-1e30)
+
+
+@gluon.constexpr_function
+def _limit(dtype):
+    """Return how large the sum of weights that a thread holds of a row and a tile may be; then the reference moves.
+
+    A single weight is no larger, and float16 ends at 2^16. The sums are in float32, which ends at 2^128. Four
+    threads hold a row of 64 keys, so a million tokens add up to 2^14 * 4 * 2^24 = 2^40, and the output to that
+    times the largest value: float16 ends at 2^16, and bfloat16 values may be as large as 2^87.
+
+    The reference is never above the maximum so far, and never more than the limit below it. So the total is at
+    least one, and sums are rounded relative to their size, as with weights relative to the maximum. Log2 scores of
+    2^28 and above are too coarse: a weight could then overflow although the reference is the maximum.
+    """
+    return 2.0**12 if dtype == gl.float16 else 2.0**24
 
 
 @gluon.constexpr_function
@@ -46,200 +63,138 @@ def _mma(width, warps):
     return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, width, 16])
 
 
-@gluon.constexpr_function
-def _pieces(HEAD, RIGHT):
-    """Return (start, power of two) pieces of the left or the right half of the columns."""
-    width = HEAD[-1][0] + HEAD[-1][1]
-    middle = (width + 127) // 128 * 64
-    start = middle if RIGHT else 0
-    end = width if RIGHT else middle
-    pieces = []
-    while start < end:
-        piece = 1 << ((end - start).bit_length() - 1)
-        pieces.append((start, piece))
-        start += piece
-    return tuple(pieces)
-
-
 @gluon.jit
-def _next(stage, phase, STAGES: gl.constexpr):
-    phase = gl.where(stage == STAGES - 1, phase ^ 1, phase)
-    stage = gl.where(stage == STAGES - 1, 0, stage + 1)
-    return stage, phase
-
-
-@gluon.jit
-def _fetch(
-    ring, rows, live, full, empty, stage, phase,
-    PIECES: gl.constexpr, FIRST: gl.constexpr, ALL: gl.constexpr, COPY: gl.constexpr,
-):  # fmt: skip
-    """Start the copies of one tile, piece by piece as they become free; rows that are not live become zeros."""
-    for i in gl.static_range(len(PIECES)):
-        column = PIECES[i][0] + gl.arange(0, PIECES[i][1], gl.SliceLayout(0, COPY))
-        n = stage * ALL + FIRST + i
-        mbarrier.wait(empty.index(n), phase)
-        async_copy.async_copy_global_to_shared(
-            ring[i].index(stage), rows[:, None] + column[None, :], mask=live[:, None]
-        )
-        async_copy.mbarrier_arrive(full.index(n), increment_count=False)
-
-
-@gluon.jit
-def _fetch_queries(tiles, rows, live, PIECES: gl.constexpr, COPY: gl.constexpr):
-    for i in gl.static_range(len(PIECES)):
-        column = PIECES[i][0] + gl.arange(0, PIECES[i][1], gl.SliceLayout(0, COPY))
-        async_copy.async_copy_global_to_shared(
-            tiles[i].index(0), rows[:, None] + column[None, :], mask=live[:, None]
-        )
-
-
-@gluon.jit
-def _produce(
-    source, queries_of, rings, tiles, low, high, pairs,
-    ROPE: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
-    PAGE: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Copy the queries, then the keys from `low` to `high` in pairs of tiles, as pieces of the ring become free."""
-    K, KRope, Table, k_batch, k_token, kr_batch, kr_token = source
-    Q, QRope, q_token, q_head, qr_token, qr_head, queries, heads, row_start = queries_of
-    left_ring, right_ring, rope_ring, full, empty = rings
-    q_left, q_right, q_rope, q_full = tiles
-    AFTER_LEFT: gl.constexpr = len(ROPE) + len(LEFT)
-    ALL: gl.constexpr = AFTER_LEFT + len(RIGHT)
-    copy: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-
-    row = row_start + gl.arange(0, ROWS, gl.SliceLayout(1, copy))
-    row_live = row < queries * heads
-    rows = Q + row // heads * q_token + row % heads * q_head
-    if len(ROPE) > 0:
-        _fetch_queries(q_rope, QRope + row // heads * qr_token + row % heads * qr_head, row_live, ROPE, copy)
-    _fetch_queries(q_left, rows, row_live, LEFT, copy)
-    _fetch_queries(q_right, rows, row_live, RIGHT, copy)
-    async_copy.mbarrier_arrive(q_full.index(0), increment_count=False)
-
-    stage = 0
-    phase = 1
-    for tile in range(0, 2 * pairs):
-        start = low + tile * KEYS
-        key = start + gl.arange(0, KEYS, gl.SliceLayout(1, copy))
-        live = key < high
-        if PAGE == 0:
-            block = 0
-            slot = key
-        else:
-            block = gl.load(Table + key // PAGE, mask=live, other=0).to(gl.int64)
-            slot = key % PAGE
-        if len(ROPE) > 0:
-            rope_rows = KRope + block * kr_batch + slot * kr_token
-            _fetch(rope_ring, rope_rows, live, full, empty, stage, phase, ROPE, 0, ALL, copy)
-        k_rows = K + block * k_batch + slot * k_token
-        _fetch(left_ring, k_rows, live, full, empty, stage, phase, LEFT, len(ROPE), ALL, copy)
-        _fetch(right_ring, k_rows, live, full, empty, stage, phase, RIGHT, AFTER_LEFT, ALL, copy)
-        stage, phase = _next(stage, phase, STAGES)
-    # All copies must be complete before the next program gets the memory.
-    async_copy.wait_group(0)
-
-
-@gluon.jit
-def _await(full, stage, phase, FIRST: gl.constexpr, COUNT: gl.constexpr, ALL: gl.constexpr):
+def _add_scores(score, ring, queries, stage, zero, COUNT: gl.constexpr, FRESH: gl.constexpr):
+    """Start the products of the queries with pieces of a tile."""
     for i in gl.static_range(COUNT):
-        mbarrier.wait(full.index(stage * ALL + FIRST + i), phase)
-    # Copies are ordinary writes, and the tensor cores read through the asynchronous proxy.
-    fence_async_shared()
-
-
-@gluon.jit
-def _release(empty, stage, FIRST: gl.constexpr, COUNT: gl.constexpr, ALL: gl.constexpr):
-    """Free pieces of a tile that all threads of this group have finished reading."""
-    for i in gl.static_range(COUNT):
-        mbarrier.arrive(empty.index(stage * ALL + FIRST + i), count=1)
-
-
-@gluon.jit
-def _add_scores(
-    score, ring, queries, full, stage, phase,
-    COUNT: gl.constexpr, FIRST: gl.constexpr, ALL: gl.constexpr, FRESH: gl.constexpr,
-):  # fmt: skip
-    for i in gl.static_range(COUNT):
-        _await(full, stage, phase, FIRST + i, 1, ALL)
         keys = ring[i].index(stage).permute((1, 0))
-        score = warpgroup_mma(queries[i].index(0), keys, score, use_acc=not (FRESH and i == 0), is_async=True)
+        score = warpgroup_mma(queries[i].index(zero), keys, score, use_acc=not (FRESH and i == 0), is_async=True)
     return score
 
 
 @gluon.jit
-def _start_values(out, shrink, probability, ring, stage, WIDTHS: gl.constexpr, warps: gl.constexpr):
+def _add_values(out, probability, ring, stage, COUNT: gl.constexpr):
     """Start the product of the weights of a tile with the value columns of this group."""
     pending = ()
-    for i in gl.static_range(len(WIDTHS)):
-        factor = gl.convert_layout(shrink, gl.SliceLayout(1, _mma(WIDTHS[i][1], warps)), assert_trivial=True)
-        weight = gl.convert_layout(probability, gl.DotOperandLayout(0, _mma(WIDTHS[i][1], warps), 2))
-        pending = pending + (warpgroup_mma(weight, ring[i].index(stage), out[i] * factor[:, None], is_async=True),)
+    for i in gl.static_range(COUNT):
+        pending = pending + (warpgroup_mma(probability, ring[i].index(stage), out[i], is_async=True),)
     return pending
 
 
 @gluon.jit
-def _finish(pending, probability, empty, stage, FIRST: gl.constexpr, ALL: gl.constexpr):
-    """Wait for a product, and free its pieces of the tile one by one.
+def _add_own_values(out, probability, ring, stage, WIDTHS: gl.constexpr, warps: gl.constexpr):
+    """Start the product of weights in registers with the value columns of this group."""
+    pending = ()
+    for i in gl.static_range(len(WIDTHS)):
+        weight = gl.convert_layout(probability, gl.DotOperandLayout(0, _mma(WIDTHS[i][1], warps), 2))
+        pending = pending + (warpgroup_mma(weight, ring[i].index(stage), out[i], is_async=True),)
+    return pending
 
-    The weights are its operand in registers, so they must live until then.
-    """
+
+@gluon.jit
+def _finish(pending, kept):
+    """Wait for all products, and return those that are pending; `kept` (operands in registers) lives until then."""
+    if len(pending) + len(kept) == 1:
+        done = (warpgroup_mma_wait(0, deps=pending),)
+    else:
+        done = warpgroup_mma_wait(0, deps=pending + kept)
     out = ()
     for i in gl.static_range(len(pending)):
-        done = warpgroup_mma_wait(len(pending) - 1 - i, deps=(pending[i], probability))
-        out = out + (done[0],)
-        # One thread signals for the group, so all threads must have finished reading.
-        barrier()
-        mbarrier.arrive(empty.index(stage * ALL + FIRST + i), count=1)
+        out = out + (done[i],)
     return out
 
 
 @gluon.jit
-def _finite(maximum):
-    """Return the maximum of scores, 0 for a row without a visible key: -inf - -inf would be NaN."""
-    return gl.where(maximum == float("-inf"), 0.0, maximum)
+def _exp2(x):
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _sum_in_thread(weight):
+    """Return the sums (rows, 4) of a tile (rows, keys) over the keys that a thread holds."""
+    # (rows, keys / 8, 4, 2): a thread holds all of axes 1 and 3.
+    of_threads = weight.reshape([weight.shape[0], weight.shape[1] // 8, 4, 2])
+    return gl.sum(gl.sum(of_threads, 3), 1)
+
+
+@gluon.jit
+def _rescale(out, factor, WIDTHS: gl.constexpr, warps: gl.constexpr):
+    scaled = ()
+    for i in gl.static_range(len(WIDTHS)):
+        of_rows = gl.convert_layout(factor, gl.SliceLayout(1, _mma(WIDTHS[i][1], warps)), assert_trivial=True)
+        scaled = scaled + (out[i] * of_rows[:, None],)
+    return scaled
+
+
+@gluon.jit
+def _flag(part, LIMIT: gl.constexpr):
+    """Return (warps): 1 where a sum (rows, 4) of a thread is too large, which it is if one of its weights is."""
+    large = gl.where(part > LIMIT, 1, 0).reshape([gl.num_warps(), 2, 8, 4])
+    # In the registers of a thread first, then one instruction for the 32 lanes of a warp.
+    return gl.max(gl.max(large, 1).reshape([gl.num_warps(), 32]), 1)
+
+
+@gluon.jit
+def _any(flags):
+    """Return whether a flag (warps) is set."""
+    of_all: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    return gl.max(flags.load(of_all), 0)
 
 
 @gluon.jit
 def _consume(
     rows_of, mask, rings, tiles, handed, row_start, scale, low, high, pairs,
     ROPE: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr, STAGGERED: gl.constexpr, FIRST: gl.constexpr,
+    STAGES: gl.constexpr, EARLY: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
     """Attend from ROWS query rows to the keys in the ring, and store one half of the output columns."""
     Out, Lse, out_token, out_head, lse_token = rows_of
     queries, heads, head_start, first, length, window = mask
     left_ring, right_ring, rope_ring, full, empty = rings
     q_left, q_right, q_rope, q_full = tiles
-    exchange, maxima, sums, ready, turn, summed = handed
+    exchange, flags, references, sums, ready, summed = handed
     dtype: gl.constexpr = exchange.dtype
     warps: gl.constexpr = gl.num_warps()
+    LIMIT: gl.constexpr = _limit(dtype)
     AFTER_ROPE: gl.constexpr = len(ROPE)
     AFTER_LEFT: gl.constexpr = len(ROPE) + len(LEFT)
     ALL: gl.constexpr = AFTER_LEFT + len(RIGHT)
-    if FIRST:
+    if ME == 0:
         VALUE: gl.constexpr = LEFT
         MINE: gl.constexpr = AFTER_ROPE
+        YOURS: gl.constexpr = AFTER_LEFT
+        REST: gl.constexpr = len(RIGHT)
         value_ring = left_ring
+        rest_ring = right_ring
+        q_value = q_left
+        q_rest = q_right
     else:
         VALUE: gl.constexpr = RIGHT
         MINE: gl.constexpr = AFTER_LEFT
+        YOURS: gl.constexpr = AFTER_ROPE
+        REST: gl.constexpr = len(LEFT)
         value_ring = right_ring
+        rest_ring = left_ring
+        q_value = q_right
+        q_rest = q_left
+    COUNT: gl.constexpr = len(VALUE)
+    SECOND: gl.constexpr = EARLY and ME == 1
     mma: gl.constexpr = _mma(KEYS, warps)
     by_row: gl.constexpr = gl.SliceLayout(1, mma)
     by_key: gl.constexpr = gl.SliceLayout(0, mma)
-    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
 
     row = row_start + gl.arange(0, ROWS, by_row)
-    last = length - queries + row // heads
-    earliest = gl.maximum(first, last - window + 1)
     # Between these bounds every query sees every key.
     whole_start = gl.maximum(first, length - window)
     whole_end = gl.minimum(high, length - queries + 1)
-    maximum = gl.full([ROWS], float("-inf"), gl.float32, by_row)
-    total = gl.zeros([ROWS], gl.float32, by_row)
+    reference = gl.full([ROWS], LOWEST, gl.float32, by_row)
+    # Sums of weights over the keys of one thread.
+    total = _sum_in_thread(gl.zeros([ROWS, KEYS], gl.float32, mma))
+    of_part: gl.constexpr = gl.SliceLayout(1, total.type.layout)
     out = ()
-    for i in gl.static_range(len(VALUE)):
+    for i in gl.static_range(COUNT):
         out = out + (gl.zeros((ROWS, gl.constexpr(VALUE[i][1])), gl.float32, _mma(VALUE[i][1], warps)),)
 
     mbarrier.wait(q_full.index(0), 0)
@@ -247,106 +202,134 @@ def _consume(
     a_phase = 0
     # The phase of the barriers that complete once in a pair.
     step = 0
-    start = low if FIRST else low + KEYS
+    start = low + ME * KEYS
     for pair in range(0, pairs):
+        # Zero, which the compiler does not know: else it keeps all addresses of the loop, in local memory.
+        zero = start >> 31
         if STAGES == 2:
-            a = 0
-            b = 1
+            a = zero
+            b = zero + 1
             a_phase = step
             b_phase = step
         else:
-            b, b_phase = _next(a, a_phase, STAGES)
-        mine = a if FIRST else b
-        phase = a_phase if FIRST else b_phase
-        if STAGGERED and not FIRST:
-            mbarrier.wait(turn.index(0), step)
+            b, b_phase = next_stage(a, a_phase, STAGES)
+        mine = a if ME == 0 else b
+        phase = a_phase if ME == 0 else b_phase
+        yours = b if ME == 0 else a
+        your_phase = b_phase if ME == 0 else a_phase
+        # Copies are ordinary writes, and the tensor cores read through the asynchronous proxy.
+        wait_for(full, mine, phase, MINE, COUNT, ALL)
+        fence_async_shared()
         score = gl.zeros([ROWS, KEYS], gl.float32, mma)
-        if len(ROPE) > 0:
-            score = _add_scores(score, rope_ring, q_rope, full, mine, phase, len(ROPE), 0, ALL, True)
-        score = _add_scores(score, left_ring, q_left, full, mine, phase, len(LEFT), AFTER_ROPE, ALL, len(ROPE) == 0)
-        score = _add_scores(score, right_ring, q_right, full, mine, phase, len(RIGHT), AFTER_LEFT, ALL, False)
+        score = _add_scores(score, value_ring, q_value, mine, zero, COUNT, True)
+        wait_for(full, mine, phase, YOURS, REST, ALL)
+        wait_for(full, mine, phase, 0, len(ROPE), ALL)
+        fence_async_shared()
+        score = _add_scores(score, rest_ring, q_rest, mine, zero, REST, False)
+        score = _add_scores(score, rope_ring, q_rope, mine, zero, len(ROPE), False)
         score = warpgroup_mma_wait(0, deps=(score,))
-        if FIRST and STAGGERED:
-            barrier()
-            mbarrier.arrive(turn.index(0), count=1)
 
-        score = score * scale
+        if SECOND:
+            # The weights of the first tile are there early: their product runs while this group computes its own.
+            mbarrier.wait(ready.index(yours), your_phase)
+            if _any(flags.index(yours)) > 0:
+                raised = references.index(yours).load(by_row)
+                shrink = _exp2(reference - raised)
+                reference = raised
+                total = total * gl.convert_layout(shrink, of_part)[:, None]
+                out = _rescale(out, shrink, VALUE, warps)
+            pending = _add_values(out, exchange.index(yours), value_ring, yours, COUNT)
         if (start + KEYS > whole_end) | (start < whole_start):
             key = start + gl.arange(0, KEYS, by_key)
+            last = length - queries + row // heads
+            earliest = gl.maximum(first, last - window + 1)
             visible = (key[None, :] <= last[:, None]) & (key[None, :] >= earliest[:, None]) & (key < high)[None, :]
             score = gl.where(visible, score, float("-inf"))
-        top = gl.max(score, 1)
-        if FIRST:
-            middle = gl.maximum(maximum, top)
-            finite = _finite(middle)
-            shrink = gl.exp2(maximum - finite)
-            weight = gl.exp2(score - finite[:, None])
-            probability = weight.to(dtype)
-            exchange.store(probability)
-            maxima.index(0).store(middle)
+        weight = _exp2(score * scale - reference[:, None])
+        exchange.index(mine).store(weight.to(dtype))
+        part = _sum_in_thread(weight)
+        flags.index(mine).store(_flag(part, LIMIT))
+        references.index(mine).store(reference)
+        fence_async_shared()
+        barrier()
+        raise_mine = _any(flags.index(mine))
+        if SECOND:
+            # The first group waits for weights that are final.
+            mbarrier.arrive(ready.index(mine), count=1, pred=raise_mine == 0)
+            out = _finish(pending, ())
             barrier()
-            mbarrier.arrive(ready.index(0), count=1)
-            _release(empty, a, 0, len(ROPE), ALL)
-            probability = gl.convert_layout(probability, operand)
-            pending = _start_values(out, shrink, probability, value_ring, a, VALUE, warps)
-            total = total * shrink + gl.sum(weight, 1)
-            mbarrier.wait(ready.index(1), step)
-            other = exchange.load(operand)
-            maximum = maxima.index(1).load(by_row)
-            grow = gl.exp2(middle - _finite(maximum))
-            total = total * grow
-            out = _finish(pending, probability, empty, a, MINE, ALL)
-            _await(full, b, b_phase, MINE, len(VALUE), ALL)
-            pending = _start_values(out, grow, other, value_ring, b, VALUE, warps)
-            out = _finish(pending, other, empty, b, MINE, ALL)
+            release(empty, yours, MINE, COUNT, ALL)
+            release(empty, yours, 0, len(ROPE), ALL)
+        if raise_mine > 0:
+            raised = gl.maximum(reference, gl.max(score * scale, 1))
+            shrink = _exp2(reference - raised)
+            reference = raised
+            weight = _exp2(score * scale - reference[:, None])
+            exchange.index(mine).store(weight.to(dtype))
+            references.index(mine).store(reference)
+            part = _sum_in_thread(weight)
+            total = total * gl.convert_layout(shrink, of_part)[:, None]
+            out = _rescale(out, shrink, VALUE, warps)
+            fence_async_shared()
+            barrier()
+        if SECOND:
+            mbarrier.arrive(ready.index(mine), count=1, pred=raise_mine > 0)
         else:
-            mbarrier.wait(ready.index(0), step)
-            other = exchange.load(operand)
-            middle = maxima.index(0).load(by_row)
-            shrink = gl.exp2(maximum - _finite(middle))
-            _await(full, a, a_phase, MINE, len(VALUE), ALL)
-            pending = _start_values(out, shrink, other, value_ring, a, VALUE, warps)
-            maximum = gl.maximum(middle, top)
-            finite = _finite(maximum)
-            grow = gl.exp2(middle - finite)
-            weight = gl.exp2(score - finite[:, None])
-            probability = weight.to(dtype)
+            mbarrier.arrive(ready.index(mine), count=1)
+        # The weights of the own tile, from registers.
+        probability = weight.to(dtype)
+        pending = _add_own_values(out, probability, value_ring, mine, VALUE, warps)
+        total += part
+        if SECOND:
+            out = _finish(pending, (probability,))
             barrier()
-            exchange.store(probability)
-            maxima.index(1).store(maximum)
+            release(empty, mine, MINE, COUNT, ALL)
+        else:
+            # The other group has waited for its tile.
+            mbarrier.wait(ready.index(yours), your_phase)
+            raise_any = raise_mine + _any(flags.index(yours))
+            out = _finish(pending, (probability,))
             barrier()
-            mbarrier.arrive(ready.index(1), count=1)
-            _release(empty, b, 0, len(ROPE), ALL)
-            total = total * (shrink * grow) + gl.sum(weight, 1)
-            probability = gl.convert_layout(probability, operand)
-            out = _finish(pending, other, empty, a, MINE, ALL)
-            pending = _start_values(out, grow, probability, value_ring, b, VALUE, warps)
-            out = _finish(pending, probability, empty, b, MINE, ALL)
+            release(empty, mine, MINE, COUNT, ALL)
+            if raise_any > 0:
+                theirs = references.index(yours).load(by_row)
+                raised = gl.maximum(reference, theirs)
+                shrink = _exp2(reference - raised)
+                reference = raised
+                other = exchange.index(yours).load(mma).to(gl.float32) * _exp2(theirs - raised)[:, None]
+                exchange.index(yours).store(other.to(dtype))
+                total = total * gl.convert_layout(shrink, of_part)[:, None]
+                out = _rescale(out, shrink, VALUE, warps)
+                fence_async_shared()
+                barrier()
+            pending = _add_values(out, exchange.index(yours), value_ring, yours, COUNT)
+            out = _finish(pending, ())
+            barrier()
+            release(empty, yours, MINE, COUNT, ALL)
+            release(empty, yours, 0, len(ROPE), ALL)
         if STAGES > 2:
-            a, a_phase = _next(b, b_phase, STAGES)
+            a, a_phase = next_stage(b, b_phase, STAGES)
         step ^= 1
         start += 2 * KEYS
 
-    sums.index(0 if FIRST else 1).store(total)
+    total = gl.convert_layout(gl.sum(total, 1), by_row)
+    sums.index(ME).store(total)
     barrier()
-    mbarrier.arrive(summed.index(0 if FIRST else 1), count=1)
-    mbarrier.wait(summed.index(1 if FIRST else 0), 0)
-    total += sums.index(1 if FIRST else 0).load(by_row)
+    mbarrier.arrive(summed.index(ME), count=1)
+    mbarrier.wait(summed.index(1 - ME), 0)
+    total += sums.index(1 - ME).load(by_row)
     inverse = 1.0 / gl.where(total > 0, total, 1.0)
-    for i in gl.static_range(len(VALUE)):
+    for i in gl.static_range(COUNT):
         out_row = row_start + gl.arange(0, ROWS, gl.SliceLayout(1, _mma(VALUE[i][1], warps)))
         column = VALUE[i][0] + gl.arange(0, VALUE[i][1], gl.SliceLayout(0, _mma(VALUE[i][1], warps)))
         factor = gl.convert_layout(inverse, gl.SliceLayout(1, _mma(VALUE[i][1], warps)), assert_trivial=True)
         rows = Out + out_row // heads * out_token + (head_start + out_row % heads) * out_head
-        gl.store(
-            rows[:, None] + column[None, :],
-            (out[i] * factor[:, None]).to(Out.dtype.element_ty),
-            mask=(out_row < queries * heads)[:, None],
-        )
-    if FIRST:
+        stored = (out_row < queries * heads)[:, None]
+        gl.store(rows[:, None] + column[None, :], (out[i] * factor[:, None]).to(Out.dtype.element_ty), mask=stored)
+    if ME == 0:
         gl.store(
             Lse + row // heads * lse_token + head_start + row % heads,
-            (maximum + gl.log2(total)) * 0.6931471805599453,
+            (reference + gl.log2(total)) * 0.6931471805599453,
             mask=row < queries * heads,
         )
 
@@ -365,14 +348,15 @@ def attend(
 ):  # fmt: skip
     """Compute `portable.attend` where the value is the key; ROWS is 64, KEYS is 128, and two groups share the rows.
 
-    The rank is a multiple of 64, at least 128, and STAGES is at least 2; four warps.
+    The rank is a multiple of 64 above 64, STAGES is at least 2, and `scale` is above 0: the maximum of scaled
+    scores is taken as that of scores. Four warps.
     """
     dtype: gl.constexpr = K.dtype.element_ty
     TILE: gl.constexpr = KEYS // 2
-    LEFT: gl.constexpr = _pieces(HEAD, False)
-    RIGHT: gl.constexpr = _pieces(HEAD, True)
+    EARLY: gl.constexpr = STAGES == 2
+    LEFT: gl.constexpr = pieces_of(HEAD, False)
+    RIGHT: gl.constexpr = pieces_of(HEAD, True)
     ALL: gl.constexpr = len(ROPE) + len(LEFT) + len(RIGHT)
-    STAGGERED: gl.constexpr = HEAD[-1][0] + HEAD[-1][1] <= STAGGERED_UP_TO
     split = gl.program_id(0)
     row_tiles = gl.cdiv(queries * heads_per_group, ROWS)
     group = gl.program_id(1) // row_tiles
@@ -399,23 +383,28 @@ def attend(
     q_left = _ring(LEFT, 1, ROWS, dtype)
     q_right = _ring(RIGHT, 1, ROWS, dtype)
     q_rope = _ring(ROPE, 1, ROWS, dtype)
-    exchange = gl.allocate_shared_memory(dtype, [ROWS, TILE], _shared(ROWS, TILE, dtype))
+    # The weights (rows, keys) of a tile take the place of its rotary keys (keys, columns) where these are as large:
+    # only the group that wrote the weights has read them.
+    if len(ROPE) == 1 and ROPE[0][1] == TILE:
+        exchange = rope_ring[0]
+    else:
+        exchange = gl.allocate_shared_memory(dtype, [STAGES, ROWS, TILE], _shared(ROWS, TILE, dtype))
     vector: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    maxima = gl.allocate_shared_memory(gl.float32, [2, ROWS], vector)
+    flags = gl.allocate_shared_memory(gl.int32, [STAGES, 4], vector)
+    references = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], vector)
     sums = gl.allocate_shared_memory(gl.float32, [2, ROWS], vector)
     full = gl.allocate_shared_memory(gl.int64, [STAGES * ALL, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES * ALL, 1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     summed = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES * ALL):
         mbarrier.init(full.index(i), count=32 * PRODUCER_WARPS)
         mbarrier.init(empty.index(i), count=1)
-    mbarrier.init(q_full.index(0), count=32 * PRODUCER_WARPS)
-    mbarrier.init(turn.index(0), count=1)
-    for i in gl.static_range(2):
+    for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
+    mbarrier.init(q_full.index(0), count=32 * PRODUCER_WARPS)
+    for i in gl.static_range(2):
         mbarrier.init(summed.index(i), count=1)
     fence_async_shared()
     barrier()
@@ -442,15 +431,15 @@ def attend(
     mask = (queries, heads_per_group, head_start, first, length, window)
     rings = (left_ring, right_ring, rope_ring, full, empty)
     tiles = (q_left, q_right, q_rope, q_full)
-    handed = (exchange, maxima, sums, ready, turn, summed)
+    handed = (exchange, flags, references, sums, ready, summed)
     gl.warp_specialize(
         [
             (_consume, (rows_of, mask, rings, tiles, handed, row_start, scale, low, high, pairs,
-                ROPE, LEFT, RIGHT, ROWS, TILE, STAGES, STAGGERED, True)),
+                ROPE, LEFT, RIGHT, ROWS, TILE, STAGES, EARLY, 0)),
             (_consume, (rows_of, mask, rings, tiles, handed, row_start, scale, low, high, pairs,
-                ROPE, LEFT, RIGHT, ROWS, TILE, STAGES, STAGGERED, False)),
-            (_produce, (source, queries_of, rings, tiles, low, high, pairs,
-                ROPE, LEFT, RIGHT, ROWS, TILE, PAGE, STAGES)),
+                ROPE, LEFT, RIGHT, ROWS, TILE, STAGES, EARLY, 1)),
+            (produce, (source, queries_of, rings, tiles, low, high, pairs,
+                ROPE, LEFT, RIGHT, ROWS, TILE, PAGE, STAGES, EARLY)),
         ],
         [4, PRODUCER_WARPS],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

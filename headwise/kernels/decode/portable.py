@@ -154,36 +154,26 @@ def merge(
 ):  # fmt: skip
     """Merge the splits of one row: Parts (splits, rows, width) float32, PartLse (splits, rows) -> Out, Lse.
 
-    The grid is (rows, ceil(width / WIDTH)). EARLY: the launch precedes the end of the kernel that writes Parts
-    (Hopper).
+    The grid is (rows, ceil(width / WIDTH)), and SPLITS is at least splits: all loads of a program are in flight
+    together. EARLY: the launch precedes the end of the kernel that writes Parts (Hopper).
     """
     if EARLY:
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    split = tl.arange(0, SPLITS)
+    live = split < splits
     fits = column < width
-    highest = tl.full([SPLITS], float("-inf"), tl.float32)
-    for start in range(0, splits, SPLITS):
-        split = start + tl.arange(0, SPLITS)
-        highest = tl.maximum(
-            highest, tl.load(PartLse + split * rows + row, mask=split < splits, other=float("-inf"))
-        )
-    top = tl.max(highest, 0)
+    lse = tl.load(PartLse + split * rows + row, mask=live, other=float("-inf"))
+    parts = tl.load(
+        Parts + (split[:, None] * rows + row) * width + column[None, :],
+        mask=live[:, None] & fits[None, :],
+        other=0.0,
+    )
+    top = tl.max(lse, 0)
     finite = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.zeros([SPLITS], tl.float32)
-    merged = tl.zeros([WIDTH], tl.float32)
-    for start in range(0, splits, SPLITS):
-        split = start + tl.arange(0, SPLITS)
-        live = split < splits
-        weight = tl.exp(tl.load(PartLse + split * rows + row, mask=live, other=float("-inf")) - finite)
-        parts = tl.load(
-            Parts + (split[:, None] * rows + row) * width + column[None, :],
-            mask=live[:, None] & fits[None, :],
-            other=0.0,
-        )
-        merged += tl.sum(parts * weight[:, None], 0)
-        total += weight
-    denominator = tl.sum(total, 0)
-    merged = merged / tl.where(denominator > 0, denominator, 1.0)
+    weight = tl.exp(lse - finite)
+    total = tl.sum(weight, 0)
+    merged = tl.sum(parts * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(Out + row * width + column, merged.to(Out.dtype.element_ty), mask=fits)
-    tl.store(Lse + row, top + tl.log(denominator), mask=tl.program_id(1) == 0)
+    tl.store(Lse + row, top + tl.log(total), mask=tl.program_id(1) == 0)

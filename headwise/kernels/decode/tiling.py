@@ -21,9 +21,10 @@ except ImportError:  # Gluon's interface changes between Triton releases; the po
 # More tiles than this are never in flight.
 FP8_STAGES = 8
 WIDE_STAGES = 8
-# `hopper_wide` runs with more query rows than the first number, at ranks up to the second. It was faster in the
-# cases there that were timed (docs/results/kernels.md).
-WIDE_ABOVE = ((64, 512), (32, 320))
+# `hopper_wide` runs with more query rows, at ranks up to the second number. It was faster in all cases that were
+# timed (docs/results/kernels.md). Both it and `hopper` compute as much for 33 rows as for 64.
+WIDE_ABOVE = 32
+WIDE_RANK = 512
 # Bytes of shared memory that CUDA takes of each program.
 RESERVED = 1024
 # The tiles of `hopper_fp8` by the blocks of a latent: keys, warps of a group, groups, programs on a multiprocessor.
@@ -139,7 +140,7 @@ def padded(width: int) -> int:
 @cache
 def choose_tiles(
     card: Card, rows: int, head_dim: int, rope_dim: int, value_dim: int, value_is_key: bool, fp8: bool = False,
-    boxes: bool = True,
+    boxes: bool = True, positive_scale: bool = True,
 ) -> Config:  # fmt: skip
     """Choose the tiles for query rows that read one group of keys.
 
@@ -152,6 +153,7 @@ def choose_tiles(
         value_is_key: whether the value is the key itself (MLA), which is then copied once.
         fp8: whether keys are in FP8, with scales of blocks.
         boxes: whether the copy engine can copy keys in FP8, see `fp8_copies.box_rows`.
+        positive_scale: whether the scale of the scores is above 0, as `hopper_wide` needs it.
     """
     row_bytes = 2 * (head_dim + rope_dim + (0 if value_is_key else value_dim))
     query_bytes = 2 * (head_dim + rope_dim)
@@ -162,7 +164,7 @@ def choose_tiles(
             return config
     if not fp8 and card.capability[0] == 9 and hopper is not None and (value_is_key or value_dim % 64 == 0):
         config = None
-        if value_is_key and any(rows > above and head_dim <= widest for above, widest in WIDE_ABOVE):
+        if value_is_key and positive_scale and rows > WIDE_ABOVE:
             config = _wide_tiles(card, head_dim, rope_dim)
         if config is None:
             config = _hopper_tiles(card, rows, head_dim, rope_dim, value_dim, value_is_key)
@@ -199,12 +201,14 @@ def _hopper_tiles(
 
 def _wide_tiles(card: Card, head_dim: int, rope_dim: int) -> Config | None:
     """Return the tiles of `hopper_wide.attend`, with as many stages as fit; None: the latent does not suit it."""
-    if head_dim % 64 or head_dim < 128:
+    if head_dim % 64 or not 128 <= head_dim <= WIDE_RANK:
         return None
     # Each group computes the scores of a tile of half of `keys`, and the queries are as large as such a tile.
     tile = 64 * 2 * (head_dim + rope_dim)
-    # Then the weights that the groups exchange, vectors and barriers.
-    stages = min(WIDE_STAGES, (card.shared_memory - tile - 64 * 64 * 2 - 3072) // tile)
+    # The weights of a tile (64 rows, 64 keys) take the place of its rotary keys, or have one of their own.
+    weights = 0 if rope_dim == 64 else 64 * 64 * 2
+    # Then vectors and barriers.
+    stages = min(WIDE_STAGES, (card.shared_memory - tile - 4096) // (tile + weights))
     return Config(True, 64, 128, 4, stages, consumers=2, wide=True) if stages >= 2 else None
 
 
@@ -245,3 +249,22 @@ def choose_splits(num_programs: int, num_keys: int, config: Config, multiprocess
         return waves * (-(-tiles // splits) + SPLIT_OVERHEAD) + (1 if splits > 1 else 0)
 
     return min(range(1, min(tiles, max(1, 32 * slots // num_programs), 256) + 1), key=cost)
+
+
+def choose_merge(rows: int, width: int, num_splits: int, multiprocessors: int) -> tuple[int, int]:
+    """Choose the tile of `portable.merge`: splits and columns, powers of two.
+
+    A program holds all splits of its columns, 4,096 numbers at most: 32 to a thread. More columns of fewer splits
+    are longer reads. With few rows, a row is spread over several programs, so that they occupy the whole card.
+
+    Args:
+        rows: of the output.
+        width: of a row.
+        num_splits: to merge, 256 at most.
+        multiprocessors: of the device.
+    """
+    splits = 1 << (num_splits - 1).bit_length()
+    columns = max(16, min(1 << (width - 1).bit_length(), 4096 // splits))
+    if rows * -(-width // 512) < 2 * multiprocessors:
+        columns = min(columns, 128)
+    return splits, columns

@@ -47,7 +47,7 @@ class Problem:
 
         self.q, self.cache = noise(batch, queries, heads, head + rope), noise(batch, capacity, groups, head + rope)
         self.values = None if rope else noise(batch, capacity, groups, value)
-        self.head, self.rope, self.window = head, rope, window
+        self.head, self.rope, self.window, self.scale = head, rope, window, SCALE
         self.lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
         self.starts = None if starts is None else torch.tensor(starts, dtype=torch.int32, device=device)
         self.table = self.latent = self.scales = None
@@ -89,7 +89,7 @@ class Problem:
             k_rope = k_rope.to(self.q.dtype)
             k, scales = self.paged(self.latent.view(torch.uint8)).view(DTYPE)[:, :, None], self.paged(self.scales)
         return launch_attend(
-            self.q[..., : self.head], q_rope, k, k_rope, v, SCALE,
+            self.q[..., : self.head], q_rope, k, k_rope, v, self.scale,
             self.lengths, self.starts, self.table, self.window, scales, **options,
         )  # fmt: skip
 
@@ -97,7 +97,7 @@ class Problem:
         k = self.cache.double()
         v = k[..., : self.head] if self.values is None else self.values.double()
         return reference(
-            self.q.double(), k, v, scale=SCALE, lengths=self.lengths, starts=self.starts, window=self.window
+            self.q.double(), k, v, scale=self.scale, lengths=self.lengths, starts=self.starts, window=self.window
         )
 
     def check(self, tolerance: float, **options) -> None:
@@ -146,6 +146,14 @@ def test_any_mask(lengths, queries, page, window, padded, latent, num_splits, dt
     where = dict(queries=queries, page=page, window=window, starts=starts)
     problem = Problem(*shape, lengths, **where, dtype=dtype, seed=len(lengths), fp8=latent == "fp8")
     problem.check(TOLERANCE[dtype], num_splits=num_splits)
+
+
+@interpreted
+@pytest.mark.parametrize("scale", [0.0, -SCALE])
+def test_a_scale_that_is_not_positive(scale) -> None:
+    problem = Problem(3, 1, 48, 16, 48, [63, 1, 0])
+    problem.scale = scale
+    problem.check(1e-5, num_splits=2)
 
 
 @interpreted
@@ -210,10 +218,12 @@ def test_on_a_gpu(shape, mask) -> None:
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("heights", ["grow", "jump", "a large first one", "all small"])
-@pytest.mark.parametrize("rank", [512, 128])
+@pytest.mark.parametrize(
+    "heights", ["grow", "jump", "a large first one", "all small", "one row", "few lanes", "plateau"]
+)
+@pytest.mark.parametrize("rank", [512, 256, 128])
 def test_scores_of_any_height_on_a_gpu(rank, heights, dtype) -> None:
-    """With many rows, two groups of warps hand the running maximum to and fro."""
+    """With many rows, two groups of warps agree on a reference, which moves where a score is far above it."""
     problem = Problem(128, 1, rank, 64, rank, [2048, 500, 65, 1], dtype=dtype, device="cuda")
     key = torch.arange(2048, device="cuda")
     height = {
@@ -221,12 +231,27 @@ def test_scores_of_any_height_on_a_gpu(rank, heights, dtype) -> None:
         "jump": 13.0 * (key * 7919 % 12) * (key * 104729 % 50 == 0),
         "a large first one": 60.0 * (key == 0),
         "all small": -400.0 - key / 4,
+        "one row": 90.0 * (key == 1003),
+        "few lanes": 30.0 * (key // 300) * (key % 300 == key // 300 * 2),
+        "plateau": 12.0 * (key >= 64),
     }[heights]
-    # The last rotary column adds the height to the score of every head.
+    # The last rotary column adds the height to the score of every head, or of one.
     problem.q[..., -1] = 8
+    if heights == "one row":
+        problem.q[..., -1] = 0
+        problem.q[:, :, 37, -1] = 8
     problem.cache[..., -1] = (height / (8 * SCALE)).to(dtype)[None, :, None]
     problem.check(8e-3)
     problem.check(8e-3, num_splits=1)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("scale", [0.0, -SCALE])
+def test_a_scale_that_is_not_positive_on_a_gpu(scale) -> None:
+    problem = Problem(128, 1, 512, 64, 512, [300, 70, 0], dtype=torch.bfloat16, device="cuda")
+    problem.scale = scale
+    problem.check(8e-3)
 
 
 @gpu

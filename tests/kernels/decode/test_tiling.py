@@ -16,6 +16,7 @@ from headwise.kernels.decode.tiling import (
     Card,
     Config,
     card_of,
+    choose_merge,
     choose_splits,
     choose_tiles,
     chunks,
@@ -74,9 +75,9 @@ def test_tiles_fit_the_card(card: Card, rows: int, width: int, rope: int, latent
         row_bytes = 2 * (columns + rope + (0 if latent else width))
         queries = config.consumers * config.rows * 2 * (columns + rope + config.keys)
         if config.wide:
-            # A stage is a tile of half of the keys; one tile of weights is exchanged.
-            queries = config.rows * 2 * (columns + rope + 64)
-            row_bytes = columns + rope
+            # A stage is a tile of half of the keys; its weights take the place of its rotary keys, or their own.
+            queries = config.rows * 2 * (columns + rope)
+            row_bytes = columns + rope + (0 if rope == 64 else 64)
         assert config.resident * (config.stages * config.keys * row_bytes + queries) <= card.shared_memory
         assert config.rows * columns <= (64 if config.wide else 32) * 512
 
@@ -84,8 +85,8 @@ def test_tiles_fit_the_card(card: Card, rows: int, width: int, rope: int, latent
 @pytest.mark.parametrize(
     "rows, rank, rope, wide",
     [
-        (128, 512, 64, True), (65, 512, 64, True), (64, 512, 64, False), (32, 320, 64, False),
-        (33, 320, 64, True), (40, 384, 64, False), (256, 128, 64, True), (128, 64, 32, False),
+        (128, 512, 64, True), (64, 512, 64, True), (33, 512, 64, True), (32, 512, 64, False), (32, 320, 64, False),
+        (33, 320, 64, True), (40, 384, 64, True), (256, 128, 64, True), (128, 64, 32, False),
         (128, 576, 64, False), (128, 208, 48, False), (100, 448, 48, True), (128, 512, 128, False),
     ],
 )  # fmt: skip
@@ -93,6 +94,8 @@ def test_many_rows_of_a_latent_share_a_tile(rows: int, rank: int, rope: int, wid
     assert choose_tiles(HOPPER, rows, rank, rope, rank, True).wide == wide
     assert not choose_tiles(HOPPER, rows, rank, rope, rank, False).wide
     assert not choose_tiles(HOPPER, rows, rank, rope, rank, True, True).wide
+    # Its weights are relative to a maximum of scores, not of scaled scores.
+    assert not choose_tiles(HOPPER, rows, rank, rope, rank, True, positive_scale=False).wide
 
 
 @given(st.integers(1, 256), widths, st.integers(0, 8).map(lambda n: 16 * n))
@@ -139,3 +142,23 @@ def test_splits_fill_the_multiprocessors() -> None:
     assert choose_splits(64, 8192, config, 132) == 2
     assert choose_splits(1, 32768, config, 132) == 128
     assert choose_splits(132, 8192, config, 132) == 1
+
+
+@pytest.mark.parametrize(
+    "rows, width, num_splits, tile",
+    [
+        (32, 512, 128, (128, 32)), (2048, 512, 2, (2, 512)), (2048, 448, 3, (4, 512)), (32, 512, 4, (4, 128)),
+        (2048, 64, 2, (2, 64)), (8, 512, 256, (256, 16)), (2048, 1024, 2, (2, 1024)),
+    ],
+)  # fmt: skip
+def test_the_merge_holds_all_splits_of_its_columns(
+    rows: int, width: int, num_splits: int, tile: tuple[int, int]
+) -> None:
+    assert choose_merge(rows, width, num_splits, 132) == tile
+
+
+@given(st.integers(1, 10**6), st.integers(1, 2048), st.integers(2, 256))
+def test_tiles_of_the_merge_are_small_powers_of_two(rows: int, width: int, num_splits: int) -> None:
+    splits, columns = choose_merge(rows, width, num_splits, 132)
+    assert num_splits <= splits < 2 * num_splits and splits & (splits - 1) == columns & (columns - 1) == 0
+    assert splits * columns <= 4096 and columns >= 16
