@@ -138,13 +138,22 @@ def _sum_in_thread(weight):
 
 
 @gluon.jit
+def _zero():
+    """Return 0, which the compiler does not know: addresses that it is added to are not kept in registers."""
+    return gl.inline_asm_elementwise(
+        "mov.u32 $0, 0;", "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def _start_block(
-    k_rings, stage, both, i: gl.constexpr, BLOCKS: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr
+    k_rings, stage, both, zero, i: gl.constexpr, BLOCKS: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr
 ):  # fmt: skip
-    """Start the products of a block's keys with both parts of the queries: (keys, 2 rows)."""
+    """Start the products of a block's keys with both parts of the queries: (keys, 2 rows). `zero` is 0."""
     mma_fp8: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, 2 * ROWS, 32])
-    zero = gl.zeros([KEYS, 2 * ROWS], gl.float32, mma_fp8)
-    return warpgroup_mma(_block(k_rings, stage, i, BLOCKS), both.index(i).permute((1, 0)), zero, is_async=True)
+    empty = gl.zeros([KEYS, 2 * ROWS], gl.float32, mma_fp8)
+    keys = _block(k_rings, stage, i, BLOCKS)
+    return warpgroup_mma(keys, both.index(i + zero).permute((1, 0)), empty, is_async=True)
 
 
 @gluon.jit
@@ -156,7 +165,7 @@ def _add_block(score, part, scale):
 
 @gluon.jit
 def _scores(
-    k_rings, rope_ring, stage, both, q_rope, scales,
+    k_rings, rope_ring, stage, both, q_rope, zero, scales,
     ROPE: gl.constexpr, BLOCKS: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, FLIGHT: gl.constexpr,
     mma: gl.constexpr,
 ):  # fmt: skip
@@ -167,10 +176,10 @@ def _scores(
     parts = ()
     for i in gl.static_range(FLIGHT - 1):
         if i < BLOCKS:
-            parts = parts + (_start_block(k_rings, stage, both, i, BLOCKS, ROWS, KEYS),)
+            parts = parts + (_start_block(k_rings, stage, both, zero, i, BLOCKS, ROWS, KEYS),)
     for i in gl.static_range(BLOCKS):
         if i + FLIGHT - 1 < BLOCKS:
-            parts = parts + (_start_block(k_rings, stage, both, i + FLIGHT - 1, BLOCKS, ROWS, KEYS),)
+            parts = parts + (_start_block(k_rings, stage, both, zero, i + FLIGHT - 1, BLOCKS, ROWS, KEYS),)
         score, part = warpgroup_mma_wait(min(FLIGHT - 1, BLOCKS - 1 - i), deps=(score, parts[i]))
         score = _add_block(score, part, scales[i])
     return score

@@ -47,6 +47,7 @@ from headwise.kernels.decode.fp8_tiles import (
     _split_queries,
     _sum_in_thread,
     _values,
+    _zero,
 )
 from headwise.kernels.decode.hopper import PRODUCER_WARPS, _ring, _shared, barrier
 
@@ -65,9 +66,12 @@ LOWEST = gl.constexpr(-1e30)
 def _consume(
     rows_of, mask, rings, sources, shared, row_start, scale, low, high,
     ROPE: gl.constexpr, BLOCKS: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, GROUPS: gl.constexpr, QUAD: gl.constexpr, PARTS: gl.constexpr,
+    GROUP: gl.constexpr, GROUPS: gl.constexpr, QUAD: gl.constexpr, PARTS: gl.constexpr, ANEW: gl.constexpr,
 ):  # fmt: skip
-    """Attend from ROWS query rows to every GROUPS-th tile in the rings, and store output and log-sum-exp."""
+    """Attend from ROWS query rows to every GROUPS-th tile in the rings, and store output and log-sum-exp.
+
+    ANEW: compute the addresses of queries in every tile, so that they take no registers between.
+    """
     Out, Lse, out_token, out_head, lse_token = rows_of
     number_of_queries, heads, first, length, window = mask
     k_rings, rope_ring, scale_ring, full, empty = rings
@@ -137,11 +141,16 @@ def _consume(
         mbarrier.wait(full.index(stage), phase)
         # Copies row by row are ordinary writes, and the tensor cores read through the asynchronous proxy.
         fence_async_shared()
+        zero = 0
+        if ANEW:
+            zero = _zero()
         scales = _scales(scale_ring, stage, BLOCKS, KEYS, QUAD, by_key)
         largest = gl.full([KEYS], SMALLEST, gl.float32, by_key)
         for i in gl.static_range(BLOCKS):
             largest = gl.maximum(largest, scales[i])
-        score = _scores(k_rings, rope_ring, stage, both, q_rope, scales, ROPE, BLOCKS, ROWS, KEYS, FLIGHT, mma)
+        score = _scores(
+            k_rings, rope_ring, stage, both, q_rope, zero, scales, ROPE, BLOCKS, ROWS, KEYS, FLIGHT, mma
+        )
         score = score * unit[None, :]
         if (start + KEYS > whole_end) | (start < whole_start):
             key = start + gl.arange(0, KEYS, by_key)
@@ -444,11 +453,13 @@ def attend(
     # One warp starts boxes; several copy row by row.
     PRODUCERS: gl.constexpr = 1 if BOX > 0 else PRODUCER_WARPS
     PRODUCER_REGISTERS: gl.constexpr = 24 if BOX > 0 else 56
+    # Where it was measured.
+    ANEW: gl.constexpr = BOX > 0 and ROWS == 32 and BLOCKS % 2 == 0
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
                 (_consume, (rows_of, mask, rings, sources, shared, row_start, scale, low, high,
-                    ROPE, BLOCKS, ROWS, KEYS, STAGES, 0, 1, QUAD, PARTS)),
+                    ROPE, BLOCKS, ROWS, KEYS, STAGES, 0, 1, QUAD, PARTS, ANEW)),
                 (_produce, (source, boxes, rings, floor, low, high,
                     ROPE, BLOCKS, KEYS, PAGE, STAGES, BOX, QUAD, PARTS)),
             ],
@@ -459,9 +470,9 @@ def attend(
         gl.warp_specialize(
             [
                 (_consume, (rows_of, mask, rings, sources, shared, row_start, scale, low, high,
-                    ROPE, BLOCKS, ROWS, KEYS, STAGES, 0, 2, QUAD, PARTS)),
+                    ROPE, BLOCKS, ROWS, KEYS, STAGES, 0, 2, QUAD, PARTS, ANEW)),
                 (_consume, (rows_of, mask, rings, sources, shared, row_start, scale, low, high,
-                    ROPE, BLOCKS, ROWS, KEYS, STAGES, 1, 2, QUAD, PARTS)),
+                    ROPE, BLOCKS, ROWS, KEYS, STAGES, 1, 2, QUAD, PARTS, ANEW)),
                 (_produce, (source, boxes, rings, floor, low, high,
                     ROPE, BLOCKS, KEYS, PAGE, STAGES, BOX, QUAD, PARTS)),
             ],

@@ -28,9 +28,10 @@ WIDE_RANK = 512
 # Bytes of shared memory that CUDA takes of each program.
 RESERVED = 1024
 # The tiles of `hopper_fp8` by the blocks of a latent: keys, warps of a group, groups, programs on a multiprocessor.
-# These were the fastest that ran. The others are taken where they leave no room for two stages, and where keys are
-# copied row by row.
-FP8_TILES = {1: (64, 4, 2, 1), 2: (64, 4, 1, 2), 3: (64, 4, 2, 1), 4: (128, 8, 1, 1)}
+# These were the fastest that ran with 32 rows, and with 16. The others are taken where they leave no room for two
+# stages, and where keys are copied row by row.
+FP8_TILES = {1: (64, 4, 2, 1), 2: (64, 4, 2, 1), 3: (64, 4, 2, 1), 4: (128, 8, 1, 1)}
+FP8_TILES_OF_FEW_ROWS = FP8_TILES | {2: (64, 4, 1, 2)}
 FP8_TILES_OTHERWISE = (64, 4, 2, 1)
 # Work of a split that does not grow with its keys (start-up, first copies, epilogue), in key tiles.
 SPLIT_OVERHEAD = 2
@@ -217,7 +218,8 @@ def _fp8_tiles(card: Card, rows: int, head_dim: int, rope_dim: int, boxes: bool)
     blocks = num_blocks(head_dim)
     if blocks not in FP8_TILES:
         return None
-    for keys, warps, groups, resident in (FP8_TILES[blocks], FP8_TILES_OTHERWISE)[0 if boxes else 1 :]:
+    fastest = (FP8_TILES if rows > 16 else FP8_TILES_OF_FEW_ROWS)[blocks]
+    for keys, warps, groups, resident in (fastest, FP8_TILES_OTHERWISE)[0 if boxes else 1 :]:
         stage = keys * (head_dim + 4 * blocks + 2 * rope_dim)
         # Queries in two parts, their rotary parts, and of each group the probabilities and the shares of blocks.
         rest = rows * (2 * head_dim + 2 * rope_dim + 2 * keys * groups) + 2 * keys * blocks * groups + 4096

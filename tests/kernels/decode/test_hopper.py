@@ -22,7 +22,7 @@ BUDGETS = {
     "sm_90 MLA 32 heads 512+64, FP8": Budget(168, 152, 216300, "wgmma", 52),
     "sm_90 MLA 14 heads 256+64, FP8, pages": Budget(128, 16, 90300, "wgmma", 28),
     "sm_90 MLA 32 heads 384+32, FP8": Budget(168, 80, 216700, "wgmma", 76),
-    "sm_90 MLA 32 heads 256+64, FP8": Budget(128, 32, 102900, "wgmma", 28),
+    "sm_90 MLA 32 heads 256+64, FP8": Budget(168, 32, 185700, "wgmma", 56),
     "sm_90 MLA 32 heads 512+96, FP8": Budget(168, 368, 143100, "wgmma", 108),
     "sm_90 MLA 9 heads 128+64, FP8": Budget(168, 8, 145700, "wgmma", 32),
     "sm_90 GQA groups of 7 x64": Budget(128, 0, 51400, "wgmma", 8),
