@@ -149,11 +149,19 @@ def test_any_mask(lengths, queries, page, window, padded, latent, num_splits, dt
 
 
 @interpreted
-@pytest.mark.parametrize("scale", [0.0, -SCALE])
-def test_a_scale_that_is_not_positive(scale) -> None:
+@pytest.mark.parametrize("scale", [SCALE, 0.0, -SCALE])
+def test_the_choice_of_tiles_gets_the_sign_of_the_scale(scale, monkeypatch) -> None:
+    signs = []
+
+    def choose(*shape, positive_scale):
+        signs.append(positive_scale)
+        return choose_tiles(*shape, positive_scale=positive_scale)
+
+    monkeypatch.setattr("headwise.kernels.decode.attend.choose_tiles", choose)
     problem = Problem(3, 1, 48, 16, 48, [63, 1, 0])
     problem.scale = scale
     problem.check(1e-5, num_splits=2)
+    assert signs == [scale > 0]
 
 
 @interpreted
