@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from headwise.convert.calibration.layer_stream import LayerRecord
-from headwise.convert.refit.regression import LEARNING_RATE
 from headwise.io.reader import Checkpoint
 from headwise.io.writer import OutputTensor
 from headwise.models.layout import AttentionLayout
@@ -120,7 +119,6 @@ class Refittable:
         export: returns the output tensors of the module in its present state.
         arguments: the arguments of the module besides its input, where they differ from those of the parent's
             module.
-        learning_rate: peak of the refit, relative to each weight's size.
     """
 
     attention: nn.Module
@@ -128,4 +126,3 @@ class Refittable:
     parameters: list[nn.Parameter]
     export: Callable[[LayerRecord], dict[str, Tensor]]
     arguments: dict[str, Any] | None = None
-    learning_rate: float = LEARNING_RATE

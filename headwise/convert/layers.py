@@ -135,7 +135,6 @@ class LayerJob:
                 module.parameters,
                 record,
                 steps=calibration.steps,
-                learning_rate=module.learning_rate,
                 seed=calibration.seed,
                 device=device,
             )

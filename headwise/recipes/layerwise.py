@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headwise.convert.calibration.layer_stream import LayerStream
 from headwise.convert.refit.output_projection import solve_output_projection
-from headwise.convert.refit.regression import LEARNING_RATE, refit
+from headwise.convert.refit.regression import refit
 from headwise.errors import HeadwiseError
 from headwise.models.stock import empty_model, layer_arguments, move_to_device
 from headwise.progress import SILENT, Progress
@@ -91,7 +91,6 @@ def train_layers(
             parameters,
             record,
             steps=layerwise.steps,
-            learning_rate=LEARNING_RATE,
             seed=seed,
             device=device,
         )

@@ -21,8 +21,10 @@ from headwise.models.protocol import AttentionModel, find_attention_model
 # Longest calibration sequence: how far attention looks is measured on it.
 CALIBRATION_LENGTH = 1024
 # Sustained rates of one H200 on models of 135M parameters, on the low side of what was measured: of a forward pass,
-# of closed forms and the regression of single layers.
+# and of closed forms.
 CUDA_FORWARD_FLOPS, CUDA_LAYER_FLOPS = 3e13, 5e12
+# Seconds of a call of torch in a closed form there, and of a step of the regression by its launches or operations.
+CUDA_CALL, CUDA_STEP, CUDA_TRAINED_FLOPS = 8e-6, 7e-3, 2.8e14
 # Work of the MLA search: passes over (heads, cache row, cache row), calls of torch, and products of the search with
 # the moments. Counted from its code; the passes and the calls fit the timings of three models
 # (docs/results/convert-speed.md).
@@ -120,7 +122,7 @@ def closed_form_seconds(checkpoint: Checkpoint, arch: AttentionModel, target: An
             passes += SEARCH_PASSES * layout.num_attention_heads * row**2
             calls += SEARCH_CALLS
     if device.type == "cuda":
-        return (products + 8 * passes) / CUDA_LAYER_FLOPS
+        return (products + 8 * passes) / CUDA_LAYER_FLOPS + calls * CUDA_CALL
     rate = product_rate(torch.float64, width, width, width)
     return products / rate + passes * element_seconds() + calls * call_seconds()
 
@@ -162,12 +164,12 @@ def refit_seconds(
         length: tokens in a calibration sequence.
         device: where the layers are trained.
     """
-    tokens = steps * sequences_per_step(device, length) * length
+    tokens = sequences_per_step(device, length) * length
     if device.type == "cuda":
         width = arch.stock_config(checkpoint.config).hidden_size
-        flops = sum(_flops(target.layouts[i], width, length, 1.0) for i in _converted(target))
-        return tokens * flops / CUDA_LAYER_FLOPS
-    return tokens * trained_seconds(target, length)
+        flops = [tokens * _flops(target.layouts[i], width, length, 1.0) for i in _converted(target)]
+        return steps * sum(max(CUDA_STEP, each / CUDA_TRAINED_FLOPS) for each in flops)
+    return steps * tokens * trained_seconds(target, length)
 
 
 def indexer_seconds(arch: AttentionModel, target: Any, steps: int, length: int, device: torch.device) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from headwise.convert.calibration.layer_stream import LayerRecord
 from headwise.environment import available_memory
 from headwise.models.stock import move_to_device
-from headwise.train.optimizer import TINY, step_scale
+from headwise.train.optimizer import RelativeAdam
 
 # Sequences per step on a GPU. On a CPU a step has two of 512 tokens or more, or so many shorter ones that they have
 # as many tokens. There 300 steps of 2 took half the time of 100 steps of 12, and left less error
@@ -26,10 +26,14 @@ from headwise.train.optimizer import TINY, step_scale
 SEQUENCES_PER_STEP, SEQUENCES_PER_STEP_ON_CPU, TOKENS_PER_STEP_ON_CPU = 12, 2, 1024
 # The share of sequences that only measure the result.
 HELD_BACK = 0.1
-# Peak learning rate as a share of a weight's size (see `step_scale`): one setting fits weights of any scale. A run
-# shorter than ANNEALED steps gets a lower rate: it is too short to settle from large steps.
-LEARNING_RATE = 0.1
+# Bounds of the peak learning rate, as a share of a weight's size (see `RelativeAdam`), and the rate for an error of
+# 1. A good closed form gets a lower rate, since large steps only lead away from it (docs/results/convert-speed.md).
+# So does a run shorter than ANNEALED steps: it is too short to settle from large steps.
+HIGHEST_RATE, LOWEST_RATE, RATE_PER_ERROR = 0.1, 0.005, 0.35
 ANNEALED = 300
+# In the first half of a run, the error on held-back sequences is measured after every tenth of the steps. Where it
+# is above that of the closed form, the rest of the steps begin anew at a smaller rate.
+CHECKS, SMALLER = 10, 1 / 3
 WARMUP = 0.1
 DEFAULT_STEPS = 300
 
@@ -57,7 +61,6 @@ def refit(
     record: LayerRecord,
     *,
     steps: int = DEFAULT_STEPS,
-    learning_rate: float = LEARNING_RATE,
     seed: int = 0,
     device: torch.device | str = "cpu",
     tick: Callable[[float], None] = lambda loss: None,
@@ -70,8 +73,7 @@ def refit(
         attention: the target's stock attention module, float32 on `device`; MLA without its latent norm.
         parameters: which of its parameters are trained.
         record: the parent layer's inputs and outputs, from `LayerStream.records(keep_activations=True)`.
-        steps: of Adam, on `sequences_per_step` sequences each.
-        learning_rate: at its peak, relative to each weight's size; it falls to zero along a cosine.
+        steps: of Adam, on `sequences_per_step` sequences each. The rate falls from `peak_rate` along a cosine.
         seed: of the order of sequences; the layer's index is added.
         device: where `attention` is.
         tick: called with the training loss after every step.
@@ -87,41 +89,65 @@ def refit(
     generator = torch.Generator().manual_seed(seed + record.index)
 
     start = [p.detach().clone() for p in parameters]
-    sizes = [step_scale(p) for p in start]
-    units = [(p / size.clamp_min(TINY)).requires_grad_() for p, size in zip(start, sizes, strict=True)]
     before = output_error(attention, record, heldout, device)
-    peak = learning_rate * min(1.0, math.sqrt(steps / ANNEALED))
-    optimizer = torch.optim.Adam(units, lr=peak, betas=(0.9, 0.95), eps=1e-12)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, steps))
     scale = float(outputs[train].square().mean())
+    # On a GPU products are in bfloat16, of weights that stay float32; both errors are measured in float32.
+    on_gpu = torch.device(device).type == "cuda"
     order = torch.empty(0, dtype=torch.long)
-    for p in parameters:
-        p.requires_grad_(True)
-    for _ in range(steps):
+
+    def loss_of_batch() -> Tensor:
+        nonlocal order
         while len(order) < min(size_of_step, len(train)):
             order = torch.cat([order, train[torch.randperm(len(train), generator=generator)]])
         batch, order = order[:size_of_step], order[size_of_step:]
-        output = apply_attention(attention, record, inputs[batch].to(device), batch)
-        loss = (output - outputs[batch].to(device)).square().mean() / scale
-        loss.backward()
-        for p, unit, size in zip(parameters, units, sizes, strict=True):
-            unit.grad = None if p.grad is None else p.grad * size
-            p.grad = None
-        optimizer.step()
-        with torch.no_grad():
-            for p, unit, size in zip(parameters, units, sizes, strict=True):
-                p.copy_(unit * size)
-        rates.step()
-        tick(float(loss.detach()))
+        with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
+            output = apply_attention(attention, record, inputs[batch].to(device), batch)
+        return (output.float() - outputs[batch].to(device)).square().mean() / scale
+
+    peak = peak_rate(before, steps)
+    checks, done = max(1, steps // CHECKS), 0
+    for p in parameters:
+        p.requires_grad_(True)
+    while done < steps:
+        first, left, adam = done, steps - done, RelativeAdam(parameters)
+        while done < steps:
+            adam.param_groups[0]["lr"] = peak * schedule(done - first, left)
+            loss = loss_of_batch()
+            loss.backward()
+            adam.step()
+            adam.zero_grad()
+            done += 1
+            tick(float(loss.detach()))
+            early = done % checks == 0 and done - first <= left // 2
+            if early and not output_error(attention, record, heldout, device) <= before:
+                peak *= SMALLER
+                _restore(parameters, start)
+                break
     for p in parameters:
         p.requires_grad_(False)
 
     after = output_error(attention, record, heldout, device)
     kept = after < before  # False for NaN
     if not kept:
-        for p, old in zip(parameters, start, strict=True):
-            p.copy_(old)
+        _restore(parameters, start)
     return RefitReport(steps, before, after, kept)
+
+
+@torch.no_grad()
+def _restore(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+    for p, value in zip(parameters, values, strict=True):
+        p.copy_(value)
+
+
+def peak_rate(error: float, steps: int) -> float:
+    """Return the peak learning rate of a run, relative to each weight's size.
+
+    Args:
+        error: of the closed form, relative to the energy of the output.
+        steps: of the run.
+    """
+    rate = min(HIGHEST_RATE, max(LOWEST_RATE, RATE_PER_ERROR * error))
+    return rate * min(1.0, math.sqrt(steps / ANNEALED))
 
 
 @torch.no_grad()
