@@ -28,8 +28,12 @@ GPU_PLAN = JointPlan(tokens=4_000_000, regression_steps=1000, kl_steps=1000)
 CPU_PLAN = JointPlan(tokens=262_144, regression_steps=60, kl_steps=20, sequences=2, length=1024, sampled_length=512)
 # Steps on a GPU are this much larger with more than the usual text.
 LARGER_STEP = 4 / 3
-# Sustained rates on one H200 in bfloat16, on the low side of what was measured on models of 135M parameters.
-TRAINING_FLOPS, SAMPLING_FLOPS = 5e13, 2.5e13
+# A stage reads less text than the plan's at most so many times.
+MOST_READS = 3.1
+# Sustained rates on one H200 in bfloat16: of models of 135M parameters (width 576), on the low side of what was
+# measured, and of a 7B. Between them they grow with the width.
+TRAINING_FLOPS, SAMPLING_FLOPS = (5e13, 3.5e14), (2.5e13, 1.3e14)
+NARROW = 576
 # Bytes of a trained parameter beside those of Adam: the scale of its steps, and its value before the stage.
 EXTRA_PER_TRAINED = 8
 # Bytes of a trained parameter in the buckets of torch's wrapper for several processes.
@@ -186,7 +190,7 @@ def scaled_plan(plan: JointPlan, tokens: int | None) -> JointPlan:
     """Return a plan with another number of tokens.
 
     More text takes larger steps in both stages, and more of them in the KL stage, which reads every token about
-    once. Less text than the plan's changes the text alone.
+    once. Less text takes fewer steps only where it would be read more than `MOST_READS` times.
 
     Args:
         plan: the usual plan of a device.
@@ -194,7 +198,11 @@ def scaled_plan(plan: JointPlan, tokens: int | None) -> JointPlan:
     """
     if tokens is None:
         return plan
-    factor = max(1.0, tokens / plan.tokens)
+    if tokens < plan.tokens:
+        most = max(1, round(MOST_READS * tokens / (plan.sequences * plan.length)))
+        regression, kl = min(plan.regression_steps, most), min(plan.kl_steps, most)
+        return replace(plan, tokens=tokens, regression_steps=regression, kl_steps=kl)
+    factor = tokens / plan.tokens
     larger = LARGER_STEP if factor > 1 else 1.0
     return replace(
         plan,
@@ -279,7 +287,10 @@ def joint_seconds(
     regression = plan.regression_steps * tokens * (2.0 * parameters + 6.0 * attention)
     distillation = (plan.kl_steps + plan.windows_steps) * tokens * (2.0 + 2.0 + 4.0) * parameters
     sampling = plan.tokens * 2.0 * parameters
-    return (regression + distillation) / TRAINING_FLOPS + sampling / SAMPLING_FLOPS
+    hidden_size: int = stock_config(checkpoint.config).get_text_config(decoder=True).hidden_size
+    wider = max(1.0, hidden_size / NARROW)
+    training_rate, sampling_rate = (min(rates[1], rates[0] * wider) for rates in (TRAINING_FLOPS, SAMPLING_FLOPS))
+    return (regression + distillation) / training_rate + sampling / sampling_rate
 
 
 def joint_notes(

@@ -45,6 +45,19 @@ def test_stages_grow_with_the_text_and_the_steps(
     assert seconds.closed_form_seconds(parent, arch, target, device) > 0
 
 
+def test_a_small_step_on_a_gpu_takes_as_long_as_its_launches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = open_checkpoint(tiny_models.save("llama", tmp_path / "model"))
+    arch = find_architecture(parent.config, parent.tensors)
+    target = choose_target(parent, arch, ConvertSettings(to="mqa"))
+    layers = len(target.layouts)
+    launches = seconds.refit_seconds(parent, arch, target, 10, 32, GPU)
+    assert launches == pytest.approx(10 * layers * seconds.CUDA_STEP)
+    monkeypatch.setattr(seconds, "CUDA_TRAINED_FLOPS", 1e6)  # a slow card: now the products decide
+    assert seconds.refit_seconds(parent, arch, target, 10, 32, GPU) > 10 * launches
+
+
 def test_a_layer_that_cannot_be_timed_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parent = open_checkpoint(tiny_models.save("llama", tmp_path / "model"))
     monkeypatch.setattr(seconds, "attention_seconds", lambda *_: None)

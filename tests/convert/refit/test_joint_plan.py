@@ -22,9 +22,17 @@ from tests.convert.refit.conftest import PLAN
 
 def test_more_text_takes_larger_steps_and_more_of_them() -> None:
     assert joint_plan.scaled_plan(PLAN, None) == PLAN and joint_plan.scaled_plan(PLAN, PLAN.tokens) == PLAN
-    assert joint_plan.scaled_plan(PLAN, 100) == replace(PLAN, tokens=100)
     larger = joint_plan.scaled_plan(joint_plan.JointPlan(4_000_000, 1000, 300), 16_000_000)
     assert larger == joint_plan.JointPlan(16_000_000, 1000, 900, sequences=4)
+
+
+def test_less_text_takes_fewer_steps_where_it_would_be_read_too_often() -> None:
+    plan = JointPlan(4_000_000, 1000, 900)
+    assert joint_plan.scaled_plan(plan, 3_900_000) == replace(plan, tokens=3_900_000, regression_steps=984)
+    assert joint_plan.scaled_plan(plan, 2_000_000) == JointPlan(2_000_000, 505, 505)
+    assert joint_plan.scaled_plan(plan, 1) == JointPlan(1, 1, 1)
+    # Few steps for much text.
+    assert joint_plan.scaled_plan(JointPlan(4_000_000, 60, 20), 400_000) == JointPlan(400_000, 60, 20)
 
 
 @pytest.mark.parametrize(
