@@ -9,8 +9,8 @@ The weights of a row are relative to a reference, which moves only where weights
 most pairs there is no maximum, and nothing is rescaled. A group whose weights are too large raises its reference.
 The other group reads that from a flag beside the weights, and takes the larger of both references.
 
-With a ring of two tiles the first group hands its weights over early: the second multiplies them before it computes
-its own. With more tiles, each group multiplies its own weights first.
+With a ring of two or three tiles the first group hands its weights over early: the second multiplies them before it
+computes its own. With more tiles, each group multiplies its own weights first.
 """
 
 # Gluon compiles a part of Python only: no starred tuples, no conditional expressions on None.
@@ -353,7 +353,7 @@ def attend(
     """
     dtype: gl.constexpr = K.dtype.element_ty
     TILE: gl.constexpr = KEYS // 2
-    EARLY: gl.constexpr = STAGES == 2
+    EARLY: gl.constexpr = STAGES <= 3
     LEFT: gl.constexpr = pieces_of(HEAD, False)
     RIGHT: gl.constexpr = pieces_of(HEAD, True)
     ALL: gl.constexpr = len(ROPE) + len(LEFT) + len(RIGHT)

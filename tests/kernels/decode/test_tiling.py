@@ -98,6 +98,12 @@ def test_many_rows_of_a_latent_share_a_tile(rows: int, rank: int, rope: int, wid
     assert not choose_tiles(HOPPER, rows, rank, rope, rank, True, positive_scale=False).wide
 
 
+@pytest.mark.parametrize("rank, stages", [(128, 8), (256, 4), (320, 3), (384, 2), (448, 2), (512, 2)])
+def test_the_ring_of_many_rows_decides_their_order_of_products(rank: int, stages: int) -> None:
+    """`hopper_wide` hands weights over early with three tiles or fewer: faster at 320 and 512, slower below."""
+    assert choose_tiles(HOPPER, 64, rank, 64, rank, True).stages == stages
+
+
 @given(st.integers(1, 256), widths, st.integers(0, 8).map(lambda n: 16 * n))
 def test_fp8_tiles_fit_the_card(rows: int, width: int, rope: int) -> None:
     config = choose_tiles(HOPPER, rows, width, rope, width, True, True)
