@@ -238,7 +238,7 @@ def inspect_model(
             mla=INDEXERS if layouts[0].indexer else None,
             damage=damage,
             serving=cost,
-            engines=serving.verdicts(config, layouts, cost, "MODEL"),
+            engines=serving.verdicts(config, layouts, "MODEL"),
             notes=(
                 *quantized,
                 *_indexer_notes(layouts),
@@ -268,7 +268,7 @@ def inspect_model(
         rope_ranges=tuple(_ranges(config, arch, context, settings)) if context else (),
         damage=damage,
         serving=cost,
-        engines=serving.verdicts(config, layouts, cost, "MODEL"),
+        engines=serving.verdicts(config, layouts, "MODEL"),
         notes=(
             *quantized,
             *_linear_notes(layouts, dtype),
@@ -400,7 +400,7 @@ def _judged(
 ) -> ReachableLayout:
     """Return an option with its forecast and its verdicts, from its layouts and its config.json."""
     cost = serving.forecast(layouts, config)
-    return replace(option, serving=cost, engines=serving.verdicts(config, layouts, cost))
+    return replace(option, serving=cost, engines=serving.verdicts(config, layouts))
 
 
 def _latents(options: Sequence[ReachableLayout]) -> list[tuple[str, float]]:

@@ -38,6 +38,7 @@ SHAPE_FACTS = {"cache_row", "head_dims"}
 SEVERITY = ("no", "wrong", "unknown", "command", "loads")
 MEANINGS = {
     "no": "does not load",
+    "refused": "does not start with these options",
     "wrong": "loads, and computes another function",
     "unknown": "not known",
     "command": "loads with this command",
@@ -52,7 +53,8 @@ class EngineVerdict:
     Attributes:
         name: of the engine.
         verdict: "loads"; "command": it loads with `commands`; "wrong": it loads and computes another function;
-            "no": it stops with an error; "unknown": no rule was read for such a model.
+            "no": it stops with an error; "unknown": no rule was read for such a model; "refused": its server does
+            not start with the options of a forecast.
         reason: the rules that decide; empty if none apply.
         commands: shell lines that serve the folder OUT, or MODEL if that is the model itself; empty unless the
             engine loads it.
@@ -232,6 +234,18 @@ def with_options(verdict: EngineVerdict, options: Mapping[str, int | str | None]
         if name in spellings and value is not None
     ]
     return replace(verdict, commands=tuple(command + "".join(words) for command in verdict.commands))
+
+
+def refused(verdict: EngineVerdict, reason: str) -> EngineVerdict:
+    """Return the verdict of an engine whose server does not start with the options of a forecast.
+
+    Args:
+        verdict: on the folder. One that the engine does not load at all keeps its reason.
+        reason: why the server does not start.
+    """
+    if verdict.verdict == "no":
+        return verdict
+    return EngineVerdict(verdict.name, "refused", reason, (), "", "")
 
 
 def _verdict(engine: Mapping[str, Any], facts: Mapping[str, Any], folder: str) -> EngineVerdict:

@@ -12,8 +12,15 @@ from headwise.errors import HeadwiseError
 from headwise.models.layout import AttentionLayout
 from headwise.models.protocol import find_attention_model
 from headwise.models.stock import count_stock_parameters
-from headwise.serving.engines import EngineVerdict, engine_verdicts, with_options
-from headwise.serving.planner import DEFAULT_CONTEXT, ModelSize, ServingForecast, forecast, serving_notes
+from headwise.serving.engines import SERVING_OPTIONS, EngineVerdict, engine_verdicts, refused, with_options
+from headwise.serving.planner import (
+    DEFAULT_CONTEXT,
+    ModelSize,
+    ServingForecast,
+    forecast,
+    refuse_parallelism,
+    serving_notes,
+)
 from headwise.serving.settings import ServingSettings
 
 FP8_NOTE = (
@@ -96,15 +103,15 @@ class ModelForecast:
         self,
         config: Mapping[str, Any],
         layouts: Sequence[AttentionLayout],
-        cost: ServingForecast | None,
         folder: str = "OUT",
     ) -> tuple[EngineVerdict, ...]:
         """Return the verdicts of the engines that the settings name; of all engines, if they name none.
 
+        An engine whose server does not start with the settings of the forecast is refused, with the reason.
+
         Args:
             config: the config.json of a layout.
             layouts: of every layer.
-            cost: what the layout costs on each GPU.
             folder: the folder that the commands name.
         """
         window = any(layout.sliding_window for layout in layouts)
@@ -118,9 +125,15 @@ class ModelForecast:
             "cache_dtype": settings.cache_dtype if settings.cache_dtype != "bf16" else None,
             "context": self._given if settings.forecasts and reachable else None,
         }
-        if cost is not None and cost.refusal is not None:
-            return tuple(replace(verdict, commands=()) for verdict in verdicts)
-        return tuple(with_options(verdict, options) for verdict in verdicts)
+        refusals = {
+            name: refuse_parallelism(layouts, replace(settings, engines=[name]))
+            for name in SERVING_OPTIONS
+            if settings.forecasts
+        }
+        return tuple(
+            refused(verdict, reason) if (reason := refusals.get(verdict.name)) else with_options(verdict, options)
+            for verdict in verdicts
+        )
 
     def notes(
         self, layouts: Sequence[AttentionLayout], cost: ServingForecast | None, latents: Sequence[tuple[str, float]]

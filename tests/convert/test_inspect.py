@@ -264,6 +264,24 @@ def test_a_quantised_config_without_dtype_is_read_in_bfloat16(tmp_path: Path) ->
     assert inspection.serving is None and inspection.engines[0].verdict == "loads"
 
 
+def test_a_refusal_is_the_verdict_of_the_engines_that_it_concerns(tmp_path: Path) -> None:
+    shape = {"hidden_size": 1280, "num_attention_heads": 40, "num_key_value_heads": 10, "intermediate_size": 80}
+    config = llama_config(**shape).to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = inspect_model(tmp_path, tp=4)
+    assert found.serving is not None and found.serving.refusal is not None
+    verdicts = {verdict.name: verdict for verdict in found.engines}
+    for name in ("vllm", "sglang"):
+        assert (verdicts[name].verdict, verdicts[name].reason) == ("refused", found.serving.refusal)
+        assert not verdicts[name].serves and not verdicts[name].commands
+    assert verdicts["transformers"].verdict == "loads", "it takes no `tp`"
+    divided = {verdict.name: verdict.verdict for verdict in inspect_model(tmp_path, tp=10, dcp=2).engines}
+    assert divided["vllm"] == "refused" and divided["sglang"] == "loads", "the rule about `dcp` is vLLM's"
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["NovelForCausalLM"]}))
+    assert inspect_model(tmp_path, engines="vllm").engines[0].verdict == "unknown"
+    assert inspect_model(tmp_path, engines="vllm", tp=4).engines[0].verdict == "refused"
+
+
 @pytest.mark.parametrize("context", ["abc", 0, -1, True, 1.5])
 def test_a_context_is_a_whole_number(context: Any) -> None:
     with pytest.raises(SettingError, match=r"`context` is .* not a whole number of at least 1"):

@@ -30,6 +30,7 @@ VERDICT_WORDS = {
     "command": "with a command",
     "wrong": "wrong output",
     "no": "no",
+    "refused": "refused",
     "unknown": "not known",
 }
 

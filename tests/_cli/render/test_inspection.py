@@ -41,6 +41,21 @@ def test_a_forecast_names_its_limits_and_what_does_not_fit(
     assert "least" in printed and "take 92% of the memory" in printed and "real steps take longer" in printed
 
 
+def test_a_refused_row_has_its_refusal_in_place_of_a_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console.configure(quiet=True)
+    shape = {"hidden_size": 1280, "num_attention_heads": 40, "num_key_value_heads": 40}
+    config = llama_config(**shape).to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    render.render_inspection(inspect_model(tmp_path, tp=4, memory="80GB"))
+    words = next(line for line in capsys.readouterr().out.splitlines() if "GQA-5" in line and "loads" in line)
+    assert words.split()[-4:] == ["loads", "refused", "refused", "loads"], "two of the engines take no `tp`"
+    render.render_inspection(inspect_model(tmp_path, engines="sglang", tp=4, memory="80GB"), reasons=True)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "GQA-5 sglang: does not start with these options (tensor parallel 4 does not divide 5 KV" in printed
+
+
 def test_the_default_context_is_at_most_the_model_s_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     console.configure(quiet=True)
     config = llama_config(max_position_embeddings=512, hidden_size=4096, num_attention_heads=32)
@@ -81,7 +96,7 @@ def test_commands_have_the_options_of_the_forecast(tmp_path: Path) -> None:
     for result, refuses in ((found, False), (alone, True)):  # a rule of vLLM does not speak for SGLang
         heads = next(option for option in result.options if option.num_key_value_heads == 32)
         assert heads.serving and (heads.serving.refusal is not None) == refuses
-        assert bool(heads.engines[0].commands) != refuses
+        assert [verdict.verdict for verdict in heads.engines] == ["refused", "loads"][: len(heads.engines)]
     longer = inspect_model(tmp_path, engines=["vllm"], tp=16, context=65_536)
     assert "--max-model-len" not in longer.engines[0].commands[0]
     plain = inspect_model(tmp_path, engines=["vllm"])
