@@ -1,7 +1,8 @@
 """Tokens per second of vLLM's decode for the shape of Llama-2-7B, MHA or MLA, at a context in a given memory.
 
-    python -m benchmarks.vllm_throughput WORK                the parent with 32 KV heads
-    python -m benchmarks.vllm_throughput WORK --rank 384     its MLA child, with a rotary key of 64
+    python -m benchmarks.vllm_throughput WORK                         the parent with 32 KV heads
+    python -m benchmarks.vllm_throughput WORK --rank 384              its MLA child, with a rotary key of 64
+    python -m benchmarks.vllm_throughput FOLDER --given --memory 24   a checkpoint, with its weights
 
 WORK gets a config.json; vLLM draws random weights. The memory is for weights, 2.5 GB of all else, and the cache. As
 many sequences as the cache holds get prompts of random tokens, of such a length that they reach the context at the
@@ -24,7 +25,7 @@ from headwise.models.layout import AttentionLayout
 from headwise.models.stock import count_stock_parameters
 from headwise.serving.latent_shape import latent_config
 
-REST, MOST = 2.5e9, 112
+REST, MOST = 2.5e9, 224
 # Batches for which CUDA graphs are recorded.
 RECORDED = [1, 2, 4, 5, 6, 8, *range(16, MOST + 1, 8)]
 
@@ -46,22 +47,34 @@ def write_config(folder: Path, rank: int | None, small: bool) -> dict[str, Any]:
     return config
 
 
-def measure(folder: Path, rank: int | None, memory: float, context: int, steps: int, small: bool) -> dict[str, Any]:
+def measure(
+    folder: Path,
+    rank: int | None,
+    memory: float,
+    context: int,
+    steps: int,
+    *,
+    small: bool = False,
+    given: bool = False,
+) -> dict[str, Any]:
     """Fill the cache with sequences, and time steps in which all of them decode."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM, SamplingParams
 
-    config = write_config(folder, rank, small)
+    config = json.loads((folder / "config.json").read_text()) if given else write_config(folder, rank, small)
     parameters = count_stock_parameters(config, "AutoModelForCausalLM")
+    rank = config.get("kv_lora_rank")
     if rank:  # vLLM keeps the up-projections of MLA twice: for prefill, and absorbed
         heads = config["num_attention_heads"]
         again = rank * heads * (config["qk_nope_head_dim"] + config["v_head_dim"])
         parameters += config["num_hidden_layers"] * again
+    on_gpu = torch.cuda.is_available()
     model = LLM(
-        model=str(folder), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", seed=0,
-        max_model_len=context + 64, max_num_seqs=128, max_num_batched_tokens=context,
+        model=str(folder), load_format="auto" if given else "dummy", skip_tokenizer_init=True, dtype="bfloat16",
+        seed=0,
+        max_model_len=context + (0 if given else 64), max_num_seqs=256, max_num_batched_tokens=context,
         kv_cache_memory_bytes=int(memory - 2 * parameters - REST), enable_prefix_caching=False,
-        **({"enforce_eager": True} if small else {"compilation_config": {"cudagraph_capture_sizes": RECORDED}}),
+        **({"compilation_config": {"cudagraph_capture_sizes": RECORDED}} if on_gpu else {"enforce_eager": True}),
     )  # fmt: skip
     engine = model.llm_engine
     cache = engine.vllm_config.cache_config
@@ -72,7 +85,7 @@ def measure(folder: Path, rank: int | None, memory: float, context: int, steps: 
     generator = torch.Generator().manual_seed(0)
     start = time.perf_counter()
     for i in range(count):
-        prompt = torch.randint(3, 31000, (length,), generator=generator).tolist()
+        prompt = torch.randint(3, config["vocab_size"], (length,), generator=generator).tolist()
         engine.add_request(str(i), {"prompt_token_ids": prompt}, options)
     written: dict[str, int] = {}
 
@@ -86,11 +99,11 @@ def measure(folder: Path, rank: int | None, memory: float, context: int, steps: 
     prefill = time.perf_counter() - start
     for _ in range(4):
         advance()
-    if torch.cuda.is_available():
+    if on_gpu:
         torch.cuda.synchronize()
     start = time.perf_counter()
     made = sum(advance() for _ in range(steps))
-    if torch.cuda.is_available():
+    if on_gpu:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     return {
@@ -112,10 +125,10 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--small", action="store_true", help="a tiny shape")
+    parser.add_argument("--given", action="store_true", help="WORK is a checkpoint")
     options = parser.parse_args()
-    print(json.dumps(measure(
-        options.work, options.rank, options.memory * 1e9, options.context, options.steps, options.small
-    )))  # fmt: skip
+    memory, kinds = options.memory * 1e9, {"small": options.small, "given": options.given}
+    print(json.dumps(measure(options.work, options.rank, memory, options.context, options.steps, **kinds)))
 
 
 if __name__ == "__main__":
