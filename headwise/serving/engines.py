@@ -203,6 +203,7 @@ def engine_verdicts(
     tokenizer: str = "none",
     engines: Collection[str] = (),
     folder: str = "OUT",
+    source_row: int | None = None,
 ) -> tuple[EngineVerdict, ...]:
     """Check a model against the rules of the engines.
 
@@ -212,12 +213,14 @@ def engine_verdicts(
         tokenizer: the kind of its vocabulary.
         engines: names of the engines to check; empty: all of them.
         folder: the folder that the commands name.
+        source_row: cache elements per token and layer of the source, which a suggested row of MLA is smaller than;
+            None: not known.
 
     Returns:
         One verdict for each engine; the most severe rule that applies decides it.
     """
     facts = engine_facts(config, window=window, tokenizer=tokenizer)
-    return tuple(_verdict(engine, facts, folder) for engine in _named(engines or ENGINES))
+    return tuple(_verdict(engine, facts, folder, source_row) for engine in _named(engines or ENGINES))
 
 
 def with_options(verdict: EngineVerdict, options: Mapping[str, int | str | None]) -> EngineVerdict:
@@ -248,7 +251,9 @@ def refused(verdict: EngineVerdict, reason: str) -> EngineVerdict:
     return EngineVerdict(verdict.name, "refused", reason, (), "", "")
 
 
-def _verdict(engine: Mapping[str, Any], facts: Mapping[str, Any], folder: str) -> EngineVerdict:
+def _verdict(
+    engine: Mapping[str, Any], facts: Mapping[str, Any], folder: str, source_row: int | None
+) -> EngineVerdict:
     rules = [rule for rule in engine.get("mla" if "cache_row" in facts else "grouped", ()) if _applies(rule, facts)]
     severity = min((SEVERITY.index(rule["verdict"]) for rule in rules), default=len(SEVERITY) - 1)
     verdict = SEVERITY[severity]
@@ -271,7 +276,7 @@ def _verdict(engine: Mapping[str, Any], facts: Mapping[str, Any], folder: str) -
         commands=_commands(engine, rules, folder) if verdict in ("loads", "command") else (),
         evidence=_join(source["evidence"] for source in sources if source),
         versions=_join(source["versions"] for source in sources if source),
-        remedy=_remedy(engine, facts) if shapes else "",
+        remedy=_remedy(engine, facts, source_row) if shapes else "",
         others="; ".join(others) if shapes else "",
     )
 
@@ -280,8 +285,11 @@ def _facts_of(rule: Mapping[str, Any]) -> set[str]:
     return {*rule.get("if", ()), *rule.get("unless", ())}
 
 
-def _remedy(engine: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """Return the shapes of MLA that an engine takes, as a hint; empty if the table does not have them."""
+def _remedy(engine: Mapping[str, Any], facts: Mapping[str, Any], source_row: int | None) -> str:
+    """Return the shapes of MLA that an engine takes, as a hint; empty if the table does not have them.
+
+    A row that is no smaller than the source's saves no cache, and is not suggested.
+    """
     dims, rows = engine.get("head_dims", ()), engine.get("cache_rows", ())
     nope, _, value = map(int, facts["head_dims"].split("/"))
     if not dims or not rows:
@@ -289,8 +297,15 @@ def _remedy(engine: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     if not any(n >= nope and v >= value for n, _, v in dims):
         widths = f"{nope} position-free and {value} value elements"
         return f"Leave out {engine['name']}: it has no MLA for heads of {widths}."
-    shape = f"`rope_dim` {_either({r for _, r, _ in dims})} and a `rank` that makes a row of {_either(rows)}"
-    return f"Give {shape}, if the model caches as much, or leave out {engine['name']}."
+    smaller = [row for row in rows if source_row is None or row < source_row]
+    if not smaller:
+        return (
+            f"Leave out {engine['name']}: it takes rows of {_either(rows)} elements, and the source caches "
+            f"{source_row:,} per token and layer, so none of them saves cache."
+        )
+    shape = f"`rope_dim` {_either({r for _, r, _ in dims})} and a `rank` that makes a row of {_either(smaller)}"
+    condition = ", if the model caches more" if source_row is None else ""
+    return f"Give {shape}{condition}, or leave out {engine['name']}."
 
 
 def _either(numbers: Iterable[int]) -> str:

@@ -211,7 +211,7 @@ def test_a_refused_shape_comes_with_one_that_works() -> None:
     with pytest.raises(SettingError, match=r"it has no kernels for this shape\. Give") as caught:
         engines.require_engines(verdicts(qk_rope_head_dim=32).values(), ["vllm"])
     shape = "`rope_dim` 64 and a `rank` that makes a row of 320, 512 or 576"
-    assert caught.value.hint == f"Give {shape}, if the model caches as much, or leave out vllm."
+    assert caught.value.hint == f"Give {shape}, if the model caches more, or leave out vllm."
     both = verdicts(qk_rope_head_dim=32, attention_bias=True)["vllm"]
     assert both.verdict == "no" and "drops the biases" in both.reason, "a wrong result is named beside an error"
     with pytest.raises(SettingError, match="for this shape; the loader drops the biases"):
@@ -219,6 +219,26 @@ def test_a_refused_shape_comes_with_one_that_works() -> None:
     with pytest.raises(SettingError) as caught:
         engines.require_engines(verdicts(qk_nope_head_dim=512).values(), ["vllm"])
     assert str(caught.value.hint).startswith("Leave out vllm: it has no MLA for heads of 512 position-free and 128")
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        (2048, "Give `rope_dim` 64 and a `rank` that makes a row of 320, 512 or 576, or leave out vllm."),
+        (576, "Give `rope_dim` 64 and a `rank` that makes a row of 320 or 512, or leave out vllm."),
+        (384, "Give `rope_dim` 64 and a `rank` that makes a row of 320, or leave out vllm."),
+        (
+            320,
+            "Leave out vllm: it takes rows of 320, 512 or 576 elements, and the source caches 320 per token and "
+            "layer, so none of them saves cache.",
+        ),
+    ],
+)
+def test_a_row_that_saves_no_cache_is_no_remedy(source: int, hint: str) -> None:
+    found = engines.engine_verdicts(GOOD | {"kv_lora_rank": 100}, engines=["vllm"], source_row=source)
+    assert found[0].verdict == "no" and found[0].remedy == hint
+    bare = engines.engine_verdicts(GOOD | {"qk_rope_head_dim": 32}, engines=["vllm"], source_row=source)
+    assert bare[0].remedy == hint
 
 
 def test_heads_that_engines_have_kernels_for() -> None:

@@ -420,7 +420,7 @@ class LatentTarget:
         if not fitting:
             named, widths = ", ".join(settings.engines), ", ".join(map(str, sorted(legal)))
             whole = source_cache(self._before)
-            rows = [row for row in engines.cache_rows(settings.engines) if min(legal) < row <= whole]
+            rows = [row for row in engines.cache_rows(settings.engines) if min(legal) < row < whole]
             least = (
                 f"Give a `cache` of at least {math.ceil(1000 * min(rows) / whole) / 10:g}%, or l" if rows else "L"
             )

@@ -135,6 +135,11 @@ def test_a_cache_row_of_engines_is_taken_only_where_heads_fit(tmp_path: Path) ->
     with pytest.raises(SettingError, match="a row of 48 elements is not longer than it") as caught:
         convert_model(tmp_path / "64", tmp_path / "out", to="mla", cache=0.125, engines="vllm", dry_run=True)
     assert "Give a `cache` of at least 83.4%" in str(caught.value.hint)
+    shape |= {"hidden_size": 160, "num_attention_heads": 2, "num_key_value_heads": 2}
+    source = tiny_models.save("llama", tmp_path / "320", head_dim=80, **shape)
+    with pytest.raises(SettingError, match="is not longer than it") as caught:
+        convert_model(source, tmp_path / "out", to="mla", cache=0.125, engines="vllm", dry_run=True)
+    assert caught.value.hint == "Leave out the engine.", "a row of 320 is the whole cache of this model"
 
 
 def test_partial_rope_keeps_whole_planes_of_every_head(model: Path, tmp_path: Path) -> None:
@@ -368,6 +373,8 @@ def test_a_shape_that_a_named_engine_cannot_serve(
     with pytest.raises(SettingError, match=words) as caught:
         convert_model(model, tmp_path / "out", to="mla", **options)
     assert caught.value.field == "engines" and not list(tmp_path.iterdir())
+    if options["engines"] == "vllm":  # each of its rows is larger than the cache of this model
+        assert str(caught.value.hint).startswith("Leave out")
 
 
 def test_padded_heads_can_be_refitted(model: Path, tmp_path: Path) -> None:
