@@ -229,7 +229,7 @@ def test_on_a_gpu(shape, mask) -> None:
 @pytest.mark.parametrize(
     "heights", ["grow", "jump", "a large first one", "all small", "one row", "few lanes", "plateau"]
 )
-@pytest.mark.parametrize("rank", [512, 256, 128])
+@pytest.mark.parametrize("rank", [512, 320, 256, 128])
 def test_scores_of_any_height_on_a_gpu(rank, heights, dtype) -> None:
     """With many rows, two groups of warps agree on a reference, which moves where a score is far above it."""
     problem = Problem(128, 1, rank, 64, rank, [2048, 500, 65, 1], dtype=dtype, device="cuda")
