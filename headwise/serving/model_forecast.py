@@ -50,6 +50,7 @@ class ModelForecast:
         self.context = context or min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
         self._hidden_size, self._itemsize, self._kind = 0, 0, ""
         self._sizes: dict[str, ModelSize | None] = {}
+        self._source_row: int | None = None
 
     def measure(
         self,
@@ -70,6 +71,7 @@ class ModelForecast:
         """
         self._hidden_size, self._itemsize = hidden_size, dtype.itemsize
         self._kind = _kind(layouts)
+        self._source_row = max(layout.cache_elements_per_token for layout in layouts)
         self._sizes[self._kind] = (
             None if parameters is None else ModelSize.of(parameters, layouts, hidden_size, dtype.itemsize, config)
         )
@@ -116,7 +118,12 @@ class ModelForecast:
         """
         window = any(layout.sliding_window for layout in layouts)
         verdicts = engine_verdicts(
-            config, window=window, tokenizer=self.tokenizer, engines=self.settings.engines, folder=folder
+            config,
+            window=window,
+            tokenizer=self.tokenizer,
+            engines=self.settings.engines,
+            folder=folder,
+            source_row=self._source_row,
         )
         settings, reachable = self.settings, self._longest is None or self.context <= self._longest
         options = {
