@@ -18,6 +18,7 @@ from headwise.errors import HeadwiseError, SettingError
 from headwise.format import dtype_name, latent_name, plain_fields, size
 from headwise.io import hub
 from headwise.io.gguf import open_gguf
+from headwise.io.header import TensorEntry
 from headwise.io.quantized.quantization import PLAIN_DTYPE, plain_config, quantization_of, refuse_quantised_names
 from headwise.io.reader import Checkpoint, read_headers
 from headwise.io.source import (
@@ -40,7 +41,7 @@ from headwise.models.stock_match import match_source
 from headwise.records.manifest import recorded_damage
 from headwise.serving.engines import EngineVerdict, cache_rows
 from headwise.serving.latent_shape import latent_config, pad_layout
-from headwise.serving.model_forecast import ModelForecast, parameters_of
+from headwise.serving.model_forecast import ModelForecast, count_parameters_of
 from headwise.serving.planner import ServingForecast
 from headwise.serving.settings import ServingSettings
 
@@ -189,11 +190,13 @@ def inspect_model(
     damage: tuple[float, ...] = ()
     quantized: list[str] = []
     matched: Checkpoint | None = None
+    entries: Mapping[str, TensorEntry] = {}
     if (path := find_gguf(model, revision)) is not None:
         opened, commit = open_gguf(path), None
         tokenizer = "unreadable"
         config, dtype = opened.config, opened.dtype
-        parameters, origin = sum(math.prod(entry.shape) for entry in opened.entries.values()), "headers"
+        entries = opened.entries
+        parameters, origin = sum(math.prod(entry.shape) for entry in entries.values()), "headers"
     else:
         folder, commit = find_folder(model, revision=revision, token=token, patterns=["config.json", INDEX])
         stored = read_config(folder)
@@ -202,14 +205,14 @@ def inspect_model(
             config["dtype"] = dtype_name(PLAIN_DTYPE)
         if (matched := _match_headers(str(model), folder, commit)) is not None:
             config = matched.config
-            parameters, origin = matched.num_parameters, "headers"
+            parameters, origin, entries = matched.num_parameters, "headers", matched.tensors
             quantized = [matched.quantized.note] if matched.quantized else []
         elif quantization_of(stored) is not None:  # packed tensors do not show how many weights they hold
             parameters, origin = None, None
         else:
             parameters, origin = _count_parameters(str(model), folder, commit, token, config)
             if parameters is None and settings.forecasts:  # building the class takes longer than all else
-                parameters = parameters_of(config)
+                parameters = count_parameters_of(config)[0]
                 origin = None if parameters is None else "config"
         dtype = dtype_of(config)
         damage = recorded_damage(folder)
@@ -221,7 +224,7 @@ def inspect_model(
     cache = CacheSize.of(layouts, dtype, longest)
     serving = ModelForecast(settings, context, trained, tokenizer)
     if layouts[0].kind == "mla":
-        serving.measure(parameters, layouts, config, config["hidden_size"], dtype)
+        serving.measure(parameters, layouts, config, config["hidden_size"], dtype, entries)
         cost = serving.forecast(layouts, config)
         latent = _latent_options(config, matched, cache, dtype, settings.engines)
         options = tuple(_judged(serving, *option) for option in latent)
@@ -248,7 +251,7 @@ def inspect_model(
         )
     arch = architecture.find_architecture(config)
     mla = _why_not_mla(arch.text_config(config), layouts, dtype)
-    serving.measure(parameters, layouts, config, arch.stock_config(config).hidden_size, dtype)
+    serving.measure(parameters, layouts, config, arch.stock_config(config).hidden_size, dtype, entries)
     cost = serving.forecast(layouts, config)
     options = tuple(
         _judged(serving, option, new, _config_of(option, new, config, arch, settings.engines))

@@ -64,6 +64,8 @@ GROUP_COUNTS = ("num_key_value_heads", "num_kv_heads", "multi_query", "multi_que
 # The names of the number of experts of a layer, and of those that a router selects for a token.
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 SELECTED_EXPERTS = "num_experts_per_tok"
+# In the name of a tensor of experts that a router selects from; those that every token runs are "shared".
+ROUTED = ".experts."
 PER_LAYER = ("layer_types", "no_rope_layers")
 # By these a config chooses code; what is converted runs with the stock class, however that likes to.
 CODE_KEYS = ("auto_map", *(f"{dash}{kind}_implementation" for dash in ("", "_") for kind in ("attn", "experts")))
@@ -118,8 +120,7 @@ def _check_experts(stock: Any, named: Collection[str]) -> None:
         stock: the stock config object, which may know the number of experts by several names.
         named: the fields of config.json.
     """
-    counts = {name: getattr(stock, name, None) for name in EXPERT_COUNTS}
-    experts = [(value, name in named, name) for name, value in counts.items() if isinstance(value, int)]
+    experts = [(value, name in named, name) for name, value in _expert_counts(stock).items()]
     selected = getattr(stock, SELECTED_EXPERTS, None)
     most, _, name = max(experts, default=(0, False, ""))
     if isinstance(selected, int) and selected > most > 1:
@@ -128,6 +129,34 @@ def _check_experts(stock: Any, named: Collection[str]) -> None:
             "experts than a layer has.",
             f"Give {SELECTED_EXPERTS} the number that the model was trained with.",
         )
+
+
+def _expert_counts(stock: Any) -> dict[str, int]:
+    """Return the number of experts of a layer by every name that a stock config has for it."""
+    counts = {name: getattr(stock, name, None) for name in EXPERT_COUNTS}
+    return {name: value for name, value in counts.items() if isinstance(value, int)}
+
+
+def selected_share(stock: Any) -> float:
+    """Return the share of a layer's routed experts that one token runs; 1 for a dense model.
+
+    Args:
+        stock: the stock config object of the language model.
+    """
+    count, selected = max(_expert_counts(stock).values(), default=0), getattr(stock, SELECTED_EXPERTS, None)
+    return selected / count if isinstance(selected, int) and 0 < selected < count else 1.0
+
+
+def is_routed(name: str, shape: Sequence[int], stock: Any) -> bool:
+    """Return whether a tensor belongs to experts that a router selects from: to one, or to all of a layer.
+
+    Args:
+        name: of the tensor, in a checkpoint or in the stock class.
+        shape: of the tensor. One that stacks matrices of all experts has their number first, under any name.
+        stock: the stock config object of the language model.
+    """
+    stacked = len(shape) == 3 and shape[1] > 1 and shape[0] > 1 and shape[0] in _expert_counts(stock).values()
+    return ROUTED in name or stacked
 
 
 def check_labels(config: dict[str, Any], most: int = MAX_LABELS) -> None:

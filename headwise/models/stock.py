@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from headwise.compat import CACHE_ARGUMENTS, no_progress_bars
 from headwise.errors import HeadwiseError, is_out_of_memory
 from headwise.io.reader import Checkpoint
-from headwise.models.config import check_labels, with_special_floats
+from headwise.models.config import check_labels, is_routed, with_special_floats
 
 # The argument by which a layer gets the keys that an indexer before it selects.
 SELECTION = "prev_topk_indices"
@@ -48,19 +48,22 @@ def stock_config(config: dict[str, Any]) -> Any:
 MOST_COUNTED = 10_000
 
 
-def count_stock_parameters(config: dict[str, Any], auto_class: str) -> int:
-    """Return the number of parameters of the stock model of a config.json, tied ones once.
+def count_stock_parameters(config: dict[str, Any], auto_class: str, stock_text: Any) -> tuple[int, int]:
+    """Return the number of parameters of a stock model, tied ones once, and of its routed experts.
 
     Args:
         config: the config.json.
         auto_class: name of the transformers auto class.
+        stock_text: the stock config object of the language model.
 
     Raises:
         HeadwiseError: the class cannot build a model from this config.
     """
     model = empty_model(config, auto_class, most=MOST_COUNTED)
     tied = model.all_tied_weights_keys or {}
-    return sum(parameter.numel() for name, parameter in model.named_parameters() if name not in tied)
+    counted = {name: parameter for name, parameter in model.named_parameters() if name not in tied}
+    routed = (p.numel() for name, p in counted.items() if is_routed(name, p.shape, stock_text))
+    return sum(parameter.numel() for parameter in counted.values()), sum(routed)
 
 
 def empty_model(

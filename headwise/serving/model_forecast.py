@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from headwise.errors import HeadwiseError
+from headwise.io.header import TensorEntry
+from headwise.models.config import is_routed, selected_share
 from headwise.models.layout import AttentionLayout
 from headwise.models.protocol import find_attention_model
 from headwise.models.stock import count_stock_parameters
@@ -23,6 +29,7 @@ from headwise.serving.planner import (
 )
 from headwise.serving.settings import ServingSettings
 
+NO_ENTRIES: Mapping[str, TensorEntry] = MappingProxyType({})
 FP8_NOTE = (
     "`cache_dtype` fp8 counts one byte for each element and one scale, as vLLM and SGLang store it. It costs "
     "about 0.05 nats per token with MLA (docs/results/serving.md). The blocks of `headwise convert --cache-dtype "
@@ -59,6 +66,7 @@ class ModelForecast:
         config: Mapping[str, Any],
         hidden_size: int,
         dtype: torch.dtype,
+        entries: Mapping[str, TensorEntry] = NO_ENTRIES,
     ) -> None:
         """Set the size of the model itself.
 
@@ -68,12 +76,21 @@ class ModelForecast:
             config: its config.json.
             hidden_size: width of the residual stream.
             dtype: of the weights.
+            entries: its tensors by name; empty: no headers are at hand, and the class counts routed experts.
         """
         self._hidden_size, self._itemsize = hidden_size, dtype.itemsize
         self._kind = _kind(layouts)
         self._source_row = max(layout.cache_elements_per_token for layout in layouts)
-        self._sizes[self._kind] = (
-            None if parameters is None else ModelSize.of(parameters, layouts, hidden_size, dtype.itemsize, config)
+        self._sizes[self._kind] = None
+        if parameters is not None and self.settings.forecasts:
+            self._sizes[self._kind] = self._size_of(parameters, _routed(config, entries), layouts, config)
+
+    def _size_of(
+        self, parameters: int, routed: int, layouts: Sequence[AttentionLayout], config: Mapping[str, Any]
+    ) -> ModelSize:
+        selected = selected_share(_stock_config(config)) if routed else 1.0
+        return ModelSize.of(
+            parameters, layouts, self._hidden_size, self._itemsize, config, routed=routed, selected=selected
         )
 
     def _size(self, layouts: Sequence[AttentionLayout], config: Mapping[str, Any]) -> ModelSize | None:
@@ -82,9 +99,9 @@ class ModelForecast:
         if kind not in self._sizes:
             self._sizes[kind] = None
             if self._sizes[self._kind] is not None:
-                parameters = parameters_of(dict(config))
+                parameters, routed = count_parameters_of(config)
                 if parameters is not None:
-                    self._sizes[kind] = ModelSize.of(parameters, layouts, self._hidden_size, self._itemsize, config)
+                    self._sizes[kind] = self._size_of(parameters, routed, layouts, config)
         return self._sizes[kind]
 
     def forecast(self, layouts: Sequence[AttentionLayout], config: Mapping[str, Any]) -> ServingForecast | None:
@@ -172,13 +189,39 @@ def _kind(layouts: Sequence[AttentionLayout]) -> str:
     return "latent" if any(layout.kind == "mla" for layout in layouts) else "heads"
 
 
-def parameters_of(config: dict[str, Any]) -> int | None:
-    """Return the number of parameters of the stock model of a config.json; None: its class cannot be built.
+def _stock_config(config: Mapping[str, Any]) -> Any:
+    """Return the stock config object of the language model of a config.json."""
+    return find_attention_model(dict(config)).stock_config(dict(config))
+
+
+def _routed(config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> int:
+    """Return the number of parameters of routed experts; 0 for a dense model."""
+    stock = _stock_config(config)
+    if selected_share(stock) == 1:
+        return 0
+    if not entries:
+        return count_parameters_of(config)[1]
+    return sum(math.prod(entry.shape) for name, entry in entries.items() if is_routed(name, entry.shape, stock))
+
+
+def count_parameters_of(config: Mapping[str, Any]) -> tuple[int | None, int]:
+    """Return the number of parameters of the stock model of a config.json, and of its routed experts.
 
     Args:
         config: the config.json.
+
+    Returns:
+        The numbers; (None, 0) if the class cannot be built.
     """
     try:
-        return count_stock_parameters(config, find_attention_model(config).auto_class)
+        return _count(json.dumps(dict(config), sort_keys=True))
     except HeadwiseError:
-        return None
+        return None, 0
+
+
+@lru_cache(maxsize=4)
+def _count(config: str) -> tuple[int, int]:
+    """Return what `count_stock_parameters` does; two rows of a table may need the same count."""
+    plain: dict[str, Any] = json.loads(config)
+    model = find_attention_model(plain)
+    return count_stock_parameters(plain, model.auto_class, model.stock_config(plain))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from types import MappingProxyType
@@ -30,17 +30,21 @@ NO_CONFIG: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The parameters of a model that no layout of its attention changes.
+    """The weights of a model that no layout of its attention changes.
 
     Attributes:
         hidden_size: width of the residual stream.
-        other: parameters outside the attention projections.
-        bytes_per_parameter: of the weights.
+        other_bytes: of the weights outside the attention projections.
+        bytes_per_parameter: of the attention projections.
+        expert_bytes: the part of `other_bytes` that belongs to routed experts.
+        selected: the share of a layer's routed experts that one token runs.
     """
 
     hidden_size: int
-    other: int
-    bytes_per_parameter: int
+    other_bytes: int
+    bytes_per_parameter: float
+    expert_bytes: int = 0
+    selected: float = 1.0
 
     @classmethod
     def of(
@@ -50,6 +54,9 @@ class ModelSize:
         hidden_size: int,
         itemsize: int,
         config: Mapping[str, Any] = NO_CONFIG,
+        *,
+        routed: int = 0,
+        selected: float = 1.0,
     ) -> ModelSize:
         """Return the size of a model.
 
@@ -59,9 +66,22 @@ class ModelSize:
             hidden_size: width of the residual stream.
             itemsize: bytes of a parameter.
             config: the config.json, of which MLA needs `q_lora_rank` and `attention_bias`.
+            routed: parameters of its routed experts.
+            selected: the share of a layer's routed experts that one token runs.
         """
         attention = sum(attention_parameters(layout, hidden_size, 1, config) for layout in layouts)
-        return cls(hidden_size, max(parameters - attention, 0), itemsize)
+        other = max(parameters - attention, 0)
+        return cls(hidden_size, other * itemsize, itemsize, min(routed, other) * itemsize, selected)
+
+    def experts_read(self, batch: int) -> float:
+        """Return the expected share of the routed experts that a decode step reads, with uniform routing.
+
+        Of E experts, of which a token runs k, a batch of B tokens runs E (1 - (1 - k / E)^B).
+
+        Args:
+            batch: sequences of the step.
+        """
+        return float(1 - (1 - self.selected) ** batch)
 
 
 @dataclass(frozen=True)
@@ -76,8 +96,12 @@ class ServingForecast:
         weight_bytes: on one GPU; None: the number of parameters is not known.
         usable_memory: bytes of one GPU for weights and caches; None: the memory is not known.
         sequences: that fit into the memory together; None: memory or weights are not known.
+        experts_read: the share of the routed experts of a mixture that such a step is expected to read, if routing
+            is uniform; None without a card, and for a dense model.
         seconds_per_step: a lower limit for a decode step with these sequences, or with one sequence where their
-            number is not known: the time to read weights and cache once. None without a card.
+            number is not known: the time to read cache and weights once, of routed experts the expected share.
+            None without a card.
+        seconds_for_one: likewise with one sequence, whatever the memory.
         tokens_per_second: an upper limit: of all sequences at that time per step, on all GPUs together.
     """
 
@@ -88,7 +112,9 @@ class ServingForecast:
     weight_bytes: int | None = None
     usable_memory: int | None = None
     sequences: int | None = None
+    experts_read: float | None = None
     seconds_per_step: float | None = None
+    seconds_for_one: float | None = None
     tokens_per_second: float | None = None
 
 
@@ -231,19 +257,29 @@ def forecast(
     weights = None
     if model is not None:
         attention = sum(attention_parameters(layout, model.hidden_size, tp, config) for layout in layouts)
-        weights = (model.other // tp + attention) * model.bytes_per_parameter
+        weights = model.other_bytes // tp + round(attention * model.bytes_per_parameter)
     card = _cards()[settings.card] if settings.card else None
     memory = settings.memory or (card and int(card["memory"]))
     usable = int(memory * USED_MEMORY) if isinstance(memory, int) else None
     sequences = None
     if usable is not None and weights is not None and one:
         sequences = max(int((usable - weights) // one), 0)
-    seconds = rate = None
-    if card and weights is not None and sequences != 0:
-        batch = sequences or 1
-        seconds = (weights + batch * one) / float(card["bandwidth"])
-        rate = batch / seconds
-    return ServingForecast(length, None, per_token, one, weights, usable, sequences, seconds, rate)
+    found = ServingForecast(length, None, per_token, one, weights, usable, sequences)
+    if card is None or model is None or weights is None:
+        return found
+
+    def seconds(batch: int) -> float:
+        unread = model.expert_bytes / tp * (1 - model.experts_read(batch))
+        return float((weights - unread + batch * one) / card["bandwidth"])
+
+    batch = sequences or 1
+    return replace(
+        found,
+        experts_read=model.experts_read(batch) if model.expert_bytes and sequences != 0 else None,
+        seconds_per_step=seconds(batch) if sequences != 0 else None,
+        seconds_for_one=seconds(1),
+        tokens_per_second=batch / seconds(batch) if sequences != 0 else None,
+    )
 
 
 def serving_notes(

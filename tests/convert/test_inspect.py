@@ -282,6 +282,25 @@ def test_a_refusal_is_the_verdict_of_the_engines_that_it_concerns(tmp_path: Path
     assert inspect_model(tmp_path, engines="vllm", tp=4).engines[0].verdict == "refused"
 
 
+@pytest.mark.parametrize(
+    "model_type", ["mixtral", "qwen3_moe", "qwen2_moe", "granitemoe", "gpt_oss", "qwen3_next", "deepseek_v3"]
+)
+def test_a_step_of_one_sequence_reads_the_experts_of_one_token(model_type: str, tmp_path: Path) -> None:
+    source = tiny_models.save(model_type, tmp_path / "model", torch.bfloat16)
+    model, _ = tiny_models.build(model_type)
+    stacks = [
+        p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name or "moe.experts." in name
+    ]
+    assert stacks
+    headers = inspect_model(source, card="h100").serving
+    for path in source.glob("*.safetensors*"):
+        path.unlink()
+    for found in (headers, inspect_model(source, card="h100").serving):  # from the config alone as well
+        assert found and found.weight_bytes and found.cache_bytes and found.seconds_for_one
+        read = found.weight_bytes - sum(stacks)  # two bytes each, and half of them
+        assert found.seconds_for_one == pytest.approx((read + found.cache_bytes) / 3.35e12)
+
+
 @pytest.mark.parametrize("context", ["abc", 0, -1, True, 1.5])
 def test_a_context_is_a_whole_number(context: Any) -> None:
     with pytest.raises(SettingError, match=r"`context` is .* not a whole number of at least 1"):

@@ -41,7 +41,7 @@ def test_kv_heads_are_divided_and_then_repeated(tp: int, dcp: int, elements: int
 
 def test_the_parameters_add_up() -> None:
     attention = LAYERS * HIDDEN * (32 * 256 + 8 * 256)
-    assert size().other + attention == PARAMETERS
+    assert size().other_bytes + 2 * attention == 2 * PARAMETERS
     alone = forecast([GQA] * LAYERS, size(), ServingSettings(tp=1))
     assert alone.weight_bytes == 2 * PARAMETERS
     divided = forecast([GQA] * LAYERS, size(), ServingSettings(tp=8))
@@ -67,6 +67,23 @@ def test_sequences_and_time() -> None:
     assert small.sequences == 0 and small.seconds_per_step is None
     unknown = forecast([GQA] * LAYERS, None, settings)
     assert unknown.weight_bytes is unknown.sequences is unknown.tokens_per_second is None
+
+
+def test_a_step_of_a_mixture_reads_the_experts_that_its_tokens_select() -> None:
+    mixture = ModelSize.of(PARAMETERS, [GQA] * LAYERS, HIDDEN, 2, routed=4 * 10**9, selected=8 / 128)
+    assert mixture.experts_read(1) == 8 / 128 and mixture.experts_read(2) == pytest.approx(1 - (15 / 16) ** 2)
+    assert mixture.experts_read(10_000) == pytest.approx(1)
+    for memory, tp in ((None, 1), ("80GB", 1), ("80GB", 8)):
+        settings = ServingSettings(card="h100", memory=memory, tp=tp)
+        found = forecast([GQA] * LAYERS, mixture, settings, 32_768)
+        dense = forecast([GQA] * LAYERS, size(), settings, 32_768)
+        assert found.weight_bytes == dense.weight_bytes and found.sequences == dense.sequences
+        assert found.sequences and found.cache_bytes and found.seconds_per_step and dense.seconds_per_step
+        assert found.experts_read == mixture.experts_read(found.sequences) and dense.experts_read is None
+        alone = found.weight_bytes - 8 * 10**9 / tp * 15 / 16 + found.cache_bytes
+        assert found.seconds_for_one == pytest.approx(alone / 3.35e12)
+        unread = 8 * 10**9 / tp * (15 / 16) ** found.sequences
+        assert found.seconds_per_step == pytest.approx(dense.seconds_per_step - unread / 3.35e12)
 
 
 def test_a_window_limits_the_cache() -> None:

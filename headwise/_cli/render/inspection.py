@@ -42,6 +42,10 @@ MEMORY_LINE = (
 STEP_LINE = (
     "A decode step reads weights and cache once, with as many sequences as the table has; real steps take longer."
 )
+EXPERTS_LINE = (
+    "Of the routed experts, a step reads those that its tokens are expected to select, if routing is uniform: "
+    "{shares} of them."
+)
 
 
 def render_inspection(inspection: Inspection, *, reasons: bool = False) -> None:
@@ -132,6 +136,13 @@ def _render_serving(inspection: Inspection, reasons: bool) -> None:
             console.print_line(MEMORY_LINE)
         if any(serving.seconds_per_step is not None for serving in costs):
             console.print_line(STEP_LINE)
+        read = [serving.experts_read for serving in costs if serving.experts_read is not None]
+        if read:
+            ends = dict.fromkeys(f"{share:.0%}" for share in (min(read), max(read)))
+            console.print_line(EXPERTS_LINE.format(shares=" to ".join(ends)))
+            if inspection.serving.seconds_for_one is not None:
+                alone = f"{1e3 * inspection.serving.seconds_for_one:.2f} ms"
+                console.print_line(f"With one sequence, a step of the unchanged model takes at least {alone}.")
     verdicts = [(name, verdict) for name, _, found in layouts for verdict in found]
     if verdicts and not reasons:
         console.print_line()

@@ -11,6 +11,7 @@ from headwise._cli import console, render
 from headwise.convert.inspect import inspect_model
 from headwise.io.source import EMBEDDED_MODEL
 from headwise.serving.engines import ENGINES
+from tests import tiny_models
 from tests.convert.test_plan import llama_config
 
 
@@ -54,6 +55,15 @@ def test_a_refused_row_has_its_refusal_in_place_of_a_verdict(
     render.render_inspection(inspect_model(tmp_path, engines="sglang", tp=4, memory="80GB"), reasons=True)
     printed = " ".join(capsys.readouterr().out.split())
     assert "GQA-5 sglang: does not start with these options (tensor parallel 4 does not divide 5 KV" in printed
+
+
+def test_a_forecast_of_a_mixture_names_the_share_of_its_experts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console.configure(quiet=True)
+    render.render_inspection(inspect_model(tiny_models.save("qwen3_moe", tmp_path / "model"), card="l4"))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "select, if routing is uniform: 100% of them. With one sequence, a step of the unchanged" in printed
 
 
 def test_the_default_context_is_at_most_the_model_s_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
