@@ -18,7 +18,6 @@ from headwise.errors import HeadwiseError, SettingError
 from headwise.format import dtype_name, latent_name, plain_fields, size
 from headwise.io import hub
 from headwise.io.gguf import open_gguf
-from headwise.io.header import TensorEntry
 from headwise.io.quantized.quantization import PLAIN_DTYPE, plain_config, quantization_of, refuse_quantised_names
 from headwise.io.reader import Checkpoint, read_headers
 from headwise.io.source import (
@@ -44,6 +43,7 @@ from headwise.serving.latent_shape import latent_config, pad_layout
 from headwise.serving.model_forecast import ModelForecast, count_parameters_of
 from headwise.serving.planner import ServingForecast
 from headwise.serving.settings import ServingSettings
+from headwise.serving.weight_files import WeightFiles
 
 # Pairs (kv_lora_rank, qk_rope_head_dim) with cache rows that engines support (serving/engines.yaml).
 LATENTS = ((256, 64), (448, 64), (512, 64))
@@ -190,13 +190,13 @@ def inspect_model(
     damage: tuple[float, ...] = ()
     quantized: list[str] = []
     matched: Checkpoint | None = None
-    entries: Mapping[str, TensorEntry] = {}
+    files = WeightFiles()
     if (path := find_gguf(model, revision)) is not None:
         opened, commit = open_gguf(path), None
         tokenizer = "unreadable"
         config, dtype = opened.config, opened.dtype
-        entries = opened.entries
-        parameters, origin = sum(math.prod(entry.shape) for entry in entries.values()), "headers"
+        files = WeightFiles.of_gguf(opened)
+        parameters, origin = sum(math.prod(entry.shape) for entry in opened.entries.values()), "headers"
     else:
         folder, commit = find_folder(model, revision=revision, token=token, patterns=["config.json", INDEX])
         stored = read_config(folder)
@@ -205,12 +205,16 @@ def inspect_model(
             config["dtype"] = dtype_name(PLAIN_DTYPE)
         if (matched := _match_headers(str(model), folder, commit)) is not None:
             config = matched.config
-            parameters, origin, entries = matched.num_parameters, "headers", matched.tensors
+            parameters, origin, files = matched.num_parameters, "headers", WeightFiles.of_checkpoint(matched)
             quantized = [matched.quantized.note] if matched.quantized else []
-        elif quantization_of(stored) is not None:  # packed tensors do not show how many weights they hold
-            parameters, origin = None, None
         else:
-            parameters, origin = _count_parameters(str(model), folder, commit, token, config)
+            if (quantization := quantization_of(stored)) is not None:
+                # Packed tensors do not show how many weights they hold.
+                parameters, origin = None, None
+                total = _index_metadata(folder).get("total_size")
+                files = WeightFiles.of_method(quantization[0], total if isinstance(total, int) else None)
+            else:
+                parameters, origin = _count_parameters(str(model), folder, commit, token, config)
             if parameters is None and settings.forecasts:  # building the class takes longer than all else
                 parameters = count_parameters_of(config)[0]
                 origin = None if parameters is None else "config"
@@ -224,8 +228,8 @@ def inspect_model(
     cache = CacheSize.of(layouts, dtype, longest)
     serving = ModelForecast(settings, context, trained, tokenizer)
     if layouts[0].kind == "mla":
-        serving.measure(parameters, layouts, config, config["hidden_size"], dtype, entries)
-        cost = serving.forecast(layouts, config)
+        serving.measure(parameters, layouts, config, config["hidden_size"], dtype, files)
+        cost = serving.forecast(layouts, config, own=True)
         latent = _latent_options(config, matched, cache, dtype, settings.engines)
         options = tuple(_judged(serving, *option) for option in latent)
         return Inspection(
@@ -241,7 +245,7 @@ def inspect_model(
             mla=INDEXERS if layouts[0].indexer else None,
             damage=damage,
             serving=cost,
-            engines=serving.verdicts(config, layouts, "MODEL"),
+            engines=serving.verdicts(config, layouts, own=True),
             notes=(
                 *quantized,
                 *_indexer_notes(layouts),
@@ -251,8 +255,8 @@ def inspect_model(
         )
     arch = architecture.find_architecture(config)
     mla = _why_not_mla(arch.text_config(config), layouts, dtype)
-    serving.measure(parameters, layouts, config, arch.stock_config(config).hidden_size, dtype, entries)
-    cost = serving.forecast(layouts, config)
+    serving.measure(parameters, layouts, config, arch.stock_config(config).hidden_size, dtype, files)
+    cost = serving.forecast(layouts, config, own=True)
     options = tuple(
         _judged(serving, option, new, _config_of(option, new, config, arch, settings.engines))
         for option, new in _options(layouts, arch.legal_groups(config), cache, dtype, mla is None, settings.engines)
@@ -271,7 +275,7 @@ def inspect_model(
         rope_ranges=tuple(_ranges(config, arch, context, settings)) if context else (),
         damage=damage,
         serving=cost,
-        engines=serving.verdicts(config, layouts, "MODEL"),
+        engines=serving.verdicts(config, layouts, own=True),
         notes=(
             *quantized,
             *_linear_notes(layouts, dtype),
@@ -446,6 +450,12 @@ def _match_headers(model: str, folder: Path, commit: str | None) -> Checkpoint |
     return match_source(opened)
 
 
+def _index_metadata(folder: Path) -> dict[str, Any]:
+    """Return the metadata of a folder's index; empty without any."""
+    metadata = read_json(folder, INDEX).get("metadata") if (folder / INDEX).is_file() else None
+    return metadata if isinstance(metadata, dict) else {}
+
+
 def _count_parameters(
     model: str, folder: Path, commit: str | None, token: str | None, config: dict[str, Any]
 ) -> tuple[int | None, str | None]:
@@ -453,8 +463,7 @@ def _count_parameters(
         count = hub.count_parameters(hub.split_revision(model)[0], commit, token)
         if count is not None:
             return count, "headers"
-    metadata = read_json(folder, INDEX).get("metadata") if (folder / INDEX).is_file() else None
-    sizes = metadata if isinstance(metadata, dict) else {}
+    sizes = _index_metadata(folder)
     if isinstance(sizes.get("total_parameters"), int):
         return sizes["total_parameters"], "index"
     if isinstance(sizes.get("total_size"), int):

@@ -258,6 +258,7 @@ def _verdict(
     severity = min((SEVERITY.index(rule["verdict"]) for rule in rules), default=len(SEVERITY) - 1)
     verdict = SEVERITY[severity]
     name = facts["stock_class"]
+    rules = [{**rule, "reason": rule["reason"].replace("{quantization}", facts["quantization"])} for rule in rules]
     covered = next((row for row in engine["classes"] if row["names"] == "all" or name in row["names"]), None)
     # The rules about MLA are those of one stock class, read in its own loader.
     if covered is None and (severity > SEVERITY.index("unknown") or "cache_row" in facts):

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from headwise.errors import HeadwiseError
-from headwise.io.header import TensorEntry
 from headwise.models.config import is_routed, selected_share
 from headwise.models.layout import AttentionLayout
 from headwise.models.protocol import find_attention_model
@@ -23,22 +20,34 @@ from headwise.serving.planner import (
     DEFAULT_CONTEXT,
     ModelSize,
     ServingForecast,
+    attention_parameters,
     forecast,
     refuse_parallelism,
     serving_notes,
 )
 from headwise.serving.settings import ServingSettings
+from headwise.serving.weight_files import WeightFiles
 
-NO_ENTRIES: Mapping[str, TensorEntry] = MappingProxyType({})
+NO_FILES = WeightFiles()
 FP8_NOTE = (
     "`cache_dtype` fp8 counts one byte for each element and one scale, as vLLM and SGLang store it. It costs "
     "about 0.05 nats per token with MLA (docs/results/serving.md). The blocks of `headwise convert --cache-dtype "
     "fp8` take 656 bytes at 512+64, and only headwise's own kernel reads them."
 )
 UNKNOWN_SIZE = (
-    "The number of parameters is not known, so weights, sequences and times are left out: the weights are "
-    "quantised, or the class cannot be built from config.json."
+    "The number of parameters is not known, so weights, sequences and times are left out: the class cannot be "
+    "built from config.json."
 )
+UNKNOWN_QUANTISED = (
+    "The weights are quantised ({method}), and no headers of files are at hand that show their bytes: weights, "
+    "sequences and times of {rows} are left out."
+)
+QUANTISED_ROWS = (
+    "The weights are quantised ({method}). The row of the model itself counts them as its files store them. The "
+    "other rows count what a conversion writes: {written}."
+)
+PLAIN = "plain weights in 16 bits; `requantize` fp8 stores the matrices of the layers in 8"
+CARRIED = "quantised weights outside attention as they are stored, and all others plain"
 
 
 class ModelForecast:
@@ -57,6 +66,8 @@ class ModelForecast:
         self.context = context or min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
         self._hidden_size, self._itemsize, self._kind = 0, 0, ""
         self._sizes: dict[str, ModelSize | None] = {}
+        self._own: ModelSize | None = None
+        self._files = NO_FILES
         self._source_row: int | None = None
 
     def measure(
@@ -66,24 +77,55 @@ class ModelForecast:
         config: Mapping[str, Any],
         hidden_size: int,
         dtype: torch.dtype,
-        entries: Mapping[str, TensorEntry] = NO_ENTRIES,
+        files: WeightFiles = NO_FILES,
     ) -> None:
-        """Set the size of the model itself.
+        """Set the size of the model itself, and of those that it can become.
 
         Args:
             parameters: of the whole model; None: not known.
             layouts: of its layers.
-            config: its config.json.
+            config: its config.json, without an entry of a quantisation.
             hidden_size: width of the residual stream.
-            dtype: of the weights.
-            entries: its tensors by name; empty: no headers are at hand, and the class counts routed experts.
+            dtype: of the plain weights.
+            files: its weights as they are stored. Without headers the class counts routed experts.
         """
-        self._hidden_size, self._itemsize = hidden_size, dtype.itemsize
+        self._hidden_size, self._itemsize, self._files = hidden_size, dtype.itemsize, files
         self._kind = _kind(layouts)
         self._source_row = max(layout.cache_elements_per_token for layout in layouts)
         self._sizes[self._kind] = None
-        if parameters is not None and self.settings.forecasts:
-            self._sizes[self._kind] = self._size_of(parameters, _routed(config, entries), layouts, config)
+        if not self.settings.forecasts:
+            return
+        if files.entries:
+            names = _attention_names(config, layouts)
+            self._own = self._size_in(files, files.stored, names, layouts, config)
+            self._sizes[self._kind] = self._size_in(files, files.converted(names), names, layouts, config)
+        elif parameters is not None:
+            routed = 0 if selected_share(_stock_config(config)) == 1 else count_parameters_of(config)[1]
+            size = self._size_of(parameters, routed, layouts, config)
+            if files.method is None or not files.carried:
+                self._sizes[self._kind] = size
+            if files.method is None:
+                self._own = size
+            elif files.total is not None:  # without headers all tensors count alike
+                self._own = size.scaled(files.total / (parameters * self._itemsize))
+
+    def _size_in(
+        self,
+        files: WeightFiles,
+        sizes: Mapping[str, int],
+        names: Collection[str],
+        layouts: Sequence[AttentionLayout],
+        config: Mapping[str, Any],
+    ) -> ModelSize:
+        """Return the size of a model with the source's kind of attention, from the bytes of its tensors."""
+        stock = _stock_config(config)
+        share = selected_share(stock)
+        shapes = files.entries.items()
+        routed = sum(sizes[name] for name, entry in shapes if share < 1 and is_routed(name, entry.shape, stock))
+        bytes_each = files.bytes_per_element(sizes, names)
+        attention = sum(attention_parameters(layout, self._hidden_size, 1, config) for layout in layouts)
+        other = max(sum(sizes.values()) - round(attention * bytes_each), 0)
+        return ModelSize(self._hidden_size, other, bytes_each, min(routed, other), share)
 
     def _size_of(
         self, parameters: int, routed: int, layouts: Sequence[AttentionLayout], config: Mapping[str, Any]
@@ -97,32 +139,34 @@ class ModelForecast:
         """Return the size of the model's class for heads, or of the class for MLA, which has other tensors."""
         kind = _kind(layouts)
         if kind not in self._sizes:
-            self._sizes[kind] = None
-            if self._sizes[self._kind] is not None:
-                parameters, routed = count_parameters_of(config)
-                if parameters is not None:
-                    self._sizes[kind] = self._size_of(parameters, routed, layouts, config)
+            parameters, routed = count_parameters_of(config)
+            self._sizes[kind] = None if parameters is None else self._size_of(parameters, routed, layouts, config)
         return self._sizes[kind]
 
-    def forecast(self, layouts: Sequence[AttentionLayout], config: Mapping[str, Any]) -> ServingForecast | None:
+    def forecast(
+        self, layouts: Sequence[AttentionLayout], config: Mapping[str, Any], *, own: bool = False
+    ) -> ServingForecast | None:
         """Return what a layout costs on each GPU; None without a forecast.
 
         Args:
             layouts: of every layer.
             config: its config.json.
+            own: whether it is the model itself, with its weights as they are stored.
 
         Raises:
             SettingError: `tp` does not divide the query heads or the width of the MLP.
         """
         if not self.settings.forecasts:
             return None
-        return forecast(layouts, self._size(layouts, config), self.settings, self.context, config)
+        size = self._own if own else self._size(layouts, config)
+        return forecast(layouts, size, self.settings, self.context, config)
 
     def verdicts(
         self,
         config: Mapping[str, Any],
         layouts: Sequence[AttentionLayout],
-        folder: str = "OUT",
+        *,
+        own: bool = False,
     ) -> tuple[EngineVerdict, ...]:
         """Return the verdicts of the engines that the settings name; of all engines, if they name none.
 
@@ -131,15 +175,18 @@ class ModelForecast:
         Args:
             config: the config.json of a layout.
             layouts: of every layer.
-            folder: the folder that the commands name.
+            own: whether it is the model itself, which the commands name MODEL. Its quantisation counts.
         """
         window = any(layout.sliding_window for layout in layouts)
+        files = self._files
+        quantised = files.method and (own or (files.carried and _kind(layouts) == "heads"))
+        stored = {"quantization_config": {"quant_method": files.method}} if quantised else {}
         verdicts = engine_verdicts(
-            config,
+            {**config, **stored},
             window=window,
             tokenizer=self.tokenizer,
             engines=self.settings.engines,
-            folder=folder,
+            folder="MODEL" if own else "OUT",
             source_row=self._source_row,
         )
         settings, reachable = self.settings, self._longest is None or self.context <= self._longest
@@ -179,8 +226,13 @@ class ModelForecast:
             )
         if self.settings.cache_dtype == "fp8":
             yield FP8_NOTE
-        if self._sizes[self._kind] is None:
-            yield UNKNOWN_SIZE
+        method = self._files.method
+        if self._own is None:
+            rows = "all rows" if self._files.carried else "the model itself"
+            yield UNKNOWN_SIZE if method is None else UNKNOWN_QUANTISED.format(method=method, rows=rows)
+        elif method is not None and self._files.are_encoded:
+            written = CARRIED if self._files.carried else PLAIN
+            yield QUANTISED_ROWS.format(method=method, written=written)
         if cost.cache_bytes_per_token is not None and layouts[0].kind != "mla":
             yield from serving_notes(layouts[0], latents, cost.cache_bytes_per_token, self.settings)
 
@@ -194,14 +246,10 @@ def _stock_config(config: Mapping[str, Any]) -> Any:
     return find_attention_model(dict(config)).stock_config(dict(config))
 
 
-def _routed(config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> int:
-    """Return the number of parameters of routed experts; 0 for a dense model."""
-    stock = _stock_config(config)
-    if selected_share(stock) == 1:
-        return 0
-    if not entries:
-        return count_parameters_of(config)[1]
-    return sum(math.prod(entry.shape) for name, entry in entries.items() if is_routed(name, entry.shape, stock))
+def _attention_names(config: Mapping[str, Any], layouts: Sequence[AttentionLayout]) -> set[str]:
+    """Return the names of the tensors of all layers that a conversion changes."""
+    model = find_attention_model(dict(config))
+    return {name for layer in range(len(layouts)) for name in model.tensor_names(dict(config), layer)}
 
 
 def count_parameters_of(config: Mapping[str, Any]) -> tuple[int | None, int]:

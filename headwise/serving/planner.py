@@ -73,6 +73,19 @@ class ModelSize:
         other = max(parameters - attention, 0)
         return cls(hidden_size, other * itemsize, itemsize, min(routed, other) * itemsize, selected)
 
+    def scaled(self, factor: float) -> ModelSize:
+        """Return the size with all weights stored in more or fewer bytes.
+
+        Args:
+            factor: the bytes afterwards, for each byte now.
+        """
+        return replace(
+            self,
+            other_bytes=round(self.other_bytes * factor),
+            bytes_per_parameter=self.bytes_per_parameter * factor,
+            expert_bytes=round(self.expert_bytes * factor),
+        )
+
     def experts_read(self, batch: int) -> float:
         """Return the expected share of the routed experts that a decode step reads, with uniform routing.
 

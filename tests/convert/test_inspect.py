@@ -261,7 +261,13 @@ def test_a_quantised_config_without_dtype_is_read_in_bfloat16(tmp_path: Path) ->
     assert inspection.dtype == torch.bfloat16
     layout = inspection.layouts[0]
     assert inspection.cache.bytes_per_token == len(inspection.layouts) * layout.cache_elements_per_token * 2
-    assert inspection.serving is None and inspection.engines[0].verdict == "loads"
+    verdicts = {verdict.name: verdict.verdict for verdict in inspection.engines}
+    assert (
+        inspection.serving is None
+        and verdicts.pop("transformers") == "loads"
+        and set(verdicts.values()) == {"unknown"}
+    )
+    assert all("in mxfp4 was not read" in verdict.reason for verdict in inspection.engines[1:])
 
 
 def test_a_refusal_is_the_verdict_of_the_engines_that_it_concerns(tmp_path: Path) -> None:
