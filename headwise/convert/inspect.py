@@ -43,7 +43,7 @@ from headwise.serving.latent_shape import latent_config, pad_layout
 from headwise.serving.model_forecast import ModelForecast, count_parameters_of
 from headwise.serving.planner import ServingForecast
 from headwise.serving.settings import ServingSettings
-from headwise.serving.weight_files import WeightFiles
+from headwise.serving.weight_files import WeightFiles, known_size
 
 # Pairs (kv_lora_rank, qk_rope_head_dim) with cache rows that engines support (serving/engines.yaml).
 LATENTS = ((256, 64), (448, 64), (512, 64))
@@ -211,8 +211,7 @@ def inspect_model(
             if (quantization := quantization_of(stored)) is not None:
                 # Packed tensors do not show how many weights they hold.
                 parameters, origin = None, None
-                total = _index_metadata(folder).get("total_size")
-                files = WeightFiles.of_method(quantization[0], total if isinstance(total, int) else None)
+                files = WeightFiles.of_method(quantization[0], _index_metadata(folder).get("total_size"))
             else:
                 parameters, origin = _count_parameters(str(model), folder, commit, token, config)
             if parameters is None and settings.forecasts:  # building the class takes longer than all else
@@ -464,8 +463,8 @@ def _count_parameters(
         if count is not None:
             return count, "headers"
     sizes = _index_metadata(folder)
-    if isinstance(sizes.get("total_parameters"), int):
-        return sizes["total_parameters"], "index"
-    if isinstance(sizes.get("total_size"), int):
-        return sizes["total_size"] // dtype_of(config).itemsize, "index"
+    if (parameters := known_size(sizes.get("total_parameters"))) is not None:
+        return parameters, "index"
+    if (num_bytes := known_size(sizes.get("total_size"))) is not None:
+        return num_bytes // dtype_of(config).itemsize, "index"
     return None, None

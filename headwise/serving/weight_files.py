@@ -11,6 +11,18 @@ from headwise.io.header import TensorEntry
 from headwise.io.quantized.forms import FORMS
 from headwise.io.reader import Checkpoint
 
+# More bytes or parameters than any model has.
+MAX_SIZE = 1 << 63
+
+
+def known_size(value: object) -> int | None:
+    """Return a size that the index of a model names; None if it is no possible size.
+
+    Args:
+        value: a field of the index.
+    """
+    return value if type(value) is int and 0 < value < MAX_SIZE else None
+
 
 @dataclass(frozen=True)
 class WeightFiles:
@@ -37,14 +49,14 @@ class WeightFiles:
         return not plain or sum(self.stored.values()) < plain
 
     @classmethod
-    def of_method(cls, method: str, total: int | None) -> WeightFiles:
+    def of_method(cls, method: str, total: object) -> WeightFiles:
         """Return what is known of quantised weights without their headers.
 
         Args:
             method: the `quant_method` of config.json.
-            total: bytes of all tensors; None: not known.
+            total: bytes of all tensors, as the index has them.
         """
-        return cls(total=total, method=method, carried=all(form.carried for form in FORMS[method]))
+        return cls(total=known_size(total), method=method, carried=all(form.carried for form in FORMS[method]))
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint) -> WeightFiles:

@@ -150,6 +150,7 @@ def test_a_window_bounds_the_cache() -> None:
         ({"total_size": 1000}, 500, "index"),
         ({"total_size": 1000, "total_parameters": 499}, 499, "index"),
         ({}, 28_896, "config"),
+        ({"total_parameters": 10**400, "total_size": -2}, 28_896, "config"),
         ("x", 28_896, "config"),
     ],
 )
@@ -157,7 +158,7 @@ def test_an_index_without_weights(tmp_path: Path, metadata: Any, parameters: int
     (tmp_path / "config.json").write_text(json.dumps(llama_config().to_dict()))
     index = {"metadata": metadata, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    inspection = inspect_model(tmp_path, tp=1)
+    inspection = inspect_model(tmp_path, card="l4")
     assert (inspection.parameters, inspection.parameters_from) == (parameters, origin)
 
 

@@ -83,6 +83,10 @@ def test_without_headers_the_index_or_nothing_is_known(method: str, tmp_path: Pa
     index = {"metadata": {"total_size": 12_345}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     assert weights(inspect_model(source, tp=1))["unchanged"] == pytest.approx(12_345, abs=2)
+    for odd in (-1, 0, True, "12", 10**400):
+        index["metadata"]["total_size"] = odd  # type: ignore[index]
+        (source / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert weights(inspect_model(source, tp=1))["unchanged"] is None
 
 
 def test_a_gguf_file_counts_its_blocks(tmp_path: Path) -> None:
