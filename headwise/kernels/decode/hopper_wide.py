@@ -348,8 +348,8 @@ def attend(
 ):  # fmt: skip
     """Compute `portable.attend` where the value is the key; ROWS is 64, KEYS is 128, and two groups share the rows.
 
-    The rank is a multiple of 64 above 64, STAGES is at least 2, and `scale` is above 0: the maximum of scaled
-    scores is taken as that of scores. Four warps.
+    The rank is a multiple of 64 above 64, and STAGES is at least 2. `scale` is above 0: masked scores are -inf
+    before they are scaled, so a negative scale makes them +inf, and 0 makes them NaN. Four warps.
     """
     dtype: gl.constexpr = K.dtype.element_ty
     TILE: gl.constexpr = KEYS // 2

@@ -88,13 +88,16 @@ def test_tiles_fit_the_card(card: Card, rows: int, width: int, rope: int, latent
         (128, 512, 64, True), (64, 512, 64, True), (33, 512, 64, True), (32, 512, 64, False), (32, 320, 64, False),
         (33, 320, 64, True), (40, 384, 64, True), (256, 128, 64, True), (128, 64, 32, False),
         (128, 576, 64, False), (128, 208, 48, False), (100, 448, 48, True), (128, 512, 128, False),
+        (64, 512, 48, False), (64, 512, 80, False), (64, 448, 96, True), (64, 448, 112, False),
+        (64, 384, 160, True), (64, 384, 176, False), (64, 320, 224, True), (64, 320, 240, False),
+        (64, 256, 288, True), (64, 256, 304, False),
     ],
 )  # fmt: skip
 def test_many_rows_of_a_latent_share_a_tile(rows: int, rank: int, rope: int, wide: bool) -> None:
     assert choose_tiles(HOPPER, rows, rank, rope, rank, True).wide == wide
     assert not choose_tiles(HOPPER, rows, rank, rope, rank, False).wide
     assert not choose_tiles(HOPPER, rows, rank, rope, rank, True, True).wide
-    # Its weights are relative to a maximum of scores, not of scaled scores.
+    # It masks scores before it scales them: -inf times a negative scale is +inf, times 0 it is NaN.
     assert not choose_tiles(HOPPER, rows, rank, rope, rank, True, positive_scale=False).wide
 
 
