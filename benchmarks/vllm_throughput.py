@@ -22,8 +22,8 @@ import torch
 
 from benchmarks.make_checkpoint import llama_2
 from headwise.models.layout import AttentionLayout
-from headwise.models.stock import count_stock_parameters
 from headwise.serving.latent_shape import latent_config
+from headwise.serving.model_forecast import count_parameters_of
 
 REST, MOST = 2.5e9, 224
 # Batches for which CUDA graphs are recorded.
@@ -62,7 +62,7 @@ def measure(
     from vllm import LLM, SamplingParams
 
     config = json.loads((folder / "config.json").read_text()) if given else write_config(folder, rank, small)
-    parameters = count_stock_parameters(config, "AutoModelForCausalLM")
+    parameters = count_parameters_of(config)[0] or 0
     rank = config.get("kv_lora_rank")
     if rank:  # vLLM keeps the up-projections of MLA twice: for prefill, and absorbed
         heads = config["num_attention_heads"]
@@ -127,6 +127,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a tiny shape")
     parser.add_argument("--given", action="store_true", help="WORK is a checkpoint")
     options = parser.parse_args()
+    if options.given and (options.rank or options.small):
+        parser.error("--given measures the checkpoint as it is: leave out --rank and --small")
     memory, kinds = options.memory * 1e9, {"small": options.small, "given": options.given}
     print(json.dumps(measure(options.work, options.rank, memory, options.context, options.steps, **kinds)))
 

@@ -83,7 +83,7 @@ class RelativeAdam(torch.optim.Optimizer):
             state["step"] += 1
         steps = float(states[0]["step"])
         scales, means, squares = ([state[name] for state in states] for name in ("scale", "mean", "square"))
-        gradients = [parameter.grad.float() for parameter in parameters if parameter.grad is not None]
+        gradients = [p.grad.to(p.dtype) for p in parameters if p.grad is not None]
         gradients = list(torch._foreach_mul(gradients, scales))
         torch._foreach_lerp_(means, gradients, 1 - first)
         torch._foreach_mul_(squares, second)

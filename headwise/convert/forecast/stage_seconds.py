@@ -12,7 +12,7 @@ import torch
 from headwise.convert.calibration.layer_stream import NUM_ATTENTION_SEQUENCES
 from headwise.convert.forecast.machine import attention_seconds, call_seconds, element_seconds, product_rate
 from headwise.convert.refit.output_projection import FOLDS
-from headwise.convert.refit.regression import forecast_flops, sequences_per_step
+from headwise.convert.refit.regression import CHECKED, forecast_flops, sequences_per_step
 from headwise.convert.sparse.warm_up import indexer_flops
 from headwise.io.reader import Checkpoint
 from headwise.models.layout import IndexerShape
@@ -168,8 +168,8 @@ def refit_seconds(
     if device.type == "cuda":
         width = arch.stock_config(checkpoint.config).hidden_size
         flops = [tokens * _flops(target.layouts[i], width, length, 1.0) for i in _converted(target)]
-        return steps * sum(max(CUDA_STEP, each / CUDA_TRAINED_FLOPS) for each in flops)
-    return steps * tokens * trained_seconds(target, length)
+        return CHECKED * steps * sum(max(CUDA_STEP, each / CUDA_TRAINED_FLOPS) for each in flops)
+    return CHECKED * steps * tokens * trained_seconds(target, length)
 
 
 def indexer_seconds(arch: AttentionModel, target: Any, steps: int, length: int, device: torch.device) -> float:

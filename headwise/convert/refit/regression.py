@@ -24,16 +24,17 @@ from headwise.train.optimizer import RelativeAdam
 # as many tokens. There 300 steps of 2 took half the time of 100 steps of 12, and left less error
 # (docs/results/convert-speed.md).
 SEQUENCES_PER_STEP, SEQUENCES_PER_STEP_ON_CPU, TOKENS_PER_STEP_ON_CPU = 12, 2, 1024
-# The share of sequences that only measure the result.
+# The share of sequences that are not trained on: they decide what is kept.
 HELD_BACK = 0.1
 # Bounds of the peak learning rate, as a share of a weight's size (see `RelativeAdam`), and the rate for an error of
-# 1. A good closed form gets a lower rate, since large steps only lead away from it (docs/results/convert-speed.md).
-# So does a run shorter than ANNEALED steps: it is too short to settle from large steps.
+# 1. A good closed form gets a lower rate, since large steps only lead away from it (docs/decisions/0007). So does a
+# run shorter than ANNEALED steps: it is too short to settle from large steps.
 HIGHEST_RATE, LOWEST_RATE, RATE_PER_ERROR = 0.1, 0.005, 0.35
 ANNEALED = 300
 # In the first half of a run, the error on held-back sequences is measured after every tenth of the steps. Where it
-# is above that of the closed form, the rest of the steps begin anew at a smaller rate.
-CHECKS, SMALLER = 10, 1 / 3
+# is above that of the closed form, the rest of the steps begin anew at a smaller rate. CHECKED is the time of a run
+# with these measurements over that without them.
+CHECKS, SMALLER, CHECKED = 10, 1 / 3, 1.1
 WARMUP = 0.1
 DEFAULT_STEPS = 300
 
@@ -47,12 +48,14 @@ class RefitReport:
         before: the error of the closed form.
         after: the error of the trained layer.
         kept: whether the trained layer is used; False where it is not better than the closed form.
+        restarts: how often the steps began anew at a smaller rate.
     """
 
     steps: int
     before: float
     after: float
     kept: bool
+    restarts: int
 
 
 def refit(
@@ -67,7 +70,8 @@ def refit(
 ) -> RefitReport:
     """Train the parameters of a converted attention module in place.
 
-    The parameters keep their old values if the error on held-back sequences did not fall.
+    The parameters keep their old values if the error on held-back sequences did not fall. Where it has risen early
+    in the run, the steps that are left begin anew at a smaller rate.
 
     Args:
         attention: the target's stock attention module, float32 on `device`; MLA without its latent norm.
@@ -105,7 +109,7 @@ def refit(
         return (output.float() - outputs[batch].to(device)).square().mean() / scale
 
     peak = peak_rate(before, steps)
-    checks, done = max(1, steps // CHECKS), 0
+    between, done, restarts = math.ceil(steps / CHECKS), 0, 0
     for p in parameters:
         p.requires_grad_(True)
     while done < steps:
@@ -118,10 +122,10 @@ def refit(
             adam.zero_grad()
             done += 1
             tick(float(loss.detach()))
-            early = done % checks == 0 and done - first <= left // 2
-            if early and not output_error(attention, record, heldout, device) <= before:
-                peak *= SMALLER
+            early = done % between == 0 and done <= steps // 2
+            if early and not output_error(attention, record, heldout, device) <= before:  # NaN is not below either
                 _restore(parameters, start)
+                peak, restarts = peak * SMALLER, restarts + 1
                 break
     for p in parameters:
         p.requires_grad_(False)
@@ -130,7 +134,7 @@ def refit(
     kept = after < before  # False for NaN
     if not kept:
         _restore(parameters, start)
-    return RefitReport(steps, before, after, kept)
+    return RefitReport(steps, before, after, kept, restarts)
 
 
 @torch.no_grad()

@@ -53,7 +53,10 @@ def test_a_small_step_on_a_gpu_takes_as_long_as_its_launches(
     target = choose_target(parent, arch, ConvertSettings(to="mqa"))
     layers = len(target.layouts)
     launches = seconds.refit_seconds(parent, arch, target, 10, 32, GPU)
-    assert launches == pytest.approx(10 * layers * seconds.CUDA_STEP)
+    assert launches == pytest.approx(seconds.CHECKED * 10 * layers * seconds.CUDA_STEP)
+    searched = choose_target(parent, arch, ConvertSettings(to="mla", cache=0.5))
+    calls = layers * seconds.SEARCH_CALLS * seconds.CUDA_CALL
+    assert seconds.closed_form_seconds(parent, arch, searched, GPU) == pytest.approx(calls, rel=0.2)
     monkeypatch.setattr(seconds, "CUDA_TRAINED_FLOPS", 1e6)  # a slow card: now the products decide
     assert seconds.refit_seconds(parent, arch, target, 10, 32, GPU) > 10 * launches
 

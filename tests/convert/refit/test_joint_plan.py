@@ -35,6 +35,20 @@ def test_less_text_takes_fewer_steps_where_it_would_be_read_too_often() -> None:
     assert joint_plan.scaled_plan(JointPlan(4_000_000, 60, 20), 400_000) == JointPlan(400_000, 60, 20)
 
 
+def test_wide_models_use_more_of_a_gpu(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(parent)
+    arch, width = find_attention_model(checkpoint.config), checkpoint.config["hidden_size"]
+    target: Any = SimpleNamespace(layouts=arch.layouts(checkpoint.config))
+
+    def seconds(narrow: float) -> float:
+        monkeypatch.setattr(joint_plan, "NARROW", narrow)
+        return joint_plan.joint_seconds(checkpoint, arch, target, PLAN, [torch.device("cuda")])
+
+    assert seconds(width) == seconds(2 * width) == pytest.approx(2 * seconds(width / 2))
+    least = max(slow / fast for slow, fast in (joint_plan.TRAINING_FLOPS, joint_plan.SAMPLING_FLOPS))
+    assert seconds(width / 1000) > 0.5 * least * seconds(width)
+
+
 @pytest.mark.parametrize(
     ("length", "sequences", "kept", "sampled"),
     [

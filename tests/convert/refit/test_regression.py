@@ -29,10 +29,6 @@ def test_a_refit_finds_the_parent_where_it_can_be_reached() -> None:
     found = refit(module, [module.factor], record, steps=200)
     assert found.before == pytest.approx(0.25) and found.kept and found.after < 1e-4
     assert float((module.factor - 2).abs().max()) < 0.02 and not module.factor.requires_grad
-    exact = Scale(2.0)
-    assert not refit(exact, [exact.factor], record, steps=5).kept and torch.equal(
-        exact.factor, torch.full((4,), 2.0)
-    )
 
 
 class Product(nn.Module):
@@ -61,15 +57,39 @@ def test_a_good_closed_form_becomes_better() -> None:
     assert found.kept and found.after < 0.8 * found.before
 
 
-def test_steps_begin_anew_at_a_smaller_rate_where_the_error_rose(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_begin_anew_from_the_closed_form_where_the_error_rose(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(regression, "peak_rate", lambda *given: 0.3)
     module, record = product(0.001)
-    losses: list[float] = []
+    closed, losses, runs = module.weight.clone(), [], []
+
+    def schedule(step: int, steps: int) -> float:
+        if step == 0:
+            assert torch.equal(module.weight, closed)
+            runs.append(steps)
+        return regression_schedule(step, steps)
+
+    regression_schedule = regression.schedule
+    monkeypatch.setattr(regression, "schedule", schedule)
     found = refit(module, [module.weight], record, steps=60, tick=losses.append)
     assert found.kept and len(losses) == found.steps == 60
-    monkeypatch.setattr(regression, "SMALLER", 1.0)
+    assert found.restarts == len(runs) - 1 >= 1 and runs == [60 - 6 * i for i in range(len(runs))]
+
+
+def test_a_run_that_is_lost_leaves_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regression, "peak_rate", lambda *given: 1e38)  # not a number after the first steps
     module, record = product(0.001)
-    assert not refit(module, [module.weight], record, steps=60).kept
+    closed = module.weight.clone()
+    found = refit(module, [module.weight], record, steps=50)
+    assert not found.kept and found.restarts == 5 and torch.equal(module.weight, closed)
+
+
+@pytest.mark.parametrize(("steps", "checks"), [(50, 5), (100, 5), (15, 3), (1, 0)])
+def test_the_error_is_measured_in_the_first_half(steps: int, checks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, measure = [], regression.output_error
+    monkeypatch.setattr(regression, "output_error", lambda *given: calls.append(1) or measure(*given))
+    module, record = product(0.001)
+    refit(module, [module.weight], record, steps=steps)
+    assert len(calls) == checks + 2
 
 
 def test_the_peak_rate_follows_the_error_and_the_steps() -> None:
