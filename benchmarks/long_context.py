@@ -145,7 +145,7 @@ def main() -> None:
             Task(recipe.loss),
             work,
             length=length,
-            collate=collator(model, tokenizer, recipe.data.separate_documents),
+            collate=collator(model, recipe.data.separate_documents),
         )
         resume(trainer, None)
         model.eval()

@@ -142,7 +142,7 @@ def ours(student: Any, teacher: Any, blocks: Tensor, training: Training, steps: 
             Task(LOSS, Teacher(parent, device, training.compile)),
             Path(folder),
             length=blocks.shape[1],
-            collate=Collator(None),
+            collate=Collator(False),
         )
         clock = Clock(steps)
         trainer.add_callback(clock)
