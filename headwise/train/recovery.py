@@ -36,7 +36,7 @@ from headwise.train.teacher import Teacher
 from headwise.train.trainer import Task, Trainer, make_trainer, process_state, resume
 
 # Peak learning rates, relative to the size of each weight (mathematics, section 7b).
-REGRESSION_RATE = 0.1
+REGRESSION_RATE, SETTLED = 0.1, {"mla": 1000, "gqa": 1}  # below SETTLED steps the rate is in proportion to them
 WINDOW_RATE = {"mla": 0.003, "gqa": 0.02}
 KL_RATE = {"mla": 0.003, "gqa": 0.008}
 # The most decoder layers of a window, and the energy of bfloat16's rounding over that of a hidden state.
@@ -387,7 +387,7 @@ def recover_jointly(
     return [
         _run_stage(stage, steps, rate, student, teacher, blocks, heldout, plan, work / stage, seed, progress)
         for stage, steps, rate in (
-            ("regression", plan.regression_steps, REGRESSION_RATE),
+            ("regression", plan.regression_steps, REGRESSION_RATE * min(1, plan.regression_steps / SETTLED[kind])),
             ("windows", plan.windows_steps, WINDOW_RATE[kind]),
             ("kl", plan.kl_steps, KL_RATE[kind]),
         )

@@ -210,3 +210,13 @@ def test_windows_have_nearly_one_length() -> None:
     assert recovery.even_runs([*range(5)], 4) == [[0, 1, 2], [3, 4]]
     assert recovery.even_runs([1, 3], 1) == [[1], [3]]
     assert [len(run) for run in recovery.even_runs([*range(30)], 4)] == [4] * 6 + [3] * 2
+
+
+@pytest.mark.parametrize(("steps", "rate"), [(50, 0.005), (1000, 0.1), (2000, 0.1)])
+def test_a_short_regression_of_mla_takes_small_steps(
+    home: Path, tmp_path: Path, steps: int, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: dict[str, float] = {}
+    monkeypatch.setattr(recovery, "_run_stage", lambda stage, steps, rate, *rest: rates.update({stage: rate}))
+    recover(home, tmp_path, replace(PLAN, regression_steps=steps))
+    assert rates["regression"] == pytest.approx(rate) and rates["kl"] == recovery.KL_RATE["mla"]
