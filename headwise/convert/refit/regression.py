@@ -83,7 +83,7 @@ def refit(
         tick: called with the training loss after every step.
 
     Returns:
-        The errors before and after.
+        The errors before and after, whether the training is kept, and its restarts.
 
     Raises:
         ValueError: the record holds no inputs and outputs, or fewer than two sequences.
