@@ -159,7 +159,7 @@ def outcomes(model: Any, folder: str | Path, tasks: Path) -> dict[str, Any]:
 def sample(model: str, file: Path, seed: int, device: str, size: int | None, temperature: float) -> None:
     """Write the text of the joint refit; at temperature 1, as a conversion with this seed would sample it."""
     source = open_checkpoint(model)
-    plan = joint_plan.scaled_plan(joint_plan.GPU_PLAN if device == "cuda" else joint_plan.CPU_PLAN, size)
+    plan = joint_plan.scaled_plan(joint_plan.GPU_PLAN if device.startswith("cuda") else joint_plan.CPU_PLAN, size)
     tokens = sample_tokens(
         load_for_sampling(source, torch.device(device)),
         AutoTokenizer.from_pretrained(model),
