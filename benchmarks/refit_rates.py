@@ -1,4 +1,4 @@
-"""Learning rates and steps of a joint refit: one closed form, one sampled text, and a line of JSON for each variant.
+"""Learning rates and steps of a joint refit: one closed form, one sampled text, and a JSON line for each variant.
 
     python -m benchmarks.refit_rates MODEL --target mla:128+64 --variants 0.1:1000:0 0.01:300:1000 --text DIR
     python -m benchmarks.refit_rates headwise/demo/model --target mla:192+64 --variants 0.1:40:0 0.01:40:0
