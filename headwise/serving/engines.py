@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -10,6 +9,7 @@ from importlib import resources
 from typing import Any
 
 from headwise.errors import SettingError
+from headwise.serving.engine_facts import engine_facts, has_direct_query_depth
 
 # The engines of engines.yaml, for settings and shell completion, which read no YAML.
 ENGINES = ("transformers", "vllm", "sglang", "llama.cpp")
@@ -29,8 +29,6 @@ SERVING_OPTIONS = {
     },
 }
 CACHE_NAMES: Mapping[tuple[str, int | str | None], str] = {("sglang", "fp8"): "fp8_e4m3"}
-# Numbers of layers for which llama.cpp expects a single query projection; the last one only with its vocabulary.
-DIRECT_QUERY_DEPTHS = ((26, None), (27, None), (48, 128256))
 # Largest relative distance between a wanted cache row and the one that replaces it.
 NEAR = 0.2
 # Facts of a rule about the shape of MLA.
@@ -91,14 +89,6 @@ class EngineVerdict:
         return plain | {"commands": list(self.commands)}
 
 
-# An attention factor or a factor beyond this is no default, and may exceed a float.
-LARGEST = 10**9
-# The parameters of DeepSeek's YaRN.
-YARN_NEEDS = {"factor", "original_max_position_embeddings"}
-YARN_MAY = {"type", "rope_type", "rope_theta", "beta_fast", "beta_slow"}
-MSCALES = {"mscale", "mscale_all_dim"}
-
-
 @cache
 def _table() -> dict[str, Any]:
     import yaml  # takes longer to import than `headwise --help` may
@@ -106,94 +96,6 @@ def _table() -> dict[str, Any]:
     text = resources.files(__package__).joinpath("engines.yaml").read_text("utf-8")
     table: dict[str, Any] = yaml.safe_load(text)
     return {engine["name"]: engine for engine in table["engines"]}
-
-
-def engine_facts(config: Mapping[str, Any], *, window: bool = False, tokenizer: str = "none") -> dict[str, Any]:
-    """Return the facts of a model that the rules check.
-
-    Args:
-        config: the config.json.
-        window: whether a layer has a sliding window.
-        tokenizer: the kind of its vocabulary, see `headwise.io.tokenizer.tokenizer_kind`.
-    """
-    named = config.get("architectures")
-    stock_class = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
-    kind, factor = _rope_facts(config)
-    latent_kind = "deepseek yarn" if kind == "yarn" and _is_deepseek_yarn(config) else kind
-    facts = {
-        "stock_class": stock_class,
-        "window": window,
-        "tokenizer": tokenizer,
-        "rope_type": kind,
-        "rope_attention_factor": factor,
-        "quantization": _quantization(config),
-    }
-    sizes: list[Any] = [
-        config.get(name) for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    ]
-    # Other classes pass over such a field: a stray one makes no MLA.
-    if not all(isinstance(size, int) for size in sizes):
-        return facts
-    rank, nope, rope, value = sizes
-    return facts | {
-        "cache_row": rank + rope,
-        "latent_rope_type": latent_kind,
-        "head_dims": f"{nope}/{rope}/{value}",
-        "attention_bias": config.get("attention_bias", False),
-        "rope_interleave": config.get("rope_interleave", True),
-        "tie_word_embeddings": config.get("tie_word_embeddings", False),
-        "rms_norm_eps": config.get("rms_norm_eps"),
-        "hidden_act": config.get("hidden_act", "silu"),
-        "sparse": config.get("index_topk") is not None,
-        "index_head_dim": config.get("index_head_dim"),
-        "queries": "direct" if config.get("q_lora_rank") is None else "factored",
-        "direct_query_depth": _has_direct_query_depth(config.get("num_hidden_layers"), config.get("vocab_size")),
-        "experts_exceed_groups": _count(config, "n_routed_experts") > _count(config, "n_group"),
-    }
-
-
-def _quantization(config: Mapping[str, Any]) -> str:
-    """Return the `quant_method` of a config, or "none"."""
-    entry = config.get("quantization_config")
-    return str(entry.get("quant_method")) if isinstance(entry, Mapping) else "none"
-
-
-def _count(config: Mapping[str, Any], name: str) -> int:
-    value = config.get(name)
-    return value if isinstance(value, int) else 0
-
-
-def _rope_parameters(config: Mapping[str, Any]) -> Any:
-    """Return the rotary parameters of a config, in either spelling; empty without any."""
-    text = config.get("text_config") or config
-    text = text if isinstance(text, Mapping) else config
-    return text.get("rope_parameters") or text.get("rope_scaling") or {}
-
-
-def _is_deepseek_yarn(config: Mapping[str, Any]) -> bool:
-    """Return whether YaRN has the parameters of DeepSeek's only, which transformers and engines read alike.
-
-    With one mscale of the two, or with zero, transformers computes another attention factor.
-    """
-    parameters = _rope_parameters(config)
-    given = {name for name, value in parameters.items() if value is not None}
-    mscales = [parameters[name] for name in given & MSCALES]
-    return given - MSCALES - YARN_MAY == YARN_NEEDS and len(mscales) != 1 and all(mscales)
-
-
-def _rope_facts(config: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the rope type, and whether its attention factor is the default of its type."""
-    parameters = _rope_parameters(config)
-    if not isinstance(parameters, Mapping):
-        return "unknown", "other"
-    if any(isinstance(value, Mapping) for value in parameters.values()):
-        return "per layer type", "default"
-    given, factor = parameters.get("attention_factor"), parameters.get("factor")
-    usual = given is None
-    if isinstance(given, int | float) and isinstance(factor, int | float) and abs(given) + abs(factor) < LARGEST:
-        usual = math.isclose(given, 0.1 * math.log(max(factor, 1)) + 1)
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    return kind if isinstance(kind, str) else "unknown", "default" if usual else "other"
 
 
 def engine_verdicts(
@@ -447,11 +349,7 @@ def needs_factored_queries(num_hidden_layers: int, vocab_size: int, engines: Col
         engines: names of the engines.
     """
     factored = any(engine.get("factored_queries") for engine in _named(engines))
-    return factored and not _has_direct_query_depth(num_hidden_layers, vocab_size)
-
-
-def _has_direct_query_depth(num_hidden_layers: int | None, vocab_size: int | None) -> bool:
-    return any(num_hidden_layers == n and size in (None, vocab_size) for n, size in DIRECT_QUERY_DEPTHS)
+    return factored and not has_direct_query_depth(num_hidden_layers, vocab_size)
 
 
 def _named(engines: Collection[str]) -> Sequence[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from headwise.errors import SettingError
-from headwise.serving import engines
+from headwise.serving import engine_facts, engines
 
 GOOD: dict[str, Any] = dict(
     architectures=["DeepseekV3ForCausalLM"],
@@ -164,7 +164,7 @@ def test_rope_rules_of_llama_cpp(rope: dict[str, Any], verdict: str) -> None:
 
 
 def test_every_rule_is_well_formed() -> None:
-    facts = engines.engine_facts(GOOD)
+    facts = engine_facts.engine_facts(GOOD)
     assert tuple(engines._table()) == engines.ENGINES
     for engine in engines._table().values():
         assert all(row.keys() == {"names", "evidence", "versions"} for row in engine["classes"])
@@ -293,10 +293,10 @@ def test_only_deepseeks_yarn_is_read_as_deepseeks(engine: str, rope: dict[str, A
 
 def test_a_stray_field_makes_no_mla_and_odd_rope_fields_no_error() -> None:
     config = {"architectures": ["LlamaForCausalLM"], "kv_lora_rank": 64}
-    assert "cache_row" not in engines.engine_facts(config)
+    assert "cache_row" not in engine_facts.engine_facts(config)
     huge = {"rope_type": "yarn", "attention_factor": 10**400, "factor": 4}
     for odd in ("yarn", ["yarn"], {"rope_type": "yarn", "attention_factor": "1", "factor": None}, huge):
-        assert engines.engine_facts(config | {"rope_parameters": odd})["rope_attention_factor"] == "other"
+        assert engine_facts.engine_facts(config | {"rope_parameters": odd})["rope_attention_factor"] == "other"
 
 
 @pytest.mark.parametrize("odd", [7, "x", {}, [], [7], [[]], True, None])
