@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -248,7 +248,7 @@ def inspect_model(
             notes=(
                 *quantized,
                 *_indexer_notes(layouts),
-                *serving.notes(layouts, cost, ()),
+                *serving.notes(layouts, cost),
                 *([] if layouts[0].indexer else _latent_notes(options)),
             ),
         )
@@ -260,6 +260,7 @@ def inspect_model(
         _judged(serving, option, new, _config_of(option, new, config, arch, settings.engines))
         for option, new in _options(layouts, arch.legal_groups(config), cache, dtype, mla is None, settings.engines)
     )
+    smaller = (option for option in options if option.saved > 0)
     return Inspection(
         model=str(model),
         revision=commit,
@@ -278,7 +279,7 @@ def inspect_model(
         notes=(
             *quantized,
             *_linear_notes(layouts, dtype),
-            *serving.notes(layouts, cost, _latents(options)),
+            *serving.notes(layouts, cost, _gpu_caches(options, ("mla",)), _gpu_caches(smaller, ("mqa", "gqa"))),
             *([MERGED_CACHES if layouts[-1].merged else TWO_CACHES] if arch.reads_pairs else []),
             *([LINEAR_NORMS] if mla is None and arch.qk_norm(config) else []),
         ),
@@ -409,12 +410,12 @@ def _judged(
     return replace(option, serving=cost, engines=serving.verdicts(config, layouts))
 
 
-def _latents(options: Sequence[ReachableLayout]) -> list[tuple[str, float]]:
-    """Return name and cache bytes per token on each GPU of every MLA layout that can be served."""
+def _gpu_caches(options: Iterable[ReachableLayout], kinds: Collection[str]) -> list[tuple[str, float]]:
+    """Return name and cache bytes per token on each GPU of every layout of some kinds that can be served."""
     return [
         (option.name, option.serving.cache_bytes_per_token)
         for option in options
-        if option.to == "mla" and option.serving and option.serving.cache_bytes_per_token is not None
+        if option.to in kinds and option.serving and option.serving.cache_bytes_per_token is not None
     ]
 
 

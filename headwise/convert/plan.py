@@ -19,6 +19,7 @@ from headwise.models.config import dtype_of
 from headwise.models.layout import AttentionLayout, CacheSize, cached_tokens, describe
 from headwise.models.protocol import AttentionModel, context_length
 from headwise.serving.engines import EngineVerdict
+from headwise.serving.tensor_parallel import GpuCache, gpu_caches, unpaid_degree
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Plan:
         shards: the weight files.
         cache_before: KV cache of the source.
         cache_after: KV cache of the output.
+        gpu_caches: KV cache per token on each GPU, by tensor parallelism; empty for a model of several parts.
         bytes_before: weights of the source, as its files hold them.
         parameters_before: number of parameters of the source.
         dtype_before: of the source.
@@ -116,6 +118,7 @@ class Plan:
     left_out: tuple[str, ...]
     seconds: dict[str, float] = field(default_factory=dict)
     exact: bool = False
+    gpu_caches: tuple[GpuCache, ...] = ()
     engines: tuple[EngineVerdict, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -194,11 +197,13 @@ class Plan:
             "outputs",
             "shards",
             "engines",
+            "gpu_caches",
         )
         return {
             **plain_fields(self, *hidden),
             "cache_before": asdict(self.cache_before),
             "cache_after": asdict(self.cache_after),
+            "gpu_caches": [asdict(each) for each in self.gpu_caches],
             "bytes_after": self.bytes_after,
             "parameters_after": self.parameters_after,
             "disk": self.disk,
@@ -288,6 +293,10 @@ def make_plan(
     outputs = tuple(outputs)
     before = arch.layouts(checkpoint.config)
     longest = max(filter(None, map(context_length, (checkpoint.config, config))), default=None)
+    dtypes = dtype_of(checkpoint.config), dtype_of(config)
+    cached, result = ([layout for layout in side if layout.cached] for side in (before, layouts))
+    unpaid = unpaid_degree(cached[0], result[0]) if len({layout.part for layout in cached}) == 1 else None
+    single = bool(cached) and len({layout.part for layout in before if layout.attends}) == 1
     return Plan(
         model=checkpoint.source,
         revision=checkpoint.revision,
@@ -298,19 +307,20 @@ def make_plan(
         actions=tuple(_tensor_actions(checkpoint, outputs, explain)),
         outputs=outputs,
         shards=tuple(plan_shards(outputs, max_shard_size)),
-        cache_before=CacheSize.of(before, dtype_of(checkpoint.config), longest),
-        cache_after=CacheSize.of(layouts, dtype_of(config), longest),
+        cache_before=CacheSize.of(before, dtypes[0], longest),
+        cache_after=CacheSize.of(layouts, dtypes[1], longest),
         bytes_before=checkpoint.stored_bytes,
         parameters_before=checkpoint.num_parameters,
-        dtype_before=dtype_of(checkpoint.config),
+        dtype_before=dtypes[0],
         peak_memory=peak_memory,
         seconds=dict(seconds or {}),
         exact=exact,
+        gpu_caches=tuple(gpu_caches(before, layouts, *(each.itemsize for each in dtypes)) if single else ()),
         sidecars=tuple(path.relative_to(checkpoint.folder).as_posix() for path in checkpoint.sidecars),
         left_out=tuple(checkpoint.left_out),
         engines=tuple(engines),
         warnings=(*checkpoint.warnings, *warnings),
-        notes=(*checkpoint.notes, *notes),
+        notes=(*checkpoint.notes, *notes, *filter(None, [unpaid])),
     )
 
 

@@ -207,7 +207,11 @@ class ModelForecast:
         )
 
     def notes(
-        self, layouts: Sequence[AttentionLayout], cost: ServingForecast | None, latents: Sequence[tuple[str, float]]
+        self,
+        layouts: Sequence[AttentionLayout],
+        cost: ServingForecast | None,
+        latents: Sequence[tuple[str, float]] = (),
+        fewer_heads: Sequence[tuple[str, float]] = (),
     ) -> Iterator[str]:
         """Yield what the user should know about the forecast.
 
@@ -215,6 +219,7 @@ class ModelForecast:
             layouts: of the model itself.
             cost: its forecast.
             latents: name and cache bytes per token on each GPU of every MLA layout that it can become.
+            fewer_heads: likewise of every layout of fewer KV heads.
         """
         if cost is None:
             return
@@ -234,7 +239,8 @@ class ModelForecast:
             written = CARRIED if self._files.carried else PLAIN
             yield QUANTISED_ROWS.format(method=method, written=written)
         if cost.cache_bytes_per_token is not None and layouts[0].kind != "mla":
-            yield from serving_notes(layouts[0], latents, cost.cache_bytes_per_token, self.settings)
+            per_token = cost.cache_bytes_per_token
+            yield from serving_notes(layouts[0], latents, per_token, self.settings, fewer_heads)
 
 
 def _kind(layouts: Sequence[AttentionLayout]) -> str:

@@ -19,8 +19,6 @@ from headwise.serving.settings import CACHE_DTYPES, USED_MEMORY, ServingSettings
 
 # The context of a forecast without one, in models that have positions for so many tokens.
 DEFAULT_CONTEXT = 8192
-# Degrees of tensor parallelism at which a conversion to MLA is compared with its source.
-DEGREES = (2, 4, 8, 16)
 # Tensors of MLA that every GPU of tensor parallelism holds whole.
 UNDIVIDED = ("kv_a_proj_with_mqa", "kv_a_layernorm", "q_a_proj", "q_a_layernorm", "o_proj.bias")
 # The compute capability from which vLLM's MLA reads an FP8 cache.
@@ -300,6 +298,7 @@ def serving_notes(
     others: Sequence[tuple[str, float]],
     source: float,
     settings: ServingSettings,
+    fewer_heads: Sequence[tuple[str, float]] = (),
 ) -> Iterator[str]:
     """Yield what the user should know before a conversion for these GPUs.
 
@@ -308,6 +307,7 @@ def serving_notes(
         others: name and cache bytes per token on each GPU of every MLA layout that it can become.
         source: cache bytes per token of the source on each GPU.
         settings: of the forecast.
+        fewer_heads: name and cache bytes per token on each GPU of every layout of fewer KV heads.
     """
     tp, groups = settings.tp or 1, layout.num_key_value_heads
     divides = "A larger `dcp` divides it." if settings.dcp else "Decode context parallelism (`dcp`) divides it."
@@ -318,6 +318,12 @@ def serving_notes(
                 f"{name} does not pay at tensor parallel {tp}: each GPU caches {times}as much as of the unchanged "
                 f"model, because every GPU holds the whole latent. {divides}"
             )
+    unpaid = [name for name, size in fewer_heads if size >= source]
+    if unpaid:
+        yield (
+            f"{_listed(unpaid)} save{'s' * (len(unpaid) == 1)} no cache at tensor parallel {tp}: engines repeat KV "
+            f"heads, so each GPU caches as much as of the unchanged model with {count_heads(groups)}."
+        )
     if layout.kind != "mla" and tp > groups and tp % groups == 0:
         yield (
             f"The model has {count_heads(groups)} for {tp} GPUs: engines repeat each head {tp // groups} times. "
@@ -326,24 +332,7 @@ def serving_notes(
         )
 
 
-def unpaid_degree(before: AttentionLayout, after: AttentionLayout) -> str | None:
-    """Return a note about the tensor parallelism from which MLA caches more on each GPU than its source.
-
-    Args:
-        before: a layer of the source.
-        after: the same layer of the result.
-
-    Returns:
-        The note; None if MLA pays at every degree that the query heads allow.
-    """
-    if before.kind == "mla" or after.kind != "mla":
-        return None
-    row = cache_elements(after)
-    for tp in DEGREES:
-        if before.num_attention_heads % tp == 0 and cache_elements(before, tp) <= row:
-            return (
-                f"From tensor parallel {tp} on, MLA saves no cache: each GPU caches {row:,.0f} elements per token "
-                f"and layer, and {cache_elements(before, tp):,.0f} of the source. Decode context parallelism "
-                "divides the latent."
-            )
-    return None
+def _listed(names: Sequence[str]) -> str:
+    """Return "MQA", or "MQA, GQA-2 and GQA-4"."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last

@@ -84,6 +84,7 @@ def test_a_forecast_and_verdicts_of_every_layout(tmp_path: Path) -> None:
     assert [verdict.verdict for verdict in latent[512].engines] == ["loads", "command"]
     assert "attn_q_a" in latent[512].engines[1].commands[1]
     assert any("MLA 512+64 does not pay at tensor parallel 8" in note for note in found.notes)
+    assert any(note.startswith("MQA, GQA-2 and GQA-4 save no cache at tensor parallel 8") for note in found.notes)
     with pytest.raises(SettingError, match="does not divide the 32 query heads"):
         inspect_model(tmp_path, tp=3)
 

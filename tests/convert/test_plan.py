@@ -63,6 +63,16 @@ def test_the_plan_has_the_tensors_of_the_stock_class(model: Path, groups: int) -
     assert sum(math.prod(t["after"]["shape"]) for t in plain["tensors"]) == plan.parameters_after
 
 
+def test_the_plan_has_the_cache_on_each_gpu(model: Path) -> None:
+    plan = plan_for(model, 4)
+    assert plan.cache_before.bytes_per_token == 384
+    assert plan.to_dict()["gpu_caches"] == [
+        {"tp": tp, "before": 384 / tp, "after": max(192 / tp, 48)} for tp in (2, 4, 8)
+    ]
+    assert any(note.startswith("From tensor parallel 8 on, 4 KV heads save no cache") for note in plan.notes)
+    assert not [note for note in plan_for(model, 8).notes if "tensor parallel" in note]
+
+
 def test_only_computed_tensors_are_converted(model: Path) -> None:
     keys = {f"model.layers.{n}.self_attn.k_proj.weight" for n in range(3)}
     plan = plan_for(model, 8, computed=keys)

@@ -101,6 +101,17 @@ def test_an_encoder_caches_nothing_and_merged_attention_caches_both_sides() -> N
     assert nothing.cache_bytes == 0 and nothing.sequences is None
 
 
+def test_fewer_kv_heads_than_gpus_save_nothing_on_each() -> None:
+    heads = [("MQA", 256.0), ("GQA-2", 256.0), ("GQA-4", 128.0)]
+    notes = list(planner.serving_notes(GQA, [], 256, ServingSettings(tp=8), heads))
+    assert len(notes) == 1 and notes[0].startswith(
+        "MQA and GQA-2 save no cache at tensor parallel 8: engines repeat"
+    )
+    single = next(planner.serving_notes(GQA, [], 256, ServingSettings(tp=8), heads[:1]))
+    assert single.startswith("MQA saves no cache") and single.endswith("of the unchanged model with 8 KV heads.")
+    assert not list(planner.serving_notes(GQA, [], 2048, ServingSettings(tp=8), heads))
+
+
 def test_kv_heads_are_repeated_for_more_gpus() -> None:
     notes = list(planner.serving_notes(GQA, [], 2048, ServingSettings(tp=16)))
     assert len(notes) == 1 and "--to gqa --groups 16" in notes[0]
@@ -152,13 +163,6 @@ def test_an_fp8_latent_in_vllm_needs_a_newer_card(card: str, engines: str, refus
     settings = ServingSettings(engines, card=card, cache_dtype="fp8")
     assert (planner.refuse_parallelism([MLA], settings) is not None) == refused
     assert planner.refuse_parallelism([GQA], settings) is None
-
-
-def test_the_degree_from_which_mla_saves_nothing() -> None:
-    assert (planner.unpaid_degree(GQA, MLA) or "").startswith("From tensor parallel 4 on")
-    small = replace(MLA, kv_lora_rank=64)
-    assert planner.unpaid_degree(replace(GQA, num_key_value_heads=32), small) is None
-    assert planner.unpaid_degree(MLA, MLA) is None
 
 
 def test_tp_must_divide_the_query_heads() -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from headwise.convert.verify.verification import Verification
     from headwise.models.layout import CacheSize
     from headwise.records.push import PushResult
+    from headwise.serving.tensor_parallel import GpuCache
 
 
 def render_plan(plan: Plan) -> None:
@@ -44,6 +45,7 @@ def render_plan(plan: Plan) -> None:
                 else [("attention", layout_names(plan.layouts_before), layout_names(plan.layouts_after), "")]
             ),
             *([] if plan.parts else _cache_rows(plan.cache_before, plan.cache_after)),
+            *(() if plan.parts else map(_gpu_row, plan.gpu_caches)),
             ("parameters", f"{plan.parameters_before:,}", f"{plan.parameters_after:,}", ""),
             ("weights", size(plan.bytes_before), size(plan.bytes_after), ""),
         ],
@@ -94,6 +96,14 @@ def _cache_rows(before: CacheSize, after: CacheSize) -> Iterator[tuple[str, str,
     rows += [(f"cache at {token_count(context)}", total, after.at[context]) for context, total in before.at.items()]
     for name, old, new in rows:
         yield name, size(old), size(new), "" if old == new else format_saving(1 - new / old)
+
+
+def _gpu_row(cache: GpuCache) -> tuple[str, str, str, str]:
+    """Return the cache per token on each GPU of tensor parallelism: name, before, after, saving."""
+    old, new = cache.before, cache.after
+    saved = "" if old is None or new is None or old == new else format_saving(1 - new / old)
+    before, after = ("not divisible" if each is None else size(each) for each in (old, new))
+    return f"per token on each of {cache.tp} GPUs", before, after, saved
 
 
 def _part_rows(part: PartPlan) -> Iterator[tuple[str, str, str, str]]:

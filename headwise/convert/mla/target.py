@@ -38,7 +38,6 @@ from headwise.models.protocol import AttentionModel
 from headwise.models.stock import empty_model, layer_arguments, move_to_device
 from headwise.serving import engines
 from headwise.serving.latent_shape import pad_layout, query_factors
-from headwise.serving.planner import unpaid_degree
 
 # Padding for engines whose prefill needs values as wide as queries (engines.yaml).
 PADDED_V_HEAD_DIM = 128
@@ -138,8 +137,6 @@ class LatentTarget:
         self.layouts = [
             pad_layout(latent_layout(old, rank, rope_dim), settings.engines, least) for old in self._before
         ]
-        if (note := unpaid_degree(self._before[0], self.layouts[0])) is not None:
-            self.notes.append(note)
         if settings.sparse:
             shape = indexer_shape(
                 settings, self._before[0].num_attention_heads, rope_dim, stock.max_position_embeddings

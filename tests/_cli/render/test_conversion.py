@@ -80,5 +80,11 @@ def test_a_plan_fits_the_width_and_its_commands_stay_whole(columns: str, monkeyp
     lines = plan.splitlines()
     assert max(map(len, lines)) <= int(columns or 100)
     assert not [line for line in lines if line != line.rstrip()]
+    rows = [line.split() for line in lines if line.startswith("per token on each of ")]
+    assert [(row[5], *row[7:]) for row in rows] == [
+        ("2", "2.56", "kB", "2.56", "kB"),
+        ("4", "1.28", "kB", "2.56", "kB", "grows", "2x"),
+        ("8", "640", "B", "2.56", "kB", "grows", "4x"),
+    ]
     assert "5   model.layers.*.self_attn.kv_a_proj_with_mqa.weight" in plan
     assert all(line.startswith(("  python ", "  llama-", "  vllm ")) for line in commands.splitlines())
