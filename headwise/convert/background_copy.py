@@ -34,7 +34,7 @@ class BackgroundCopy:
     def __enter__(self) -> BackgroundCopy:
         for tensor in self._rest:
             by_chunks = tensor.source is not None or tensor.name in self._target.scaled
-            if self._checkpoint.is_plain and by_chunks and not tensor.stored:
+            if self._checkpoint.is_plain and by_chunks and not tensor.stored and not tensor.exponent:
                 self._copies[tensor.name] = self._thread.submit(self._write, tensor)
         return self
 

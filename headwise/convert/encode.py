@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from headwise.compat import places_of
 from headwise.convert.settings import ConvertSettings
@@ -15,10 +17,12 @@ from headwise.errors import SettingError
 from headwise.format import size
 from headwise.io.quantized.forms import FORMS
 from headwise.io.quantized.fp8 import BLOCK
+from headwise.io.quantized.powers import MAX_EXPONENT, POWERS, exponent_of
 from headwise.io.reader import Checkpoint
 from headwise.io.writer import OutputTensor
-from headwise.models.deepseek import KEPT_IN_FULL
+from headwise.models.deepseek import INPUT_NORM, INPUT_READERS, KEPT_IN_FULL, NORM_TOLERANCE, norm_scales
 from headwise.models.stock import empty_model
+from headwise.serving.engines import stores_powers
 
 # In the name of a tensor of an expert.
 EXPERTS = ".experts."
@@ -46,7 +50,7 @@ def encode_outputs(
     """
     if settings.requantize is not None:
         return _to_fp8(outputs, config, auto_class, checkpoint)
-    return _carried(outputs, config, checkpoint, settings)
+    return _with_powers(*_carried(outputs, config, checkpoint, settings), checkpoint, settings)
 
 
 def _carried(
@@ -66,6 +70,58 @@ def _carried(
         "stored; `dtype` bfloat16 writes them plain."
     )
     return encoded, {**config, "quantization_config": quantized.settings}, [note]
+
+
+def _with_powers(
+    outputs: list[OutputTensor],
+    config: dict[str, Any],
+    notes: list[str],
+    checkpoint: Checkpoint,
+    settings: ConvertSettings,
+) -> Encoded:
+    """Store the norm before MLA with a smaller power of two, and all its readers with that much larger ones."""
+    named, norms = config.get("architectures") or [None], f".{INPUT_NORM}.weight"
+    if (
+        "kv_lora_rank" not in config
+        or config.get("attention_bias")
+        or not stores_powers(named[0], settings.engines)
+    ):
+        return outputs, config, notes
+    exponent = _choose_exponent([checkpoint.read(t.name) for t in outputs if t.name.endswith(norms)])
+    if exponent < 1:
+        return outputs, config, notes
+    powers = {INPUT_NORM: -exponent} | {
+        name: exponent for name in INPUT_READERS if any(f".{name}.weight" in t.name for t in outputs)
+    }
+    encoded = [replace(t, exponent=exponent_of(t.name, powers)) for t in outputs]
+    readers = ", ".join(name for name in powers if name != INPUT_NORM)
+    note = (
+        f"{INPUT_NORM} is stored times 2^-{exponent}, and {readers} times 2^{exponent}: the same function, and "
+        "quantizers without options keep it. No weight is rounded by that."
+    )
+    return encoded, {**config, POWERS: powers}, [*notes, note]
+
+
+def _choose_exponent(norms: Sequence[Tensor]) -> int:
+    """Choose the power of two by which the inputs of attention shrink and the rows before the latent norm grow.
+
+    Quantized types have float16 scales, for weights and for the inputs of products. Inputs of size x and rows of
+    size r / (x sqrt(n)), of n columns and a latent of size r, become about equally large (mathematics, section 4a).
+    No norm becomes subnormal.
+
+    Args:
+        norms: (n,) the weight of every norm before attention.
+    """
+    sizes = [float(norm.double().square().mean().sqrt()) for norm in norms]
+    smallest = min((float(norm[norm != 0].abs().min()) for norm in norms if bool(norm.any())), default=0.0)
+    size = statistics.median(sizes) if sizes else 0.0
+    if not (size > 0 and smallest > 0 and math.isfinite(size)):
+        return 0
+    latent = norm_scales(NORM_TOLERANCE)[0]
+    balanced = math.ceil(math.log2(size) + math.log2(len(norms[0])) / 4 - latent / 2)
+    return min(
+        balanced, math.floor(math.log2(smallest / torch.finfo(norms[0].dtype).smallest_normal)), MAX_EXPONENT
+    )
 
 
 def _as_stored(tensor: OutputTensor, checkpoint: Checkpoint) -> OutputTensor:

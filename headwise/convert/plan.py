@@ -336,10 +336,14 @@ def _tensor_actions(
     for tensor in outputs:
         codes = tensor.stored[-1] if tensor.stored else tensor
         rounded = bool(tensor.stored) and codes.source is None
-        reasons = ["" if tensor.source else explain(tensor.name), "rounded to blocks of FP8" if rounded else ""]
+        reasons = [
+            "" if tensor.source else explain(tensor.name),
+            "rounded to blocks of FP8" if rounded else "",
+            f"stored times 2^{tensor.exponent}" if tensor.exponent else "",
+        ]
         yield TensorAction(
             tensor.name,
-            "copy" if tensor.source and not rounded else "convert",
+            "copy" if tensor.source and not rounded and not tensor.exponent else "convert",
             stored(tensor.source or tensor.name),
             (codes.dtype if rounded else tensor.dtype, tensor.shape),
             "; ".join(filter(None, reasons)),

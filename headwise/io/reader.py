@@ -25,6 +25,7 @@ from headwise.errors import HeadwiseError
 from headwise.io.fs import check_name, os_errors
 from headwise.io.gguf import GgufModel, header_hash, open_gguf, write_model_files
 from headwise.io.header import DTYPE_NAMES, MAX_HEADER, TensorEntry, header_error, parse_header
+from headwise.io.quantized.powers import exponent_of, powers_of, times_power
 from headwise.io.quantized.quantization import Quantization, find_quantized, plain_config
 from headwise.io.source import Source, find_gguf, find_sidecars, find_source, path_inside
 from headwise.progress import SILENT, Progress
@@ -69,6 +70,8 @@ class Checkpoint:
         files: the state of every weight file.
         gguf: the GGUF file, or None.
         quantized: how the files of a folder are quantised; None if they are not. `config` has no such entry.
+        powers: exponents of the powers of two that the files of a folder hold its modules with, by module name.
+            `read` takes them back, and `config` has no such entry.
         notes: lines of a plan about how the checkpoint is read.
         warnings: lines of a plan about it that the user must not miss.
         dropped: tensors of the files that the stock class does not read.
@@ -86,6 +89,7 @@ class Checkpoint:
     files: dict[str, FileState]
     gguf: GgufModel | None = None
     quantized: Quantization | None = None
+    powers: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     dropped: dict[str, TensorEntry] = field(default_factory=dict)
@@ -101,7 +105,7 @@ class Checkpoint:
     @property
     def is_plain(self) -> bool:
         """Return whether the tensors are as the files hold them, so that stock transformers loads the same."""
-        return self.gguf is None and self.quantized is None
+        return self.gguf is None and self.quantized is None and not self.powers
 
     @property
     def in_memory(self) -> bool:
@@ -140,16 +144,18 @@ class Checkpoint:
             HeadwiseError: the file changed since it was opened, or cannot be read.
         """
         entry = self.tensors[name]
-        if self.is_plain:
+        exponent = exponent_of(entry.name, self.powers)
+        if self.gguf is None and self.quantized is None and not exponent:
             return self.read_stored(entry, pinned=pinned)
-        tensor = self._read_encoded(name, entry)
+        tensor = times_power(self._read_encoded(name, entry), -exponent)
         return tensor.pin_memory() if pinned else tensor
 
     def _read_encoded(self, name: str, entry: TensorEntry) -> Tensor:
         if self.gguf:
             with self._open(entry) as file:
                 return self.gguf.read(name, file)
-        assert self.quantized is not None
+        if self.quantized is None:
+            return self.read_stored(entry)
         if (weight := self.quantized.tensors.get(entry.name)) is not None:
             return weight.read(self.read_stored)
         return self.read_stored(self.quantized.stored[entry.name]).to(entry.dtype)
@@ -206,7 +212,9 @@ class Checkpoint:
         if self.gguf:
             with self._open(entry) as file:
                 yield from map(as_bytes, self.gguf.chunks(name, file))
-        elif self.quantized and self.quantized.stored.get(entry.name) != entry:
+        elif exponent_of(entry.name, self.powers) or (
+            self.quantized and self.quantized.stored.get(entry.name) != entry
+        ):
             yield from as_bytes(self.read(name)).split(CHUNK)
         else:
             yield from self.stored_chunks(entry, buffers)
@@ -236,7 +244,8 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Return the SHA-256 over config and every weight file's name, size, time and header."""
         states = {name: [s.size, s.mtime_ns, s.header] for name, s in self.files.items()}
-        settings = [self.quantized.settings] if self.quantized else []
+        settings: list[Any] = [self.quantized.settings] if self.quantized else []
+        settings += [self.powers] if self.powers else []
         return hashlib.sha256(json.dumps([self.config, states, *settings], sort_keys=True).encode()).hexdigest()
 
     def check_unchanged(self) -> None:
@@ -351,6 +360,7 @@ def read_headers(source: Source) -> Checkpoint:
         sidecars=source.sidecars,
         left_out=source.left_out,
         files=files,
+        powers=powers_of(source.config),
         _pickled=pickled,
     )
     quantized = find_quantized(source.name, source.config, tensors, checkpoint.read_stored)

@@ -27,6 +27,7 @@ from headwise.format import parse_bytes
 from headwise.io.fs import os_errors, sync, write_all
 from headwise.io.header import make_header
 from headwise.io.quantized.fp8 import quantize_blocks
+from headwise.io.quantized.powers import as_stored
 from headwise.io.reader import CHUNK, Checkpoint, as_bytes, has_nonfinite, make_buffers
 from headwise.io.workdir import WorkFolder
 
@@ -42,6 +43,7 @@ class OutputTensor:
         source: the tensor it is a copy of; None if it is computed.
         stored: the tensors of the files that hold it, in the order of writing, if it is not stored as it is: the
             source's own, by their names in its files, or the scales and the codes of block FP8.
+        exponent: of the power of two that its values are stored with.
     """
 
     name: str
@@ -49,6 +51,7 @@ class OutputTensor:
     shape: tuple[int, ...]
     source: str | None = None
     stored: tuple[OutputTensor, ...] = ()
+    exponent: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -225,7 +228,7 @@ class Writer:
         if (tensor.dtype, tuple(tensor.shape)) != (planned.dtype, planned.shape):
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, planned was {planned}")
         if not planned.stored:
-            self._stream(name, as_bytes(tensor).split(CHUNK))
+            self._stream(name, as_bytes(as_stored(name, tensor, planned.exponent)).split(CHUNK))
             return
         if not self.allow_nan:
             refuse_nonfinite(name, tensor)
@@ -245,7 +248,7 @@ class Writer:
             HeadwiseError: the tensor holds a NaN or an infinity, or the disk fails.
         """
         planned = self._planned[name]
-        if planned.stored:  # blocks of rows share a scale
+        if planned.stored or planned.exponent:  # blocks of rows share a scale
             self.write(name, torch.cat(list(chunks)).view(planned.shape))
             return
 
@@ -288,7 +291,7 @@ class Writer:
             HeadwiseError: the source cannot be read, the tensor holds a NaN or an infinity, or the disk fails.
         """
         planned = self._planned[name]
-        if planned.stored and planned.stored[0].source is None:
+        if planned.exponent or (planned.stored and planned.stored[0].source is None):
             self.write(name, checkpoint.read(planned.source or name))
             return
         if planned.stored and checkpoint.quantized is not None:

@@ -26,6 +26,8 @@ LARGER_LATENTS = 16
 
 # Projections whose rows differ in size by many powers of two: one scale for many rows would lose the small ones.
 KEPT_IN_FULL = ("kv_a_proj_with_mqa", "q_a_proj", "q_b_proj", "wk", "weights_proj")
+# The norm before attention, and all projections that read what it returns.
+INPUT_NORM, INPUT_READERS = "input_layernorm", ("kv_a_proj_with_mqa", "q_proj", "q_a_proj", "wk", "weights_proj")
 # The tensors of an indexer whose rows RoPE rotates.
 ROTATED = ("indexer.wq_b.weight", "indexer.wk.weight", "indexer.k_norm.weight", "indexer.k_norm.bias")
 # Path of a decoder layer, in checkpoints and in the stock model, and the name of its attention module.
@@ -60,7 +62,7 @@ def linear_norm(
     Returns:
         (down, norm weight, up) for `up @ norm(down @ x)`.
     """
-    exponent, weight = _norm_scales(tolerance)
+    exponent, weight = norm_scales(tolerance)
     down = down * (2.0**exponent / rms)
     up = up * (rms * math.sqrt(NORM_EPS) / (2.0**exponent * weight))
     return down, down.new_full((down.shape[0],), weight), up
@@ -84,12 +86,16 @@ def unscaled_latent_rms(tolerance: float = NORM_TOLERANCE) -> float:
     Args:
         tolerance: the tolerance that `linear_norm` used.
     """
-    exponent, weight = _norm_scales(tolerance)
+    exponent, weight = norm_scales(tolerance)
     return 2.0**exponent * weight / math.sqrt(NORM_EPS)
 
 
-def _norm_scales(tolerance: float) -> tuple[int, float]:
-    """Return the exponent of the power of two that shrinks the latent, and the norm's weight."""
+def norm_scales(tolerance: float) -> tuple[int, float]:
+    """Return the exponent of the power of two that shrinks the latent, and the norm's weight.
+
+    Args:
+        tolerance: as in `linear_norm`.
+    """
     exponent = math.floor(math.log2(math.sqrt(2 * NORM_EPS * tolerance)))
     return exponent, 2.0 ** (-exponent // 2)
 

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from headwise.compat import CACHE_ARGUMENTS, no_progress_bars
 from headwise.errors import HeadwiseError, is_out_of_memory
+from headwise.io.quantized.powers import exponent_of
 from headwise.io.reader import Checkpoint
 from headwise.models.config import check_labels, is_routed, with_special_floats
 
@@ -194,13 +195,16 @@ def load_model(
 
     config = stock_config(checkpoint.config)
     arguments = eager_if_capped(config) | arguments
-    if checkpoint.is_plain:
+    if checkpoint.gguf is None and checkpoint.quantized is None:
         if torch.device(device).type != "cpu":
             arguments["device_map"] = {"": torch.device(device)}
         with no_progress_bars():
-            return getattr(transformers, auto_class).from_pretrained(
+            plain = getattr(transformers, auto_class).from_pretrained(
                 checkpoint.folder, config=config, dtype=dtype, trust_remote_code=False, **arguments
             )
+        for name, parameter in plain.named_parameters() if checkpoint.powers else ():
+            parameter.data.mul_(2.0 ** -exponent_of(name, checkpoint.powers))
+        return plain
     tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
     # The auto classes take no weights without a folder.
     stock_class = type(empty_model(checkpoint.config, auto_class))

@@ -18,10 +18,11 @@ from torch import Tensor
 from headwise.convert.verify.check import check_folder
 from headwise.environment import HEADWISE_VERSION
 from headwise.errors import GateFailed
+from headwise.io.quantized.powers import POWERS, exponent_of
 from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.io.source import read_json
 from headwise.io.workdir import write_file_atomically
-from headwise.io.writer import Writer
+from headwise.io.writer import OutputTensor, Writer
 from headwise.progress import SILENT, Progress
 from headwise.records.card import render_card
 from headwise.records.manifest import RECORD, hash_files
@@ -67,10 +68,22 @@ def write_stock_model(student: Student, state: Mapping[str, Tensor], folder: Pat
 
 
 def _config_text(checkpoint: Checkpoint) -> str:
-    """Return the config of a trained folder: the folder's own, without a quantization, since weights are plain."""
+    """Return the config of a trained folder: the folder's own, without how weights are stored."""
     if checkpoint.is_plain:
         return (checkpoint.folder / "config.json").read_text(encoding="utf-8")
     return json.dumps(checkpoint.config, indent=2) + "\n"
+
+
+def planned_outputs(checkpoint: Checkpoint) -> list[OutputTensor]:
+    """Return the tensors of a trained folder, each stored with the power of two of the folder that is trained.
+
+    Args:
+        checkpoint: the folder that is trained.
+    """
+    return [
+        OutputTensor(e.name, e.dtype, e.shape, e.name, exponent=exponent_of(e.name, checkpoint.powers))
+        for e in checkpoint.tensors.values()
+    ]
 
 
 def add_files(writer: Writer, checkpoint: Checkpoint, training_dir: Path) -> None:
@@ -81,7 +94,10 @@ def add_files(writer: Writer, checkpoint: Checkpoint, training_dir: Path) -> Non
         checkpoint: the folder that was trained: its config and sidecars are copied.
         training_dir: the run's folder with the curve.
     """
-    writer.add_text("config.json", _config_text(checkpoint))
+    text = _config_text(checkpoint)
+    if checkpoint.powers:  # the writer stores them again
+        text = json.dumps({**checkpoint.config, POWERS: checkpoint.powers}, indent=2) + "\n"
+    writer.add_text("config.json", text)
     for path in checkpoint.sidecars:
         writer.add_file(path, path.relative_to(checkpoint.folder).as_posix())
     for name in CURVES:

@@ -28,7 +28,7 @@ from headwise.format import public_data, public_text
 from headwise.io.reader import open_checkpoint
 from headwise.io.tokenizer import load_tokenizer
 from headwise.io.workdir import WorkFolder
-from headwise.io.writer import OutputTensor, Writer
+from headwise.io.writer import Writer
 from headwise.measure.loss import nats_per_token, num_predicted
 from headwise.progress import SILENT, Progress
 from headwise.recipes import outcome
@@ -164,7 +164,7 @@ class Run:
                 are kept.
             KeyboardInterrupt: a signal stopped the run; checkpoints are kept.
         """
-        outputs = [OutputTensor(e.name, e.dtype, e.shape, e.name) for e in self.folder.checkpoint.tensors.values()]
+        outputs = outcome.planned_outputs(self.folder.checkpoint)
         with ExitStack() as stack:
             writer = None
             if self.is_main_process:

@@ -12,6 +12,7 @@ from headwise.environment import HEADWISE_VERSION, versions
 from headwise.errors import HeadwiseError
 from headwise.format import layout_names, public_command, public_data
 from headwise.io.fs import os_errors
+from headwise.io.quantized.powers import POWERS, powers_of
 from headwise.io.reader import CHUNK, Checkpoint, make_buffers
 from headwise.io.source import find_weights, path_inside, read_json
 from headwise.models.layout import AttentionLayout, CacheSize
@@ -150,6 +151,7 @@ def make_manifest(
         },
         "cache": {"before": _cache_bytes(plan.cache_before), "after": _cache_bytes(plan.cache_after)},
         "parts": [asdict(part) for part in plan.parts],
+        POWERS: powers_of(plan.config),
         "parameters": {"before": plan.parameters_before, "after": plan.parameters_after},
         "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},
         "engines": [verdict.to_dict() for verdict in plan.engines],

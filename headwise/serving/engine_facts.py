@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from headwise.io.quantized.powers import POWERS
+
 # Numbers of layers for which llama.cpp expects a single query projection; the last one only with its vocabulary.
 DIRECT_QUERY_DEPTHS = ((26, None), (27, None), (48, 128256))
 # An attention factor or a factor beyond this is no default, and may exceed a float.
@@ -35,6 +37,7 @@ def engine_facts(config: Mapping[str, Any], *, window: bool = False, tokenizer: 
         "rope_type": kind,
         "rope_attention_factor": factor,
         "quantization": _quantization(config),
+        "powers_of_two": bool(config.get(POWERS)),
     }
     sizes: list[Any] = [
         config.get(name) for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")

@@ -352,6 +352,17 @@ def needs_factored_queries(num_hidden_layers: int, vocab_size: int, engines: Col
     return factored and not has_direct_query_depth(num_hidden_layers, vocab_size)
 
 
+def stores_powers(stock_class: str | None, engines: Collection[str]) -> bool:
+    """Return whether an engine that the user names quantizes MLA of a class in a way that powers of two help.
+
+    Args:
+        stock_class: of the model.
+        engines: names of the engines.
+    """
+    helped = [engine for engine in _named(engines) if engine.get("stores_powers")]
+    return any(stock_class in row["names"] for engine in helped for row in engine["classes"])
+
+
 def _named(engines: Collection[str]) -> Sequence[dict[str, Any]]:
     return [engine for name, engine in _table().items() if name in engines]
 

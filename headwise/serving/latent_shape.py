@@ -6,10 +6,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from headwise.io.quantized.powers import POWERS
 from headwise.models import deepseek
 from headwise.models.layout import AttentionLayout
 from headwise.models.mla_source import find_mla_source
-from headwise.serving.engines import needs_factored_queries, padded_head_dims
+from headwise.serving.engines import needs_factored_queries, padded_head_dims, stores_powers
 
 
 def pad_layout(layout: AttentionLayout, engines: Collection[str], v_head_dim: int = 0) -> AttentionLayout:
@@ -64,7 +65,7 @@ def latent_config(
     rule = find_mla_source(source)
     theta = 10_000.0
     sizes = (source["hidden_size"], source["vocab_size"], source["num_hidden_layers"])
-    return deepseek.make_config(
+    written = deepseek.make_config(
         source,
         layout,
         theta=theta,
@@ -74,3 +75,6 @@ def latent_config(
         stock=rule.stock,
         experts=rule.experts,
     )
+    if stores_powers(rule.stock.architecture, engines) and not written["attention_bias"]:
+        written[POWERS] = {deepseek.INPUT_NORM: -1}  # the weights decide how many
+    return written

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from headwise.errors import HeadwiseError
+from headwise.io.quantized.powers import POWERS
 from headwise.models.config import is_routed, selected_share
 from headwise.models.layout import AttentionLayout
 from headwise.models.protocol import find_attention_model
@@ -180,7 +181,9 @@ class ModelForecast:
         window = any(layout.sliding_window for layout in layouts)
         files = self._files
         quantised = files.method and (own or (files.carried and _kind(layouts) == "heads"))
-        stored = {"quantization_config": {"quant_method": files.method}} if quantised else {}
+        stored: dict[str, Any] = {"quantization_config": {"quant_method": files.method}} if quantised else {}
+        if own and files.powers:
+            stored[POWERS] = files.powers
         verdicts = engine_verdicts(
             {**config, **stored},
             window=window,

@@ -34,6 +34,7 @@ class WeightFiles:
         total: bytes of all of them, from the index; None: not known.
         method: by which they are quantised; None: they are plain.
         carried: whether a conversion carries quantised weights that it does not change over as they are stored.
+        powers: the powers of two that they are stored with, see `Checkpoint`.
     """
 
     entries: Mapping[str, TensorEntry] = field(default_factory=dict)
@@ -41,6 +42,7 @@ class WeightFiles:
     total: int | None = None
     method: str | None = None
     carried: bool = False
+    powers: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def are_encoded(self) -> bool:
@@ -67,7 +69,8 @@ class WeightFiles:
         """
         entries, quantized = checkpoint.tensors, checkpoint.quantized
         if quantized is None:
-            return cls(entries, {name: entry.nbytes for name, entry in entries.items()})
+            stored = {name: entry.nbytes for name, entry in entries.items()}
+            return cls(entries, stored, powers=checkpoint.powers)
         stored = {}
         for name, entry in entries.items():
             weight = quantized.tensors.get(entry.name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,16 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from headwise import convert_model, verify_model
+from headwise import convert_model, inspect_model, verify_model
+from headwise.convert import encode
 from headwise.convert.plan import Plan
 from headwise.errors import HeadwiseError, SettingError
 from headwise.io.quantized.dequantize import blocks_to_plain
 from headwise.io.quantized.fp8 import BLOCK, round_to_blocks
+from headwise.io.quantized.powers import POWERS
 from headwise.io.reader import open_checkpoint
 from tests import tiny_models
+from tests.convert.speaking import TEXT, save_speaking
 
 WIDE: dict[str, Any] = {
     "hidden_size": 256,
@@ -234,3 +239,159 @@ def test_a_folder_in_fp8_computes_what_its_parent_does_with_rounded_weights(tmp_
     assert torch.equal(logits, same)
     # A code has three bits behind the leading one; two layers of random weights add up their rounding.
     assert 0 < (logits - expected).norm() < 2**-2 * expected.norm()
+
+
+def logits_of(folder: Path, dtype: torch.dtype) -> torch.Tensor:
+    """The logits of a folder in its stock class, which knows nothing of powers of two."""
+    name = tiny_models.read_config(folder)["architectures"][0]
+    model = getattr(transformers, name).from_pretrained(folder, dtype=dtype).eval()
+    tokens = torch.arange(40)[None] * 7 % model.config.vocab_size
+    throughout = tiny_models.float64_throughout() if dtype == torch.float64 else nullcontext()
+    with torch.no_grad(), throughout:
+        logits: torch.Tensor = model(tokens).logits
+    return logits
+
+
+def convert_twice(source: Path, home: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[Path, Path]:
+    """A conversion for llama.cpp, and the same one without powers of two."""
+    convert_model(source, home / "powers", **SMALL, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "stores_powers", lambda *_: False)
+        convert_model(source, home / "natural", **SMALL, **settings)
+    assert POWERS in tiny_models.read_config(home / "powers") and POWERS not in tiny_models.read_config(
+        home / "natural"
+    )
+    return home / "powers", home / "natural"
+
+
+# 26 layers have one query projection in llama.cpp.
+POWERFUL: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
+    "factored": ("llama", torch.bfloat16, {}),
+    "float32, odd width": ("llama", torch.float32, {"hidden_size": 212}),
+    "one projection": ("llama", torch.bfloat16, {"num_hidden_layers": 26, "intermediate_size": 64}),
+    "other epsilon, tied": ("qwen3", torch.bfloat16, {"rms_norm_eps": 1e-5, "tie_word_embeddings": True}),
+}
+
+
+@pytest.mark.parametrize("case", POWERFUL)
+def test_powers_of_two_for_quantizers_change_no_digit_of_a_logit(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_type, dtype, sizes = POWERFUL[case]
+    settings: dict[str, Any] = {"to": "mla"}
+    if model_type == "qwen3":  # its norms on queries and keys need text
+        settings |= {"calibrate": "builtin", "calibration_tokens": 2048, "refit": "off"}
+    source = tiny_models.save(model_type, tmp_path / "model", dtype, **{**WIDE, **sizes})
+    monkeypatch.setitem(SMALL, "calibrate", settings.pop("calibrate", "none"))
+    powers, natural = convert_twice(source, tmp_path, monkeypatch, **settings)
+    entry = tiny_models.read_config(powers)[POWERS]
+    reader = "q_proj" if case == "one projection" else "q_a_proj"
+    exponent = entry["kv_a_proj_with_mqa"]
+    assert entry == {"input_layernorm": -exponent, "kv_a_proj_with_mqa": exponent, reader: exponent}
+    assert 8 <= exponent <= 16
+
+    stored, expected = (load_file(f / "model.safetensors") for f in (powers, natural))
+    read = open_checkpoint(powers)
+    for name, values in expected.items():
+        assert torch.equal(read.read(name), values), name
+        changed = name.rpartition(".")[0].rpartition(".")[2] in entry
+        assert torch.equal(stored[name], values) != changed, name
+    for precision in (torch.bfloat16, torch.float32, torch.float64):
+        assert torch.equal(logits_of(powers, precision), logits_of(natural, precision))
+
+    assert verify_model(powers, source).passed and verify_model(powers, hashes=True).passed
+    record = json.loads((powers / "headwise.json").read_text())
+    assert record[POWERS] == entry and json.loads((natural / "headwise.json").read_text())[POWERS] == {}
+    assert "quantizers without options keep this folder" in (powers / "README.md").read_text()
+    (verdict,) = inspect_model(powers, engines="llama.cpp").engines
+    assert (
+        "quantizers without options keep this folder" in verdict.reason and "--tensor-type" in verdict.commands[1]
+    )
+    (verdict,) = inspect_model(natural, engines="llama.cpp").engines
+    assert "rows before the latent norm are near 1e-7" in verdict.reason
+
+
+def test_the_plan_names_the_powers_and_a_changed_folder_is_not_verified(tmp_path: Path) -> None:
+    source = tiny_models.save("llama", tmp_path / "model", torch.bfloat16, **WIDE)
+    plan = convert_model(source, tmp_path / "out", to="mla", **SMALL, dry_run=True)
+    assert isinstance(plan, Plan) and not (tmp_path / "out").exists()
+    exponent = plan.config[POWERS]["q_a_proj"]
+    assert any(note.startswith(f"input_layernorm is stored times 2^-{exponent}, and") for note in plan.notes)
+    action = next(each for each in plan.actions if each.name.endswith("0.input_layernorm.weight"))
+    assert (action.action, action.reason) == ("convert", f"stored times 2^-{exponent}")
+
+    convert_model(source, tmp_path / "out", to="mla", **SMALL)
+    config = tiny_models.read_config(tmp_path / "out")
+    config[POWERS]["q_a_proj"] += 1
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert not verify_model(tmp_path / "out", source).passed
+
+
+def test_where_powers_of_two_do_not_help_there_are_none(tmp_path: Path) -> None:
+    source = tiny_models.save("llama", tmp_path / "model", torch.bfloat16, **WIDE)
+    for more in ({"engines": "transformers"}, {"engines": ()}, {"requantize": "fp8"}):
+        settings: dict[str, Any] = {**SMALL, **more}
+        plan = convert_model(source, tmp_path / "out", to="mla", **settings, dry_run=True)
+        assert isinstance(plan, Plan) and POWERS not in plan.config
+    grouped = convert_model(source, tmp_path / "out", **UNCALIBRATED, engines="llama.cpp", dry_run=True)
+    assert isinstance(grouped, Plan) and POWERS not in grouped.config
+    experts = tiny_models.save("mixtral", tmp_path / "mixture", torch.bfloat16, **WIDE)
+    plan = convert_model(experts, tmp_path / "out", to="mla", **SMALL, dry_run=True)
+    assert isinstance(plan, Plan) and POWERS not in plan.config  # its class was not read in llama.cpp
+
+
+@pytest.mark.parametrize(("value", "stored"), [(0.0, False), (2.0**-120, False), (2.0**-10, True)])
+def test_norms_decide_how_many_powers_there_are(value: float, stored: bool, tmp_path: Path) -> None:
+    source = tiny_models.save("llama", tmp_path / "model", torch.bfloat16, **WIDE)
+    tensors = load_file(source / "model.safetensors")
+    for name in tensors:
+        if name.endswith("input_layernorm.weight"):
+            tensors[name][...] = value
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    plan = convert_model(source, tmp_path / "out", to="mla", **SMALL, dry_run=True)
+    assert isinstance(plan, Plan) and (POWERS in plan.config) == stored
+    if stored:
+        assert plan.config[POWERS]["q_a_proj"] == math.ceil(-10 + math.log2(256) / 4 + 23 / 2)
+
+
+def test_a_folder_with_powers_converts_as_one_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a smaller cache, to sparse attention and to heads."""
+    source = save_speaking(tmp_path / "model", torch.bfloat16)
+    monkeypatch.setitem(SMALL, "rank", 48)
+    monkeypatch.setitem(SMALL, "rope_dim", 8)
+    folders = convert_twice(source, tmp_path, monkeypatch, to="mla")
+    indexer = {"index_topk": 8, "index_heads": 2, "index_head_dim": 16, "index_steps": 0}
+    cases: dict[str, dict[str, Any]] = {
+        "smaller": {"to": "mla", "rank": 24, "rope_dim": 8, "refit": "off", **TEXT},
+        "smaller, stored alike": {
+            "to": "mla",
+            "rank": 24,
+            "rope_dim": 8,
+            "calibrate": "none",
+            "engines": "llama.cpp",
+        },
+        "sparse": {"sparse": "dsa", **indexer, **TEXT},
+        "heads": {"to": "mha"},
+    }
+    for case, settings in cases.items():
+        outs = [tmp_path / f"{case}, {folder.name}" for folder in folders]
+        for folder, out in zip(folders, outs, strict=True):
+            convert_model(folder, out, **settings)
+        ours, theirs = map(open_checkpoint, outs)
+        assert bool(ours.powers) == bool(theirs.powers) == ("engines" in settings)
+        for name in theirs.tensors:
+            assert torch.equal(ours.read(name), theirs.read(name)), f"{case}: {name}"
+        assert verify_model(outs[0], folders[0]).passed
+
+
+def test_an_indexer_reads_the_same_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_speaking(tmp_path / "model", torch.bfloat16)
+    monkeypatch.setitem(SMALL, "rank", 48)
+    monkeypatch.setitem(SMALL, "rope_dim", 8)
+    monkeypatch.delitem(SMALL, "calibrate")
+    indexer = {"sparse": "dsa", "index_topk": 8, "index_heads": 2, "index_head_dim": 64, "index_steps": 0}
+    powers, natural = convert_twice(source, tmp_path, monkeypatch, to="mla", refit="off", **indexer, **TEXT)
+    entry = tiny_models.read_config(powers)[POWERS]
+    assert entry.keys() == {"input_layernorm", "kv_a_proj_with_mqa", "q_a_proj", "wk", "weights_proj"}
+    assert torch.equal(logits_of(powers, torch.float32), logits_of(natural, torch.float32))
+    assert verify_model(powers, source).passed

@@ -6,6 +6,7 @@ python -m tests.llama_cpp.measure MODEL ...
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -19,10 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from headwise.convert.inspect import inspect_model
 from headwise.convert.pipeline import ConvertResult, convert_model
+from headwise.io.reader import open_checkpoint
 from headwise.io.tokenizer import tokenizer_kind
 from headwise.serving.engines import EngineVerdict
 
@@ -92,6 +95,20 @@ def quantize(command: str, folder: Path) -> Path:
     arguments = [ROOT / "build" / "bin" / program, *options, source, target, words[-1]]
     subprocess.run([str(word) for word in arguments], check=True, capture_output=True)
     return target
+
+
+def in_natural_size(folder: Path, out: Path) -> None:
+    """Write a folder without its powers of two: the same function.
+
+    Args:
+        folder: the converted folder.
+        out: the folder to make.
+    """
+    checkpoint = open_checkpoint(folder)
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors = {name: checkpoint.read(name).contiguous() for name in checkpoint.tensors}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    (out / "config.json").write_text(json.dumps(checkpoint.config), encoding="utf-8")
 
 
 def without_types(command: str) -> str:

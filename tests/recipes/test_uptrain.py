@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from headwise.convert import encode
 from headwise.convert.verify.check import verify_model
 from headwise.convert.verify.verification import Verification
 from headwise.errors import GateFailed, HeadwiseError
@@ -268,6 +269,21 @@ def test_a_folder_in_fp8_is_trained_and_written_plain(home: Path, tmp_path: Path
     trained = open_checkpoint(tmp_path / "out")
     assert trained.is_plain and "quantization_config" not in trained.config
     assert verify_model(tmp_path / "out", against=parent).passed
+
+
+def test_powers_of_two_are_taken_back_for_the_training_and_stored_again(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"to": "mla", "rank": 12, "rope_dim": 4, "engines": "llama.cpp"}
+    source = models.converted(home / "parent", tmp_path / "powers", **shape)
+    monkeypatch.setattr(encode, "stores_powers", lambda *_: False)
+    natural = models.converted(home / "parent", tmp_path / "natural", **shape)
+    done = [uptrain_model(f, tmp_path / f"{f.name}-out", recipe=recipe(home)) for f in (source, natural)]
+    ours, theirs = (open_checkpoint(tmp_path / f"{f.name}-out") for f in (source, natural))
+    assert done[0] and done[1] and done[0].after == done[1].after < done[0].before
+    assert ours.powers == open_checkpoint(source).powers != {} and not theirs.powers
+    assert all(torch.equal(ours.read(name), theirs.read(name)) for name in theirs.tensors)
+    assert verify_model(tmp_path / "powers-out", against=home / "parent").passed
 
 
 def test_latents_with_a_real_norm_are_trained_as_they_are(home: Path, tmp_path: Path) -> None:

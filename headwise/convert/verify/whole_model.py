@@ -60,7 +60,7 @@ def check_loading(
 
     with no_progress_bars():
         # Quantised weights are compared as they are read here, rounded to bfloat16.
-        dtype = torch.float32 if checkpoint.is_plain else PLAIN_DTYPE
+        dtype = torch.float32 if checkpoint.quantized is None else PLAIN_DTYPE
         model, info = getattr(transformers, stock.auto_class).from_pretrained(
             checkpoint.folder,
             dtype=dtype,

@@ -19,6 +19,7 @@ from headwise.errors import HeadwiseError
 from headwise.format import dtype_name
 from headwise.io.header import TensorEntry
 from headwise.io.quantized.forms import FLOAT8, FORMS, Load, require
+from headwise.io.quantized.powers import POWERS
 
 QUANTIZATION_KEYS = ("quantization_config", "quantization", "compression_config")
 # In which every plain tensor is read, except those that are float32 in the file.
@@ -162,7 +163,7 @@ def quantization_of(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | N
 
 
 def plain_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config without its quantization entry; the same object if it has none.
+    """Return a config without its entries about how weights are stored; the same object if it has none.
 
     Args:
         config: config.json.
@@ -170,6 +171,7 @@ def plain_config(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         HeadwiseError: the entry names a method that cannot be read.
     """
+    config = {k: v for k, v in config.items() if k != POWERS} if POWERS in config else config
     if quantization_of(config) is None:
         return config
     plain = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}

@@ -16,6 +16,7 @@ from headwise.convert.forecast import amounts
 from headwise.convert.pipeline import ConvertResult
 from headwise.convert.plan import Plan
 from headwise.errors import HeadwiseError, SettingError
+from headwise.io.reader import open_checkpoint
 from tests.convert.speaking import TEXT, save_speaking
 from tests.test_bad_input import refused
 
@@ -192,8 +193,10 @@ def test_a_source_with_mla_keeps_its_function_and_gets_indexers(
     result = convert_model(tmp_path / "mla", tmp_path / "out", **SPARSE)
     assert isinstance(result, ConvertResult) and result.verification and result.verification.passed
     assert "exact: attention of all layers" in {c.name: c.detail for c in result.verification.checks}["parent"]
-    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("mla", "out"))
-    changed = {name for name in before if name not in after or not torch.equal(before[name], after[name])}
+    before, after = (open_checkpoint(tmp_path / name) for name in ("mla", "out"))
+    changed = {
+        n for n in before.tensors if n not in after.tensors or not torch.equal(before.read(n), after.read(n))
+    }
     assert all(".q_" in name for name in changed)
     tokens = torch.arange(2 * 25).view(2, 25) * 5 % 256 + 1
     expected, actual = logits(tmp_path / "mla", tokens), logits(tmp_path / "out", tokens)
