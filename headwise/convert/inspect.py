@@ -13,6 +13,7 @@ import torch
 from headwise.convert.from_mla.heads import expands, plan_heads, refuse_output_biases
 from headwise.convert.from_mla.target import reduced_config
 from headwise.convert.mla.exact import latent_layout
+from headwise.convert.mla.listed_sizes import latent_note, latent_sizes
 from headwise.convert.positions.rope_range import RopeRange, rope_ranges
 from headwise.errors import HeadwiseError, SettingError
 from headwise.format import dtype_name, latent_name, plain_fields, size
@@ -45,8 +46,6 @@ from headwise.serving.planner import ServingForecast
 from headwise.serving.settings import ServingSettings
 from headwise.serving.weight_files import WeightFiles, known_size
 
-# Pairs (kv_lora_rank, qk_rope_head_dim) with cache rows that engines support (serving/engines.yaml).
-LATENTS = ((256, 64), (448, 64), (512, 64))
 TWO_CACHES = (
     "The cache counts one token of the source and one of the target: cross-attention caches the encoder's tokens, "
     "self-attention the decoder's."
@@ -254,11 +253,13 @@ def inspect_model(
         )
     arch = architecture.find_architecture(config)
     mla = _why_not_mla(arch.text_config(config), layouts, dtype)
-    serving.measure(parameters, layouts, config, arch.stock_config(config).hidden_size, dtype, files)
+    hidden_size = arch.stock_config(config).hidden_size
+    serving.measure(parameters, layouts, config, hidden_size, dtype, files)
     cost = serving.forecast(layouts, config, own=True)
+    sizes = latent_sizes(layouts, hidden_size, settings.engines) if mla is None else []
     options = tuple(
         _judged(serving, option, new, _config_of(option, new, config, arch, settings.engines))
-        for option, new in _options(layouts, arch.legal_groups(config), cache, dtype, mla is None, settings.engines)
+        for option, new in _options(layouts, arch.legal_groups(config), cache, dtype, sizes, settings.engines)
     )
     smaller = (option for option in options if option.saved > 0)
     return Inspection(
@@ -281,6 +282,7 @@ def inspect_model(
             *_linear_notes(layouts, dtype),
             *serving.notes(layouts, cost, _gpu_caches(options, ("mla",)), _gpu_caches(smaller, ("mqa", "gqa"))),
             *([MERGED_CACHES if layouts[-1].merged else TWO_CACHES] if arch.reads_pairs else []),
+            *([latent_note(any(option.to == "mla" for option in options))] if mla is None else []),
             *([LINEAR_NORMS] if mla is None and arch.qk_norm(config) else []),
         ),
     )
@@ -312,7 +314,7 @@ def _options(
     legal: Sequence[int],
     cache: CacheSize,
     dtype: torch.dtype,
-    mla: bool,
+    sizes: Iterable[tuple[int, int]],
     engines: Collection[str],
 ) -> Iterator[tuple[ReachableLayout, list[AttentionLayout]]]:
     encoder = not any(layout.cached for layout in layouts)
@@ -325,7 +327,7 @@ def _options(
             after = CacheSize.of(new, dtype, max(cache.at))
             kind = next((layout for layout in new if layout.cached), new[0]).kind
             yield ReachableLayout(kind, groups, None, None, after, _saved(cache, after)), new
-    for rank, rope in LATENTS if mla else ():
+    for rank, rope in sizes:
         new = [pad_layout(latent_layout(layout, rank, rope), engines) for layout in layouts]
         after = CacheSize.of(new, dtype, max(cache.at))
         if after.bytes_per_token < cache.bytes_per_token:

@@ -46,8 +46,36 @@ def test_options_and_their_savings(model: Path) -> None:
     inspection = inspect_model(model)
     heads = {(o.to, o.num_key_value_heads): o.saved for o in inspection.options if o.num_key_value_heads}
     assert heads == {("mqa", 1): 7 / 8, ("gqa", 2): 3 / 4, ("gqa", 4): 1 / 2}
-    assert inspection.mla is None and not [o for o in inspection.options if o.to == "mla"], (
-        "64 elements are less than any latent"
+    latents = [(o.kv_lora_rank, o.qk_rope_head_dim) for o in inspection.options if o.to == "mla"]
+    assert inspection.mla is None and latents == [(28, 4)], "64 elements are less than a row that engines have"
+    assert inspection.notes[0].startswith("The sizes of MLA are examples. ")
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "engines"),
+    [(9, 3, ()), (8, 8, ()), (8, 2, ()), (32, 8, ()), (9, 3, "sglang"), (32, 8, "vllm")],
+)
+def test_half_of_the_cache_is_an_option_and_is_that_of_the_plan(
+    tmp_path: Path, heads: int, groups: int, engines: Any
+) -> None:
+    shape: dict[str, Any] = {"hidden_size": 64 * heads, "num_attention_heads": heads, "num_key_value_heads": groups}
+    shape |= {"head_dim": 64, "num_hidden_layers": 1, "attention_bias": False}
+    source = tiny_models.save("llama", tmp_path / "model", torch.bfloat16, **shape)
+    inspection = inspect_model(source, engines=engines)
+    plan = convert_model(source, tmp_path / "out", to="mla", cache=0.5, engines=engines, dry_run=True)
+    assert isinstance(plan, Plan)
+    rows = {(o.kv_lora_rank, o.qk_rope_head_dim): o.engines for o in inspection.options if o.to == "mla"}
+    layout = plan.layouts_after[0]
+    assert rows[layout.kv_lora_rank, layout.qk_rope_head_dim] == plan.engines
+
+
+def test_a_model_without_a_listed_mla_has_a_note(tmp_path: Path) -> None:
+    config = llama_config(num_key_value_heads=1, num_attention_heads=1, head_dim=2, hidden_size=8)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    inspection = inspect_model(tmp_path)
+    assert inspection.mla is None and "mla" not in {option.to for option in inspection.options}
+    assert inspection.notes[0].startswith(
+        "MLA is possible, and no size of it is listed. `headwise convert MODEL OUT"
     )
 
 
@@ -64,21 +92,22 @@ def test_mla_is_an_option_where_it_saves(tmp_path: Path) -> None:
     )
     inspection = inspect_model(tmp_path)
     latents = {o.kv_lora_rank: o.cache.bytes_per_token for o in inspection.options if o.to == "mla"}
-    assert latents == {rank: 3 * (rank + 64) * 2 for rank in (256, 448, 512)}
+    half = {4032: 3 * 4096 * 2}
+    assert latents == {rank: 3 * (rank + 64) * 2 for rank in (256, 448, 512)} | half
 
 
 def test_a_forecast_and_verdicts_of_every_layout(tmp_path: Path) -> None:
     shape = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
     (tmp_path / "config.json").write_text(json.dumps(llama_config(**shape).to_dict()))
     plain = inspect_model(tmp_path)
-    assert plain.serving is None and not plain.notes
+    assert plain.serving is None and len(plain.notes) == 1
     assert all(tuple(v.name for v in each.engines) == ENGINES for each in (plain, *plain.options))
     assert plain.engines[0].verdict == "loads"
     found = inspect_model(tmp_path, tp=8, engines=["vllm", "llama.cpp"])
     assert found.serving is not None and found.serving.cache_bytes_per_token == 3 * 256 * 2
     latent = {o.kv_lora_rank: o for o in found.options if o.to == "mla"}
     assert {rank: o.serving.cache_bytes_per_token for rank, o in latent.items() if o.serving} == {
-        rank: 3 * (rank + 64) * 2 for rank in (256, 448, 512)
+        rank: 3 * (rank + 64) * 2 for rank in (256, 448, 512, 960)
     }
     # Heads of 128, and a depth at which llama.cpp needs two factors.
     assert [verdict.verdict for verdict in latent[512].engines] == ["loads", "command"]
@@ -105,7 +134,7 @@ def test_the_weights_of_mla_are_those_of_the_plan(
     shape = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
     source = tiny_models.save(model_type, tmp_path / "model", torch.bfloat16, **shape | fields)
     inspection = inspect_model(source, engines=engine, tp=1)
-    option = next(option for option in inspection.options if option.to == "mla")
+    option = next(option for option in inspection.options if option.kv_lora_rank == 256)
     shape = {"rank": option.kv_lora_rank, "rope_dim": option.qk_rope_head_dim}
     plan = convert_model(source, tmp_path / "out", to="mla", engines=engine, dry_run=True, **shape)
     assert isinstance(plan, Plan) and inspection.serving and option.serving
