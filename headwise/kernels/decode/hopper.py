@@ -6,6 +6,9 @@ number of a chunk, where it has one, counts the columns that exist. The others a
 Four producer warps copy keys into a ring of shared-memory tiles; one or two groups of four consumer warps compute.
 Without the specialization the same arithmetic is up to 14% slower (docs/decisions/0009). Copies are 128-byte
 segments of rows, so that a thread holds few addresses, and rows beyond the end become zeros.
+
+The weights of a row are relative to a reference, which moves only where weights of a tile exceed `limit`. So most
+tiles need no maximum, nothing is rescaled, and only tiles at an edge of what a query sees are masked.
 """
 
 # Gluon compiles a part of Python only: no starred tuples, no conditional expressions on None.
@@ -26,6 +29,39 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 # Triton 3.7 renamed it.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+# The first reference. A score below it has no weight, like a masked one.
+LOWEST = gl.constexpr(-1e30)
+
+
+@gluon.constexpr_function
+def limit(dtype):
+    """Return how large the sum of weights that a thread holds of a row and a tile may be; then the reference moves.
+
+    A single weight is no larger, and float16 ends at 2^16. The sums are in float32, which ends at 2^128. At most 32
+    threads hold a row of 64 keys, so a million tokens add up to 2^14 * 32 * 2^24 = 2^43, and the output to that
+    times the largest value: float16 ends at 2^16, and bfloat16 values may be as large as 2^84.
+
+    The reference is never above the maximum so far, and never more than the limit below it. So the total is at
+    least one, and sums are rounded relative to their size, as with weights relative to the maximum. Log2 scores of
+    2^28 and above are too coarse: a weight could then overflow although the reference is the maximum.
+    """
+    return 2.0**12 if dtype == gl.float16 else 2.0**24
+
+
+@gluon.jit
+def exp2(x):
+    """Return 2^x in one instruction."""
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def any_of(flags):
+    """Return whether a flag (warps) in shared memory is set."""
+    of_all: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    return gl.max(flags.load(of_all), 0)
 
 
 @gluon.constexpr_function
@@ -56,16 +92,24 @@ def _fetch(ring, slot, rows, live, CHUNKS: gl.constexpr, COPY: gl.constexpr):
 
 @gluon.jit
 def _queries(rows, live, ROWS: gl.constexpr, CHUNKS: gl.constexpr, COPY: gl.constexpr, dtype: gl.constexpr):
-    tiles = ()
+    tiles = _ring(CHUNKS, 1, ROWS, dtype)
     for i in gl.static_range(len(CHUNKS)):
         column = CHUNKS[i][0] + gl.arange(0, CHUNKS[i][1], gl.SliceLayout(0, COPY))
         exists = live[:, None]
         if len(CHUNKS[i]) == 3:
             exists = exists & (column < CHUNKS[i][0] + CHUNKS[i][2])[None, :]
         q = gl.load(rows[:, None] + column[None, :], mask=exists, other=0.0)
-        tile = gl.allocate_shared_memory(dtype, [ROWS, CHUNKS[i][1]], _shared(ROWS, CHUNKS[i][1], dtype), q)
-        tiles = tiles + (tile,)
+        tiles[i].index(0).store(q)
     return tiles
+
+
+@gluon.jit
+def _index(tiles, index):
+    """Return the tile of a number in each of several rings."""
+    chosen = ()
+    for i in gl.static_range(len(tiles)):
+        chosen = chosen + (tiles[i].index(index),)
+    return chosen
 
 
 @gluon.jit
@@ -73,6 +117,23 @@ def _add_scores(score, ring, slot, queries, CHUNKS: gl.constexpr):
     for i in gl.static_range(len(CHUNKS)):
         score = warpgroup_mma(ring[i].index(slot), queries[i].permute((1, 0)), score, is_async=True)
     return score
+
+
+@gluon.jit
+def _sums_in_threads(weight):
+    """Return the sums (warps, 8, rows) of a tile (keys, rows) over the keys that a thread holds."""
+    # (keys / 64, warps, 2, 8, rows): a thread holds all of axes 0 and 2.
+    of_threads = weight.reshape([weight.shape[0] // 64, gl.num_warps(), 2, 8, weight.shape[1]])
+    return gl.sum(gl.sum(of_threads, 2), 0)
+
+
+@gluon.jit
+def _flags(sums, dtype: gl.constexpr):
+    """Return (warps): 1 where a sum (warps, 8, rows) is too large."""
+    # A thread holds axes 2 and 4: these in its registers first, then one instruction for the 32 lanes of a warp.
+    of_lanes = sums.reshape([sums.shape[0], 8, sums.shape[2] // 8, 4, 2])
+    large = gl.where(gl.max(gl.max(of_lanes, 4), 2) > limit(dtype), 1, 0)
+    return gl.max(large.reshape([sums.shape[0], 32]), 1)
 
 
 PRODUCER_WARPS = gl.constexpr(4)
@@ -140,14 +201,17 @@ def _consume(
     if len(ROPE) > 0:
         q_rope = _queries(QRope + token * qr_token + head * qr_head, row_live, ROWS, ROPE, copy, dtype)
     p_layout: gl.constexpr = _shared(KEYS, ROWS, dtype)
-    probability = gl.allocate_shared_memory(dtype, [KEYS, ROWS], p_layout)
+    weights = gl.allocate_shared_memory(dtype, [1, KEYS, ROWS], p_layout)
+    flags = gl.allocate_shared_memory(gl.int32, [warps], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
     row = row_start + gl.arange(0, ROWS, by_row)
-    token = row // heads_per_group
-    last = length - queries + token
-    earliest = gl.maximum(first, last - window + 1)
-    maximum = gl.full([ROWS], float("-inf"), gl.float32, by_row)
-    weights = gl.zeros([KEYS, ROWS], gl.float32, mma)
+    # Between these bounds every query sees every key.
+    whole_start = gl.maximum(first, length - window)
+    whole_end = gl.minimum(high, length - queries + 1)
+    reference = gl.full([ROWS], LOWEST, gl.float32, by_row)
+    # Sums of weights over the keys of one thread.
+    total = _sums_in_threads(gl.zeros([KEYS, ROWS], gl.float32, mma))
+    of_sums: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, total.type.layout))
     out = ()
     for i in gl.static_range(len(VALUE)):
         out = out + (gl.zeros((gl.constexpr(VALUE[i][1]), ROWS), gl.float32, mma),)
@@ -155,31 +219,50 @@ def _consume(
     stage = 0
     phase = 0
     for start in range(low, high, KEYS):
+        # Zero, which the compiler does not know: else it keeps all addresses of the loop, in local memory.
+        zero = start >> 31
+        probability = weights.index(zero)
         mbarrier.wait(full.index(stage), phase)
         # Copies are ordinary writes, and the tensor cores read through the asynchronous proxy.
         fence_async_shared()
         score = gl.zeros([KEYS, ROWS], gl.float32, mma)
-        score = _add_scores(score, k_ring, stage, q, HEAD)
+        score = _add_scores(score, k_ring, stage, _index(q, zero), HEAD)
         if len(ROPE) > 0:
-            score = _add_scores(score, rope_ring, stage, q_rope, ROPE)
+            score = _add_scores(score, rope_ring, stage, _index(q_rope, zero), ROPE)
         score = warpgroup_mma_wait(0, deps=(score,))
 
-        key = start + gl.arange(0, KEYS, by_key)
-        visible = (key[:, None] <= last[None, :]) & (key[:, None] >= earliest[None, :]) & (key < high)[:, None]
-        score = gl.where(visible, score * scale, float("-inf"))
-        new_maximum = gl.maximum(maximum, gl.max(score, 0))
-        finite = gl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        shrink = gl.exp2(maximum - finite)
-        weight = gl.exp2(score - finite[None, :])
-        weights = weights * shrink[None, :] + weight
-        maximum = new_maximum
+        weight = exp2(score * scale - reference[None, :])
+        if (start + KEYS > whole_end) | (start < whole_start):
+            key = start + gl.arange(0, KEYS, by_key)
+            last = length - queries + row // heads_per_group
+            earliest = gl.maximum(first, last - window + 1)
+            visible = (key[:, None] <= last[None, :]) & (key[:, None] >= earliest[None, :]) & (key < high)[:, None]
+            weight = gl.where(visible, weight, 0.0)
         probability.store(weight.to(dtype))
+        sums = _sums_in_threads(weight)
+        flags.store(_flags(sums, dtype))
         fence_async_shared()
         barrier()
+        if any_of(flags) > 0:
+            # A weight of zero belongs to a key that is masked, or too far below the maximum to matter.
+            raised = gl.maximum(reference, gl.max(gl.where(weight == 0, float("-inf"), score * scale), 0))
+            weight = gl.where(weight == 0, 0.0, exp2(score * scale - raised[None, :]))
+            probability.store(weight.to(dtype))
+            sums = _sums_in_threads(weight)
+            shrink = exp2(reference - raised)
+            reference = raised
+            total = total * gl.convert_layout(shrink, of_sums)[None, None, :]
+            scaled = ()
+            for i in gl.static_range(len(VALUE)):
+                scaled = scaled + (out[i] * shrink[None, :],)
+            out = scaled
+            fence_async_shared()
+            barrier()
         pending = ()
         for i in gl.static_range(len(VALUE)):
             value = v_ring[i].index(stage).permute((1, 0))
-            pending = pending + (warpgroup_mma(value, probability, out[i] * shrink[None, :], is_async=True),)
+            pending = pending + (warpgroup_mma(value, probability, out[i], is_async=True),)
+        total += sums
         out = ()
         for i in gl.static_range(len(VALUE)):
             out = out + (warpgroup_mma_wait(0, deps=(pending[i],)),)
@@ -189,9 +272,10 @@ def _consume(
         phase = gl.where(stage == STAGES - 1, phase ^ 1, phase)
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
 
-    total = gl.sum(weights, 0)
+    total = gl.convert_layout(gl.sum(gl.sum(total, 1), 0), by_row)
     inverse = 1.0 / gl.where(total > 0, total, 1.0)
     row_live = row < queries * heads_per_group
+    token = row // heads_per_group
     head = group * heads_per_group + row % heads_per_group
     rows = Out + token * out_token + head * out_head
     for i in gl.static_range(len(VALUE)):
@@ -201,7 +285,7 @@ def _consume(
         if len(VALUE[i]) == 3:
             stored = stored & (column < VALUE[i][0] + VALUE[i][2])[:, None]
         gl.store(rows[None, :] + column[:, None], tile, mask=stored)
-    gl.store(Lse + token * lse_token + head, (maximum + gl.log2(total)) * 0.6931471805599453, mask=row_live)
+    gl.store(Lse + token * lse_token + head, (reference + gl.log2(total)) * 0.6931471805599453, mask=row_live)
 
 
 @gluon.jit(do_not_specialize=["queries", "heads_per_group", "capacity", "window", "lse_split", "lse_batch"])

@@ -5,7 +5,7 @@ query rows: in a pair of tiles, each group computes the weights of one tile, han
 the weights of both tiles with its half of the value columns. So the cache is read once for 64 rows, and the tensor
 cores read less shared memory than with 32 rows to a group.
 
-The weights of a row are relative to a reference, which moves only where weights of a tile exceed `_limit`. So in
+The weights of a row are relative to a reference, which moves only where weights of a tile exceed `limit`. So in
 most pairs there is no maximum, and nothing is rescaled. A group whose weights are too large raises its reference.
 The other group reads that from a flag beside the weights, and takes the larger of both references.
 
@@ -30,31 +30,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from headwise.kernels.decode.hopper import (
     CONSUMER_REGISTERS,
+    LOWEST,
     PRODUCER_REGISTERS,
     PRODUCER_WARPS,
     _ring,
     _shared,
+    any_of,
     barrier,
+    exp2,
+    limit,
 )
 from headwise.kernels.decode.wide_ring import next_stage, pieces_of, produce, release, wait_for
-
-# The first reference. A score below it has no weight, like a masked one.
-LOWEST = gl.constexpr(-1e30)
-
-
-@gluon.constexpr_function
-def _limit(dtype):
-    """Return how large the sum of weights that a thread holds of a row and a tile may be; then the reference moves.
-
-    A single weight is no larger, and float16 ends at 2^16. The sums are in float32, which ends at 2^128. Four
-    threads hold a row of 64 keys, so a million tokens add up to 2^14 * 4 * 2^24 = 2^40, and the output to that
-    times the largest value: float16 ends at 2^16, and bfloat16 values may be as large as 2^87.
-
-    The reference is never above the maximum so far, and never more than the limit below it. So the total is at
-    least one, and sums are rounded relative to their size, as with weights relative to the maximum. Log2 scores of
-    2^28 and above are too coarse: a weight could then overflow although the reference is the maximum.
-    """
-    return 2.0**12 if dtype == gl.float16 else 2.0**24
 
 
 @gluon.constexpr_function
@@ -105,13 +91,6 @@ def _finish(pending, kept):
 
 
 @gluon.jit
-def _exp2(x):
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
 def _sum_in_thread(weight):
     """Return the sums (rows, 4) of a tile (rows, keys) over the keys that a thread holds."""
     # (rows, keys / 8, 4, 2): a thread holds all of axes 1 and 3.
@@ -137,13 +116,6 @@ def _flag(part, LIMIT: gl.constexpr):
 
 
 @gluon.jit
-def _any(flags):
-    """Return whether a flag (warps) is set."""
-    of_all: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
-    return gl.max(flags.load(of_all), 0)
-
-
-@gluon.jit
 def _consume(
     rows_of, mask, rings, tiles, handed, row_start, scale, low, high, pairs,
     ROPE: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
@@ -157,7 +129,7 @@ def _consume(
     exchange, flags, references, sums, ready, summed = handed
     dtype: gl.constexpr = exchange.dtype
     warps: gl.constexpr = gl.num_warps()
-    LIMIT: gl.constexpr = _limit(dtype)
+    LIMIT: gl.constexpr = limit(dtype)
     AFTER_ROPE: gl.constexpr = len(ROPE)
     AFTER_LEFT: gl.constexpr = len(ROPE) + len(LEFT)
     ALL: gl.constexpr = AFTER_LEFT + len(RIGHT)
@@ -232,9 +204,9 @@ def _consume(
         if SECOND:
             # The weights of the first tile are there early: their product runs while this group computes its own.
             mbarrier.wait(ready.index(yours), your_phase)
-            if _any(flags.index(yours)) > 0:
+            if any_of(flags.index(yours)) > 0:
                 raised = references.index(yours).load(by_row)
-                shrink = _exp2(reference - raised)
+                shrink = exp2(reference - raised)
                 reference = raised
                 total = total * gl.convert_layout(shrink, of_part)[:, None]
                 out = _rescale(out, shrink, VALUE, warps)
@@ -245,14 +217,14 @@ def _consume(
             earliest = gl.maximum(first, last - window + 1)
             visible = (key[None, :] <= last[:, None]) & (key[None, :] >= earliest[:, None]) & (key < high)[None, :]
             score = gl.where(visible, score, float("-inf"))
-        weight = _exp2(score * scale - reference[:, None])
+        weight = exp2(score * scale - reference[:, None])
         exchange.index(mine).store(weight.to(dtype))
         part = _sum_in_thread(weight)
         flags.index(mine).store(_flag(part, LIMIT))
         references.index(mine).store(reference)
         fence_async_shared()
         barrier()
-        raise_mine = _any(flags.index(mine))
+        raise_mine = any_of(flags.index(mine))
         if SECOND:
             # The first group waits for weights that are final.
             mbarrier.arrive(ready.index(mine), count=1, pred=raise_mine == 0)
@@ -262,9 +234,9 @@ def _consume(
             release(empty, yours, 0, len(ROPE), ALL)
         if raise_mine > 0:
             raised = gl.maximum(reference, gl.max(score * scale, 1))
-            shrink = _exp2(reference - raised)
+            shrink = exp2(reference - raised)
             reference = raised
-            weight = _exp2(score * scale - reference[:, None])
+            weight = exp2(score * scale - reference[:, None])
             exchange.index(mine).store(weight.to(dtype))
             references.index(mine).store(reference)
             part = _sum_in_thread(weight)
@@ -287,16 +259,16 @@ def _consume(
         else:
             # The other group has waited for its tile.
             mbarrier.wait(ready.index(yours), your_phase)
-            raise_any = raise_mine + _any(flags.index(yours))
+            raise_any = raise_mine + any_of(flags.index(yours))
             out = _finish(pending, (probability,))
             barrier()
             release(empty, mine, MINE, COUNT, ALL)
             if raise_any > 0:
                 theirs = references.index(yours).load(by_row)
                 raised = gl.maximum(reference, theirs)
-                shrink = _exp2(reference - raised)
+                shrink = exp2(reference - raised)
                 reference = raised
-                other = exchange.index(yours).load(mma).to(gl.float32) * _exp2(theirs - raised)[:, None]
+                other = exchange.index(yours).load(mma).to(gl.float32) * exp2(theirs - raised)[:, None]
                 exchange.index(yours).store(other.to(dtype))
                 total = total * gl.convert_layout(shrink, of_part)[:, None]
                 out = _rescale(out, shrink, VALUE, warps)

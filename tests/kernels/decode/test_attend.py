@@ -229,10 +229,15 @@ def test_on_a_gpu(shape, mask) -> None:
 @pytest.mark.parametrize(
     "heights", ["grow", "jump", "a large first one", "all small", "one row", "few lanes", "plateau"]
 )
-@pytest.mark.parametrize("rank", [512, 320, 256, 128])
-def test_scores_of_any_height_on_a_gpu(rank, heights, dtype) -> None:
-    """With many rows, two groups of warps agree on a reference, which moves where a score is far above it."""
-    problem = Problem(128, 1, rank, 64, rank, [2048, 500, 65, 1], dtype=dtype, device="cuda")
+@pytest.mark.parametrize(
+    "shape",
+    [(128, 1, 512, 64, 512), (128, 1, 320, 64, 320), (128, 1, 256, 64, 256), (128, 1, 128, 64, 128),
+     (32, 1, 512, 64, 512), (32, 1, 128, 64, 128), (9, 1, 192, 64, 192), (28, 4, 128, 0, 128)],
+    ids=str,
+)  # fmt: skip
+def test_scores_of_any_height_on_a_gpu(shape, heights, dtype) -> None:
+    """The reference moves where a score is far above it; with many rows, two groups of warps agree on one."""
+    problem = Problem(*shape, [2048, 500, 65, 1], dtype=dtype, device="cuda")
     key = torch.arange(2048, device="cuda")
     height = {
         "grow": key / 5,
@@ -243,11 +248,11 @@ def test_scores_of_any_height_on_a_gpu(rank, heights, dtype) -> None:
         "few lanes": 30.0 * (key // 300) * (key % 300 == key // 300 * 2),
         "plateau": 12.0 * (key >= 64),
     }[heights]
-    # The last rotary column adds the height to the score of every head, or of one.
+    # The last column adds the height to the score of every head, or of one.
     problem.q[..., -1] = 8
     if heights == "one row":
         problem.q[..., -1] = 0
-        problem.q[:, :, 37, -1] = 8
+        problem.q[:, :, 37 % shape[0], -1] = 8
     problem.cache[..., -1] = (height / (8 * SCALE)).to(dtype)[None, :, None]
     problem.check(8e-3)
     problem.check(8e-3, num_splits=1)
@@ -264,9 +269,10 @@ def test_a_scale_that_is_not_positive_on_a_gpu(scale) -> None:
 
 @gpu
 @needs_gpu
-def test_rows_whose_first_tiles_are_hidden_on_a_gpu() -> None:
+@pytest.mark.parametrize("shape", [(8, 1, 512, 64, 512), (8, 1, 128, 0, 128)], ids=str)
+def test_rows_whose_first_tiles_are_hidden_on_a_gpu(shape) -> None:
     problem = Problem(
-        8, 1, 512, 64, 512, [700, 100, 330], queries=80, window=60, starts=[0, 50, 290],
+        *shape, [700, 100, 330], queries=80, window=60, starts=[0, 50, 290],
         dtype=torch.bfloat16, device="cuda",
     )  # fmt: skip
     problem.check(8e-3)
