@@ -216,6 +216,9 @@ def _consume(
     for i in gl.static_range(len(VALUE)):
         out = out + (gl.zeros((gl.constexpr(VALUE[i][1]), ROWS), gl.float32, mma),)
 
+    # All warps have stored their queries.
+    fence_async_shared()
+    barrier()
     stage = 0
     phase = 0
     for start in range(low, high, KEYS):
@@ -266,9 +269,8 @@ def _consume(
         out = ()
         for i in gl.static_range(len(VALUE)):
             out = out + (warpgroup_mma_wait(0, deps=(pending[i],)),)
-        # One thread signals for the group, so all threads must have finished reading.
-        barrier()
-        mbarrier.arrive(empty.index(stage), count=1)
+        # Each thread signals for itself when it has finished reading: a signal of one for all would need two barriers.
+        async_copy.mbarrier_arrive(empty.index(stage), increment_count=False)
         phase = gl.where(stage == STAGES - 1, phase ^ 1, phase)
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
 
@@ -334,7 +336,7 @@ def attend(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=32 * PRODUCER_WARPS)
-        mbarrier.init(empty.index(stage), count=CONSUMERS)
+        mbarrier.init(empty.index(stage), count=32 * gl.num_warps() * CONSUMERS)
     fence_async_shared()
     barrier()
 
