@@ -269,7 +269,7 @@ def _consume(
         out = ()
         for i in gl.static_range(len(VALUE)):
             out = out + (warpgroup_mma_wait(0, deps=(pending[i],)),)
-        # Each thread signals for itself when it has finished reading: a signal of one for all would need two barriers.
+        # Each thread signals that it has read the tile: a signal of one for all would need two barriers.
         async_copy.mbarrier_arrive(empty.index(stage), increment_count=False)
         phase = gl.where(stage == STAGES - 1, phase ^ 1, phase)
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
