@@ -25,7 +25,6 @@ from headwise.convert.encode import encode_outputs
 from headwise.convert.forecast.peak_memory import require_free_memory
 from headwise.convert.forecast.whole_conversion import forecast_conversion
 from headwise.convert.layers import LayerJob, RemainingLayers, choose_device
-from headwise.convert.mla.shape import source_cache
 from headwise.convert.plan import Plan, make_plan
 from headwise.convert.positions.window_choice import WindowChoice, choose_windows, recorded_choice
 from headwise.convert.refit.joint import JointTraining, refit_jointly, share_text
@@ -258,7 +257,6 @@ def convert_model(
         window=any(layout.sliding_window for layout in target.layouts),
         tokenizer=tokenizer_kind(checkpoint.folder),
         engines=settings.engines,
-        source_row=source_cache(arch.layouts(checkpoint.config)),
     )
     require_engines(verdicts, settings.engines)
     planned = earlier.get("joint", {}) if earlier else None

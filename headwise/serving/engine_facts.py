@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from headwise.io.quantized.powers import POWERS
+from headwise.serving.kernel_shapes import MULTIPLE, WIDEST, fa3_decodes, fa3_serves, fits_padded_prefill
 
 # Numbers of layers for which llama.cpp expects a single query projection; the last one only with its vocabulary.
 DIRECT_QUERY_DEPTHS = ((26, None), (27, None), (48, 128256))
@@ -16,15 +18,38 @@ LARGEST = 10**9
 YARN_NEEDS = {"factor", "original_max_position_embeddings"}
 YARN_MAY = {"type", "rope_type", "rope_theta", "beta_fast", "beta_slow"}
 MSCALES = {"mscale", "mscale_all_dim"}
+# The largest cache row whose decode was read in engines that take every row.
+LARGEST_ROW = 576
 
 
-def engine_facts(config: Mapping[str, Any], *, window: bool = False, tokenizer: str = "none") -> dict[str, Any]:
+@dataclass(frozen=True)
+class Deployment:
+    """What a forecast knows of the server.
+
+    Attributes:
+        gpu: "hopper", "blackwell", "amd", "other" (an older GPU of NVIDIA's) or "unknown".
+        cache_dtype: element type of its cache.
+        context_parallel: whether several GPUs divide the cache of a sequence.
+    """
+
+    gpu: str = "unknown"
+    cache_dtype: str = "bf16"
+    context_parallel: bool = False
+
+
+NOT_KNOWN = Deployment()
+
+
+def engine_facts(
+    config: Mapping[str, Any], *, window: bool = False, tokenizer: str = "none", deployment: Deployment = NOT_KNOWN
+) -> dict[str, Any]:
     """Return the facts of a model that the rules check.
 
     Args:
         config: the config.json.
         window: whether a layer has a sliding window.
         tokenizer: the kind of its vocabulary, see `headwise.io.tokenizer.tokenizer_kind`.
+        deployment: of the server.
     """
     named = config.get("architectures")
     stock_class = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
@@ -38,6 +63,7 @@ def engine_facts(config: Mapping[str, Any], *, window: bool = False, tokenizer: 
         "rope_attention_factor": factor,
         "quantization": _quantization(config),
         "powers_of_two": bool(config.get(POWERS)),
+        **asdict(deployment),
     }
     sizes: list[Any] = [
         config.get(name) for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -49,7 +75,13 @@ def engine_facts(config: Mapping[str, Any], *, window: bool = False, tokenizer: 
     return facts | {
         "cache_row": rank + rope,
         "latent_rope_type": latent_kind,
+        "large_row": rank + rope > LARGEST_ROW,
         "head_dims": f"{nope}/{rope}/{value}",
+        "shape": f"{rank}+{rope} {nope}/{rope}/{value}",
+        "wide_heads": max(nope + MULTIPLE, value) > WIDEST,
+        "padded_prefill": fits_padded_prefill(nope, rope, value),
+        "fa3": fa3_serves(rank, nope, rope, value),
+        "fa3_decodes": fa3_decodes(rank, rope),
         "attention_bias": config.get("attention_bias", False),
         "rope_interleave": config.get("rope_interleave", True),
         "tie_word_embeddings": config.get("tie_word_embeddings", False),

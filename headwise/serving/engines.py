@@ -9,9 +9,11 @@ from importlib import resources
 from typing import Any
 
 from headwise.errors import SettingError
-from headwise.serving.engine_facts import engine_facts, has_direct_query_depth
+from headwise.serving.engine_facts import NOT_KNOWN, Deployment, engine_facts, has_direct_query_depth
 
-# The engines of engines.yaml, for settings and shell completion, which read no YAML.
+# The files with the rules.
+FILES = ("engines.yaml", "vllm.yaml")
+# The engines of these files, for settings and shell completion, which read no YAML.
 ENGINES = ("transformers", "vllm", "sglang", "llama.cpp")
 # The options of an engine's server for the settings of a forecast, and its names of cache types.
 SERVING_OPTIONS = {
@@ -31,12 +33,10 @@ SERVING_OPTIONS = {
 CACHE_NAMES: Mapping[tuple[str, int | str | None], str] = {("sglang", "fp8"): "fp8_e4m3"}
 # Largest relative distance between a wanted cache row and the one that replaces it.
 NEAR = 0.2
-# Facts of a rule about the shape of MLA.
-SHAPE_FACTS = {"cache_row", "head_dims"}
 SEVERITY = ("no", "wrong", "unknown", "command", "loads")
 MEANINGS = {
     "no": "does not load",
-    "refused": "does not start with these options",
+    "refused": "is not served with these options",
     "wrong": "loads, and computes another function",
     "unknown": "not known",
     "command": "loads with this command",
@@ -58,8 +58,7 @@ class EngineVerdict:
             engine loads it.
         evidence: "run", "read", both, or empty where the verdict is "unknown".
         versions: of the engine, to which the evidence applies.
-        remedy: what to do where the engine stops at a shape of MLA: the shapes that it takes, or to leave it out.
-        others: the reasons beside that shape; empty where there are none.
+        remedy: what to do where the engine does not serve the result; empty if no rule has one.
     """
 
     name: str
@@ -69,7 +68,6 @@ class EngineVerdict:
     evidence: str
     versions: str
     remedy: str = ""
-    others: str = ""
 
     @property
     def serves(self) -> bool:
@@ -85,7 +83,7 @@ class EngineVerdict:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the verdict as plain data; what only messages need is left out."""
-        plain = {name: value for name, value in asdict(self).items() if name not in ("remedy", "others")}
+        plain = {name: value for name, value in asdict(self).items() if name != "remedy"}
         return plain | {"commands": list(self.commands)}
 
 
@@ -93,9 +91,9 @@ class EngineVerdict:
 def _table() -> dict[str, Any]:
     import yaml  # takes longer to import than `headwise --help` may
 
-    text = resources.files(__package__).joinpath("engines.yaml").read_text("utf-8")
-    table: dict[str, Any] = yaml.safe_load(text)
-    return {engine["name"]: engine for engine in table["engines"]}
+    texts = (resources.files(__package__).joinpath(name).read_text("utf-8") for name in FILES)
+    table = {engine["name"]: engine for text in texts for engine in yaml.safe_load(text)["engines"]}
+    return {name: table[name] for name in ENGINES}
 
 
 def engine_verdicts(
@@ -105,7 +103,7 @@ def engine_verdicts(
     tokenizer: str = "none",
     engines: Collection[str] = (),
     folder: str = "OUT",
-    source_row: int | None = None,
+    deployment: Deployment = NOT_KNOWN,
 ) -> tuple[EngineVerdict, ...]:
     """Check a model against the rules of the engines.
 
@@ -115,18 +113,17 @@ def engine_verdicts(
         tokenizer: the kind of its vocabulary.
         engines: names of the engines to check; empty: all of them.
         folder: the folder that the commands name.
-        source_row: cache elements per token and layer of the source, which a suggested row of MLA is smaller than;
-            None: not known.
+        deployment: of the server.
 
     Returns:
         One verdict for each engine; the most severe rule that applies decides it.
     """
-    facts = engine_facts(config, window=window, tokenizer=tokenizer)
-    return tuple(_verdict(engine, facts, folder, source_row) for engine in _named(engines or ENGINES))
+    facts = engine_facts(config, window=window, tokenizer=tokenizer, deployment=deployment)
+    return tuple(_verdict(engine, facts, folder) for engine in _named(engines or ENGINES))
 
 
 def with_options(verdict: EngineVerdict, options: Mapping[str, int | str | None]) -> EngineVerdict:
-    """Return a verdict whose commands have the options of a forecast, where the engine has such options.
+    """Return a verdict whose last command, the server's, has the options of a forecast that the engine has.
 
     Args:
         verdict: of one engine.
@@ -138,7 +135,8 @@ def with_options(verdict: EngineVerdict, options: Mapping[str, int | str | None]
         for name, value in options.items()
         if name in spellings and value is not None
     ]
-    return replace(verdict, commands=tuple(command + "".join(words) for command in verdict.commands))
+    *before, server = verdict.commands or ("",)
+    return replace(verdict, commands=(*before, server + "".join(words)) if server else ())
 
 
 def refused(verdict: EngineVerdict, reason: str) -> EngineVerdict:
@@ -153,9 +151,7 @@ def refused(verdict: EngineVerdict, reason: str) -> EngineVerdict:
     return EngineVerdict(verdict.name, "refused", reason, (), "", "")
 
 
-def _verdict(
-    engine: Mapping[str, Any], facts: Mapping[str, Any], folder: str, source_row: int | None
-) -> EngineVerdict:
+def _verdict(engine: Mapping[str, Any], facts: Mapping[str, Any], folder: str) -> EngineVerdict:
     rules = [rule for rule in engine.get("mla" if "cache_row" in facts else "grouped", ()) if _applies(rule, facts)]
     severity = min((SEVERITY.index(rule["verdict"]) for rule in rules), default=len(SEVERITY) - 1)
     verdict = SEVERITY[severity]
@@ -169,52 +165,24 @@ def _verdict(
     # An engine that would stop for one reason may compute another function once that reason is gone.
     decisive = ("no", "wrong") if verdict == "no" else (verdict,)
     deciding = [rule for rule in rules if rule["verdict"] in decisive]
-    shapes = [rule for rule in deciding if rule["verdict"] == "no" and not SHAPE_FACTS.isdisjoint(_facts_of(rule))]
-    others = [rule["reason"] for rule in deciding if rule not in shapes]
-    sources = [covered] if verdict == "loads" else deciding
+    sources = [_evidence(row, facts) for row in ([covered] if verdict == "loads" else deciding) if row]
     return EngineVerdict(
         name=engine["name"],
         verdict=verdict,
-        reason="; ".join(rule["reason"] for rule in deciding),
+        reason="; ".join(dict.fromkeys(rule["reason"] for rule in deciding)),
         commands=_commands(engine, rules, folder) if verdict in ("loads", "command") else (),
-        evidence=_join(source["evidence"] for source in sources if source),
-        versions=_join(source["versions"] for source in sources if source),
-        remedy=_remedy(engine, facts, source_row) if shapes else "",
-        others="; ".join(others) if shapes else "",
+        evidence=_join(evidence for evidence, _ in sources),
+        versions=_join(versions for _, versions in sources),
+        remedy=" ".join(dict.fromkeys(rule["remedy"] for rule in deciding if "remedy" in rule)),
     )
 
 
-def _facts_of(rule: Mapping[str, Any]) -> set[str]:
-    return {*rule.get("if", ()), *rule.get("unless", ())}
-
-
-def _remedy(engine: Mapping[str, Any], facts: Mapping[str, Any], source_row: int | None) -> str:
-    """Return the shapes of MLA that an engine takes, as a hint; empty if the table does not have them.
-
-    A row that is no smaller than the source's saves no cache, and is not suggested.
-    """
-    dims, rows = engine.get("head_dims", ()), engine.get("cache_rows", ())
-    nope, _, value = map(int, facts["head_dims"].split("/"))
-    if not dims or not rows:
-        return ""
-    if not any(n >= nope and v >= value for n, _, v in dims):
-        widths = f"{nope} position-free and {value} value elements"
-        return f"Leave out {engine['name']}: it has no MLA for heads of {widths}."
-    smaller = [row for row in rows if source_row is None or row < source_row]
-    if not smaller:
-        return (
-            f"Leave out {engine['name']}: it takes rows of {_either(rows)} elements, and the source caches "
-            f"{source_row:,} per token and layer, so none of them saves cache."
-        )
-    shape = f"`rope_dim` {_either({r for _, r, _ in dims})} and a `rank` that makes a row of {_either(smaller)}"
-    condition = ", if the model caches more" if source_row is None else ""
-    return f"Give {shape}{condition}, or leave out {engine['name']}."
-
-
-def _either(numbers: Iterable[int]) -> str:
-    """Return "320, 512 or 576"."""
-    *first, last = map(str, sorted(numbers))
-    return f"{', '.join(first)} or {last}" if first else last
+def _evidence(row: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the evidence of a rule or of a row of classes, and its versions: "run" where this case was run."""
+    run = row.get("run", {})
+    if any(all(facts.get(fact) in values for fact, values in case.items()) for case in run.get("where", ())):
+        return "run", run["versions"]
+    return row["evidence"], row["versions"]
 
 
 def _applies(rule: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
@@ -223,11 +191,14 @@ def _applies(rule: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
 
 
 def _commands(engine: Mapping[str, Any], rules: Iterable[Mapping[str, Any]], folder: str) -> tuple[str, ...]:
-    flags = {"serve": "", "quantize": ""}
+    slots: dict[str, dict[str, None]] = {"serve": {}, "quantize": {}}
+    before: dict[str, None] = {}
     for rule in rules:
+        before |= dict.fromkeys(rule.get("before", ()))
         for slot, words in rule.get("flags", {}).items():
-            flags[slot] += f" {words}"
-    return tuple(command.format(**flags).replace("OUT", folder) for command in engine["commands"])
+            slots[slot][f" {words}"] = None
+    flags = {slot: "".join(words) for slot, words in slots.items()}
+    return tuple(command.format(**flags).replace("OUT", folder) for command in (*before, *engine["commands"]))
 
 
 def _join(words: Iterable[Any]) -> str:
@@ -246,13 +217,10 @@ def require_engines(verdicts: Iterable[EngineVerdict], engines: Collection[str])
     """
     for verdict in verdicts:
         if verdict.name in engines and verdict.verdict in ("no", "wrong"):
-            reason = verdict.reason
-            if verdict.remedy:
-                reason = "it has no kernels for this shape" + (f"; {verdict.others}" if verdict.others else "")
             raise SettingError(
                 "engines",
-                f"`engines` names {verdict.name}, which {_negation(verdict)}: {reason}.",
-                verdict.remedy or "Give another shape, or leave out this engine.",
+                f"`engines` names {verdict.name}, which {_negation(verdict)}: {verdict.reason}.",
+                verdict.remedy or f"Leave out {verdict.name}.",
             )
 
 
@@ -310,20 +278,25 @@ def nearest_cache_row(size: int, engines: Collection[str] = ()) -> int:
     return nearest if abs(nearest - size) <= NEAR * size else size // 2 * 2
 
 
-def padded_head_dims(nope: int, rope: int, value: int, engines: Collection[str]) -> tuple[int, int]:
+def padded_head_dims(nope: int, rope: int, value: int, engines: Collection[str], row: int) -> tuple[int, int]:
     """Return the widths to which MLA heads are padded for the engines that a user names.
+
+    An engine that takes the row only with the plugin of headwise needs no padding.
 
     Args:
         nope: position-free width of queries and keys.
         rope: rotary width.
         value: width of the values.
         engines: names of the engines; none: nothing is padded.
+        row: cache elements per token and layer.
 
     Returns:
         (qk_nope_head_dim, v_head_dim): the smallest that every engine takes, or the given widths if none is wide
         enough.
     """
     for engine in _named(engines):
+        if row not in engine.get("cache_rows", (row,)):
+            continue
         wide = [(n, v) for n, r, v in engine.get("head_dims", ()) if r == rope and n >= nope and v >= value]
         nope, value = min(wide, default=(nope, value))
     return nope, value

@@ -23,7 +23,11 @@ def pad_layout(layout: AttentionLayout, engines: Collection[str], v_head_dim: in
     """
     rope_dim = layout.rotary_dim
     nope, value = padded_head_dims(
-        layout.head_dim - rope_dim, rope_dim, max(layout.v_head_dim, v_head_dim), engines
+        layout.head_dim - rope_dim,
+        rope_dim,
+        max(layout.v_head_dim, v_head_dim),
+        engines,
+        layout.cache_elements_per_token,
     )
     return replace(layout, head_dim=nope + rope_dim, v_head_dim=value)
 

@@ -22,6 +22,7 @@ from headwise.serving.planner import (
     ModelSize,
     ServingForecast,
     attention_parameters,
+    deployment_of,
     forecast,
     refuse_parallelism,
     serving_notes,
@@ -69,7 +70,6 @@ class ModelForecast:
         self._sizes: dict[str, ModelSize | None] = {}
         self._own: ModelSize | None = None
         self._files = NO_FILES
-        self._source_row: int | None = None
 
     def measure(
         self,
@@ -92,7 +92,6 @@ class ModelForecast:
         """
         self._hidden_size, self._itemsize, self._files = hidden_size, dtype.itemsize, files
         self._kind = _kind(layouts)
-        self._source_row = max(layout.cache_elements_per_token for layout in layouts)
         self._sizes[self._kind] = None
         if not self.settings.forecasts:
             return
@@ -190,7 +189,7 @@ class ModelForecast:
             tokenizer=self.tokenizer,
             engines=self.settings.engines,
             folder="MODEL" if own else "OUT",
-            source_row=self._source_row,
+            deployment=deployment_of(self.settings),
         )
         settings, reachable = self.settings, self._longest is None or self.context <= self._longest
         options = {

@@ -15,6 +15,7 @@ import torch
 from headwise.errors import SettingError
 from headwise.models.deepseek import attention_shapes
 from headwise.models.layout import AttentionLayout, caches, state_bytes
+from headwise.serving.engine_facts import Deployment
 from headwise.serving.settings import CACHE_DTYPES, USED_MEMORY, ServingSettings
 
 # The context of a forecast without one, in models that have positions for so many tokens.
@@ -138,6 +139,16 @@ def _cards() -> dict[str, Any]:
     return cards
 
 
+def deployment_of(settings: ServingSettings) -> Deployment:
+    """Return what the settings of a forecast say of the server, for the rules about engines.
+
+    Args:
+        settings: of the forecast.
+    """
+    gpu = _cards()[settings.card]["gpu"] if settings.card else "unknown"
+    return Deployment(gpu, settings.cache_dtype or "bf16", (settings.dcp or 1) > 1)
+
+
 def cache_elements(layout: AttentionLayout, tp: int = 1, dcp: int = 1) -> float:
     """Return the cache elements of one layer for one token, on one GPU.
 
@@ -181,35 +192,50 @@ def attention_parameters(
 
 
 def refuse_parallelism(layouts: Sequence[AttentionLayout], settings: ServingSettings) -> str | None:
-    """Return why no server starts with a layout; None if one does.
+    """Return why no server serves a layout; None if one does.
 
-    Rules of vLLM alone count where it is the only engine that is named, or none is.
+    Rules of one engine count where it is the only one that is named, and those of vLLM where none is.
 
     Args:
         layouts: of every layer.
         settings: parallelism, cache type, card and engines.
     """
     tp, dcp = settings.tp or 1, settings.dcp or 1
-    if not set(settings.engines) <= {"vllm"}:
-        dcp = 1  # what follows about `dcp` are rules of vLLM alone
     latent = any(layout.kind == "mla" for layout in layouts)
     for layout in () if latent else caches(layouts):
         groups = layout.num_key_value_heads
         if tp % groups and groups % tp:
             return f"tensor parallel {tp} does not divide {count_heads(groups)}, and is no multiple of it"
-        if dcp > 1 and tp <= groups:
-            return (
-                f"vLLM 0.33 divides the cache of KV heads only over more GPUs than KV heads, and there are {tp} "
-                f"GPUs for {count_heads(groups)}"
-            )
-        if dcp > max(tp // groups, 1):
-            return f"vLLM 0.33 takes a `dcp` of at most {tp // groups} here, the GPUs that repeat a KV head"
-        if layout.queries_per_group % dcp:
-            return f"vLLM 0.33 needs a `dcp` that divides {layout.queries_per_group}, the query heads of a KV head"
+        if dcp > 1 and (reason := _refuse_division(layout, tp, dcp, settings.engines)) is not None:
+            return reason
     capability = _cards()[settings.card].get("capability") if settings.card else None
     old = capability is not None and capability < FP8_CAPABILITY
     if latent and old and settings.cache_dtype == "fp8" and set(settings.engines) == {"vllm"}:
         return f"vLLM's MLA has an FP8 cache from compute capability 8.9 on, and {settings.card} has {capability}"
+    return None
+
+
+def _refuse_division(layout: AttentionLayout, tp: int, dcp: int, engines: Sequence[str]) -> str | None:
+    """Return why the named engine does not divide the cache of KV heads; vLLM's reason if none is named."""
+    groups = layout.num_key_value_heads
+    if set(engines) == {"sglang"}:
+        copies = max(tp // groups, 1)
+        if copies % dcp:
+            return (
+                "SGLang 0.5.23 divides the cache only among GPUs that hold the same KV heads, and with "
+                f"{count_heads(groups)} at tensor parallel {tp}, "
+                + (f"{copies} GPUs repeat each" if copies > 1 else "no two GPUs do")
+            )
+    elif set(engines) <= {"vllm"}:
+        if tp <= groups:
+            return (
+                f"vLLM 0.33 divides the cache of KV heads only over more GPUs than KV heads, and there are {tp} "
+                f"GPUs for {count_heads(groups)}"
+            )
+        if dcp > tp // groups:
+            return f"vLLM 0.33 takes a `dcp` of at most {tp // groups} here, the GPUs that repeat a KV head"
+        if layout.queries_per_group % dcp:
+            return f"vLLM 0.33 needs a `dcp` that divides {layout.queries_per_group}, the query heads of a KV head"
     return None
 
 

@@ -312,8 +312,9 @@ def test_a_refusal_is_the_verdict_of_the_engines_that_it_concerns(tmp_path: Path
         assert (verdicts[name].verdict, verdicts[name].reason) == ("refused", found.serving.refusal)
         assert not verdicts[name].serves and not verdicts[name].commands
     assert verdicts["transformers"].verdict == "loads", "it takes no `tp`"
-    divided = {verdict.name: verdict.verdict for verdict in inspect_model(tmp_path, tp=10, dcp=2).engines}
-    assert divided["vllm"] == "refused" and divided["sglang"] == "loads", "the rule about `dcp` is vLLM's"
+    divided = {verdict.name: verdict for verdict in inspect_model(tmp_path, tp=10, dcp=2).engines}
+    assert divided["vllm"].verdict == divided["sglang"].verdict == "refused"
+    assert "vLLM 0.33 divides" in divided["vllm"].reason and "SGLang 0.5.23 divides" in divided["sglang"].reason
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["NovelForCausalLM"]}))
     assert inspect_model(tmp_path, engines="vllm").engines[0].verdict == "unknown"
     assert inspect_model(tmp_path, engines="vllm", tp=4).engines[0].verdict == "refused"

@@ -60,12 +60,25 @@ def test_deepseeks_own_shape_loads_everywhere() -> None:
 @pytest.mark.parametrize(
     ("changes", "engine", "verdict", "word"),
     [
-        (dict(kv_lora_rank=448), "vllm", "loads", "FlashAttention"),
-        (dict(kv_lora_rank=300), "vllm", "no", "320, 512 and 576"),
+        (dict(kv_lora_rank=448), "vllm", "loads", "on Hopper its FlashAttention backend takes this cache row"),
+        (dict(kv_lora_rank=300), "vllm", "command", "alone refuses cache rows other than 320, 512 and 576"),
+        (dict(kv_lora_rank=600), "vllm", "unknown", "cache rows above 576"),
         (dict(kv_lora_rank=300), "sglang", "command", "Triton"),
+        (dict(kv_lora_rank=448), "sglang", "loads", "fa3, takes this shape; on Blackwell add"),
+        (dict(v_head_dim=256, qk_nope_head_dim=192), "sglang", "loads", "fa3, takes this shape"),
+        (dict(kv_lora_rank=192), "sglang", "command", "fa3, does not take"),
         (dict(v_head_dim=64), "sglang", "command", "fa3"),
         (dict(kv_lora_rank=17), "llama.cpp", "command", "bfloat16"),
-        (dict(v_head_dim=64, qk_nope_head_dim=64), "vllm", "no", "64/64/128"),
+        (dict(v_head_dim=64, qk_nope_head_dim=64), "vllm", "command", "no MLA prefill for these head dims"),
+        (dict(v_head_dim=64, qk_nope_head_dim=68), "vllm", "no", "multiple of 8 up to 256"),
+        (dict(v_head_dim=200), "vllm", "no", "values no wider"),
+        (dict(qk_nope_head_dim=256), "vllm", "no", "multiple of 8 up to 256"),
+        (
+            dict(kv_lora_rank=528, qk_rope_head_dim=48),
+            "vllm",
+            "command",
+            "a rank from 256 to 512 and a rotary key up",
+        ),
         (dict(v_head_dim=128, qk_nope_head_dim=64), "vllm", "loads", ""),
         (dict(attention_bias=True), "transformers", "loads", ""),
         (dict(attention_bias=True), "vllm", "wrong", "drops the biases"),
@@ -167,11 +180,14 @@ def test_every_rule_is_well_formed() -> None:
     facts = engine_facts.engine_facts(GOOD)
     assert tuple(engines._table()) == engines.ENGINES
     for engine in engines._table().values():
-        assert all(row.keys() == {"names", "evidence", "versions"} for row in engine["classes"])
+        assert all(row.keys() - {"run"} == {"names", "evidence", "versions"} for row in engine["classes"])
         for kind in ("mla", "grouped"):
             for rule in engine.get(kind, ()):
                 assert {"verdict", "evidence", "versions", "reason"} <= set(rule)
-                assert set(rule) <= {"verdict", "evidence", "versions", "reason", "if", "unless", "flags"}
+                optional = {"if", "unless", "flags", "before", "remedy", "run"}
+                assert set(rule) <= {"verdict", "evidence", "versions", "reason"} | optional
+                for case in rule.get("run", {}).get("where", ()):
+                    assert case.keys() <= facts.keys()
                 assert rule["verdict"] in engines.SEVERITY and rule["evidence"] in ("run", "read")
                 conditions = rule.get("if", {}).keys() | rule.get("unless", {}).keys()
                 assert conditions <= facts.keys()
@@ -206,39 +222,142 @@ def test_cache_rows_of_the_engines_that_the_user_names() -> None:
     assert engines.nearest_cache_row(500, ["vllm", "sglang"]) == 576
 
 
-def test_a_refused_shape_comes_with_one_that_works() -> None:
-    engines.require_engines(verdicts().values(), ["vllm"])
-    with pytest.raises(SettingError, match=r"it has no kernels for this shape\. Give") as caught:
-        engines.require_engines(verdicts(qk_rope_head_dim=32).values(), ["vllm"])
-    shape = "`rope_dim` 64 and a `rank` that makes a row of 320, 512 or 576"
-    assert caught.value.hint == f"Give {shape}, if the model caches more, or leave out vllm."
-    both = verdicts(qk_rope_head_dim=32, attention_bias=True)["vllm"]
-    assert both.verdict == "no" and "drops the biases" in both.reason, "a wrong result is named beside an error"
-    with pytest.raises(SettingError, match="for this shape; the loader drops the biases"):
-        engines.require_engines([both], ["vllm"])
+@pytest.mark.parametrize(
+    ("changes", "engine", "hint"),
+    [
+        (dict(qk_nope_head_dim=68), "vllm", "Give a `rope_dim` with which nope + rope is a multiple of 8"),
+        (dict(qk_nope_head_dim=512), "vllm", "Leave out vllm."),
+        (LONGROPE, "vllm", "Leave out what keeps the source's frequencies (`exact`"),
+        (LONGROPE, "sglang", "Leave out what keeps the source's frequencies (`exact`"),
+        (LONGROPE, "llama.cpp", "Leave out what keeps the source's frequencies (`exact`"),
+        (dict(attention_bias=True), "llama.cpp", "Leave out llama.cpp."),
+    ],
+)
+def test_a_refused_result_comes_with_a_hint_that_fits(changes: dict[str, Any], engine: str, hint: str) -> None:
+    engines.require_engines(verdicts().values(), [engine])
     with pytest.raises(SettingError) as caught:
-        engines.require_engines(verdicts(qk_nope_head_dim=512).values(), ["vllm"])
-    assert str(caught.value.hint).startswith("Leave out vllm: it has no MLA for heads of 512 position-free and 128")
+        engines.require_engines(verdicts(**changes).values(), [engine])
+    assert str(caught.value.hint).startswith(hint)
+
+
+@pytest.mark.parametrize("name", ["MistralForCausalLM", "MinistralForCausalLM"])
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "llama.cpp"])
+def test_a_window_that_an_engine_does_not_serve_may_be_left_out(name: str, engine: str) -> None:
+    config = {"architectures": [name], "rope_parameters": {}}
+    found = engines.engine_verdicts(config, window=True, engines=[engine])
+    if found[0].serves:
+        assert (name, engine) == ("MistralForCausalLM", "vllm")
+        return
+    with pytest.raises(SettingError) as caught:
+        engines.require_engines(found, [engine])
+    assert str(caught.value.hint).startswith("Leave out `sliding_window`")
+
+
+def test_a_wrong_result_is_named_beside_an_error() -> None:
+    both = verdicts(qk_nope_head_dim=68, attention_bias=True)["vllm"]
+    assert both.verdict == "no" and "drops the biases" in both.reason and "multiple of 8" in both.reason
+
+
+RAN = dict(kv_lora_rank=144, qk_rope_head_dim=48, qk_nope_head_dim=64, v_head_dim=64)
+RAN_TOO = dict(kv_lora_rank=192, qk_rope_head_dim=64, qk_nope_head_dim=32, v_head_dim=32)
+TRITON = "vllm serve OUT --attention-backend TRITON_MLA"
+
+
+def on(gpu: str, dtype: str = "bf16", divided: bool = False, **changes: Any) -> dict[str, engines.EngineVerdict]:
+    deployment = engine_facts.Deployment(gpu, dtype, divided)
+    found = engines.engine_verdicts({**GOOD, **changes}, tokenizer="bpe", deployment=deployment)
+    return {verdict.name: verdict for verdict in found}
 
 
 @pytest.mark.parametrize(
-    ("source", "hint"),
+    ("changes", "gpu", "dtype", "evidence"),
     [
-        (2048, "Give `rope_dim` 64 and a `rank` that makes a row of 320, 512 or 576, or leave out vllm."),
-        (576, "Give `rope_dim` 64 and a `rank` that makes a row of 320 or 512, or leave out vllm."),
-        (384, "Give `rope_dim` 64 and a `rank` that makes a row of 320, or leave out vllm."),
-        (
-            320,
-            "Leave out vllm: it takes rows of 320, 512 or 576 elements, and the source caches 320 per token and "
-            "layer, so none of them saves cache.",
-        ),
+        (RAN, "unknown", "bf16", "run"),
+        (RAN, "hopper", "fp8", "run"),
+        (RAN, "other", "bf16", "read"),
+        (RAN_TOO, "hopper", "bf16", "run"),
+        (RAN_TOO, "hopper", "fp8", "read"),
+        (dict(kv_lora_rank=128), "hopper", "bf16", "read"),
     ],
 )
-def test_a_row_that_saves_no_cache_is_no_remedy(source: int, hint: str) -> None:
-    found = engines.engine_verdicts(GOOD | {"kv_lora_rank": 100}, engines=["vllm"], source_row=source)
-    assert found[0].verdict == "no" and found[0].remedy == hint
-    bare = engines.engine_verdicts(GOOD | {"qk_rope_head_dim": 32}, engines=["vllm"], source_row=source)
-    assert bare[0].remedy == hint
+def test_the_plugin_for_vllm_serves_other_shapes(
+    changes: dict[str, Any], gpu: str, dtype: str, evidence: str
+) -> None:
+    verdict = on(gpu, dtype, **changes)["vllm"]
+    assert verdict.serves and verdict.commands == ("pip install headwise", "vllm serve OUT")
+    assert verdict.evidence == evidence and "with headwise installed beside it" in verdict.reason
+    engines.require_engines([verdict], ["vllm"])
+    served = engines.with_options(verdict, {"tp": 2, "context": 64})
+    assert served.commands == (
+        "pip install headwise",
+        "vllm serve OUT --tensor-parallel-size 2 --max-model-len 64",
+    )
+    assert on("amd", dtype, **changes)["vllm"].verdict == "unknown"
+
+
+@pytest.mark.parametrize("rank", [256, 448])
+def test_rows_of_320_and_512_need_a_flag_on_some_cards(rank: int) -> None:
+    for gpu, dtype, command in (
+        ("unknown", "bf16", "vllm serve OUT"),
+        ("hopper", "bf16", "vllm serve OUT"),
+        ("blackwell", "bf16", TRITON),
+        ("other", "bf16", "vllm serve OUT"),
+        ("amd", "bf16", "vllm serve OUT"),
+        ("unknown", "fp8", TRITON),
+        ("hopper", "fp8", TRITON),
+        ("blackwell", "fp8", TRITON),
+        ("other", "fp8", "vllm serve OUT"),
+    ):
+        verdict = on(gpu, dtype, kv_lora_rank=rank)["vllm"]
+        assert verdict.commands == (command,) and ("Blackwell add" in verdict.reason) == (
+            gpu + dtype == "unknownbf16"
+        )
+        assert verdict.evidence == ("run" if dtype == "bf16" and gpu in ("unknown", "hopper") else "read")
+
+
+def test_a_row_of_576_may_have_a_rank_that_no_first_backend_takes() -> None:
+    for gpu in ("unknown", "hopper", "blackwell"):
+        assert on(gpu, kv_lora_rank=528, qk_rope_head_dim=48)["vllm"].commands[-1] == TRITON
+    assert on("other", kv_lora_rank=528, qk_rope_head_dim=48)["vllm"].commands[-1] == "vllm serve OUT"
+
+
+def test_nothing_was_run_with_a_cache_in_fp8_but_one_shape() -> None:
+    for gpu in ("unknown", "hopper", "blackwell", "other", "amd"):
+        assert on(gpu, "fp8")["vllm"].evidence == "read"
+    assert [on(gpu)["vllm"].evidence for gpu in ("hopper", "blackwell", "other")] == ["run", "read", "read"]
+    for name in ("LlamaForCausalLM", "MistralForCausalLM"):
+        for dtype, evidence in (("bf16", "run"), ("fp8", "read")):
+            found = engines.engine_verdicts(
+                {"architectures": [name]}, engines=["vllm"], deployment=engine_facts.Deployment("hopper", dtype)
+            )
+            assert found[0].evidence == evidence
+
+
+def test_sglang_needs_a_flag_where_its_default_does_not_take_a_shape() -> None:
+    triton = ("python -m sglang.launch_server --model-path OUT --attention-backend triton",)
+    plain = ("python -m sglang.launch_server --model-path OUT",)
+    for changes, flagged in (
+        (RAN, ("unknown", "hopper", "blackwell", "amd")),
+        (dict(kv_lora_rank=448), ("blackwell",)),
+    ):
+        for gpu in ("unknown", "hopper", "blackwell", "amd", "other"):
+            assert on(gpu, **changes)["sglang"].commands == (triton if gpu in flagged else plain)
+    assert on("blackwell")["sglang"].commands == plain, "DeepSeek-V3's own shape"
+
+
+def test_a_divided_cache_in_sglang() -> None:
+    assert on("hopper", divided=True)["sglang"].verdict == "unknown"
+    divided = engine_facts.Deployment(context_parallel=True)
+    for window, verdict in ((False, "command"), (True, "no")):
+        config = {"architectures": ["LlamaForCausalLM"]}
+        found = engines.engine_verdicts(config, engines=["sglang"], window=window, deployment=divided)[0]
+        assert found.verdict == verdict and (window or found.commands[0].endswith("--attention-backend triton"))
+
+
+def test_classes_and_rotations_of_vllm_0_33() -> None:
+    assert grouped("Dots1ForCausalLM")["vllm"] == "no"
+    assert grouped("SmolLM3ForCausalLM")["vllm"] == "loads"
+    assert grouped("LlamaForCausalLM", rope_type="yarn", factor=4.0, attention_factor=1.0)["vllm"] == "loads"
 
 
 def test_heads_that_engines_have_kernels_for() -> None:
@@ -251,10 +370,9 @@ def test_heads_that_engines_have_kernels_for() -> None:
     [((80, 64, 80), (128, 128)), ((64, 64, 64), (64, 128)), ((160, 64, 130), (192, 256)), ((300, 64, 9), (300, 9))],
 )
 def test_heads_are_padded_for_vllm_alone(dims: tuple[int, int, int], padded: tuple[int, int]) -> None:
-    assert engines.padded_head_dims(*dims, ["llama.cpp", "vllm"]) == padded
-    assert (
-        engines.padded_head_dims(*dims, ["llama.cpp"]) == engines.padded_head_dims(*dims, []) == (dims[0], dims[2])
-    )
+    assert engines.padded_head_dims(*dims, ["llama.cpp", "vllm"], 320) == padded
+    for names, row in ((["llama.cpp"], 320), ([], 320), (["vllm"], 300)):  # the plugin for vLLM pads by itself
+        assert engines.padded_head_dims(*dims, names, row) == (dims[0], dims[2])
     assert engines.rope_dims(["vllm"]) == {64} and engines.rope_dims(["sglang"]) is engines.rope_dims([]) is None
 
 

@@ -9,6 +9,7 @@ import pytest
 from headwise.errors import SettingError
 from headwise.models.layout import AttentionLayout
 from headwise.serving import planner
+from headwise.serving.engine_facts import Deployment
 from headwise.serving.planner import ModelSize, cache_elements, forecast
 from headwise.serving.settings import CARDS, ServingSettings
 
@@ -140,6 +141,33 @@ def test_rows_that_no_server_starts(groups: int, tp: int, dcp: int | None, words
     refusal = planner.refuse_parallelism([layout], ServingSettings(tp=tp, dcp=dcp))
     assert refusal is None if words is None else words in str(refusal)
     assert planner.refuse_parallelism([MLA], ServingSettings(tp=tp, dcp=dcp)) is None
+
+
+@pytest.mark.parametrize(
+    ("groups", "tp", "dcp", "words"),
+    [
+        (8, 4, 2, "with 8 KV heads at tensor parallel 4, no two GPUs do"),
+        (8, 8, 2, "no two GPUs do"),
+        (8, 16, 2, None),
+        (8, 16, 4, "with 8 KV heads at tensor parallel 16, 2 GPUs repeat each"),
+        (1, 4, 4, None),
+    ],
+)
+def test_sglang_divides_the_cache_of_repeated_heads(groups: int, tp: int, dcp: int, words: str | None) -> None:
+    settings = ServingSettings("sglang", tp=tp, dcp=dcp)
+    refusal = planner.refuse_parallelism([replace(GQA, num_key_value_heads=groups)], settings)
+    assert refusal is None if words is None else words in str(refusal)
+    assert planner.refuse_parallelism([GQA], replace(settings, dcp=None)) is None
+    assert planner.refuse_parallelism([MLA], settings) is None
+
+
+def test_the_deployment_follows_from_the_settings() -> None:
+    assert planner.deployment_of(ServingSettings()) == Deployment("unknown", "bf16", False)
+    divided = ServingSettings(card="h200", cache_dtype="fp8", tp=2, dcp=2)
+    assert planner.deployment_of(divided) == Deployment("hopper", "fp8", True)
+    kinds = {card: planner.deployment_of(ServingSettings(card=card)).gpu for card in CARDS}
+    assert kinds["b200"] == "blackwell" and kinds["mi300x"] == "amd" and kinds["a100-80gb"] == "other"
+    assert set(kinds.values()) == {"hopper", "blackwell", "amd", "other"}
 
 
 def test_a_refused_row_has_no_numbers() -> None:

@@ -153,6 +153,11 @@ def _render_serving(inspection: Inspection, reasons: bool) -> None:
             ("layout", *(verdict.name for verdict in inspection.engines)),
             [(", ".join(names), *words) for words, names in rows.items()],
         )
+        refusals = [(name, verdict) for name, verdict in verdicts if verdict.verdict == "refused"]
+        for engine, reason in dict.fromkeys((verdict.name, verdict.reason) for _, verdict in refusals):
+            names = [name for name, verdict in refusals if (verdict.name, verdict.reason) == (engine, reason)]
+            if not any(serving and serving.refusal == reason for _, serving, _ in layouts):
+                console.print_line(f"Refused by {engine} ({', '.join(names)}): {reason}.")
         console.print_line("--engine NAME shapes MLA for an engine, and prints its reasons and commands.")
     elif verdicts:
         console.print_line()

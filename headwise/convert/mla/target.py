@@ -37,6 +37,7 @@ from headwise.models.norm_free import from_norm_free_state, norm_free_attention
 from headwise.models.protocol import AttentionModel
 from headwise.models.stock import empty_model, layer_arguments, move_to_device
 from headwise.serving import engines
+from headwise.serving.kernel_shapes import fits_padded_prefill
 from headwise.serving.latent_shape import pad_layout, query_factors
 
 # Padding for engines whose prefill needs values as wide as queries (engines.yaml).
@@ -409,11 +410,15 @@ class LatentTarget:
         groups = first.num_key_value_heads
         step, limit = 2 * groups if self.method.planes else 2, groups * first.rotary_dim
         legal = engines.rope_dims(settings.engines)
+        planar = range(step, min(limit, size // 2) + 1, step)
+        every = list(planar) if self.method.planes else engines.rope_dims_to_try(size, first.rotary_dim, groups)
         if legal is None:
-            if self.method.planes:
-                return list(range(step, min(limit, size // 2) + 1, step))
-            return engines.rope_dims_to_try(size, first.rotary_dim, groups)
+            return every
         fitting = sorted(legal.intersection(range(step, min(limit, size - 2) + 1, step)))
+        if not fitting:  # with the plugin of headwise the engine takes other widths
+            nope = first.head_dim - (first.rotary_dim if self._was_latent else 0)
+            value = max(first.v_head_dim, PADDED_V_HEAD_DIM if settings.pad_values else 0)
+            fitting = [dim for dim in every if fits_padded_prefill(nope, dim, value)]
         if not fitting:
             named, widths = ", ".join(settings.engines), ", ".join(map(str, sorted(legal)))
             whole = source_cache(self._before)

@@ -8,8 +8,7 @@ from typing import Any
 from vllm.v1.attention.backends.mla.prefill.base import MLADimensions
 from vllm.v1.attention.backends.mla.prefill.flash_attn import FlashAttnPrefillBackend, flash_attn_varlen_func
 
-# The head dims of FlashAttention 2 and 3 are multiples of 8 up to 256.
-MULTIPLE, WIDEST = 8, 256
+from headwise.serving.kernel_shapes import fits_padded_prefill
 
 
 class AnyHeadsPrefillBackend(FlashAttnPrefillBackend):  # type: ignore[misc]
@@ -27,8 +26,9 @@ class AnyHeadsPrefillBackend(FlashAttnPrefillBackend):  # type: ignore[misc]
         Args:
             mla_dimensions: head dims of the model.
         """
-        width = mla_dimensions.qk_nope_head_dim + mla_dimensions.qk_rope_head_dim
-        padded = width % MULTIPLE == 0 and mla_dimensions.v_head_dim <= width <= WIDEST
+        padded = fits_padded_prefill(
+            mla_dimensions.qk_nope_head_dim, mla_dimensions.qk_rope_head_dim, mla_dimensions.v_head_dim
+        )
         return padded or bool(super().supports_mla_dimensions(mla_dimensions))
 
     def __init__(self, *args: Any, **named: Any) -> None:

@@ -87,4 +87,4 @@ def test_a_plan_fits_the_width_and_its_commands_stay_whole(columns: str, monkeyp
         ("8", "640", "B", "2.56", "kB", "grows", "4x"),
     ]
     assert "5   model.layers.*.self_attn.kv_a_proj_with_mqa.weight" in plan
-    assert all(line.startswith(("  python ", "  llama-", "  vllm ")) for line in commands.splitlines())
+    assert all(line.startswith(("  python ", "  llama-", "  vllm ", "  pip ")) for line in commands.splitlines())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,21 @@ def test_a_refused_row_has_its_refusal_in_place_of_a_verdict(
     assert words.split()[-4:] == ["loads", "refused", "refused", "loads"], "two of the engines take no `tp`"
     render.render_inspection(inspect_model(tmp_path, engines="sglang", tp=4, memory="80GB"), reasons=True)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "GQA-5 sglang: does not start with these options (tensor parallel 4 does not divide 5 KV" in printed
+    assert "GQA-5 sglang: is not served with these options (tensor parallel 4 does not divide 5 KV" in printed
+
+
+def test_every_refusal_has_its_reason_under_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    console.configure(quiet=True)
+    shape = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
+    config = llama_config(**shape).to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    render.render_inspection(inspect_model(tmp_path, card="a100-80gb", cache_dtype="fp8"))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"Refused by vllm \(MLA [^)]*MLA 512\+64[^)]*\): vLLM.s MLA has an FP8 cache from", printed)
+    render.render_inspection(inspect_model(tmp_path, tp=4, dcp=2))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "vLLM 0.33 divides" in printed and "Refused by vllm" not in printed, "the forecast has this reason"
+    assert "Refused by sglang (unchanged): SGLang 0.5.23 divides the cache only among" in printed
 
 
 def test_a_forecast_of_a_mixture_names_the_share_of_its_experts(
@@ -94,8 +109,8 @@ def test_commands_have_the_options_of_the_forecast(tmp_path: Path) -> None:
             "--max-model-len 1024",
         ),
         (
-            "python -m sglang.launch_server --model-path MODEL --tp 16 --dcp-size 2 --kv-cache-dtype fp8_e4m3 "
-            "--context-length 1024",
+            "python -m sglang.launch_server --model-path MODEL --attention-backend triton --tp 16 --dcp-size 2 "
+            "--kv-cache-dtype fp8_e4m3 --context-length 1024",
         ),
     ]
     latent = next(option for option in found.options if option.to == "mla")
@@ -103,10 +118,10 @@ def test_commands_have_the_options_of_the_forecast(tmp_path: Path) -> None:
     assert command.startswith("vllm serve OUT ") and command.endswith("--kv-cache-dtype fp8 --max-model-len 1024")
     assert any("one byte for each element" in note for note in found.notes)
     alone = inspect_model(tmp_path, engines=["vllm"], tp=16, dcp=2, cache_dtype="fp8", context=1024, memory="80GB")
-    for result, refuses in ((found, False), (alone, True)):  # a rule of vLLM does not speak for SGLang
+    for result, refuses in ((found, False), (alone, True)):  # a rule of one engine does not speak for two
         heads = next(option for option in result.options if option.num_key_value_heads == 32)
         assert heads.serving and (heads.serving.refusal is not None) == refuses
-        assert [verdict.verdict for verdict in heads.engines] == ["refused", "loads"][: len(heads.engines)]
+        assert [verdict.verdict for verdict in heads.engines] == ["refused", "refused"][: len(heads.engines)]
     longer = inspect_model(tmp_path, engines=["vllm"], tp=16, context=65_536)
     assert "--max-model-len" not in longer.engines[0].commands[0]
     plain = inspect_model(tmp_path, engines=["vllm"])

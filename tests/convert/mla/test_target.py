@@ -132,13 +132,16 @@ def test_a_cache_row_of_engines_is_taken_only_where_heads_fit(tmp_path: Path) ->
         assert isinstance(plan, Plan)
         assert plan.layouts_after[0].cache_elements_per_token == row
         assert any("for which engines have kernels" in note for note in plan.notes) == (head_dim == 128)
-    with pytest.raises(SettingError, match="a row of 48 elements is not longer than it") as caught:
-        convert_model(tmp_path / "64", tmp_path / "out", to="mla", cache=0.125, engines="vllm", dry_run=True)
-    assert "Give a `cache` of at least 83.4%" in str(caught.value.hint)
+    for cache, row, command in ((0.125, 48, "pip install headwise"), (0.8, 320, "vllm serve OUT")):
+        plan = convert_model(
+            tmp_path / "64", tmp_path / "out", to="mla", cache=cache, engines="vllm", dry_run=True, calibrate="none"
+        )
+        assert isinstance(plan, Plan) and plan.layouts_after[0].cache_elements_per_token == row
+        assert plan.engines[0].commands[0] == command, "a row that vLLM alone serves is chosen if it is near"
     shape |= {"hidden_size": 160, "num_attention_heads": 2, "num_key_value_heads": 2}
     source = tiny_models.save("llama", tmp_path / "320", head_dim=80, **shape)
     with pytest.raises(SettingError, match="is not longer than it") as caught:
-        convert_model(source, tmp_path / "out", to="mla", cache=0.125, engines="vllm", dry_run=True)
+        convert_model(source, tmp_path / "out", to="mla", cache=0.05, engines="vllm", dry_run=True)
     assert caught.value.hint == "Leave out the engine.", "a row of 320 is the whole cache of this model"
 
 
@@ -362,8 +365,8 @@ def test_heads_are_padded_for_vllm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"rank": 20, "rope_dim": 8, "engines": "vllm"}, "it has no kernels for this shape"),
-        ({"cache": 0.25, "engines": "vllm"}, "the rotary key has 64 elements there"),
+        ({"rank": 20, "rope_dim": 6, "engines": "vllm"}, "multiple of 8 up to 256"),
+        ({"exact": True, "engines": "vllm"}, "rope type"),
         ({"exact": True, "engines": "llama.cpp"}, "longrope"),
     ],
 )
@@ -373,8 +376,14 @@ def test_a_shape_that_a_named_engine_cannot_serve(
     with pytest.raises(SettingError, match=words) as caught:
         convert_model(model, tmp_path / "out", to="mla", **options)
     assert caught.value.field == "engines" and not list(tmp_path.iterdir())
-    if options["engines"] == "vllm":  # each of its rows is larger than the cache of this model
-        assert str(caught.value.hint).startswith("Leave out")
+    assert str(caught.value.hint).startswith("Leave out what keeps" if "exact" in options else "Give a `rope_dim`")
+
+
+def test_a_shape_that_vllm_serves_with_the_plugin(model: Path, tmp_path: Path) -> None:
+    for shape in ({"rank": 20, "rope_dim": 8}, {"cache": 0.25}):
+        options = {"calibrate": "none", "engines": "vllm", "dry_run": True}
+        plan = convert_model(model, tmp_path / "out", to="mla", **shape, **options)
+        assert isinstance(plan, Plan) and plan.engines[0].commands == ("pip install headwise", "vllm serve OUT")
 
 
 def test_padded_heads_can_be_refitted(model: Path, tmp_path: Path) -> None:
