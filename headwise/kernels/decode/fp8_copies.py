@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from headwise.kernels.decode import latent_fp8
-from headwise.kernels.decode.hopper import _fetch, _shared
+from headwise.kernels.decode.hopper import _fetch, _shared, barrier
 
 BLOCK = gl.constexpr(latent_fp8.BLOCK)
 # Keys that are copied at once where rows may be missing.
@@ -253,6 +253,10 @@ def _produce(
                     mbarrier.wait(empty.index(stage * PARTS + i), phase)
                 for piece in range(0, KEYS // PIECE):
                     _fetch_piece(source, rings, start, floor, high, stage, piece, ROPE, BLOCKS, KEYS, PAGE, STAGES)
+                # These are ordinary writes, and the tensor cores read through the asynchronous proxy.
+                async_copy.wait_group(0)
+                fence_async_shared()
+                barrier()
                 mbarrier.arrive(full.index(stage), count=1)
         else:
             for i in gl.static_range(1, PARTS):

@@ -138,14 +138,6 @@ def _sum_in_thread(weight):
 
 
 @gluon.jit
-def _zero():
-    """Return 0, which the compiler does not know: addresses that it is added to are not kept in registers."""
-    return gl.inline_asm_elementwise(
-        "mov.u32 $0, 0;", "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
 def _start_block(
     k_rings, stage, both, zero, i: gl.constexpr, BLOCKS: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr
 ):  # fmt: skip

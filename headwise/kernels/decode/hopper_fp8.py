@@ -47,7 +47,6 @@ from headwise.kernels.decode.fp8_tiles import (
     _split_queries,
     _sum_in_thread,
     _values,
-    _zero,
 )
 from headwise.kernels.decode.hopper import PRODUCER_WARPS, _ring, _shared, barrier
 
@@ -66,19 +65,19 @@ LOWEST = gl.constexpr(-1e30)
 def _consume(
     rows_of, mask, rings, sources, shared, row_start, scale, low, high,
     ROPE: gl.constexpr, BLOCKS: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, GROUPS: gl.constexpr, QUAD: gl.constexpr, PARTS: gl.constexpr, ANEW: gl.constexpr,
+    GROUP: gl.constexpr, GROUPS: gl.constexpr, QUAD: gl.constexpr, PARTS: gl.constexpr, FENCE: gl.constexpr,
 ):  # fmt: skip
     """Attend from ROWS query rows to every GROUPS-th tile in the rings, and store output and log-sum-exp.
 
-    ANEW: compute the addresses of queries in every tile, so that they take no registers between.
+    FENCE: copies are ordinary writes of other warps, without a fence after them.
     """
     Out, Lse, out_token, out_head, lse_token = rows_of
     number_of_queries, heads, first, length, window = mask
     k_rings, rope_ring, scale_ring, full, empty = rings
     Q, QRope, q_token, q_head, qr_token, qr_head = sources
     EVEN: gl.constexpr = BLOCKS // 2
-    # From three blocks on, two groups of warps have registers for less at once.
-    FEW: gl.constexpr = GROUPS > 1 and BLOCKS > 2
+    # With four blocks, two groups of warps have registers for less at once; where rows are copied, with three.
+    FEW: gl.constexpr = GROUPS > 1 and (BLOCKS > 3 or (BLOCKS > 2 and FENCE))
     FLIGHT: gl.constexpr = 1 if FEW else 2
     STEP: gl.constexpr = 16 if FEW else 32
     STEPS: gl.constexpr = KEYS // STEP
@@ -139,11 +138,12 @@ def _consume(
     phase = 0
     for start in range(low + GROUP * KEYS, high, GROUPS * KEYS):
         mbarrier.wait(full.index(stage), phase)
-        # Copies row by row are ordinary writes, and the tensor cores read through the asynchronous proxy.
-        fence_async_shared()
-        zero = 0
-        if ANEW:
-            zero = _zero()
+        if FENCE:
+            # Copies row by row are ordinary writes, and the tensor cores read through the asynchronous proxy.
+            fence_async_shared()
+        # 0, which the compiler does not know: addresses that it is added to, and the rows of the mask, are computed
+        # in every tile, and take no registers between.
+        zero = start >> 31
         scales = _scales(scale_ring, stage, BLOCKS, KEYS, QUAD, by_key)
         largest = gl.full([KEYS], SMALLEST, gl.float32, by_key)
         for i in gl.static_range(BLOCKS):
@@ -151,14 +151,13 @@ def _consume(
         score = _scores(
             k_rings, rope_ring, stage, both, q_rope, zero, scales, ROPE, BLOCKS, ROWS, KEYS, FLIGHT, mma
         )
-        score = score * unit[None, :]
         if (start + KEYS > whole_end) | (start < whole_start):
             key = start + gl.arange(0, KEYS, by_key)
-            last = length - number_of_queries + (row_start + gl.arange(0, ROWS, by_row)) // heads
+            last = length - number_of_queries + (row_start + zero + gl.arange(0, ROWS, by_row)) // heads
             earliest = gl.maximum(first, last - window + 1)
             visible = (key[:, None] <= last[None, :]) & (key[:, None] >= earliest[None, :]) & (key < high)[:, None]
             score = gl.where(visible, score, float("-inf"))
-        weight = _exp2(score - reference[None, :])
+        weight = _exp2(gl.fma(score, unit[None, :], 0.0 - reference[None, :]))
         product = weight * largest[:, None]
         probability.store(product.to(gl.float16))
         inverse = _inverse(largest)
@@ -172,11 +171,11 @@ def _consume(
         fence_async_shared()
         barrier()
         if gl.max(gl.max(flags.slice(0, 1, 1).load(of_all), 1), 0) > 0:
-            highest = gl.max(score + _log2(largest)[:, None], 0) - LIFT
+            highest = gl.max(gl.fma(score, unit[None, :], _log2(largest)[:, None]), 0) - LIFT
             raised = gl.maximum(reference, highest)
             shrink = _exp2(reference - raised)
             reference = raised
-            weight = _exp2(score - reference[None, :])
+            weight = _exp2(gl.fma(score, unit[None, :], 0.0 - reference[None, :]))
             probability.store((weight * largest[:, None]).to(gl.float16))
             weights = weights * gl.convert_layout(shrink, thread_row)[None, None, :]
             shrunk = ()
@@ -336,7 +335,7 @@ def attend(
 
     HEAD has chunks of 128, ROWS is 16 or 32. One or two CONSUMERS share the rows: groups of KEYS / 16 warps. STAGES
     is at least 2, and even with two of them. BOX, QUAD and both maps are those of `fp8_copies.copy_options`.
-    `kr_batch` and `kr_token` count eights.
+    `kr_batch` and `kr_token` count eights. `scale` is above 0, since scores are masked before they are scaled.
     """
     BLOCKS: gl.constexpr = len(HEAD)
     # With an odd number both groups would share stages, and one could take a tile a round early.
@@ -453,15 +452,12 @@ def attend(
     # One warp starts boxes; several copy row by row.
     PRODUCERS: gl.constexpr = 1 if BOX > 0 else PRODUCER_WARPS
     PRODUCER_REGISTERS: gl.constexpr = 24 if BOX > 0 else 56
-    # This takes 106.2 us at 512 + 64, and 107.5 with addresses kept in local memory (32 heads, FlashMLA's rows).
-    # At 256 + 64 it takes 66.5, and 69.4 without it in an earlier run. With other ranks, 16 rows, or copies row by
-    # row, `_zero` was not timed.
-    ANEW: gl.constexpr = BOX > 0 and ROWS == 32 and BLOCKS % 2 == 0
+    FENCE: gl.constexpr = BOX == 0
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
                 (_consume, (rows_of, mask, rings, sources, shared, row_start, scale, low, high,
-                    ROPE, BLOCKS, ROWS, KEYS, STAGES, 0, 1, QUAD, PARTS, ANEW)),
+                    ROPE, BLOCKS, ROWS, KEYS, STAGES, 0, 1, QUAD, PARTS, FENCE)),
                 (_produce, (source, boxes, rings, floor, low, high,
                     ROPE, BLOCKS, KEYS, PAGE, STAGES, BOX, QUAD, PARTS)),
             ],
@@ -472,9 +468,9 @@ def attend(
         gl.warp_specialize(
             [
                 (_consume, (rows_of, mask, rings, sources, shared, row_start, scale, low, high,
-                    ROPE, BLOCKS, ROWS, KEYS, STAGES, 0, 2, QUAD, PARTS, ANEW)),
+                    ROPE, BLOCKS, ROWS, KEYS, STAGES, 0, 2, QUAD, PARTS, FENCE)),
                 (_consume, (rows_of, mask, rings, sources, shared, row_start, scale, low, high,
-                    ROPE, BLOCKS, ROWS, KEYS, STAGES, 1, 2, QUAD, PARTS, ANEW)),
+                    ROPE, BLOCKS, ROWS, KEYS, STAGES, 1, 2, QUAD, PARTS, FENCE)),
                 (_produce, (source, boxes, rings, floor, low, high,
                     ROPE, BLOCKS, KEYS, PAGE, STAGES, BOX, QUAD, PARTS)),
             ],

@@ -154,12 +154,12 @@ def choose_tiles(
         value_is_key: whether the value is the key itself (MLA), which is then copied once.
         fp8: whether keys are in FP8, with scales of blocks.
         boxes: whether the copy engine can copy keys in FP8, see `fp8_copies.box_rows`.
-        positive_scale: whether the scale of the scores is above 0, as `hopper_wide` needs it.
+        positive_scale: whether the scale of the scores is above 0, as `hopper_wide` and `hopper_fp8` need it.
     """
     row_bytes = 2 * (head_dim + rope_dim + (0 if value_is_key else value_dim))
     query_bytes = 2 * (head_dim + rope_dim)
     power = 1 << (rows - 1).bit_length()
-    if fp8 and card.capability[0] == 9 and hopper is not None and head_dim % BLOCK == 0:
+    if fp8 and positive_scale and card.capability[0] == 9 and hopper is not None and head_dim % BLOCK == 0:
         config = _fp8_tiles(card, min(32, max(16, power)), head_dim, rope_dim, boxes)
         if config is not None:
             return config

@@ -100,6 +100,17 @@ class Problem:
             self.q.double(), k, v, scale=self.scale, lengths=self.lengths, starts=self.starts, window=self.window
         )
 
+    def raise_scores(self, heights: str) -> None:
+        """Add a height of `HEIGHTS` to the score of every head, or of one, with the last rotary column."""
+        one = self.q.shape[2] // 3
+        self.q[..., -1] = 8
+        if heights == "one row":
+            self.q[..., -1] = 0
+            self.q[:, :, one, -1] = 8
+        height = HEIGHTS[heights](torch.arange(self.cache.shape[1], device=self.q.device)) / (8 * self.scale)
+        rounded = height.to(self.q.dtype).to(self.cache.dtype)
+        self.cache[..., -1] = torch.where(self.cache[..., -1].isnan(), torch.nan, rounded[None, :, None])
+
     def check(self, tolerance: float, **options) -> None:
         out, lse = self.run(**options)
         expected, expected_lse = self.expected()
@@ -223,12 +234,21 @@ def test_on_a_gpu(shape, mask) -> None:
     problem.check(8e-3, num_splits=1)
 
 
+HEIGHTS = {
+    "grow": lambda key: key / 5,
+    "jump": lambda key: 13.0 * (key * 7919 % 12) * (key * 104729 % 50 == 0),
+    "a large first one": lambda key: 60.0 * (key == 0),
+    "all small": lambda key: -400.0 - key / 4,
+    "one row": lambda key: 90.0 * (key == 1003),
+    "few lanes": lambda key: 30.0 * (key // 300) * (key % 300 == key // 300 * 2),
+    "plateau": lambda key: 12.0 * (key >= 64),
+}
+
+
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "heights", ["grow", "jump", "a large first one", "all small", "one row", "few lanes", "plateau"]
-)
+@pytest.mark.parametrize("heights", HEIGHTS)
 @pytest.mark.parametrize(
     "shape",
     [(128, 1, 512, 64, 512), (128, 1, 320, 64, 320), (128, 1, 256, 64, 256), (128, 1, 128, 64, 128),
@@ -238,22 +258,7 @@ def test_on_a_gpu(shape, mask) -> None:
 def test_scores_of_any_height_on_a_gpu(shape, heights, dtype) -> None:
     """The reference moves where a score is far above it; with many rows, two groups of warps agree on one."""
     problem = Problem(*shape, [2048, 500, 65, 1], dtype=dtype, device="cuda")
-    key = torch.arange(2048, device="cuda")
-    height = {
-        "grow": key / 5,
-        "jump": 13.0 * (key * 7919 % 12) * (key * 104729 % 50 == 0),
-        "a large first one": 60.0 * (key == 0),
-        "all small": -400.0 - key / 4,
-        "one row": 90.0 * (key == 1003),
-        "few lanes": 30.0 * (key // 300) * (key % 300 == key // 300 * 2),
-        "plateau": 12.0 * (key >= 64),
-    }[heights]
-    # The last column adds the height to the score of every head, or of one.
-    problem.q[..., -1] = 8
-    if heights == "one row":
-        problem.q[..., -1] = 0
-        problem.q[:, :, 37 % shape[0], -1] = 8
-    problem.cache[..., -1] = (height / (8 * SCALE)).to(dtype)[None, :, None]
+    problem.raise_scores(heights)
     problem.check(8e-3)
     problem.check(8e-3, num_splits=1)
 
@@ -303,6 +308,52 @@ def test_fp8_latents_on_a_gpu(shape, mask) -> None:
     problem.check(8e-3)
     problem.check(8e-3, num_splits=1)
     problem.check(8e-3, num_splits=5)
+
+
+# Where the copy engine takes boxes, the first and the last tile of a split are copied row by row.
+FP8_EDGES = {
+    "window": dict(lengths=[900, 333, 64, 1], window=150),
+    "two tokens, window": dict(lengths=[900, 90, 2], queries=2, window=150),
+    "two tokens, window, pages of 16": dict(lengths=[900, 90, 2], queries=2, window=150, page=16),
+    "padded": dict(lengths=[900, 333, 65], starts=[5, 300, 64]),
+    "padded, pages of 64": dict(lengths=[900, 333, 65], starts=[5, 300, 64], page=64),
+    "four tokens": dict(lengths=[1000, 129, 4], queries=4),
+}
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("mask", FP8_EDGES)
+@pytest.mark.parametrize("heads", [32, 14])
+@pytest.mark.parametrize("rank, rope", [(512, 64), (384, 32), (256, 64), (128, 64)])
+def test_edges_of_fp8_latents_on_a_gpu(rank, rope, heads, mask) -> None:
+    problem = Problem(heads, 1, rank, rope, rank, **FP8_EDGES[mask], dtype=torch.bfloat16, device="cuda", fp8=True)
+    problem.check(8e-3)
+    problem.check(8e-3, num_splits=1)
+    problem.check(8e-3, num_splits=3)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("heights", HEIGHTS)
+@pytest.mark.parametrize(
+    "heads, rank, rope", [(32, 512, 64), (32, 384, 32), (32, 256, 64), (14, 256, 64), (9, 128, 64)]
+)
+def test_fp8_scores_of_any_height_on_a_gpu(heads, rank, rope, heights) -> None:
+    """The reference of the weights moves where a product of weight and scale would leave float16."""
+    problem = Problem(heads, 1, rank, rope, rank, [2048, 500, 65, 1], dtype=torch.bfloat16, device="cuda", fp8=True)
+    problem.raise_scores(heights)
+    problem.check(8e-3)
+    problem.check(8e-3, num_splits=1)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("scale", [0.0, -SCALE])
+def test_fp8_latents_and_a_scale_that_is_not_positive_on_a_gpu(scale) -> None:
+    problem = Problem(14, 1, 256, 64, 256, [300, 70, 0], dtype=torch.bfloat16, device="cuda", fp8=True)
+    problem.scale = scale
+    problem.check(8e-3)
 
 
 @gpu

@@ -138,6 +138,8 @@ def test_fp8_tiles_are_those_that_were_measured(
     """Keys, warps of a group, stages, groups, programs, registers."""
     config = choose_tiles(HOPPER, rows, rank, rope, rank, True, True)
     assert config == Config(True, 32 if rows > 16 else 16, *tiles)  # type: ignore[arg-type]
+    # It masks scores before it scales them, as `hopper_wide`.
+    assert not choose_tiles(HOPPER, rows, rank, rope, rank, True, True, positive_scale=False).hopper
     # Copies row by row ran with two groups.
     by_row = choose_tiles(HOPPER, rows, rank, rope, rank, True, True, boxes=False)
     assert by_row.consumers == 2 and by_row.keys == 64
