@@ -35,7 +35,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from headwise.kernels.decode.fp8_copies import BLOCK, _produce
 from headwise.kernels.decode.fp8_tiles import (
     PAIRS,
-    _exp2,
     _inverse,
     _leaves_float16,
     _log2,
@@ -48,7 +47,7 @@ from headwise.kernels.decode.fp8_tiles import (
     _sum_in_thread,
     _values,
 )
-from headwise.kernels.decode.hopper import PRODUCER_WARPS, _ring, _shared, barrier
+from headwise.kernels.decode.hopper import LOWEST, PRODUCER_WARPS, _ring, _shared, barrier, exp2
 
 # Products of values that are in flight, in pairs of even and odd columns.
 AHEAD = gl.constexpr(2)
@@ -57,8 +56,6 @@ AHEAD = gl.constexpr(2)
 LIFT = gl.constexpr(6.0)
 # No key has a smaller scale than this in the reference, so that keys of zeros have one.
 SMALLEST = gl.constexpr(2.0**-60)
-# The first reference, below every score.
-LOWEST = gl.constexpr(-1e30)
 
 
 @gluon.jit
@@ -157,7 +154,7 @@ def _consume(
             earliest = gl.maximum(first, last - window + 1)
             visible = (key[:, None] <= last[None, :]) & (key[:, None] >= earliest[None, :]) & (key < high)[:, None]
             score = gl.where(visible, score, float("-inf"))
-        weight = _exp2(gl.fma(score, unit[None, :], 0.0 - reference[None, :]))
+        weight = exp2(gl.fma(score, unit[None, :], 0.0 - reference[None, :]))
         product = weight * largest[:, None]
         probability.store(product.to(gl.float16))
         inverse = _inverse(largest)
@@ -173,9 +170,9 @@ def _consume(
         if gl.max(gl.max(flags.slice(0, 1, 1).load(of_all), 1), 0) > 0:
             highest = gl.max(gl.fma(score, unit[None, :], _log2(largest)[:, None]), 0) - LIFT
             raised = gl.maximum(reference, highest)
-            shrink = _exp2(reference - raised)
+            shrink = exp2(reference - raised)
             reference = raised
-            weight = _exp2(gl.fma(score, unit[None, :], 0.0 - reference[None, :]))
+            weight = exp2(gl.fma(score, unit[None, :], 0.0 - reference[None, :]))
             probability.store((weight * largest[:, None]).to(gl.float16))
             weights = weights * gl.convert_layout(shrink, thread_row)[None, None, :]
             shrunk = ()
@@ -275,8 +272,8 @@ def _merge(
     mbarrier.wait(handed.index(1 - GROUP), 0)
     other = partial_rows.index(2 - 2 * GROUP).load(by_row)
     highest = gl.maximum(reference, other)
-    mine = _exp2(reference - highest)
-    theirs = _exp2(other - highest)
+    mine = exp2(reference - highest)
+    theirs = exp2(other - highest)
     total = total * mine + partial_rows.index(3 - 2 * GROUP).load(by_row) * theirs
     for i in gl.static_range(EVEN):
         if i % 2 != GROUP:
