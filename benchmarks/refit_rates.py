@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="folder of the three texts")
     parser.add_argument("--sampled", type=Path, help="file of the sampled text; it is made if it does not exist")
     parser.add_argument("--refit-tokens", type=int, help="distinct tokens of that text")
+    parser.add_argument("--calibrate", default="sampled")
     parser.add_argument("--calibration-tokens", type=int, default=98_304)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -64,7 +65,7 @@ def main() -> None:
             **target(options.target),
             refit="off",
             verify=False,
-            calibrate="sampled",
+            calibrate=options.calibrate,
             calibration_tokens=options.calibration_tokens,
             seed=options.seed,
             device=options.device,
