@@ -18,6 +18,8 @@ from headwise.format import dtype_name, size, token_count
 from headwise.serving.settings import USED_MEMORY
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from headwise.convert.inspect import Inspection
     from headwise.models.layout import AttentionLayout
     from headwise.serving.planner import ServingForecast
@@ -35,6 +37,17 @@ VERDICT_WORDS = {
 }
 
 
+FORECAST_COLUMNS = (
+    "layout",
+    ">cache per token",
+    ">cache of a sequence",
+    ">weights",
+    ">sequences",
+    ">decode step, at least",
+    ">tokens/s, at most",
+)
+NO_WEIGHTS = "The weights do not fit into the memory of a GPU: {names}."
+NO_SEQUENCE = "The weights fit into the memory of a GPU, and no sequence fits beside them: {names}."
 MEMORY_LINE = (
     f"Weights and caches take {USED_MEMORY:.0%} of the memory, vLLM's default. Activations and CUDA graphs are not "
     "subtracted."
@@ -113,18 +126,7 @@ def _render_serving(inspection: Inspection, reasons: bool) -> None:
     if inspection.serving is not None:
         console.print_line()
         console.print_line(f"On each GPU, with sequences of {inspection.serving.context:,} tokens:")
-        console.print_table(
-            (
-                "layout",
-                ">cache per token",
-                ">cache of a sequence",
-                ">weights",
-                ">sequences",
-                ">decode step, at least",
-                ">tokens/s, at most",
-            ),
-            [_forecast_row(name, serving) for name, serving, _ in layouts if serving is not None],
-        )
+        _print_forecasts([(name, serving) for name, serving, _ in layouts if serving is not None])
         refused: dict[str, list[str]] = {}
         for name, serving, _ in layouts:
             if serving is not None and serving.refusal is not None:
@@ -161,10 +163,10 @@ def _render_serving(inspection: Inspection, reasons: bool) -> None:
         console.print_line("--engine NAME shapes MLA for an engine, and prints its reasons and commands.")
     elif verdicts:
         console.print_line()
-        console.print_table(
-            ("layout", "engine"),
-            [(name, verdict.line) for name, verdict in verdicts],
-        )
+        lines: dict[str, list[str]] = {}
+        for name, verdict in verdicts:
+            lines.setdefault(verdict.line, []).append(name)
+        console.print_table(("layout", "engine"), [(", ".join(names), line) for line, names in lines.items()])
         served: dict[tuple[str, ...], list[str]] = {}
         for name, _, found in layouts:
             served.setdefault(engine_commands(found), []).append(name)
@@ -175,6 +177,22 @@ def _render_serving(inspection: Inspection, reasons: bool) -> None:
         console.print_line(note)
 
 
+def _print_forecasts(rows: Sequence[tuple[str, ServingForecast]]) -> None:
+    """Print the figures of every layout on one GPU, without the columns that are empty, and what does not fit."""
+    table = [_forecast_row(*row) for row in rows]
+    filled = [place for place in range(len(FORECAST_COLUMNS)) if any(cells[place] for cells in table)]
+    console.print_table(
+        [FORECAST_COLUMNS[place] for place in filled], [[cells[place] for place in filled] for cells in table]
+    )
+    short: dict[str, list[str]] = {}
+    for name, serving in rows:
+        if serving.sequences == 0 and serving.weight_bytes is not None and serving.usable_memory is not None:
+            larger = serving.weight_bytes > serving.usable_memory
+            short.setdefault(NO_WEIGHTS if larger else NO_SEQUENCE, []).append(name)
+    for sentence, names in short.items():
+        console.print_line(sentence.format(names="all layouts" if len(names) == len(rows) else ", ".join(names)))
+
+
 def _forecast_row(name: str, serving: ServingForecast) -> tuple[str, ...]:
     """Return a layout's figures on one GPU; empty where they are not known."""
     per_token, cache = serving.cache_bytes_per_token, serving.cache_bytes
@@ -183,16 +201,7 @@ def _forecast_row(name: str, serving: ServingForecast) -> tuple[str, ...]:
         "" if per_token is None else f"{per_token:,.0f} B",
         "" if cache is None else size(round(cache)),
         "" if serving.weight_bytes is None else size(serving.weight_bytes),
-        _count_sequences(serving),
+        "" if serving.sequences is None else f"{serving.sequences:,}",
         "" if serving.seconds_per_step is None else f"{1e3 * serving.seconds_per_step:.2f} ms",
         "" if serving.tokens_per_second is None else f"{serving.tokens_per_second:,.0f}",
     )
-
-
-def _count_sequences(serving: ServingForecast) -> str:
-    """Return how many sequences fit, or what does not fit."""
-    if serving.sequences is None or serving.weight_bytes is None or serving.usable_memory is None:
-        return ""
-    if serving.weight_bytes > serving.usable_memory:
-        return "the weights do not fit"
-    return f"{serving.sequences:,}" if serving.sequences else "no sequence fits"

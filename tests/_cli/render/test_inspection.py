@@ -24,8 +24,9 @@ def test_an_inspection_has_a_word_for_each_engine_or_the_reasons(capsys: pytest.
     assert [word.strip() for word in table[0] if word.strip()][1:] == list(ENGINES) and len(table) == 1
     render.render_inspection(inspection, reasons=True)
     printed = capsys.readouterr().out
-    rows = len(inspection.options) + 1
-    assert all(printed.count(f"{name}: ") == rows for name in ENGINES)
+    layouts = [inspection.engines, *(option.engines for option in inspection.options)]
+    for place, name in enumerate(ENGINES):
+        assert printed.count(f"{name}: ") == len({verdicts[place].line for verdicts in layouts})
 
 
 def test_a_forecast_names_its_limits_and_what_does_not_fit(
@@ -89,11 +90,41 @@ def test_the_default_context_is_at_most_the_model_s_own(tmp_path: Path, capsys: 
     assert found.serving and found.serving.context == 512
     render.render_inspection(inspect_model(tmp_path, memory="1GB", context=65_536))
     printed = " ".join(capsys.readouterr().out.split())
-    assert "no sequence fits" in printed and "positions for 512 tokens, and `context` is" in printed
+    assert "no sequence fits beside them: " in printed and "positions for 512 tokens, and `context` is" in printed
     config = llama_config(hidden_size=16384, num_attention_heads=32, num_hidden_layers=1)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     render.render_inspection(inspect_model(tmp_path, memory="1GB"))
-    assert "the weights do not fit" in " ".join(capsys.readouterr().out.split())
+    assert "The weights do not fit into the memory of a GPU: all layouts." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", ["80", "100"])
+def test_a_forecast_of_what_does_not_fit_is_as_wide_as_the_terminal(
+    columns: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    console.configure(quiet=True)
+    shape = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 16}
+    (tmp_path / "config.json").write_text(json.dumps(llama_config(**shape).to_dict()))
+    for memory, words in (("4GB", ("no sequence fits beside", "tokens/s")), ("1GB", ("sequences",))):
+        render.render_inspection(inspect_model(tmp_path, memory=memory, card="l4", context=2**17))
+        lines = capsys.readouterr().out.splitlines()
+        start = next(place for place, line in enumerate(lines) if line.startswith("On each GPU"))
+        table = lines[start + 1 : lines.index(next(line for line in lines[start:] if "The weights" in line))]
+        assert max(map(len, table)) <= int(columns)
+        assert all(word in " ".join(lines) for word in words)
+        heading = "".join(table[:-10])
+        assert ("tokens/s" in heading) == (memory == "4GB"), "columns that are empty in every row are left out"
+
+
+def test_equal_verdicts_of_an_engine_are_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    console.configure(quiet=True)
+    shape = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
+    config = llama_config(**shape).to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    render.render_inspection(inspect_model(tmp_path, engines=["vllm", "sglang"]), reasons=True)
+    lines = capsys.readouterr().out.splitlines()
+    equal = [line for line in lines if line.startswith("unchanged, MQA, GQA-2, GQA-4, GQA-16, MHA")]
+    assert len(equal) == 2 and "vllm: loads" in equal[0] and "sglang: loads" in equal[1]
 
 
 def test_commands_have_the_options_of_the_forecast(tmp_path: Path) -> None:
