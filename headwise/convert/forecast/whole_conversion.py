@@ -73,6 +73,7 @@ def forecast_conversion(
         loaded=settings.verify and sum(tensor.nbytes for tensor in target.outputs) <= WHOLE_BYTES,
         bytes_per_parameter=2 if device.type == "cuda" and not images else 4,
         fused=device.type != "cuda",
+        streamed=device.type == "cuda" and checkpoint.gguf is None and checkpoint.quantized is None,
     )
     if images:  # they run through the whole model, which is in memory while the layers are converted
         peak += 4 * checkpoint.num_parameters
