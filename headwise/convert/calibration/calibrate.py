@@ -131,7 +131,7 @@ def plan_calibration(
             checkpoint,
             arch,
             LONG_TEXT if index_heads and settings.calibrate == "auto" else settings.calibrate or "auto",
-            count + NUM_HELDBACK * length,
+            (count // length + NUM_HELDBACK) * length,
             device,
             settings.allow_nan,
             length,

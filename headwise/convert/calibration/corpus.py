@@ -146,7 +146,8 @@ def sampling_seconds(
     least = _least_sampling_seconds(checkpoint, tokens, device)
     if device.type == "cuda" or least > SAMPLING_SECONDS or not fits_whole(checkpoint, device):
         return least
-    return max(least, tokens * _timed_sampling(checkpoint, max(1, tokens // length), length))
+    each = _timed_sampling(checkpoint, max(1, tokens // length), length)
+    return least if each is None else max(least, tokens * each)
 
 
 def _least_sampling_seconds(checkpoint: Checkpoint, tokens: int, device: torch.device) -> float:
@@ -158,11 +159,11 @@ def _least_sampling_seconds(checkpoint: Checkpoint, tokens: int, device: torch.d
     return flops / product_rate(torch.float32, ROWS, width, 4 * width)
 
 
-_TIMED: dict[tuple[str, int, int, int], float] = {}
+_TIMED: dict[tuple[str, int, int, int], float | None] = {}
 
 
-def _timed_sampling(checkpoint: Checkpoint, sequences: int, length: int) -> float:
-    """Return the measured seconds for one token on the CPU; 0 for a model that cannot be sampled from."""
+def _timed_sampling(checkpoint: Checkpoint, sequences: int, length: int) -> float | None:
+    """Return the measured seconds for one token on the CPU; None for a model that cannot be sampled from."""
     key = (checkpoint.fingerprint(), sequences, length, torch.get_num_threads())
     if key not in _TIMED:
         try:
@@ -171,7 +172,7 @@ def _timed_sampling(checkpoint: Checkpoint, sequences: int, length: int) -> floa
             shape = {"sequences": sequences, "length": length}
             _TIMED[key] = seconds_per_token(network, tokenizer, **shape, clock=clock)
         except Exception:  # of a stock class, or of a tokenizer of another model; the run itself reports it
-            _TIMED[key] = 0.0
+            _TIMED[key] = None
     return _TIMED[key]
 
 

@@ -9,7 +9,7 @@ import torch
 from headwise.convert.base import Target
 from headwise.convert.calibration.calibrate import plan_loss
 from headwise.convert.calibration.calibration_plan import CalibrationPlan
-from headwise.convert.calibration.corpus import SAMPLED, loss_seconds, sampling_seconds
+from headwise.convert.calibration.corpus import NUM_HELDBACK, SAMPLED, loss_seconds, sampling_seconds
 from headwise.convert.forecast.peak_memory import peak_memory, whole_model_memory
 from headwise.convert.forecast.stage_seconds import (
     FILE_RATE,
@@ -91,7 +91,8 @@ def forecast_conversion(
     if measured:
         text = (measured.tokens, measured.length, device)
         if measured.text == SAMPLED and not joint:  # a joint refit has text of its own, and shares it
-            stages["sampling"] = sampling_seconds(checkpoint, measured.tokens, device, measured.length)
+            drawn = measured.tokens + NUM_HELDBACK * measured.length
+            stages["sampling"] = sampling_seconds(checkpoint, drawn, device, measured.length)
         stages["calibration"] = calibration_seconds(checkpoint, arch, *text)
         if measured.fitted:
             stages["layers"] += share * output_seconds(checkpoint, arch, target, *text)

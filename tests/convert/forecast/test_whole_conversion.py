@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from headwise.convert.calibration import calibrate
 from headwise.convert.calibration.calibration_plan import CalibrationPlan
+from headwise.convert.calibration.corpus import NUM_HELDBACK, TextChoice
 from headwise.convert.choose import choose_target
 from headwise.convert.forecast import stage_seconds, whole_conversion
 from headwise.convert.forecast.peak_memory import LOSS_COPIES, RESTING_BYTES, peak_memory, whole_model_memory
@@ -75,3 +77,24 @@ def test_a_gpu_gets_a_model_tensor_by_tensor(tmp_path: Path, monkeypatch: pytest
         return not given["streamed"]
 
     assert [forecasts_pages(device) for device in ("cpu", "cuda")] == [True, False]
+
+
+def test_the_reason_for_sampled_text_and_its_forecast_count_the_same_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = open_checkpoint(tiny_models.save("llama", tmp_path / "model"))
+    arch = find_architecture(parent.config, parent.tensors)
+    settings = ConvertSettings(to="mqa", calibration_tokens=1000, refit="off", verify=False)
+    target, where, counted = choose_target(parent, arch, settings), torch.device("cuda"), []
+
+    def choose(checkpoint: Any, arch: Any, calibrate: str, tokens: int, *more: Any) -> TextChoice:
+        counted.append(tokens)
+        return TextChoice("sampled")
+
+    monkeypatch.setattr(calibrate, "choose_text", choose)
+    plan = calibrate.plan_calibration(parent, arch, target, settings, where)
+    monkeypatch.setattr(
+        whole_conversion, "sampling_seconds", lambda _, tokens, *more: counted.append(tokens) or 0.0
+    )
+    forecast_conversion(parent, arch, target, settings, plan, None, [where], where)
+    assert plan is not None and counted == [plan.tokens + NUM_HELDBACK * plan.length] * 2
