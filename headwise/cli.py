@@ -16,7 +16,7 @@ from headwise._cli.app import (
     Verbs,
     check_options,
     flag_option,
-    number_option,
+    length_option,
     options_of,
 )
 from headwise._cli.options import (
@@ -59,7 +59,9 @@ def cli() -> None:
     params=[
         click.Argument(["model"], required=False),
         flag_option("--types", "List the supported model types by family; without MODEL."),
-        number_option("--context", "Check the RoPE base at this context length, and forecast sequences of it."),
+        length_option(
+            "--context", "Check the RoPE base at this context length, such as 32K, and forecast sequences of it."
+        ),
         Option("--plot", "Draw the bound that --context computes, as PNG and SVG.", type=Path, metavar="PNG"),
         *options_of(ServingSettings),
         *SOURCE,

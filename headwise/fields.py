@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from headwise.errors import SettingError
-from headwise.format import parse_bytes
+from headwise.format import parse_bytes, parse_length
 
 LONGEST_VALUE = 200  # characters of a value in a message
 CLOSE = 0.65  # likeness of two words from which a message suggests the other one
@@ -250,10 +250,21 @@ def number(help: str, *, minimum: int = 1, default: int | None = None, **more: A
             raise ValueError
         return int(value)
 
-    short = "" if more.get("parse", int) is int else ", such as 40000, 40K or 21M"
+    examples = {int: "", parse_length: ", such as 8192 or 8K"}
+    short = examples.get(more.get("parse", int), ", such as 40000, 40K or 21M")
     wanted = f"a whole number of at least {minimum}{short}"
     options: dict[str, Any] = {"parse": int, "metavar": "N", **more}
     return declare(default, Setting(help, wanted=wanted, check=check, **options))
+
+
+def length(help: str, **more: Any) -> Any:
+    """Declare a field that takes the tokens of a sequence; 8K is 8,192 on the command line.
+
+    Args:
+        help: one sentence for help pages.
+        **more: further arguments of `number`.
+    """
+    return number(help, parse=parse_length, **more)
 
 
 def positive(

@@ -83,6 +83,18 @@ def token_count(number: int) -> str:
     return f"{number // 1024}K" if number % 1024 == 0 else f"{number:,}"
 
 
+def parse_length(word: str) -> int:
+    """Return 32768 for "32K" or "32768": tokens in a sequence, as `token_count` prints them.
+
+    Args:
+        word: of the command line.
+
+    Raises:
+        ValueError: the word is not a whole number.
+    """
+    return 1024 * int(word[:-1]) if word[-1:] in ("K", "k") else int(word)
+
+
 def dtype_name(dtype: object) -> str:
     """Return "bfloat16" for torch.bfloat16.
 

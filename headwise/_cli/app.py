@@ -19,6 +19,7 @@ from headwise._cli import console
 from headwise.convert.settings import methods_of
 from headwise.errors import HeadwiseError, SettingError, is_out_of_memory
 from headwise.fields import Setting, flag_of, settings_of
+from headwise.format import parse_length
 from headwise.io.fs import REASONS
 
 # The messages of torch for a failed allocation, on the CPU and on a GPU.
@@ -99,15 +100,15 @@ def flag_option(names: str, help: str, **more: Any) -> Option:
     return Option(names, help, is_flag=True, **more)
 
 
-def number_option(names: str, help: str, minimum: int = 1, **more: Any) -> Option:
-    """Return an option with a whole number of at least `minimum`."""
+def length_option(names: str, help: str, **more: Any) -> Option:
+    """Return an option with the tokens of a sequence, at least 1, such as 8192 or 8K."""
 
     def parse(word: str) -> int:
-        if int(word) < minimum:
+        if (length := parse_length(word)) < 1:
             raise ValueError
-        return int(word)
+        return length
 
-    wanted = f"a whole number of at least {minimum}"
+    wanted = "a whole number of at least 1, such as 8192 or 8K"
     return Option(names, help, type=ParsedType("NUMBER", parse, wanted), metavar="N", **more)
 
 

@@ -269,7 +269,7 @@ class ConvertSettings:
         **CALIBRATION,
     )
     # Positions
-    context: int | None = fields.number("Rescale RoPE to this many tokens.", section="Positions")
+    context: int | None = fields.length("Rescale RoPE to this many tokens, such as 128K.", section="Positions")
     rope: str | None = fields.choice(
         f"RoPE rule: {', '.join(ROPE_RULES)} [auto].", ROPE_RULES, metavar="RULE", section="Positions"
     )

@@ -17,7 +17,7 @@ class BenchSettings:
         SettingError: a value is not legal.
     """
 
-    context: int = fields.number("Tokens in the cache [1024].", default=1024)
+    context: int = fields.length("Tokens in the cache [1024].", default=1024)
     batch: int = fields.number("Sequences decoded together [1].", default=1)
     memory: int | str | None = fields.memory("Also compare at the largest batch that fits this memory.")
     steps: int = fields.number("Decode steps to time [16].", default=16)

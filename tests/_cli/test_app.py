@@ -16,6 +16,7 @@ import torch
 from headwise._cli.app import with_flags
 from headwise.cli import cli
 from headwise.errors import HeadwiseError
+from headwise.format import token_count
 from tests.command_line import CONVERT, SCRIPT, library, run, run_script
 
 __all__ = ["library"]
@@ -48,6 +49,18 @@ def test_numbers_of_tokens_name_their_short_forms() -> None:
     for verb in (["uptrain", "X"], ["sample", "X", "--out", "x.jsonl"]):
         result = run(*verb, "--tokens", "8kk")
         assert "such as 40000, 40K or 21M" in result.stderr and result.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"), [("convert", ["OUT"]), ("inspect", []), ("bench", ["--baseline", "PARENT"])]
+)
+def test_a_context_has_the_form_that_tables_print(verb: str, words: list[str]) -> None:
+    context = next(param for param in cli.commands[verb].params if param.name == "context")
+    for number in (1000, 8192, 131_072):
+        assert context.type.convert(token_count(number).replace(",", ""), context, None) == number
+    for word in ("8KK", "0K", "K", "-8K", "8.5K"):
+        result = run(verb, "MODEL", *words, "--context", word)
+        assert result.exit_code == 2 and "such as 8192 or 8K" in result.stderr
 
 
 @pytest.mark.parametrize(

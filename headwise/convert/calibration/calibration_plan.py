@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from headwise.convert.base import Target
-from headwise.convert.calibration.corpus import BUILTIN, MIXTURE
+from headwise.convert.calibration.corpus import BUILTIN, MIXTURE, SAMPLED
 from headwise.convert.calibration.layer_stream import NUM_ATTENTION_SEQUENCES
 from headwise.convert.forecast.amounts import trained_length
 from headwise.convert.settings import ConvertSettings
@@ -106,11 +106,12 @@ def plan_notes(
         settings: of the conversion.
     """
     if calibration is None:
-        if target.calibrated:
+        if target.calibrated and not target.exact:
             yield "Not calibrated: every direction of the attention input counts the same."
         return
     if calibration.images is None:
-        yield f"Calibration: {calibration.amount} of {calibration.text} in sequences of {calibration.length}."
+        text = "text sampled from the parent" if calibration.text == SAMPLED else calibration.text
+        yield f"Calibration: {calibration.amount} of {text} in sequences of {calibration.length}."
     else:
         yield f"Calibration: {calibration.amount} of {calibration.images}, through the whole model."
         if any(target.layouts[i].on_text for i in range(len(target.layouts)) if target.converted_names(i)):

@@ -116,7 +116,7 @@ def choose_refit(
     each = refit_seconds(checkpoint, arch, target, 1, length, device)
     steps = next((steps for steps in STEPS_TO_TRY if steps * each <= limit), 0)
     least = steps or STEPS_TO_TRY[-1]
-    words = f"{least} steps per layer are forecast at {duration(least * each)}"
+    words = f"{'they' if steps else f'{least} steps per layer'} are forecast at {duration(least * each)}"
     return RefitChoice(steps, f"{words}, {'within' if steps else 'over'} the limit of {duration(limit)}")
 
 

@@ -226,8 +226,12 @@ class LatentTarget:
                 "rotary rows of their own, and kv_b_proj expands the latent for every head"
             )
         self.notes.append(
-            f"The weights grow by {grown:,} parameters ({grown / before:.0%}): {'; '.join(parts)}. "
-            "A smaller `rank` or `rope_dim` grows them less; `to` gqa or mqa does not."
+            f"The weights grow by {grown:,} parameters ({grown / before:.0%}): {'; '.join(parts)}."
+            + (
+                " A smaller `rank` or `rope_dim` grows them less; `to` gqa or mqa does not."
+                if not self.exact
+                else ""
+            )
         )
 
     def converted_names(self, layer: int) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ def test_auto_takes_the_most_steps_that_the_forecast_affords(
     parent, arch, target, _ = decided(tmp_path)
     monkeypatch.setattr(amounts, "refit_seconds", lambda *given: each * given[3])
     choice = choose_refit(parent, arch, target, "auto", 32, CPU)
-    words = f"{steps or 100} steps per layer are forecast at"
+    words = "they are forecast at" if steps else "100 steps per layer are forecast at"
     assert choice.steps == steps and choice.reason is not None and words in choice.reason
     assert ("within" if steps else "over") in choice.reason
     assert choose_refit(parent, arch, target, "layers", 32, CPU) == amounts.RefitChoice(300)

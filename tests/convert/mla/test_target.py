@@ -123,6 +123,14 @@ def test_a_lossy_folder_has_the_planned_cache(
         assert written["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
 
 
+def test_an_exact_plan_has_no_notes_on_approximations(model: Path, tmp_path: Path) -> None:
+    words = ("Not calibrated", "A smaller `rank`")
+    for settings, number in (({"exact": True}, 0), ({"cache": 0.5, "calibrate": "none"}, 2)):
+        plan = convert_model(model, tmp_path / "out", to="mla", dry_run=True, **settings)  # type: ignore[arg-type]
+        assert isinstance(plan, Plan) and any("weights grow" in note for note in plan.notes)
+        assert sum(word in note for word in words for note in plan.notes) == number
+
+
 def test_a_cache_row_of_engines_is_taken_only_where_heads_fit(tmp_path: Path) -> None:
     shape = {"hidden_size": 768, "num_attention_heads": 3, "num_key_value_heads": 3, "attention_bias": False}
     for head_dim, row in ((64, 288), (128, 512)):
