@@ -194,11 +194,13 @@ def inspect_model(
         opened, commit = open_gguf(path), None
         tokenizer = "unreadable"
         config, dtype = opened.config, opened.dtype
+        named = config.get("architectures")
         files = WeightFiles.of_gguf(opened)
         parameters, origin = sum(math.prod(entry.shape) for entry in opened.entries.values()), "headers"
     else:
         folder, commit = find_folder(model, revision=revision, token=token, patterns=["config.json", INDEX])
         stored = read_config(folder)
+        named = stored.get("architectures")
         config = plain_config(stored)
         if config is not stored and stored_dtype(config) is None:  # in which every quantised weight is read
             config["dtype"] = dtype_name(PLAIN_DTYPE)
@@ -243,7 +245,7 @@ def inspect_model(
             mla=INDEXERS if layouts[0].indexer else None,
             damage=damage,
             serving=cost,
-            engines=serving.verdicts(config, layouts, own=True),
+            engines=serving.verdicts(config | {"architectures": named}, layouts, own=True),
             notes=(
                 *quantized,
                 *_indexer_notes(layouts),
@@ -276,7 +278,7 @@ def inspect_model(
         rope_ranges=tuple(_ranges(config, arch, context, settings)) if context else (),
         damage=damage,
         serving=cost,
-        engines=serving.verdicts(config, layouts, own=True),
+        engines=serving.verdicts(config | {"architectures": named}, layouts, own=True),
         notes=(
             *quantized,
             *_linear_notes(layouts, dtype),

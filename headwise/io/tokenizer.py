@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Files that hold the vocabulary of a tokenizer.
 VOCABULARIES = (TOKENIZER, "*.model", "*.tiktoken", "vocab.*", "tekken.json")
+# BPE vocabularies that were run in llama.cpp's converter, by number of tokens and the SHA-256 of `_known_name`.
+KNOWN = {
+    (49_152, "83f3d7c09d5a5d5f090cea160b1deb3fafdf3d23feb22d50b24c12851e9a64fa"): "SmolLM2",
+    (2_048, "f611490ff65d64390a85415649200a6380f5b14815d150ea6c29f13afefa8a0e"): "the embedded model",
+}
 
 
 def load_tokenizer(
@@ -54,7 +60,8 @@ def tokenizer_kind(folder: Path) -> str:
         folder: with the files of a tokenizer.
 
     Returns:
-        "bpe" (byte-level BPE), "sentencepiece" (also BPE with byte fallback), "other", "none" or "unreadable".
+        "bpe" (byte-level BPE; "bpe of SmolLM2" and the like for a vocabulary of `KNOWN`), "sentencepiece" (also BPE
+        with byte fallback), "other", "none" or "unreadable".
     """
     if not (folder / TOKENIZER).is_file():
         return "sentencepiece" if (folder / "tokenizer.model").is_file() else "none"
@@ -67,7 +74,24 @@ def tokenizer_kind(folder: Path) -> str:
         return "other"
     if model.get("byte_fallback"):
         return "sentencepiece"
-    return "bpe" if "ByteLevel" in json.dumps([fields.get("pre_tokenizer"), fields.get("decoder")]) else "other"
+    if "ByteLevel" not in json.dumps([fields.get("pre_tokenizer"), fields.get("decoder")]):
+        return "other"
+    name = _known_name(fields, model)
+    return f"bpe of {name}" if name else "bpe"
+
+
+def _known_name(fields: Mapping[str, Any], model: Mapping[str, Any]) -> str | None:
+    """Return the name of a vocabulary of `KNOWN`, by what decides how it splits a text; None for another one."""
+    vocab, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(vocab, dict) or not isinstance(merges, list):
+        return None
+    if len(vocab) not in {tokens for tokens, _ in KNOWN}:
+        return None
+    pairs = [
+        merge if isinstance(merge, str) else " ".join(map(str, merge)) for merge in merges
+    ]  # in either spelling
+    text = json.dumps([fields.get("normalizer"), fields.get("pre_tokenizer"), vocab, pairs], sort_keys=True)
+    return KNOWN.get((len(vocab), hashlib.sha256(text.encode()).hexdigest()))
 
 
 def raised_max_length(folder: Path, length: int) -> tuple[int, str] | None:

@@ -18,8 +18,8 @@ LARGEST = 10**9
 YARN_NEEDS = {"factor", "original_max_position_embeddings"}
 YARN_MAY = {"type", "rope_type", "rope_theta", "beta_fast", "beta_slow"}
 MSCALES = {"mscale", "mscale_all_dim"}
-# The largest cache row whose decode was read in engines that take every row.
-LARGEST_ROW = 576
+# The largest kv_lora_rank whose decode was read in engines that take every rank.
+LARGEST_RANK = 1024
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def engine_facts(
     return facts | {
         "cache_row": rank + rope,
         "latent_rope_type": latent_kind,
-        "large_row": rank + rope > LARGEST_ROW,
+        "large_rank": rank > LARGEST_RANK,
         "head_dims": f"{nope}/{rope}/{value}",
         "shape": f"{rank}+{rope} {nope}/{rope}/{value}",
         "wide_heads": max(nope + MULTIPLE, value) > WIDEST,

@@ -29,6 +29,7 @@ SERVING_OPTIONS = {
         "cache_dtype": "--kv-cache-dtype",
         "context": "--context-length",
     },
+    "llama.cpp": {"context": "--ctx-size"},
 }
 CACHE_NAMES: Mapping[tuple[str, int | str | None], str] = {("sglang", "fp8"): "fp8_e4m3"}
 # Largest relative distance between a wanted cache row and the one that replaces it.
@@ -159,7 +160,7 @@ def _verdict(engine: Mapping[str, Any], facts: Mapping[str, Any], folder: str) -
     rules = [{**rule, "reason": rule["reason"].replace("{quantization}", facts["quantization"])} for rule in rules]
     covered = next((row for row in engine["classes"] if row["names"] == "all" or name in row["names"]), None)
     # The rules about MLA are those of one stock class, read in its own loader.
-    if covered is None and (severity > SEVERITY.index("unknown") or "cache_row" in facts):
+    if covered is None and name and (severity > SEVERITY.index("unknown") or "cache_row" in facts):
         reason = f"no rule was read for {name}"
         return EngineVerdict(engine["name"], "unknown", reason, (), "", "")
     # An engine that would stop for one reason may compute another function once that reason is gone.

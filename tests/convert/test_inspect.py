@@ -286,6 +286,7 @@ def test_a_model_with_indexers_becomes_no_other_mla(tmp_path: Path) -> None:
 
 def test_a_quantised_config_without_dtype_is_read_in_bfloat16(tmp_path: Path) -> None:
     config = llama_config().to_dict() | {"quantization_config": {"quant_method": "mxfp4"}}
+    config["architectures"] = ["LlamaForCausalLM"]
     config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
     (tmp_path / "config.json").write_text(json.dumps(config))
     inspection = inspect_model(tmp_path)
@@ -299,6 +300,19 @@ def test_a_quantised_config_without_dtype_is_read_in_bfloat16(tmp_path: Path) ->
         and set(verdicts.values()) == {"unknown"}
     )
     assert all("in mxfp4 was not read" in verdict.reason for verdict in inspection.engines[1:])
+
+
+@pytest.mark.parametrize("headers", [True, False])
+def test_a_conversion_fills_in_the_class_that_config_json_does_not_name(headers: bool, tmp_path: Path) -> None:
+    source = tiny_models.save("llama", tmp_path / "model")
+    fields = json.loads((source / "config.json").read_text()) | {"architectures": None}
+    (source / "config.json").write_text(json.dumps(fields))
+    if not headers:
+        (source / "model.safetensors").unlink()
+    found = inspect_model(source)
+    assert [verdict.verdict for verdict in found.engines] == ["loads", "wrong", "no", "no"]
+    grouped = next(option for option in found.options if option.to == "mqa")
+    assert {verdict.verdict for verdict in grouped.engines} == {"loads"}
 
 
 def test_a_refusal_is_the_verdict_of_the_engines_that_it_concerns(tmp_path: Path) -> None:

@@ -48,4 +48,20 @@ def test_a_folder_without_a_vocabulary_is_named_in_one_sentence(tmp_path: Path) 
 
 
 def test_the_embedded_model() -> None:
-    assert tokenizer_kind(Path(EMBEDDED_MODEL)) == "bpe"
+    assert tokenizer_kind(Path(EMBEDDED_MODEL)) == "bpe of the embedded model"
+
+
+def test_a_known_vocabulary_is_known_in_either_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = json.loads((Path(EMBEDDED_MODEL) / "tokenizer.json").read_text("utf-8"))
+    fields["model"]["merges"] = [
+        merge if isinstance(merge, str) else " ".join(merge) for merge in fields["model"]["merges"]
+    ]
+    fields["model"]["vocab"] = dict(reversed(fields["model"]["vocab"].items()))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    assert tokenizer_kind(tmp_path) == "bpe of the embedded model"
+    fields["pre_tokenizer"]["pretokenizers"][0]["individual_digits"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    assert tokenizer_kind(tmp_path) == "bpe"
+    fields["model"].pop("merges")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    assert tokenizer_kind(tmp_path) == "bpe"

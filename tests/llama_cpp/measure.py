@@ -26,12 +26,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from headwise.convert.inspect import inspect_model
 from headwise.convert.pipeline import ConvertResult, convert_model
 from headwise.io.reader import open_checkpoint
+from headwise.io.source import read_config
 from headwise.io.tokenizer import tokenizer_kind
-from headwise.serving.engines import EngineVerdict
+from headwise.serving.engines import EngineVerdict, engine_verdicts
 
 ROOT = Path(__file__).parents[2] / "build" / "llama.cpp"
 TEXT = Path(__file__).parents[2] / "CONTRIBUTING.md"
 TOKENS, PROMPT, GREEDY, WINDOW = 320, 32, 32, 64
+REFUSED = "bpe of the embedded model"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 # The comparison is with the converted folder, so that its quality does not matter.
 QUICK = {"calibrate": "none", "verify": False}
@@ -203,14 +205,17 @@ def cases(model: Path) -> dict[str, dict[str, Any]]:
 def convert(model: Path, out: Path, settings: dict[str, Any]) -> EngineVerdict:
     """Convert a model and return llama.cpp's verdict on the result.
 
-    A SentencePiece vocabulary, which llama.cpp refuses in DeepSeek models, is hidden from a conversion to MLA.
+    A SentencePiece vocabulary, which llama.cpp refuses in DeepSeek models, is hidden from a conversion to MLA, and
+    that of the embedded model from every conversion that needs no text.
 
     Args:
         model: its folder.
         out: the folder to make.
         settings: of the conversion.
     """
-    hidden = settings.get("to") == "mla" and tokenizer_kind(model) == "sentencepiece"
+    kind = tokenizer_kind(model)
+    textless = not {"sparse", "index_layers"} & settings.keys()
+    hidden = (kind == REFUSED and textless) or (settings.get("to") == "mla" and kind == "sentencepiece")
     source = model
     if hidden:
         source = out.with_name(f"{out.name}-source")
@@ -218,8 +223,27 @@ def convert(model: Path, out: Path, settings: dict[str, Any]) -> EngineVerdict:
     result = convert_model(source, out, **settings)
     assert isinstance(result, ConvertResult)
     for name in TOKENIZER_FILES if hidden else ():
-        shutil.copy(model / name, out / name)
+        if (model / name).is_file():
+            shutil.copy(model / name, out / name)
     return next(verdict for verdict in result.plan.engines if verdict.name == "llama.cpp")
+
+
+def verdict_without_vocabulary(out: Path) -> EngineVerdict:
+    """Return llama.cpp's verdict on a converted folder, whatever its vocabulary.
+
+    Args:
+        out: the folder.
+    """
+    return engine_verdicts(read_config(out), engines=["llama.cpp"])[0]
+
+
+def quantizing(verdict: EngineVerdict) -> str:
+    """Return the command of a verdict that quantizes.
+
+    Args:
+        verdict: of llama.cpp.
+    """
+    return next(command for command in verdict.commands if command.startswith("llama-quantize"))
 
 
 def rows(model: Path, home: Path) -> Iterator[str]:
@@ -244,7 +268,7 @@ def rows(model: Path, home: Path) -> Iterator[str]:
         out, verdict = kept[name]
         to_gguf(out, outtype="bf16")
         for kind in ("Q8_0", "Q4_K_M"):
-            command = verdict.commands[1].replace("Q8_0", kind)
+            command = quantizing(verdict).replace("Q8_0", kind)
             for words in dict.fromkeys((without_types(command), command)):
                 path = quantize(words, out)
                 result = compare(out, path, ids, overrides_of(verdict))

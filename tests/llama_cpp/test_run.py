@@ -70,12 +70,13 @@ def test_llama_cpp_computes_what_the_plan_says(model: Path, name: str, tmp_path:
 def test_sparse_models(tmp_path: Path) -> None:
     """Each layer's own indexer selects the same keys; shared ones select others, for want of an epsilon."""
     model, sparse, shared = Path(EMBEDDED_MODEL), tmp_path / "sparse", tmp_path / "shared"
-    verdict, ids = measure.convert(model, sparse, measure.SPARSE), measure.token_ids(Path(EMBEDDED_MODEL))
+    measure.convert(model, sparse, measure.SPARSE)
+    verdict, ids = measure.verdict_without_vocabulary(sparse), measure.token_ids(Path(EMBEDDED_MODEL))
     gguf = measure.to_gguf(sparse)
     assert verdict.serves and measure.compare(sparse, gguf, ids[: measure.BUDGET]).kl < EXACT
     assert measure.compare(sparse, gguf, ids).kl < ANOTHER_FUNCTION
     measure.to_gguf(sparse, outtype="bf16")
-    command = verdict.commands[1]
+    command = measure.quantizing(verdict)
     assert measure.compare(sparse, measure.quantize(command, sparse), ids).kl < 0.05
     without = command.replace(" --tensor-type indexer.attn_k=bf16", "")
     assert measure.compare(sparse, measure.quantize(without, sparse), ids).kl > 1
@@ -93,7 +94,7 @@ def test_sparse_models(tmp_path: Path) -> None:
 def test_quantizing_with_the_commands_of_the_plan(model: Path, tmp_path: Path) -> None:
     verdict = measure.convert(model, tmp_path / "out", measure.cases(model)["MLA, two factors"])
     measure.to_gguf(tmp_path / "out", outtype="bf16")
-    ids, command = measure.token_ids(model), verdict.commands[1]
+    ids, command = measure.token_ids(model), measure.quantizing(verdict)
     for kind, limit in (("Q8_0", 0.05), ("Q4_K_M", 1.0)):
         path = measure.quantize(command.replace("Q8_0", kind), tmp_path / "out")
         assert measure.compare(tmp_path / "out", path, ids).kl < limit
@@ -111,10 +112,10 @@ def test_quantizing_with_the_commands_of_the_plan(model: Path, tmp_path: Path) -
 
 def test_the_stock_converter_refuses_what_the_rules_name(model: Path, tmp_path: Path) -> None:
     """SentencePiece in DeepSeek models, and a BPE vocabulary that is not in its list."""
-    verdict = measure.convert(model, tmp_path / "mla", measure.cases(model)["MLA, two factors"])
-    assert "--vocab-only" in verdict.reason or tokenizer_kind(model) == "sentencepiece"
-    passes = tokenizer_kind(model) == "bpe" and model != Path(EMBEDDED_MODEL)
-    if passes:
+    measure.convert(model, tmp_path / "mla", measure.cases(model)["MLA, two factors"])
+    (verdict,) = inspect_model(tmp_path / "mla", engines="llama.cpp").engines
+    assert (verdict.verdict == "no") == (tokenizer_kind(model) in ("sentencepiece", measure.REFUSED))
+    if verdict.serves:
         assert measure.to_gguf(tmp_path / "mla", gate="stock").exists()
         return
     with pytest.raises(subprocess.CalledProcessError, match="returned non-zero"):

@@ -39,7 +39,10 @@ LONGROPE = dict(rope_parameters=dict(rope_type="longrope"))
 YARN = dict(factor=40, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0, beta_fast=32)
 
 
-def verdicts(*, window: bool = False, tokenizer: str = "bpe", **changes: Any) -> dict[str, engines.EngineVerdict]:
+SMOLLM2 = "bpe of SmolLM2"
+
+
+def verdicts(*, window: bool = False, tokenizer: str = SMOLLM2, **changes: Any) -> dict[str, engines.EngineVerdict]:
     found = engines.engine_verdicts({**GOOD, **changes}, window=window, tokenizer=tokenizer)
     return {verdict.name: verdict for verdict in found}
 
@@ -62,7 +65,8 @@ def test_deepseeks_own_shape_loads_everywhere() -> None:
     [
         (dict(kv_lora_rank=448), "vllm", "loads", "on Hopper its FlashAttention backend takes this cache row"),
         (dict(kv_lora_rank=300), "vllm", "command", "alone refuses cache rows other than 320, 512 and 576"),
-        (dict(kv_lora_rank=600), "vllm", "unknown", "cache rows above 576"),
+        (dict(kv_lora_rank=1024), "vllm", "command", "alone refuses cache rows"),
+        (dict(kv_lora_rank=1032), "vllm", "unknown", "ranks above 1024"),
         (dict(kv_lora_rank=300), "sglang", "command", "Triton"),
         (dict(kv_lora_rank=448), "sglang", "loads", "fa3, takes this shape; on Blackwell add"),
         (dict(v_head_dim=256, qk_nope_head_dim=192), "sglang", "loads", "fa3, takes this shape"),
@@ -151,6 +155,8 @@ def test_the_commands_of_llama_cpp_keep_what_quantizing_destroys() -> None:
 def test_rules_of_grouped_models() -> None:
     assert set(grouped("LlamaForCausalLM").values()) == {"loads"}
     assert grouped("LlamaForCausalLM", tokenizer="bpe")["llama.cpp"] == "command"
+    assert grouped("LlamaForCausalLM", tokenizer=SMOLLM2)["llama.cpp"] == "loads"
+    assert grouped("LlamaForCausalLM", tokenizer="bpe of the embedded model")["llama.cpp"] == "no"
     windowed = grouped("MistralForCausalLM", window=True)
     assert windowed == {"transformers": "loads", "vllm": "loads", "sglang": "wrong", "llama.cpp": "wrong"}
     assert grouped("MistralForCausalLM") == dict.fromkeys(engines.ENGINES, "loads")
@@ -263,9 +269,31 @@ RAN_TOO = dict(kv_lora_rank=192, qk_rope_head_dim=64, qk_nope_head_dim=32, v_hea
 TRITON = "vllm serve OUT --attention-backend TRITON_MLA"
 
 
+def test_a_vocabulary_that_was_not_run_is_checked_first() -> None:
+    latent = verdicts(tokenizer="bpe")["llama.cpp"]
+    heads = engines.engine_verdicts(
+        {"architectures": ["LlamaForCausalLM"]}, tokenizer="bpe", engines=["llama.cpp"]
+    )[0]
+    for verdict in (latent, heads):
+        assert verdict.commands[0] == "python convert_hf_to_gguf.py OUT --vocab-only --outfile OUT-vocabulary.gguf"
+        assert (
+            len(verdict.commands) == 4 and "read" in verdict.evidence and "first command checks" in verdict.reason
+        )
+    assert heads.evidence == "read"
+    assert verdicts(tokenizer="bpe of the embedded model")["llama.cpp"].verdict == "no"
+
+
+def test_a_config_without_a_class() -> None:
+    for config in (GOOD, {}):
+        for names in (None, []):
+            found = engines.engine_verdicts({**config, "architectures": names}, tokenizer=SMOLLM2)
+            assert [verdict.verdict for verdict in found] == ["loads", "wrong", "no", "no"]
+            assert all("names no class" in verdict.reason for verdict in found[1:])
+
+
 def on(gpu: str, dtype: str = "bf16", divided: bool = False, **changes: Any) -> dict[str, engines.EngineVerdict]:
     deployment = engine_facts.Deployment(gpu, dtype, divided)
-    found = engines.engine_verdicts({**GOOD, **changes}, tokenizer="bpe", deployment=deployment)
+    found = engines.engine_verdicts({**GOOD, **changes}, tokenizer=SMOLLM2, deployment=deployment)
     return {verdict.name: verdict for verdict in found}
 
 
@@ -334,6 +362,7 @@ def test_nothing_was_run_with_a_cache_in_fp8_but_one_shape() -> None:
 
 
 def test_sglang_needs_a_flag_where_its_default_does_not_take_a_shape() -> None:
+    assert [on(gpu, **RAN_TOO)["sglang"].evidence for gpu in ("unknown", "hopper", "amd")] == ["run", "run", "read"]
     triton = ("python -m sglang.launch_server --model-path OUT --attention-backend triton",)
     plain = ("python -m sglang.launch_server --model-path OUT",)
     for changes, flagged in (

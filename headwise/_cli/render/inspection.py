@@ -49,8 +49,8 @@ FORECAST_COLUMNS = (
 NO_WEIGHTS = "The weights do not fit into the memory of a GPU: {names}."
 NO_SEQUENCE = "The weights fit into the memory of a GPU, and no sequence fits beside them: {names}."
 MEMORY_LINE = (
-    f"Weights and caches take {USED_MEMORY:.0%} of the memory, vLLM's default. Activations and CUDA graphs are not "
-    "subtracted."
+    f"Weights and caches take {USED_MEMORY:.0%} of the memory, vLLM's default{{assumed}}. Activations and CUDA "
+    "graphs are not subtracted."
 )
 STEP_LINE = (
     "A decode step reads weights and cache once, with as many sequences as the table has; real steps take longer."
@@ -135,7 +135,10 @@ def _render_serving(inspection: Inspection, reasons: bool) -> None:
             console.print_line(f"Not served with these options ({', '.join(names)}): {reason}.")
         costs = [serving for _, serving, _ in layouts if serving is not None]
         if any(serving.sequences is not None for serving in costs):
-            console.print_line(MEMORY_LINE)
+            others = all(verdict.name != "vllm" for verdict in inspection.engines)
+            console.print_line(
+                MEMORY_LINE.format(assumed=", which is assumed for this engine too" if others else "")
+            )
         if any(serving.seconds_per_step is not None for serving in costs):
             console.print_line(STEP_LINE)
         read = [serving.experts_read for serving in costs if serving.experts_read is not None]

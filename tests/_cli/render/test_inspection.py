@@ -59,6 +59,21 @@ def test_a_refused_row_has_its_refusal_in_place_of_a_verdict(
     assert "GQA-5 sglang: is not served with these options (tensor parallel 4 does not divide 5 KV" in printed
 
 
+@pytest.mark.parametrize("engine", ["llama.cpp", "sglang", "vllm"])
+def test_the_memory_is_an_assumption_where_the_engine_is_another(
+    engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console.configure(quiet=True)
+    config = llama_config().to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    render.render_inspection(inspect_model(tmp_path, engines=engine, memory="80GB", context=512), reasons=True)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ("vLLM's default, which is assumed for this engine too." in printed) == (engine != "vllm")
+    assert {"llama.cpp": "--ctx-size 512", "sglang": "--context-length 512", "vllm": "--max-model-len 512"}[
+        engine
+    ] in (printed)
+
+
 def test_every_refusal_has_its_reason_under_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     console.configure(quiet=True)
     shape = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}

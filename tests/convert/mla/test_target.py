@@ -339,8 +339,6 @@ def test_two_factors_of_trained_weights(tmp_path: Path) -> None:
     """The first layer of the embedded model."""
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32, num_hidden_layers=1)
     model.save_pretrained(tmp_path / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(EMBEDDED_MODEL / name, tmp_path / "model")
     options = {"to": "mla", "rank": 192, "rope_dim": 32, "calibrate": "none", "dtype": "float32", "verify": False}
     for name in ("plain", "factored"):
         convert_model(
