@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -66,6 +70,53 @@ def test_latent_attention_equals_attention_on_expanded_heads() -> None:
     expected, expected_lse = reference.gqa_decode(torch.cat([q_nope, q_rope], -1), k, v, scale=0.3)
     torch.testing.assert_close(torch.einsum("bshr,hvr->bshv", mixed, v_up), expected)
     torch.testing.assert_close(lse, expected_lse)
+
+
+TOKENS = {"lengths": torch.tensor([30, 4], dtype=torch.int32)}
+
+
+@pytest.mark.parametrize(
+    ("capability", "queries", "width", "options", "expected"),
+    [
+        ((9, 0), 1, 64, {"with_lse": False}, "triton"),
+        ((9, 0), 1, 80, {"with_lse": False}, "sdpa"),
+        ((8, 0), 1, 64, {"with_lse": False}, "sdpa"),
+        ((8, 0), 1, 64, {}, "triton"),
+        ((8, 0), 2, 64, {"with_lse": False}, "triton"),
+        ((8, 0), 1, 64, {"with_lse": False} | TOKENS, "triton"),
+        ((8, 0), 1, 64, {"with_lse": False, "starts": TOKENS["lengths"]}, "triton"),
+        ((8, 0), 1, 64, {"with_lse": False, "window": 8}, "triton"),
+        ((8, 0), 1, 64, {"with_lse": False, "block_table": torch.zeros(2, 1, dtype=torch.int32)}, "triton"),
+        (None, 1, 64, {"with_lse": False}, "reference"),
+    ],
+)  # fmt: skip
+def test_what_auto_runs_on_a_grouped_cache(
+    capability: tuple[int, int] | None,
+    queries: int,
+    width: int,
+    options: dict[str, Any],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The card is faked, and what runs only states its name. None: tensors that no kernel takes."""
+    tiling = pytest.importorskip("headwise.kernels.decode.tiling")
+    kernel = pytest.importorskip("headwise.kernels.gqa_decode.triton")
+    if tiling.hopper is None and capability == (9, 0):
+        pytest.skip("this Triton has no Gluon")
+    module = sys.modules["headwise.kernels.gqa_decode"]
+    ran: list[str] = []
+
+    def stands_for(name: str, result: Any) -> Callable[..., Any]:
+        return lambda *_, **__: ran.append(name) or result
+
+    monkeypatch.setattr(module, "supports_triton", lambda *_: capability is not None)
+    monkeypatch.setattr(module, "_sdpa", stands_for("sdpa", None))
+    monkeypatch.setattr(kernel, "gqa_decode", stands_for("triton", (None, None)))
+    monkeypatch.setattr(module.reference, "gqa_decode", stands_for("reference", (None, None)))
+    monkeypatch.setattr(tiling, "card_of", lambda _: tiling.Card(capability or (8, 0), 132, 232448))
+    cache = torch.zeros(2, 30, 2, width)
+    gqa_decode(torch.zeros(2, queries, 6, width), cache, cache, backend="auto", **options)
+    assert ran == [expected]
 
 
 @pytest.mark.parametrize(
