@@ -56,7 +56,7 @@ PURE = (
     "train.losses",
 )
 IMPURE = {
-    *("convert.gqa.target", "convert.mla.listed_sizes", "convert.mla.target"),
+    *("convert.gqa.target", "convert.mla.size_choice", "convert.mla.target"),
     *("convert.positions.context", "convert.positions.moved", "convert.positions.rope_range"),
     *("convert.positions.windows", "convert.positions.window_choice"),
     *("convert.sparse.budget", "convert.sparse.sharing", "convert.sparse.target", "convert.sparse.warm_up"),

@@ -13,7 +13,7 @@ import torch
 from headwise.convert.from_mla.heads import expands, plan_heads, refuse_output_biases
 from headwise.convert.from_mla.target import reduced_config
 from headwise.convert.mla.exact import latent_layout
-from headwise.convert.mla.listed_sizes import latent_note, latent_sizes
+from headwise.convert.mla.size_choice import listed_sizes, sizes_note
 from headwise.convert.positions.rope_range import RopeRange, rope_ranges
 from headwise.errors import HeadwiseError, SettingError
 from headwise.format import dtype_name, latent_name, plain_fields, size
@@ -258,7 +258,7 @@ def inspect_model(
     hidden_size = arch.stock_config(config).hidden_size
     serving.measure(parameters, layouts, config, hidden_size, dtype, files)
     cost = serving.forecast(layouts, config, own=True)
-    sizes = latent_sizes(layouts, hidden_size, settings.engines) if mla is None else []
+    sizes = listed_sizes(layouts, hidden_size, settings.engines) if mla is None else []
     options = tuple(
         _judged(serving, option, new, _config_of(option, new, config, arch, settings.engines))
         for option, new in _options(layouts, arch.legal_groups(config), cache, dtype, sizes, settings.engines)
@@ -284,7 +284,7 @@ def inspect_model(
             *_linear_notes(layouts, dtype),
             *serving.notes(layouts, cost, _gpu_caches(options, ("mla",)), _gpu_caches(smaller, ("mqa", "gqa"))),
             *([MERGED_CACHES if layouts[-1].merged else TWO_CACHES] if arch.reads_pairs else []),
-            *([latent_note(any(option.to == "mla" for option in options))] if mla is None else []),
+            *([sizes_note(any(option.to == "mla" for option in options))] if mla is None else []),
             *([LINEAR_NORMS] if mla is None and arch.qk_norm(config) else []),
         ),
     )

@@ -52,14 +52,18 @@ def test_options_and_their_savings(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "groups", "engines"),
-    [(9, 3, ()), (8, 8, ()), (8, 2, ()), (32, 8, ()), (9, 3, "sglang"), (32, 8, "vllm")],
+    ("heads", "groups", "width", "engines"),
+    [(9, 3, 64, ()), (8, 8, 64, ()), (32, 8, 64, ()), (9, 3, 64, "sglang"), (32, 8, 64, "vllm"), (8, 4, 8, "vllm")],
 )
 def test_half_of_the_cache_is_an_option_and_is_that_of_the_plan(
-    tmp_path: Path, heads: int, groups: int, engines: Any
+    tmp_path: Path, heads: int, groups: int, width: int, engines: Any
 ) -> None:
-    shape: dict[str, Any] = {"hidden_size": 64 * heads, "num_attention_heads": heads, "num_key_value_heads": groups}
-    shape |= {"head_dim": 64, "num_hidden_layers": 1, "attention_bias": False}
+    shape: dict[str, Any] = {
+        "hidden_size": width * heads,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+    }
+    shape |= {"head_dim": width, "num_hidden_layers": 1, "attention_bias": False}
     source = tiny_models.save("llama", tmp_path / "model", torch.bfloat16, **shape)
     inspection = inspect_model(source, engines=engines)
     plan = convert_model(source, tmp_path / "out", to="mla", cache=0.5, engines=engines, dry_run=True)

@@ -21,7 +21,8 @@ from headwise.convert.mla.features import layer_statistics, with_constant
 from headwise.convert.mla.frequencies import free_frequencies, partial_frequencies, plane_norms, rotary_gains
 from headwise.convert.mla.latent import approximate_mla
 from headwise.convert.mla.latent_basis import balanced_basis, unit_rotary_key
-from headwise.convert.mla.shape import check_shape, choose_shape, source_cache
+from headwise.convert.mla.shape import check_shape, source_cache
+from headwise.convert.mla.size_choice import shape_for_share
 from headwise.convert.mla.stand_in import linear_stand_in, unit_scale
 from headwise.convert.positions.context import rope_sets
 from headwise.convert.settings import ConvertSettings
@@ -36,8 +37,6 @@ from headwise.models.layout import AttentionLayout, LatentWeights, LayerWeights
 from headwise.models.norm_free import from_norm_free_state, norm_free_attention
 from headwise.models.protocol import AttentionModel
 from headwise.models.stock import empty_model, layer_arguments, move_to_device
-from headwise.serving import engines
-from headwise.serving.kernel_shapes import fits_padded_prefill
 from headwise.serving.latent_shape import pad_layout, query_factors
 
 # Padding for engines whose prefill needs values as wide as queries (engines.yaml).
@@ -388,59 +387,22 @@ class LatentTarget:
         rank, rope_dim = settings.rank, settings.rope_dim
         if settings.cache is not None:
             wanted = round(settings.cache * source_cache(self._before))
-            size = self._cache_row(wanted, settings)
-            if size not in (wanted, wanted - 1):
+            rank, rope_dim = shape_for_share(
+                self._before,
+                self._hidden_size,
+                settings.cache,
+                settings.engines,
+                planes=bool(self.method.planes),
+                v_head_dim=PADDED_V_HEAD_DIM if settings.pad_values else 0,
+            )
+            if rank + rope_dim not in (wanted, wanted - 1):
                 self.notes.append(
-                    f"The cache has {size} elements per token and layer, for which engines have kernels, in place "
-                    f"of {wanted}."
+                    f"The cache has {rank + rope_dim} elements per token and layer, for which engines have "
+                    f"kernels, in place of {wanted}."
                 )
-            rope_dims = self._rope_dims(size, settings)
-            rank, rope_dim = choose_shape(self._before, self._hidden_size, settings.cache, size, rope_dims)
         assert rank is not None and rope_dim is not None  # ConvertSettings needs one of the three
         check_shape(self._before, self._hidden_size, rank, rope_dim)
         return rank, rope_dim
-
-    def _cache_row(self, wanted: int, settings: ConvertSettings) -> int:
-        """Return the row that engines have kernels for, if heads fit and it is near; else `wanted`, made even."""
-        layout = self._before[0]
-        value = max(layout.v_head_dim, PADDED_V_HEAD_DIM if settings.pad_values else 0)
-        if settings.engines or engines.heads_fit(layout.head_dim, value):
-            return engines.nearest_cache_row(wanted, settings.engines)
-        return wanted // 2 * 2
-
-    def _rope_dims(self, size: int, settings: ConvertSettings) -> list[int]:
-        """Return the widths of the rotary key to choose from, for a cache row of `size`."""
-        first = next(layout for layout in self._before if layout.rotary_dim)
-        groups = first.num_key_value_heads
-        step, limit = 2 * groups if self.method.planes else 2, groups * first.rotary_dim
-        legal = engines.rope_dims(settings.engines)
-        planar = range(step, min(limit, size // 2) + 1, step)
-        every = list(planar) if self.method.planes else engines.rope_dims_to_try(size, first.rotary_dim, groups)
-        if legal is None:
-            return every
-        fitting = sorted(legal.intersection(range(step, min(limit, size - 2) + 1, step)))
-        if not fitting:  # with the plugin of headwise the engine takes other widths
-            nope = first.head_dim - (first.rotary_dim if self._was_latent else 0)
-            value = max(first.v_head_dim, PADDED_V_HEAD_DIM if settings.pad_values else 0)
-            fitting = [dim for dim in every if fits_padded_prefill(nope, dim, value)]
-        if not fitting:
-            named, widths = ", ".join(settings.engines), ", ".join(map(str, sorted(legal)))
-            whole = source_cache(self._before)
-            rows = [row for row in engines.cache_rows(settings.engines) if min(legal) < row < whole]
-            least = (
-                f"Give a `cache` of at least {math.ceil(1000 * min(rows) / whole) / 10:g}%, or l" if rows else "L"
-            )
-            reason = (
-                f"a row of {size} elements is not longer than it"
-                if size <= min(legal)
-                else f"{groups} KV heads of {first.rotary_dim} rotary dimensions cannot fill it in a row of {size}"
-            )
-            raise SettingError(
-                "engines",
-                f"`engines` {named}: the rotary key has {widths} elements there, and {reason}.",
-                f"{least}eave out the engine.",
-            )
-        return fitting
 
     def _choose_frequencies(self, rope_dim: int, grid: str) -> Tensor:
         """Choose the frequencies of the rotary key, (rope_dim / 2,) radians per token, one list for all layers."""
