@@ -29,6 +29,15 @@ def test_an_inspection_has_a_word_for_each_engine_or_the_reasons(capsys: pytest.
         assert printed.count(f"{name}: ") == len({verdicts[place].line for verdicts in layouts})
 
 
+def test_the_guide_has_what_inspect_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    console.configure(quiet=True)
+    render.render_inspection(inspect_model(EMBEDDED_MODEL))
+    guide = (Path(__file__).parents[3] / "docs" / "guide" / "convert.md").read_text(encoding="utf-8")
+    shown = guide.partition("$ headwise inspect headwise/demo/model\n")[2].partition("```")[0].splitlines()
+    printed = capsys.readouterr().out.splitlines()
+    assert shown[0].endswith(printed[0].partition(": ")[2]) and shown[1:] == printed[1 : len(shown)]
+
+
 def test_a_forecast_names_its_limits_and_what_does_not_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
