@@ -52,8 +52,8 @@ class EngineVerdict:
     Attributes:
         name: of the engine.
         verdict: "loads"; "command": it loads with `commands`; "wrong": it loads and computes another function;
-            "no": it stops with an error; "unknown": no rule was read for such a model; "refused": its server does
-            not start with the options of a forecast.
+            "no": it stops with an error; "unknown": no rule was read for such a model; "refused": it does not
+            serve the layout with the options of a forecast.
         reason: the rules that decide; empty if none apply.
         commands: shell lines that serve the folder OUT, or MODEL if that is the model itself; empty unless the
             engine loads it.
@@ -141,11 +141,11 @@ def with_options(verdict: EngineVerdict, options: Mapping[str, int | str | None]
 
 
 def refused(verdict: EngineVerdict, reason: str) -> EngineVerdict:
-    """Return the verdict of an engine whose server does not start with the options of a forecast.
+    """Return the verdict of an engine that does not serve a layout with the options of a forecast.
 
     Args:
         verdict: on the folder. One that the engine does not load at all keeps its reason.
-        reason: why the server does not start.
+        reason: why it does not.
     """
     if verdict.verdict == "no":
         return verdict

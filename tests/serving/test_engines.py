@@ -127,6 +127,9 @@ def test_deepseeks_own_shape_loads_everywhere() -> None:
         (SPARSE | dict(kv_lora_rank=448), "sglang", "unknown", "except 576"),
         (SPARSE | dict(v_head_dim=64, qk_nope_head_dim=32), "vllm", "loads", ""),
         (dict(architectures=["OtherForCausalLM"]), "sglang", "unknown", "OtherForCausalLM"),
+        (dict(rope_interleave=False), "llama.cpp", "wrong", "interleaved"),
+        (dict(rope_parameters=dict(rope_type="linear")), "llama.cpp", "unknown", "not compared"),
+        (SPARSE | dict(index_head_dim=64), "llama.cpp", "command", "add_bos_token"),
     ],
 )
 def test_rules_of_mla(changes: dict[str, Any], engine: str, verdict: str, word: str) -> None:
@@ -180,6 +183,25 @@ def test_rules_of_grouped_models() -> None:
 )
 def test_rope_rules_of_llama_cpp(rope: dict[str, Any], verdict: str) -> None:
     assert grouped("LlamaForCausalLM", **rope)["llama.cpp"] == verdict
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "llama.cpp"])
+@pytest.mark.parametrize("config", [GOOD, {"architectures": ["LlamaForCausalLM"]}])
+def test_other_weights_than_plain_ones_were_not_read(engine: str, config: dict[str, Any]) -> None:
+    for method, words in (("awq", "weights in awq"), ("gguf", "gguf" if engine != "llama.cpp" else "its format")):
+        stored = config | {"quantization_config": {"quant_method": method}}
+        found = engines.engine_verdicts(stored, tokenizer=SMOLLM2, engines=[engine])[0]
+        assert found.verdict == "unknown" and words in found.reason
+
+
+def test_windows_and_rotations_that_were_not_read() -> None:
+    windowed = grouped("Gemma2ForCausalLM", window=True)
+    assert windowed["vllm"] == windowed["llama.cpp"] == "unknown"
+    assert grouped("Phi3ForCausalLM", window=True)["sglang"] == "unknown"
+    for kind in ("dynamic", "longrope"):
+        assert grouped("LlamaForCausalLM", rope_type=kind)["vllm"] == "unknown"
+    assert grouped("LlamaForCausalLM", rope_type="llama3")["sglang"] == "unknown"
+    assert grouped("Qwen2ForCausalLM", rope_type="llama3")["llama.cpp"] == "wrong"
 
 
 def test_every_rule_is_well_formed() -> None:
@@ -321,6 +343,12 @@ def test_the_plugin_for_vllm_serves_other_shapes(
         "vllm serve OUT --tensor-parallel-size 2 --max-model-len 64",
     )
     assert on("amd", dtype, **changes)["vllm"].verdict == "unknown"
+
+
+def test_the_plugin_for_vllm_is_for_gpus_of_nvidia() -> None:
+    for changes in (dict(qk_nope_head_dim=96), dict(kv_lora_rank=128)):
+        assert on("amd", **changes)["vllm"].verdict == "unknown" and on("other", **changes)["vllm"].serves
+    assert on("amd")["vllm"].serves
 
 
 @pytest.mark.parametrize("rank", [256, 448])
