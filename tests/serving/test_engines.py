@@ -334,12 +334,12 @@ def test_the_plugin_for_vllm_serves_other_shapes(
     changes: dict[str, Any], gpu: str, dtype: str, evidence: str
 ) -> None:
     verdict = on(gpu, dtype, **changes)["vllm"]
-    assert verdict.serves and verdict.commands == ("pip install headwise", "vllm serve OUT")
+    assert verdict.serves and verdict.commands == ("pip install path/to/headwise", "vllm serve OUT")
     assert verdict.evidence == evidence and "with headwise installed beside it" in verdict.reason
     engines.require_engines([verdict], ["vllm"])
     served = engines.with_options(verdict, {"tp": 2, "context": 64})
     assert served.commands == (
-        "pip install headwise",
+        "pip install path/to/headwise",
         "vllm serve OUT --tensor-parallel-size 2 --max-model-len 64",
     )
     assert on("amd", dtype, **changes)["vllm"].verdict == "unknown"

@@ -140,7 +140,7 @@ def test_a_cache_row_of_engines_is_taken_only_where_heads_fit(tmp_path: Path) ->
         assert isinstance(plan, Plan)
         assert plan.layouts_after[0].cache_elements_per_token == row
         assert any("for which engines have kernels" in note for note in plan.notes) == (head_dim == 128)
-    for cache, row, command in ((0.125, 48, "pip install headwise"), (0.8, 320, "vllm serve OUT")):
+    for cache, row, command in ((0.125, 48, "pip install path/to/headwise"), (0.8, 320, "vllm serve OUT")):
         plan = convert_model(
             tmp_path / "64", tmp_path / "out", to="mla", cache=cache, engines="vllm", dry_run=True, calibrate="none"
         )
@@ -389,7 +389,7 @@ def test_a_shape_that_vllm_serves_with_the_plugin(model: Path, tmp_path: Path) -
     for shape in ({"rank": 20, "rope_dim": 8}, {"cache": 0.25}):
         options = {"calibrate": "none", "engines": "vllm", "dry_run": True}
         plan = convert_model(model, tmp_path / "out", to="mla", **shape, **options)
-        assert isinstance(plan, Plan) and plan.engines[0].commands == ("pip install headwise", "vllm serve OUT")
+        assert isinstance(plan, Plan) and plan.engines[0].commands == ("pip install path/to/headwise", "vllm serve OUT")
 
 
 def test_padded_heads_can_be_refitted(model: Path, tmp_path: Path) -> None:
