@@ -386,10 +386,11 @@ def test_a_shape_that_a_named_engine_cannot_serve(
 
 
 def test_a_shape_that_vllm_serves_with_the_plugin(model: Path, tmp_path: Path) -> None:
+    commands = ("pip install path/to/headwise", "vllm serve OUT")
     for shape in ({"rank": 20, "rope_dim": 8}, {"cache": 0.25}):
         options = {"calibrate": "none", "engines": "vllm", "dry_run": True}
         plan = convert_model(model, tmp_path / "out", to="mla", **shape, **options)
-        assert isinstance(plan, Plan) and plan.engines[0].commands == ("pip install path/to/headwise", "vllm serve OUT")
+        assert isinstance(plan, Plan) and plan.engines[0].commands == commands
 
 
 def test_padded_heads_can_be_refitted(model: Path, tmp_path: Path) -> None:
