@@ -235,6 +235,23 @@ def flag(help: str, *, default: bool = False, **more: Any) -> Any:
     return declare(default, Setting(help, wanted="True or False", check=check, metavar="FLAG", **more))
 
 
+def whole_number(value: Any, minimum: int = 1, parse: Callable[[str], int] | None = parse_length) -> int:
+    """Return a whole number that is given as a number, or as a text such as 8K.
+
+    Args:
+        value: of a field.
+        minimum: the smallest legal number.
+        parse: returns the number of a text; None: a text is not legal.
+
+    Raises:
+        ValueError: the value is not such a number.
+    """
+    number = parse(value) if parse and isinstance(value, str) else value
+    if isinstance(number, bool) or not isinstance(number, int) or number < minimum:
+        raise ValueError
+    return int(number)
+
+
 def number(help: str, *, minimum: int = 1, default: int | None = None, **more: Any) -> Any:
     """Declare a field that takes a whole number of at least `minimum`.
 
@@ -242,23 +259,21 @@ def number(help: str, *, minimum: int = 1, default: int | None = None, **more: A
         help: one sentence for help pages.
         minimum: the smallest legal number.
         default: of the field.
-        **more: further arguments of `Setting`.
+        **more: further arguments of `Setting`. With a `parse` of its own, the field also takes texts such as 40K.
     """
+    options: dict[str, Any] = {"parse": int, "metavar": "N", **more}
+    parse = options["parse"]
 
     def check(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise ValueError
-        return int(value)
+        return whole_number(value, minimum, None if parse is int else parse)
 
-    examples = {int: "", parse_length: ", such as 8192 or 8K"}
-    short = examples.get(more.get("parse", int), ", such as 40000, 40K or 21M")
+    short = {int: "", parse_length: ", such as 8192 or 8K"}.get(parse, ", such as 40000, 40K or 21M")
     wanted = f"a whole number of at least {minimum}{short}"
-    options: dict[str, Any] = {"parse": int, "metavar": "N", **more}
     return declare(default, Setting(help, wanted=wanted, check=check, **options))
 
 
 def length(help: str, **more: Any) -> Any:
-    """Declare a field that takes the tokens of a sequence; 8K is 8,192 on the command line.
+    """Declare a field that takes the tokens of a sequence, as a number or as a text: 8K is 8,192.
 
     Args:
         help: one sentence for help pages.

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from headwise.errors import HeadwiseError, SettingError
+from headwise.format import parse_length
 
 MAX_BYTES = 1_000_000
 # Numbers beyond it become infinite somewhere.
@@ -189,8 +190,10 @@ def _build(kind: type[T], mapping: dict[str, Any], prefix: str) -> T:
     values = {}
     for key, value in mapping.items():
         path = f"{prefix}{key}"
-        declared = "setting" in fields[key].metadata
-        values[key] = _plain(hints[key], value) if declared else _checked(hints[key], value, path)
+        declared = fields[key].metadata.get("setting")
+        # A length has a K of its own: 8K is 8,192.
+        own = declared and isinstance(value, str) and declared.parse is parse_length
+        values[key] = value if own else _plain(hints[key], value) if declared else _checked(hints[key], value, path)
     try:
         return kind(**values)
     except SettingError as error:

@@ -18,8 +18,7 @@ import click.shell_completion
 from headwise._cli import console
 from headwise.convert.settings import methods_of
 from headwise.errors import HeadwiseError, SettingError, is_out_of_memory
-from headwise.fields import Setting, flag_of, settings_of
-from headwise.format import parse_length
+from headwise.fields import Setting, flag_of, settings_of, whole_number
 from headwise.io.fs import REASONS
 
 # The messages of torch for a failed allocation, on the CPU and on a GPU.
@@ -102,14 +101,8 @@ def flag_option(names: str, help: str, **more: Any) -> Option:
 
 def length_option(names: str, help: str, **more: Any) -> Option:
     """Return an option with the tokens of a sequence, at least 1, such as 8192 or 8K."""
-
-    def parse(word: str) -> int:
-        if (length := parse_length(word)) < 1:
-            raise ValueError
-        return length
-
     wanted = "a whole number of at least 1, such as 8192 or 8K"
-    return Option(names, help, type=ParsedType("NUMBER", parse, wanted), metavar="N", **more)
+    return Option(names, help, type=ParsedType("NUMBER", whole_number, wanted), metavar="N", **more)
 
 
 def options_of(kind: type) -> list[Option]:

@@ -16,6 +16,7 @@ from headwise.convert.mla.exact import latent_layout
 from headwise.convert.mla.size_choice import listed_sizes, sizes_note
 from headwise.convert.positions.rope_range import RopeRange, rope_ranges
 from headwise.errors import HeadwiseError, SettingError
+from headwise.fields import whole_number
 from headwise.format import dtype_name, latent_name, plain_fields, size
 from headwise.io import hub
 from headwise.io.gguf import open_gguf
@@ -153,7 +154,7 @@ class Inspection:
 def inspect_model(
     model: str | Path,
     *,
-    context: int | None = None,
+    context: int | str | None = None,
     engines: str | Sequence[str] = (),
     tp: int | None = None,
     dcp: int | None = None,
@@ -167,7 +168,8 @@ def inspect_model(
 
     Args:
         model: a folder, a GGUF file, or `org/name[@revision]` on the Hub.
-        context: also check the rotary frequencies up to this many tokens; the length of sequences in a forecast.
+        context: check the rotary frequencies up to this many tokens, such as "8K", too; length of sequences in a
+            forecast.
         engines: judge whether these engines serve each layout, with shapes that they need; none: all engines.
         tp: GPUs of tensor parallelism, for a forecast of what each layout costs on each GPU.
         dcp: GPUs that divide the cache of a sequence.
@@ -182,8 +184,11 @@ def inspect_model(
         HeadwiseError: there is no such model, or its type cannot be converted.
     """
     settings = ServingSettings(engines, tp, dcp, memory, cache_dtype, card)
-    if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 1):
-        raise SettingError("context", f"`context` is {context!r}, which is not a whole number of at least 1.")
+    try:
+        context = None if context is None else whole_number(context)
+    except ValueError:
+        wanted = "a whole number of at least 1, such as 8192 or 8K"
+        raise SettingError("context", f"`context` is {context!r}, which is not {wanted}.") from None
     parameters: int | None
     origin: str | None
     damage: tuple[float, ...] = ()

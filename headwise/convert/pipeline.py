@@ -114,18 +114,18 @@ def convert_model(
     index_loss: float | None = None,
     engines: str | Sequence[str] = (),
     calibrate: str | None = None,
-    calibration_tokens: int | None = None,
+    calibration_tokens: int | str | None = None,
     images: str | Path | None = None,
     save_moments: str | Path | None = None,
     moments: str | Path | None = None,
     refit: str | int | None = None,
-    refit_tokens: int | None = None,
-    refit_length: int | None = None,
+    refit_tokens: int | str | None = None,
+    refit_length: int | str | None = None,
     refit_repeats: float | None = None,
-    context: int | None = None,
+    context: int | str | None = None,
     rope: str | None = None,
     rope_theta: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | str | None = None,
     window_layers: str | None = None,
     window_loss: float | None = None,
     dtype: str | None = None,
@@ -194,7 +194,7 @@ def convert_model(
         refit_tokens: distinct tokens of the joint refit's text; None: by the device.
         refit_length: tokens in a sequence of the joint refit; None: by the device, and at most the context.
         refit_repeats: share of these sequences that repeat earlier passages; None: 0.2.
-        context: rescale RoPE to this many tokens.
+        context: rescale RoPE to this many tokens, such as 131072 or "128K".
         rope: the RoPE rule; None: "auto".
         rope_theta: the base of the rule "base".
         sliding_window: attention window in tokens; 0 removes every window.

@@ -226,7 +226,7 @@ class ConvertSettings:
         **CALIBRATION,
     )
     calibration_tokens: int | None = fields.number(
-        "Number of calibration tokens, such as 40K [by the model's size].",
+        "Number of calibration tokens, such as 40K (40,000) [by the model's size].",
         parse=parse_count,
         **CALIBRATION,
     )
@@ -237,14 +237,10 @@ class ConvertSettings:
         **CALIBRATION | {"acts_with": MERGED},
     )
     save_moments: Path | None = fields.folder(
-        "Save the second moments of the attention inputs in a folder.",
-        metavar="DIR",
-        **CALIBRATION,
+        "Save the second moments of the attention inputs in a folder.", metavar="DIR", **CALIBRATION
     )
     moments: Path | None = fields.folder(
-        "Use saved moments in place of calibration text.",
-        metavar="DIR",
-        **CALIBRATION,
+        "Use saved moments in place of calibration text.", metavar="DIR", **CALIBRATION
     )
     refit: str | int | None = fields.word_or_number(
         "Recover quality: auto, off, layers (each alone; or a number of steps), joint, windows (of layers) [auto].",
@@ -254,13 +250,12 @@ class ConvertSettings:
         **CALIBRATION,
     )
     refit_tokens: int | None = fields.number(
-        "Tokens of the joint refit's text; more tokens take more steps [4M on a GPU].",
+        "Tokens of the joint refit's text, such as 16M (16,000,000); more take more steps [4M on a GPU].",
         parse=parse_count,
         **CALIBRATION,
     )
-    refit_length: int | None = fields.number(
-        "Tokens in a sequence of the joint refit, at most the context [4,096 on a GPU].",
-        parse=parse_count,
+    refit_length: int | None = fields.length(
+        "Tokens in a sequence of the joint refit, such as 8K (8,192), at most the context [4,096 on a GPU].",
         **CALIBRATION,
     )
     refit_repeats: float | None = fields.fraction(
@@ -269,12 +264,14 @@ class ConvertSettings:
         **CALIBRATION,
     )
     # Positions
-    context: int | None = fields.length("Rescale RoPE to this many tokens, such as 128K.", section="Positions")
+    context: int | None = fields.length(
+        "Rescale RoPE to this many tokens, such as 128K (131,072).", section="Positions"
+    )
     rope: str | None = fields.choice(
         f"RoPE rule: {', '.join(ROPE_RULES)} [auto].", ROPE_RULES, metavar="RULE", section="Positions"
     )
     rope_theta: float | None = fields.positive("RoPE base of the rule base.", metavar="THETA", section="Positions")
-    sliding_window: int | None = fields.number(
+    sliding_window: int | None = fields.length(
         "Attention window in tokens; 0: no window.", minimum=0, section="Positions"
     )
     window_layers: str | None = fields.other(

@@ -17,6 +17,7 @@ from headwise.cuda import record
 from headwise.environment import find_device
 from headwise.errors import HeadwiseError
 from headwise.eval.bench_settings import BenchSettings
+from headwise.fields import settings_of
 from headwise.format import size
 from headwise.io.reader import read_headers
 from headwise.io.source import find_source
@@ -90,7 +91,7 @@ def bench_model(
     child: str | Path,
     baseline: str | Path,
     *,
-    context: int = 1024,
+    context: int | str = 1024,
     batch: int = 1,
     memory: int | str | None = None,
     device: str | None = None,
@@ -105,7 +106,7 @@ def bench_model(
     Args:
         child: a folder, or `org/name[@revision]`.
         baseline: the parent, a folder or `org/name[@revision]`.
-        context: tokens in the cache while decoding.
+        context: tokens in the cache while decoding, such as 8192 or "8K".
         batch: sequences decoded together.
         memory: bytes of weights, cache and activations that each model may use, a number or a word such as "24GB";
             None: no measurement at equal memory.
@@ -123,7 +124,9 @@ def bench_model(
         SettingError: a setting is not legal, or this machine does not have the device.
         HeadwiseError: not even one sequence fits into `memory`.
     """
-    settings = BenchSettings(context=context, batch=batch, memory=memory, steps=steps, dtype=dtype, device=device)
+    given = locals()
+    settings = BenchSettings(**{name: given[name] for name in settings_of(BenchSettings)})
+    length = settings.context
     where, precision = find_device(settings.device), getattr(torch, settings.dtype)
     limit: Any = settings.memory
     same_batch, equal_memory = [], []
@@ -136,10 +139,10 @@ def bench_model(
     for source, each in zip((baseline, child), found, strict=True):
         checkpoint = read_headers(each)
         model: Any = load_model(checkpoint, "AutoModelForCausalLM", precision).to(where).eval()
-        same_batch.append(time_decoding(model, str(source), context, batch, steps))
+        same_batch.append(time_decoding(model, str(source), length, batch, steps))
         if limit is not None:
-            fitting = largest_batch(model, str(source), context, limit)
-            equal_memory.append(time_decoding(model, str(source), context, fitting, steps))
+            fitting = largest_batch(model, str(source), length, limit)
+            equal_memory.append(time_decoding(model, str(source), length, fitting, steps))
         del model
     return BenchResult(same_batch, equal_memory, limit, str(where))
 

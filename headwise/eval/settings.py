@@ -148,7 +148,7 @@ class PerplexityPart(_Part):
 
     text: str = fields.text("builtin, a .txt or .jsonl file, or hf:DATASET.", metavar="SOURCE", default="builtin")
     split: str = fields.text("The part of builtin.", metavar="SPLIT", default="heldout")
-    length: int = fields.number("Tokens in a block; the model's context, if that is shorter.", default=512)
+    length: int = fields.length("Tokens in a block; the model's context, if that is shorter.", default=512)
     blocks: int = fields.number("Number of blocks.", default=48)
     stretches: int = fields.number("Points of the curve of loss by position.", default=16)
 

@@ -208,7 +208,7 @@ class UptrainSettings:
     )
     teacher: str | Path | None = fields.model("The parent [the source that MODEL records].", section="Training")
     tokens: int | None = fields.number(
-        "Budget in tokens, such as 21M [the recipe's].", parse=schema.parse_count, section="Training"
+        "Budget in tokens, such as 21M (21,000,000) [the recipe's].", parse=schema.parse_count, section="Training"
     )
     fraction: float | None = fields.fraction(
         "Budget as a fraction of the pretraining, such as 5%.", section="Training"

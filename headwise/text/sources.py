@@ -59,7 +59,7 @@ class Data:
             check=_check_sources,
         ),
     )
-    length: int = fields.number("Tokens in a block.", minimum=2, default=1024)
+    length: int = fields.length("Tokens in a block.", minimum=2, default=1024)
     separate_documents: bool = fields.flag(
         "Mask attention between documents that share a block, and start each at position 0.", default=True
     )

@@ -363,6 +363,13 @@ def test_a_context_is_a_whole_number(context: Any) -> None:
         inspect_model(EMBEDDED_MODEL, context=context)
 
 
+def test_a_context_is_a_number_or_its_short_form() -> None:
+    short, number, other = (
+        inspect_model(EMBEDDED_MODEL, context=tokens).to_dict() for tokens in ("8K", 8192, 8000)
+    )
+    assert short == number != other
+
+
 @pytest.mark.parametrize(("name", "states"), [("lfm2", True), ("llama", False), ("t5gemma", False)])
 def test_a_forecast_of_a_context_counts_states_and_takes_any_rotation(
     name: str, states: bool, tmp_path: Path

@@ -294,6 +294,29 @@ def test_a_value_of_another_type_is_refused(name: str, value: Any) -> None:
     assert caught.value.field == name and repr(value) in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("given", "tokens"),
+    [
+        ({"context": "8K"}, {"context": 8192}),
+        ({"context": "131072"}, {"context": 131_072}),
+        ({"sliding_window": "4k"}, {"sliding_window": 4096}),
+        (
+            {"refit": "joint", "refit_length": "2K", "refit_tokens": "4M"},
+            {"refit_length": 2048, "refit_tokens": 4 * 10**6},
+        ),
+        ({"calibration_tokens": "40K"}, {"calibration_tokens": 40_000}),
+    ],
+)
+def test_k_is_1024_in_a_length_and_1000_in_a_budget(given: dict[str, Any], tokens: dict[str, int]) -> None:
+    made = ConvertSettings(to="mqa", **given)
+    assert {name: getattr(made, name) for name in tokens} == tokens
+    assert same_verdict({"to": "mqa", **given}) is None
+    for name in tokens:
+        for wrong in ("8KK", "K", "", "8.5", "-8K"):
+            with pytest.raises(SettingError, match=f"`{name}` is '{wrong}', which is not a whole number"):
+                ConvertSettings(**{"to": "mqa", **given, name: wrong})
+
+
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.fixed_dictionaries(

@@ -36,7 +36,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_bench(folders: tuple[Path, Path]) -> None:
     child, parent = folders
     memory = 4 * 2**20
-    result = bench_model(child, parent, context=32, batch=2, memory=memory, device="cpu", dtype="float32", steps=4)
+    result = bench_model(
+        child, parent, context="32", batch=2, memory=memory, device="cpu", dtype="float32", steps=4
+    )
     assert [speed.model for speed in result.same_batch] == [str(parent), str(child)]
     before, after = result.same_batch
     assert before.cache_bytes == 4 * after.cache_bytes

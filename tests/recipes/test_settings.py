@@ -68,6 +68,8 @@ def test_settings_are_laid_over_in_order(recipe: Path) -> None:
     assert read.data.text == {"builtin": 1, "packages": 3}
     assert load_uptrain_recipe(recipe, ["data.text={x.txt: 2}"]).data.text == {"x.txt": 2}
     assert load_uptrain_recipe(recipe, ["train.seconds=null"]).train.seconds is None
+    lengths = load_uptrain_recipe(recipe, ["data.length=4K", "train.batch_tokens=4K"])
+    assert (lengths.data.length, lengths.train.batch_tokens) == (4096, 4000), "a length and a budget"
 
 
 def test_settings_are_laid_over_a_recipe_that_was_read(recipe: Path) -> None:

@@ -26,7 +26,9 @@ class SampleSettings:
         SettingError: a value is not legal.
     """
 
-    tokens: int = fields.number("Tokens to sample [262144].", parse=parse_count, default=1 << 18)
+    tokens: int = fields.number(
+        "Tokens to sample, such as 40K (40,000) [262144].", parse=parse_count, default=1 << 18
+    )
     out: Path | None = declare(
         None,
         Setting(
