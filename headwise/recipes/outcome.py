@@ -18,15 +18,17 @@ from torch import Tensor
 from headwise.convert.verify.check import check_folder
 from headwise.environment import HEADWISE_VERSION
 from headwise.errors import GateFailed
-from headwise.io.quantized.powers import POWERS, exponent_of
+from headwise.io.quantized.powers import POWERS, as_stored, exponent_of, is_exact
 from headwise.io.reader import Checkpoint, open_checkpoint
 from headwise.io.source import read_json
+from headwise.io.tokenizer import tokenizer_kind
 from headwise.io.workdir import write_file_atomically
 from headwise.io.writer import OutputTensor, Writer
 from headwise.progress import SILENT, Progress
 from headwise.records.card import render_card
 from headwise.records.manifest import RECORD, hash_files
 from headwise.records.parent import PARENT, read_parent_path
+from headwise.serving.engines import engine_verdicts
 from headwise.train.student import ModelFolder, Student
 
 CARD, CURVES = "README.md", ("curve.csv", "curve.png", "curve.svg")
@@ -75,15 +77,53 @@ def _config_text(checkpoint: Checkpoint) -> str:
 
 
 def planned_outputs(checkpoint: Checkpoint) -> list[OutputTensor]:
-    """Return the tensors of a trained folder, each stored with the power of two of the folder that is trained.
+    """Return the tensors of a trained folder.
 
     Args:
         checkpoint: the folder that is trained.
     """
-    return [
-        OutputTensor(e.name, e.dtype, e.shape, e.name, exponent=exponent_of(e.name, checkpoint.powers))
-        for e in checkpoint.tensors.values()
-    ]
+    return [OutputTensor(e.name, e.dtype, e.shape, e.name) for e in checkpoint.tensors.values()]
+
+
+def write_tensors(writer: Writer, student: Student, state: Mapping[str, Tensor], progress: Progress) -> None:
+    """Write the tensors of a trained folder, stored with the powers of two of the folder that was trained.
+
+    Where a trained weight would lose digits by its power, all weights are stored in their natural size.
+
+    Args:
+        writer: of the output folder; its journal keeps the powers that are used.
+        student: the trained model.
+        state: its whole state dict, on the CPU.
+        progress: gets the bytes, and a warning where the powers are left out.
+    """
+    checkpoint = student.folder.checkpoint
+    if POWERS not in writer.notes:
+        writer.note(POWERS, _exact_powers(student, state, progress))
+    powers = writer.notes[POWERS]
+    for name, tensor in student.export(state):
+        if name not in writer.done:
+            writer.write(name, as_stored(name, tensor, exponent_of(name, powers)))
+            progress.advance(tensor.nbytes)
+    for name in checkpoint.tensors:
+        if name in writer.done:
+            continue
+        if exponent := exponent_of(name, powers):
+            writer.write(name, as_stored(name, checkpoint.read(name), exponent))
+        else:
+            writer.copy(name, checkpoint)
+
+
+def _exact_powers(student: Student, state: Mapping[str, Tensor], progress: Progress) -> dict[str, int]:
+    """Return the powers of two of a folder; none where a trained weight cannot be stored with its own."""
+    powers = student.folder.checkpoint.powers
+    for name, tensor in student.export(state) if powers else ():
+        if not is_exact(tensor, exponent := exponent_of(name, powers)):
+            progress.warn(
+                f"The trained weights are stored without powers of two, because {name} times 2^{exponent} loses "
+                "digits. Quantize the folder with the options of its card: without them llama-quantize destroys it."
+            )
+            return {}
+    return powers
 
 
 def add_files(writer: Writer, checkpoint: Checkpoint, training_dir: Path) -> None:
@@ -95,8 +135,8 @@ def add_files(writer: Writer, checkpoint: Checkpoint, training_dir: Path) -> Non
         training_dir: the run's folder with the curve.
     """
     text = _config_text(checkpoint)
-    if checkpoint.powers:  # the writer stores them again
-        text = json.dumps({**checkpoint.config, POWERS: checkpoint.powers}, indent=2) + "\n"
+    if powers := writer.notes[POWERS]:
+        text = json.dumps({**checkpoint.config, POWERS: powers}, indent=2) + "\n"
     writer.add_text("config.json", text)
     for path in checkpoint.sidecars:
         writer.add_file(path, path.relative_to(checkpoint.folder).as_posix())
@@ -158,6 +198,8 @@ def verify_and_write_metadata(
     """
     record = record_before(before, checkpoint)
     record["uptraining"] = [*record.get("uptraining", []), dict(facts)]
+    if checkpoint.powers and not writer.notes[POWERS]:
+        record |= {POWERS: {}, "engines": _natural_engines(checkpoint, record)}
     verification = check_folder(
         open_checkpoint(writer.folder), None, arguments=record["arguments"], progress=progress
     )
@@ -172,6 +214,13 @@ def verify_and_write_metadata(
     if (parent := read_parent_path(checkpoint.folder)) is not None:
         writer.add_text(PARENT, f"{parent}\n")
     verification.require(writer.folder)
+
+
+def _natural_engines(checkpoint: Checkpoint, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the verdicts of a record's engines on weights that are stored in their natural size."""
+    engines = [verdict["name"] for verdict in record.get("engines") or []]
+    tokenizer = tokenizer_kind(checkpoint.folder)
+    return [v.to_dict() for v in engine_verdicts(checkpoint.config, tokenizer=tokenizer, engines=engines)]
 
 
 def record_before(before: Mapping[str, Any] | None, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -450,13 +450,7 @@ class Run:
         checkpoint = self.folder.checkpoint
         self.progress.stage("writing", total=checkpoint.nbytes, unit="bytes")
         student.release_memory()  # the check of the written folder needs it
-        for name, tensor in student.export(state):
-            if name not in writer.done:
-                writer.write(name, tensor)
-                self.progress.advance(tensor.nbytes)
-        for name in checkpoint.tensors:
-            if name not in writer.done:
-                writer.copy(name, checkpoint)
+        outcome.write_tensors(writer, student, state, self.progress)
         checkpoint.check_unchanged()
         after = math.nan
 

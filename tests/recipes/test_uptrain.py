@@ -288,6 +288,40 @@ def test_powers_of_two_are_taken_back_for_the_training_and_stored_again(
     assert verify_model(tmp_path / "powers-out", against=home / "parent").passed
 
 
+def test_powers_that_a_trained_weight_does_not_allow_are_left_out(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "KNOWN", {})
+    shape = {"to": "mla", "rank": 12, "rope_dim": 4, "engines": "llama.cpp"}
+    source = models.converted(home / "parent", tmp_path / "source", **shape)
+    train, norm = run.Run._train, "model.layers.1.input_layernorm.weight"
+
+    def with_a_tiny_weight(*arguments: Any) -> dict[str, torch.Tensor]:
+        state = train(*arguments)
+        state[norm][0] = 1.3e-38
+        return state
+
+    def refuse(*_: Any) -> None:
+        raise HeadwiseError("No.")
+
+    monkeypatch.setattr(run.Run, "_train", with_a_tiny_weight)
+    notes = Notes()
+    with monkeypatch.context() as patch, pytest.raises(HeadwiseError, match=r"No\."):
+        patch.setattr(outcome, "add_files", refuse)
+        uptrain_model(source, tmp_path / "out", recipe=recipe(home), progress=notes)
+    assert any(f"without powers of two, because {norm} times 2^-" in note for note in notes.notes)
+    assert uptrain_model(source, tmp_path / "out", recipe=recipe(home), resume=True)
+    assert open_checkpoint(source).powers and not (trained := open_checkpoint(tmp_path / "out")).powers
+    assert float(trained.read(norm)[0]) == pytest.approx(1.3e-38)
+    assert verify_model(tmp_path / "out", against=home / "parent").passed
+    before, after = (json.loads((f / "headwise.json").read_text()) for f in (source, tmp_path / "out"))
+    assert before["powers_of_two"] and after["powers_of_two"] == {}
+    assert before["engines"][0]["name"] == after["engines"][0]["name"] == "llama.cpp"
+    reasons = [record["engines"][0]["reason"] for record in (before, after)]
+    assert "quantizers without options keep this folder" in reasons[0]
+    assert "stay in bfloat16" in reasons[1] and "without options" not in reasons[1]
+
+
 def test_latents_with_a_real_norm_are_trained_as_they_are(home: Path, tmp_path: Path) -> None:
     parent = models.tiny_parent(tmp_path / "parent", "youtu")
     reduced = models.converted(parent, tmp_path / "reduced", to="mla", rank=12, rope_dim=8)

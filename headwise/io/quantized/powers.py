@@ -63,6 +63,17 @@ def times_power(tensor: Tensor, exponent: int) -> Tensor:
     return tensor * 2.0**exponent if exponent else tensor
 
 
+def is_exact(tensor: Tensor, exponent: int) -> bool:
+    """Return whether a tensor times a power of two keeps all digits in its dtype.
+
+    Args:
+        tensor: its values.
+        exponent: of the power.
+    """
+    restored = times_power(times_power(tensor, exponent), -exponent)
+    return not exponent or restored.nan_to_num().equal(tensor.nan_to_num())
+
+
 def as_stored(name: str, tensor: Tensor, exponent: int) -> Tensor:
     """Return a tensor times the power of two that it is stored with.
 
@@ -74,11 +85,10 @@ def as_stored(name: str, tensor: Tensor, exponent: int) -> Tensor:
     Raises:
         HeadwiseError: a value would become infinite, or too small for its digits.
     """
-    scaled = times_power(tensor, exponent)
-    if exponent and not times_power(scaled, -exponent).nan_to_num().equal(tensor.nan_to_num()):
+    if not is_exact(tensor, exponent):
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise HeadwiseError(
             f"Tensor {name} cannot be stored times 2^{exponent} exactly in {dtype}.",
             "Leave out the engine for whose quantizers it is stored so.",
         )
-    return scaled
+    return times_power(tensor, exponent)

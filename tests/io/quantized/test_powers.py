@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from headwise.errors import HeadwiseError
-from headwise.io.quantized.powers import MAX_EXPONENT, POWERS, as_stored, exponent_of, powers_of
+from headwise.io.quantized.powers import MAX_EXPONENT, POWERS, as_stored, exponent_of, is_exact, powers_of
 from headwise.io.reader import make_buffers, open_checkpoint
 from headwise.io.writer import OutputTensor, Writer
 
@@ -71,7 +71,9 @@ def test_what_cannot_be_stored_exactly_is_refused() -> None:
             HeadwiseError, match=rf"a.weight cannot be stored times 2\^{exponent} exactly in float32"
         ):
             as_stored("a.weight", values, exponent)
+        assert not is_exact(values, exponent)
     assert torch.equal(as_stored("a.weight", small, 13), small * 2.0**13)
+    assert is_exact(small, 13) and is_exact(small, 0) and is_exact(torch.tensor([0.0, torch.nan]), -13)
 
 
 @pytest.mark.parametrize(
