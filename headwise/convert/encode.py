@@ -80,14 +80,10 @@ def _with_powers(
     settings: ConvertSettings,
 ) -> Encoded:
     """Store the norm before MLA with a smaller power of two, and all its readers with that much larger ones."""
-    named, norms = config.get("architectures") or [None], f".{INPUT_NORM}.weight"
-    if (
-        "kv_lora_rank" not in config
-        or config.get("attention_bias")
-        or not stores_powers(named[0], settings.engines)
-    ):
+    if not stores_powers(config, settings.engines):
         return outputs, config, notes
-    exponent = _choose_exponent([checkpoint.read(t.name) for t in outputs if t.name.endswith(norms)])
+    norms = [t for t in outputs if t.name.endswith(f".{INPUT_NORM}.weight")]
+    exponent = _choose_exponent([checkpoint.read(t.name).to(t.dtype) for t in norms])
     if exponent < 1:
         return outputs, config, notes
     powers = {INPUT_NORM: -exponent} | {
@@ -110,7 +106,7 @@ def _choose_exponent(norms: Sequence[Tensor]) -> int:
     No norm becomes subnormal.
 
     Args:
-        norms: (n,) the weight of every norm before attention.
+        norms: (n,) the weight of every norm before attention, in the dtype of the output.
     """
     sizes = [float(norm.double().square().mean().sqrt()) for norm in norms]
     smallest = min((float(norm[norm != 0].abs().min()) for norm in norms if bool(norm.any())), default=0.0)

@@ -41,7 +41,7 @@ from headwise.models.protocol import context_length, find_attention_model, laten
 from headwise.models.stock_match import match_source
 from headwise.records.manifest import recorded_damage
 from headwise.serving.engines import EngineVerdict, cache_rows
-from headwise.serving.latent_shape import latent_config, pad_layout
+from headwise.serving.latent_shape import latent_config, pad_layout, with_powers
 from headwise.serving.model_forecast import ModelForecast, count_parameters_of
 from headwise.serving.planner import ServingForecast
 from headwise.serving.settings import ServingSettings
@@ -373,7 +373,7 @@ def _latent_options(
     halves = ((whole + rope) // 2 - rope, whole // 2)
     for rank in sorted({*(row - rope for row in cache_rows(engines)), *halves}):
         if 0 < rank < whole:
-            new = reduced_config(config, model, rank, rope)
+            new = with_powers(reduced_config(config, model, rank, rope), engines)
             after = CacheSize.of(model.layouts(new), dtype, max(cache.at))
             yield ReachableLayout("mla", None, rank, rope, after, _saved(cache, after)), model.layouts(new), new
     if not expands(config):

@@ -49,6 +49,27 @@ def stock_config(config: dict[str, Any]) -> Any:
 MOST_COUNTED = 10_000
 
 
+def stock_class_name(config: dict[str, Any], auto_class: str) -> str | None:
+    """Return the name of the stock class of a config.json, which is not built: a config may have any size.
+
+    Args:
+        config: the config.json.
+        auto_class: name of the transformers auto class.
+
+    Returns:
+        The name; None if the auto class has none for it, or transformers refuses the config.
+    """
+    import transformers
+
+    try:
+        stock = stock_config(config)
+    except Exception:  # of any type: the classes check their fields themselves
+        return None
+    found = getattr(transformers, auto_class)._model_mapping.get(type(stock), None)
+    stock_class = found[0] if isinstance(found, tuple) and found else found
+    return getattr(stock_class, "__name__", None)
+
+
 def count_stock_parameters(config: dict[str, Any], auto_class: str, stock_text: Any) -> tuple[int, int]:
     """Return the number of parameters of a stock model, tied ones once, and of its routed experts.
 

@@ -62,7 +62,6 @@ def engine_facts(
         "rope_type": kind,
         "rope_attention_factor": factor,
         "quantization": _quantization(config),
-        "powers_of_two": bool(config.get(POWERS)),
         **asdict(deployment),
     }
     sizes: list[Any] = [
@@ -87,12 +86,24 @@ def engine_facts(
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
         "rms_norm_eps": config.get("rms_norm_eps"),
         "hidden_act": config.get("hidden_act", "silu"),
+        "latent_rows": "powers" if config.get(POWERS) else "small" if has_linear_norm(config) else "usual",
         "sparse": config.get("index_topk") is not None,
         "index_head_dim": config.get("index_head_dim"),
         "queries": "direct" if config.get("q_lora_rank") is None else "factored",
         "direct_query_depth": has_direct_query_depth(config.get("num_hidden_layers"), config.get("vocab_size")),
         "experts_exceed_groups": _count(config, "n_routed_experts") > _count(config, "n_group"),
     }
+
+
+def has_linear_norm(config: Mapping[str, Any]) -> bool:
+    """Return whether an MLA config is of headwise, whose latent norm is linear and follows very small rows.
+
+    Args:
+        config: the config.json.
+    """
+    from headwise.models.mla_source import written_class  # it loads torch, which settings do without
+
+    return written_class(config) is not None
 
 
 def _quantization(config: Mapping[str, Any]) -> str:

@@ -9,7 +9,13 @@ from importlib import resources
 from typing import Any
 
 from headwise.errors import SettingError
-from headwise.serving.engine_facts import NOT_KNOWN, Deployment, engine_facts, has_direct_query_depth
+from headwise.serving.engine_facts import (
+    NOT_KNOWN,
+    Deployment,
+    engine_facts,
+    has_direct_query_depth,
+    has_linear_norm,
+)
 
 # The files with the rules.
 FILES = ("engines.yaml", "vllm.yaml")
@@ -326,15 +332,17 @@ def needs_factored_queries(num_hidden_layers: int, vocab_size: int, engines: Col
     return factored and not has_direct_query_depth(num_hidden_layers, vocab_size)
 
 
-def stores_powers(stock_class: str | None, engines: Collection[str]) -> bool:
-    """Return whether an engine that the user names quantizes MLA of a class in a way that powers of two help.
+def stores_powers(config: Mapping[str, Any], engines: Collection[str]) -> bool:
+    """Return whether a conversion to MLA stores powers of two, which the quantizers of a named engine need.
 
     Args:
-        stock_class: of the model.
+        config: the config.json that it writes.
         engines: names of the engines.
     """
+    (stock_class,) = (config.get("architectures") or [None])[:1]
     helped = [engine for engine in _named(engines) if engine.get("stores_powers")]
-    return any(stock_class in row["names"] for engine in helped for row in engine["classes"])
+    known = any(stock_class in row["names"] for engine in helped for row in engine["classes"])
+    return known and not config.get("attention_bias") and has_linear_norm(config)
 
 
 def _named(engines: Collection[str]) -> Sequence[dict[str, Any]]:

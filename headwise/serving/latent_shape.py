@@ -79,6 +79,16 @@ def latent_config(
         stock=rule.stock,
         experts=rule.experts,
     )
-    if stores_powers(rule.stock.architecture, engines) and not written["attention_bias"]:
-        written[POWERS] = {deepseek.INPUT_NORM: -1}  # the weights decide how many
-    return written
+    return with_powers(written, engines)
+
+
+def with_powers(config: dict[str, Any], engines: Collection[str]) -> dict[str, Any]:
+    """Return the config.json of a conversion to MLA with an entry for the powers of two, if it stores any.
+
+    Args:
+        config: what it writes otherwise.
+        engines: names of the engines to serve.
+    """
+    if not stores_powers(config, engines):
+        return config
+    return {**config, POWERS: {deepseek.INPUT_NORM: -1}}  # the weights decide how many

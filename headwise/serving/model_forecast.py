@@ -15,7 +15,7 @@ from headwise.io.quantized.powers import POWERS
 from headwise.models.config import is_routed, selected_share
 from headwise.models.layout import AttentionLayout
 from headwise.models.protocol import find_attention_model
-from headwise.models.stock import count_stock_parameters, empty_model
+from headwise.models.stock import count_stock_parameters, stock_class_name
 from headwise.serving.engines import SERVING_OPTIONS, EngineVerdict, engine_verdicts, refused, with_options
 from headwise.serving.planner import (
     DEFAULT_CONTEXT,
@@ -184,7 +184,8 @@ class ModelForecast:
         if own and files.powers:
             stored[POWERS] = files.powers
         if not own and not config.get("architectures"):  # a conversion fills it in
-            stored["architectures"] = [_stock_class(config)]
+            auto_class = find_attention_model(dict(config)).auto_class
+            stored["architectures"] = [stock_class_name(dict(config), auto_class)]
         verdicts = engine_verdicts(
             {**config, **stored},
             window=window,
@@ -254,15 +255,6 @@ def _kind(layouts: Sequence[AttentionLayout]) -> str:
 def _stock_config(config: Mapping[str, Any]) -> Any:
     """Return the stock config object of the language model of a config.json."""
     return find_attention_model(dict(config)).stock_config(dict(config))
-
-
-def _stock_class(config: Mapping[str, Any]) -> str | None:
-    """Return the name of the stock class of a config.json; None if it cannot be built."""
-    model = find_attention_model(dict(config))
-    try:
-        return type(empty_model(dict(config), model.auto_class)).__name__
-    except HeadwiseError:
-        return None
 
 
 def _attention_names(config: Mapping[str, Any], layouts: Sequence[AttentionLayout]) -> set[str]:

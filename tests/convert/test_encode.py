@@ -321,6 +321,14 @@ def test_the_plan_names_the_powers_and_a_changed_folder_is_not_verified(tmp_path
     assert (action.action, action.reason) == ("convert", f"stored times 2^-{exponent}")
 
     convert_model(source, tmp_path / "out", to="mla", **SMALL)
+    smaller = [each for each in inspect_model(tmp_path / "out", engines="llama.cpp").options if each.to == "mla"]
+    assert smaller, "inspect says of them what a conversion does"
+    for each in smaller:
+        shape = {"rank": each.kv_lora_rank, "rope_dim": each.qk_rope_head_dim}
+        planned = convert_model(tmp_path / "out", tmp_path / "less", to="mla", **{**SMALL, **shape}, dry_run=True)
+        assert isinstance(planned, Plan) and POWERS in planned.config
+        assert planned.engines[0].reason == each.engines[0].reason
+
     config = tiny_models.read_config(tmp_path / "out")
     config[POWERS]["q_a_proj"] += 1
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
@@ -338,6 +346,27 @@ def test_where_powers_of_two_do_not_help_there_are_none(tmp_path: Path) -> None:
     experts = tiny_models.save("mixtral", tmp_path / "mixture", torch.bfloat16, **WIDE)
     plan = convert_model(experts, tmp_path / "out", to="mla", **SMALL, dry_run=True)
     assert isinstance(plan, Plan) and POWERS not in plan.config  # its class was not read in llama.cpp
+
+
+def test_mla_with_a_norm_of_its_own_keeps_its_rows(tmp_path: Path) -> None:
+    source = tiny_models.save("llama", tmp_path / "model", torch.bfloat16, **WIDE)
+    convert_model(source, tmp_path / "out", to="mla", **{**SMALL, "engines": ()})
+    config = tiny_models.read_config(tmp_path / "out")
+    config["first_k_dense_replace"] = 1  # a config of DeepSeek
+    assert not encode.stores_powers(config, ["llama.cpp"])
+
+
+def test_the_dtype_of_the_output_bounds_the_powers(tmp_path: Path) -> None:
+    found = []
+    for dtype in (torch.bfloat16, torch.float16):
+        source = tiny_models.save("llama", tmp_path / str(dtype), dtype, **WIDE)
+        tensors = load_file(source / "model.safetensors")
+        tensors["model.layers.0.input_layernorm.weight"][0] = 2.0**-9
+        save_file(tensors, source / "model.safetensors", {"format": "pt"})
+        plan = convert_model(source, tmp_path / "out", to="mla", **SMALL, dtype="bfloat16", dry_run=True)
+        assert isinstance(plan, Plan)
+        found.append(plan.config[POWERS])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(("value", "stored"), [(0.0, False), (2.0**-120, False), (2.0**-10, True)])

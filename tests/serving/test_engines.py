@@ -18,6 +18,7 @@ GOOD: dict[str, Any] = dict(
     v_head_dim=128,
     q_lora_rank=None,
     num_hidden_layers=27,
+    first_k_dense_replace=27,  # what marks a config of headwise
     n_routed_experts=2,
     n_group=1,
     attention_bias=False,
@@ -43,13 +44,26 @@ SMOLLM2 = "bpe of SmolLM2"
 
 
 def verdicts(*, window: bool = False, tokenizer: str = SMOLLM2, **changes: Any) -> dict[str, engines.EngineVerdict]:
-    found = engines.engine_verdicts({**GOOD, **changes}, window=window, tokenizer=tokenizer)
+    dense = {"first_k_dense_replace": changes.get("num_hidden_layers", GOOD["num_hidden_layers"])}
+    found = engines.engine_verdicts({**GOOD, **dense, **changes}, window=window, tokenizer=tokenizer)
     return {verdict.name: verdict for verdict in found}
 
 
 def grouped(name: str, *, window: bool = False, tokenizer: str = "sentencepiece", **rope: Any) -> dict[str, str]:
     config = {"architectures": [name], "rope_parameters": rope}
     return {v.name: v.verdict for v in engines.engine_verdicts(config, window=window, tokenizer=tokenizer)}
+
+
+def test_only_the_linear_norm_of_headwise_needs_options_of_the_quantizer() -> None:
+    """Rows before a norm of DeepSeek's own have an ordinary size."""
+    own = verdicts(num_hidden_layers=30, first_k_dense_replace=1, q_lora_rank=512)["llama.cpp"]
+    assert own.verdict == "command" and own.evidence == "read"
+    assert not any("--tensor-type" in command for command in own.commands) and "--no-repack" in own.commands[2]
+    ours = verdicts(num_hidden_layers=30, q_lora_rank=512)["llama.cpp"]
+    assert "attn_q_a=bf16" in ours.commands[1] and "near 1e-7" in ours.reason
+    for engine, stored in (("llama.cpp", True), ("vllm", False)):
+        assert engines.stores_powers(GOOD, [engine]) is stored
+        assert not engines.stores_powers({**GOOD, "first_k_dense_replace": 1}, [engine])
 
 
 def test_deepseeks_own_shape_loads_everywhere() -> None:
@@ -395,7 +409,7 @@ def test_sglang_needs_a_flag_where_its_default_does_not_take_a_shape() -> None:
     plain = ("python -m sglang.launch_server --model-path OUT",)
     for changes, flagged in (
         (RAN, ("unknown", "hopper", "blackwell", "amd")),
-        (dict(kv_lora_rank=448), ("blackwell",)),
+        (dict(kv_lora_rank=448), ("blackwell", "amd")),
     ):
         for gpu in ("unknown", "hopper", "blackwell", "amd", "other"):
             assert on(gpu, **changes)["sglang"].commands == (triton if gpu in flagged else plain)
