@@ -130,11 +130,12 @@ def engine_verdicts(
 
 
 def with_options(verdict: EngineVerdict, options: Mapping[str, int | str | None]) -> EngineVerdict:
-    """Return a verdict whose last command, the server's, has the options of a forecast that the engine has.
+    """Return a verdict whose last command, the one that loads the model, has the options of a forecast.
 
     Args:
         verdict: of one engine.
-        options: the values of "tp", "dcp", "cache_dtype" and "context"; None: not given.
+        options: the values of "tp", "dcp", "cache_dtype" and "context"; None: not given. The command gets
+            those that the engine has.
     """
     spellings = SERVING_OPTIONS.get(verdict.name, {})
     words = [

@@ -79,6 +79,6 @@ def unpaid_degree(before: AttentionLayout, after: AttentionLayout) -> str | None
             )
         return (
             f"{start}{count_heads(after.num_key_value_heads)} save no cache on a GPU: engines repeat KV heads, so "
-            f"each GPU caches one, as of the source with {count_heads(before.num_key_value_heads)}."
+            f"each GPU caches one KV head, as it does for the source with {before.num_key_value_heads}."
         ).replace("1 KV head save", "1 KV head saves")
     return None

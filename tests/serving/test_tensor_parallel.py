@@ -24,7 +24,7 @@ def test_the_degree_from_which_mla_saves_nothing() -> None:
 @pytest.mark.parametrize(("groups", "words"), [(1, "1 KV head saves no cache"), (4, "4 KV heads save no cache")])
 def test_fewer_kv_heads_save_nothing_where_each_gpu_has_one(groups: int, words: str) -> None:
     note = str(unpaid_degree(GQA, GQA.with_groups(groups)))
-    assert note.startswith(f"From tensor parallel 8 on, {words} on a GPU") and note.endswith("with 8 KV heads.")
+    assert note.startswith(f"From tensor parallel 8 on, {words} on a GPU") and note.endswith("the source with 8.")
     assert unpaid_degree(replace(GQA, num_key_value_heads=32), GQA) is None, "32 GPUs are more than are compared"
     assert unpaid_degree(GQA, GQA) is None and unpaid_degree(GQA, GQA.with_groups(32)) is None
 

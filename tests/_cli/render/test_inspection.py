@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -136,8 +137,10 @@ def test_a_forecast_of_what_does_not_fit_is_as_wide_as_the_terminal(
         table = lines[start + 1 : lines.index(next(line for line in lines[start:] if "The weights" in line))]
         assert max(map(len, table)) <= int(columns)
         assert all(word in " ".join(lines) for word in words)
-        heading = "".join(table[:-10])
-        assert ("tokens/s" in heading) == (memory == "4GB"), "columns that are empty in every row are left out"
+        heading = list(takewhile(lambda line: not line.startswith("unchanged"), table))
+        assert 0 < len(heading) < len(table), "the heading, and then the layouts"
+        shown = " ".join(heading)
+        assert ("tokens/s" in shown) == (memory == "4GB"), "columns that are empty in every row are left out"
 
 
 def test_equal_verdicts_of_an_engine_are_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,10 +176,11 @@ def test_commands_have_the_options_of_the_forecast(tmp_path: Path) -> None:
     assert command.startswith("vllm serve OUT ") and command.endswith("--kv-cache-dtype fp8 --max-model-len 1024")
     assert any("one byte for each element" in note for note in found.notes)
     alone = inspect_model(tmp_path, engines=["vllm"], tp=16, dcp=2, cache_dtype="fp8", context=1024, memory="80GB")
-    for result, refuses in ((found, False), (alone, True)):  # a rule of one engine does not speak for two
+    two = ["vllm", "sglang"]
+    for result, names, refuses in ((found, two, False), (alone, ["vllm"], True)):  # one engine speaks for itself
         heads = next(option for option in result.options if option.num_key_value_heads == 32)
         assert heads.serving and (heads.serving.refusal is not None) == refuses
-        assert [verdict.verdict for verdict in heads.engines] == ["refused", "refused"][: len(heads.engines)]
+        assert [(v.name, v.verdict) for v in heads.engines] == [(name, "refused") for name in names]
     longer = inspect_model(tmp_path, engines=["vllm"], tp=16, context=65_536)
     assert "--max-model-len" not in longer.engines[0].commands[0]
     plain = inspect_model(tmp_path, engines=["vllm"])
