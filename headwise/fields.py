@@ -338,7 +338,7 @@ def parse_fraction(word: str) -> float:
 def fraction(
     help: str, *, metavar: str = "FRACTION", default: float | None = None, zero: bool = False, **more: Any
 ) -> Any:
-    """Declare a field that takes a fraction above 0 (or from 0, with `zero`) and up to 1.
+    """Declare a field that takes a fraction above 0 (or from 0, with `zero`) and up to 1, or a text such as 12.5%.
 
     Args:
         help: one sentence for help pages.
@@ -349,6 +349,7 @@ def fraction(
     """
 
     def check(value: Any) -> float:
+        value = parse_fraction(value) if isinstance(value, str) else value
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError
         if not (value >= 0 if zero else value > 0) or value > 1:

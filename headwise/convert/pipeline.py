@@ -100,7 +100,7 @@ def convert_model(
     part: str | Sequence[str] = (),
     rank: int | None = None,
     rope_dim: int | None = None,
-    cache: float | None = None,
+    cache: float | str | None = None,
     exact: bool = False,
     rope_frequencies: str | None = None,
     cache_dtype: str | None = None,

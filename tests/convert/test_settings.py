@@ -286,7 +286,7 @@ def test_a_value_that_is_not_legal_names_field_and_value(name: str, value: Any) 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("groups", "4"), ("groups", True), ("groups", 2.0), ("cache", "50%"), ("exact", 1), ("to", 7), ("seed", None)],
+    [("groups", "4"), ("groups", True), ("groups", 2.0), ("exact", 1), ("to", 7), ("seed", None)],
 )
 def test_a_value_of_another_type_is_refused(name: str, value: Any) -> None:
     with pytest.raises(SettingError) as caught:
@@ -315,6 +315,13 @@ def test_k_is_1024_in_a_length_and_1000_in_a_budget(given: dict[str, Any], token
         for wrong in ("8KK", "K", "", "8.5", "-8K"):
             with pytest.raises(SettingError, match=f"`{name}` is '{wrong}', which is not a whole number"):
                 ConvertSettings(**{"to": "mqa", **given, name: wrong})
+
+
+def test_a_fraction_is_a_number_or_a_text() -> None:
+    assert [ConvertSettings(to="mla", cache=given).cache for given in ("12.5%", "0.125", 0.125)] == [0.125] * 3
+    for wrong in ("", "%", "150%", "half", "nan"):
+        with pytest.raises(SettingError, match="`cache` is "):
+            ConvertSettings(to="mla", cache=wrong)
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
