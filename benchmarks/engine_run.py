@@ -50,7 +50,7 @@ def compare(
 
 
 def run_engine(description: str | None, package: str, run: Run) -> None:
-    """Run a folder in an engine and in transformers, as the command line says, and print one JSON line.
+    """Run the folder of the command line in an engine and in transformers, and print one JSON line.
 
     Args:
         description: of the command.

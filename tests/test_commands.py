@@ -49,6 +49,7 @@ SMALL = {
     "--calibration-tokens": "2048",
     "--batch": "2",
     "--sliding-window": "512",
+    "--index-topk": "128",
 }
 # Budgets that are added to each command of a verb where they have an effect.
 MORE = {
@@ -110,7 +111,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [{"text": path.read_text(encoding="utf-8")[:20_000]} for path in sorted(ROOT.glob("headwise/*.py"))]
     (home / "corpus").mkdir()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(texts), home / "corpus/a.parquet")
-    for name in ("corpus/a.jsonl", "held.jsonl", "text.jsonl"):
+    for name in ("corpus/a.jsonl", "train.jsonl", "held.jsonl", "text.jsonl"):
         (home / name).write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
     (home / "MODEL/chat_template.jinja").write_text(TEMPLATE)
     chat = [{"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "It is 2, I think."}]
@@ -173,6 +174,8 @@ def before(command: str) -> Iterator[list[str]]:
         made = next(word for word in words[1:] if word.isupper())
         parent = words[words.index("--against") + 1] if "--against" in words else "MODEL"
         yield ["convert", parent, made, "--to", "mqa", "--calibrate", "none", "--refit", "off"]
+    if words[:2] == ["convert", "OUT"] and "--index-layers" in words:
+        yield small("convert MODEL OUT --sparse dsa --to mla --cache 25% --index-topk 128")
     if words[0] == "card":
         yield small(f"eval {made} --baseline MODEL --report {words[2]}")
 

@@ -322,7 +322,7 @@ def test_the_plan_names_the_powers_and_a_changed_folder_is_not_verified(tmp_path
 
     convert_model(source, tmp_path / "out", to="mla", **SMALL)
     smaller = [each for each in inspect_model(tmp_path / "out", engines="llama.cpp").options if each.to == "mla"]
-    assert smaller, "inspect says of them what a conversion does"
+    assert smaller, "inspect and a conversion have one verdict on each"
     for each in smaller:
         shape = {"rank": each.kv_lora_rank, "rope_dim": each.qk_rope_head_dim}
         planned = convert_model(tmp_path / "out", tmp_path / "less", to="mla", **{**SMALL, **shape}, dry_run=True)
